@@ -1,0 +1,31 @@
+"""One progress bar for the whole project, so that every long step looks the same and logs stay readable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+SECONDS_BETWEEN_LINES_IN_A_LOG = 15.0
+
+
+def progress(iterable: Iterable[Any] | None = None, *, total: float | None = None, desc: str = "", unit: str = "it",
+             quiet: bool = False, **options: Any) -> tqdm:
+    """A tqdm bar on standard error.
+
+    On a terminal it redraws a few times a second; in a log file or a CI job it prints a line every 15 s, so that a
+    long run shows life without flooding the log.
+
+    Args:
+        iterable: What to walk over, or None to call `.update()` by hand.
+        total: Number of steps where the iterable has no length.
+        desc: What is being done, shown in front.
+        unit: What one step is.
+        quiet: True draws nothing.
+        **options: Passed on to tqdm.
+    """
+    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=interactive and "ipykernel" not in sys.modules,
+                mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG, dynamic_ncols=interactive, **options)
