@@ -26,6 +26,8 @@ def progress(iterable: Iterable[Any] | None = None, *, total: float | None = Non
         quiet: True draws nothing.
         **options: Passed on to tqdm.
     """
-    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=interactive and "ipykernel" not in sys.modules,
-                mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG, dynamic_ncols=interactive, **options)
+    in_notebook = "ipykernel" in sys.modules
+    interactive = sys.stderr.isatty() or in_notebook
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=interactive and not in_notebook,
+                mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG, dynamic_ncols=interactive,
+                **options)
