@@ -1,0 +1,79 @@
+# `make help` lists what there is. Everything is installed into .venv/ inside this clone and nowhere else.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+NAMES ?=
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread a process: on a small machine several threads in each of several processes wait for each other and a test
+# that takes 40 ms takes seconds. No hub: a test that needs the network would fail elsewhere, so it should fail here.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: help setup demo test notebooks lint flash flash4 clean distclean
+
+help:  ## Show this list
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "  Options: PYTHON=/path/to/python3.12  JOBS=2  NAMES='01_rope_frequencies'  ARGS='--seed 1'"
+
+setup: $(STAMP)  ## Create .venv/ and install everything (again only when pyproject.toml or constraints.txt changes)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! "$(BIN)/python" -c '' 2>/dev/null; then \
+	  found=""; \
+	  for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.12 python3.11); do \
+	    if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	      found="$$candidate"; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "Python 3.11 or 3.12 is needed; tried: $(or $(PYTHON),python3 python3.12 python3.11)." >&2; \
+	    echo "Install one, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Creating $(VENV) with $$("$$found" --version)"; \
+	  "$$found" -m venv --clear "$(VENV)"; \
+	fi
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch "$@"
+
+demo: setup  ## Run the whole recipe in miniature; the result is runs/demo/report.html
+	"$(BIN)/ultralong" demo $(ARGS)
+
+test: setup lint  ## Lint, unit and property tests, and every notebook
+	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+notebooks: setup  ## Execute the percent sources in notebooks/ and write the .ipynb beside them (NAMES= for some)
+	$(TEST_ENV) "$(BIN)/python" -m ultralong.notebook_tools run $(NAMES)
+
+lint: setup  ## Check the style of the code and of the shell scripts
+	"$(BIN)/ruff" check .
+	"$(BIN)/shellcheck" .ci/run
+
+flash4: setup  ## Install flash-attn 4 (Hopper, Blackwell): a wheel, nothing is built
+	"$(BIN)/python" -m pip install -c constraints.txt "$$(sed -n 's/^#\(flash-attn-4==\)/\1/p' constraints.txt)"
+
+# It imports torch while it builds, so torch has to be installed first and isolation has to be off; nvcc has to be of the
+# CUDA version that torch was built with. A build takes long and much memory: MAX_JOBS limits both.
+flash: setup  ## Build flash-attn 2 from source against the installed torch (needs nvcc)
+	@"$(BIN)/python" -c 'import sys, torch; sys.exit(0 if torch.version.cuda else "The installed torch is a CPU build; flash-attn needs the CUDA build.")'
+	@command -v nvcc >/dev/null || { echo "nvcc was not found. Install the CUDA toolkit of the version that torch.version.cuda prints." >&2; exit 1; }
+	"$(BIN)/python" -m pip install ninja packaging psutil setuptools wheel
+	MAX_JOBS="$${MAX_JOBS:-4}" "$(BIN)/python" -m pip install --no-build-isolation \
+	  "$$(sed -n 's/^#\(flash-attn==\)/\1/p' constraints.txt)"
+
+clean:  ## Remove caches and build products; runs/ and .venv/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find ultralong tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv/ too
+	rm -rf "$(VENV)"
