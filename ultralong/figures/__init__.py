@@ -1,0 +1,25 @@
+"""Plotly figures with a still picture beside them, and sliders that have a still version. Nothing is computed here."""
+
+from ultralong.figures.data import packed_row
+from ultralong.figures.evaluation import needle_before_after, needle_heatmap, perplexity_curve
+from ultralong.figures.panels import side_by_side
+from ultralong.figures.show import explore, png_bytes, save_png, show
+from ultralong.figures.theme import PALETTE, new_figure, style, tokens_label
+from ultralong.figures.training import loss_curve
+
+__all__ = [
+    "PALETTE",
+    "explore",
+    "loss_curve",
+    "needle_before_after",
+    "needle_heatmap",
+    "new_figure",
+    "packed_row",
+    "perplexity_curve",
+    "png_bytes",
+    "save_png",
+    "show",
+    "side_by_side",
+    "style",
+    "tokens_label",
+]

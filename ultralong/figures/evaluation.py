@@ -1,0 +1,136 @@
+"""Figures of what a model does with its window: needle maps and perplexity by position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ultralong.figures.panels import side_by_side
+from ultralong.figures.theme import (
+    DASHES,
+    GREY,
+    MARKERS,
+    PALETTE,
+    SCORE_SCALE,
+    graph_objects,
+    new_figure,
+    tokens_label,
+    translucent,
+)
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+MOST_LABELLED = 12
+
+
+def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None) -> Figure:
+    """Retrieval by prompt length and needle depth: blue found, orange lost.
+
+    Small grids carry the counts in their cells, so that colour is not the only sign. A grey line marks the window the
+    model had before it was extended.
+
+    Args:
+        cells: One mapping a cell with `length` (tokens), `depth` (0 first, 1 last), `n` and `correct`.
+        title: Title of the figure.
+        base_window: The old window in tokens; lengths beyond it lie right of the line.
+
+    Raises:
+        ValueError: No cells, or two for the same length and depth.
+    """
+    if not cells:
+        raise ValueError("needle_heatmap() got no cells: run the needle grid first.")
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    if len({(cell["length"], cell["depth"]) for cell in cells}) != len(cells):
+        raise ValueError("needle_heatmap() got two cells of the same length and depth: join their counts first.")
+    score = np.full((len(depths), len(lengths)), np.nan)
+    text = np.full(score.shape, "", dtype=object)
+    for cell in cells:
+        row, column = depths.index(cell["depth"]), lengths.index(cell["length"])
+        score[row, column] = cell["correct"] / cell["n"] if cell["n"] else np.nan
+        text[row, column] = f"{cell['correct']}/{cell['n']}"
+    figure = new_figure(title, "prompt and answer (tokens)", "needle depth", height=340)
+    labelled = len(lengths) <= MOST_LABELLED and len(depths) <= MOST_LABELLED
+    figure.add_trace(graph_objects().Heatmap(
+        z=score, x=list(range(len(lengths))), y=list(range(len(depths))), zmin=0.0, zmax=1.0, xgap=1, ygap=1,
+        colorscale=[list(stop) for stop in SCORE_SCALE], text=text,
+        texttemplate="%{text}" if labelled else None, textfont={"size": 11},
+        customdata=[[f"{tokens_label(length)} tokens, depth {depth:.0%}" for length in lengths] for depth in depths],
+        hovertemplate="%{customdata}: %{text} found<extra></extra>",
+        colorbar={"title": {"text": "found", "side": "right"}, "tickformat": ".0%", "thickness": 12}))
+    _tick(figure.update_xaxes, [tokens_label(length) for length in lengths])
+    _tick(figure.update_yaxes, [f"{depth:.0%}" for depth in depths])
+    # Pinned ranges keep the half cells at the borders, and put the shallowest needle on top as a page is read.
+    figure.update_xaxes(range=[-0.5, len(lengths) - 0.5], showgrid=False)
+    figure.update_yaxes(range=[len(depths) - 0.5, -0.5], showgrid=False)
+    if base_window is not None:
+        _mark_window(figure, sum(length <= base_window for length in lengths) - 0.5, base_window)
+    return figure
+
+
+def _tick(update: Any, labels: list[str]) -> None:
+    """Label each cell of a small grid and about twelve of a large one."""
+    step = -(-len(labels) // MOST_LABELLED)
+    update(tickvals=list(range(0, len(labels), step)), ticktext=labels[::step])
+
+
+def _mark_window(figure: Figure, at: float, base_window: int) -> None:
+    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, xref="x", yref="y domain",
+                     line={"color": GREY, "width": 4})
+    figure.add_annotation(x=at, y=1, xref="x", yref="y domain", text=f"old window {tokens_label(base_window)}",
+                          showarrow=False, xanchor="left" if at <= 0.5 else "center", yanchor="bottom",
+                          font={"size": 11, "color": GREY})
+
+
+def needle_before_after(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, base_window: int,
+                        title: str = "") -> Figure:
+    """Two needle maps side by side: the model before and after its window was extended.
+
+    Args:
+        before: Cells of the model before, as `needle_heatmap` takes them.
+        after: Cells of the model after.
+        base_window: The old window in tokens.
+        title: Title of the whole.
+    """
+    return side_by_side([needle_heatmap(cells, base_window=base_window) for cells in (before, after)],
+                        ["before", "after"], title=title, height=380)
+
+
+def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", *,
+                     base_window: int | None = None) -> Figure:
+    """Perplexity by position in the document, one line a model, with its interval as a band.
+
+    Args:
+        curves: Name of the model to its bins, as `perplexity_by_position` returns them: `start`, `end` (tokens),
+            `perplexity`, `low`, `high`.
+        title: Title of the figure.
+        base_window: The old window in tokens, drawn as a vertical line.
+    """
+    figure = new_figure(title, "position in the document (tokens)", "perplexity", height=360)
+    scatter = graph_objects().Scatter
+    for index, (name, bins) in enumerate(curves.items()):
+        colour = PALETTE[index % len(PALETTE)]
+        x = [(item["start"] + item["end"]) / 2 for item in bins]
+        band = [item["high"] for item in bins] + [item["low"] for item in reversed(bins)]
+        figure.add_trace(scatter(x=x + x[::-1], y=band,
+                                 fill="toself", fillcolor=translucent(colour, 0.2), line={"width": 0, "color": colour},
+                                 mode="lines", showlegend=False, hoverinfo="skip"))
+        figure.add_trace(scatter(x=x, y=[item["perplexity"] for item in bins], name=name, mode="lines+markers",
+                                 line={"color": colour, "dash": DASHES[index % len(DASHES)]},
+                                 marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+                                 customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
+                                 hovertemplate="%{customdata}: %{y:.2f}<extra>" + name + "</extra>"))
+    figure.update_layout(showlegend=True)
+    highest = max(item["high"] for bins in curves.values() for item in bins)
+    lowest = min(item["low"] for bins in curves.values() for item in bins)
+    if highest > 20 * lowest:
+        figure.update_yaxes(type="log")
+    if base_window is not None:
+        figure.add_shape(type="line", x0=base_window, x1=base_window, y0=0, y1=1, xref="x", yref="y domain",
+                         line={"color": GREY, "width": 2, "dash": "dash"})
+        figure.add_annotation(x=base_window, y=1, xref="x", yref="y domain", showarrow=False, yanchor="bottom",
+                              text=f"old window {tokens_label(base_window)}", font={"size": 11, "color": GREY})
+    return figure

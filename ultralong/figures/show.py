@@ -1,0 +1,119 @@
+"""Show a figure so that it survives everywhere: interactive in Jupyter, a picture on GitHub, a sentence in a terminal.
+
+A plotly figure alone vanishes on GitHub, which strips scripts; a picture alone cannot be explored. `show` sends both
+and a sentence as one display bundle, and each reader picks what it can draw.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ultralong.extras import require
+from ultralong.figures.panels import side_by_side
+from ultralong.figures.static import draw
+from ultralong.files import atomic_path
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+DOTS_PER_INCH = 96
+MOST_STILLS = 4
+
+
+def png_bytes(figure: Figure, *, width: int | None = None, height: int | None = None, scale: float = 1.0) -> bytes:
+    """Draw a plotly figure with matplotlib, on opaque white.
+
+    Args:
+        figure: Scatter, line, bar and heatmap traces, subplots included.
+        width: Pixels; None takes the figure's, or 760.
+        height: Pixels; None takes the figure's, or 380.
+        scale: 2 doubles the pixels on each side for print.
+
+    Returns:
+        The PNG file's bytes. The same figure gives the same bytes.
+
+    Raises:
+        ValueError: The figure holds a trace type that `draw` does not know.
+    """
+    canvas = draw(figure, width=width, height=height)
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=DOTS_PER_INCH * scale, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: str | os.PathLike[str], *, width: int | None = None, height: int | None = None,
+             scale: float = 2.0) -> None:
+    """Write the picture of a figure to `path`, atomically. See `png_bytes` for the arguments."""
+    data = png_bytes(figure, width=width, height=height, scale=scale)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def bundle(figure: Figure, alt: str) -> dict[str, Any]:
+    """The display bundle of a figure: plotly JSON, PNG bytes, and the sentence.
+
+    Args:
+        figure: The figure.
+        alt: What the figure shows, in a sentence, for readers who cannot see it.
+
+    Raises:
+        ValueError: `alt` is empty.
+    """
+    if not alt.strip():
+        raise ValueError("show() needs `alt`: one sentence that says what the figure shows.")
+    return {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/png": png_bytes(figure),
+            "text/plain": alt}
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure as one bundle: interactive, still picture and sentence together.
+
+    Outside of IPython there is nothing to draw on, so the sentence is printed.
+
+    Args:
+        figure: The figure.
+        alt: What the figure shows, in a sentence.
+    """
+    content = bundle(figure, alt)
+    ipython = require("IPython", extra="notebooks")
+    if ipython.get_ipython() is None:
+        print(alt)
+        return
+    ipython.display.display(content, raw=True)
+
+
+def explore(function: Callable[[Any], Figure], name: str, values: Sequence[Any], *,
+            stills: Sequence[Any] | None = None, interactive: bool = False, alt: str = "") -> None:
+    """Show a figure at a few fixed values side by side, then, for a live reader, with a slider.
+
+    The saved notebook keeps the panels: a slider's output lives only as long as its kernel.
+
+    Args:
+        function: From one value to a figure with one pair of axes.
+        name: What the value is, shown on the slider and above each panel.
+        values: What the slider offers, in order.
+        stills: Values of the fixed panels; None takes up to four, spread over `values`.
+        interactive: True adds the slider (needs ipywidgets and a running kernel).
+        alt: A sentence for the panels; None makes one from `name`.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if not values:
+        raise ValueError(f"explore() got no values for {name!r}: give it at least one.")
+    if stills is None:
+        count = min(MOST_STILLS, len(values))
+        stills = [values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count)]
+    titles = [f"{name} = {value}" for value in stills]
+    show(side_by_side([function(value) for value in stills], titles),
+         alt or f"Panels at {', '.join(titles)}, from left to right.")
+    if not interactive:
+        return
+    widgets = require("ipywidgets", extra="notebooks")
+    slider = widgets.SelectionSlider(options=[(str(value), value) for value in values], value=stills[0],
+                                     description=name, continuous_update=False)
+    widgets.interact(lambda value: show(function(value), f"{name} = {value}"), value=slider)

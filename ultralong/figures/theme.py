@@ -1,0 +1,85 @@
+"""The look shared by every figure: colours that colour-blind readers can tell apart, and plain axes.
+
+Plotly figures are transparent with mid-grey text and grid, so that they read on light and dark pages alike. Colour is
+never the only sign: lines also differ in dash or marker, heatmap cells carry their count.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ultralong.extras import require
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Okabe and Ito's palette (2008), ordered so that neighbours differ in lightness as well as in hue.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F7F")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "solid", "dash")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "circle-open")
+
+GREY = "#7f7f7f"
+GRID = "rgba(127,127,127,0.25)"
+CLEAR = "rgba(0,0,0,0)"
+
+# 0 is orange, 1 is blue, the middle is pale: the two ends stay apart in every common kind of colour blindness.
+SCORE_SCALE = ((0.0, "#D55E00"), (0.5, "#F3E9DC"), (1.0, "#0072B2"))
+
+
+def graph_objects() -> Any:
+    """`plotly.graph_objects`, imported when the first figure is drawn."""
+    return require("plotly.graph_objects", extra="notebooks")
+
+
+def new_figure(title: str = "", x: str = "", y: str = "", *, height: int = 380, width: int | None = None) -> Figure:
+    """An empty figure in the project's look.
+
+    Args:
+        title: Title above the plot.
+        x: Title of the horizontal axis, with its unit.
+        y: Title of the vertical axis, with its unit.
+        height: Height in pixels.
+        width: Width in pixels; None follows the page.
+    """
+    figure = graph_objects().Figure()
+    style(figure, title=title, height=height, width=width)
+    figure.update_xaxes(title_text=x)
+    figure.update_yaxes(title_text=y)
+    return figure
+
+
+def style(figure: Figure, *, title: str = "", height: int = 380, width: int | None = None) -> Figure:
+    """Give an existing figure (such as one from `make_subplots`) the project's look, in place.
+
+    Returns:
+        The same figure.
+    """
+    figure.update_layout(
+        title={"text": title, "x": 0.0, "xref": "paper", "font": {"size": 16}}, height=height, width=width,
+        # Plotly's default template adds kilobytes to every saved figure, and all it sets is set here.
+        template=graph_objects().layout.Template(), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR,
+        font={"color": GREY, "size": 13}, colorway=list(PALETTE),
+        margin={"l": 64, "r": 24, "t": 56 if title else 32, "b": 56}, hovermode="closest",
+        legend={"bgcolor": CLEAR, "orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0.0},
+    )
+    axis = {"gridcolor": GRID, "linecolor": GREY, "zeroline": False, "ticks": "outside", "tickcolor": GREY}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure
+
+
+def tokens_label(tokens: float) -> str:
+    """A short name for a number of tokens, in binary thousands as lengths are given: 512, 8K, 1.5K, 1M.
+
+    Powers of two up to 4M read exactly; other numbers are rounded to three digits.
+    """
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens >= unit:
+            return f"{tokens / unit:.3g}{name}" if tokens < 1000 * unit else f"{tokens / unit:.0f}{name}"
+    return f"{tokens:.0f}"
+
+
+def translucent(colour: str, alpha: float) -> str:
+    """`#rrggbb` as `rgba(...)` with the given opacity, for bands under a line."""
+    red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha:g})"
