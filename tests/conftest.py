@@ -1,0 +1,76 @@
+"""Fixtures for every test: one thread, a tiny Llama and a tiny byte-level tokenizer, both made here from nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Several threads in each of several test processes wait for each other; the tensors here are too small to gain by it.
+torch.set_num_threads(1)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A deadline on a shared machine measures the neighbours; the same examples each time keep a red test red.
+settings.register_profile("ultralong", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ultralong")
+
+BOS, EOS, START, END, TURN = "<|bos|>", "<|eos|>", "<|start|>", "<|end|>", "<|turn|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    f"{START}" "{{ message['role'] }}" f"{END}\n"
+    "{{ message['content'] | trim }}" f"{TURN}"
+    "{% endfor %}{% if add_generation_prompt %}" f"{START}assistant{END}\n" "{% endif %}"
+)
+TRAINING_TEXT = (
+    "The lighthouse keeper wrote in his log that the tide came in at dawn, and that no ship had passed.",
+    "A window of tokens is what a model can see at once; beyond it, nothing was ever said.",
+    "def frequencies(base, size):\n    return [base ** (-2 * i / size) for i in range(size // 2)]\n",
+    "Numbers: 0 1 2 3 4 5 6 7 8 9, 10, 128, 1024, 8192, 131072, 1048576. Questions? Answers!",
+    "user: where is the key? assistant: the key is under the third stone. system: answer in short sentences.",
+    "Gr\u00fc\u00dfe aus K\u00f6ln, caf\u00e9, na\u00efve, \u65e5\u672c\u8a9e, emoji \U0001f642, <s> </s> and other marks that a corpus holds.",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens that starts a text with its own token and has a chat template, as Llama-3's."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(TRAINING_TEXT, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[BOS, EOS, START, END, TURN], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS,
+                                   additional_special_tokens=[START, END, TURN], chat_template=CHAT_TEMPLATE,
+                                   clean_up_tokenization_spaces=False, model_max_length=256)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
+    """A function from config overrides (and a seed) to a new random Llama of about 0.1 M parameters."""
+
+    def make(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+        settings = {
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
+            "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(make_tiny_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """A new tiny Llama for each test, so that a test may change it."""
+    return make_tiny_model()

@@ -1,0 +1,10 @@
+"""Notebooks from their percent sources: executed, cleaned, checked and written by one command, never saved by hand.
+
+`notebooks/NN_name.py` is what people write and review; `notebooks/NN_name.ipynb`, with its outputs, is what people
+read. `python -m ultralong.notebook_tools run` makes the second from the first, with the parameters and limits in
+`notebooks/ci.yml`; `--check` executes and checks without writing.
+"""
+
+from ultralong.notebook_tools.values import store, stored
+
+__all__ = ["store", "stored"]
