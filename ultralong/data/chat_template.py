@@ -1,0 +1,108 @@
+"""One conversation to token ids and a loss mask, by the tokenizer's own chat template.
+
+Only what the assistant says is learned, up to and with the token that ends its turn: that token is where generation
+stops. Two exact ways to find it, and no guess:
+* A template with `{% generation %}` marks says so itself.
+* Otherwise the conversation is rendered up to the assistant's turn with the generation prompt, which is what the model
+  will see when it is used, and once more with the turn. Both have to be prefixes, token by token, of the whole
+  conversation; a template that rewrites earlier turns (some drop old reasoning) fails this and is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
+    """One conversation as token ids and, for each token, 1 where the model is to learn to produce it.
+
+    Args:
+        tokenizer: Must have a chat template.
+        messages: `{"role", "content"}` each, at least one of them the assistant's.
+
+    Returns:
+        `(input_ids, loss_mask)` of equal length. `loss_mask[t]` speaks of token t itself, not yet of the shifted
+        target.
+
+    Raises:
+        ValueError: No template; a message without role or content; no or an empty answer; a control token inside a
+            message; or a template under which the assistant's tokens cannot be told exactly.
+    """
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if template is None:
+        raise ValueError("the tokenizer has no chat template. Set tokenizer.chat_template, or use one that has it.")
+    check_messages(messages, control_tokens(tokenizer))
+    if GENERATION_MARK.search(template):
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+        if not any(mask):
+            raise ValueError("the chat template's generation marks cover none of the assistant's tokens.")
+        return ids, mask
+    return _encode_by_prefixes(tokenizer, messages)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Every token that the tokenizer reads as a control token when it meets its text."""
+    return tuple(sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}))
+
+
+def check_messages(messages: Any, controls: tuple[str, ...] = ()) -> None:
+    """Refuse a conversation that is malformed; the message is short, for it becomes a line in a report.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no messages")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError("missing or unknown role")
+        if not isinstance(message.get("content"), str):
+            raise ValueError("missing content")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError("empty answer")
+        if any(control in message["content"] for control in controls):
+            raise ValueError("control token in the text")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no answer")
+
+
+def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
+    ids = _render(tokenizer, messages)
+    mask = [0] * len(ids)
+    special = set(tokenizer.added_tokens_decoder)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+        upto = _render(tokenizer, messages[: turn + 1]) if turn + 1 < len(messages) else ids
+        if ids[: len(before)] != before or ids[: len(upto)] != upto:
+            raise ValueError(
+                "the chat template rewrites earlier turns when later ones follow, so the assistant's "
+                "tokens cannot be told exactly. Use a template with generation marks, or single-turn examples."
+            )
+        # What follows the end-of-turn token (often a line break) opens the next turn and is never generated.
+        ends = [place for place in range(len(before), len(upto)) if ids[place] in special]
+        end = ends[-1] + 1 if ends else len(upto)
+        mask[len(before) : end] = [1] * (end - len(before))
+    return ids, mask
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
+) -> list[int]:
+    return list(
+        tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
+        )
+    )
