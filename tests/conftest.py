@@ -33,7 +33,8 @@ TRAINING_TEXT = (
     "def frequencies(base, size):\n    return [base ** (-2 * i / size) for i in range(size // 2)]\n",
     "Numbers: 0 1 2 3 4 5 6 7 8 9, 10, 128, 1024, 8192, 131072, 1048576. Questions? Answers!",
     "user: where is the key? assistant: the key is under the third stone. system: answer in short sentences.",
-    "Gr\u00fc\u00dfe aus K\u00f6ln, caf\u00e9, na\u00efve, \u65e5\u672c\u8a9e, emoji \U0001f642, <s> </s> and other marks that a corpus holds.",
+    "Gr\u00fc\u00dfe aus K\u00f6ln, caf\u00e9, na\u00efve, \u65e5\u672c\u8a9e, emoji \U0001f642.",
+    "Marks that a corpus holds: <s> </s> <br/> & ## ``` --- \t ...",
 )
 
 

@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+TAIL = 1 << 16  # bytes read at a time from the end of a log
 
 
 @contextmanager
@@ -72,26 +74,48 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Append one record as a line of JSON. One write call a line, so a crash can cut at most the last line."""
+    """Append one record as a line of JSON.
+
+    A line counts once its newline is written. What a crash left of an unfinished line is cut off first, so that a
+    resumed run's records do not grow onto it.
+
+    Raises:
+        ValueError: `record` holds a NaN or an infinity.
+    """
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    with open(path, "ab+") as stream:
+        _cut_unfinished_line(stream)
+        stream.write(line.encode("utf-8"))
+
+
+def _cut_unfinished_line(stream: BinaryIO) -> None:
+    end = start = stream.seek(0, os.SEEK_END)
+    while start > 0:
+        start = max(0, start - TAIL)
+        stream.seek(start)
+        found = stream.read(min(TAIL, end - start)).rfind(b"\n")
+        if found >= 0:
+            if start + found + 1 < end:
+                stream.truncate(start + found + 1)
+            return
+    stream.truncate(0)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a JSON-lines log written by `append_jsonl`; a last line cut off by a crash is left out.
+    """Read a JSON-lines log written by `append_jsonl`; a last line that a crash cut off is left out.
 
     Raises:
-        ValueError: A line that is not the last one is not JSON.
+        ValueError: A finished line is not JSON; the message names the file and the line.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # Split at bytes: str.splitlines also splits at separators that JSON strings may hold, such as U+2028.
+    *lines, _unfinished = Path(path).read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
     return records
 
 
