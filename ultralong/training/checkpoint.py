@@ -1,0 +1,181 @@
+"""Checkpoints of a run: whole or not there, resumed to the bit, and the plain Hugging Face folder at the end.
+
+A checkpoint is a folder `checkpoints/step-NNNNNNN`: torch's distributed checkpoint (parameters and optimizer states),
+every process's random state, and `state.json`. It is written under another name and renamed when all of it is on disk,
+so a folder of that name is always complete. The data position is the step itself (see `batches`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from ultralong import settings
+from ultralong.files import read_json, read_jsonl, write_json, write_text
+from ultralong.training.config import TrainConfig
+from ultralong.training.parallel import Processes
+
+# What a run may change between a checkpoint and its resumption without becoming another run.
+FREE_TO_CHANGE = ("out", "save_every", "keep", "trackers", "parallel", "memory", "rows_at_once", "compile")
+NAME = re.compile(r"step-(\d{7})")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run under `config.out`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        """One JSON line a step."""
+        return self.path / "log.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, a plain Hugging Face folder."""
+        return self.path / "model"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` steps."""
+        return self.path / "checkpoints" / f"step-{step:07d}"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Complete checkpoints, oldest first, with their steps."""
+        found = []
+        for entry in (self.path / "checkpoints").glob("step-*"):
+            if match := NAME.fullmatch(entry.name):
+                found.append((int(match[1]), entry))
+        return sorted(found)
+
+    def open(self, config: TrainConfig, resume: bool) -> int | None:
+        """Make the folder ready; main process only.
+
+        Returns:
+            The step to resume from, or None to start anew.
+
+        Raises:
+            ValueError: The folder holds a run and `resume` is off, or the run there has other settings.
+        """
+        if self.config.exists():
+            if not resume:
+                raise ValueError(f"{self.path} holds a run already. Go on with it (--resume) or choose another `out`.")
+            self._check_same(config)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
+        shutil.rmtree(self.path / "checkpoints" / "unfinished", ignore_errors=True)
+        settings.save(config, self.config, "Every setting of this run; `ultralong train` with this file repeats it.")
+        steps = self.checkpoints()
+        self._cut_log(steps[-1][0] if steps else 0)
+        return steps[-1][0] if steps else None
+
+    def _check_same(self, config: TrainConfig) -> None:
+        before = settings.to_mapping(settings.load(TrainConfig, self.config))
+        now = settings.to_mapping(config)
+        changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+        changed = [line for line in changed if line.split(":")[0] not in FREE_TO_CHANGE]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with other settings, so going on would make neither: {'; '.join(changed)}. "
+                "Restore them, or choose another `out`."
+            )
+
+    def _cut_log(self, step: int) -> None:
+        """Drop what was logged after the checkpoint: those steps are done again."""
+        if self.log.exists():
+            kept = [record for record in read_jsonl(self.log) if record["step"] <= step]
+            write_text(self.log, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def save(folder: RunFolder, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
+         keep: int) -> None:
+    """Write the checkpoint of `step`; all processes call it. Older ones beyond `keep` are removed afterwards.
+
+    Raises:
+        OSError: The disk is full or not writable. Nothing half-written is left under a checkpoint's name.
+    """
+    final = folder.checkpoint(step)
+    partial = final.parent / "unfinished"
+    if processes.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait()
+    parameters, states = get_state_dict(model, optimizer)
+    dcp.save({"model": parameters, "optimizer": states}, checkpoint_id=partial,
+             no_dist=processes.accelerator.num_processes == 1)
+    save_file(_random_state(), partial / f"random-{processes.accelerator.process_index}.safetensors")
+    processes.wait()
+    if processes.is_main:
+        write_json(partial / "state.json", {"step": step, "processes": processes.accelerator.num_processes})
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for _, old in folder.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+    processes.wait()
+
+
+def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint into model, optimizer and random state; all processes call it.
+
+    Returns:
+        The step it was saved after.
+
+    Raises:
+        ValueError: A file of it is missing or damaged; the message names the folder and what to do.
+    """
+    try:
+        state = read_json(path / "state.json")
+        parameters, states = get_state_dict(model, optimizer)
+        loaded = {"model": parameters, "optimizer": states}
+        dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
+        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        # Resumed on another number of processes, the random state of the first serves the new ones: training itself
+        # draws no numbers unless the model has dropout.
+        rank = processes.accelerator.process_index
+        rank = rank if rank < state["processes"] else 0
+        _restore_random_state(load_file(path / f"random-{rank}.safetensors"))
+    except (OSError, KeyError, RuntimeError, EOFError, SafetensorError, dcp.api.CheckpointException, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'damaged'}). "
+            "Remove that folder and run again with --resume: the checkpoint before it is used."
+        ) from error
+    return int(state["step"])
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's files, so that the rename that follows cannot land on disk before their content."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())

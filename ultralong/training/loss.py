@@ -1,0 +1,130 @@
+"""Cross entropy of a language-model head without ever holding the logits of a whole row.
+
+N tokens, d hidden size, V vocabulary. At 1,048,576 tokens and a vocabulary of 128,256 the float32 logits would take
+538 GB; a tile of them at a time takes `tile * V * 4` bytes.
+
+The loss is a *sum*, and the count of targets is returned beside it: the caller divides by the count of the whole
+optimizer step, over all processes and micro-batches. A mean taken anywhere below that weighs tokens unequally as soon
+as rows differ in their number of targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100  # the label that torch's cross entropy leaves out
+
+
+def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int = 2048) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies of `hidden @ weight.T` against `labels`, computed a tile of tokens at a time.
+
+    The gradients of both inputs are made in the forward pass, while a tile's logits exist, and scaled by the incoming
+    gradient in the backward pass: any factor put on the loss afterwards reaches both. The gradient of `weight` is
+    summed over tiles in float32. Under autocast the products are computed in its type.
+
+    Args:
+        hidden: (N, d), the decoder's last hidden states.
+        weight: (V, d), the head.
+        labels: (N,) int64, already shifted: `labels[n]` is the target of `hidden[n]`; -100 for none.
+        tile: Tokens whose logits exist at a time.
+
+    Returns:
+        The sum over all targets (float32 scalar, or float64 for float64 inputs; 0 with a graph where there is no
+        target), and each token's own loss (N,), detached, 0 where there is no target.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden must be (N, d) and weight (V, d), found {tuple(hidden.shape)}, {tuple(weight.shape)}.")
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels must be ({hidden.shape[0]},), one for each hidden state, found {tuple(labels.shape)}.")
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return _TiledCrossEntropy.apply(hidden, weight, labels, tile, compute)
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, compute: torch.dtype) -> Any:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        head = weight.to(compute)  # (V, d)
+        losses = torch.zeros(labels.shape, dtype=accumulate, device=hidden.device)  # (N,)
+        d_hidden = torch.zeros_like(hidden) if wants_hidden else None  # (N, d)
+        d_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None  # (V, d)
+        # Tokens without a target are left out before the product: in SFT they are most of a row.
+        targets = (labels != IGNORE).nonzero().squeeze(1)  # (M,)
+        for index in targets.split(tile):
+            part = hidden[index].to(compute)  # (m, d)
+            logits = (part @ head.T).to(accumulate)  # (m, V)
+            wanted = labels[index, None]  # (m, 1)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)  # (m, 1)
+            losses[index] = (normaliser - logits.gather(1, wanted)).squeeze(1)
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = logits.sub_(normaliser).exp_()  # softmax, in place: logits are not needed any more
+            d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=accumulate))
+            d_logits = d_logits.to(compute)
+            if d_hidden is not None:
+                d_hidden[index] = (d_logits @ head).to(hidden.dtype)
+            if d_weight is not None:
+                d_weight += d_logits.T @ part
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * d_total.to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * d_total).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None
+
+
+class LanguageModelLoss(nn.Module):
+    """A Hugging Face causal language model whose forward pass returns the loss instead of logits.
+
+    Args:
+        model: The causal language model, used as it is.
+        tile: Tokens whose logits exist at a time.
+
+    Raises:
+        ValueError: The model changes its logits after the head (soft cap, scaling, bias), which this loss does not.
+    """
+
+    def __init__(self, model: nn.Module, tile: int = 2048) -> None:
+        super().__init__()
+        config, head = model.config, model.get_output_embeddings()
+        for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
+            if getattr(config, name, neutral) not in (None, neutral):
+                raise ValueError(
+                    f"{type(model).__name__} changes its logits after the head ({name}={getattr(config, name)}), which "
+                    "the tiled loss does not do. Train a model without it."
+                )
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ValueError(f"The model's head must be a linear layer without bias, found {head}.")
+        self.model, self.tile = model, tile
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Sum of the losses and each token's own loss.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B, T), already shifted, -100 for no target.
+            **inputs: What else the decoder takes: `position_ids`, `attention_context`.
+
+        Returns:
+            Scalar sum over all targets, and (B, T) losses, detached.
+        """
+        decoder = self.model.get_decoder()
+        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
+        weight = self.model.get_output_embeddings().weight
+        total, losses = tiled_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self.tile)
+        return total, losses.view(labels.shape)
