@@ -1,0 +1,165 @@
+"""Intervals for what is measured: a score without one cannot be compared.
+
+Counts (found or not) take Wilson's interval, or Clopper and Pearson's where coverage must never fall below the level.
+Means and ratios over rows take a percentile bootstrap over the rows, because the tokens of one row are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def _check_counts(correct: int, n: int, level: float) -> None:
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(f"An interval needs 0 <= correct <= n and n >= 1, got correct={correct}, n={n}.")
+    _check_level(level)
+
+
+def _check_level(level: float) -> None:
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"The confidence level must lie between 0 and 1, such as 0.95, got {level}.")
+
+
+def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927, without continuity correction).
+
+    It stays inside [0, 1] and keeps its meaning at 0 of n and n of n, where the usual +- 2 standard errors is empty.
+
+    Args:
+        correct: Successes.
+        n: Trials.
+        level: Confidence, two-sided.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ValueError: Counts that are no counts, or a level outside (0, 1).
+    """
+    _check_counts(correct, n, level)
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # The ends are 0 and 1 exactly at the extremes; rounding must not move them.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+
+
+def clopper_pearson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval for a proportion (Clopper and Pearson 1934): coverage is never below the level.
+
+    Each end is where a binomial tail equals half of what the level leaves out, found by bisection to 1e-12.
+
+    Args:
+        correct: Successes.
+        n: Trials.
+        level: Confidence, two-sided.
+
+    Raises:
+        ValueError: Counts that are no counts, or a level outside (0, 1).
+    """
+    _check_counts(correct, n, level)
+    tail = (1 - level) / 2
+    low = 0.0 if correct == 0 else _bisect(lambda p: 1 - _binomial_cdf(correct - 1, n, p) < tail)
+    high = 1.0 if correct == n else _bisect(lambda p: _binomial_cdf(correct, n, p) > tail)
+    return low, high
+
+
+def _binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X binomial(n, p), summed in logarithms so that large n does not underflow."""
+    terms = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p)
+             + (n - i) * math.log1p(-p) for i in range(k + 1)]
+    return math.fsum(math.exp(term) for term in terms)
+
+
+def _bisect(below: Callable[[float], bool]) -> float:
+    """The point in (0, 1) where the predicate turns from true to false."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return (low + high) / 2
+
+
+def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, *, seed: int, level: float = 0.95,
+                    resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap over rows of `sum(sums) / sum(counts)`, column by column.
+
+    Rows are drawn with replacement, whole: a token's neighbours come along. A column that fewer than two rows reach
+    says nothing about spread, and gets NaN.
+
+    Args:
+        sums: (R, C) what is summed, such as nats in each of C bins of R rows.
+        counts: (R, C) how many were summed.
+        seed: Seed of the draws; the same seed gives the same interval.
+        level: Confidence, two-sided.
+        resamples: Number of draws.
+
+    Returns:
+        (C,) lower ends and (C,) upper ends.
+
+    Raises:
+        ValueError: Shapes that differ or are not (R, C), or a level outside (0, 1).
+    """
+    _check_level(level)
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    if sums.ndim != 2 or sums.shape != counts.shape or not len(sums):
+        raise ValueError(f"bootstrap_ratio() needs two (rows, columns) arrays alike, got {sums.shape} and "
+                         f"{counts.shape}.")
+    rows = len(sums)
+    draws = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)  # (S, R)
+    total = draws @ counts  # (S, C)
+    ratio = np.divide(draws @ sums, total, out=np.full_like(total, np.nan), where=total > 0)
+    ends = np.full((2, sums.shape[1]), np.nan)
+    known = (counts > 0).sum(0) >= 2
+    ends[:, known] = np.nanquantile(ratio[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return ends[0], ends[1]
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int, level: float = 0.95,
+                   resamples: int = RESAMPLES) -> tuple[float, float]:
+    """Percentile bootstrap of a mean. See `bootstrap_ratio` for the arguments; fewer than two values give NaN."""
+    column = np.asarray(values, float).reshape(-1, 1)
+    low, high = bootstrap_ratio(column, np.ones_like(column), seed=seed, level=level, resamples=resamples)
+    return float(low[0]), float(high[0])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: `mean` of second minus first over `n` pairs, with the interval `low` to `high`."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int, level: float = 0.95,
+                      resamples: int = RESAMPLES) -> Difference:
+    """Mean of `second - first` over the same samples, with a bootstrap interval over the pairs.
+
+    Pairing takes out how hard each sample is, so that two models can be told apart with far fewer samples.
+
+    Args:
+        first: Scores of the first model, one a sample.
+        second: Scores of the second model on the same samples, in the same order.
+        seed: Seed of the draws.
+        level: Confidence, two-sided.
+        resamples: Number of draws.
+
+    Raises:
+        ValueError: Different numbers of scores, or none.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"A paired difference needs the same samples on both sides, got {len(first)} and "
+                         f"{len(second)}.")
+    differences = np.asarray(second, float) - np.asarray(first, float)
+    low, high = bootstrap_mean(differences, seed=seed, level=level, resamples=resamples)
+    return Difference(float(differences.mean()), low, high, len(differences))
