@@ -153,7 +153,7 @@ FAULTS = {
     "holds a widget": lambda book: figure(book).update({"application/vnd.jupyter.widget-view+json": {}}),
     "belongs to one session: widgets": lambda book: book.metadata.update(widgets={}),
     "shows something of the machine": lambda book: code_cell(book, "still").outputs.append(
-        stream("stdout", "saved to /home/someone/model")),
+        stream("stdout", "saved to /mnt/disk/model")),
     "was not executed": lambda book: code_cell(book, "still").update(execution_count=None),
     "kB; at most": lambda book: figure(book).update({"image/png": "A" * MOST_KILOBYTES * 1000}),
     "another kernelspec": lambda book: book.metadata.kernelspec.pop("language"),
