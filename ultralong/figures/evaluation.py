@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_LABELLED = 12
+WIDE_RANGE = 20  # beyond this ratio a linear axis flattens the lower curve
 
 
 def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None) -> Figure:
@@ -60,7 +61,8 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
         texttemplate="%{text}" if labelled else None, textfont={"size": 11},
         customdata=[[f"{tokens_label(length)} tokens, depth {depth:.0%}" for length in lengths] for depth in depths],
         hovertemplate="%{customdata}: %{text} found<extra></extra>",
-        colorbar={"title": {"text": "found", "side": "right"}, "tickformat": ".0%", "thickness": 12}))
+        colorbar={"title": {"text": "found", "side": "right", "font": {"size": 13}}, "tickformat": ".0%",
+                  "thickness": 12}))
     _tick(figure.update_xaxes, [tokens_label(length) for length in lengths])
     _tick(figure.update_yaxes, [f"{depth:.0%}" for depth in depths])
     # Pinned ranges keep the half cells at the borders, and put the shallowest needle on top as a page is read.
@@ -105,7 +107,7 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
 
     Args:
         curves: Name of the model to its bins, as `perplexity_by_position` returns them: `start`, `end` (tokens),
-            `perplexity`, `low`, `high`.
+            `perplexity`, `low`, `high` (None where there is no interval).
         title: Title of the figure.
         base_window: The old window in tokens, drawn as a vertical line.
     """
@@ -114,8 +116,9 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
     for index, (name, bins) in enumerate(curves.items()):
         colour = PALETTE[index % len(PALETTE)]
         x = [(item["start"] + item["end"]) / 2 for item in bins]
-        band = [item["high"] for item in bins] + [item["low"] for item in reversed(bins)]
-        figure.add_trace(scatter(x=x + x[::-1], y=band,
+        known = [(place, item) for place, item in zip(x, bins, strict=True) if item["low"] is not None]
+        figure.add_trace(scatter(x=[place for place, _ in known] + [place for place, _ in reversed(known)],
+                                 y=[item["high"] for _, item in known] + [item["low"] for _, item in reversed(known)],
                                  fill="toself", fillcolor=translucent(colour, 0.2), line={"width": 0, "color": colour},
                                  mode="lines", showlegend=False, hoverinfo="skip"))
         figure.add_trace(scatter(x=x, y=[item["perplexity"] for item in bins], name=name, mode="lines+markers",
@@ -124,10 +127,9 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
                                  customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
                                  hovertemplate="%{customdata}: %{y:.2f}<extra>" + name + "</extra>"))
     figure.update_layout(showlegend=True)
-    highest = max(item["high"] for bins in curves.values() for item in bins)
-    lowest = min(item["low"] for bins in curves.values() for item in bins)
-    if highest > 20 * lowest:
-        figure.update_yaxes(type="log")
+    values = [item["perplexity"] for bins in curves.values() for item in bins]
+    if max(values) > WIDE_RANGE * min(values):
+        figure.update_yaxes(type="log", dtick=1)
     if base_window is not None:
         figure.add_shape(type="line", x0=base_window, x1=base_window, y0=0, y1=1, xref="x", yref="y domain",
                          line={"color": GREY, "width": 2, "dash": "dash"})

@@ -62,7 +62,8 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
         margin={"l": 64, "r": 24, "t": 56 if title else 32, "b": 56}, hovermode="closest",
         legend={"bgcolor": CLEAR, "orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0.0},
     )
-    axis = {"gridcolor": GRID, "linecolor": GREY, "zeroline": False, "ticks": "outside", "tickcolor": GREY}
+    axis = {"gridcolor": GRID, "linecolor": GREY, "zeroline": False, "ticks": "outside", "tickcolor": GREY,
+            "title": {"font": {"size": 13}}}
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure
