@@ -1,1 +1,16 @@
-"""."""
+"""Sequence-parallel attention: exact, aware of packed documents, for unmodified transformers models.
+
+`import ultralong.attention` makes `attn_implementation="ultralong"` known; `make_context` says how one row's attention
+is shared out; the model is then called with this rank's tokens and `attention_context=`.
+"""
+
+from ultralong.attention.collectives import PeerLost
+from ultralong.attention.context import SCHEMES, AttentionContext, make_context
+from ultralong.attention.function import AttentionKeeper
+from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
+from ultralong.attention.register import NAME, register
+
+__all__ = ["KERNELS", "NAME", "SCHEMES", "AttentionContext", "AttentionKeeper", "PeerLost", "available_kernels",
+           "get_kernel", "make_context", "register"]
+
+register()

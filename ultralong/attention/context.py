@@ -1,0 +1,267 @@
+"""One row's attention context: who holds which tokens, which documents there are, and how attention is computed.
+
+Legend: B batch, T tokens of the row, P ranks, H query heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
+from ultralong.attention.collectives import Group, all_gather
+from ultralong.attention.function import AttentionKeeper, attention
+from ultralong.attention.gathered import Gathered
+from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
+from ultralong.attention.layout import Layout, balanced, contiguous, zigzag
+from ultralong.attention.ring import Ring
+from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.scheme import Local, Scheme
+from ultralong.attention.ulysses import Ulysses, head_split, stage_counts
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
+Groups = Group | DeviceMesh | tuple[Group, Group]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionContext:
+    """How the attention of one row (or a batch of rows with the same documents) is shared out.
+
+    Made by `make_context`, passed to an unmodified transformers model as `attention_context=`.
+
+    Attributes:
+        tokens: Length of the row, without padding.
+        layout: Who holds which tokens.
+        process: This process's place in the layout.
+        scheme: One of `SCHEMES`.
+        kernel: A kernel's name, or "auto".
+        heads: Query heads H.
+        kv_heads: Kv heads K.
+        boundaries: Document boundaries when documents don't see each other, else None: every token sees all before it.
+        outer: Group of the layout's ranks (None for one rank).
+        inner: Group that trades tokens for heads (Ulysses; None without).
+        stages: Ulysses' head chunks.
+        keeper: Keeps attention results over recomputed forward passes.
+        reason: Why `auto` chose this scheme.
+    """
+
+    tokens: int
+    layout: Layout
+    process: int
+    scheme: str
+    kernel: str
+    heads: int
+    kv_heads: int
+    boundaries: tuple[int, ...] | None
+    outer: Group | None = None
+    inner: Group | None = None
+    stages: int = 1
+    keeper: AttentionKeeper | None = None
+    reason: str = ""
+    _made: dict[Kernel, Scheme] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of processes that share the row."""
+        return self.layout.ranks * self.layout.inner
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens this process holds, padding included."""
+        return self.layout.local
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """Positions (1, local tokens) in the row of this process's tokens, for RoPE over the whole row."""
+        return self.layout.positions(self.process)[None].to(device)
+
+    def shard(self, x: Tensor, dim: int = 1, pad: float = 0) -> Tensor:
+        """This process's tokens of a row that every process has whole.
+
+        Args:
+            x: Any tensor with `tokens` along `dim`: input ids, labels, position ids, hidden states.
+            dim: The token dimension.
+            pad: Value of the tokens past the end (-100 for labels).
+
+        Returns:
+            `local_tokens` along `dim`, in the order this process holds them.
+
+        Raises:
+            ValueError: `x` has another length along `dim`.
+        """
+        return self.layout.shard(x, self.process, dim, pad)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The row in order and without padding, on every process, from everyone's tokens. Without gradient.
+
+        Args:
+            x: `local_tokens` along `dim`.
+            dim: The token dimension.
+
+        Raises:
+            ValueError: `x` has another length along `dim`, or would need a gradient through the gathering.
+        """
+        if x.shape[dim] != self.local_tokens:
+            raise ValueError(f"unshard needs {self.local_tokens} local tokens along dimension {dim}, found "
+                             f"{x.shape[dim]}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("unshard has no gradient: call it on x.detach(), or compute the loss on local tokens")
+        dim = dim % x.dim()
+        x = x.contiguous()
+        for group in (self.inner, self.outer):
+            if group is not None:
+                x = torch.cat(list(all_gather(x, group).wait()), dim)
+        return self.layout.restore(x, dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None,
+               softcap: float | None = None, sink: Tensor | None = None, layer: int = 0) -> Tensor:
+        """Causal attention of this process's tokens, equal to one process's on the whole row. Differentiable.
+
+        Args:
+            q: (B, local tokens, H, D).
+            k: (B, local tokens, K, D).
+            v: (B, local tokens, K, D).
+            scale: Factor on scores, 1 / sqrt(D) by default.
+            window: Sliding window in tokens, the query's own included.
+            softcap: Scores become softcap * tanh(score / softcap).
+            sink: (H,) logits of one more key with value zero.
+            layer: Name of this call for the keeper.
+
+        Returns:
+            (B, local tokens, H, D).
+
+        Raises:
+            ValueError: A shape, type or device differs from what the context is for, or no kernel can compute it.
+        """
+        check_tensors(q, k, v, self.local_tokens, self.heads, self.kv_heads)
+        window = None if window is None or window >= self.tokens else window
+        rule = Rule(scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None)
+        if window is not None and self.scheme.endswith("ring"):
+            raise ValueError(f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or "
+                             "'gathered'")
+        return attention(q, k, v, self._scheme(q, rule), rule, sink=sink, keeper=self.keeper, layer=layer)
+
+    def _scheme(self, q: Tensor, rule: Rule) -> Scheme:
+        spans = None if self.boundaries is None else Spans(self.boundaries, self.boundaries)
+        kernel = choose_kernel(self.kernel, q, rule.with_spans(spans), clipped="gathered" in self.scheme)
+        if kernel not in self._made:
+            if self.outer is None:
+                core: Scheme = Local(kernel, spans)
+            elif self.scheme.endswith("ring"):
+                core = Ring(self.outer, self.layout, kernel, self.boundaries)
+            else:
+                core = Gathered(self.outer, self.layout, kernel, self.boundaries)
+            self._made[kernel] = core if self.inner is None else Ulysses(self.inner, core, self.stages)
+        return self._made[kernel]
+
+
+def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto", kernel: str = "auto",
+                 boundaries: Tensor | Sequence[int] | None = None, *, heads: int, kv_heads: int | None = None,
+                 stages: int = 1, keeper: AttentionKeeper | None = None) -> AttentionContext:
+    """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
+
+    Args:
+        tokens: Length of the row; any length (it is padded inside).
+        group: The processes that share the row: a process group, a 1-dimensional device mesh, or, for two levels, a
+            2-dimensional mesh or a pair of groups (across hosts, inside the host). None: this process alone.
+        scheme: "auto", or one of `SCHEMES`. The two hybrids run Ulysses inside the host, the named scheme across.
+        kernel: "auto", or one of `ultralong.attention.kernels.KERNELS`.
+        boundaries: (N+1,) cumulative document lengths from 0 to `tokens` when documents must not see each other; None
+            when every token sees all before it (the recipe's way).
+        heads: Query heads of the model.
+        kv_heads: Kv heads of the model, as many as query heads by default.
+        stages: Ulysses' head chunks: more make the exchanged buffers smaller.
+        keeper: Keeps attention results over recomputed forward passes.
+
+    Raises:
+        ValueError: A name is unknown, boundaries don't rise or don't end at `tokens`, heads can't be split, or the
+            group does not fit the scheme; says what was found and what to do.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    check_heads(heads, kv_heads)
+    if kernel not in ("auto", *KERNELS):
+        raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {kernel!r}")
+    edges = None if boundaries is None else check_boundaries(boundaries, tokens)
+    edges = None if edges is not None and len(edges) == 2 else edges
+    outer, inner = _two_levels(group)
+    outer_size, inner_size = (1 if g is None else dist.get_world_size(g) for g in (outer, inner))
+    name, reason = _choose_scheme(scheme, outer_size, inner_size, heads, kv_heads, edges is not None)
+    if name == "ulysses":
+        outer, inner, outer_size, inner_size = None, outer, 1, outer_size
+    if inner is not None:
+        head_split(heads, kv_heads, inner_size)
+        if stages not in stage_counts(heads, kv_heads, inner_size):
+            raise ValueError(f"stages must be one of {stage_counts(heads, kv_heads, inner_size)} for {heads} query and "
+                             f"{kv_heads} kv heads over {inner_size} ranks, found {stages}")
+    elif stages != 1:
+        raise ValueError(f"stages are Ulysses' head chunks; scheme {name!r} has none, found stages={stages}")
+    layout = _choose_layout(tokens, outer_size, inner_size, edges)
+    outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
+    if edges is not None and edges[-1] != layout.padded:
+        edges = (*edges, layout.padded)
+    process = outer_rank * inner_size + inner_rank
+    return AttentionContext(tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, stages, keeper,
+                            reason)
+
+
+def _two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
+    """(outer, inner) groups; a group of one process is none."""
+    if group is None:
+        return None, None
+    if isinstance(group, DeviceMesh):
+        if group.ndim > 2:
+            raise ValueError("group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found "
+                             f"{group.ndim}")
+        group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
+    outer, inner = group if isinstance(group, tuple) else (group, None)
+    outer, inner = (None if g is None or dist.get_world_size(g) == 1 else g for g in (outer, inner))
+    return (outer, inner) if outer is not None or inner is None else (inner, None)
+
+
+def _choose_scheme(scheme: str, outer: int, inner: int, heads: int, kv_heads: int, packed: bool) -> tuple[str, str]:
+    """The scheme's name, and why."""
+    if scheme not in ("auto", *SCHEMES):
+        raise ValueError(f"scheme must be one of {', '.join(('auto', *SCHEMES))}; found {scheme!r}")
+    if outer == 1:
+        return "single", "one process"
+    if inner > 1:
+        if scheme not in ("auto", "hybrid-gathered", "hybrid-ring"):
+            raise ValueError(f"scheme {scheme!r} takes one level of ranks, found {outer} x {inner}: use "
+                             "'hybrid-gathered' or 'hybrid-ring', or pass a group with all ranks")
+        if scheme != "auto":
+            return scheme, "asked for"
+        if packed:
+            return _logged("hybrid-gathered", outer * inner, f"{outer} hosts of {inner}; exact for packed documents")
+        return _logged("hybrid-ring", outer * inner, f"{outer} hosts of {inner}; transfers between hosts are hidden")
+    if scheme.startswith("hybrid"):
+        raise ValueError(f"scheme {scheme!r} takes two levels of ranks (a 2-dimensional mesh, or a pair of groups), "
+                         f"found one of {outer}")
+    if scheme not in ("auto", "single"):
+        return scheme, "asked for"
+    if scheme == "single":
+        raise ValueError(f"scheme 'single' is for one process, found a group of {outer}: pass group=None")
+    try:
+        head_split(heads, kv_heads, outer)
+    except ValueError:
+        return _logged("gathered", outer, f"{heads} query and {kv_heads} kv heads can't be split over {outer} ranks")
+    return _logged("ulysses", outer, f"the heads split over {outer} ranks: equal work for any documents")
+
+
+@cache
+def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
+    log.info("sequence-parallel attention over %d ranks: %s (%s)", ranks, name, reason)
+    return name, reason
+
+
+def _choose_layout(tokens: int, outer: int, inner: int, boundaries: tuple[int, ...] | None) -> Layout:
+    if outer == 1:
+        return contiguous(tokens, 1, inner)
+    return zigzag(tokens, outer, inner) if boundaries is None else balanced(tokens, outer, boundaries, inner)

@@ -1,0 +1,145 @@
+"""The attention kernels, and which one `auto` takes.
+
+Names: `flash4`, `flash3`, `flash2` (the flash-attn packages), `cudnn`, `flash` (torch's own flash kernels, CUDA and
+CPU), `efficient` (torch's memory-efficient kernel, the fast one for float32 on a GPU) and `reference`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.kernels.adapt import attention_backward, attention_forward
+from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel
+from ultralong.attention.kernels.reference import Reference
+from ultralong.attention.kernels.torch_cpu import TorchCpu
+from ultralong.attention.rule import Rule
+
+__all__ = ["BOTTOM_RIGHT", "GQA", "KERNELS", "SOFTCAP", "VARLEN", "WINDOW", "Kernel", "attention_backward",
+           "attention_forward", "available_kernels", "choose_kernel", "get_kernel"]
+
+log = logging.getLogger(__name__)
+
+
+def _flash4() -> Kernel:
+    from ultralong.attention.kernels.flash_attn import FlashAttn4
+    return FlashAttn4()
+
+
+def _flash3() -> Kernel:
+    from ultralong.attention.kernels.flash_attn import FlashAttn3
+    return FlashAttn3()
+
+
+def _flash2() -> Kernel:
+    from ultralong.attention.kernels.flash_attn import FlashAttn2
+    return FlashAttn2()
+
+
+def _cudnn() -> Kernel:
+    from ultralong.attention.kernels.torch_cuda import TorchCudnn
+    return TorchCudnn()
+
+
+def _flash(device: str) -> Kernel:
+    if device == "cpu":
+        return TorchCpu()
+    from ultralong.attention.kernels.torch_cuda import TorchFlash
+    return TorchFlash()
+
+
+def _efficient() -> Kernel:
+    from ultralong.attention.kernels.torch_cuda import TorchEfficient
+    return TorchEfficient()
+
+
+# From fastest to slowest; `auto` takes the first that is present and can compute the call.
+KERNELS: tuple[str, ...] = ("flash4", "flash3", "cudnn", "flash2", "flash", "efficient", "reference")
+_MAKERS: dict[str, Callable[[], Kernel]] = {
+    "flash4": _flash4, "flash3": _flash3, "flash2": _flash2, "cudnn": _cudnn, "efficient": _efficient,
+    "reference": Reference,
+}
+
+
+@cache
+def get_kernel(name: str, device: str = "cuda") -> Kernel:
+    """The kernel of a name.
+
+    Args:
+        name: One of `KERNELS`.
+        device: "cuda" or "cpu"; `flash` is another kernel on each.
+
+    Raises:
+        ValueError: No kernel has this name, or this torch or GPU lacks it.
+        ImportError: The kernel's package is not installed; the message says how to install it.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {name!r}")
+    return _flash(device) if name == "flash" else _MAKERS[name]()
+
+
+def available_kernels(device: str) -> dict[str, Kernel]:
+    """Every kernel that is present for a device type, fastest first."""
+    found: dict[str, Kernel] = {}
+    for name in KERNELS:
+        try:
+            kernel = get_kernel(name, device)
+        except (ImportError, ValueError):
+            continue
+        if kernel.device in (device, "any"):
+            found[name] = kernel
+    return found
+
+
+def choose_kernel(name: str, q: Tensor, rule: Rule, *, clipped: bool = False) -> Kernel:
+    """The kernel for a call: the named one, or the fastest that is present and right for it.
+
+    Args:
+        name: A kernel's name, or "auto".
+        q: Query (.., D) of the call, for its device, type and head size.
+        rule: The call's rule.
+        clipped: Whether calls will have more keys than queries (gathered keys).
+
+    Returns:
+        The kernel. `auto` logs its choice once per kind of call.
+
+    Raises:
+        ValueError: The named kernel can't compute this call, or none can; says which rule it breaks.
+        ImportError: As `get_kernel`.
+    """
+    if name != "auto":
+        kernel = get_kernel(name, q.device.type)
+        reason = kernel.refusal(q, rule)
+        if reason is not None:
+            raise ValueError(f"kernel {name!r} can't compute this attention: {reason}")
+        return kernel
+    packed, square = rule.spans is not None, not clipped
+    return _auto(q.device.type, q.dtype, q.shape[-1], packed, square, rule.window, rule.softcap)
+
+
+@cache
+def _auto(device: str, dtype: torch.dtype, head_size: int, packed: bool, square: bool, window: int | None,
+          softcap: float | None) -> Kernel:
+    q = torch.empty(1, 1, 1, head_size, dtype=dtype, device=device)
+    rule = Rule(scale=1.0, window=window, softcap=softcap)
+    reasons: list[str] = []
+    fits: list[Kernel] = []
+    for kernel in available_kernels(device).values():
+        reason = kernel.refusal(q, rule)
+        if reason is None:
+            fits.append(kernel)
+        else:
+            reasons.append(f"{kernel.name}: {reason}")
+    if not fits:
+        raise ValueError("no attention kernel can compute this call: " + "; ".join(reasons))
+    wanted = {VARLEN} if packed else set()
+    wanted |= set() if square else {BOTTOM_RIGHT}
+    choice = next((kernel for kernel in fits if wanted <= kernel.features and kernel.name != "reference"), fits[0])
+    log.info("attention kernel %s for %s, %s, head size %d%s%s%s", choice.name, device, dtype, head_size,
+             ", packed" if packed else "", "" if square else ", gathered keys",
+             f" (passed over {'; '.join(reasons)})" if reasons else "")
+    return choice

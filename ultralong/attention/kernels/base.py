@@ -1,0 +1,74 @@
+"""The interface that every attention kernel fills, and what a kernel says it can do.
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.rule import Rule
+
+GQA = "gqa"  # fewer kv heads than query heads, without copying them
+VARLEN = "varlen"  # pieces of a packed row in one call
+BOTTOM_RIGHT = "bottom_right"  # causal with more keys than queries
+WINDOW = "window"  # sliding window
+SOFTCAP = "softcap"  # capped scores
+
+ANY_ELEMENTS = 2**62
+
+
+class Kernel(ABC):
+    """One attention kernel: `(q, k, v, rule) -> (out, lse)` and its backward from the saved pair.
+
+    Shapes: q, out and their gradients (B, T_q, H, D); k, v and their gradients (B, T_k, K, D); lse (B, H, T_q) in
+    float32 (float64 for float64 input), natural logarithm. A call with pieces (`rule.spans`) has B = 1.
+    `backward` takes any pair (out, lse): one merged from several calls gives this call's share of the gradients.
+
+    Attributes:
+        name: What users ask for.
+        device: "cpu" or "cuda".
+        dtypes: Types it takes.
+        features: Which of the constants above it has; `ultralong.attention.kernels.adapt` makes up for a missing
+            GQA, VARLEN or BOTTOM_RIGHT, the others are refused.
+        head_sizes: Largest head size, and what the size must be divisible by.
+        max_elements: Largest tensor that it indexes rightly.
+    """
+
+    name: ClassVar[str]
+    device: ClassVar[str]
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float16, torch.bfloat16})
+    features: frozenset[str] = frozenset()
+    head_sizes: tuple[int, int] = (256, 8)
+    max_elements: int = ANY_ELEMENTS
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Attention output and log-sum-exp."""
+
+    @abstractmethod
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+
+    def refusal(self, q: Tensor, rule: Rule) -> str | None:
+        """Why this kernel can't compute this call, or None when it can."""
+        largest, multiple = self.head_sizes
+        if q.device.type != self.device:
+            return f"it runs on {self.device}, the tensors are on {q.device.type}"
+        if q.dtype not in self.dtypes:
+            return f"it takes {', '.join(sorted(str(d) for d in self.dtypes))}, the tensors are {q.dtype}"
+        if q.shape[-1] > largest or q.shape[-1] % multiple:
+            return f"it takes head sizes up to {largest} divisible by {multiple}, found {q.shape[-1]}"
+        if rule.window is not None and WINDOW not in self.features:
+            return f"it has no sliding window, asked for {rule.window}"
+        if rule.softcap and SOFTCAP not in self.features:
+            return f"it has no soft cap on scores, asked for {rule.softcap}"
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name})"

@@ -1,0 +1,160 @@
+"""Attention and mask functions of transformers' registries, under the name `ultralong`.
+
+Legend: B batch, T tokens a process holds, T_k keys (cache included), H query heads, K kv heads, D head size.
+
+With `attention_context=` in the model's call, the layer's attention is the context's and no mask is ever built. Without
+one it is ordinary attention of one process: causal, with whatever mask and key-value cache transformers has for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from ultralong.attention.context import AttentionContext
+from ultralong.attention.function import attention
+from ultralong.attention.kernels import choose_kernel
+from ultralong.attention.rule import Rule
+from ultralong.attention.scheme import Local
+
+NAME = "ultralong"
+
+
+class DeferredMask:
+    """A mask that is only built if a layer turns out to need it, and then once for all layers.
+
+    transformers makes masks before it knows how attention will be computed; at a million tokens a mask is a terabyte.
+
+    Attributes:
+        padding: The (B, T_k) mask of real tokens that the caller gave, or None.
+        plain: Whether it says no more than "causal, the last query lines up with the last key".
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+        self._built: Tensor | None = None
+        self._is_built = False
+        self.padding: Tensor | None = arguments.get("attention_mask")
+        offset = arguments.get("q_offset", 0)
+        self.plain = (
+            self.padding is None
+            and arguments.get("mask_function") is causal_mask_function
+            and isinstance(offset, int)
+            and offset + arguments["q_length"] == arguments["kv_length"] + arguments.get("kv_offset", 0)
+            and arguments.get("kv_offset", 0) == 0
+        )
+
+    def build(self) -> Tensor | None:
+        """The (B, 1, T, T_k) mask as transformers makes it for sdpa; None where plain causal says it all."""
+        if not self._is_built:
+            self._built, self._is_built = sdpa_mask(**self._arguments), True
+        return self._built
+
+
+def mask_function(**arguments: Any) -> DeferredMask:
+    """What transformers calls to make a mask for `attn_implementation="ultralong"`."""
+    return DeferredMask(arguments)
+
+
+def attention_function(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                       attention_mask: Tensor | DeferredMask | None, dropout: float = 0.0, scaling: float | None = None,
+                       is_causal: bool | None = None, attention_context: AttentionContext | None = None,
+                       **kwargs: Any) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: The attention layer.
+        query: (B, H, T, D), positions already applied.
+        key: (B, K, T_k, D).
+        value: (B, K, T_k, D).
+        attention_mask: A mask tensor, a deferred one, or None.
+        dropout: Refused under a context.
+        scaling: Factor on scores.
+        is_causal: Overrides the layer's own.
+        attention_context: How the row is shared out; None for ordinary attention.
+        **kwargs: What else the layer passes: `sliding_window`, `softcap`, `s_aux` (sinks), ...
+
+    Returns:
+        (B, T, H, D) and None.
+
+    Raises:
+        ValueError: The context or the kernel can't honour what the layer asks for; names it.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    query, key, value = _as_autocast(query, key, value)
+    if attention_context is not None:
+        _refuse(module, key, query, attention_mask, dropout, causal, kwargs)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, D)
+        out = attention_context.attend(q, k, v, scale=scaling, window=kwargs.get("sliding_window"),
+                                       softcap=kwargs.get("softcap"), sink=kwargs.get("s_aux"),
+                                       layer=getattr(module, "layer_idx", 0))
+        return out, None
+    return _ordinary(module, query, key, value, attention_mask, dropout, scaling, causal, kwargs)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the type it computes attention in: positions applied in float32 leave q and k wider than v."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+def _refuse(module: torch.nn.Module, key: Tensor, query: Tensor, mask: Tensor | DeferredMask | None, dropout: float,
+            causal: bool, kwargs: dict[str, Any]) -> None:
+    """Raise on whatever a context would otherwise silently leave out."""
+    name = type(module).__name__
+    padding = mask.padding if isinstance(mask, DeferredMask) else mask
+    if padding is not None and not (padding.dim() == 2 and bool(padding.bool().all())):
+        raise ValueError(f"{name}: an attention_mask with hidden tokens can't be used with an attention context; pass "
+                         "boundaries to make_context instead (padding at the end of the row needs no mask)")
+    if dropout:
+        raise ValueError(f"{name}: attention dropout {dropout} is not supported with an attention context; set the "
+                         "config's attention_dropout to 0")
+    if not causal:
+        raise ValueError(f"{name}: only causal attention can be shared out, this layer is not causal")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{name}: a key-value cache can't be used with an attention context (found {key.shape[2]} "
+                         f"keys for {query.shape[2]} queries); pass use_cache=False")
+    for option in ("position_bias", "cache"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"{name}: {option} is not supported with an attention context")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else "full_attention"
+    if kind not in ("full_attention", "sliding_attention"):
+        raise ValueError(f"{name}: layer type {kind!r} is not supported with an attention context; full_attention and "
+                         "sliding_attention are")
+    if kind == "sliding_attention" and kwargs.get("sliding_window") is None:
+        raise ValueError(f"{name}: a sliding_attention layer that passes no sliding_window can't be honoured")
+
+
+def _ordinary(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | DeferredMask | None,
+              dropout: float, scaling: float | None, causal: bool, kwargs: dict[str, Any]) -> tuple[Tensor, None]:
+    """One process's attention: a kernel where the mask is plain causal, else transformers' sdpa with the mask built."""
+    plain = mask is None if not isinstance(mask, DeferredMask) else mask.plain
+    special = any(kwargs.get(option) is not None for option in ("position_bias", "cache"))
+    if plain and causal and not dropout and not special and query.shape[2] > 1:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        window = kwargs.get("sliding_window")
+        rule = Rule(scale=q.shape[-1] ** -0.5 if scaling is None else scaling, softcap=kwargs.get("softcap") or None,
+                    window=None if window is None or window >= k.shape[1] else window)
+        kernel = choose_kernel("auto", q, rule, clipped=q.shape[1] != k.shape[1])
+        return attention(q, k, v, Local(kernel), rule, sink=kwargs.get("s_aux")), None
+    for option in ("softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"{type(module).__name__}: {option} with a mask or a cache is not supported by "
+                             "'ultralong' attention without a context; use attn_implementation='eager' for this call")
+    built = mask.build() if isinstance(mask, DeferredMask) else mask
+    return sdpa_attention_forward(module, query, key, value, built, dropout=dropout, scaling=scaling, is_causal=causal,
+                                  **kwargs)
+
+
+def register() -> None:
+    """Make `attn_implementation="ultralong"` known to transformers (done on import of `ultralong.attention`)."""
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)

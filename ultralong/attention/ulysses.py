@@ -1,0 +1,250 @@
+"""Ulysses: trade tokens for heads, attend over the whole row with a part of the heads, trade back.
+
+Legend: B batch, T tokens a rank holds, P ranks, H query heads, K kv heads, D head size; M = lcm(K, P) kv heads after
+each is repeated M / K times (1 where the degree divides them), N = M / P of them a rank, G = H / M query heads for
+each; n and g those of one stage.
+
+DeepSpeed-Ulysses (arXiv 2309.14509), with the head-chunked stages of UPipe (arXiv 2602.21196): only the heads of one
+stage, and the exchange of the next one, are in the exchanged form at a time. What the backward pass needs is kept in
+the local form and exchanged again, which costs one more exchange but no second copy. K and V of a stage stay while
+the stages that share them run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultralong.attention.collectives import Group, Pending, all_to_all
+from ultralong.attention.merge import accumulator
+from ultralong.attention.rule import Rule
+from ultralong.attention.scheme import Gradients, Pair, Scheme
+
+
+def head_split(heads: int, kv_heads: int, degree: int) -> tuple[int, int]:
+    """How many kv heads a rank gets, and how many query heads each of them serves: (N, G).
+
+    Raises:
+        ValueError: The heads can't be split over this degree; names the rule.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of kv heads, found {heads} and {kv_heads}")
+    repeated = math.lcm(kv_heads, degree)
+    if heads % repeated:
+        raise ValueError(
+            f"Ulysses can't split {heads} query and {kv_heads} kv heads over {degree} ranks: the query heads must be "
+            f"a multiple of lcm({kv_heads}, {degree}) = {repeated}. Use scheme='gathered' or 'ring': they take any")
+    return repeated // degree, heads // repeated
+
+
+def stage_counts(heads: int, kv_heads: int, degree: int) -> list[int]:
+    """The numbers of stages that split the heads evenly, rising (UPipe's head chunks)."""
+    kv, group = head_split(heads, kv_heads, degree)
+    of_kv, of_group = ([s for s in range(1, count + 1) if count % s == 0] for count in (kv, group))
+    return sorted({*of_kv, *(kv * s for s in of_group)})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The heads of one stage, of every rank's N kv heads and of each one's G query heads."""
+
+    kv: slice
+    group: slice
+    first: bool  # the first stage with these kv heads
+    last: bool  # the last one
+
+
+@dataclass(frozen=True, eq=False)
+class Ulysses(Scheme):
+    """All-to-all between tokens and heads around an inner scheme.
+
+    Attributes:
+        group: The ranks that share the heads; their tokens laid end to end are what the inner scheme holds.
+        inner: Attention of the exchanged tokens (`Local`, or a scheme over other ranks: the two-level hybrid).
+        stages: Number of head chunks, one of `stage_counts`.
+    """
+
+    group: Group
+    inner: Scheme
+    stages: int = 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Pair:
+        """`forward` without a sink."""
+        return self.forward(q, k, v, rule)
+
+    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                        rule: Rule) -> Gradients:
+        """`backward` without a sink."""
+        return self.backward(dout, q, k, v, out, lse, rule)[:3]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink: Tensor | None = None) -> Pair:
+        """Out (B, T, H, D), and lse (B, H / P, P T) of this rank's heads over the group's tokens, stage after stage."""
+        split = self._split(q, k)
+        queries, keys, values = split(q), split(k), split(v)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        outs, lses, held = split(out), [], []
+
+        def outgoing(stage: Stage) -> list[Tensor]:
+            return [queries[:, :, :, stage.kv, stage.group],
+                    *((x[:, :, :, stage.kv] for x in (keys, values)) if stage.first else ())]
+
+        def compute(stage: Stage, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+            held[:] = arrived[1:] or held
+            own = self._own(split, sink, stage)
+            part, lse = self.inner.forward(arrived[0], *held, rule, None if own is None else own.flatten())
+            lses.append(lse)
+            return [(part, outs[:, :, :, stage.kv, stage.group])]
+
+        self._pipeline(split.stages(self.stages), outgoing, compute)
+        return out, torch.cat(lses, 1)
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+                 sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Exchanges q, out, dout, k and v again, stage by stage, and the gradients back."""
+        split = self._split(q, k)
+        by_query, by_key = [split(x) for x in (q, out, dout)], [split(k), split(v)]
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in by_key)  # (B, T, P, N, 1, D)
+        dsink = None if sink is None else torch.zeros_like(sink)
+        dqs, statistics, held, sums, wide = split(dq), iter(lse.chunk(self.stages, 1)), [], [], accumulator(q.dtype)
+
+        def outgoing(stage: Stage) -> list[Tensor]:
+            return [*(x[:, :, :, stage.kv, stage.group] for x in by_query),
+                    *((x[:, :, :, stage.kv] for x in by_key) if stage.first else ())]
+
+        def compute(stage: Stage, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+            held[:] = arrived[3:] or held
+            own = self._own(split, sink, stage)
+            query, attended, grad = arrived[:3]
+            part, *to_keys, to_sink = self.inner.backward(grad, query, *held, attended, next(statistics), rule,
+                                                          None if own is None else own.flatten())
+            if to_sink is not None:
+                self._own(split, dsink, stage).copy_(to_sink.view_as(own))
+            sums[:] = to_keys if stage.first else [a.to(wide) + b for a, b in zip(sums, to_keys, strict=True)]
+            home = [(part, dqs[:, :, :, stage.kv, stage.group])]
+            if stage.last:
+                home += [(x.to(q.dtype), y[:, :, :, stage.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
+            return home
+
+        self._pipeline(split.stages(self.stages), outgoing, compute)
+        return dq, split.sum_copies(dk), split.sum_copies(dv), dsink
+
+    def _split(self, q: Tensor, k: Tensor) -> Split:
+        degree = dist.get_world_size(self.group)
+        return Split(q.shape[2], k.shape[2], degree, *head_split(q.shape[2], k.shape[2], degree))
+
+    def _own(self, split: Split, per_head: Tensor | None, stage: Stage) -> Tensor | None:
+        """The view (n, g) of a per-head vector (H,) that belongs to this rank's heads of a stage."""
+        if per_head is None:
+            return None
+        rank = dist.get_rank(self.group)
+        return per_head.unflatten(0, (split.degree, split.kv, split.group))[rank, stage.kv, stage.group]
+
+    def _pipeline(self, stages: list[Stage], outgoing: Callable[[Stage], list[Tensor]],
+                  compute: Callable[[Stage, list[Tensor]], list[tuple[Tensor, Tensor]]]) -> None:
+        """Send each stage's tensors out, compute, send the results home; exchanges run beside the computing.
+
+        Args:
+            stages: The stages in order.
+            outgoing: What a stage needs, each (B, T, P, n, g, D).
+            compute: From the arrived tensors (B, P T, n g, D), results of this shape and where they belong.
+        """
+        landing: list[Home] = []
+        coming = _send_out(outgoing(stages[0]), self.group)
+        for index, stage in enumerate(stages):
+            arrived = coming.tensors()
+            if index + 1 < len(stages):
+                coming = _send_out(outgoing(stages[index + 1]), self.group)
+            results = compute(stage, arrived)
+            landing.append(_send_home(results, self.group))
+            if index:
+                landing.pop(0).land()
+        landing.pop().land()
+
+
+@dataclass(frozen=True)
+class Split:
+    """How heads are shared out: `split(x)` shows a (B, T, heads, D) tensor as (B, T, P, N, G or 1, D)."""
+
+    heads: int
+    kv_heads: int
+    degree: int
+    kv: int  # N
+    group: int  # G
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Show the heads of queries or of keys by the rank they go to; kv heads are repeated where they must be."""
+        if x.shape[2] == self.heads and self.heads != self.kv_heads:
+            return x.unflatten(2, (self.degree, self.kv, self.group))
+        copies = self.degree * self.kv // self.kv_heads
+        x = x if copies == 1 else x.repeat_interleave(copies, 2)
+        return x.unflatten(2, (self.degree, self.kv, -1))
+
+    def sum_copies(self, grad: Tensor) -> Tensor:
+        """(B, T, P, N, 1, D) to (B, T, K, D): what the copies of a kv head received, added in wide precision."""
+        grad = grad.flatten(2, 4)  # (B, T, M, D)
+        if grad.shape[2] == self.kv_heads:
+            return grad
+        return grad.unflatten(2, (self.kv_heads, -1)).sum(3, dtype=accumulator(grad.dtype)).to(grad.dtype)
+
+    def stages(self, count: int) -> list[Stage]:
+        """The stages in order, those with the same kv heads one after another."""
+        blocks = min(count, self.kv)
+        parts = count // blocks
+        kv, group = self.kv // blocks, self.group // parts
+        return [Stage(slice(i * kv, (i + 1) * kv), slice(j * group, (j + 1) * group), j == 0, j == parts - 1)
+                for i in range(blocks) for j in range(parts)]
+
+
+@dataclass
+class Out:
+    """Tensors on their way to the heads' ranks."""
+
+    pending: Pending
+    heads: list[int]
+
+    def tensors(self) -> list[Tensor]:
+        """Each (B, P T, n g, D), once they are there."""
+        x = self.pending.wait().transpose(0, 1).flatten(1, 2)  # (P, B, T, h, D) -> (B, P T, h, D)
+        return list(x.split(self.heads, 2))
+
+
+@dataclass
+class Home:
+    """Results on their way to the tokens' ranks."""
+
+    pending: Pending
+    targets: list[Tensor]
+
+    def land(self) -> None:
+        """Write each into its place, (B, T, P, n, g, D)."""
+        heads = [target.shape[3] * target.shape[4] for target in self.targets]
+        x = self.pending.wait().permute(1, 2, 0, 3, 4)  # (P, B, T, h, D) -> (B, T, P, h, D)
+        for part, target in zip(x.split(heads, 3), self.targets, strict=True):
+            target.copy_(part.unflatten(3, target.shape[3:5]))
+
+
+def _send_out(tensors: list[Tensor], group: Group) -> Out:
+    """Start one exchange of several (B, T, P, n, g, D) tensors."""
+    heads = [x.shape[3] * x.shape[4] for x in tensors]
+    batch, tokens, degree, *_, size = tensors[0].shape
+    buffer = tensors[0].new_empty((degree, batch, tokens, sum(heads), size))
+    for x, slot in zip(tensors, buffer.split(heads, 3), strict=True):
+        slot.unflatten(3, x.shape[3:5]).copy_(x.permute(2, 0, 1, 3, 4, 5))  # (P, B, T, n, g, D)
+    return Out(all_to_all(buffer, group), heads)
+
+
+def _send_home(results: list[tuple[Tensor, Tensor]], group: Group) -> Home:
+    """Start one exchange of several results (B, P T, n g, D)."""
+    degree = dist.get_world_size(group)
+    heads = [x.shape[2] for x, _ in results]
+    batch, tokens, _, size = results[0][0].shape
+    buffer = results[0][0].new_empty((degree, batch, tokens // degree, sum(heads), size))
+    for (x, _), slot in zip(results, buffer.split(heads, 3), strict=True):
+        slot.copy_(x.unflatten(1, (degree, -1)).transpose(0, 1))  # (P, B, T, h, D)
+    return Home(all_to_all(buffer, group), [target for _, target in results])

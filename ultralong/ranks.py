@@ -1,0 +1,123 @@
+"""Several ranks on one machine, from a test, a notebook cell or a script: `run_ranks(work, world)`.
+
+On a machine without a GPU the ranks are forked, so that `work` may be any function, one defined in a notebook cell
+too; where CUDA is in play a forked process can't use it, so the ranks are spawned and `work` must be importable.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE = 10.0  # seconds between a rank's failure and the end of the others
+
+
+class RankFailed(RuntimeError):
+    """A rank raised an error, died, or did not end in time; the message holds its traceback."""
+
+
+def free_port() -> int:
+    """A TCP port on this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str = "cpu",
+              timeout: float = 120.0) -> list[Any]:
+    """Run `work(rank, world, *arguments)` in `world` processes that form a torch.distributed group.
+
+    Args:
+        work: The function; its result travels back through a queue (tensors as numpy or CPU tensors are fine).
+        world: Number of processes.
+        *arguments: The same for every rank.
+        device: "cpu" (gloo) or "cuda" (NCCL, rank i on GPU i).
+        timeout: Seconds for everything, and for any one collective. Nobody hangs longer.
+
+    Returns:
+        The results in rank order.
+
+    Raises:
+        RankFailed: A rank raised, died or was not done in time. The others are ended.
+        ValueError: More ranks than GPUs.
+    """
+    if device == "cuda" and world > torch.cuda.device_count():
+        raise ValueError(f"{world} ranks need {world} GPUs, found {torch.cuda.device_count()}")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    results = context.Queue()
+    port = free_port()
+    processes = [context.Process(target=_rank, args=(work, rank, world, port, device, timeout, results, arguments),
+                                 daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        return _collect(processes, results, world, timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join(GRACE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        results.close()
+
+
+def _rank(work: Callable[..., Any], rank: int, world: int, port: int, device: str, timeout: float, results: Any,
+          arguments: tuple[Any, ...]) -> None:
+    """What each process runs."""
+    torch.set_num_threads(1)
+    failed = False
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{port}",
+                                rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        value = work(rank, world, *arguments)
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        failed, value = True, traceback.format_exc()
+    results.put((rank, failed, value))
+    results.close()
+    results.join_thread()
+    if dist.is_initialized() and not failed:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _collect(processes: list[Any], results: Any, world: int, timeout: float) -> list[Any]:
+    """Wait for every rank's result; stop at the first failure, after a moment for the others to report theirs."""
+    deadline = time.monotonic() + timeout
+    done: dict[int, Any] = {}
+    errors: dict[int, str] = {}
+    while len(done) + len(errors) < world:
+        try:
+            rank, failed, value = results.get(timeout=0.05)
+            (errors if failed else done)[rank] = value
+            if failed:
+                deadline = min(deadline, time.monotonic() + GRACE)
+            continue
+        except queue.Empty:
+            pass
+        missing = [r for r in range(world) if r not in done and r not in errors]
+        dead = [r for r in missing if processes[r].exitcode is not None]
+        if dead and results.empty():
+            errors |= {r: f"process ended with exit code {processes[r].exitcode} and no result" for r in dead}
+            deadline = min(deadline, time.monotonic() + GRACE)
+        elif time.monotonic() > deadline:
+            errors |= dict.fromkeys(missing, "did not finish in time")
+        else:
+            wait([processes[r].sentinel for r in missing], timeout=0.01)
+    if errors:
+        text = "\n".join(f"--- rank {rank} ---\n{message}" for rank, message in sorted(errors.items()))
+        raise RankFailed(f"{len(errors)} of {world} ranks failed:\n{text}")
+    return [done[rank] for rank in range(world)]
