@@ -3,13 +3,16 @@
 from ultralong.figures.data import packed_row
 from ultralong.figures.evaluation import needle_before_after, needle_heatmap, perplexity_curve
 from ultralong.figures.panels import side_by_side
+from ultralong.figures.rope import circle_seen, lines, speed_kept, wavelengths
 from ultralong.figures.show import explore, png_bytes, save_png, show
 from ultralong.figures.theme import PALETTE, new_figure, style, tokens_label
 from ultralong.figures.training import loss_curve
 
 __all__ = [
     "PALETTE",
+    "circle_seen",
     "explore",
+    "lines",
     "loss_curve",
     "needle_before_after",
     "needle_heatmap",
@@ -20,6 +23,8 @@ __all__ = [
     "save_png",
     "show",
     "side_by_side",
+    "speed_kept",
     "style",
     "tokens_label",
+    "wavelengths",
 ]
