@@ -7,8 +7,12 @@ output folder, and that file alone repeats it.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+PRESETS = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
@@ -159,3 +163,17 @@ class TrainConfig:
             raise ValueError(
                 f"rows_per_step ({self.rows_per_step}) must be a multiple of rows_at_once ({self.rows_at_once})."
             )
+
+
+def preset(name: str | os.PathLike[str]) -> Path:
+    """The settings file of a preset's name, or the file that `name` is the path of.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if (found := PRESETS / f"{name}.yaml").is_file():
+        return found
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    raise ValueError(f"{name!r} is neither a settings file nor a preset. Presets: {known}.")

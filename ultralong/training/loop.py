@@ -239,10 +239,9 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
     extra = {}
     if run.processes.sequence > 1 or batch.boundaries is not None:
-        boundaries = None if batch.boundaries is None else batch.boundaries.to(device)
         context = make_context(
             batch.input_ids.shape[1], run.processes.group, run.config.parallel.scheme, run.config.parallel.kernel,
-            boundaries=boundaries, heads=run.heads[0], kv_heads=run.heads[1],
+            boundaries=batch.boundaries, heads=run.heads[0], kv_heads=run.heads[1],
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}

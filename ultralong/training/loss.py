@@ -47,6 +47,13 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
     return _TiledCrossEntropy.apply(hidden, weight, labels, tile, compute)
 
 
+def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix product that comes out in `dtype`: on a GPU straight from the accumulators, unrounded."""
+    if first.is_cuda and first.dtype != dtype:
+        return torch.mm(first, second, out_dtype=dtype)
+    return (first @ second).to(dtype)
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, compute: torch.dtype) -> Any:
@@ -60,7 +67,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         targets = (labels != IGNORE).nonzero().squeeze(1)  # (M,)
         for index in targets.split(tile):
             part = hidden[index].to(compute)  # (m, d)
-            logits = (part @ head.T).to(accumulate)  # (m, V)
+            logits = _product(part, head.T, accumulate)  # (m, V)
             wanted = labels[index, None]  # (m, 1)
             normaliser = logits.logsumexp(dim=1, keepdim=True)  # (m, 1)
             losses[index] = (normaliser - logits.gather(1, wanted)).squeeze(1)
@@ -72,7 +79,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[index] = (d_logits @ head).to(hidden.dtype)
             if d_weight is not None:
-                d_weight += d_logits.T @ part
+                d_weight += _product(d_logits.T, part, accumulate)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)

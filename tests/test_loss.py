@@ -1,0 +1,74 @@
+"""The tiled loss against torch's cross entropy in float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from ultralong.training.loss import LanguageModelLoss, tiled_cross_entropy
+
+
+def example(tokens: int, size: int, vocabulary: int, seed: int, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, size, generator=draw, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, size, generator=draw, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
+    labels[torch.rand(tokens, generator=draw) < 0.3] = -100
+    return hidden, weight, labels
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 40), tile=st.integers(1, 50), factor=st.floats(0.1, 10), seed=st.integers(0, 10**6))
+def test_sum_and_both_gradients_equal_torch(tokens, tile, factor, seed):
+    hidden, weight, labels = example(tokens, 8, 17, seed)
+    total, losses = tiled_cross_entropy(hidden, weight, labels, tile)
+    expected = functional.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="none")
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=1e-12)
+    # A factor put on the loss afterwards has to reach both gradients.
+    ours = torch.autograd.grad(total * factor, (hidden, weight))
+    theirs = torch.autograd.grad(expected.sum() * factor, (hidden, weight))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_no_target_gives_zero_with_a_graph():
+    hidden, weight, labels = example(9, 8, 17, 0)
+    total, losses = tiled_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    total.backward()
+    assert total.item() == 0 and not losses.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_head_gradient_of_a_real_vocabulary_is_summed_in_float32():
+    hidden, weight, labels = example(256, 64, 128_256, 1, torch.float32)
+    hidden = (0.05 * hidden.detach()).to(torch.bfloat16)  # small scores, whose rounding is not what is tested here
+    half = weight.detach().to(torch.bfloat16).requires_grad_()
+    total, _ = tiled_cross_entropy(hidden, half, labels, tile=2)
+    total.backward()
+    exact = half.detach().double().requires_grad_()
+    scores = hidden.double() @ exact.T
+    functional.cross_entropy(scores, labels, ignore_index=-100, reduction="sum").backward()
+    error = (half.grad.double() - exact.grad).norm() / exact.grad.norm()
+    # One rounding to bfloat16 is a relative error of up to 2^-9; about ninety tiles summed in it would make many.
+    assert error < 2**-8, f"relative error {error:.1e}"
+
+
+def test_equals_the_loss_of_transformers(tiny_model):
+    ids = torch.randint(0, tiny_model.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    expected = tiny_model(input_ids=ids, labels=ids).loss
+    labels = functional.pad(ids[:, 1:], (0, 1), value=-100)
+    total, losses = LanguageModelLoss(tiny_model, tile=7)(ids, labels)
+    torch.testing.assert_close(total / 64, expected, rtol=1e-5, atol=1e-6)
+    assert losses.shape == ids.shape and not losses[:, -1].any()
+
+
+def test_refuses_what_it_would_compute_wrongly(tiny_model):
+    with pytest.raises(ValueError, match="labels must be"):
+        tiled_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"hidden must be \(N, d\)"):
+        tiled_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 3), torch.zeros(3, dtype=torch.long))
+    tiny_model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping=30"):
+        LanguageModelLoss(tiny_model)

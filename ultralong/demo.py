@@ -1,0 +1,357 @@
+"""The whole recipe in miniature, on real input: each stage is a method, so that a notebook can walk through them.
+
+A stage leaves its result in the demo's folder and is not done again when it is there, so an interrupted demo goes on.
+What the page shows comes from the extension: no training sample of any stage hides a needle farther away than the old
+window. Continued pretraining sees long plain text, SFT sees conversations and questions that fit into the old window.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import ultralong.attention  # noqa: F401 - makes attn_implementation="ultralong" known
+from ultralong import miniature, settings
+from ultralong.data.chat import ChatSettings, pack_chat
+from ultralong.data.reading import reading_conversations
+from ultralong.data.recipe import find_recipe, pack_recipe, read_conversations, read_documents
+from ultralong.data.rows import PackedRows
+from ultralong.evaluation.haystack import Haystack
+from ultralong.evaluation.needle import needle_grid
+from ultralong.evaluation.perplexity import perplexity_by_position
+from ultralong.evaluation.report import ReportData, describe_environment, write_report
+from ultralong.extend import extend
+from ultralong.files import read_json, read_jsonl, write_json
+from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig, preset
+from ultralong.training.start import start
+
+PLAIN_CHECK = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt = sys.argv[1], json.load(sys.stdin)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+ids = torch.tensor([prompt], device=device)
+out = model.to(device).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+assert "ultralong" not in sys.modules
+print(json.dumps(tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True)))
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings of one training stage.
+
+    Attributes:
+        steps: Optimizer steps.
+        rows_per_step: Rows of a step.
+        lr: Peak learning rate; warm-up over a tenth of the steps, then a linear fall.
+        rows_at_once: Rows of one forward pass.
+    """
+
+    steps: int
+    rows_per_step: int
+    lr: float
+    rows_at_once: int = 1
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo does; `ultralong/recipes/demo-*.yaml` are of these.
+
+    Attributes:
+        model: `miniature`, `smollm2`, or a checkpoint's folder or hub id.
+        target: The new window, in tokens.
+        documents: Recipe of the documents that continued pretraining reads.
+        heldout: Recipe of documents kept apart: needles are hidden in them, perplexity is measured on them.
+        conversations: Recipe of the conversations of SFT.
+        pretraining: The continued pretraining.
+        tuning: The SFT.
+        questions: Share of SFT examples that are questions about a passage, as long as the old window at most.
+        examples: SFT examples made available.
+        method: Scaling method, as in `ultralong extend`.
+        processes: Sequence-parallel processes of continued pretraining; None is 2 on CPU and one per GPU.
+        dtype: Compute type of training.
+        lengths: Prompt lengths of the needle grid.
+        depths: Depths of the needle grid.
+        samples: Needles in each cell.
+        perplexity_rows: Rows of held-out text that perplexity is measured on.
+        chunk: Tokens of one prefill pass in evaluation; None is all at once.
+        seed: Seed of row order, questions and needles.
+    """
+
+    model: str
+    target: int
+    documents: str
+    heldout: str
+    conversations: str
+    pretraining: Stage
+    tuning: Stage
+    lengths: tuple[int, ...]
+    questions: float = 0.5
+    examples: int = 400
+    method: str = "auto"
+    processes: int | None = None
+    dtype: str = "float32"
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 4
+    perplexity_rows: int = 8
+    chunk: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if max(self.lengths) > self.target:
+            raise ValueError(f"lengths go up to {max(self.lengths)}, beyond the target window of {self.target}.")
+        if not 0 <= self.questions <= 1:
+            raise ValueError(f"questions is a share from 0 to 1, found {self.questions}.")
+
+
+def load(model: str, changes: Sequence[str] = ()) -> DemoConfig:
+    """The demo's settings for a model's name (`miniature`, `smollm2`) or a YAML file, with `key=value` changes.
+
+    Raises:
+        ValueError: There are no such settings, or a change does not fit.
+    """
+    return settings.load(DemoConfig, preset(model if Path(model).is_file() else f"demo-{model}"), changes)
+
+
+def run(config: DemoConfig, out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """All stages in order, then the report.
+
+    Args:
+        config: What to do.
+        out: Folder of everything that is made; a finished demo there is made anew, an interrupted one goes on.
+        say: Told before each stage what comes; printed to standard error by default.
+
+    Returns:
+        The content of `report.json`.
+
+    Raises:
+        ValueError: `out` holds a demo with other settings.
+    """
+    say = say or (lambda text: print(f"\n== {text}", file=sys.stderr, flush=True))
+    demo = Demo(config, out)
+    for title, stage in demo.stages():
+        say(title)
+        stage()
+    say("the report")
+    return demo.report()
+
+
+@dataclass
+class Demo:
+    """The stages. Each can be called alone, in this order; what an earlier call left in `out` is used.
+
+    Attributes:
+        config: What to do.
+        out: Where everything goes.
+    """
+
+    config: DemoConfig
+    out: Path
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        kept = self.out / "demo.yaml"
+        if kept.exists() and settings.load(DemoConfig, kept) != self.config:
+            raise ValueError(f"{self.out} holds a demo with other settings. Remove it, or choose another folder (--out).")
+        settings.save(self.config, kept)
+
+    def stages(self) -> list[tuple[str, Callable[[], Any]]]:
+        """Titles and methods in order."""
+        return [
+            (f"the model: {self.config.model}", self.base),
+            ("documents -> tokens -> rows joined by the separator", self.rows),
+            ("before: needles and perplexity of the base model", lambda: self.measure("base")),
+            (f"RoPE rescaled in one step to {self.config.target:,} tokens", self.extended),
+            ("continued pretraining on rows of the new length", self.pretrained),
+            ("short SFT", self.tuned),
+            ("after: needles and perplexity of the extended model", lambda: self.measure("tuned")),
+            ("does plain transformers open it?", self.plain_answer),
+        ]
+
+    @property
+    def device(self) -> str:
+        """Where evaluation runs."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def base(self) -> Path:
+        """Folder of the model to extend."""
+        if self.config.model == "miniature":
+            return miniature.path()
+        if self.config.model == "smollm2":
+            from ultralong.models import smollm2
+
+            return smollm2(self.out / "base")
+        return Path(self.config.model)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.base())
+
+    def base_window(self) -> int:
+        """The window before, in tokens."""
+        return int(read_json(self.base() / "config.json")["max_position_embeddings"])
+
+    def rows(self) -> PackedRows:
+        """Documents, tokenised and packed into rows of the new length, joined by the separator, no mask."""
+        pack_recipe(self.config.documents, self.tokenizer(), self.config.target, self.out / "rows")
+        return PackedRows(self.out / "rows")
+
+    def heldout(self) -> PackedRows:
+        """Held-out documents in rows of the new length."""
+        pack_recipe(self.config.heldout, self.tokenizer(), self.config.target, self.out / "heldout", quiet=True)
+        return PackedRows(self.out / "heldout")
+
+    def extended(self) -> Path:
+        """The base model with RoPE rescaled and nothing trained."""
+        out = self.out / "extended"
+        if not out.exists():
+            write_json(self.out / "extend.json", extend(self.base(), self.config.target, out, self.config.method).to_dict())
+        return out
+
+    def pretrained(self) -> Path:
+        """The extended model after continued pretraining, sequence-parallel."""
+        processes = self.config.processes or max(1, torch.cuda.device_count() or 2)
+        return self._train("pretraining", self.extended(), self.rows().folder, self.config.pretraining, processes)
+
+    def chat_rows(self) -> PackedRows:
+        """Conversations and questions about passages, none longer than the old window, packed under their masks."""
+        tokenizer, window = self.tokenizer(), self.base_window()
+        questions = int(self.config.examples * self.config.questions)
+        texts = [document.text for document in read_documents(find_recipe(self.config.documents), quiet=True)]
+        mixed = list(reading_conversations(texts, tokenizer, count=questions, max_tokens=window, seed=self.config.seed))
+        for conversation in read_conversations(find_recipe(self.config.conversations), quiet=True):
+            if len(mixed) >= self.config.examples:
+                break
+            mixed.append(conversation)
+        chat = ChatSettings(length=4 * window, max_tokens=window, seed=self.config.seed)
+        return pack_chat(mixed, tokenizer, self.out / "chat-rows", chat, quiet=True)
+
+    def tuned(self) -> Path:
+        """The extended, pretrained model after short SFT."""
+        return self._train("tuning", self.pretrained(), self.chat_rows().folder, self.config.tuning, 1)
+
+    def measure(self, which: str) -> dict[str, Any]:
+        """Needle grid and perplexity by position of a stage's model.
+
+        Args:
+            which: `base`, `extended`, `pretrained` or `tuned`.
+
+        Returns:
+            `needle`: cells as `needle_grid` gives them, `perplexity`: bins as `perplexity_by_position` gives them.
+        """
+        path = self.out / "measured" / f"{which}.json"
+        if path.exists():
+            return read_json(path)
+        model, tokenizer = self._open(getattr(self, which)()), self.tokenizer()
+        config = self.config
+        needle = needle_grid(model, tokenizer, config.lengths, config.depths, config.samples, config.seed, self._haystack(),
+                             chunk=config.chunk)
+        rows = self.heldout()
+        chosen = [rows[index] for index in range(min(len(rows), config.perplexity_rows))]
+        edges = [config.target * i // 16 for i in range(17)]
+        perplexity = perplexity_by_position(model, chosen, edges, chunk=config.chunk, seed=config.seed)
+        write_json(path, {"needle": needle, "perplexity": perplexity})
+        return read_json(path)
+
+    def plain_answer(self) -> dict[str, Any]:
+        """Ask the final checkpoint one needle at the full new window, with plain transformers in a new interpreter.
+
+        Raises:
+            RuntimeError: transformers could not open or run it; the message holds what it said.
+        """
+        from ultralong.evaluation.needle import make_needle
+
+        needle = make_needle(self.tokenizer(), self.config.target, 0.1, self.config.seed + 1, self._haystack())
+        prompt = needle.input_ids.tolist()
+        done = subprocess.run([sys.executable, "-c", PLAIN_CHECK, str(self.tuned())], input=str(prompt), text=True,
+                              capture_output=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"plain transformers could not use {self.tuned()}:\n{done.stderr[-2000:]}")
+        answer = {"expected": needle.answer, "answered": eval_json(done.stdout), "tokens": self.config.target}
+        write_json(self.out / "plain.json", answer)
+        return answer
+
+    def report(self) -> dict[str, Any]:
+        """Write `report.html` and `report.json`; returns the latter's content."""
+        config, before, after = self.config, self.measure("base"), self.measure("tuned")
+        logs = {name: read_jsonl(self.out / name / "log.jsonl") for name in ("pretraining", "tuning")}
+        rows, checkpoint = self.rows(), self.tuned()
+        plain = read_json(self.out / "plain.json")
+        data = ReportData(
+            title=f"{config.model}: {self.base_window():,} to {config.target:,} tokens",
+            base_window=self.base_window(),
+            target_window=config.target,
+            seconds=round(time.perf_counter() - self.started, 1),
+            checkpoint=str(checkpoint),
+            needle_before=before["needle"],
+            needle_after=after["needle"],
+            perplexity={"before": before["perplexity"], "after": after["perplexity"]},
+            losses={name: [(record["step"], record["loss"]) for record in log] for name, log in logs.items()},
+            packed_rows=[rows[index].boundaries.tolist() for index in range(min(6, len(rows)))],
+            facts=self._facts(logs, plain),
+            settings=settings.to_mapping(config),
+            commands={
+                f"ultralong eval needle {shlex.quote(str(checkpoint))} --lengths {config.target}": "ask it more",
+                "jupyter lab notebooks/00_quickstart.ipynb": "the same, step by step",
+            },
+            notes=(
+                "No training sample of any stage hides a needle farther away than the old window: continued pretraining "
+                "reads plain documents, SFT uses examples that fit into the old window.",
+                "The needle test is the easiest long-context test there is; it shows that positions work.",
+            ),
+            environment=describe_environment(),
+        )
+        write_report(self.out, data)
+        return read_json(self.out / "report.json")
+
+    def _facts(self, logs: dict[str, list[dict[str, Any]]], plain: dict[str, Any]) -> dict[str, str]:
+        extension = read_json(self.out / "extend.json")
+        facts = {"RoPE": f"{extension['method']}, factor {extension['factor']:g}"}
+        for name, log in logs.items():
+            seconds = sum(record["seconds"] for record in log)
+            facts[name] = f"{log[-1]['tokens']:,} tokens in {len(log)} steps, {seconds:.0f} s"
+        found = "found" if plain["expected"] in plain["answered"] else "missed"
+        facts["plain transformers"] = f"opened it and {found} a number at {plain['tokens']:,} tokens: {plain['answered'].strip()}"
+        return facts
+
+    def _haystack(self) -> Haystack:
+        texts = [document.text for document in read_documents(find_recipe(self.config.heldout), quiet=True)]
+        return Haystack.from_texts(self.tokenizer(), texts, limit=4 * self.config.target, name="held-out documents")
+
+    def _open(self, folder: Path) -> PreTrainedModel:
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="ultralong").to(self.device)
+
+    def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int) -> Path:
+        out = self.out / name
+        if (out / "result.json").exists():
+            return out / "model"
+        optimizer = OptimizerConfig(lr=stage.lr, warmup_steps=max(1, stage.steps // 10), schedule="linear")
+        config = TrainConfig(
+            model=str(model), out=str(out), data=(DataSource(str(rows)),), steps=stage.steps,
+            rows_per_step=stage.rows_per_step, rows_at_once=stage.rows_at_once, seed=self.config.seed,
+            dtype="bfloat16" if self.config.dtype == "bfloat16" else "float32", save_every=max(1, stage.steps // 2), keep=1,
+            optimizer=optimizer, parallel=ParallelConfig(sequence=processes),
+        )
+        settings.save(config, self.out / f"{name}.yaml")
+        start(self.out / f"{name}.yaml", processes, resume=(out / "config.yaml").exists())
+        return out / "model"
+
+
+def eval_json(text: str) -> str:
+    """The last line of a process's output, which is JSON."""
+    import json
+
+    return json.loads(text.strip().splitlines()[-1])

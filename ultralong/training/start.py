@@ -1,0 +1,42 @@
+"""Start a training run on several processes of this machine: torchrun, with settings that a shared machine needs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def start(config: str | os.PathLike[str], processes: int, resume: bool = False) -> None:
+    """Run `ultralong train CONFIG` on `processes` processes of this machine, and wait.
+
+    With one process nothing is started: the run happens in a fresh interpreter all the same, so that what it leaves
+    behind (process groups, thread counts, CUDA memory) cannot reach the caller.
+
+    Args:
+        config: A settings file, see `TrainConfig`.
+        processes: How many.
+        resume: Go on from the newest checkpoint.
+
+    Raises:
+        RuntimeError: The run failed; its own message went to standard error.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        # --standalone takes a free port by itself, so that two runs on a machine do not meet.
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command += ["ultralong", "train", str(config), *(["--resume"] if resume else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    # The child leads its own group, so that stopping this process stops every rank and leaves none behind.
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if code:
+        raise RuntimeError(f"Training stopped with exit code {code}; see the messages above and {Path(config).parent}.")
