@@ -136,8 +136,7 @@ def _auto(device: str, dtype: torch.dtype, head_size: int, packed: bool, square:
             reasons.append(f"{kernel.name}: {reason}")
     if not fits:
         raise ValueError("no attention kernel can compute this call: " + "; ".join(reasons))
-    wanted = {VARLEN} if packed else set()
-    wanted |= set() if square else {BOTTOM_RIGHT}
+    wanted = set() if not packed else {VARLEN} if square else {VARLEN, BOTTOM_RIGHT}
     choice = next((kernel for kernel in fits if wanted <= kernel.features and kernel.name != "reference"), fits[0])
     log.info("attention kernel %s for %s, %s, head size %d%s%s%s", choice.name, device, dtype, head_size,
              ", packed" if packed else "", "" if square else ", gathered keys",

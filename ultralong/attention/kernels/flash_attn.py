@@ -1,0 +1,189 @@
+"""The flash-attn packages: 4 (`flash_attn.cute`), 3 (`flash_attn_interface`) and 2 (`flash_attn`).
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size.
+
+All three have one pair of functions below their autograd wrappers that takes (B, T, H, D), or (T, H, D) with the
+pieces' edges, aligns a causal mask at the bottom right, groups heads natively, and starts the backward pass from a
+given (out, lse). Names and return values differ by version: arguments are passed by name, and those that this version
+does not have are left out where they say nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel
+from ultralong.attention.rule import Rule
+
+INSTALL = {
+    "flash4": "pip install flash-attn-4",
+    "flash3": "build it from the hopper folder of the flash-attention repository (python setup.py install)",
+    "flash2": "make flash",
+}
+
+
+def _import(kernel: str, *modules: str) -> ModuleType:
+    """The first of these modules that is there."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"kernel {kernel!r} needs a CUDA GPU, and torch {torch.__version__} finds none")
+    for module in modules:
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name.split(".")[0]):
+                raise ImportError(f"kernel {kernel!r} is installed, but {error.name} that it needs is not") from error
+    raise ImportError(f"kernel {kernel!r} is not installed: {INSTALL[kernel]}")
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """Argument names, of a plain function or of a torch custom operator around one."""
+    return set(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+
+
+class _FlashAttn(Kernel):
+    """What the three versions share."""
+
+    device = "cuda"
+    features = frozenset({GQA, VARLEN, BOTTOM_RIGHT, WINDOW, SOFTCAP})
+    capability: tuple[int, int]  # smallest compute capability
+
+    def refusal(self, q: Tensor, rule: Rule) -> str | None:
+        """As every kernel's, and the GPU must be new enough."""
+        reason = super().refusal(q, rule)
+        if reason is None and torch.cuda.get_device_capability(q.device) < self.capability:
+            found = torch.cuda.get_device_capability(q.device)
+            reason = f"it needs compute capability {self.capability}, this GPU has {found}"
+        return reason
+
+
+def _layout(rule: Rule, *tensors: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors and edges as the packed functions want them, or the tensors unchanged."""
+    if rule.spans is None:
+        return list(tensors), {}
+    cu_q, cu_k = rule.spans.tensors(tensors[0].device)
+    return [x[0] for x in tensors], {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": rule.spans.max_q,
+                                     "max_seqlen_k": rule.spans.max_k}
+
+
+def _batched(rule: Rule, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Undo `_layout`: a packed result has no batch dimension."""
+    return tensors if rule.spans is None else tuple(x[None] for x in tensors)
+
+
+class FlashAttn4(_FlashAttn):
+    """flash-attn 4: compiled for the GPU at hand on first use (Hopper and newer), the fastest."""
+
+    name = "flash4"
+    capability = (9, 0)
+
+    def __init__(self) -> None:
+        module = _import(self.name, "flash_attn.cute.interface")
+        self._forward, self._backward = module._flash_attn_fwd, module._flash_attn_bwd
+
+    def _options(self, rule: Rule) -> dict[str, Any]:
+        window = {} if rule.window is None else {"window_size_left": rule.window - 1}
+        return {"softmax_scale": rule.scale, "causal": rule.causal, "softcap": rule.softcap or 0.0, **window}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Lse is (B, H, T), or (H, T) packed."""
+        tensors, edges = _layout(rule, q, k, v)
+        out, lse, *_ = self._forward(*tensors, return_lse=True, **edges, **self._options(rule))
+        out, lse = _batched(rule, out, lse)
+        return out, lse
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """The mirror of `forward`."""
+        (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
+        grads = self._backward(q, k, v, out.contiguous(), dout.contiguous(), lse.contiguous(), **edges,
+                               **self._options(rule))
+        dq, dk, dv = _batched(rule, *grads[:3])
+        return dq, dk, dv
+
+
+class FlashAttn3(_FlashAttn):
+    """flash-attn 3, for Hopper."""
+
+    name = "flash3"
+    capability = (9, 0)
+
+    def __init__(self) -> None:
+        module = _import(self.name, "flash_attn_interface", "flash_attn_3.flash_attn_interface")
+        self._forward, self._backward = module._flash_attn_forward, module._flash_attn_backward
+        self._names = _parameters(self._forward), _parameters(self._backward)
+
+    def _options(self, rule: Rule, names: set[str]) -> dict[str, Any]:
+        left, right = -1 if rule.window is None else rule.window - 1, 0 if rule.causal else -1
+        window = {"window_size": (left, right)} if "window_size" in names else {"window_size_left": left,
+                                                                                "window_size_right": right}
+        causal = {"is_causal" if "is_causal" in names else "causal": rule.causal}
+        return {"softmax_scale": rule.scale, "softcap": rule.softcap or 0.0, **causal, **window}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Lse is (B, H, T), or (H, T) packed."""
+        tensors, edges = _layout(rule, q, k, v)
+        known = {name: None for name in ("k_new", "v_new", "qv", "out", "out_", "cu_seqlens_k_new", "seqused_q",
+                                         "seqused_k") if name in self._names[0]}
+        out, lse, *_ = self._forward(*tensors, **(known | edges), **self._options(rule, self._names[0]))
+        out, lse = _batched(rule, out, lse)
+        return out, lse
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """The mirror of `forward`; writes into gradients made here."""
+        (dout, q, k, v, out, lse), edges = _layout(rule, dout, q, k, v, out, lse)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        absent = {name: None for name in ("cu_seqlens_q", "cu_seqlens_k", "sequed_q", "sequed_k", "max_seqlen_q",
+                                          "max_seqlen_k") if name in self._names[1]}
+        named = dict(zip(("dq", "dk", "dv"), grads)) | absent | edges | self._options(rule, self._names[1])
+        self._backward(dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), **named)
+        dq, dk, dv = _batched(rule, *grads)
+        return dq, dk, dv
+
+
+class FlashAttn2(_FlashAttn):
+    """flash-attn 2 (2.7 or newer), for Ampere and newer."""
+
+    name = "flash2"
+    capability = (8, 0)
+    max_elements = 2**31 - 1
+
+    def __init__(self) -> None:
+        module = _import(self.name, "flash_attn.flash_attn_interface")
+        self._functions = {
+            packed: (getattr(module, f"_flash_attn_{packed}forward"), getattr(module, f"_flash_attn_{packed}backward"))
+            for packed in ("", "varlen_")
+        }
+        if "window_size_left" not in _parameters(self._functions[""][0]):
+            raise ImportError("kernel 'flash2' needs flash-attn 2.7 or newer: make flash")
+
+    def _options(self, rule: Rule) -> dict[str, Any]:
+        return {"dropout_p": 0.0, "softmax_scale": rule.scale, "causal": rule.causal,
+                "window_size_left": -1 if rule.window is None else rule.window - 1,
+                "window_size_right": 0 if rule.causal else -1, "softcap": rule.softcap or 0.0, "alibi_slopes": None}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Lse is (B, H, T), or (H, T) packed."""
+        tensors, edges = _layout(rule, q, k, v)
+        function = self._functions["varlen_" if edges else ""][0]
+        out, lse, *_ = function(*tensors, **edges, return_softmax=False, **self._options(rule))
+        out, lse = _batched(rule, out, lse)
+        return out, lse
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """The mirror of `forward`; writes into gradients made here."""
+        (dout, q, k, v, out, lse), edges = _layout(rule, dout, q, k, v, out, lse)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        function = self._functions["varlen_" if edges else ""][1]
+        function(dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *grads, **edges, deterministic=False,
+                 **self._options(rule))
+        dq, dk, dv = _batched(rule, *grads)
+        return dq, dk, dv

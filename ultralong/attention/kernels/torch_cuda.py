@@ -1,0 +1,174 @@
+"""PyTorch's own CUDA kernels: cuDNN, flash and memory-efficient, called so that they give the log-sum-exp.
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size, N pieces.
+
+The operators are private and have changed between releases, so each kernel checks on creation that its operators take
+the arguments used here. That is also why dropout's random state is an empty stand-in: nothing here drops anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, WINDOW, Kernel
+from ultralong.attention.kernels.reference import Reference
+from ultralong.attention.rule import Rule
+
+log = logging.getLogger(__name__)
+_aten = torch.ops.aten
+
+INT32_ELEMENTS = 2**31 - 1
+LSE_ALIGNMENT = 32  # the efficient kernel reads its log-sum-exp in blocks of 32 queries
+NO_MASK, CAUSAL_BOTTOM_RIGHT = 0, 2  # its names for masks
+
+
+def _require(operator: str, *names: str) -> None:
+    """Check that an operator exists and has arguments of these names."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"torch's {operator} needs a CUDA GPU, and torch {torch.__version__} finds none")
+    schema = getattr(_aten, operator).default._schema if hasattr(_aten, operator) else None
+    missing = set(names) - {argument.name for argument in schema.arguments} if schema else set(names)
+    if missing:
+        raise ValueError(f"torch {torch.__version__} has no {operator} with {', '.join(sorted(missing))}; "
+                         "choose another kernel, or a torch between 2.11 and 2.13")
+
+
+class TorchFlash(Kernel):
+    """FlashAttention-2 as torch carries it: packed rows, grouped heads and sliding windows, no extra package."""
+
+    name = "flash"
+    device = "cuda"
+    features = frozenset({GQA, VARLEN, BOTTOM_RIGHT, WINDOW})
+    max_elements = INT32_ELEMENTS
+
+    def __init__(self) -> None:
+        _require("_flash_attention_forward", "cum_seq_q", "cum_seq_k", "window_size_left", "scale")
+        _require("_flash_attention_backward", "cum_seq_q", "cum_seq_k", "rng_state", "window_size_left", "scale")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """The operator takes (B, T, H, D), or (T, H, D) with the pieces' edges."""
+        if rule.spans is None:
+            out, lse, *_ = _aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, rule.causal,
+                                                          False, **_options(rule))
+            return out, lse
+        edges, longest = rule.spans.tensors(q.device), (rule.spans.max_q, rule.spans.max_k)
+        out, lse, *_ = _aten._flash_attention_forward(q[0], k[0], v[0], *edges, *longest, 0.0, rule.causal, False,
+                                                      **_options(rule))
+        return out[None], lse[None]  # (1, T, H, D), (1, H, T)
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """The mirror of `forward`."""
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        tensors = [x.contiguous() for x in (dout, q, k, v, out, lse)]
+        if rule.spans is None:
+            dq, dk, dv = _aten._flash_attention_backward(*tensors, None, None, q.shape[1], k.shape[1], 0.0, rule.causal,
+                                                         *state, **_options(rule))
+            return dq, dk, dv
+        edges, longest = rule.spans.tensors(q.device), (rule.spans.max_q, rule.spans.max_k)
+        grads = _aten._flash_attention_backward(*(x[0] for x in tensors), *edges, *longest, 0.0, rule.causal, *state,
+                                                **_options(rule))
+        dq, dk, dv = (grad[None] for grad in grads)
+        return dq, dk, dv
+
+
+def _options(rule: Rule) -> dict[str, float | int]:
+    if rule.window is None:
+        return {"scale": rule.scale}
+    right = {"window_size_right": 0} if rule.causal else {"window_size_right": -1}
+    return {"scale": rule.scale, "window_size_left": rule.window - 1, **right}
+
+
+class TorchCudnn(Kernel):
+    """cuDNN's fused attention: Hopper speed without an extra package; one unpacked piece a call.
+
+    Its plan for a backward call is looked up by the strides of q, k and v alone, so out, dout and lse are always given
+    in one layout.
+    """
+
+    name = "cudnn"
+    device = "cuda"
+    head_sizes = (128, 8)
+
+    def __init__(self) -> None:
+        _require("_scaled_dot_product_cudnn_attention", "compute_log_sumexp", "is_causal", "scale")
+        _require("_scaled_dot_product_cudnn_attention_backward", "logsumexp", "attn_bias", "cum_seq_q", "scale")
+        if not torch.backends.cudnn.is_available():
+            raise ValueError("torch was built without cuDNN: choose another kernel")
+        self.features = frozenset({GQA})
+        if not _agrees(self):
+            log.info("cuDNN's grouped heads don't work here: kv heads are repeated")
+            self.features = frozenset()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """The operator takes (B, H, T, D) in any strides."""
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, rule.causal, False,
+            scale=rule.scale)
+        return out.transpose(1, 2), lse.flatten(2)  # lse comes as (B, H, T, 1)
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """The mirror of `forward`."""
+        seed = torch.zeros(1, dtype=torch.int64, device=q.device)
+        dout, out = (x.contiguous().transpose(1, 2) for x in (dout, out))
+        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out, lse.contiguous().unsqueeze(-1), seed,
+            seed, None, None, None, q.shape[1], k.shape[1], 0.0, rule.causal, scale=rule.scale)
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+
+
+def _agrees(kernel: Kernel) -> bool:
+    """Whether a kernel computes a small call with grouped heads as the reference does, gradients too."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        torch.manual_seed(0)
+        q, dout = (torch.randn(1, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(1, 128, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rule = Rule(scale=0.125)
+    try:
+        out, lse = kernel.forward(q, k, v, rule)
+        mine = (out, lse, *kernel.backward(dout, q, k, v, out, lse, rule))
+    except RuntimeError:
+        return False
+    expected, expected_lse = Reference().forward(q.float(), k.float(), v.float(), rule)
+    theirs = (expected, expected_lse,
+              *Reference().backward(dout.float(), q.float(), k.float(), v.float(), expected, expected_lse, rule))
+    return all(a.shape == b.shape and (a.float() - b).abs().max() < 0.05 * b.abs().max() for a, b in zip(mine, theirs))
+
+
+class TorchEfficient(Kernel):
+    """torch's memory-efficient kernel: the fast one for float32 on a GPU."""
+
+    name = "efficient"
+    device = "cuda"
+    dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
+    features = frozenset({BOTTOM_RIGHT})
+    max_elements = INT32_ELEMENTS
+
+    def __init__(self) -> None:
+        _require("_efficient_attention_forward", "custom_mask_type", "compute_log_sumexp", "scale")
+        _require("_efficient_attention_backward", "custom_mask_type", "logsumexp", "scale")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """The operator takes (B, T, H, D) and pads its log-sum-exp."""
+        mask = CAUSAL_BOTTOM_RIGHT if rule.causal else NO_MASK
+        out, lse, *_ = _aten._efficient_attention_forward(q, k, v, None, None, None, q.shape[1], k.shape[1], 0.0, mask,
+                                                          True, scale=rule.scale)
+        return out, lse[:, :, : q.shape[1]]
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """The mirror of `forward`; padded queries get an infinite log-sum-exp, hence no probability."""
+        padding = -q.shape[1] % LSE_ALIGNMENT
+        statistic = torch.nn.functional.pad(lse, (0, padding), value=math.inf).contiguous()
+        mask = CAUSAL_BOTTOM_RIGHT if rule.causal else NO_MASK
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = _aten._efficient_attention_backward(
+            dout.contiguous(), q, k, v, None, out.contiguous(), None, None, q.shape[1], k.shape[1], statistic, 0.0,
+            seed, seed, mask, False, scale=rule.scale)
+        return dq, dk, dv
