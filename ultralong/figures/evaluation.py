@@ -27,7 +27,8 @@ MOST_LABELLED = 12
 WIDE_RANGE = 20  # beyond this ratio a linear axis flattens the lower curve
 
 
-def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None) -> Figure:
+def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None,
+                   window_name: str = "old window") -> Figure:
     """Retrieval by prompt length and needle depth: blue found, orange lost.
 
     Small grids carry the counts in their cells, so that colour is not the only sign. A grey line marks the window the
@@ -37,6 +38,7 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
         cells: One mapping a cell with `length` (tokens), `depth` (0 first, 1 last), `n` and `correct`.
         title: Title of the figure.
         base_window: The old window in tokens; lengths beyond it lie right of the line.
+        window_name: What the line is called.
 
     Raises:
         ValueError: No cells, or two for the same length and depth.
@@ -69,7 +71,7 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
     figure.update_xaxes(range=[-0.5, len(lengths) - 0.5], showgrid=False)
     figure.update_yaxes(range=[len(depths) - 0.5, -0.5], showgrid=False)
     if base_window is not None:
-        _mark_window(figure, sum(length <= base_window for length in lengths) - 0.5, base_window)
+        _mark_window(figure, sum(length <= base_window for length in lengths) - 0.5, f"{window_name} {tokens_label(base_window)}")
     return figure
 
 
@@ -79,10 +81,10 @@ def _tick(update: Any, labels: list[str]) -> None:
     update(tickvals=list(range(0, len(labels), step)), ticktext=labels[::step])
 
 
-def _mark_window(figure: Figure, at: float, base_window: int) -> None:
+def _mark_window(figure: Figure, at: float, name: str) -> None:
     figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, xref="x", yref="y domain",
                      line={"color": GREY, "width": 4})
-    figure.add_annotation(x=at, y=1, xref="x", yref="y domain", text=f"old window {tokens_label(base_window)}",
+    figure.add_annotation(x=at, y=1, xref="x", yref="y domain", text=name,
                           showarrow=False, xanchor="left" if at <= 0.5 else "center", yanchor="bottom",
                           font={"size": 11, "color": GREY})
 
@@ -102,7 +104,7 @@ def needle_before_after(before: Sequence[Mapping[str, Any]], after: Sequence[Map
 
 
 def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", *,
-                     base_window: int | None = None) -> Figure:
+                     base_window: int | None = None, window_name: str = "old window") -> Figure:
     """Perplexity by position in the document, one line a model, with its interval as a band.
 
     Args:
@@ -110,6 +112,7 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
             `perplexity`, `low`, `high` (None where there is no interval).
         title: Title of the figure.
         base_window: The old window in tokens, drawn as a vertical line.
+        window_name: What the line is called.
     """
     figure = new_figure(title, "position in the document (tokens)", "perplexity", height=360)
     scatter = graph_objects().Scatter
@@ -134,5 +137,5 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
         figure.add_shape(type="line", x0=base_window, x1=base_window, y0=0, y1=1, xref="x", yref="y domain",
                          line={"color": GREY, "width": 2, "dash": "dash"})
         figure.add_annotation(x=base_window, y=1, xref="x", yref="y domain", showarrow=False, yanchor="bottom",
-                              text=f"old window {tokens_label(base_window)}", font={"size": 11, "color": GREY})
+                              text=f"{window_name} {tokens_label(base_window)}", font={"size": 11, "color": GREY})
     return figure
