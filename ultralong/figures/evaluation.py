@@ -71,7 +71,8 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
     figure.update_xaxes(range=[-0.5, len(lengths) - 0.5], showgrid=False)
     figure.update_yaxes(range=[len(depths) - 0.5, -0.5], showgrid=False)
     if base_window is not None:
-        _mark_window(figure, sum(length <= base_window for length in lengths) - 0.5, f"{window_name} {tokens_label(base_window)}")
+        inside = sum(length <= base_window for length in lengths)
+        _mark_window(figure, inside - 0.5, f"{window_name} {tokens_label(base_window)}")
     return figure
 
 
