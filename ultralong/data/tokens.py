@@ -254,15 +254,22 @@ def _encoded(
     batches: Iterator[list[Document]], submit: Callable[[list[str]], Future], depth: int
 ) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
     """Encode batches, `depth` at a time, and give them back in order."""
-    pending: deque[tuple[list[Document], Future]] = deque()
+    pending: deque[tuple[list[Document], list[int], Future]] = deque()
+
+    def oldest() -> tuple[list[Document], list[np.ndarray]]:
+        documents, places, future = pending.popleft()
+        encoded = future.result()
+        return documents, [encoded[place] for place in places]
+
     for batch in batches:
-        pending.append((batch, submit([document.text for document in batch])))
+        # Copies of an up-sampled document share one text and follow each other: encode it once.
+        unique = {id(document.text): document.text for document in batch}
+        place = {key: number for number, key in enumerate(unique)}
+        pending.append((batch, [place[id(document.text)] for document in batch], submit(list(unique.values()))))
         if len(pending) > depth:
-            batch, future = pending.popleft()
-            yield batch, future.result()
+            yield oldest()
     while pending:
-        batch, future = pending.popleft()
-        yield batch, future.result()
+        yield oldest()
 
 
 def _manifest(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:

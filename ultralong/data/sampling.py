@@ -1,0 +1,130 @@
+"""Which documents, how often: the length rule, copies and budgets, decided for each document by a hash of its id.
+
+Fu et al. (2024, arXiv 2402.10171) keep, inside each source, one in ten documents shorter than 4,096 tokens, so that
+long ones weigh more without changing the mix of sources; a token is estimated as 3.68 characters. UltraLong (arXiv
+2504.06214) also up-samples documents longer than 8,192 tokens, at a rate it does not give. Both are settings here.
+
+A document's fate depends on the seed and its id alone: not on its neighbours, on the number of workers, or on where a
+run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ultralong.data.documents import Document
+
+FU_CHARACTERS_PER_TOKEN = 3.68
+BUCKETS = (4096, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class LengthRule:
+    """Rates by length. The defaults are Fu et al.'s; `long_copies` above 1 adds UltraLong's up-sampling.
+
+    Attributes:
+        short_below: A document of fewer tokens is short.
+        short_keep: Share of short documents that is kept.
+        long_above: A document of more tokens is long.
+        long_copies: How often a long document is taken on average: 2.5 takes half of them twice and half three times.
+    """
+
+    short_below: int = 4096
+    short_keep: float = 0.1
+    long_above: int = 8192
+    long_copies: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.short_below <= self.long_above:
+            raise ValueError(f"short_below {self.short_below} must lie in 0..long_above {self.long_above}.")
+        if not 0 <= self.short_keep <= 1:
+            raise ValueError(f"short_keep must lie in 0..1, found {self.short_keep}.")
+        if self.long_copies < 0:
+            raise ValueError(f"long_copies must be 0 or more, found {self.long_copies}.")
+
+    def expected(self, tokens: float) -> float:
+        """How often a document of this many tokens is taken on average."""
+        if tokens < self.short_below:
+            return self.short_keep
+        return self.long_copies if tokens > self.long_above else 1.0
+
+
+@dataclass
+class LengthCounts:
+    """Documents and estimated tokens by length bucket, before and after sampling."""
+
+    before: dict[str, list[int]] = field(default_factory=lambda: _empty_buckets())
+    after: dict[str, list[int]] = field(default_factory=lambda: _empty_buckets())
+
+    def add(self, tokens: float, copies: int) -> None:
+        """Count a document that is taken `copies` times."""
+        bucket = next((number for number, edge in enumerate(BUCKETS) if tokens < edge), len(BUCKETS))
+        for table, times in ((self.before, 1), (self.after, copies)):
+            table["documents"][bucket] += times
+            table["tokens"][bucket] += times * round(tokens)
+
+    def as_json(self) -> dict[str, Any]:
+        """Both tables, and the edges of the buckets in tokens."""
+        return {"edges": list(BUCKETS), "before": self.before, "after": self.after}
+
+
+def _empty_buckets() -> dict[str, list[int]]:
+    return {name: [0] * (len(BUCKETS) + 1) for name in ("documents", "tokens")}
+
+
+def uniform(seed: int, id: str) -> float:
+    """A number in [0, 1) that belongs to a seed and an id."""
+    digest = hashlib.blake2b(f"{seed}:{id}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53  # 53 bits: what a double holds exactly
+
+
+def copies(expected: float, seed: int, id: str) -> int:
+    """How often this document is taken: the whole part of `expected`, and once more for its share of ids."""
+    whole = math.floor(expected)
+    return whole + (uniform(seed, id) < expected - whole)
+
+
+def sample(
+    documents: Iterable[Document],
+    *,
+    rule: LengthRule | None = None,
+    seed: int = 0,
+    characters_per_token: float = FU_CHARACTERS_PER_TOKEN,
+    budget: int | None = None,
+    counts: LengthCounts | None = None,
+) -> Iterator[Document]:
+    """Apply the length rule and one source's budget.
+
+    Args:
+        documents: The source's documents.
+        rule: None takes each once.
+        seed: With a document's id, decides on it.
+        characters_per_token: Turns characters into the tokens that the rule and the budget speak of.
+        budget: Stop with the document that reaches this many tokens (the source is exceeded by one document at most).
+        counts: Where lengths before and after are counted.
+
+    Yields:
+        The documents taken; a second copy's id ends in `#2`, a third's in `#3`.
+
+    Raises:
+        ValueError: `characters_per_token` or `budget` is not positive.
+    """
+    if characters_per_token <= 0 or (budget is not None and budget <= 0):
+        raise ValueError(f"characters_per_token {characters_per_token} and budget {budget} must be positive.")
+    taken = 0.0
+    for document in documents:
+        tokens = len(document.text) / characters_per_token
+        times = copies(rule.expected(tokens) if rule is not None else 1.0, seed, document.id)
+        if budget is not None and times:
+            times = min(times, math.ceil((budget - taken) / tokens))
+        if counts is not None:
+            counts.add(tokens, times)
+        for number in range(1, times + 1):
+            yield document if number == 1 else replace(document, id=f"{document.id}#{number}")
+        taken += times * tokens
+        if budget is not None and taken >= budget:
+            return

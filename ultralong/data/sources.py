@@ -1,0 +1,175 @@
+"""A recipe's source, opened: its files on this machine, and the documents or conversations that come out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultralong.data.chat_template import Message
+from ultralong.data.clean import CLEANERS
+from ultralong.data.documents import Document, ReadReport
+from ultralong.data.encoding import make_encoder
+from ultralong.data.fetch import describe, unpack
+from ultralong.data.readers import Reader, list_files
+from ultralong.data.recipe_schema import Recipe, Source
+from ultralong.data.sampling import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, uniform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MEASURED_CHARACTERS = 1 << 18
+
+
+class OpenSource:
+    """One source of a recipe, its packages fetched and its files listed.
+
+    Args:
+        source: The source.
+        recipe: The recipe it belongs to: length rule and seed.
+        cache: Where fetched packages are kept.
+        quiet: True shows no progress bars.
+        report: Where skips are counted; a new one when None.
+
+    Attributes:
+        fetched: What was fetched: registry, name, file, bytes and hash of each package.
+        report: What was read and what was skipped.
+        counts: Lengths before and after sampling.
+        characters_per_token: What turned characters into tokens; known once reading has begun.
+
+    Raises:
+        ValueError: A package cannot be had, or the path holds nothing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        cache: str | os.PathLike[str] | None,
+        quiet: bool = False,
+        report: ReadReport | None = None,
+    ) -> None:
+        self.source, self.recipe = source, recipe
+        self.report = report if report is not None else ReadReport()
+        self.counts = LengthCounts()
+        self.characters_per_token = source.characters_per_token
+        self.fetched: list[dict[str, Any]] = []
+        self.files: list[tuple[str, Path]] = []
+        for package in source.packages:
+            self.files += list_files(unpack(package, cache, quiet))
+            self.fetched.append(describe(package, cache))
+        if source.path is not None:
+            self.files = list_files(Path(source.path), source.members, source.exclude)
+        if source.budget is not None:
+            # A budget takes what comes first, so what comes first must not be the beginning of the alphabet.
+            self.files.sort(key=self._shuffled)
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides which documents come besides the recipe: hashes of packages, sizes and times of local files."""
+        digest = hashlib.sha256()
+        for name, path in self.files if self.source.path is not None else ():
+            stat = path.stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return {"packages": [entry["sha256"] for entry in self.fetched], "files": digest.hexdigest()}
+
+    def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Document]:
+        """Read, clean, cut and sample, in a fixed order.
+
+        Args:
+            tokenizer: Measures characters per token when the source does not say; without it, Fu et al.'s 3.68.
+
+        Raises:
+            ValueError: Bad input under `strict`, or a column that does not exist.
+        """
+        texts = self._cut(self._clean(self._read()))
+        if self.characters_per_token is None and tokenizer is None:
+            self.characters_per_token = FU_CHARACTERS_PER_TOKEN
+        elif self.characters_per_token is None:
+            self.characters_per_token, texts = _measure(texts, tokenizer)
+        yield from sample(
+            texts,
+            rule=self.recipe.lengths,
+            seed=self.recipe.seed,
+            budget=self.source.budget,
+            characters_per_token=self.characters_per_token,
+            counts=self.counts,
+        )
+
+    def conversations(self) -> Iterator[list[Message]]:
+        """The messages of every record, with the source's rule for system messages applied."""
+        reader = Reader(self.source.read, self.report)
+        values = (
+            reader.values(self.files)
+            if self.source.dataset is None
+            else (value for _, value in reader.dataset(**vars(self.source.dataset)))
+        )
+        system = self.source.system
+        for messages in values:
+            if system is None or not isinstance(messages, list):
+                yield messages
+                continue
+            kept = [m for m in messages if not (isinstance(m, dict) and m.get("role") == "system")]
+            yield [{"role": "system", "content": system}, *kept] if system else kept
+
+    def notes(self) -> dict[str, Any]:
+        """What a report says of the source besides its tokens."""
+        return {
+            "fetched": self.fetched,
+            "characters_per_token": self.characters_per_token,
+            "read": self.report.as_json(),
+            "lengths": self.counts.as_json(),
+        }
+
+    def _shuffled(self, item: tuple[str, Path]) -> tuple[float, str]:
+        """Files of one directory stay together when they become one document."""
+        unit = item[0].rpartition("/")[0] if self.source.read.join == "directory" else item[0]
+        return uniform(self.recipe.seed, f"{self.source.name}/{unit}"), item[0]
+
+    def _read(self) -> Iterator[Document]:
+        reader = Reader(self.source.read, self.report)
+        if self.source.dataset is not None:
+            records = reader.dataset(**vars(self.source.dataset))
+            return reader.checked(records, self.source.name, self.source.license)
+        return reader.documents(self.files, self.source.name, self.source.license)
+
+    def _clean(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            text = document.text
+            for name in self.source.clean:
+                text = CLEANERS[name](text)
+            if text.strip():
+                yield replace(document, text=text)
+            else:
+                self.report.skip("empty after cleaning", document.id)
+
+    def _cut(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Cut documents of more than `max_characters` at the last line end before the limit."""
+        limit = self.source.max_characters
+        for document in documents:
+            if limit is None or len(document.text) <= limit:
+                yield document
+                continue
+            start, number = 0, 1
+            while start < len(document.text):
+                end = min(start + limit, len(document.text))
+                if end < len(document.text):
+                    end = document.text.rfind("\n", start, end) + 1 or end
+                yield replace(document, id=f"{document.id}@{number}", text=document.text[start:end])
+                start, number = end, number + 1
+
+
+def _measure(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[float, Iterator[Document]]:
+    """Characters per token over the first texts, and the documents from the first one on."""
+    first: list[Document] = []
+    characters = 0
+    for document in documents:
+        first.append(document)
+        characters += len(document.text)
+        if characters >= MEASURED_CHARACTERS:
+            break
+    tokens = sum(ids.size for ids in make_encoder(tokenizer)([document.text for document in first]))
+    return characters / max(1, tokens), itertools.chain(first, documents)
