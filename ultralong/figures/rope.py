@@ -31,7 +31,7 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
     figure = new_figure(title, x, y, height=height)
     for index, (name, (across, up)) in enumerate(curves.items()):
         figure.add_trace(graph_objects().Scatter(
-            x=_rounded(across), y=_rounded(up), name=name, mode="lines+markers" if markers else "lines",
+            x=list(across), y=_rounded(up), name=name, mode="lines+markers" if markers else "lines",
             line={"color": PALETTE[index % len(PALETTE)], "dash": DASHES[index % len(DASHES)], "width": 2},
             marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7}))
     if log_x:
@@ -119,8 +119,8 @@ def mark_height(figure: Figure, value: float, text: str, *, dash: str = "dash", 
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
-    """Six digits: more than a screen shows, and a third of the bytes in the saved notebook."""
-    return [float(f"{float(value):.6g}") for value in values]
+    """Four digits: what a screen can show, at a quarter of the bytes in the saved notebook."""
+    return [float(f"{float(value):.4g}") for value in values]
 
 
 def _power_label(power: int) -> str:
