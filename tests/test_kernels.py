@@ -56,7 +56,7 @@ def compare(kernel, q, k, v, dout, rule, seen, tolerance):
     grads = attention_backward(kernel, dout, q, k, v, out, lse, rule)
     assert out.dtype == q.dtype
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().clone().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = plain_attention(*exact, seen, scale=rule.scale, softcap=rule.softcap)
     expected.backward(dout.double())
     names = ("out", "lse", "dq", "dk", "dv")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GRACE = 10.0  # seconds between a rank's failure and the end of the others
+GRACE = 3.0  # seconds that ranks get to report after the first failure, or after their collectives have timed out
 
 
 class RankFailed(RuntimeError):
@@ -42,7 +42,7 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str
         world: Number of processes.
         *arguments: The same for every rank.
         device: "cpu" (gloo) or "cuda" (NCCL, rank i on GPU i).
-        timeout: Seconds for everything, and for any one collective. Nobody hangs longer.
+        timeout: Seconds for everything, and for any one collective. Nobody hangs longer than a moment more.
 
     Returns:
         The results in rank order.
@@ -96,7 +96,7 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, device: st
 
 def _collect(processes: list[Any], results: Any, world: int, timeout: float) -> list[Any]:
     """Wait for every rank's result; stop at the first failure, after a moment for the others to report theirs."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout + GRACE
     done: dict[int, Any] = {}
     errors: dict[int, str] = {}
     while len(done) + len(errors) < world:

@@ -155,18 +155,22 @@ def _backward_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Te
 
 def _forward_split(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Keys before the first query, all seen, and the causal square after them."""
-    before = k.shape[1] - q.shape[1]
+    before, dtype = k.shape[1] - q.shape[1], q.dtype
+    if q.device.type == "cpu":  # 16-bit types are no faster there: keep the parts unrounded
+        q, k, v = (x.to(accumulator(dtype)) for x in (q, k, v))
     square, lse = attention_forward(kernel, q, k[:, before:], v[:, before:], rule)
     past, past_lse = attention_forward(kernel, q, k[:, :before], v[:, :before], rule.full())
-    out, lse = square.to(accumulator(q.dtype)), lse.clone()
+    out, lse = square.to(accumulator(dtype)), lse.clone()
     merge_into(out, lse, past, past_lse)
-    return out.to(q.dtype), lse
+    return out.to(dtype), lse
 
 
 def _backward_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                     rule: Rule) -> Gradients:
-    before = k.shape[1] - q.shape[1]
+    before, dtype = k.shape[1] - q.shape[1], q.dtype
+    if q.device.type == "cpu":
+        dout, q, k, v, out = (x.to(accumulator(dtype)) for x in (dout, q, k, v, out))
     dq, dk, dv = attention_backward(kernel, dout, q, k[:, before:], v[:, before:], out, lse, rule)
     dq_past, dk_past, dv_past = attention_backward(kernel, dout, q, k[:, :before], v[:, :before], out, lse, rule.full())
-    wide = accumulator(q.dtype)
-    return (dq.to(wide) + dq_past.to(wide)).to(q.dtype), torch.cat([dk_past, dk], 1), torch.cat([dv_past, dv], 1)
+    wide, dk, dv = accumulator(dtype), torch.cat([dk_past, dk], 1), torch.cat([dv_past, dv], 1)
+    return (dq.to(wide) + dq_past.to(wide)).to(dtype), dk.to(dtype), dv.to(dtype)

@@ -1,0 +1,164 @@
+"""Who holds what, and which kernel calls follow from it, against brute force; no process is started here."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from attention_yardstick import visible
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ultralong.attention.gathered import clipped_calls
+from ultralong.attention.layout import balanced, contiguous, imbalance, work, zigzag
+from ultralong.attention.ring import own_spans, rectangles
+from ultralong.attention.ulysses import head_split, stage_counts
+
+MAKERS = {"contiguous": contiguous, "zigzag": zigzag}
+
+
+@st.composite
+def rows(draw):
+    """Length, ranks, members, document boundaries (one-token documents are frequent)."""
+    lengths = draw(st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=12))
+    edges = [0]
+    for length in lengths:
+        edges.append(edges[-1] + length)
+    return edges[-1], draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 3])), tuple(edges)
+
+
+def layouts(tokens, ranks, inner, edges):
+    return [contiguous(tokens, ranks, inner), zigzag(tokens, ranks, inner),
+            balanced(tokens, ranks, edges, inner, smallest=1, good_enough=1.0)]
+
+
+def closed(edges, padded):
+    return edges if edges[-1] == padded else (*edges, padded)
+
+
+@given(row=rows())
+def test_every_token_has_one_holder_and_comes_back(row):
+    tokens, ranks, inner, _ = row
+    x = torch.arange(tokens * 2).reshape(1, tokens, 2)
+    for layout in layouts(*row):
+        held = [layout.shard(x, process, dim=1, pad=-1) for process in range(ranks * inner)]
+        assert {part.shape for part in held} == {(1, layout.local, 2)}
+        everyone = torch.cat([layout.positions(process) for process in range(ranks * inner)])
+        assert sorted(everyone.tolist()) == list(range(layout.padded))
+        assert layout.padded - tokens < 2 * ranks * inner * max(len(own) for own in layout.owners)
+        for process, part in enumerate(held):
+            at = layout.positions(process)
+            real = at < tokens
+            assert torch.equal(part[0, real], x[0, at[real]])
+            assert (part[0, ~real] == -1).all()
+        assert torch.equal(layout.restore(torch.cat(held, 1), 1), x)
+
+
+def test_a_tensor_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="10 tokens, dimension 1 of the tensor has 9"):
+        zigzag(10, 2).shard(torch.zeros(1, 9), 0)
+    with pytest.raises(ValueError, match="at least 1 token, found 0"):
+        zigzag(0, 2)
+
+
+@given(row=rows(), data=st.data())
+def test_work_counts_query_key_pairs(row, data):
+    tokens, _, _, edges = row
+    start = data.draw(st.integers(0, tokens - 1))
+    stop = data.draw(st.integers(start + 1, tokens))
+    seen = visible(tokens, tokens, edges_q=edges, edges_k=edges)
+    assert work(start, stop, edges) == int(seen[start:stop].sum())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+def test_zigzag_is_perfectly_balanced_without_documents_and_contiguous_is_not(ranks):
+    tokens = 2 * ranks * 64
+    assert imbalance(zigzag(tokens, ranks), (0, tokens)) == 1.0
+    expected = (2 * ranks - 1) / ranks  # the last of P equal runs against the mean
+    assert imbalance(contiguous(tokens, ranks), (0, tokens)) == pytest.approx(expected, rel=0.02)
+    assert balanced(tokens, ranks, (0, tokens)).owners == zigzag(tokens, ranks).owners
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_32_documents_of_mixed_length_are_balanced(ranks):
+    make = torch.Generator().manual_seed(0)
+    lengths = torch.exp(torch.empty(32).uniform_(5, 10.5, generator=make)).long()
+    lengths = (lengths * 131072 / lengths.sum()).long().clamp(min=1)
+    lengths[-1] += 131072 - lengths.sum()
+    edges = (0, *lengths.cumsum(0).tolist())
+    layout = balanced(131072, ranks, edges)
+    assert imbalance(layout, edges) <= 1.05
+    assert imbalance(layout, edges) <= imbalance(zigzag(131072, ranks), edges)
+    assert all(stop - start >= 1024 for rank in range(ranks) for start, stop in layout.pieces(rank))
+
+
+@settings(max_examples=150)
+@given(row=rows(), masked=st.booleans(), window=st.one_of(st.none(), st.integers(1, 30)))
+def test_gathered_calls_see_exactly_what_the_definition_says(row, masked, window):
+    tokens, ranks, _, edges = row
+    for layout in layouts(tokens, ranks, 1, edges):
+        bounds = closed(edges, layout.padded) if masked else (0, layout.padded)
+        seen = visible(layout.padded, layout.padded, window=window, edges_q=bounds, edges_k=bounds)
+        for rank in range(ranks):
+            mine = seen[layout.positions(rank)]
+            found = torch.zeros_like(mine)
+            for call in clipped_calls(layout.pieces(rank), bounds if masked else None, window):
+                queries, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
+                edges_q = call.spans.q if call.spans else (0, queries)
+                edges_k = call.spans.k if call.spans else (0, keys)
+                block = visible(queries, keys, window=window, edges_q=edges_q, edges_k=edges_k)
+                assert not found[call.rows].any()
+                found[call.rows, call.keys] = block
+            assert torch.equal(found, mine)
+
+
+@settings(max_examples=150)
+@given(row=rows(), masked=st.booleans())
+def test_ring_blocks_see_every_pair_once(row, masked):
+    tokens, ranks, _, edges = row
+    for layout in layouts(tokens, ranks, 1, edges):
+        bounds = closed(edges, layout.padded) if masked else (0, layout.padded)
+        seen = visible(layout.padded, layout.padded, edges_q=bounds, edges_k=bounds)
+        for rank in range(ranks):
+            mine = layout.positions(rank)
+            spans = own_spans(layout.pieces(rank), bounds) if masked else None
+            cuts = spans.q if spans else (0, layout.local)
+            own = visible(layout.local, layout.local, edges_q=cuts, edges_k=cuts)
+            assert torch.equal(own, seen[mine][:, mine])
+            for other in range(ranks):
+                if other == rank:
+                    continue
+                found = torch.zeros(layout.local, layout.local, dtype=torch.int)
+                blocks = rectangles(layout.pieces(rank), layout.pieces(other), bounds if masked else None)
+                for rows_, keys in blocks:
+                    found[rows_, keys] += 1
+                assert torch.equal(found, seen[mine][:, layout.positions(other)].int())
+
+
+def test_an_unpacked_ring_step_is_one_rectangle():
+    layout = zigzag(64, 4)
+    for rank in range(4):
+        for other in set(range(4)) - {rank}:
+            (rows_, keys), = rectangles(layout.pieces(rank), layout.pieces(other), None)
+            area = (rows_.stop - rows_.start) * (keys.stop - keys.start)
+            assert area == layout.local**2 // 2, "every hop is half a square of work, for every rank"
+
+
+@given(kv=st.integers(1, 12), group=st.integers(1, 8), degree=st.integers(1, 16))
+def test_heads_are_split_evenly_or_refused(kv, group, degree):
+    heads = kv * group
+    if heads % degree:
+        with pytest.raises(ValueError, match=f"can't split {heads} query and {kv} kv heads over {degree} ranks"):
+            head_split(heads, kv, degree)
+        return
+    try:
+        each, serves = head_split(heads, kv, degree)
+    except ValueError:
+        repeats = [r for r in range(1, heads + 1) if (kv * r) % degree == 0 and heads % (kv * r) == 0]
+        assert repeats == [], "refused though repeating kv heads would have done"
+        return
+    assert each * serves * degree == heads
+    assert (each * degree) % kv == 0
+    counts = stage_counts(heads, kv, degree)
+    assert counts[0] == 1
+    assert all(b > a for a, b in pairwise(counts))
+    assert all((each * serves) % count == 0 for count in counts)
