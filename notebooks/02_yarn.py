@@ -1,0 +1,384 @@
+# %% [markdown]
+# # 2. YaRN: slow the slow pairs, keep the fast ones
+#
+# [Before](01_rope_frequencies.ipynb) we saw what breaks: beyond its window a model's slow rotary pairs meet angles that
+# they never saw. Here are the ways to slow them down, each in a line; all of them held against transformers to the
+# last bit; the recipe of [From 128K to 4M](https://arxiv.org/abs/2504.06214) among them; and what each does to a model.
+#
+# ### At a glance
+#
+# | | |
+# |---|---|
+# | time on CPU | 30 s, two cores: 10 s of them train a small model (measured November 2026) |
+# | memory | 0.8 GB |
+# | downloads, cost | none |
+# | a GPU adds | `MODEL` can be a real, unscaled checkpoint: the last sections then measure that |
+#
+# **You will learn**
+# * position interpolation, NTK-aware scaling and YaRN as three answers to one question;
+# * that there are two YaRN ramps, and which one the recipe is: Llama 3's own, with a larger factor;
+# * to write a check that a wrong table fails;
+# * what the attention temperature does, and how close its formula comes to the best value.
+#
+# **Before this:** [01_rope_frequencies](01_rope_frequencies.ipynb). **After this:**
+# [03_separator_packing](03_separator_packing.ipynb).
+
+# %% tags=["parameters"]
+HEAD_DIM: int = 128  # size of one attention head, for the tables
+BASE: float = 500000.0  # RoPE base, for the tables
+WINDOW: int = 8192  # tokens of pretraining, for the tables
+FACTOR: float = 128.0  # longer window over the old one, for the tables
+MODEL: str = ""  # folder of an unscaled Llama-like checkpoint to measure; empty trains a small one here
+STRETCH: int = 8  # windows that the measured model reads
+STEPS: int = 400  # training steps of the small model
+DEVICE: str = "auto"  # cpu, cuda, or auto for what is there
+SEED: int = 0  # of the small model
+INTERACTIVE: bool = True  # sliders besides the still panels
+
+# %%
+import copy
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
+
+from ultralong import figures
+from ultralong.evaluation.perplexity import perplexity_by_position
+from ultralong.extend import extend
+from ultralong.notebook_tools import store
+from ultralong.rope import RopeScaling, attention_factor, from_config, inverse_frequencies, pair_counts, rope_parameters
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+device = ("cuda" if torch.cuda.is_available() else "cpu") if DEVICE == "auto" else DEVICE
+plain = RopeScaling("default", HEAD_DIM, BASE, original_window=WINDOW)
+print(f"torch {torch.__version__.split('+')[0]} on {device}")
+
+# %% [markdown]
+# ## Three answers to one question
+#
+# At `FACTOR` times the window, slow pairs must be at most `FACTOR` times slower than before. What about the others?
+#
+# * **Position interpolation** (PI): slow everyone down alike. No new angles, but neighbours now differ by a
+#   hundredth of the turn that the weights expect.
+# * **NTK-aware** scaling: change the base, so that the slowest pair is divided by the factor and the fastest by
+#   nothing. Every pair in between moves a little, and most of them not enough.
+# * **YaRN** (NTK by parts): ask each pair how often it turned in the old window, $r = L / \lambda$. More than $\beta$
+#   times: leave it. Less than $\alpha$ times: divide it. In between: blend. The recipe has $\alpha = 1$, $\beta = 4$.
+
+# %%
+i = torch.arange(HEAD_DIM // 2, dtype=torch.float64)
+omega = BASE ** (-2 * i / HEAD_DIM)  # radians a token, (D/2,)
+
+pi = omega / FACTOR
+ntk = (BASE * FACTOR ** (HEAD_DIM / (HEAD_DIM - 2))) ** (-2 * i / HEAD_DIM)
+turns = WINDOW * omega / (2 * torch.pi)
+keep = ((turns - 1) / (4 - 1)).clamp(0, 1)  # 1: keep the speed, 0: divide it
+yarn = keep * omega + (1 - keep) * omega / FACTOR
+
+# %% tags=["check"]
+library = {
+    "PI": (pi, replace(plain, method="linear", factor=FACTOR)),
+    "NTK": (ntk, replace(plain, method="ntk", factor=FACTOR)),
+    "YaRN": (yarn, replace(plain, method="yarn", factor=FACTOR, ramp="rotations", attention_factor=1.0)),
+}
+for name, (table, scaling) in library.items():
+    assert torch.allclose(table, inverse_frequencies(scaling, dtype=torch.float64)[0], rtol=1e-12), \
+        f"{name}: the line above and ultralong.rope disagree"
+assert keep[0] == 1 and keep[-1] == 0, "a ramp the wrong way round slows the pairs that carry the word order"  # noqa: PT018
+print("ok: three lines of arithmetic, equal to ultralong.rope in float64")
+
+# %%
+figures.show(
+    figures.speed_kept({name: (table / omega).tolist() for name, (table, _) in library.items()},
+                       f"What is left of each pair's speed, factor {FACTOR:g}"),
+    "PI is a flat line at the bottom; NTK falls in a straight line from one to the bottom; YaRN stays at one for the "
+    "fast half, falls over six pairs and stays at the bottom.")
+
+# %% [markdown]
+# **What you should see.** Three shapes between untouched (top) and fully slowed down (bottom). PI sacrifices the fast
+# pairs. NTK leaves all slow pairs but the last too fast: they still run into new angles. YaRN is a step with a short
+# ramp, and the ramp lies where pairs turn between one and four times in the old window.
+
+# %%
+factors = {f"{factor}": float(factor) for factor in (2, 8, 32, 128, 512)}
+
+
+def shapes(name: str) -> object:
+    """Speeds kept by the three methods at one factor."""
+    kept = {label: inverse_frequencies(replace(scaling, factor=factors[name]), dtype=torch.float64)[0] / omega
+            for label, (_, scaling) in library.items()}
+    return figures.speed_kept({label: table.tolist() for label, table in kept.items()}, height=330)
+
+
+figures.explore(shapes, "factor", list(factors), stills=["8", "128", "512"], interactive=INTERACTIVE,
+                alt="Three panels with growing factor: the bottom sinks, and YaRN's step stays at the same pairs.")
+
+# %% [markdown]
+# **What you should see.** The bottom sinks with the factor; YaRN's step does not move. Where it stands depends on the
+# old window only.
+
+# %% [markdown]
+# ## Two ramps under one name
+#
+# The paper blends linearly in the number of turns, as above. The code released with it, and with it transformers and
+# vLLM, blends linearly in the *index* of the pair, between bounds rounded to whole pairs. Llama 3.1's own scaling, the
+# type `llama3`, blends in turns with $\alpha = 1$, $\beta = 4$: it **is** YaRN as the paper has it, without a
+# temperature. So the recipe for Llama-3.1 is its own configuration with a larger factor and nothing else.
+
+# %%
+recipe = replace(plain, method="llama3", factor=FACTOR)
+by_index = replace(plain, method="yarn", factor=FACTOR, attention_factor=1.0)
+tables = {"in turns (llama3, the paper)": recipe, "in the index (transformers' yarn)": by_index}
+around = slice(max(0, int((turns > 4).sum()) - 3), int((turns > 1).sum()) + 3)
+kept = {name: inverse_frequencies(scaling, dtype=torch.float64)[0] / omega for name, scaling in tables.items()}
+figures.show(
+    figures.speed_kept({name: speed[around].tolist() for name, speed in kept.items()}, "The two ramps",
+                       first=around.start),
+    "Both curves agree outside of the ramp; on it the one that is linear in the index keeps more of the speed.")
+
+# %% tags=["check"]
+for factor in (128.0, 256.0, 512.0):
+    papers = RopeScaling("yarn", 128, 5e5, factor, 8192, alpha=1.0, beta=4.0, ramp="rotations", attention_factor=1.0)
+    config = LlamaConfig(head_dim=128, max_position_embeddings=int(8192 * factor), rope_parameters={
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192})
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    assert torch.equal(inverse_frequencies(papers)[0], theirs), "the recipe and the llama3 type differ in some bit"
+    assert rope_parameters(papers) == config.rope_parameters, "it would not be written as the llama3 type"
+apart = (kept["in the index (transformers' yarn)"] / kept["in turns (llama3, the paper)"] - 1).abs()
+assert 0.5 < float(apart.max()) < 1.0, "the ramps should differ by most of a pair's speed, and on the ramp only"
+print(f"ok: factor 128, 256, 512 equal llama3 to the last bit; the ramps differ on {int((apart > 1e-9).sum())} "
+      f"pairs, by up to {float(apart.max()):.0%}")
+
+# %% [markdown]
+# **What you should see.** The same two ends and another way down. Up to 83% of a pair's speed hang on which ramp a
+# program means by "YaRN", and none of them says so when it reads the other's checkpoint. `ultralong extend` writes
+# `llama3` where a model has it, which every program reads alike.
+#
+# The factor counts from the *unscaled* pretraining: 1,048,576 / 8,192 = 128. Llama-3.1 ships with factor 8; the new
+# factor replaces it. Multiplying, 8 x 128, would leave seven eighths of the angles that slow pairs know
+# unused.
+
+# %% [markdown]
+# ## A check that can fail
+#
+# A table of frequencies is 64 numbers that nobody reads. A ramp the wrong way round, a factor applied twice, the other
+# ramp: the model loads, answers, and is quietly bad. So the library's tables are compared with transformers' own,
+# bit by bit, for each method at real sizes; and the same check is shown wrong tables, to see it fail.
+
+
+# %%
+def check(table: torch.Tensor, scaling: RopeScaling) -> None:
+    """Compare a float32 table with what transformers computes from the config that we would write."""
+    config = LlamaConfig(head_dim=scaling.head_dim, rope_parameters=rope_parameters(scaling),
+                         max_position_embeddings=scaling.original_window)
+    expected, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, None, seq_len=100_000)
+    error = float((table / expected - 1).abs().max())
+    assert torch.equal(table, expected), f"largest relative error {error:.1e}"
+
+
+# %% tags=["check"]
+count = 0
+for head_dim in (64, 128):
+    for base in (1e4, 1e5, 5e5, 1e6):
+        for method in ("linear", "dynamic", "yarn", "llama3"):
+            scaling = RopeScaling(method, head_dim, base, FACTOR, WINDOW)
+            check(inverse_frequencies(scaling, 100_000)[0], scaling)
+            count += 1
+right, fast = inverse_frequencies(recipe)[0], inverse_frequencies(plain)[0]
+wrong_tables = {
+    "ramp the wrong way round": (1 - keep).float() * fast + keep.float() * fast / FACTOR,
+    "factor multiplied by Llama-3.1's 8": inverse_frequencies(replace(recipe, factor=8 * FACTOR))[0],
+    "the other ramp": inverse_frequencies(by_index)[0],
+    "one bit in one number": torch.cat((right[:-1], torch.nextafter(right[-1:], torch.ones(1)))),
+}
+caught = []
+for name, wrong in wrong_tables.items():
+    try:
+        check(wrong, recipe)
+    except AssertionError as error:
+        caught.append(name)
+        print(f"caught: {name} ({error})")
+assert caught == list(wrong_tables), f"a wrong table passed ({set(wrong_tables) - set(caught)}): the check is worthless"
+print(f"ok: {count} tables equal transformers' to the last bit, {len(caught)} wrong ones do not pass")
+
+# %% [markdown]
+# ## What it does to a model
+#
+# Now a model. Python's own help texts (460 KB of English, on every machine that has Python) teach a small
+# byte-level Llama with a window of 64 tokens; then it reads 8 windows, untrained at that length, once with each table.
+# With `MODEL` set to a folder, that checkpoint is measured instead.
+
+
+# %%
+def train_small(data: torch.Tensor, window: int) -> LlamaForCausalLM:
+    """A byte-level Llama of 0.1 M parameters that has only ever seen `window` tokens."""
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=2, max_position_embeddings=window, pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, STEPS)
+    for _ in range(STEPS):
+        starts = torch.randint(0, len(data) - window - 1, (24,)).tolist()
+        rows = torch.stack([data[start:start + window + 1] for start in starts])  # (B, T + 1)
+        loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+# %%
+text = "\n".join(topics[name] for name in sorted(topics))
+if MODEL:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").to(device).eval()
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(MODEL)(text, add_special_tokens=False)["input_ids"])
+else:
+    data = torch.tensor(list(text.encode()))
+    model, tokens = train_small(data[:len(data) * 9 // 10], window=64), data[len(data) * 9 // 10:]
+unscaled = from_config(model.config)
+window = unscaled.original_window
+length = STRETCH * window
+rows = [row.numpy() for row in tokens[:len(tokens) // (length + 1) * (length + 1)].view(-1, length + 1)[:40]]
+edges = sorted({window // 2 * step for step in (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)} | {length})
+edges = [edge for edge in edges if edge <= length]
+print(f"window {window:,}, {len(rows)} rows of {length:,} tokens" + ("" if MODEL else " that it was not trained on"))
+
+
+# %%
+def measure(scaling: RopeScaling) -> list[dict]:
+    """Perplexity by position with the model's weights and another rotary table."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = rope_parameters(scaling)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.device)
+    return perplexity_by_position(model, rows, edges, quiet=True)
+
+
+stretched = replace(unscaled, method="yarn", factor=float(STRETCH))
+curves = {"no scaling": measure(unscaled), "PI": measure(replace(stretched, method="linear")),
+          "NTK": measure(replace(stretched, method="ntk")), "YaRN": measure(stretched)}
+figures.show(
+    figures.perplexity_curve(curves, "One set of weights, four rotary tables", base_window=window),
+    "Without scaling perplexity climbs steeply past the window; PI is high everywhere; NTK holds for a while and then "
+    "climbs; YaRN stays nearly flat over all eight windows.")
+
+# %% [markdown]
+# **What you should see.** Four textbook lines from one small model. *No scaling*: fine to the window, then lost. *PI*:
+# lost everywhere, as the fast pairs that carry spelling were slowed down too; it needs training to recover. *NTK*:
+# holds for about two windows, then its slow pairs run out of known angles. *YaRN*: flat to the end, without a step of
+# training, at a small price inside the old window.
+
+# %% tags=["check"]
+inside = {name: bins[1]["perplexity"] for name, bins in curves.items()}  # the second half of the old window
+last = {name: bins[-1]["perplexity"] for name, bins in curves.items()}
+assert last["no scaling"] > 2 * inside["no scaling"], "the model reads past its window unaided: nothing to show"
+assert last["YaRN"] < min(last["no scaling"], last["PI"], last["NTK"]) / 1.5, "YaRN should hold far beyond the window"
+assert inside["YaRN"] < 1.3 * inside["no scaling"], "YaRN should cost little inside the old window"
+print(f"ok: at {STRETCH} windows perplexity is " + ", ".join(f"{value:.1f} ({name})" for name, value in last.items()))
+
+# %% [markdown]
+# ## Temperature
+#
+# With more tokens in the softmax, the weight of the right one is thinned out. YaRN sharpens: cosine and sine are both
+# multiplied by the **attention factor** $m = 0.1 \ln s + 1$, so that logits are multiplied by $m^2$. The paper fitted
+# the formula to measurements. We can make some, too:
+
+# %%
+own = attention_factor(stretched)
+tried = sorted({0.9, 1.0, 1.1, 1.15, own, 1.3, 1.4, 1.6})
+at_end = [measure(replace(stretched, attention_factor=value))[-1]["perplexity"] for value in tried]
+figure = figures.lines({"YaRN": (tried, at_end)}, f"Perplexity in the last bin of {STRETCH} windows",
+                       x="attention factor", y="perplexity", markers=True)
+figure.add_vline(x=own, line={"dash": "dash", "width": 1.5, "color": "#7f7f7f"})
+figures.show(figure, f"Perplexity at the end falls steeply from a factor of 0.9 to a flat floor, on which the "
+                     f"formula's {own:.2f} stands, and then rises slowly.")
+
+# %% tags=["check"]
+best = tried[at_end.index(min(at_end))]
+assert 1.05 < best < 1.45, f"the best factor is {best:.2f}: far from the formula's {own:.2f}"
+assert at_end[tried.index(own)] < 1.05 * min(at_end), "the formula should be within 5% of the best"
+assert at_end[tried.index(own)] < at_end[tried.index(1.0)], "without temperature YaRN should be worse here"
+print(f"ok: best of those tried {best:.3f}, the formula says {own:.3f}; turned off costs "
+      f"{at_end[tried.index(1.0)] / min(at_end) - 1:.0%}")
+
+# %% [markdown]
+# **What you should see.** A steep wall on the left, a flat floor, and the formula's dashed line standing on the floor:
+# too little sharpening costs far more than too much.
+#
+# Then why has `llama3` none? Because training follows. The formula helps a model that has to cope untrained; the
+# released recipe trains on a billion tokens at the new length, and what a temperature gives, the weights can learn.
+# `ultralong extend` keeps each type's own: `llama3` without, `yarn` with; `attention_factor=1.0` turns it off.
+
+# %% [markdown]
+# ## The same in one command
+#
+# `ultralong extend SRC --to N --out DIR` does this to a checkpoint on disk: it changes the config, the tokenizer's
+# limit and the model card, and copies the weights without loading them.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(Path(folder) / "base")
+    report = extend(Path(folder) / "base", length, Path(folder) / "long", quiet=True)
+    longer = AutoModelForCausalLM.from_pretrained(Path(folder) / "long")
+print(f"{report.old_window:,} -> {report.new_window:,} tokens, type {report.method}, factor {report.factor:g}, "
+      f"attention factor {report.attention_factor:.3f}")
+print(f"pairs: {report.pairs}; files: {', '.join(report.files)}")
+
+# %% tags=["check"]
+table, factor = inverse_frequencies(from_config(longer.config))
+assert torch.equal(longer.model.rotary_emb.inv_freq, table), "the checkpoint opens with another table"
+assert longer.config.max_position_embeddings == length, "programs that read the config would not serve the new window"
+assert all(torch.equal(a.cpu(), b) for a, b in zip(model.parameters(), longer.parameters())), "a weight changed"
+print("ok: transformers opens the longer model with exactly this table and the same weights")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. The YaRN paper recommends $\beta = 32$ for Llama. How many of the 64 pairs does that put on the ramp, against six
+#    with $\beta = 4$? Is it better for the model above?
+# 2. Someone extends to 8 windows with the factor of 64 windows, to have room later. What does it cost now?
+# 3. Extend a model twice, first to 2 windows, then to 8. Compare the result with extending it once.
+#
+# The next cell holds one solution for each.
+
+# %% tags=["solution", "hide-input"]
+# 1. A longer ramp: 32 turns are reached ten pairs earlier. On this model the two differ by a few percent.
+wide = replace(recipe, beta=32.0)
+print(f"1. {pair_counts(wide)['ramp']} pairs on the ramp, {pair_counts(recipe)['ramp']} with beta 4; perplexity at the "
+      f"end {measure(replace(stretched, beta=32.0))[-1]['perplexity']:.2f} and {last['YaRN']:.2f}")
+
+# 2. Every slow pair uses an eighth of the angles it knows, and neighbours on them are harder to tell apart.
+roomy = measure(replace(stretched, factor=64.0))[-1]["perplexity"]
+print(f"2. perplexity at the end {roomy:.2f} instead of {last['YaRN']:.2f}")
+
+# 3. The same table: the second factor replaces the first.
+with tempfile.TemporaryDirectory() as folder:
+    at = [Path(folder) / name for name in ("base", "twice", "direct", "first")]
+    model.save_pretrained(at[0])
+    extend(at[0], 2 * window, at[3], quiet=True)
+    twice, direct = extend(at[3], length, at[1], quiet=True), extend(at[0], length, at[2], quiet=True)
+assert twice.new_rope == direct.new_rope
+print(f"3. factor {twice.factor:g} both ways")
+
+# %% [markdown]
+# ## Recap
+#
+# * PI slows every pair, NTK tilts the table, YaRN divides only the pairs that never turned.
+# * The recipe is YaRN with $\alpha = 1$, $\beta = 4$, a factor of target / 8,192 and no temperature. That is the type
+#   `llama3` with a larger factor, to the last bit. transformers' `yarn` blends another way and is close, not equal.
+# * The factor counts from the unscaled pretraining and replaces an earlier one.
+# * Untrained, YaRN holds a small model over eight windows. Training makes the rest of the difference.
+#
+# **Next:** [03_separator_packing](03_separator_packing.ipynb) makes the long rows to train on.
+
+# %%
+store(perplexity_unscaled=last["no scaling"], perplexity_yarn=last["YaRN"], best_attention_factor=best)
