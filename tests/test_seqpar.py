@@ -68,8 +68,8 @@ def cases(draw):
     return SimpleNamespace(
         tokens=edges[-1], edges=tuple(edges) if draw(st.booleans()) else None, heads=draw(st.sampled_from(HEADS)),
         scheme=draw(st.sampled_from(ONE_LEVEL)), seed=draw(st.integers(0, 2**20)),
-        batch=draw(st.sampled_from([1, 1, 2])), window=draw(st.sampled_from([None, None, 1, 7])), sink=draw(st.booleans()), stage=draw(st.integers(0, 5)),
-        dtype=draw(st.sampled_from(list(TOLERANCE))))
+        batch=draw(st.sampled_from([1, 1, 2])), window=draw(st.sampled_from([None, None, 1, 7])),
+        sink=draw(st.booleans()), stage=draw(st.integers(0, 5)), dtype=draw(st.sampled_from(list(TOLERANCE))))
 
 
 def check_case(case, group, tried):
@@ -80,7 +80,7 @@ def check_case(case, group, tried):
         try:
             counts = stage_counts(heads, kv_heads, dist.get_world_size())
         except ValueError:
-            with pytest.raises(ValueError, match="can't split .* Use scheme='gathered'"):
+            with pytest.raises(ValueError, match=r"can't split .* Use scheme='gathered'"):
                 make_context(case.tokens, group, "ulysses", heads=heads, kv_heads=kv_heads)
             return
         stages = counts[case.stage % len(counts)] if dist.get_world_size() > 1 else 1

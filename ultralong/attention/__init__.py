@@ -8,9 +8,10 @@ from ultralong.attention.collectives import PeerLost
 from ultralong.attention.context import SCHEMES, AttentionContext, make_context
 from ultralong.attention.function import AttentionKeeper
 from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
-from ultralong.attention.register import NAME, register
+from ultralong.attention.register import NAME
+from ultralong.attention.register import register as _register
 
 __all__ = ["KERNELS", "NAME", "SCHEMES", "AttentionContext", "AttentionKeeper", "PeerLost", "available_kernels",
-           "get_kernel", "make_context", "register"]
+           "get_kernel", "make_context"]
 
-register()
+_register()

@@ -32,7 +32,6 @@ class DeferredMask:
 
     Attributes:
         padding: The (B, T_k) mask of real tokens that the caller gave, or None.
-        plain: Whether it says no more than "causal, the last query lines up with the last key".
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -40,14 +39,17 @@ class DeferredMask:
         self._built: Tensor | None = None
         self._is_built = False
         self.padding: Tensor | None = arguments.get("attention_mask")
-        offset = arguments.get("q_offset", 0)
-        self.plain = (
-            self.padding is None
-            and arguments.get("mask_function") is causal_mask_function
-            and isinstance(offset, int)
-            and offset + arguments["q_length"] == arguments["kv_length"] + arguments.get("kv_offset", 0)
-            and arguments.get("kv_offset", 0) == 0
-        )
+
+    def plain(self, window: int | None) -> bool:
+        """Whether it says no more than "causal, in this window, the last query lines up with the last key"."""
+        offsets = [self._arguments.get(name, 0) for name in ("q_offset", "kv_offset")]
+        if self.padding is not None or not all(isinstance(offset, int) for offset in offsets):
+            return False
+        ends = [offset + self._arguments[name] for offset, name in zip(offsets, ("q_length", "kv_length"))]
+        local = self._arguments.get("local_size")
+        unchanged = self._arguments.get("allow_is_causal_skip", False)  # False where transformers has added to it
+        causal = self._arguments.get("mask_function") is causal_mask_function if local is None else local == window
+        return ends[0] == ends[1] and unchanged and causal
 
     def build(self) -> Tensor | None:
         """The (B, 1, T, T_k) mask as transformers makes it for sdpa; None where plain causal says it all."""
@@ -136,25 +138,25 @@ def _refuse(module: torch.nn.Module, key: Tensor, query: Tensor, mask: Tensor | 
 def _ordinary(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | DeferredMask | None,
               dropout: float, scaling: float | None, causal: bool, kwargs: dict[str, Any]) -> tuple[Tensor, None]:
     """One process's attention: a kernel where the mask is plain causal, else transformers' sdpa with the mask built."""
-    plain = mask is None if not isinstance(mask, DeferredMask) else mask.plain
+    window = kwargs.get("sliding_window")
+    plain = mask is None if not isinstance(mask, DeferredMask) else mask.plain(window)
     special = any(kwargs.get(option) is not None for option in ("position_bias", "cache"))
-    if plain and causal and not dropout and not special and query.shape[2] > 1:
+    scores = any(kwargs.get(option) is not None for option in ("softcap", "s_aux"))
+    if plain and causal and not dropout and not special and (scores or query.shape[2] > 1):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        window = kwargs.get("sliding_window")
         rule = Rule(scale=q.shape[-1] ** -0.5 if scaling is None else scaling, softcap=kwargs.get("softcap") or None,
                     window=None if window is None or window >= k.shape[1] else window)
         kernel = choose_kernel("auto", q, rule, clipped=q.shape[1] != k.shape[1])
         return attention(q, k, v, Local(kernel), rule, sink=kwargs.get("s_aux")), None
-    for option in ("softcap", "s_aux"):
-        if kwargs.get(option) is not None:
-            raise ValueError(f"{type(module).__name__}: {option} with a mask or a cache is not supported by "
-                             "'ultralong' attention without a context; use attn_implementation='eager' for this call")
+    if scores:
+        raise ValueError(f"{type(module).__name__}: soft caps and sinks together with padding, dropout or a static "
+                         "cache are not supported by 'ultralong' attention; use attn_implementation='eager' instead")
     built = mask.build() if isinstance(mask, DeferredMask) else mask
     return sdpa_attention_forward(module, query, key, value, built, dropout=dropout, scaling=scaling, is_causal=causal,
                                   **kwargs)
 
 
 def register() -> None:
-    """Make `attn_implementation="ultralong"` known to transformers (done on import of `ultralong.attention`)."""
+    """Make `attn_implementation="ultralong"` known to transformers (runs on import of `ultralong.attention`)."""
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
