@@ -81,8 +81,9 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, device: st
     try:
         if device == "cuda":
             torch.cuda.set_device(rank)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{port}",
-                                rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        own = torch.device("cuda", rank) if device == "cuda" else None
+        dist.init_process_group("nccl" if own else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                world_size=world, timeout=timedelta(seconds=timeout), device_id=own)
         value = work(rank, world, *arguments)
     except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
         failed, value = True, traceback.format_exc()

@@ -79,6 +79,11 @@ class AttentionContext:
         """Tokens this process holds, padding included."""
         return self.layout.local
 
+    @property
+    def kernels_used(self) -> tuple[str, ...]:
+        """Names of the kernels that this context's attention has run on so far."""
+        return tuple(kernel.name for kernel in self._made)
+
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Positions (1, local tokens) in the row of this process's tokens, for RoPE over the whole row."""
         return self.layout.positions(self.process)[None].to(device)

@@ -1,0 +1,196 @@
+"""On GPUs: every kernel that is present against float32, at 2^32 elements too, and every scheme against its kernel."""
+
+import pytest
+import torch
+
+from ultralong.attention import available_kernels, make_context
+from ultralong.attention.kernels import (
+    BOTTOM_RIGHT,
+    GQA,
+    SOFTCAP,
+    WINDOW,
+    attention_backward,
+    attention_forward,
+    choose_kernel,
+    get_kernel,
+)
+from ultralong.attention.rule import Rule, Spans
+from ultralong.bench.accuracy import exact_row, relative_errors
+from ultralong.bench.attention import SCHEMES, documents
+from ultralong.ranks import run_ranks
+
+HAVE = torch.cuda.device_count()
+KERNELS = [name for name in available_kernels("cuda") if name != "reference"] if HAVE else ["none"]
+FAST = [name for name in KERNELS if name != "efficient"]
+one_gpu = [pytest.mark.gpu, pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")]
+two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(HAVE < 2, reason="needs two CUDA GPUs")]
+
+
+def marked(marks):
+    def mark(test):
+        for each in marks:
+            test = each(test)
+        return test
+    return mark
+
+
+def tensors(tokens_q, tokens_k, heads, kv_heads, size, dtype, seed=0, device="cuda"):
+    make = torch.Generator(device).manual_seed(seed)
+    shapes = [(tokens_q, heads), (tokens_k, kv_heads), (tokens_k, kv_heads), (tokens_q, heads)]
+    return [torch.randn(1, t, h, size, generator=make, device=device, dtype=dtype) for t, h in shapes]
+
+
+def rms(found, exact):
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+CALLS = {
+    "whole": (Rule(scale=0.1), 1000, 1000),
+    "full": (Rule(scale=0.1, causal=False), 300, 1000),
+    "clipped": (Rule(scale=0.1), 300, 1000),
+    "one query": (Rule(scale=0.1), 1, 1000),
+    "packed": (Rule(scale=0.1, spans=Spans((0, 1, 2, 500, 513, 1000), (0, 1, 2, 500, 513, 1000))), 1000, 1000),
+    "packed and clipped": (Rule(scale=0.1, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))), 600, 1000),
+    "window": (Rule(scale=0.1, window=100), 1000, 1000),
+    "window, packed and clipped": (Rule(scale=0.1, window=64, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))),
+                                   600, 1000),
+    "soft cap": (Rule(scale=0.1, softcap=2.0), 1000, 1000),
+}
+
+
+@marked(one_gpu)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (9, 3, 64)])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_equals_the_reference_in_float32(name, call, heads, kv_heads, size):
+    kernel, (rule, tokens_q, tokens_k) = get_kernel(name), CALLS[call]
+    dtype = torch.float32 if name == "efficient" else torch.bfloat16
+    q, k, v, dout = tensors(tokens_q, tokens_k, heads, kv_heads, size, dtype)
+    refused = kernel.refusal(q, rule)
+    if refused:
+        assert (rule.window and WINDOW not in kernel.features) or (rule.softcap and SOFTCAP not in kernel.features)
+        return
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    grads = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    reference, wide = get_kernel("reference"), [x.float() for x in (q, k, v, dout)]
+    exact, exact_lse = attention_forward(reference, *wide[:3], rule)
+    wanted = attention_backward(reference, wide[3], *wide[:3], exact, exact_lse, rule)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (lse - exact_lse).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
+    for part, found, expected in zip(("out", "dq", "dk", "dv"), (out, *grads), (exact, *wanted)):
+        assert found.dtype == dtype
+        assert rms(found, expected) <= limit, part
+
+
+@marked(one_gpu)
+@pytest.mark.parametrize("name", FAST)
+def test_backward_takes_a_pair_that_was_merged(name):
+    """A ring's case: the pair of all keys, the backward pass of some of them."""
+    kernel, rule = get_kernel(name), Rule(scale=0.1, causal=False)
+    q, k, v, dout = tensors(512, 1024, 8, 2, 128, torch.bfloat16)
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    a, b = (attention_backward(kernel, dout, q, k[:, part], v[:, part], out, lse, rule)
+            for part in (slice(0, 256), slice(256, 1024)))
+    assert rms(a[0].float() + b[0].float(), dq) <= 1e-2
+    assert rms(torch.cat([a[1], b[1]], 1), dk) <= 1e-3
+    assert rms(torch.cat([a[2], b[2]], 1), dv) <= 1e-3
+
+
+@marked(one_gpu)
+def test_what_this_machine_has():
+    """cuDNN groups heads without copies, and auto takes the fastest kernel that is here."""
+    if "cudnn" in KERNELS:
+        assert GQA in get_kernel("cudnn").features
+    q = torch.empty(1, 8, 8, 128, device="cuda", dtype=torch.bfloat16)
+    assert choose_kernel("auto", q, Rule(scale=1.0)).name == KERNELS[0]
+    assert choose_kernel("auto", q.float(), Rule(scale=1.0)).name == "efficient"
+
+
+@marked(one_gpu)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_a_million_tokens_with_2_to_the_32_elements(name):
+    """q has 2^32 elements. Gradients come from a few queries, so that all of dk and dv can be checked exactly."""
+    tokens, heads, kv_heads, size = 2**20, 32, 8, 128
+    kernel, rule = get_kernel(name), Rule(scale=size**-0.5)
+    q, k, v, dout = tensors(tokens, tokens, heads, kv_heads, size, torch.bfloat16)
+    rows = torch.tensor([0, 77, tokens // 2 + 1, tokens - 1], device="cuda")
+    planted = tokens // 3
+    k[0, planted] = 2 * q[0, tokens - 1].unflatten(0, (kv_heads, -1))[:, 0]  # the last token's first heads look here
+    chosen = dout[:, rows].clone()
+    dout.zero_()[:, rows] = chosen
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    seen = torch.arange(tokens, device="cuda")[None] <= rows[:, None]  # (R, T)
+    for kv in range(kv_heads):
+        of = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
+        queries, keys, values, grad = q[0, rows, of].float(), k[0, :, kv].float(), v[0, :, kv].float(), chosen[0, :, of]
+        scores = (torch.einsum("rgd,td->rgt", queries, keys) * rule.scale).masked_fill(~seen[:, None], float("-inf"))
+        p, grad = scores.softmax(-1), grad.float()
+        exact = torch.einsum("rgt,td->rgd", p, values)
+        assert rms(out[0, rows, of], exact) <= 1e-2
+        ds = p * (torch.einsum("rgd,td->rgt", grad, values) - (grad * exact).sum(-1, keepdim=True)) * rule.scale
+        assert rms(dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)) <= 2e-2
+        assert rms(dk[0, :, kv], torch.einsum("rgt,rgd->td", ds, queries)) <= 2e-2
+        assert rms(dv[0, :, kv], torch.einsum("rgt,rgd->td", p, grad)) <= 2e-2
+    assert rms(out[0, -1, :: heads // kv_heads], v[0, planted]) <= 0.2, "the planted key was found"
+
+
+def scheme_errors(rank, world, name, lengths, dtype):
+    """Errors by length, packed or not, and scheme; `single` is the kernel on one GPU."""
+    found = {}
+    for tokens in lengths:
+        row = tensors(tokens, tokens, 8, 2, 128, getattr(torch, dtype))
+        for packed, edges in ((False, None), (True, documents(tokens, 32))):
+            alone = make_context(tokens, None, "auto", name, edges, heads=8, kv_heads=2)
+            exact = exact_row(alone, row)
+            found[tokens, packed, "single"] = relative_errors(alone, row, exact)
+            for scheme in SCHEMES:
+                context = make_context(tokens, torch.distributed.group.WORLD, scheme, name, edges, heads=8, kv_heads=2)
+                found[tokens, packed, scheme] = relative_errors(context, row, exact)
+    return found
+
+
+@marked(two_gpus)
+@pytest.mark.parametrize("lengths", [(4099, 32768), pytest.param((131072,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FAST)
+def test_schemes_are_as_exact_as_their_kernel(name, lengths):
+    """Error against float32 at most 1.1 times the kernel's own; joined bfloat16 parts (the ring) at most 1.3 times."""
+    found = run_ranks(scheme_errors, 2, name, lengths, "bfloat16", device="cuda", timeout=300)[0]
+    joined = BOTTOM_RIGHT not in get_kernel(name).features  # such a kernel joins two parts for a clipped call
+    limits = {"single": 1.0, "ulysses": 1.1, "gathered": 1.3 if joined else 1.1, "ring": 1.3}
+    ratios = {(*key, part): error / found[*key[:2], "single"][part]
+              for key, errors in found.items() for part, error in errors.items()}
+    print(name, *(f"{key}: {ratio:.3f}" for key, ratio in ratios.items()), sep="\n")
+    assert {key: ratio for key, ratio in ratios.items() if ratio > limits[key[2]]} == {}
+
+
+@marked(two_gpus)
+def test_schemes_in_float32():
+    found = run_ranks(scheme_errors, 2, "efficient", (4099,), "float32", device="cuda", timeout=300)[0]
+    assert max(max(errors.values()) for errors in found.values()) <= 1e-5
+
+
+def leak(rank, world, name, masked):
+    """For every scheme: whether document B's output is the same to the last bit after document A has changed."""
+    same = {}
+    for scheme in SCHEMES:
+        context = make_context(3000, torch.distributed.group.WORLD, scheme, name, (0, 1100, 3000) if masked else None,
+                               heads=8, kv_heads=2)
+        outs = []
+        for change in (0.0, 1.0):
+            q, k, v, _ = tensors(3000, 3000, 8, 2, 128, torch.bfloat16)
+            for x in (q, k, v):
+                x[:, :1100] += change
+            outs.append(context.unshard(context.attend(*(context.shard(x) for x in (q, k, v))))[:, 1100:])
+        same[scheme] = torch.equal(*outs)
+    return same
+
+
+@marked(two_gpus)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", FAST)
+def test_documents_leak_exactly_when_they_are_meant_to(name, masked):
+    found = run_ranks(leak, 2, name, masked, device="cuda", timeout=300)[0]
+    assert found == dict.fromkeys(SCHEMES, masked)

@@ -1,0 +1,69 @@
+"""Errors of a low-precision attention against the same attention in float32.
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultralong.attention import AttentionContext, make_context
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def exact_row(context: AttentionContext, row: Sequence[Tensor], heads_at_once: int = 1) -> list[Tensor]:
+    """Output and gradients of a whole row in float32 (float64 on a CPU), on this process alone.
+
+    Args:
+        context: Whose row it is (its documents count, its ranks and kernel do not).
+        row: q (B, T, H, D), k, v (B, T, K, D) and the output gradient (B, T, H, D).
+        heads_at_once: Kv heads computed together; fewer need less memory.
+    """
+    wide = torch.float64 if row[0].device.type == "cpu" else torch.float32
+    group, parts = row[0].shape[2] // row[1].shape[2], []
+    edges = None if context.boundaries is None else [edge for edge in context.boundaries if edge <= context.tokens]
+    for start in range(0, row[1].shape[2], heads_at_once):
+        kv = slice(start, start + heads_at_once)
+        of_query = slice(kv.start * group, kv.stop * group)
+        q, k, v, dout = (x[:, :, at].to(wide) for x, at in zip(row, (of_query, kv, kv, of_query)))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        whole = make_context(context.tokens, boundaries=edges, heads=q.shape[2], kv_heads=k.shape[2])
+        out = whole.attend(*leaves)
+        out.backward(dout)
+        parts.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    return [torch.cat(column, 2) for column in zip(*parts)]
+
+
+def relative_errors(context: AttentionContext, row: Sequence[Tensor],
+                    exact: Sequence[Tensor] | None = None) -> dict[str, float]:
+    """Root-mean-square error over root-mean-square value, of output and gradients, over the whole row.
+
+    Args:
+        context: What computes the row.
+        row: q, k, v and the output gradient of the whole row, the same on every process.
+        exact: The result of `exact_row`, if it is there already.
+    """
+    exact = exact_row(context, row) if exact is None else exact
+    *leaves, dout = (context.shard(x).clone() for x in row)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = context.attend(*leaves)
+    out.backward(dout)
+    sums = torch.zeros(4, 2, dtype=torch.float64, device=dout.device)
+    for i, (found, wanted) in enumerate(zip((out, *(leaf.grad for leaf in leaves)), exact)):
+        mine = context.shard(wanted, pad=0)
+        real = context.positions(dout.device)[0] < context.tokens
+        sums[i, 0] = (found.detach()[:, real].to(mine.dtype) - mine[:, real]).double().square().sum()
+        sums[i, 1] = mine[:, real].double().square().sum()
+    if context.size > 1:
+        for group in (context.inner, context.outer):
+            if group is not None:
+                dist.all_reduce(sums, group=group)
+    return dict(zip(NAMES, (sums[:, 0] / sums[:, 1]).sqrt().tolist()))
+
+
