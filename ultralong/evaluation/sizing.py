@@ -1,0 +1,93 @@
+"""Make a prompt as long as asked by arithmetic: learn what a unit costs, make it once, correct once or twice.
+
+The published generators grow a prompt step by step and tokenise it anew each time, which takes hours at a million
+tokens. Here two small prompts give a line (tokens = base + size * cost), which is right to a few per cent; a full
+prompt shows the rest of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Made = TypeVar("Made")
+
+AIM = 0.9875  # share of the limit that is aimed at: the line may be wrong by as much again without a second prompt
+ENOUGH = 0.975
+MOST_TRIES = 12
+
+
+@dataclass(frozen=True)
+class Line:
+    """Tokens of a prompt as a function of its size."""
+
+    base: float
+    cost: float
+
+    def size_for(self, tokens: float) -> int:
+        """The largest size that should take at most so many tokens."""
+        return int((tokens - self.base) // self.cost)
+
+
+def learn_line(tokens_of: Callable[[int], int], smallest: int, probe: int) -> Line:
+    """The line through two small prompts.
+
+    Args:
+        tokens_of: Makes a prompt of a size and counts its tokens.
+        smallest: First size.
+        probe: Distance to the second.
+
+    Raises:
+        ValueError: The larger prompt has no more tokens than the smaller.
+    """
+    first, second = tokens_of(smallest), tokens_of(smallest + probe)
+    if second <= first:
+        raise ValueError(f"A prompt of {smallest + probe} units has {second} tokens and one of {smallest} has {first}: "
+                         "the tokenizer does not count this text.")
+    cost = (second - first) / probe
+    return Line(first - cost * smallest, cost)
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[Made]):
+    """The prompt found, with its size and tokens."""
+
+    made: Made
+    size: int
+    tokens: int
+
+
+def fit(make: Callable[[int], tuple[Made, int]], limit: int, smallest: int, line: Line) -> Fitted[Made]:
+    """The first prompt found that fills at least 97.5% of the limit, or the largest one that fits.
+
+    Args:
+        make: Makes a prompt of a size and counts its tokens, always the same for the same size.
+        limit: Most tokens.
+        smallest: Smallest size.
+        line: What sizes cost, roughly.
+
+    Raises:
+        ValueError: Even the smallest prompt is too long.
+    """
+    best: Fitted[Made] | None = None
+    too_large: int | None = None
+    size = max(smallest, line.size_for(AIM * limit))
+    for _ in range(MOST_TRIES):
+        made, tokens = make(size)
+        if tokens > limit:
+            too_large = size if too_large is None else min(size, too_large)
+            if size == smallest:
+                raise ValueError(f"{limit:,} tokens are too few: the shortest prompt of this test takes {tokens:,}.")
+        elif best is None or tokens > best.tokens:
+            best = Fitted(made, size, tokens)
+        if best is not None and (best.tokens >= ENOUGH * limit or best.size + 1 == too_large):
+            break
+        # What this prompt cost a unit is nearer the truth than what the small ones did.
+        cost = (tokens - line.base) / size if size and tokens > line.base else line.cost
+        size += round((AIM * limit - tokens) / cost) or (-1 if tokens > limit else 1)
+        lowest = smallest if best is None else best.size + 1
+        size = max(lowest, size if too_large is None else min(size, too_large - 1))
+    if best is None:
+        return fit(make, limit, smallest, Line(line.base, 1.25 * line.cost))
+    return best
