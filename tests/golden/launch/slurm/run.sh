@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# llama-1m: 120 steps on 2 hosts of 8 GPUs.
+# Started by job.sbatch, once on each host.
+# To go on after a stop, start it again: it resumes from the newest checkpoint.
+# Rendered by ultralong VERSION; to change it, render it again (ultralong launch).
+# shellcheck disable=SC2016,SC2329
+set -euo pipefail
+
+# ---- Values of the run.
+nodes=2
+gpus_per_node=8
+run_name=llama-1m
+run_folder=runs/llama-1m
+
+# ---- Facts of the site: export them before the start. None of them is guessed.
+: "${PYTHON:?is the interpreter that ultralong is installed for, such as /path/to/clone/.venv/bin/python}"
+: "${WORKDIR:?is the folder that the paths in config.yaml are relative to, the same on every host}"
+if ((nodes > 1)); then
+  : "${NODE_RANK:?is the number of this host, counted from 0}"
+  : "${MASTER_ADDR:?is the name or address of host 0, as the other hosts reach it}"
+  : "${MASTER_PORT:?is a free port on host 0, the same on every host}"
+  : "${NCCL_SOCKET_IFNAME:?is the network interface that joins the hosts; the command ip -brief address lists them}"
+fi
+node_rank="${NODE_RANK:-0}"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+logs="${LOGS:-$here/logs}"
+mkdir -p "$logs"
+cd "$WORKDIR"
+
+if [[ "${1:-}" == --dry-run ]]; then
+  exec "$PYTHON" -m ultralong.launch "$here/config.yaml" --nodes "$nodes" --gpus-per-node "$gpus_per_node"
+elif (($# > 0)); then
+  echo "usage: $0 [--dry-run]" >&2
+  exit 2
+fi
+
+# ---- Memory and communication. Whatever is exported already wins.
+# Freed blocks of a long row are of many sizes; segments that grow let one be used for the next instead of lying idle.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# torchrun's default of one thread a process starves what runs on the host: loading rows, pinned copies, checkpoints.
+cores="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > gpus_per_node ? cores / gpus_per_node : 1))}"
+# Each process tokenises nothing itself; without this, tokenizers warns in every one of them.
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# When processes wait for one that does not come, each writes what it last did; the files tell which one to look at.
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$logs/waiting-}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+if ((nodes > 1)); then
+  # Barriers and checkpoints of host memory go over gloo, which would otherwise pick an interface by itself.
+  export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}"
+  # Network cards reach memory that is locked; a low limit shows later as an unclear error of the first transfer.
+  ulimit -l unlimited 2>/dev/null || echo "locked memory is limited to $(ulimit -l) KiB on this host" >&2
+fi
+
+# ---- One agent a host starts the processes and watches them.
+rendezvous=(--standalone)
+if ((nodes > 1)); then
+  # A host that was lost and comes back joins again; the others wait for it this long. Host 0 keeps the meeting place.
+  rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${RUN_ID:-$run_name}"
+    --rdzv-conf "is_host=$( ((node_rank == 0)) && echo true || echo false ),join_timeout=${REJOIN_SECONDS:-1800}")
+  if [[ -n "${LOCAL_ADDR:-}" ]]; then
+    rendezvous+=(--local-addr "$LOCAL_ADDR")
+  fi
+fi
+if ((gpus_per_node > 1)) && [[ -n "${NUMA_BINDING:-}" ]]; then
+  # Host memory that is near a GPU is filled at full speed: NUMA_BINDING=node where the kernel exports its nodes.
+  rendezvous+=(--numa-binding "$NUMA_BINDING")
+fi
+start() {
+  # exec, so that a signal to this job reaches the agent and not a shell in front of it.
+  exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus_per_node" \
+    --max-restarts "${MAX_RESTARTS:-3}" --log-dir "$logs/node-$node_rank" --redirects 3 --tee 0:3 \
+    -m ultralong train "$here/config.yaml" --resume
+}
+
+newest() {
+  find "$run_folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1 || true
+}
+
+# ---- Start, and start again from the newest checkpoint when something outside of the run stopped it.
+agent=""
+stop() {
+  if [[ -n "$agent" ]]; then
+    kill -TERM "$agent" 2>/dev/null || true
+    wait "$agent" || true
+  fi
+  exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+
+attempts=0
+while true; do
+  before="$(newest)"
+  start &
+  agent=$!
+  code=0
+  wait "$agent" || code=$?
+  agent=""
+  if ((code == 0)); then
+    exit 0
+  fi
+  # A run that gets further may fail as often as it likes; one that does not would fail forever.
+  if [[ "$(newest)" != "$before" ]]; then
+    attempts=0
+  fi
+  attempts=$((attempts + 1))
+  if ((attempts > ${ATTEMPTS:-3})); then
+    echo "host $node_rank: stopped with exit code $code and no new checkpoint; logs are in $logs" >&2
+    exit "$code"
+  fi
+  echo "host $node_rank: exit code $code, attempt $((attempts + 1)) from ${before:-the start}" >&2
+  sleep "${RESTART_DELAY:-10}"
+done

@@ -1,0 +1,36 @@
+
+# ---- Start, and start again from the newest checkpoint when something outside of the run stopped it.
+agent=""
+stop() {
+  if [[ -n "$agent" ]]; then
+    kill -TERM "$agent" 2>/dev/null || true
+    wait "$agent" || true
+  fi
+  exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+
+attempts=0
+while true; do
+  before="$(newest)"
+  start &
+  agent=$!
+  code=0
+  wait "$agent" || code=$?
+  agent=""
+  if ((code == 0)); then
+    exit 0
+  fi
+  # A run that gets further may fail as often as it likes; one that does not would fail forever.
+  if [[ "$(newest)" != "$before" ]]; then
+    attempts=0
+  fi
+  attempts=$((attempts + 1))
+  if ((attempts > ${ATTEMPTS:-3})); then
+    echo "host $node_rank: stopped with exit code $code and no new checkpoint; logs are in $logs" >&2
+    exit "$code"
+  fi
+  echo "host $node_rank: exit code $code, attempt $((attempts + 1)) from ${before:-the start}" >&2
+  sleep "${RESTART_DELAY:-10}"
+done

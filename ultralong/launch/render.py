@@ -1,0 +1,122 @@
+"""From a config and a number of hosts to script files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from ultralong import __version__, settings
+from ultralong.files import atomic_path, write_text
+from ultralong.launch.check import mesh_problem
+from ultralong.training.config import TrainConfig
+
+SCHEDULERS = ("torchrun", "slurm", "accelerate")
+RESUME = "To go on after a stop, start it again: it resumes from the newest checkpoint."
+
+
+def launch(config: TrainConfig, nodes: int, gpus_per_node: int, scheduler: str,
+           out: str | os.PathLike[str]) -> list[Path]:
+    """Write the scripts that start a run on several hosts, and the one config file that they all read.
+
+    Args:
+        config: The run. Relative paths in it are relative to the folder that the site names in WORKDIR.
+        nodes: Hosts.
+        gpus_per_node: Processes a host, one a GPU.
+        scheduler: "torchrun" (run.sh on each host), "slurm" (submit.sh, which submits job.sbatch, which starts run.sh
+            on each host) or "accelerate" (run.sh on each host, through accelerate's launcher).
+        out: Folder for the scripts; it is made when missing, and scripts of the same names in it are replaced.
+
+    Returns:
+        The files that were written; the first is the one to start.
+
+    Raises:
+        ValueError: The scheduler is unknown, a number is not positive, or the processes do not fit the config.
+    """
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler {scheduler!r} is unknown. Use one of: {', '.join(SCHEDULERS)}.")
+    if nodes < 1 or gpus_per_node < 1:
+        raise ValueError(f"nodes and gpus_per_node must be 1 or more, found {nodes} and {gpus_per_node}.")
+    if problem := mesh_problem(config, nodes * gpus_per_node):
+        raise ValueError(problem)
+    folder = Path(out)
+    values = {"nodes": nodes, "gpus_per_node": gpus_per_node, "run_name": run_name(config), "run_folder": config.out}
+    what = f"{run_name(config)}: {config.steps:,} steps on {nodes} host{'s' * (nodes > 1)} of {gpus_per_node} GPUs."
+    settings.save(config, folder / "config.yaml", "Every setting of the run that the scripts beside this file start.")
+    starter = "accelerate" if scheduler == "accelerate" else "torchrun"
+    run = _write(folder / "run.sh", (), _where(scheduler), what,
+                 {name: value for name, value in values.items() if name != "run_name" or starter == "torchrun"},
+                 ("site", "settings", starter, "newest", "loop"))
+    written = [run, folder / "config.yaml"]
+    if scheduler == "accelerate":
+        write_text(folder / "accelerate.yaml", _accelerate(nodes, gpus_per_node))
+        written.append(folder / "accelerate.yaml")
+    if scheduler == "slurm":
+        job = _write(folder / "job.sbatch", _directives(nodes, gpus_per_node), "Submit it with submit.sh.", what,
+                     {name: values[name] for name in ("run_name", "run_folder")}, ("newest", "job"))
+        submit = _write(folder / "submit.sh", (), "Run it once, on a host that has sbatch: ./submit.sh [--dry-run]",
+                        what, {name: values[name] for name in ("nodes", "gpus_per_node", "run_name")}, ("submit",))
+        written = [submit, job, *written]
+    return written
+
+
+def run_name(config: TrainConfig) -> str:
+    """The run's name for job lists and log folders: its folder's, in characters that every scheduler takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.out).name).strip("-.")[:64] or "run"
+
+
+def _where(scheduler: str) -> str:
+    if scheduler == "slurm":
+        return "Started by job.sbatch, once on each host."
+    return "Start it on each host: ./run.sh [--dry-run]"
+
+
+def _write(path: Path, directives: tuple[str, ...], how: str, what: str, values: Mapping[str, int | str],
+           pieces: tuple[str, ...]) -> Path:
+    """Write an executable script: header, values, pieces."""
+    header = ["#!/usr/bin/env bash", *directives, f"# {what}", f"# {how}", f"# {RESUME}",
+              f"# Rendered by ultralong {__version__}; to change it, render it again (ultralong launch).",
+              # A quoted value may hold a dollar sign, and a function may be called by a trap only; both are meant.
+              "# shellcheck disable=SC2016,SC2329", "set -euo pipefail", "", "# ---- Values of the run."]
+    assigned = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
+    folder = resources.files("ultralong.launch").joinpath("pieces")
+    body = [folder.joinpath(f"{name}.sh").read_text(encoding="utf-8").strip("\n") for name in pieces]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join([*header, *assigned]) + "\n\n" + "\n\n".join(body) + "\n", encoding="utf-8")
+    # Who may read a script may run it.
+    mode = path.stat().st_mode
+    path.chmod(mode | (mode & 0o444) >> 2)
+    return path
+
+
+def _directives(nodes: int, gpus_per_node: int) -> tuple[str, ...]:
+    """The job's shape: numbers only, as nothing inside a directive is quoted."""
+    return (
+        f"#SBATCH --nodes={nodes}",
+        f"#SBATCH --gpus-per-node={gpus_per_node}",
+        "#SBATCH --ntasks-per-node=1",
+        "# Whole hosts: what is offloaded fills their memory, and a neighbour would share the network.",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
+        "# After a lost host or a preemption back into the queue, with one log for all attempts.",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=B:USR1@300",
+        "#",
+    )
+
+
+def _accelerate(nodes: int, gpus_per_node: int) -> str:
+    """What accelerate reads: only the shape of the job, as everything else is in config.yaml."""
+    content = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": nodes,
+        "num_processes": nodes * gpus_per_node, "machine_rank": 0, "rdzv_backend": "c10d", "same_network": False,
+        "mixed_precision": "no", "use_cpu": False,
+    }
+    note = "# Only the shape of the job. Precision and all else is in config.yaml, which the trainer reads.\n"
+    return note + yaml.safe_dump(content, sort_keys=False)
