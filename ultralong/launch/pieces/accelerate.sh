@@ -1,6 +1,7 @@
 
 # ---- accelerate starts one agent a host, which starts the processes and watches them.
-machine=()
+# On one host any free port does, so that two runs on it do not meet.
+machine=(--main_process_port 0)
 if ((nodes > 1)); then
   machine=(--machine_rank "$node_rank" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
     --rdzv_conf "is_host=$( ((node_rank == 0)) && echo true || echo false ),join_timeout=${REJOIN_SECONDS:-1800}")
