@@ -7,10 +7,14 @@ from collections.abc import Callable
 
 GUTENBERG_START = re.compile(r"\*{3}\s*START OF (?:THE|THIS) PROJECT GUTENBERG[^\n]*\*{3}[^\n]*\n", re.IGNORECASE)
 GUTENBERG_END = re.compile(r"\n[^\n]*\*{3}\s*END OF (?:THE|THIS) PROJECT GUTENBERG", re.IGNORECASE)
-PAGE_FOOTER = re.compile(r"\[\s*page\s+[0-9ivxlc]+\s*\]\s*$|^\s*\[\s*page\s+[0-9ivxlc]+\s*\]", re.IGNORECASE)
-RFC_HEADER = re.compile(r"\bRFC[ -]?\d+|\bRequest for Comments", re.IGNORECASE)
-MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.? +(?:\d\d?,? +)?\d{4}"
-HEADER_LINES = 3
+PAGE_MARK = re.compile(r"\f|\[\s*page\s+[0-9ivxlc]+\s*\]", re.IGNORECASE)
+EMPTY_LINES = re.compile(r"(?:[ \t\f]*\n)*\f?(?:[ \t]*\n)*")
+HEADER = re.compile(r"(?:[ \t]*[^\s][^\n]*\n){1,3}(?=[ \t\f]*\n|$)")
+RFC_NUMBER = re.compile(r"\bRFC[ -]?\d+|\bRequest for Comments", re.IGNORECASE)
+DATE = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.? +(?:\d\d?,? +)?\d{4}"
+MONTH = re.compile(DATE)
+LONE_MONTH = re.compile(rf"^[ \t]*{DATE}[ \t]*$", re.MULTILINE)
+LOWER_CASE_NEXT = re.compile(r"[ \t]*[a-z]")
 
 
 def strip_gutenberg(text: str) -> str:
@@ -26,46 +30,33 @@ def strip_rfc(text: str) -> str:
     A paragraph that a page break cut in two is made whole: where the line before the break does not end a sentence and
     the line after it goes on in lower case, they follow each other; elsewhere one empty line takes the break's place.
     """
+    text = text.replace("\r", "")
     out: list[str] = []
-    lines = text.replace("\r", "").split("\n")
     place = 0
-    while place < len(lines):
-        line = lines[place]
-        if PAGE_FOOTER.search(line) or line.startswith("\f"):
-            place = _after_break(lines, place)
-            _close_break(out, lines[place] if place < len(lines) else "")
-        else:
-            out.append(line.rstrip())
-            place += 1
-    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(out)).strip("\n") + "\n"
+    for mark in PAGE_MARK.finditer(text):
+        start = text.rfind("\n", 0, mark.start()) + 1
+        end = text.find("\n", mark.end())
+        end = len(text) if end < 0 else end
+        amid = text[start : mark.start()].strip() and text[mark.end() : end].strip()
+        if start < place or (amid and mark.group() != "\f"):
+            continue
+        before = text[place:start].rstrip()
+        place = _after_break(text, mark.end() if mark.group() == "\f" else end)
+        whole = before.endswith((".", ":", ";", "?", "!")) or not LOWER_CASE_NEXT.match(text, place)
+        out += [before, "\n\n" if whole else "\n"]
+    out.append(text[place:])
+    return re.sub(r"\n{4,}", "\n\n\n", "".join(out)).strip("\n") + "\n"
 
 
-def _after_break(lines: list[str], place: int) -> int:
-    """The first line of text after a page break: past the footer, the form feed, empty lines and the next header."""
-    if PAGE_FOOTER.search(lines[place]):
-        place += 1
-    while place < len(lines) and not lines[place].strip("\f \t"):
-        place += 1
-    header = place
-    while header < len(lines) and lines[header].strip() and header - place <= HEADER_LINES:
-        header += 1
-    block = "\n".join(lines[place:header])
-    # Newer headers hold number, title and date; the oldest only a title and, on a line of its own, the date.
-    dated = re.search(MONTH, block) if RFC_HEADER.search(block) else re.search(rf"(?m)^\s*{MONTH}\s*$", block)
-    if not dated or header - place > HEADER_LINES:
-        if place < len(lines):
-            lines[place] = lines[place].lstrip("\f")
+def _after_break(text: str, place: int) -> int:
+    """Where the text goes on after a page break: past form feed, empty lines and the next page's header."""
+    place = EMPTY_LINES.match(text, place).end()
+    header = HEADER.match(text, place)
+    if header is None:
         return place
-    while header < len(lines) and not lines[header].strip():
-        header += 1
-    return header
-
-
-def _close_break(out: list[str], following: str) -> None:
-    while out and not out[-1]:
-        out.pop()
-    if out and (out[-1].endswith((".", ":", ";", "?", "!")) or not re.match(r"\s*[a-z]", following)):
-        out.append("")
+    # Newer headers hold number, title and date; the oldest only a title and, on a line of its own, the date.
+    dated = MONTH.search(header[0]) if RFC_NUMBER.search(header[0]) else LONE_MONTH.search(header[0])
+    return EMPTY_LINES.match(text, header.end()).end() if dated else place
 
 
 CLEANERS: dict[str, Callable[[str], str]] = {"gutenberg": strip_gutenberg, "rfc": strip_rfc}

@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ultralong.data.chat import ChatSettings, pack_chat
 from ultralong.data.chat_template import Message, check_messages
 from ultralong.data.documents import Document, ReadReport
-from ultralong.data.packing import PackSettings, pack
+from ultralong.data.packing import PackSettings, pack, resolve_joints
 from ultralong.data.recipe_schema import Recipe, find_recipe, load_recipe
 from ultralong.data.rows import PackedRows
 from ultralong.data.sources import OpenSource
@@ -29,6 +30,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PackReport", "find_recipe", "load_recipe", "pack_recipe", "read_conversations", "read_documents"]
+
+
+class Stopwatch:
+    """Wall and CPU seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds[name] = round(time.perf_counter() - wall, 3)
+        self.cpu_seconds[name] = round(time.process_time() - cpu, 3)
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,8 @@ class PackReport:
         skipped: Conversations left out, by reason (kind chat).
         sources: For every source: licence, documents, tokens, characters, what was fetched, what was skipped and why,
             and lengths before and after sampling.
-        seconds: Wall time of each stage in this call; 0 for what was there already.
+        seconds: Wall time of the stages fetch, tokenise and pack in this call; little for what was there already.
+        cpu_seconds: User and system time of this process in each, over all its threads.
         bytes: Size on disk of the tokens and of the rows.
         tokenizer: Its identity.
     """
@@ -59,6 +77,7 @@ class PackReport:
     skipped: dict[str, int]
     sources: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
     bytes: dict[str, int]
     tokenizer: dict[str, Any]
 
@@ -115,18 +134,19 @@ def pack_recipe(
         recipe = replace(recipe, sources=tuple(limited))
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
-    started = time.perf_counter()
-    report = ReadReport() if recipe.kind == "chat" else None
-    opened = [OpenSource(source, recipe, cache, quiet, report) for source in recipe.sources]
-    seconds = {"fetch": time.perf_counter() - started, "tokenise": 0.0, "pack": 0.0}
     settings = recipe.row_settings(length)
-    out = Path(out)
     if isinstance(settings, PackSettings):
-        rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, seconds)
+        resolve_joints(settings, tokenizer)  # what the tokenizer lacks is better said before an hour's work than after
+    watch, out = Stopwatch(), Path(out)
+    report = ReadReport() if recipe.kind == "chat" else None
+    with watch.stage("fetch"):
+        opened = [OpenSource(source, recipe, cache, quiet, report) for source in recipe.sources]
+    if isinstance(settings, PackSettings):
+        rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, watch)
     else:
-        rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, seconds)
+        rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, watch)
     save(recipe, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")
-    result = _report(recipe, rows, sources, seconds)
+    result = _report(recipe, rows, sources, watch)
     write_json(out / "report.json", result.to_dict())
     return result
 
@@ -200,22 +220,20 @@ def _pack_documents(
     out: Path,
     workers: int,
     quiet: bool,
-    seconds: dict[str, float],
+    watch: Stopwatch,
 ) -> tuple[PackedRows, dict[str, dict[str, Any]]]:
-    started = time.perf_counter()
     documents = (document for source in opened for document in source.documents(tokenizer))
-    store = tokenize_corpus(
-        documents, tokenizer, out / "tokens", workers=workers, provenance=_provenance(recipe, opened), quiet=quiet
-    )
-    notes = store.folder / "sources.json"
-    if not notes.exists():
-        # Nothing is left to read, but where the run was cut between the store's end and its notes.
-        deque(documents, maxlen=0)
-        write_json(notes, {source.source.name: source.notes() for source in opened})
-    seconds["tokenise"] = time.perf_counter() - started
-    started = time.perf_counter()
-    rows = pack(store, tokenizer, out, settings, quiet=quiet)
-    seconds["pack"] = time.perf_counter() - started
+    with watch.stage("tokenise"):
+        store = tokenize_corpus(
+            documents, tokenizer, out / "tokens", workers=workers, provenance=_provenance(recipe, opened), quiet=quiet
+        )
+        notes = store.folder / "sources.json"
+        if not notes.exists():
+            # Nothing is left to read, but where the run was cut between the store's end and its notes.
+            deque(documents, maxlen=0)
+            write_json(notes, {source.source.name: source.notes() for source in opened})
+    with watch.stage("pack"):
+        rows = pack(store, tokenizer, out, settings, quiet=quiet)
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
     tokens = store.manifest["sources"]
     return rows, {name: {**none, **tokens.get(name, {}), **noted} for name, noted in read_json(notes).items()}
@@ -228,14 +246,12 @@ def _pack_chat(
     settings: ChatSettings,
     out: Path,
     quiet: bool,
-    seconds: dict[str, float],
+    watch: Stopwatch,
 ) -> tuple[PackedRows, dict[str, dict[str, Any]]]:
-    started = time.perf_counter()
     talks = (talk for source in opened for talk in source.conversations())
-    rows = pack_chat(
-        talks, tokenizer, out, settings, provenance=_provenance(recipe, opened), report=opened[0].report, quiet=quiet
-    )
-    seconds["pack"] = time.perf_counter() - started
+    report, provenance = opened[0].report, _provenance(recipe, opened)
+    with watch.stage("pack"):
+        rows = pack_chat(talks, tokenizer, out, settings, provenance=provenance, report=report, quiet=quiet)
     return rows, {o.source.name: {"license": o.source.license, "fetched": o.fetched} for o in opened}
 
 
@@ -245,9 +261,7 @@ def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
     return {"recipe": decides, "sources": {source.source.name: source.provenance() for source in opened}}
 
 
-def _report(
-    recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], seconds: dict[str, float]
-) -> PackReport:
+def _report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch) -> PackReport:
     manifest = rows.manifest
     keys = (
         "documents",
@@ -270,7 +284,8 @@ def _report(
         counts=counts,
         skipped=manifest.get("skipped", {}),
         sources=sources,
-        seconds={stage: round(value, 3) for stage, value in seconds.items()},
+        seconds=watch.seconds,
+        cpu_seconds=watch.cpu_seconds,
         bytes=sizes,
         tokenizer=manifest["tokenizer"],
     )

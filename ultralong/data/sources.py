@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ultralong.data.chat_template import Message
 from ultralong.data.clean import CLEANERS
 from ultralong.data.documents import Document, ReadReport
-from ultralong.data.encoding import make_encoder
 from ultralong.data.fetch import describe, unpack
 from ultralong.data.readers import Reader, list_files
 from ultralong.data.recipe_schema import Recipe, Source
@@ -165,11 +164,12 @@ class OpenSource:
 def _measure(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[float, Iterator[Document]]:
     """Characters per token over the first texts, and the documents from the first one on."""
     first: list[Document] = []
-    characters = 0
+    characters = tokens = 0
     for document in documents:
         first.append(document)
-        characters += len(document.text)
+        text = document.text[: MEASURED_CHARACTERS - characters]
+        characters += len(text)
+        tokens += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if characters >= MEASURED_CHARACTERS:
             break
-    tokens = sum(ids.size for ids in make_encoder(tokenizer)([document.text for document in first]))
     return characters / max(1, tokens), itertools.chain(first, documents)

@@ -115,7 +115,7 @@ def _write(
     shard = _ShardWriter(folder, number)
     try:
         with _pool(tokenizer, workers) as (submit, depth):
-            for batch, encoded in _encoded(_batches(stream, batch_characters), submit, depth):
+            for batch, encoded in _encoded(batched(stream, batch_characters), submit, depth):
                 for document, ids in zip(batch, encoded, strict=True):
                     shard.add(document, ids)
                     if shard.tokens >= folder.settings["shard_tokens"]:
@@ -209,7 +209,7 @@ def _pass_over(stream: Iterator[Document], records: list[dict[str, Any]], folder
             )
 
 
-def _batches(stream: Iterator[Document], characters: int) -> Iterator[list[Document]]:
+def batched(stream: Iterator[Document], characters: int) -> Iterator[list[Document]]:
     """Group documents into lists of about `characters` characters, never splitting one."""
     batch: list[Document] = []
     size = 0
