@@ -1,0 +1,182 @@
+"""Samples and answers as files: written one by one, continued where a run stopped, scored whole.
+
+A file is one JSON record a line. What is there is never written again: a run that is started anew with the same
+settings goes on behind the last whole line, and one with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ultralong.evaluation.generate import generate_greedy
+from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
+from ultralong.files import append_jsonl, read_jsonl, write_json
+from ultralong.progress import progress
+
+SAME = ("task", "seed", "max_length")
+# RULER's bar: the score of Llama-2-7B-chat at 4K tokens (Hsieh et al. 2024, section 4).
+EFFECTIVE_SCORE = 85.6
+
+
+def done_already(path: str | os.PathLike[str], task: str, length: int, seed: int) -> list[dict[str, Any]]:
+    """Records that a file holds, checked to be of this task, length and seed and in order.
+
+    Raises:
+        ValueError: They are of another run.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = read_jsonl(path)
+    for number, record in enumerate(records):
+        found = [record.get(key) for key in SAME]
+        if found != [task, seed, length] or record.get("index") != number:
+            raise ValueError(f"{path}, line {number + 1} is of another run: task, seed, length {found} and index "
+                             f"{record.get('index')}, expected {[task, seed, length]} and {number}. Give another --out "
+                             "or delete the file.")
+    return records
+
+
+def write_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int,
+                  out: str | os.PathLike[str], *, chat: bool | None = None, haystack: Sequence[str] | None = None,
+                  questions: str | os.PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Make samples into a file, going on where an earlier call stopped.
+
+    Args:
+        task: Name of the test.
+        tokenizer: Counts the tokens; its chat template is the frame.
+        length: Most tokens of prompt and answer together.
+        samples: How many the file shall hold.
+        seed: Seed of all draws.
+        out: The file, JSON lines.
+        chat: As for `make_samples`.
+        haystack: As for `make_samples`.
+        questions: As for `make_samples`.
+        quiet: True draws no progress bar.
+
+    Returns:
+        `task`, `out`, `samples`, `made` (now), `shortest` and `longest` (tokens), `source`.
+
+    Raises:
+        ValueError: As for `make_samples`; or the file is of another run.
+    """
+    there = done_already(out, task, length, seed)
+    find_task(task)
+    lengths = [record["length"] for record in there]
+    source = there[-1]["source"] if there else ""
+    missing = max(0, samples - len(there))
+    made = make_samples(task, tokenizer, length, missing, seed, first=len(there), chat=chat, haystack=haystack,
+                        questions=questions) if missing else ()
+    for record in progress(made, total=missing, desc=task, unit="sample", quiet=quiet):
+        append_jsonl(out, record)
+        lengths.append(record["length"])
+        source = record["source"]
+    return {"task": task, "out": str(out), "samples": len(lengths), "made": missing, "shortest": min(lengths),
+            "longest": max(lengths), "source": source}
+
+
+def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]:
+    """Score a file of answers: each line the sample's `outputs` (and `max_length`) with the model's `prediction`.
+
+    Raises:
+        ValueError: There is no such file, or what `score_predictions` refuses.
+    """
+    path = Path(predictions)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    return score_predictions(task, read_jsonl(path))
+
+
+def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str],
+                 lengths: Sequence[int], samples: int, seed: int, out: str | os.PathLike[str], *,
+                 chunk: int | None = None, chat: bool | None = None, haystack: Sequence[str] | None = None,
+                 questions: Mapping[str, str | os.PathLike[str]] | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Let a model answer tests at several lengths, and score it.
+
+    Answers are appended to `out/TASK-LENGTH.jsonl` as they come (without the prompts, which can be made again), and the
+    scores are written to `out/scores.json` at the end. Started again after a stop, it goes on.
+
+    Args:
+        model: A causal language model; it is put into eval mode.
+        tokenizer: Its tokenizer.
+        tasks: Names of tests.
+        lengths: Tokens of prompt and answer together.
+        samples: Samples of each test at each length.
+        seed: Seed of the samples.
+        out: Folder of answers and scores.
+        chunk: Tokens of one prefill pass; None takes a prompt at once.
+        chat: As for `make_samples`.
+        haystack: As for `make_samples`.
+        questions: For tests on published questions: name of the test to its file.
+        quiet: True draws no progress bar.
+
+    Returns:
+        `scores`, one dictionary a test and length (`task`, `length`, `n`, `score`, `low`, `high`, `seconds`), and
+        `means`, one a length with the unweighted mean over the tests (`length`, `tasks`, `score`).
+
+    Raises:
+        ValueError: As for `make_samples`; or the folder holds another run.
+    """
+    model.eval()
+    out = Path(out)
+    pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
+    scores = []
+    with progress(total=sum(length for _, length in pairs) * samples, desc="answers", unit="tok", unit_scale=True,
+                  quiet=quiet) as bar:
+        for task, length in pairs:
+            path = out / f"{task}-{length}.jsonl"
+            there = done_already(path, task, length, seed)[:samples]
+            bar.update(length * len(there))
+            options = {"chat": chat, "haystack": haystack, "questions": (questions or {}).get(task)}
+            made = make_samples(task, tokenizer, length, samples - len(there), seed, first=len(there),
+                                **options) if len(there) < samples else iter(())
+            for record in _answered(model, tokenizer, made, chunk):
+                append_jsonl(path, record)
+                there.append(record)
+                bar.update(length)
+            scored = score_predictions(task, there)
+            kept = {key: scored[key] for key in ("n", "score", "low", "high")}
+            seconds = round(sum(record["seconds"] for record in there), 3)
+            scores.append({"task": task, "length": length, **kept, "seconds": seconds})
+    result = {"scores": scores, "means": mean_by_length(scores)}
+    write_json(out / "scores.json", result)
+    return result
+
+
+def _answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],
+              chunk: int | None) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        start = time.perf_counter()
+        ids = torch.tensor([prompt_ids(tokenizer, sample)], device=model.device)
+        said = generate_greedy(model, ids, sample["max_new_tokens"], chunk=chunk)[0]
+        kept = {key: value for key, value in sample.items() if key != "input"}
+        yield {**kept, "prediction": tokenizer.decode(said, skip_special_tokens=True),
+               "seconds": round(time.perf_counter() - start, 3)}
+
+
+def mean_by_length(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Unweighted mean over the tests at each length, as RULER averages; `tasks` says over how many."""
+    groups = [(length, [item["score"] for item in scores if item["length"] == length])
+              for length in sorted({item["length"] for item in scores})]
+    return [{"length": length, "tasks": len(group), "score": float(np.mean(group))} for length, group in groups]
+
+
+def effective_length(means: Sequence[Mapping[str, Any]], bar: float = EFFECTIVE_SCORE) -> int | None:
+    """The longest length up to which every mean score reaches the bar; None where the shortest does not.
+
+    RULER calls the longest length above the bar effective; a model that dips below in between is not given the rest.
+    """
+    reached = None
+    for mean in sorted(means, key=lambda mean: mean["length"]):
+        if mean["score"] < bar:
+            break
+        reached = mean["length"]
+    return reached
