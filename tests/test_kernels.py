@@ -17,7 +17,6 @@ from ultralong.attention.kernels import (
     choose_kernel,
     get_kernel,
 )
-from ultralong.attention.kernels.base import GQA, SOFTCAP, VARLEN, WINDOW
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.merge import add_sink, merge_into, sink_gradient
 from ultralong.attention.rule import Rule, Spans
@@ -193,34 +192,3 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch, name, 
 
 def missing(name):
     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def test_operators_of_this_torch_take_the_arguments_used():
-    """The private CUDA operators have the arguments that the kernels pass, though no GPU is here to run them."""
-    wanted = {
-        "_flash_attention_forward": ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
-                                     "is_causal", "return_debug_mask"],
-        "_flash_attention_backward": ["grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k",
-                                      "max_q", "max_k", "dropout_p", "is_causal", "rng_state", "unused"],
-        "_scaled_dot_product_cudnn_attention": ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p",
-                                                "is_causal", "return_debug_mask"],
-        "_scaled_dot_product_cudnn_attention_backward": [
-            "grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset", "attn_bias",
-            "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"],
-        "_efficient_attention_forward": [
-            "query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-            "dropout_p", "custom_mask_type", "compute_log_sumexp"],
-        "_efficient_attention_backward": [
-            "grad_out_", "query", "key", "value", "bias", "out", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
-            "max_seqlen_k", "logsumexp", "dropout_p", "philox_seed", "philox_offset", "custom_mask_type",
-            "bias_requires_grad"],
-    }
-    for operator, names in wanted.items():
-        schema = getattr(torch.ops.aten, operator).default._schema
-        assert [a.name for a in schema.arguments if not a.kwarg_only] == names
-        assert "scale" in [a.name for a in schema.arguments if a.kwarg_only]
-
-
-def test_features_are_what_the_readme_of_kernels_says():
-    assert {GQA, WINDOW, SOFTCAP} <= Reference.features
-    assert VARLEN not in Reference.features

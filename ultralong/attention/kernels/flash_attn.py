@@ -42,9 +42,10 @@ def _import(kernel: str, *modules: str) -> ModuleType:
     raise ImportError(f"kernel {kernel!r} is not installed: {INSTALL[kernel]}")
 
 
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    """Argument names, of a plain function or of a torch custom operator around one."""
-    return set(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """Argument names with their defaults (None without), of a function or of a torch custom operator around one."""
+    found = inspect.signature(getattr(function, "_init_fn", function)).parameters
+    return {name: None if entry.default is entry.empty else entry.default for name, entry in found.items()}
 
 
 class _FlashAttn(Kernel):
@@ -117,21 +118,20 @@ class FlashAttn3(_FlashAttn):
     def __init__(self) -> None:
         module = _import(self.name, "flash_attn_interface", "flash_attn_3.flash_attn_interface")
         self._forward, self._backward = module._flash_attn_forward, module._flash_attn_backward
-        self._names = _parameters(self._forward), _parameters(self._backward)
+        self._defaults = _parameters(self._forward), _parameters(self._backward)
 
-    def _options(self, rule: Rule, names: set[str]) -> dict[str, Any]:
+    def _options(self, rule: Rule, defaults: dict[str, Any]) -> dict[str, Any]:
         left, right = -1 if rule.window is None else rule.window - 1, 0 if rule.causal else -1
-        window = {"window_size": (left, right)} if "window_size" in names else {"window_size_left": left,
-                                                                                "window_size_right": right}
-        causal = {"is_causal" if "is_causal" in names else "causal": rule.causal}
-        return {"softmax_scale": rule.scale, "softcap": rule.softcap or 0.0, **causal, **window}
+        known = {"softmax_scale": rule.scale, "softcap": rule.softcap or 0.0, "causal": rule.causal,
+                 "is_causal": rule.causal, "window_size": (left, right), "window_size_left": left,
+                 "window_size_right": right}
+        return defaults | {name: value for name, value in known.items() if name in defaults}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """Lse is (B, H, T), or (H, T) packed."""
         tensors, edges = _layout(rule, q, k, v)
-        known = {name: None for name in ("k_new", "v_new", "qv", "out", "out_", "cu_seqlens_k_new", "seqused_q",
-                                         "seqused_k") if name in self._names[0]}
-        out, lse, *_ = self._forward(*tensors, **(known | edges), **self._options(rule, self._names[0]))
+        named = self._options(rule, self._defaults[0]) | edges | dict(zip("qkv", tensors))
+        out, lse, *_ = self._forward(**named)
         out, lse = _batched(rule, out, lse)
         return out, lse
 
@@ -140,10 +140,9 @@ class FlashAttn3(_FlashAttn):
         """The mirror of `forward`; writes into gradients made here."""
         (dout, q, k, v, out, lse), edges = _layout(rule, dout, q, k, v, out, lse)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        absent = {name: None for name in ("cu_seqlens_q", "cu_seqlens_k", "sequed_q", "sequed_k", "max_seqlen_q",
-                                          "max_seqlen_k") if name in self._names[1]}
-        named = dict(zip(("dq", "dk", "dv"), grads)) | absent | edges | self._options(rule, self._names[1])
-        self._backward(dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), **named)
+        names = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
+        tensors = (dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *grads)
+        self._backward(**(self._options(rule, self._defaults[1]) | edges | dict(zip(names, tensors))))
         dq, dk, dv = _batched(rule, *grads)
         return dq, dk, dv
 
