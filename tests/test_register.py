@@ -118,6 +118,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids, reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_autocast_computes_attention_in_its_type(family, ids):
+    """Qwen3's norms hand over float32 queries beside bfloat16 values."""
+    mine, theirs = model_of(family), model_of(family, "sdpa")
+    context = make_context(24, heads=4, kv_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mine(ids, attention_context=context, use_cache=False).logits
+        found.float().sum().backward()
+        expected = theirs(ids, use_cache=False).logits
+    exact = theirs(ids, use_cache=False).logits
+    own = relative(expected.float(), exact)
+    assert relative(found.float(), exact) <= 1.5 * own
+    assert own > 1e-3, "bfloat16 was used"
+
+
 def test_a_mask_is_built_once_for_all_layers(ids, monkeypatch):
     from ultralong.attention import register as module
     built = []

@@ -320,6 +320,12 @@ def test_the_harness_reports_errors_and_results():
 
 def bad_input(rank, world):
     group = dist.group.WORLD
+    first = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="process 1 is not a member of the group"):
+            make_context(16, first, heads=8)
+    else:
+        assert make_context(16, first, heads=8).scheme == "single"
     good = partial(make_context, 16, group, heads=8, kv_heads=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
     for call, message in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
@@ -154,12 +154,15 @@ class AttentionContext:
                              "'gathered'")
         return attention(q, k, v, self._scheme(q, rule), rule, sink=sink, keeper=self.keeper, layer=layer)
 
+    @cached_property
+    def _spans(self) -> Spans | None:
+        return None if self.boundaries is None else Spans(self.boundaries, self.boundaries)
+
     def _scheme(self, q: Tensor, rule: Rule) -> Scheme:
-        spans = None if self.boundaries is None else Spans(self.boundaries, self.boundaries)
-        kernel = choose_kernel(self.kernel, q, rule.with_spans(spans), clipped="gathered" in self.scheme)
+        kernel = choose_kernel(self.kernel, q, rule.with_spans(self._spans), clipped="gathered" in self.scheme)
         if kernel not in self._made:
             if self.outer is None:
-                core: Scheme = Local(kernel, spans)
+                core: Scheme = Local(kernel, self._spans)
             elif self.scheme.endswith("ring"):
                 core = Ring(self.outer, self.layout, kernel, self.boundaries)
             else:
@@ -227,6 +230,9 @@ def _two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
                              f"{group.ndim}")
         group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
     outer, inner = group if isinstance(group, tuple) else (group, None)
+    for member in (outer, inner):
+        if member is not None and dist.get_rank(member) < 0:
+            raise ValueError(f"process {dist.get_rank()} is not a member of the group that it passed to make_context")
     outer, inner = (None if g is None or dist.get_world_size(g) == 1 else g for g in (outer, inner))
     return (outer, inner) if outer is not None or inner is None else (inner, None)
 

@@ -33,7 +33,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scheme: Scheme, rule: Rule,
                 kept: Pair | None) -> Pair:
-        out, lse = scheme.forward(q, k, v, rule, sink) if kept is None else kept
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = scheme.forward(q, k, v, rule, sink) if kept is None else kept
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.scheme, ctx.rule = scheme, rule
         ctx.mark_non_differentiable(lse)
@@ -42,7 +43,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink, out, lse = ctx.saved_tensors
-        grads = ctx.scheme.backward(dout.contiguous(), q, k, v, out, lse, ctx.rule, sink)
+        with torch.autocast(q.device.type, enabled=False):
+            grads = ctx.scheme.backward(dout.contiguous(), q, k, v, out, lse, ctx.rule, sink)
         return (*grads, None, None, None)
 
 

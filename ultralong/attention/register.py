@@ -89,6 +89,7 @@ def attention_function(module: torch.nn.Module, query: Tensor, key: Tensor, valu
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     query, key, value = _as_autocast(query, key, value)
+    query, key, value = _under_autocast(query, key, value)
     if attention_context is not None:
         _refuse(module, key, query, attention_mask, dropout, causal, kwargs)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, D)
@@ -105,6 +106,14 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(kind):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, float32 becomes its type, as for torch's own attention (norms of queries give float32 there)."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) if x.dtype == torch.float32 else x for x in tensors)
 
 
 def _refuse(module: torch.nn.Module, key: Tensor, query: Tensor, mask: Tensor | DeferredMask | None, dropout: float,

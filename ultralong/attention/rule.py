@@ -6,6 +6,8 @@ Legend: B batch, T tokens, H query heads, K kv heads, D head size, N documents.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,15 +34,15 @@ class Spans:
         """Number of pieces."""
         return len(self.q) - 1
 
-    @property
+    @cached_property
     def max_q(self) -> int:
         """Queries of the longest piece."""
-        return max(b - a for a, b in zip(self.q, self.q[1:], strict=False))
+        return max(b - a for a, b in pairwise(self.q))
 
-    @property
+    @cached_property
     def max_k(self) -> int:
         """Keys of the longest piece."""
-        return max(b - a for a, b in zip(self.k, self.k[1:], strict=False))
+        return max(b - a for a, b in pairwise(self.k))
 
     @property
     def square(self) -> bool:

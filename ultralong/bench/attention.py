@@ -51,6 +51,7 @@ class AttentionBench:
         head_size: D.
         dtype: Name of a torch type.
         ranks: Processes; all GPUs by default, two on a CPU.
+        stages: Head chunks of Ulysses.
         repeats: Timed runs of each case at most.
         budget: Seconds of timed runs after which no further one is started.
     """
@@ -68,6 +69,7 @@ class AttentionBench:
     head_size: int = 128
     dtype: str = "bfloat16"
     ranks: int | None = None
+    stages: int = 1
     repeats: int = 5
     budget: float = 20.0
 
@@ -200,7 +202,8 @@ def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens:
         ranks = 1 if scheme == "single" else world
         try:
             context = make_context(tokens, None if ranks == 1 else dist.group.WORLD, "auto" if ranks == 1 else scheme,
-                                   kernel, edges, heads=options.heads, kv_heads=options.kv_heads)
+                                   kernel, edges, heads=options.heads, kv_heads=options.kv_heads,
+                                   stages=options.stages if scheme == "ulysses" else 1)
             times = measure(context.attend, [context.shard(x) for x in row[:3]], context.shard(row[3]),
                             repeats=options.repeats, budget=options.budget)
         except ValueError as error:
