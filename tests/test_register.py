@@ -151,6 +151,8 @@ def test_what_a_context_cannot_honour_is_refused_by_name(ids):
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="LlamaAttention: an attention_mask with hidden tokens"):
         model(ids, attention_mask=mask, **call)
+    with pytest.raises(ValueError, match="an attention_mask with hidden tokens"):
+        model(ids, attention_mask=torch.ones(2, 1, 24, 24, dtype=torch.bool), **call)
     with pytest.raises(ValueError, match=r"attention dropout 0\.1 is not supported"):
         model_of("Llama", attention_dropout=0.1).train()(ids, **call)
     cache = tf.DynamicCache(config=model.config)

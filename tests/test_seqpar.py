@@ -312,10 +312,14 @@ def raises(rank, world):
     return rank
 
 
+def multiplies(rank, world, factor):
+    return rank * factor
+
+
 def test_the_harness_reports_errors_and_results():
     with pytest.raises(RankFailed, match=r"--- rank 1 ---(.|\n)*KeyError: 'a reason'"):
         run_ranks(raises, 2, timeout=20)
-    assert run_ranks(lambda rank, world, factor: rank * factor, 3, 7, timeout=20) == [0, 7, 14]
+    assert run_ranks(multiplies, 3, 7, timeout=20) == [0, 7, 14]
 
 
 def bad_input(rank, world):

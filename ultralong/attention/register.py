@@ -8,6 +8,7 @@ one it is ordinary attention of one process: causal, with whatever mask and key-
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,10 +41,15 @@ class DeferredMask:
         self._is_built = False
         self.padding: Tensor | None = arguments.get("attention_mask")
 
+    @cached_property
+    def hides(self) -> bool:
+        """Whether the caller's mask hides any token (looked at once, since on a GPU it waits for the device)."""
+        return self.padding is not None and not bool(self.padding.all())
+
     def plain(self, window: int | None) -> bool:
         """Whether it says no more than "causal, in this window, the last query lines up with the last key"."""
         offsets = [self._arguments.get(name, 0) for name in ("q_offset", "kv_offset")]
-        if self.padding is not None or not all(isinstance(offset, int) for offset in offsets):
+        if self.hides or not all(isinstance(offset, int) for offset in offsets):
             return False
         ends = [offset + self._arguments[name] for offset, name in zip(offsets, ("q_length", "kv_length"))]
         local = self._arguments.get("local_size")
@@ -120,8 +126,8 @@ def _refuse(module: torch.nn.Module, key: Tensor, query: Tensor, mask: Tensor | 
             causal: bool, kwargs: dict[str, Any]) -> None:
     """Raise on whatever a context would otherwise silently leave out."""
     name = type(module).__name__
-    padding = mask.padding if isinstance(mask, DeferredMask) else mask
-    if padding is not None and not (padding.dim() == 2 and bool(padding.bool().all())):
+    hidden = mask.hides if isinstance(mask, DeferredMask) else mask is not None
+    if hidden:
         raise ValueError(f"{name}: an attention_mask with hidden tokens can't be used with an attention context; pass "
                          "boundaries to make_context instead (padding at the end of the row needs no mask)")
     if dropout:
