@@ -192,3 +192,16 @@ def test_colours_and_formats():
     with pytest.raises(ValueError, match="tickformat"):
         number_format("~s")
     np.testing.assert_allclose(_edges(np.array([0.0, 2.0, 3.0])), [-1.0, 1.0, 2.5, 3.5])
+
+
+def test_score_curves_hold_every_test_with_its_interval():
+    scores = [{"task": task, "length": length, "score": 80.0, "low": low, "high": 90.0 if low else None}
+              for task in ("a", "b") for length, low in ((8192, None), (4096, 60.0))]
+    figure = figures.score_curves(scores, base_window=4096)
+    assert [trace.name for trace in figure.data] == ["a", "b"]
+    assert list(figure.data[0].x) == [4096, 8192]
+    assert (list(figure.data[0].error_y.array), list(figure.data[0].error_y.arrayminus)) == ([10, 0], [20, 0])
+    assert list(figure.layout.xaxis.ticktext) == ["4K", "8K"]
+    assert pixels(figure).shape == (480, 760, 3)
+    with pytest.raises(ValueError, match="no scores"):
+        figures.score_curves([])

@@ -5,7 +5,14 @@ import json
 import pytest
 from induction import InductionModel
 
-from ultralong.evaluation.records import answer_tasks, effective_length, mean_by_length, score_file, write_samples
+from ultralong.evaluation.records import (
+    answer_tasks,
+    compare_answers,
+    effective_length,
+    mean_by_length,
+    score_file,
+    write_samples,
+)
 from ultralong.files import read_jsonl
 
 # Tests whose answer is a copy of a line of the prompt, which a model of repetition can give.
@@ -93,3 +100,19 @@ def test_means_and_effective_length():
     assert effective_length(means) == 4096, "a dip ends it, whatever comes after"
     assert effective_length(means, bar=60.0) == 16384
     assert effective_length(means, bar=95.0) is None
+
+
+def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
+    for name, window in (("short", 700), ("long", None)):
+        answer_tasks(InductionModel(len(tiny_tokenizer), window=window), tiny_tokenizer, TASKS[:1], (1024, 2048), 5, 0,
+                     tmp_path / name, chat=False, quiet=True)
+    one, two = compare_answers(tmp_path / "short", tmp_path / "long")
+    assert (one["task"], one["length"], two["length"], one["n"]) == (TASKS[0], 1024, 2048, 5)
+    assert (two["first"], two["second"], two["difference"], two["low"], two["high"]) == (0, 100, 100, 100, 100)
+    assert [item["difference"] for item in compare_answers(tmp_path / "long", tmp_path / "long")] == [0, 0]
+    answer_tasks(InductionModel(len(tiny_tokenizer)), tiny_tokenizer, TASKS[:1], (1024,), 5, 1, tmp_path / "other",
+                 chat=False, quiet=True)
+    with pytest.raises(ValueError, match="other samples"):
+        compare_answers(tmp_path / "long", tmp_path / "other")
+    with pytest.raises(ValueError, match="no answers to the same test"):
+        compare_answers(tmp_path / "long", tmp_path)

@@ -156,12 +156,12 @@ SOLVERS = {
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tokenizer, chat):
-    options = {"tokenizer": tiny_tokenizer, "length": 16384} if chat else {}
-    records = make(task, samples=12, chat=chat, **options)
+    options = {"tokenizer": tiny_tokenizer, "length": 12288, "samples": 4} if chat else {"samples": 12}
+    records = make(task, chat=chat, **options)
     solved = [{**record, "prediction": SOLVERS[task](record["input"], record["answer_prefix"])} for record in records]
     result = score_predictions(task, solved)
     assert result["score"] == 100, result["scores"]
-    assert result["n"] == 12
+    assert result["n"] == options["samples"]
     blind = score_predictions(task, [{**record, "prediction": "I do not know, 5."} for record in records])
     assert blind["score"] <= 10
 
@@ -169,7 +169,7 @@ def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tok
 @pytest.mark.parametrize("length", [4096, 16384])
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_prompts_are_full_and_never_too_long(task, make, tokenizer, length):
-    for record in make(task, length, samples=4):
+    for record in make(task, length, samples=2):
         assert len(prompt_ids(tokenizer, record)) + record["max_new_tokens"] == record["length"]
         assert 0.97 * length <= record["length"] <= length
 

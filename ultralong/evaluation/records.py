@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.generate import generate_greedy
+from ultralong.evaluation.intervals import paired_difference
 from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
 from ultralong.files import append_jsonl, read_jsonl, write_json
 from ultralong.progress import progress
@@ -167,6 +168,49 @@ def mean_by_length(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups = [(length, [item["score"] for item in scores if item["length"] == length])
               for length in sorted({item["length"] for item in scores})]
     return [{"length": length, "tasks": len(group), "score": float(np.mean(group))} for length, group in groups]
+
+
+def compare_answers(first: str | os.PathLike[str], second: str | os.PathLike[str], *,
+                    seed: int = 0) -> list[dict[str, Any]]:
+    """Two models on the same samples: the difference of each test at each length, sample by sample.
+
+    Args:
+        first: Folder that `answer_tasks` wrote for the first model.
+        second: The same for the second.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One dictionary a test and length that both have: `task`, `length`, `n`, `first` and `second` (per cent), and
+        `difference`, `low`, `high` (per cent points, second minus first; the ends are None below two samples).
+
+    Raises:
+        ValueError: Nothing in common, or files of the same name whose samples differ.
+    """
+    names = sorted({path.name for path in Path(first).glob("*-*.jsonl")}
+                   & {path.name for path in Path(second).glob("*-*.jsonl")})
+    if not names:
+        raise ValueError(f"{first} and {second} hold no answers to the same test at the same length.")
+    compared = []
+    for name in names:
+        pairs = list(zip(*(read_jsonl(Path(folder) / name) for folder in (first, second)), strict=False))
+        if not pairs or any(_identity(one) != _identity(other) for one, other in pairs):
+            raise ValueError(f"{name} holds other samples in {first} than in {second}: use the same seed and the same "
+                             "tokenizer.")
+        task, length = pairs[0][0]["task"], pairs[0][0]["max_length"]
+        score = find_task(task).score
+        scores = [[100 * score(record["prediction"], record["outputs"]) for record in records]
+                  for records in zip(*pairs, strict=True)]
+        difference = paired_difference(*scores, seed=seed)
+        ends = (difference.low, difference.high) if len(pairs) > 1 else (None, None)
+        compared.append({"task": task, "length": length, "n": len(pairs), "first": float(np.mean(scores[0])),
+                         "second": float(np.mean(scores[1])), "difference": difference.mean, "low": ends[0],
+                         "high": ends[1]})
+    return sorted(compared, key=lambda item: (item["task"], item["length"]))
+
+
+def _identity(record: Mapping[str, Any]) -> list[Any]:
+    """What makes two samples the same one."""
+    return [*(record[key] for key in (*SAME, "index")), *record["outputs"]]
 
 
 def effective_length(means: Sequence[Mapping[str, Any]], bar: float = EFFECTIVE_SCORE) -> int | None:

@@ -1,7 +1,7 @@
 """Plotly figures with a still picture beside them, and sliders that have a still version. Nothing is computed here."""
 
-from ultralong.figures.data import packed_row
-from ultralong.figures.evaluation import needle_before_after, needle_heatmap, perplexity_curve
+from ultralong.figures.data import attention_mask, length_buckets, packed_row, shares, token_table
+from ultralong.figures.evaluation import needle_before_after, needle_heatmap, perplexity_curve, score_curves
 from ultralong.figures.panels import side_by_side
 from ultralong.figures.rope import circle_seen, lines, speed_kept, wavelengths
 from ultralong.figures.show import explore, png_bytes, save_png, show
@@ -10,8 +10,10 @@ from ultralong.figures.training import loss_curve
 
 __all__ = [
     "PALETTE",
+    "attention_mask",
     "circle_seen",
     "explore",
+    "length_buckets",
     "lines",
     "loss_curve",
     "needle_before_after",
@@ -21,10 +23,13 @@ __all__ = [
     "perplexity_curve",
     "png_bytes",
     "save_png",
+    "score_curves",
+    "shares",
     "show",
     "side_by_side",
     "speed_kept",
     "style",
+    "token_table",
     "tokens_label",
     "wavelengths",
 ]

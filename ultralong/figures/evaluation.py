@@ -140,3 +140,45 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
         figure.add_annotation(x=base_window, y=1, xref="x", yref="y domain", showarrow=False, yanchor="bottom",
                               text=f"{window_name} {tokens_label(base_window)}", font={"size": 11, "color": GREY})
     return figure
+
+
+def score_curves(scores: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None,
+                 window_name: str = "old window") -> Figure:
+    """Score by length, one line a test, with its interval.
+
+    Args:
+        scores: One mapping a test and length: `task`, `length` (tokens), `score`, `low`, `high` (per cent; the ends may
+            be None).
+        title: Title of the figure.
+        base_window: A window in tokens, drawn as a vertical line.
+        window_name: What the line is called.
+
+    Raises:
+        ValueError: No scores.
+    """
+    if not scores:
+        raise ValueError("score_curves() got no scores: answer some tests first.")
+    figure = new_figure(title, "prompt and answer (tokens)", "score (per cent)", height=480)
+    lengths = sorted({item["length"] for item in scores})
+    for index, task in enumerate(dict.fromkeys(item["task"] for item in scores)):
+        items = sorted((item for item in scores if item["task"] == task), key=lambda item: item["length"])
+        reach = [(0.0, 0.0) if item["low"] is None else (item["high"] - item["score"], item["score"] - item["low"])
+                 for item in items]
+        colour = PALETTE[index % len(PALETTE)]
+        figure.add_trace(graph_objects().Scatter(
+            x=[item["length"] for item in items], y=[item["score"] for item in items], name=task, mode="lines+markers",
+            line={"color": colour, "dash": DASHES[index // len(PALETTE) % len(DASHES)], "width": 2},
+            marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+            error_y={"type": "data", "array": [up for up, _ in reach], "arrayminus": [down for _, down in reach],
+                     "thickness": 1, "width": 3}))
+    figure.update_xaxes(type="log", tickvals=lengths, ticktext=[tokens_label(length) for length in lengths])
+    figure.update_yaxes(range=[-3, 103])
+    figure.update_layout(showlegend=True)
+    if base_window is not None:
+        figure.add_shape(type="line", x0=base_window, x1=base_window, y0=0, y1=1, xref="x", yref="y domain",
+                         line={"color": GREY, "width": 2, "dash": "dash"})
+        # On a logarithmic axis plotly places notes by the logarithm.
+        figure.add_annotation(x=float(np.log10(base_window)), y=1, xref="x", yref="y domain", showarrow=False,
+                              text=f"{window_name} {tokens_label(base_window)}", yanchor="bottom",
+                              font={"size": 11, "color": GREY})
+    return figure

@@ -82,8 +82,9 @@ def _legend_rows(figure: Figure, width: float) -> int:
     named = _named_in_legend(figure)
     if figure.layout.showlegend is False or (len(named) < 2 and not figure.layout.showlegend):
         return 0
-    pixels = sum(52 + 7 * len(trace.name) for trace in named)
-    return max(1, int(np.ceil(pixels / (0.92 * width))))
+    # Names stand in columns as wide as the widest of them.
+    columns = max(1, int(0.86 * width / (62 + 7 * max(len(trace.name) for trace in named))))
+    return -(-len(named) // columns)
 
 
 def _plot_box(figure: Figure, size: tuple[float, float]) -> tuple[float, float, float, float]:
