@@ -1,0 +1,176 @@
+"""The rates that the planner reckons with, measured here: `python -m ultralong.bench.rates --json FILE`.
+
+Few numbers, chosen to be those that a training step is made of: matrix products by the size of the weight, what
+everything else moves through memory, attention by kernel and length, the link to the host, and the optimizer's update.
+`ultralong plan --machine FILE` then plans for this machine with measured rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ultralong.attention import available_kernels, make_context
+from ultralong.attention.kernels import get_kernel
+from ultralong.attention.rule import Rule
+from ultralong.bench.machine import machine_facts
+from ultralong.bench.timing import BACKWARD_WORK
+from ultralong.bench.timing import measure as measure_passes
+from ultralong.files import write_json
+from ultralong.progress import progress
+
+WEIGHT_SIZES = (512, 1024, 2048, 4096, 8192)
+TRAFFIC_BYTES = (2**24, 2**26, 2**28, 2**30)
+LENGTHS = (8192, 32768, 131072, 524288)
+HEAD_SIZES = (64, 128)
+TOKENS = 32768
+SLOW = ("efficient", "reference")  # kernels that are there to be right, not to be planned with
+Cases = list[tuple[str, Callable[[], dict[str, Any]]]]
+
+
+def rates(device: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[dict[str, Any]]]:
+    """Measure every rate on a device.
+
+    Args:
+        device: "cuda", or "cpu", where sizes are small and only show that it works.
+        lengths: Row lengths for attention.
+
+    Returns:
+        Lists of rows by name: `matmul` (size, tflops), `traffic` (bytes, gbps), `attention` (kernel, head_size, tokens,
+        forward_tflops, backward_tflops), `launch` (seconds), `link` (gbps), `update` (seconds_per_parameter).
+    """
+    small = device == "cpu"
+    most = 1 if small else None
+    cases: Cases = [("matmul", lambda size=size: _matmul(size, device)) for size in WEIGHT_SIZES[:most]]
+    cases += [("traffic", lambda size=size: _traffic(size, device)) for size in TRAFFIC_BYTES[:most]]
+    kernels = ["auto"] if small else [name for name in available_kernels(device) if name not in SLOW]
+    cases += [("attention", lambda kernel=kernel, head=head, tokens=tokens: _attention(kernel, head, tokens, device))
+              for kernel in kernels for head in HEAD_SIZES for tokens in lengths]
+    cases += [("launch", lambda: _launch(device)), ("update", lambda: _update(device))]
+    if not small:
+        cases.append(("link", _link))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in cases}
+    for name, run in progress(cases, desc="measure", unit="rate"):
+        found[name].append(run())
+    return found
+
+
+def seconds(work: Callable[[], Any], device: str, repeats: int = 5) -> float:
+    """Median time of `work` once it is warm, waiting for the device on both sides."""
+    times = []
+    for attempt in range(repeats + 2):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        if attempt >= 2:
+            times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _matmul(size: int, device: str) -> dict[str, Any]:
+    """Tokens times a weight, and the two products of its backward pass, in bfloat16."""
+    tokens = TOKENS if device == "cuda" else 256
+    x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(4 * size, size, device=device, dtype=torch.bfloat16)
+    y = torch.randn(tokens, 4 * size, device=device, dtype=torch.bfloat16)
+
+    def work() -> None:
+        torch.mm(x, weight.T)
+        torch.mm(y, weight)
+        torch.mm(y.T, x)
+
+    return {"size": size, "tflops": 3 * 2 * tokens * 4 * size**2 / seconds(work, device) / 1e12}
+
+
+def _traffic(size: int, device: str) -> dict[str, Any]:
+    """A step's usual traffic, in float32 and bfloat16: a sum, a product, a change of type."""
+    x = torch.randn(size // 4, device=device)
+    y = x.to(torch.bfloat16)
+
+    def work() -> None:
+        x + y  # 4 + 2 read, 4 written
+        x * x  # 4 read, 4 written, as the second reading is free
+        x.to(torch.bfloat16)  # 4 read, 2 written
+        y * y  # 2 read, 2 written
+
+    moved = size // 4 * (10 + 12 + 6 + 6)  # as the planner counts: every operand
+    return {"bytes": size, "gbps": moved / seconds(work, device) / 1e9}
+
+
+def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[str, Any]:
+    """Causal attention of eight query heads on two kv heads; on long rows the rate does not depend on their number."""
+    heads, kv_heads = 8, 2
+    row = {"kernel": kernel, "head_size": head_size, "tokens": tokens}
+    make = {"device": device, "dtype": torch.bfloat16}
+    q, dout = (torch.randn(1, tokens, heads, head_size, **make) for _ in range(2))  # (B, T, H, D)
+    k, v = (torch.randn(1, tokens, kv_heads, head_size, **make) for _ in range(2))  # (B, T, K, D)
+    if kernel != "auto" and (reason := get_kernel(kernel, device).refusal(q, Rule(scale=head_size**-0.5))):
+        return row | {"note": reason}
+    context = make_context(tokens, kernel=kernel, heads=heads, kv_heads=kv_heads)
+    times = measure_passes(context.attend, (q, k, v), dout, repeats=3, budget=6.0)
+    flops = 2.0 * tokens**2 * heads * head_size
+    return row | {"forward_tflops": flops / times.forward / 1e12,
+                  "backward_tflops": BACKWARD_WORK * flops / times.backward / 1e12}
+
+
+def _launch(device: str) -> dict[str, Any]:
+    """What starting one operation from Python costs when its work is nothing."""
+    x = torch.ones(1, device=device)
+
+    def work() -> None:
+        for _ in range(1000):
+            x.add_(1)
+
+    return {"seconds": seconds(work, device) / 1000}
+
+
+def _update(device: str) -> dict[str, Any]:
+    """AdamW on float32 parameters, in torch's fused form."""
+    count = 2**28 if device == "cuda" else 2**20
+    parameter = torch.nn.Parameter(torch.zeros(count, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    return {"seconds_per_parameter": seconds(optimizer.step, device) / count}
+
+
+def _link() -> dict[str, Any]:
+    """Copies between pinned host memory and the device, the slower direction."""
+    size = 2**30
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(size, dtype=torch.uint8, device="cuda")
+    out = seconds(lambda: host.copy_(device, non_blocking=True), "cuda")
+    back = seconds(lambda: device.copy_(host, non_blocking=True), "cuda")
+    return {"gbps": size / max(out, back) / 1e9}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m ultralong.bench.rates", description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="row lengths for attention, in tokens")
+    parser.add_argument("--json", type=Path, help="write the rates to this file")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = tuple(options.lengths or (LENGTHS if device == "cuda" else (256,)))
+    found = rates(device, lengths)
+    for name, rows in found.items():
+        for row in rows:
+            print(name, ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                                  for key, value in row.items()))
+    if options.json is not None:
+        write_json(options.json, {"machine": machine_facts(), "rates": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Counts what a computation allocates, reads, writes and multiplies, while it runs, on any tensors.
+
+On fake tensors, which have shapes and no storage, a step of any size is followed in seconds on a laptop, through the
+model's and the trainer's own code.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+# Making a tensor of a given size writes it but reads nothing; making an uninitialised one does neither.
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh")
+
+
+class Tracker(TorchDispatchMode):
+    """Follows the storages that are alive and adds up the work.
+
+    Attributes:
+        live: Bytes of the storages made inside the mode and not freed yet.
+        peak: Most bytes alive at once since the mode began or `peak` was last set.
+        multiplied: FLOP of matrix products.
+        moved: Bytes that all other operations read and write.
+        operations: Operations that do work, which on a GPU are kernels to start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.moved = self.operations = 0
+        self.multiplied = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and count it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in outputs:
+            self._follow(tensor)
+        self._count(func, inputs, outputs, args, kwargs, result)
+        return result
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or not size:
+            return
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def _count(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: Any, kwargs: Any,
+               result: Any) -> None:
+        packet = func._overloadpacket
+        if func.is_view or packet.__name__ in FREE:
+            return
+        self.operations += 1
+        if packet in flop_registry:
+            self.multiplied += flop_registry[packet](*args, **kwargs, out_val=result)
+        else:
+            self.moved += sum(_size(tensor) for tensor in (*inputs, *outputs))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements; one that is spread over a dimension without being copied counts once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * tensor.element_size()
