@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ultralong.progress import progress
 
-SECONDS_TO_ANSWER = 60
+SECONDS_TO_ANSWER = 20
 ATTEMPTS = 3
 
 
