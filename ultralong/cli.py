@@ -21,9 +21,18 @@ Json = Annotated[Path | None, arg(metavar="FILE", help="Write the numbers as JSO
 
 
 def extend(
-    source: Positional[str], /, *, to: int, out: Path, method: str = "auto", factor: float | None = None,
-    attention_factor: float | None = None, original_window: int | None = None, theta: float | None = None,
-    revision: str | None = None, json: Json = None,
+    source: Positional[str],
+    /,
+    *,
+    to: int,
+    out: Path,
+    method: str = "auto",
+    factor: float | None = None,
+    attention_factor: float | None = None,
+    original_window: int | None = None,
+    theta: float | None = None,
+    revision: str | None = None,
+    json: Json = None,
 ) -> None:
     """Write a copy of a checkpoint whose window is longer: RoPE rescaled in one step, weights untouched.
 
@@ -46,15 +55,31 @@ def extend(
     """
     from ultralong.extend import extend as run
 
-    report = run(source, to, out, method, factor=factor, attention_factor=attention_factor,
-                 original_window=original_window, theta=theta, revision=revision)
+    report = run(
+        source,
+        to,
+        out,
+        method,
+        factor=factor,
+        attention_factor=attention_factor,
+        original_window=original_window,
+        theta=theta,
+        revision=revision,
+    )
     _write(json, report.to_dict())
-    print(f"{out}: window {report.old_window:,} -> {report.new_window:,} tokens ({report.method}, factor "
-          f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {to} --out rows")
+    print(
+        f"{out}: window {report.old_window:,} -> {report.new_window:,} tokens ({report.method}, factor "
+        f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {to} --out rows"
+    )
 
 
 def train(
-    config: Positional[str], /, *, set: tuple[str, ...] = (), resume: bool = False, processes: int | None = None,
+    config: Positional[str],
+    /,
+    *,
+    set: tuple[str, ...] = (),
+    resume: bool = False,
+    processes: int | None = None,
     json: Json = None,
 ) -> None:
     """Train on packed rows: continued pretraining, or SFT on rows packed from conversations.
@@ -94,12 +119,21 @@ def train(
     result = run(resolved, resume)
     _write(json, dataclasses.asdict(result))
     if _is_main():
-        print(f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.loss:.4f}. "
-              f"Next: ultralong eval needle {result.model} --lengths 4096 8192")
+        print(
+            f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.loss:.4f}. "
+            f"Next: ultralong eval needle {result.model} --lengths 4096 8192"
+        )
 
 
 def pack(
-    recipe: Positional[str], /, *, tokenizer: str, length: int, out: Path, limit: int | None = None, json: Json = None,
+    recipe: Positional[str],
+    /,
+    *,
+    tokenizer: str,
+    length: int,
+    out: Path,
+    limit: int | None = None,
+    json: Json = None,
 ) -> None:
     """Turn documents into rows of exactly LENGTH tokens: read, sample by length, tokenise, join by the separator.
 
@@ -126,10 +160,20 @@ def pack(
 
 
 def evaluate(
-    task: Positional[Literal["needle", "perplexity"]], model: Positional[str], /, *, lengths: tuple[int, ...] = (),
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), samples: int = 5, seed: int = 0,
-    haystack: Path | None = None, rows: Path | None = None, max_rows: int = 16, device: str = "auto",
-    out: Path | None = None, json: Json = None,
+    task: Positional[Literal["needle", "perplexity"]],
+    model: Positional[str],
+    /,
+    *,
+    lengths: tuple[int, ...] = (),
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 5,
+    seed: int = 0,
+    haystack: Path | None = None,
+    rows: Path | None = None,
+    max_rows: int = 16,
+    device: str = "auto",
+    out: Path | None = None,
+    json: Json = None,
 ) -> None:
     """Measure a model: needle retrieval over lengths and depths, or perplexity by position.
 
@@ -153,13 +197,28 @@ def evaluate(
     """
     from ultralong.evaluation.commands import measure
 
-    result = measure(task, model, lengths=lengths, depths=depths, samples=samples, seed=seed, haystack=haystack,
-                     rows=rows, max_rows=max_rows, device=device, out=out)
+    result = measure(
+        task,
+        model,
+        lengths=lengths,
+        depths=depths,
+        samples=samples,
+        seed=seed,
+        haystack=haystack,
+        rows=rows,
+        max_rows=max_rows,
+        device=device,
+        out=out,
+    )
     _write(json, result)
 
 
 def demo(
-    *, model: str = "miniature", set: tuple[str, ...] = (), out: Path = Path("runs/demo"), seed: int | None = None,
+    *,
+    model: str = "miniature",
+    set: tuple[str, ...] = (),
+    out: Path = Path("runs/demo"),
+    seed: int | None = None,
     json: Json = None,
 ) -> None:
     """The whole recipe in miniature, on real input, in minutes: a model's window grows eightfold and the page shows it.
@@ -183,7 +242,12 @@ def demo(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "extend": extend, "pack": pack, "train": train, "sft": train, "eval": evaluate, "demo": demo,
+    "extend": extend,
+    "pack": pack,
+    "train": train,
+    "sft": train,
+    "eval": evaluate,
+    "demo": demo,
 }
 
 
@@ -207,11 +271,17 @@ def overview() -> str:
     """What `ultralong --help` prints: the commands with their first lines."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join([
-        f"ultralong {__version__}: extend a language model's window to millions of tokens.", "",
-        "usage: ultralong COMMAND ...    (ultralong COMMAND --help explains a command)", "", *lines, "",
-        "Start with: ultralong demo",
-    ])
+    return "\n".join(
+        [
+            f"ultralong {__version__}: extend a language model's window to millions of tokens.",
+            "",
+            "usage: ultralong COMMAND ...    (ultralong COMMAND --help explains a command)",
+            "",
+            *lines,
+            "",
+            "Start with: ultralong demo",
+        ]
+    )
 
 
 def _run(name: str, words: list[str]) -> None:

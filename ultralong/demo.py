@@ -7,6 +7,7 @@ window. Continued pretraining sees long plain text, SFT sees conversations and q
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -79,6 +80,9 @@ class DemoConfig:
         questions: Share of SFT examples that are questions about a passage, as long as the old window at most.
         examples: SFT examples made available.
         method: Scaling method, as in `ultralong extend`.
+        factor: Scaling factor; None is the target over the old window. The recipe takes twice that (128 for 128K to
+            1M), because a model is weakest at the very end of its window.
+        beta: Rotations within the old window above which YaRN leaves a pair alone; None is the recipe's 4.
         processes: Sequence-parallel processes of continued pretraining; None is 2 on CPU and one per GPU.
         dtype: Compute type of training.
         lengths: Prompt lengths of the needle grid.
@@ -100,6 +104,8 @@ class DemoConfig:
     questions: float = 0.5
     examples: int = 400
     method: str = "auto"
+    factor: float | None = None
+    beta: float | None = None
     processes: int | None = None
     dtype: str = "float32"
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -164,7 +170,9 @@ class Demo:
         self.out = Path(self.out)
         kept = self.out / "demo.yaml"
         if kept.exists() and settings.load(DemoConfig, kept) != self.config:
-            raise ValueError(f"{self.out} holds a demo with other settings. Remove it, or choose another folder (--out).")
+            raise ValueError(
+                f"{self.out} holds a demo with other settings. Remove it, or choose another folder (--out)."
+            )
         settings.save(self.config, kept)
 
     def stages(self) -> list[tuple[str, Callable[[], Any]]]:
@@ -217,7 +225,11 @@ class Demo:
         """The base model with RoPE rescaled and nothing trained."""
         out = self.out / "extended"
         if not out.exists():
-            write_json(self.out / "extend.json", extend(self.base(), self.config.target, out, self.config.method).to_dict())
+            config = self.config
+            report = extend(
+                self.base(), config.target, out, config.method, factor=config.factor, beta=config.beta, quiet=True
+            )
+            write_json(self.out / "extend.json", report.to_dict())
         return out
 
     def pretrained(self) -> Path:
@@ -235,7 +247,7 @@ class Demo:
             if len(mixed) >= self.config.examples:
                 break
             mixed.append(conversation)
-        chat = ChatSettings(length=4 * window, max_tokens=window, seed=self.config.seed)
+        chat = ChatSettings(length=window, max_tokens=window, seed=self.config.seed)
         return pack_chat(mixed, tokenizer, self.out / "chat-rows", chat, quiet=True)
 
     def tuned(self) -> Path:
@@ -256,8 +268,16 @@ class Demo:
             return read_json(path)
         model, tokenizer = self._open(getattr(self, which)()), self.tokenizer()
         config = self.config
-        needle = needle_grid(model, tokenizer, config.lengths, config.depths, config.samples, config.seed, self._haystack(),
-                             chunk=config.chunk)
+        needle = needle_grid(
+            model,
+            tokenizer,
+            config.lengths,
+            config.depths,
+            config.samples,
+            config.seed,
+            self._haystack(),
+            chunk=config.chunk,
+        )
         rows = self.heldout()
         chosen = [rows[index] for index in range(min(len(rows), config.perplexity_rows))]
         edges = [config.target * i // 16 for i in range(17)]
@@ -275,11 +295,20 @@ class Demo:
 
         needle = make_needle(self.tokenizer(), self.config.target, 0.1, self.config.seed + 1, self._haystack())
         prompt = needle.input_ids.tolist()
-        done = subprocess.run([sys.executable, "-c", PLAIN_CHECK, str(self.tuned())], input=str(prompt), text=True,
-                              capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", PLAIN_CHECK, str(self.tuned())],
+            input=str(prompt),
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         if done.returncode:
             raise RuntimeError(f"plain transformers could not use {self.tuned()}:\n{done.stderr[-2000:]}")
-        answer = {"expected": needle.answer, "answered": eval_json(done.stdout), "tokens": self.config.target}
+        answer = {
+            "expected": needle.answer,
+            "answered": json.loads(done.stdout.splitlines()[-1]),
+            "tokens": self.config.target,
+        }
         write_json(self.out / "plain.json", answer)
         return answer
 
@@ -307,7 +336,7 @@ class Demo:
                 "jupyter lab notebooks/00_quickstart.ipynb": "the same, step by step",
             },
             notes=(
-                "No training sample of any stage hides a needle farther away than the old window: continued pretraining "
+                "No training sample of any stage hides a needle farther away than the old window: pretraining "
                 "reads plain documents, SFT uses examples that fit into the old window.",
                 "The needle test is the easiest long-context test there is; it shows that positions work.",
             ),
@@ -323,7 +352,9 @@ class Demo:
             seconds = sum(record["seconds"] for record in log)
             facts[name] = f"{log[-1]['tokens']:,} tokens in {len(log)} steps, {seconds:.0f} s"
         found = "found" if plain["expected"] in plain["answered"] else "missed"
-        facts["plain transformers"] = f"opened it and {found} a number at {plain['tokens']:,} tokens: {plain['answered'].strip()}"
+        facts["plain transformers"] = (
+            f"opened it and {found} a number at {plain['tokens']:,} tokens: {plain['answered'].strip()}"
+        )
         return facts
 
     def _haystack(self) -> Haystack:
@@ -332,7 +363,9 @@ class Demo:
 
     def _open(self, folder: Path) -> PreTrainedModel:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="ultralong").to(self.device)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="ultralong").to(
+            self.device
+        )
 
     def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int) -> Path:
         out = self.out / name
@@ -340,18 +373,19 @@ class Demo:
             return out / "model"
         optimizer = OptimizerConfig(lr=stage.lr, warmup_steps=max(1, stage.steps // 10), schedule="linear")
         config = TrainConfig(
-            model=str(model), out=str(out), data=(DataSource(str(rows)),), steps=stage.steps,
-            rows_per_step=stage.rows_per_step, rows_at_once=stage.rows_at_once, seed=self.config.seed,
-            dtype="bfloat16" if self.config.dtype == "bfloat16" else "float32", save_every=max(1, stage.steps // 2), keep=1,
-            optimizer=optimizer, parallel=ParallelConfig(sequence=processes),
+            model=str(model),
+            out=str(out),
+            data=(DataSource(str(rows)),),
+            steps=stage.steps,
+            rows_per_step=stage.rows_per_step,
+            rows_at_once=stage.rows_at_once,
+            seed=self.config.seed,
+            dtype="bfloat16" if self.config.dtype == "bfloat16" else "float32",
+            save_every=max(1, stage.steps // 2),
+            keep=1,
+            optimizer=optimizer,
+            parallel=ParallelConfig(sequence=processes),
         )
         settings.save(config, self.out / f"{name}.yaml")
         start(self.out / f"{name}.yaml", processes, resume=(out / "config.yaml").exists())
         return out / "model"
-
-
-def eval_json(text: str) -> str:
-    """The last line of a process's output, which is JSON."""
-    import json
-
-    return json.loads(text.strip().splitlines()[-1])

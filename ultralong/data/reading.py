@@ -1,7 +1,8 @@
-"""Questions about a short passage of real text, as conversations: what a small model needs to answer from its window.
+"""Questions about a short passage of real text, as conversations: practice in answering from the window.
 
-Two kinds. *Facts*: one to four invented sentences ("The number of harbour-lane is 48213.") stand somewhere in a passage
-and are asked for, one turn each. *Quotes*: a few words of the passage are given and the words that follow are asked for.
+Two kinds. *Facts*: one to four invented sentences ("The number of harbour-lane is 48213.") stand somewhere in a
+passage and are asked for, one turn each. *Quotes*: a few words of the passage are given and the words that follow are
+asked for.
 
 Everything fits in `max_tokens`, and that is the point: a model whose window is then extended has met such questions only
 inside its old window, so what it does beyond comes from the extension and not from practice there.

@@ -14,8 +14,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from ultralong.data.chat import ChatSettings, pack_chat
 from ultralong.data.chat_template import Message
@@ -38,15 +44,25 @@ SHARES = {"text": 0.40, "chat": 0.15, "reading": 0.45}
 def architecture(vocabulary: int, turn_end: int, padding: int) -> LlamaConfig:
     """The miniature's shape: 6 layers, hidden size 256, 4 query heads on 2 kv heads of size 64, tied head."""
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=WINDOW, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=turn_end, pad_token_id=padding,
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=turn_end,
+        pad_token_id=padding,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
     )
 
 
 def prepare(
-    documents: Sequence[Document], conversations: Sequence[list[Message]], out: str | os.PathLike[str],
+    documents: Sequence[Document],
+    conversations: Sequence[list[Message]],
+    out: str | os.PathLike[str],
     questions: int = 40_000,
 ) -> Path:
     """Train the tokenizer, write the three kinds of rows and the untrained model.
@@ -90,22 +106,21 @@ def training(folder: str | os.PathLike[str], out: str | os.PathLike[str], steps:
     )
 
 
-def finish(trained: str | os.PathLike[str], log: str | os.PathLike[str], out: str | os.PathLike[str], card: str) -> None:
-    """Put the trained checkpoint where the package has it: bfloat16 weights, training log, model card.
+def finish(trained: str | os.PathLike[str], log: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Put the trained checkpoint where the package has it, with its training log. A model card there is kept.
 
     Args:
         trained: The folder `model` of the run.
         log: The run's `log.jsonl`; every 20th line is kept.
         out: The folder to write.
-        card: Text of the model card.
     """
     out = Path(out)
-    shutil.copytree(trained, out, dirs_exist_ok=True)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(out / "model.safetensors").items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    out.mkdir(parents=True, exist_ok=True)
+    for file in Path(trained).iterdir():
+        if file.name != "README.md":
+            shutil.copy(file, out / file.name)
     lines = Path(log).read_text(encoding="utf-8").splitlines(keepends=True)
     write_text(out / "training_log.jsonl", "".join(lines[19::20]))
-    write_text(out / "README.md", card)
 
 
 def _tokenizer(
@@ -122,6 +137,7 @@ def _tokenizer(
 def _untrained(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     set_seed(SEED)
     model = LlamaForCausalLM(architecture(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
+    model = model.to(torch.bfloat16)  # the type the trained model is written in; training itself is in float32
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

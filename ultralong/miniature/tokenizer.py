@@ -41,8 +41,12 @@ def train_tokenizer(texts: Iterable[str], window: int) -> PreTrainedTokenizerFas
     )
     core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=TURN_END, pad_token=END, model_max_length=window,
-        additional_special_tokens=[TURN], clean_up_tokenization_spaces=False,
+        tokenizer_object=core,
+        eos_token=TURN_END,
+        pad_token=END,
+        model_max_length=window,
+        additional_special_tokens=[TURN],
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

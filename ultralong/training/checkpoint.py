@@ -11,6 +11,9 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +107,9 @@ class RunFolder:
             write_text(self.log, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
-def save(folder: RunFolder, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
-         keep: int) -> None:
+def save(
+    folder: RunFolder, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int
+) -> None:
     """Write the checkpoint of `step`; all processes call it. Older ones beyond `keep` are removed afterwards.
 
     Raises:
@@ -118,8 +122,9 @@ def save(folder: RunFolder, processes: Processes, model: nn.Module, optimizer: t
         partial.mkdir(parents=True)
     processes.wait()
     parameters, states = get_state_dict(model, optimizer)
-    dcp.save({"model": parameters, "optimizer": states}, checkpoint_id=partial,
-             no_dist=processes.accelerator.num_processes == 1)
+    alone = processes.accelerator.num_processes == 1
+    with _without_warning():
+        dcp.save({"model": parameters, "optimizer": states}, checkpoint_id=partial, no_dist=alone)
     save_file(_random_state(), partial / f"random-{processes.accelerator.process_index}.safetensors")
     processes.wait()
     if processes.is_main:
@@ -145,19 +150,37 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
         state = read_json(path / "state.json")
         parameters, states = get_state_dict(model, optimizer)
         loaded = {"model": parameters, "optimizer": states}
-        dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
+        with _without_warning():
+            dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
         set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         # Resumed on another number of processes, the random state of the first serves the new ones: training itself
         # draws no numbers unless the model has dropout.
         rank = processes.accelerator.process_index
         rank = rank if rank < state["processes"] else 0
         _restore_random_state(load_file(path / f"random-{rank}.safetensors"))
-    except (OSError, KeyError, RuntimeError, EOFError, SafetensorError, dcp.api.CheckpointException, ValueError) as error:
+    except (
+        OSError,
+        KeyError,
+        RuntimeError,
+        EOFError,
+        SafetensorError,
+        dcp.api.CheckpointException,
+        ValueError,
+    ) as error:
+        said = next(iter(str(error).splitlines()), "damaged")
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'damaged'}). "
+            f"{path} cannot be read ({type(error).__name__}: {said}). "
             "Remove that folder and run again with --resume: the checkpoint before it is used."
         ) from error
     return int(state["step"])
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """torch warns that one process saves alone; that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """What a training run is: one frozen dataclass, the same for continued pretraining and SFT, CPU and cluster.
 
-A preset is a YAML file of these (see `ultralong/recipes/`); every run writes the one it resolved to `config.yaml` in its
-output folder, and that file alone repeats it.
+A preset is a YAML file of these (see `ultralong/recipes/`); every run writes the one it resolved to `config.yaml` in
+its output folder, and that file alone repeats it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class TrainConfig:
 
     Attributes:
         model: Folder (or hub id) of the checkpoint to start from, its window already extended (`ultralong extend`).
-        out: Folder of the run: `config.yaml`, `log.jsonl`, `checkpoints/`, and at the end the trained model in `model/`.
+        out: Folder of the run: `config.yaml`, `log.jsonl`, `checkpoints/`, and at the end the model in `model/`.
         data: Where rows come from.
         steps: Optimizer steps.
         rows_per_step: Rows of one optimizer step over all processes.

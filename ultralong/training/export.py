@@ -30,7 +30,10 @@ def export(model: PreTrainedModel, config: TrainConfig, order: RowOrder, facts: 
     dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    # A tensor with two names (a tied head) stays one tensor, so that it is written once.
+    whole = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    converted = {tensor.data_ptr(): tensor.to("cpu", dtype) for tensor in whole.values()}
+    state = {name: converted[tensor.data_ptr()] for name, tensor in whole.items()}
     attention, model.config._attn_implementation = model.config._attn_implementation, None
     kept, model.config.dtype = model.config.dtype, dtype
     try:
@@ -52,14 +55,15 @@ def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any
     lines = [
         "## Training",
         "",
-        f"- {facts['steps']:,} steps of {config.rows_per_step} rows of {order.length:,} tokens: {facts['tokens']:,} tokens; "
+        f"- {facts['steps']:,} steps of {config.rows_per_step} x {order.length:,} tokens: {facts['tokens']:,} tokens, "
         f"attention {'kept inside documents' if order.mask_documents else 'across documents'}",
-        f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), betas "
-        f"{optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
+        f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
+        f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
         f"- loss over the last tenth of the steps: {loss}",
     ]
     for source, rows in zip(config.data, order.folders, strict=True):
-        licences = rows.manifest.get("licenses") or []
+        sources = rows.manifest.get("sources", {}).values()
+        licences = sorted({licence for facts in sources for licence in facts.get("licenses", {})})
         stated = f"; licences: {', '.join(licences)}" if licences else ""
         lines.append(f"- rows: {Path(source.rows).name} ({len(rows):,} rows, weight {source.weight:g}){stated}")
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """The one training loop: continued pretraining and SFT, on one process or many.
 
 A step takes `rows_per_step` packed rows, sums the losses of all their targets over processes and micro-batches, divides
-by the number of those targets, and updates once. DistributedDataParallel averages gradients over all W processes, so each
-process scales its own sum by W / targets; the result does not depend on how many processes shared the work.
+by the number of those targets, and updates once. DistributedDataParallel averages gradients over all W processes, so
+each process scales its own sum by W / targets; the result does not depend on how many processes shared the work.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         What was done. The trained model lies in `config.out/model`.
 
     Raises:
-        ValueError: Settings that do not fit the rows, the model or the processes; a folder in use; a damaged checkpoint.
-        FloatingPointError: The loss or the gradient became NaN or infinite; the message names step, rows and checkpoint.
+        ValueError: Settings that do not fit the rows, the model or the processes; a folder in use; a damaged
+            checkpoint.
+        FloatingPointError: The loss or the gradient became NaN or infinite; names step, rows and checkpoint.
     """
     start = time.perf_counter()
     with connect(config) as processes:
@@ -91,13 +92,17 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         if resume and (saved := folder.checkpoints()):
             first = checkpoint.restore(saved[-1][1], processes, run.model, run.optimizer)
         _steps(run, first, quiet)
-        facts = {"steps": config.steps, "tokens": config.steps * config.rows_per_step * order.length,
-                 "loss": sum(run.losses) / len(run.losses) if run.losses else None}
+        facts = {
+            "steps": config.steps,
+            "tokens": config.steps * config.rows_per_step * order.length,
+            "loss": sum(run.losses) / len(run.losses) if run.losses else None,
+        }
         if processes.is_main:
             export(model, config, order, facts, folder.model)
         processes.wait()
-        result = TrainResult(str(folder.model), config.steps, facts["tokens"], facts["loss"] or math.nan,
-                             time.perf_counter() - start)
+        result = TrainResult(
+            str(folder.model), config.steps, facts["tokens"], facts["loss"] or math.nan, time.perf_counter() - start
+        )
         if processes.is_main:
             write_json(folder.path / "result.json", {**facts, "model": result.model, "seconds": result.seconds})
         if config.trackers:
@@ -163,8 +168,9 @@ def _check_vocabulary(model: PreTrainedModel, order: RowOrder) -> None:
         )
 
 
-def _start(config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder,
-           model: PreTrainedModel) -> Run:
+def _start(
+    config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder, model: PreTrainedModel
+) -> Run:
     if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):
         raise ValueError("compile works on one process with rows that have no document mask; switch one of them off.")
     loss = LanguageModelLoss(model, config.memory.loss_tile)
@@ -181,7 +187,9 @@ def _start(config: TrainConfig, processes: Processes, folder: checkpoint.RunFold
 
 def _steps(run: Run, first: int, quiet: bool) -> None:
     config = run.config
-    bar = progress(total=config.steps, initial=first, desc="train", unit="step", quiet=quiet or not run.processes.is_main)
+    bar = progress(
+        total=config.steps, initial=first, desc="train", unit="step", quiet=quiet or not run.processes.is_main
+    )
     saved = first
     for step in range(first, config.steps):
         begin = time.perf_counter()
@@ -211,7 +219,9 @@ def _step(run: Run, step: int) -> dict[str, Any]:
     mine = config.rows_per_step // processes.data_ranks
     start = step * config.rows_per_step + processes.data_rank * mine
     batches = [run.order.batch(start + i, config.rows_at_once) for i in range(0, mine, config.rows_at_once)]
-    targets = torch.tensor(float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device)
+    targets = torch.tensor(
+        float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
+    )
     targets = processes.total(targets) / processes.sequence  # each row was counted by all processes that share it
     scale = processes.accelerator.num_processes / targets.clamp(min=1)
     sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
@@ -227,21 +237,33 @@ def _step(run: Run, step: int) -> dict[str, Any]:
     loss = float(sums[0].sum() / sums[1].sum().clamp(min=1))
     _check_finite(run, step, loss, norm, batches)
     by_position = (sums[0] / sums[1]).tolist()
-    return {"loss": round(loss, 6), "grad_norm": round(norm, 6), "lr": run.optimizer.param_groups[0]["lr"],
-            "targets": int(targets), "loss_by_position": [round(x, 4) if math.isfinite(x) else None for x in by_position]}
+    return {
+        "loss": round(loss, 6),
+        "grad_norm": round(norm, 6),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "targets": int(targets),
+        "loss_by_position": [round(x, 4) if math.isfinite(x) else None for x in by_position],
+    }
 
 
 def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This process's share of one batch: sum of losses with its graph, and per token: loss, bucket, counted or not."""
     device, buckets = run.processes.accelerator.device, run.config.position_buckets
-    tensors = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")}
+    tensors = {
+        name: getattr(batch, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")
+    }
     place = torch.arange(batch.input_ids.shape[1], device=device) % batch.row_length  # (T,)
     tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
     extra = {}
     if run.processes.sequence > 1 or batch.boundaries is not None:
         context = make_context(
-            batch.input_ids.shape[1], run.processes.group, run.config.parallel.scheme, run.config.parallel.kernel,
-            boundaries=batch.boundaries, heads=run.heads[0], kv_heads=run.heads[1],
+            batch.input_ids.shape[1],
+            run.processes.group,
+            run.config.parallel.scheme,
+            run.config.parallel.kernel,
+            boundaries=batch.boundaries,
+            heads=run.heads[0],
+            kv_heads=run.heads[1],
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}

@@ -39,9 +39,13 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
         ValueError: The shapes do not fit together.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be (N, d) and weight (V, d), found {tuple(hidden.shape)}, {tuple(weight.shape)}.")
+        raise ValueError(
+            f"hidden must be (N, d) and weight (V, d), found {tuple(hidden.shape)}, {tuple(weight.shape)}."
+        )
     if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels must be ({hidden.shape[0]},), one for each hidden state, found {tuple(labels.shape)}.")
+        raise ValueError(
+            f"labels must be ({hidden.shape[0]},), one for each hidden state, found {tuple(labels.shape)}."
+        )
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return _TiledCrossEntropy.apply(hidden, weight, labels, tile, compute)

@@ -73,18 +73,21 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         log_with=list(config.trackers) or None,
         project_dir=config.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     try:
         world, sequence = accelerator.num_processes, config.parallel.sequence
         if world % sequence:
             raise ValueError(
-                f"parallel.sequence is {sequence}, but this run has {world} process{'es' * (world > 1)}. Start a multiple "
-                f"of {sequence}, for example: torchrun --nproc-per-node {sequence} -m ultralong train ..."
+                f"parallel.sequence is {sequence}, but this run has {world} process{'es' * (world > 1)}. Start a "
+                f"multiple of {sequence}, for example: torchrun --nproc-per-node {sequence} -m ultralong train ..."
             )
         if config.rows_per_step % (world // sequence * config.rows_at_once):
             raise ValueError(
-                f"rows_per_step ({config.rows_per_step}) must be a multiple of {world // sequence} groups of processes x "
+                f"rows_per_step ({config.rows_per_step}) must be a multiple of {world // sequence} groups x "
                 f"rows_at_once ({config.rows_at_once})."
             )
         group = None

@@ -1,0 +1,225 @@
+"""The loop: the same run on one and two processes, resumed to the bit, stopped with reasons, and the folder it leaves."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ultralong import settings
+from ultralong.data.chat import ChatSettings, pack_chat
+from ultralong.data.documents import Document
+from ultralong.data.joints import PackSettings
+from ultralong.data.packing import pack
+from ultralong.data.tokens import tokenize_corpus
+from ultralong.files import read_json, read_jsonl
+from ultralong.training import checkpoint, loop
+from ultralong.training.batches import RowOrder
+from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
+from ultralong.training.loop import train
+from ultralong.training.start import start
+
+WORDS = "the keeper of the light wrote in his log that no ship had passed and the tide came in at dawn".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, make_tiny_model, tiny_tokenizer):
+    """A tiny model, and three kinds of rows: unmasked, masked, chat."""
+    folder = tmp_path_factory.mktemp("train")
+    make_tiny_model(vocab_size=len(tiny_tokenizer), max_position_embeddings=128).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    texts = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(40 + 37 * (i % 5))) for i in range(40)]
+    documents = [Document(str(i), text, license="CC0-1.0") for i, text in enumerate(texts)]
+    store = tokenize_corpus(documents, tiny_tokenizer, folder / "tokens", quiet=True)
+    pack(store, tiny_tokenizer, folder / "rows", PackSettings(length=128), quiet=True)
+    pack(store, tiny_tokenizer, folder / "masked", PackSettings(length=128, mask_documents=True), quiet=True)
+    talks = [[{"role": "user", "content": text[:60]}, {"role": "assistant", "content": text[60:90]}] for text in texts]
+    pack_chat(talks, tiny_tokenizer, folder / "chat", ChatSettings(length=128), quiet=True)
+    return folder
+
+
+@pytest.fixture
+def config(made, tmp_path):
+    return TrainConfig(
+        model=str(made / "model"), out=str(tmp_path / "run"), data=(DataSource(str(made / "rows")),), steps=6,
+        rows_per_step=2, dtype="float32", save_every=3, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+    )  # fmt: skip
+
+
+def weights(config):
+    return load_file(f"{config.out}/model/model.safetensors")
+
+
+def curve(config, key="loss"):
+    return [record[key] for record in read_jsonl(f"{config.out}/log.jsonl")]
+
+
+def test_learns_and_leaves_a_plain_checkpoint(config):
+    result = train(replace(config, steps=30, save_every=0), quiet=True)
+    losses = curve(config)
+    assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
+    assert result.tokens == 30 * 2 * 128 and result.loss == pytest.approx(sum(losses[-3:]) / 3)
+    opened = AutoModelForCausalLM.from_pretrained(result.model)
+    assert len(AutoTokenizer.from_pretrained(result.model)) == opened.config.vocab_size
+    card = Path(result.model, "README.md").read_text()
+    assert "7,680 tokens, attention across documents" in card and "CC0-1.0" in card
+    assert "model.embed_tokens.weight" in weights(config) and "lm_head.weight" not in weights(config)
+
+
+@pytest.mark.parametrize("rows", ["rows", "masked", "chat"])
+def test_two_sequence_parallel_processes_train_as_one(config, made, tmp_path, rows):
+    one = replace(config, data=(DataSource(str(made / rows)),), out=str(tmp_path / "one"))
+    two = replace(one, out=str(tmp_path / "two"), parallel=ParallelConfig(sequence=2))
+    train(one, quiet=True)
+    settings.save(two, tmp_path / "two.yaml")
+    start(tmp_path / "two.yaml", processes=2)
+    assert curve(two, "targets") == curve(one, "targets")
+    assert curve(two) == pytest.approx(curve(one), rel=2e-5)
+    assert curve(two, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=1e-4)
+    for ours, theirs in zip(curve(two, "loss_by_position"), curve(one, "loss_by_position"), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_micro_batches_do_not_change_a_step(config, tmp_path):
+    whole, parts = (
+        replace(config, rows_per_step=4, rows_at_once=size, out=str(tmp_path / str(size))) for size in (4, 1)
+    )
+    train(whole, quiet=True)
+    train(parts, quiet=True)
+    assert curve(parts) == pytest.approx(curve(whole), rel=1e-5)
+    assert curve(parts, "grad_norm") == pytest.approx(curve(whole, "grad_norm"), rel=1e-4)
+
+
+def test_a_cut_run_resumes_to_the_bit(config, tmp_path, monkeypatch):
+    train(config, quiet=True)
+    cut = replace(config, out=str(tmp_path / "cut"))
+    real = loop.append_jsonl
+
+    def die_after_five(path, record):
+        real(path, record)
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "append_jsonl", die_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, quiet=True)
+    monkeypatch.setattr(loop, "append_jsonl", real)
+    assert len(curve(cut)) == 5
+    train(cut, resume=True, quiet=True)
+    assert curve(cut) == curve(config)  # steps 4 and 5 were logged once, the same numbers
+    for name, tensor in weights(config).items():
+        assert torch.equal(tensor, weights(cut)[name]), name
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(config, tmp_path, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    train(replace(config, steps=6), quiet=True)
+    cut = replace(config, out=str(tmp_path / "cut"))
+    real, calls = checkpoint.save_file, []
+
+    def second_time(*arguments, **options):
+        calls.append(1)
+        return disk_full() if len(calls) == 2 else real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", second_time)
+    with pytest.raises(OSError, match="No space left"):
+        train(cut, quiet=True)
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    assert [step for step, _ in checkpoint.RunFolder(tmp_path / "cut").checkpoints()] == [3]
+    train(cut, resume=True, quiet=True)
+    assert curve(cut) == curve(config)
+
+
+def test_a_damaged_checkpoint_is_named(config):
+    train(config, quiet=True)
+    newest = checkpoint.RunFolder(Path(config.out)).checkpoints()[-1][1]
+    victim = next(newest.glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:1000])
+    shutil.rmtree(f"{config.out}/model")
+    with pytest.raises(ValueError, match=r"step-0000006 cannot be read.*the checkpoint before it"):
+        train(config, resume=True, quiet=True)
+    shutil.rmtree(newest)
+    train(config, resume=True, quiet=True)
+    assert len(curve(config)) == 6
+
+
+def test_a_folder_in_use_is_refused(config, tmp_path):
+    train(config, quiet=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config, quiet=True)
+    with pytest.raises(ValueError, match=r"other settings.*seed: 0 -> 1"):
+        train(replace(config, seed=1), resume=True, quiet=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        train(replace(config, out=str(tmp_path / "full")), quiet=True)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(config, made, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(made / "model", broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(broken)
+    with pytest.raises(FloatingPointError, match=r"Step 1: loss nan.*No update was made.*rows row \d+ \(documents"):
+        train(replace(config, model=str(broken)), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "no-such-model"}, "No model could be loaded"),
+        ({"parallel": ParallelConfig(sequence=2)}, "this run has 1 process. Start a multiple of 2"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(config, change, said):
+    with pytest.raises(ValueError, match=said):
+        train(replace(config, **change), quiet=True)
+
+
+def test_rows_longer_than_the_window_and_foreign_vocabularies_are_refused(config, made, tmp_path, make_tiny_model):
+    for name, overrides, said in (
+        ("short", {"vocab_size": 400, "max_position_embeddings": 64}, "the model's window is 64. Extend the model"),
+        ("small", {"vocab_size": 100, "max_position_embeddings": 128}, "the model has 100"),
+    ):
+        make_tiny_model(**overrides).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=said):
+            train(replace(config, model=str(tmp_path / name), out=str(tmp_path / f"run-{name}")), quiet=True)
+
+
+def test_every_row_of_a_pass_comes_once_and_weights_are_kept(made):
+    order = RowOrder((DataSource(str(made / "rows")),), seed=3, total=1000)
+    size = len(order.folders[0])
+    assert sorted(order.place(index).row for index in range(size)) == list(range(size))
+    passes = [[order.place(index).row for index in range(n * size, (n + 1) * size)] for n in (0, 1)]
+    assert passes[0] != passes[1] and sorted(passes[1]) == list(range(size))
+    mixed = RowOrder((DataSource(str(made / "masked"), 3.0), DataSource(str(made / "chat"), 1.0)), seed=0, total=4000)
+    share = sum(mixed.place(index).source == 0 for index in range(4000)) / 4000
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5
+
+
+def test_mixing_masked_and_unmasked_rows_is_refused(made):
+    with pytest.raises(ValueError, match="must share row length and document mask"):
+        RowOrder((DataSource(str(made / "rows")), DataSource(str(made / "chat"))), seed=0, total=10)
+
+
+def test_only_answers_are_learned(made, tiny_tokenizer):
+    order = RowOrder((DataSource(str(made / "chat")),), seed=0, total=10)
+    batch = order.batch(0, 1)
+    learned = tiny_tokenizer.decode(batch.labels[batch.labels != -100])
+    asked = tiny_tokenizer.decode(batch.input_ids[0])
+    assert "<|turn|>" in learned and "user" in asked and "user" not in learned and "<|start|>" not in learned
+
+
+def test_every_setting_of_a_run_is_in_its_folder(config):
+    train(config, quiet=True)
+    assert settings.load(TrainConfig, f"{config.out}/config.yaml") == config
+    assert read_json(f"{config.out}/result.json")["steps"] == 6
