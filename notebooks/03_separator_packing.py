@@ -3,8 +3,8 @@
 #
 # A model that is to read a million tokens has to be trained on rows of a million tokens, and hardly any document is
 # that long. So documents are joined, end to end, into one stream, and the stream is cut into rows. What stands between
-# two documents, and whether the second may see the first, are choices. The recipe makes them its own way: the two
-# characters-in-brackets `<s>`, and no mask at all.
+# two documents, and whether the second may see the first, are choices. The recipe makes them its own way: the
+# characters `<s>`, and no mask at all.
 #
 # ### At a glance
 #
@@ -212,8 +212,8 @@ figures.show(
 # %% [markdown]
 # ## Three ways to join
 #
-# Ablation in the paper: `<s>` between documents against nothing at all. BOS and EOS, the usual choice, were left out
-# because of what a model may have learned from them: that whatever came before can be forgotten.
+# The paper compares `<s>` between documents with nothing at all. BOS and EOS, the usual choice, were left out, perhaps
+# because of what a model has learned from them: that whatever came before can be forgotten.
 
 # %%
 toys = ["The tide came in at dawn.", "No ship had passed.", "The log was empty."]

@@ -26,7 +26,8 @@ def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(12):
-        (folder / f"{number:02d}.txt").write_text(f"This is document {number}.\n" + "The tide came in at dawn. " * 5 * number)
+        text = f"This is document {number}.\n" + "The tide came in at dawn. " * 5 * number
+        (folder / f"{number:02d}.txt").write_text(text)
     (folder / "broken.txt").write_bytes(b"\xff\xfe")
     return folder
 
@@ -36,6 +37,11 @@ def recipe_file(tmp_path, **changes):
               "sources": [{"name": "a", "license": "CC0-1.0", "path": "texts"}], **changes}
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
     return tmp_path / "mine.yaml"
+
+
+def contents(folder):
+    """Every file but the report, which holds seconds."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "report.json"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -64,7 +70,8 @@ def test_the_heldout_works_are_not_in_the_training_recipe():
     ({"sources": [{"name": "a", "license": "x", "path": "p", "dataset": {"id": "q"}}]}, "needs one of"),
     ({"sources": [{"name": "a", "path": "p"}]}, r"sources\[0\]: license must be given"),
     ({"sources": [{"name": "a", "license": "x", "path": "p", "clean": ["html"]}]}, "clean: html is not known"),
-    ({"sources": [{"name": "a", "license": "x", "path": "p", "read": {"format": "pdf"}}]}, "read: format must be one of"),
+    ({"sources": [{"name": "a", "license": "x", "path": "p", "read": {"format": "pdf"}}]},
+     "read: format must be one of"),
     ({"sources": [{"name": "a", "license": "x", "path": "p", "budget": 0}]}, "budget must be positive"),
     ({"sources": [{"name": "a", "license": "x", "packages": [{"registry": "pypi", "name": "b", "version": "1"}]}]},
      r"packages\[0\]: sha256"),
@@ -128,17 +135,17 @@ def test_the_same_command_again_does_nothing_and_changes_are_refused(tmp_path, t
         pack_recipe(path, tiny_tokenizer, 64, tmp_path / "rows", quiet=True)
 
 
-@pytest.mark.parametrize("lost", [("tokens/sources.json", "manifest.json"), ("tokens/manifest.json", "tokens/sources.json"),
-                                  ("report.json",)])
+@pytest.mark.parametrize("lost", [("tokens/sources.json", "manifest.json"), ("report.json",),
+                                  ("tokens/manifest.json", "tokens/sources.json")])
 def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_report(tmp_path, texts, tiny_tokenizer, lost):
     path = recipe_file(tmp_path)
     first = pack_recipe(path, tiny_tokenizer, 64, tmp_path / "rows", quiet=True).to_dict()
-    files = {p: p.read_bytes() for p in (tmp_path / "rows").rglob("*") if p.is_file() and p.name != "report.json"}
+    files = contents(tmp_path / "rows")
     for name in lost:
         (tmp_path / "rows" / name).unlink()
     again = pack_recipe(path, tiny_tokenizer, 64, tmp_path / "rows", quiet=True).to_dict()
     assert {**first, **UNTIMED} == {**again, **UNTIMED}
-    assert files == {p: p.read_bytes() for p in (tmp_path / "rows").rglob("*") if p.is_file() and p.name != "report.json"}
+    assert files == contents(tmp_path / "rows")
 
 
 def test_a_folder_is_a_recipe_and_a_checkpoint_folder_is_a_tokenizer(tmp_path, texts, tiny_tokenizer):
@@ -200,11 +207,13 @@ TALKS = [{"messages": [{"role": "system", "content": "You are Bob."}, {"role": "
 def chat_recipe(tmp_path, system):
     lines = [json.dumps(talk) for talk in TALKS] + ['{"messages": [{"role": "user", "content": "?"}]}', "{broken"]
     (tmp_path / "talks.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    source = {"name": "a", "license": "Apache-2.0", "path": "talks.jsonl.gz", "read": {"field": "messages"}, "system": system}
+    source = {"name": "a", "license": "Apache-2.0", "path": "talks.jsonl.gz", "read": {"field": "messages"},
+              "system": system}
     return recipe_file(tmp_path, kind="chat", sources=[source], packing={"max_tokens": 8192})
 
 
-@pytest.mark.parametrize(("system", "first"), [(None, "system:You are Bob."), ("", "user:Say 0"), ("Be brief.", "system:Be brief.")])
+@pytest.mark.parametrize(("system", "first"), [
+    (None, "system:You are Bob."), ("", "user:Say 0"), ("Be brief.", "system:Be brief.")])
 def test_conversations_to_rows(tmp_path, tiny_tokenizer, system, first):
     path = chat_recipe(tmp_path, system)
     talks = list(read_conversations(path))
