@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ultralong.data.chat import ChatSettings, encode_chat, pack_chat
 from ultralong.data.documents import ReadReport
@@ -71,6 +73,23 @@ def test_a_template_that_rewrites_history_is_refused(tiny_tokenizer):
         encode_chat(with_template(tiny_tokenizer, REWRITING), TALK)
     ids, mask = encode_chat(with_template(tiny_tokenizer, REWRITING), TALK[:3])
     assert learned(tiny_tokenizer, ids, mask) == ["think: Under the stone.<|end|>"]
+
+
+def test_an_answer_that_merges_with_the_prompt_is_refused(tiny_tokenizer):
+    """In ChatML the prompt ends in a line break; with one more at the answer's start, a tokenizer may join the two."""
+    core = Tokenizer(models.BPE({"\n": 0, "\n\n": 1, "<unk>": 2, "a": 3}, [("\n", "\n")], unk_token="<unk>"))
+    joining = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", chat_template=CHATML)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\na"}]
+    with pytest.raises(ValueError, match="merges with the template's text"):
+        encode_chat(joining, talk)
+    talk[1]["content"] = "a"
+    encode_chat(joining, talk)
+
+
+def test_what_the_template_refuses_is_a_reason_not_a_crash(tiny_tokenizer, tmp_path):
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    with pytest.raises(ValueError, match="refuses it: user first"):
+        encode_chat(with_template(tiny_tokenizer, strict), TALK)
 
 
 def test_no_template_is_refused(tiny_tokenizer, tmp_path):

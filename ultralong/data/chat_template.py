@@ -41,9 +41,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
         raise ValueError("the tokenizer has no chat template. Set tokenizer.chat_template, or use one that has it.")
     check_messages(messages, control_tokens(tokenizer))
     if GENERATION_MARK.search(template):
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         if not any(mask):
             raise ValueError("the chat template's generation marks cover none of the assistant's tokens.")
@@ -78,19 +76,16 @@ def check_messages(messages: Any, controls: tuple[str, ...] = ()) -> None:
 
 
 def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
-    ids = _render(tokenizer, messages)
+    ids = _apply(tokenizer, messages, tokenize=True)
     mask = [0] * len(ids)
     special = set(tokenizer.added_tokens_decoder)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-        upto = _render(tokenizer, messages[: turn + 1]) if turn + 1 < len(messages) else ids
+        before = _apply(tokenizer, messages[:turn], tokenize=True, add_generation_prompt=True)
+        upto = _apply(tokenizer, messages[: turn + 1], tokenize=True)
         if ids[: len(before)] != before or ids[: len(upto)] != upto:
-            raise ValueError(
-                "the chat template rewrites earlier turns when later ones follow, so the assistant's "
-                "tokens cannot be told exactly. Use a template with generation marks, or single-turn examples."
-            )
+            raise ValueError(_why_not(tokenizer, messages, turn))
         # What follows the end-of-turn token (often a line break) opens the next turn and is never generated.
         ends = [place for place in range(len(before), len(upto)) if ids[place] in special]
         end = ends[-1] + 1 if ends else len(upto)
@@ -98,11 +93,21 @@ def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
     return ids, mask
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
-) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+def _why_not(tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: int) -> str:
+    """Why a turn's tokens cannot be told apart: is the text already different, or only where tokens are cut?"""
+    whole = _apply(tokenizer, messages, tokenize=False)
+    before = _apply(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
+    upto = _apply(tokenizer, messages[: turn + 1], tokenize=False)
+    if whole.startswith(before) and whole.startswith(upto):
+        return "an answer's edge merges with the template's text into one token (strip the answer's white space)"
+    return "the chat template rewrites earlier turns (it needs generation marks, or single-turn examples)"
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Any:
+    """Render with the template; what the template itself refuses (roles out of turn, say) is a ValueError too."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **{"return_dict": False, **options})
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses it: {error}") from error
