@@ -89,6 +89,12 @@ def test_bad_input_is_a_counted_skip_or_an_error(tmp_path, name, content, reason
         read(tmp_path, strict=True)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\n')
+    assert [document.text for document in read(tmp_path)[0]] == ["one", "two"]
+
+
 def test_other_encodings_when_asked_for(tmp_path):
     (tmp_path / "a.txt").write_bytes("Köln".encode("latin-1"))
     assert read(tmp_path, encoding="latin-1")[0][0].text == "Köln"

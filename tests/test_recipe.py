@@ -200,6 +200,16 @@ def test_long_documents_are_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     assert parts[0].text.endswith("\n")
 
 
+def test_a_dataset_is_a_source_too(tmp_path, tiny_tokenizer):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"body": [f"Text number {i} of a data set." for i in range(30)] + [""]})
+    rows.save_to_disk(tmp_path / "saved")
+    source = {"name": "a", "license": "x", "dataset": {"id": str(tmp_path / "saved")}, "read": {"field": "body"}}
+    report = pack_recipe(recipe_file(tmp_path, sources=[source]), tiny_tokenizer, 64, tmp_path / "rows", quiet=True)
+    assert report.sources["a"]["documents"] == 30
+    assert report.sources["a"]["read"]["skipped"] == {"empty": 1}
+
+
 TALKS = [{"messages": [{"role": "system", "content": "You are Bob."}, {"role": "user", "content": f"Say {i}"},
                        {"role": "assistant", "content": f"{i}"}]} for i in range(20)]
 

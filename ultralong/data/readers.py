@@ -130,7 +130,8 @@ class Reader:
         content = self._content(name, path)
         if content is not None:
             try:
-                yield name, content.decode(self.settings.encoding).replace("\r\n", "\n")
+                text = content.decode(self.settings.encoding).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")  # BOM
+                yield name, text.replace("\r\n", "\n")
             except UnicodeDecodeError:
                 self.skip(f"not {self.settings.encoding.upper()}", name)
 
