@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -68,8 +68,8 @@ def token_table(lines: Mapping[str, Sequence[str]], owners: Mapping[str, Sequenc
         colorscale=[[0.0, "#9CC7E3"], [0.5, "#E3E3E3"], [1.0, "#F2C29B"]],
         hovertemplate="%{y}: %{text}<extra></extra>"))
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    figure.update_xaxes(showgrid=False, dtick=2)
-    return figure
+    figure.update_xaxes(showgrid=False, tickvals=list(range(0, len(shade[0]), 5)))
+    return _room_for_names(figure, lines)
 
 
 def attention_mask(boundaries: Sequence[int], masked: bool, title: str = "") -> Figure:
@@ -99,8 +99,9 @@ def attention_mask(boundaries: Sequence[int], masked: bool, title: str = "") -> 
         for line in ({"x0": cut - 0.5, "x1": cut - 0.5, "y0": -0.5, "y1": cuts[-1] - 0.5},
                      {"y0": cut - 0.5, "y1": cut - 0.5, "x0": -0.5, "x1": cuts[-1] - 0.5}):
             figure.add_shape(type="line", line={"color": "#333333", "width": 1, "dash": "dot"}, **line)
-    figure.update_yaxes(range=[cuts[-1] - 0.5, -0.5], showgrid=False)
-    figure.update_xaxes(range=[-0.5, cuts[-1] - 0.5], showgrid=False)
+    ticks = list(range(0, cuts[-1], 5))
+    figure.update_yaxes(range=[cuts[-1] - 0.5, -0.5], showgrid=False, tickvals=ticks)
+    figure.update_xaxes(range=[-0.5, cuts[-1] - 0.5], showgrid=False, tickvals=ticks)
     return figure
 
 
@@ -125,6 +126,8 @@ def length_buckets(edges: Sequence[int], tables: Mapping[str, Sequence[float]], 
             raise ValueError(f"{name!r} has {len(values)} numbers for {len(names)} buckets.")
         figure.add_trace(graph_objects().Bar(
             x=names, y=list(values), name=name, marker={"color": translucent(PALETTE[number], 0.9)}))
+    if y.startswith("share"):
+        figure.update_yaxes(tickformat=".0%")
     return figure
 
 
@@ -144,4 +147,10 @@ def shares(bars: Mapping[str, Mapping[str, float]], title: str = "", x: str = "t
             marker={"color": translucent(PALETTE[number], 0.9)}, hovertemplate=f"{part}: %{{x:,}}<extra></extra>"))
     figure.update_layout(barmode="stack")
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return figure
+    figure.update_xaxes(tickformat=",")
+    return _room_for_names(figure, bars)
+
+
+def _room_for_names(figure: Figure, names: Iterable[str]) -> Figure:
+    """A left margin as wide as the longest name; the still picture does not make room by itself."""
+    return figure.update_layout(margin={"l": 24 + 7 * max(map(len, names))})
