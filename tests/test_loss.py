@@ -38,7 +38,8 @@ def test_no_target_gives_zero_with_a_graph():
     hidden, weight, labels = example(9, 8, 17, 0)
     total, losses = tiled_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     total.backward()
-    assert total.item() == 0 and not losses.any() and not hidden.grad.any() and not weight.grad.any()
+    assert total.item() == 0
+    assert not any(tensor.any() for tensor in (losses, hidden.grad, weight.grad))
 
 
 def test_head_gradient_of_a_real_vocabulary_is_summed_in_float32():
@@ -61,7 +62,8 @@ def test_equals_the_loss_of_transformers(tiny_model):
     labels = functional.pad(ids[:, 1:], (0, 1), value=-100)
     total, losses = LanguageModelLoss(tiny_model, tile=7)(ids, labels)
     torch.testing.assert_close(total / 64, expected, rtol=1e-5, atol=1e-6)
-    assert losses.shape == ids.shape and not losses[:, -1].any()
+    assert losses.shape == ids.shape
+    assert not losses[:, -1].any()
 
 
 def test_refuses_what_it_would_compute_wrongly(tiny_model):

@@ -72,7 +72,9 @@ def test_overrides_need_an_equals_sign_and_groups():
 def test_a_refusal_of_the_dataclass_itself_names_the_place():
     with pytest.raises(ValueError, match="where: optimizer: lr must be above 0"):
         settings.from_mapping(
-            TrainConfig, {"model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "optimizer": {"lr": 0.0}}, "where"
+            TrainConfig,
+            {"model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "optimizer": {"lr": 0.0}},
+            "where",
         )
 
 

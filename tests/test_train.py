@@ -1,4 +1,4 @@
-"""The loop: the same run on one and two processes, resumed to the bit, stopped with reasons, and the folder it leaves."""
+"""The loop: the same run on one and two processes, resumed to the bit, stopped with reasons, and what it leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfi
 from ultralong.training.loop import train
 from ultralong.training.start import start
 
-WORDS = "the keeper of the light wrote in his log that no ship had passed and the tide came in at dawn".split()
+TEXT = "the keeper of the light wrote in his log that no ship had passed and the tide came in at dawn"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +63,17 @@ def curve(config, key="loss"):
 def test_learns_and_leaves_a_plain_checkpoint(config):
     result = train(replace(config, steps=30, save_every=0), quiet=True)
     losses = curve(config)
-    assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
-    assert result.tokens == 30 * 2 * 128 and result.loss == pytest.approx(sum(losses[-3:]) / 3)
+    assert len(losses) == 30
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.tokens == 30 * 2 * 128
+    assert result.loss == pytest.approx(sum(losses[-3:]) / 3)
     opened = AutoModelForCausalLM.from_pretrained(result.model)
     assert len(AutoTokenizer.from_pretrained(result.model)) == opened.config.vocab_size
     card = Path(result.model, "README.md").read_text()
-    assert "7,680 tokens, attention across documents" in card and "CC0-1.0" in card
-    assert "model.embed_tokens.weight" in weights(config) and "lm_head.weight" not in weights(config)
+    assert "7,680 tokens, attention across documents" in card
+    assert "CC0-1.0" in card
+    assert "model.embed_tokens.weight" in weights(config)
+    assert "lm_head.weight" not in weights(config)
 
 
 @pytest.mark.parametrize("rows", ["rows", "masked", "chat"])
@@ -200,7 +205,8 @@ def test_every_row_of_a_pass_comes_once_and_weights_are_kept(made):
     size = len(order.folders[0])
     assert sorted(order.place(index).row for index in range(size)) == list(range(size))
     passes = [[order.place(index).row for index in range(n * size, (n + 1) * size)] for n in (0, 1)]
-    assert passes[0] != passes[1] and sorted(passes[1]) == list(range(size))
+    assert passes[0] != passes[1]
+    assert sorted(passes[1]) == list(range(size))
     mixed = RowOrder((DataSource(str(made / "masked"), 3.0), DataSource(str(made / "chat"), 1.0)), seed=0, total=4000)
     share = sum(mixed.place(index).source == 0 for index in range(4000)) / 4000
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5
@@ -216,7 +222,10 @@ def test_only_answers_are_learned(made, tiny_tokenizer):
     batch = order.batch(0, 1)
     learned = tiny_tokenizer.decode(batch.labels[batch.labels != -100])
     asked = tiny_tokenizer.decode(batch.input_ids[0])
-    assert "<|turn|>" in learned and "user" in asked and "user" not in learned and "<|start|>" not in learned
+    assert "<|turn|>" in learned
+    assert "user" in asked
+    assert "user" not in learned
+    assert "<|start|>" not in learned
 
 
 def test_every_setting_of_a_run_is_in_its_folder(config):

@@ -4,8 +4,8 @@ Two kinds. *Facts*: one to four invented sentences ("The number of harbour-lane 
 passage and are asked for, one turn each. *Quotes*: a few words of the passage are given and the words that follow are
 asked for.
 
-Everything fits in `max_tokens`, and that is the point: a model whose window is then extended has met such questions only
-inside its old window, so what it does beyond comes from the extension and not from practice there.
+Everything fits in `max_tokens`, and that is the point: a model whose window is then extended has met such questions
+only inside its old window, so what it does beyond comes from the extension and not from practice there.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -30,7 +31,7 @@ from ultralong.data.joints import PackSettings
 from ultralong.data.packing import pack
 from ultralong.data.reading import reading_conversations
 from ultralong.data.tokens import tokenize_corpus
-from ultralong.files import write_text
+from ultralong.files import read_json, write_json, write_text
 from ultralong.miniature import WINDOW
 from ultralong.miniature.tokenizer import train_tokenizer
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, TrainConfig
@@ -107,7 +108,7 @@ def training(folder: str | os.PathLike[str], out: str | os.PathLike[str], steps:
 
 
 def finish(trained: str | os.PathLike[str], log: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Put the trained checkpoint where the package has it, with its training log. A model card there is kept.
+    """Put the trained checkpoint where the package has it, in bfloat16, with its training log; a card there is kept.
 
     Args:
         trained: The folder `model` of the run.
@@ -119,6 +120,10 @@ def finish(trained: str | os.PathLike[str], log: str | os.PathLike[str], out: st
     for file in Path(trained).iterdir():
         if file.name != "README.md":
             shutil.copy(file, out / file.name)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(out / "model.safetensors").items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(out / "config.json")
+    write_json(out / "config.json", {**config, "dtype": "bfloat16"})
     lines = Path(log).read_text(encoding="utf-8").splitlines(keepends=True)
     write_text(out / "training_log.jsonl", "".join(lines[19::20]))
 
@@ -137,7 +142,6 @@ def _tokenizer(
 def _untrained(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     set_seed(SEED)
     model = LlamaForCausalLM(architecture(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
-    model = model.to(torch.bfloat16)  # the type the trained model is written in; training itself is in float32
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

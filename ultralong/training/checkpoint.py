@@ -177,7 +177,7 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """torch warns that one process saves alone; that is meant."""
+    """One process saves alone, which torch warns about and which is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

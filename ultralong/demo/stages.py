@@ -1,18 +1,12 @@
-"""The whole recipe in miniature, on real input: each stage is a method, so that a notebook can walk through them.
-
-A stage leaves its result in the demo's folder and is not done again when it is there, so an interrupted demo goes on.
-What the page shows comes from the extension: no training sample of any stage hides a needle farther away than the old
-window. Continued pretraining sees long plain text, SFT sees conversations and questions that fit into the old window.
-"""
+"""The demo's stages: each leaves its result in the demo's folder, and is not done again when it is there."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +20,13 @@ from ultralong.data.chat import ChatSettings, pack_chat
 from ultralong.data.reading import reading_conversations
 from ultralong.data.recipe import find_recipe, pack_recipe, read_conversations, read_documents
 from ultralong.data.rows import PackedRows
+from ultralong.demo.settings import DemoConfig, Stage
 from ultralong.evaluation.haystack import Haystack
-from ultralong.evaluation.needle import needle_grid
+from ultralong.evaluation.needle import make_needle, needle_grid
 from ultralong.evaluation.perplexity import perplexity_by_position
-from ultralong.evaluation.report import ReportData, describe_environment, write_report
 from ultralong.extend import extend
-from ultralong.files import read_json, read_jsonl, write_json
-from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig, preset
+from ultralong.files import read_json, write_json
+from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.start import start
 
 PLAIN_CHECK = """
@@ -46,111 +40,6 @@ out = model.to(device).generate(ids, attention_mask=torch.ones_like(ids), max_ne
 assert "ultralong" not in sys.modules
 print(json.dumps(tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True)))
 """
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Settings of one training stage.
-
-    Attributes:
-        steps: Optimizer steps.
-        rows_per_step: Rows of a step.
-        lr: Peak learning rate; warm-up over a tenth of the steps, then a linear fall.
-        rows_at_once: Rows of one forward pass.
-    """
-
-    steps: int
-    rows_per_step: int
-    lr: float
-    rows_at_once: int = 1
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the demo does; `ultralong/recipes/demo-*.yaml` are of these.
-
-    Attributes:
-        model: `miniature`, `smollm2`, or a checkpoint's folder or hub id.
-        target: The new window, in tokens.
-        documents: Recipe of the documents that continued pretraining reads.
-        heldout: Recipe of documents kept apart: needles are hidden in them, perplexity is measured on them.
-        conversations: Recipe of the conversations of SFT.
-        pretraining: The continued pretraining.
-        tuning: The SFT.
-        questions: Share of SFT examples that are questions about a passage, as long as the old window at most.
-        examples: SFT examples made available.
-        method: Scaling method, as in `ultralong extend`.
-        factor: Scaling factor; None is the target over the old window. The recipe takes twice that (128 for 128K to
-            1M), because a model is weakest at the very end of its window.
-        beta: Rotations within the old window above which YaRN leaves a pair alone; None is the recipe's 4.
-        processes: Sequence-parallel processes of continued pretraining; None is 2 on CPU and one per GPU.
-        dtype: Compute type of training.
-        lengths: Prompt lengths of the needle grid.
-        depths: Depths of the needle grid.
-        samples: Needles in each cell.
-        perplexity_rows: Rows of held-out text that perplexity is measured on.
-        chunk: Tokens of one prefill pass in evaluation; None is all at once.
-        seed: Seed of row order, questions and needles.
-    """
-
-    model: str
-    target: int
-    documents: str
-    heldout: str
-    conversations: str
-    pretraining: Stage
-    tuning: Stage
-    lengths: tuple[int, ...]
-    questions: float = 0.5
-    examples: int = 400
-    method: str = "auto"
-    factor: float | None = None
-    beta: float | None = None
-    processes: int | None = None
-    dtype: str = "float32"
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    samples: int = 4
-    perplexity_rows: int = 8
-    chunk: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if max(self.lengths) > self.target:
-            raise ValueError(f"lengths go up to {max(self.lengths)}, beyond the target window of {self.target}.")
-        if not 0 <= self.questions <= 1:
-            raise ValueError(f"questions is a share from 0 to 1, found {self.questions}.")
-
-
-def load(model: str, changes: Sequence[str] = ()) -> DemoConfig:
-    """The demo's settings for a model's name (`miniature`, `smollm2`) or a YAML file, with `key=value` changes.
-
-    Raises:
-        ValueError: There are no such settings, or a change does not fit.
-    """
-    return settings.load(DemoConfig, preset(model if Path(model).is_file() else f"demo-{model}"), changes)
-
-
-def run(config: DemoConfig, out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """All stages in order, then the report.
-
-    Args:
-        config: What to do.
-        out: Folder of everything that is made; a finished demo there is made anew, an interrupted one goes on.
-        say: Told before each stage what comes; printed to standard error by default.
-
-    Returns:
-        The content of `report.json`.
-
-    Raises:
-        ValueError: `out` holds a demo with other settings.
-    """
-    say = say or (lambda text: print(f"\n== {text}", file=sys.stderr, flush=True))
-    demo = Demo(config, out)
-    for title, stage in demo.stages():
-        say(title)
-        stage()
-    say("the report")
-    return demo.report()
 
 
 @dataclass
@@ -291,8 +180,6 @@ class Demo:
         Raises:
             RuntimeError: transformers could not open or run it; the message holds what it said.
         """
-        from ultralong.evaluation.needle import make_needle
-
         needle = make_needle(self.tokenizer(), self.config.target, 0.1, self.config.seed + 1, self._haystack())
         prompt = needle.input_ids.tolist()
         done = subprocess.run(
@@ -311,51 +198,6 @@ class Demo:
         }
         write_json(self.out / "plain.json", answer)
         return answer
-
-    def report(self) -> dict[str, Any]:
-        """Write `report.html` and `report.json`; returns the latter's content."""
-        config, before, after = self.config, self.measure("base"), self.measure("tuned")
-        logs = {name: read_jsonl(self.out / name / "log.jsonl") for name in ("pretraining", "tuning")}
-        rows, checkpoint = self.rows(), self.tuned()
-        plain = read_json(self.out / "plain.json")
-        data = ReportData(
-            title=f"{config.model}: {self.base_window():,} to {config.target:,} tokens",
-            base_window=self.base_window(),
-            target_window=config.target,
-            seconds=round(time.perf_counter() - self.started, 1),
-            checkpoint=str(checkpoint),
-            needle_before=before["needle"],
-            needle_after=after["needle"],
-            perplexity={"before": before["perplexity"], "after": after["perplexity"]},
-            losses={name: [(record["step"], record["loss"]) for record in log] for name, log in logs.items()},
-            packed_rows=[rows[index].boundaries.tolist() for index in range(min(6, len(rows)))],
-            facts=self._facts(logs, plain),
-            settings=settings.to_mapping(config),
-            commands={
-                f"ultralong eval needle {shlex.quote(str(checkpoint))} --lengths {config.target}": "ask it more",
-                "jupyter lab notebooks/00_quickstart.ipynb": "the same, step by step",
-            },
-            notes=(
-                "No training sample of any stage hides a needle farther away than the old window: pretraining "
-                "reads plain documents, SFT uses examples that fit into the old window.",
-                "The needle test is the easiest long-context test there is; it shows that positions work.",
-            ),
-            environment=describe_environment(),
-        )
-        write_report(self.out, data)
-        return read_json(self.out / "report.json")
-
-    def _facts(self, logs: dict[str, list[dict[str, Any]]], plain: dict[str, Any]) -> dict[str, str]:
-        extension = read_json(self.out / "extend.json")
-        facts = {"RoPE": f"{extension['method']}, factor {extension['factor']:g}"}
-        for name, log in logs.items():
-            seconds = sum(record["seconds"] for record in log)
-            facts[name] = f"{log[-1]['tokens']:,} tokens in {len(log)} steps, {seconds:.0f} s"
-        found = "found" if plain["expected"] in plain["answered"] else "missed"
-        facts["plain transformers"] = (
-            f"opened it and {found} a number at {plain['tokens']:,} tokens: {plain['answered'].strip()}"
-        )
-        return facts
 
     def _haystack(self) -> Haystack:
         texts = [document.text for document in read_documents(find_recipe(self.config.heldout), quiet=True)]

@@ -1,0 +1,91 @@
+"""The command line: one function a command, each a thin layer over the library."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from ultralong import __version__
+from ultralong.cli.make import demo, extend, launch, pack, sft, train
+from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
+
+
+def bench_attention(words: Sequence[str]) -> None:
+    """Time attention on this machine: every kernel, scheme and peer in one table, beside one GPU."""
+    from ultralong.bench.attention import main as run
+
+    run(words)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "extend": extend,
+    "pack": pack,
+    "train": train,
+    "sft": sft,
+    "eval": evaluate,
+    "eval answer": answer,
+    "eval make": make_samples,
+    "eval score": score,
+    "eval compare": compare,
+    "bench attention": bench_attention,
+    "launch": launch,
+    "demo": demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 (the command failed) or 2 (the line was not understood)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        sys.exit(0)
+    if words[0] == "--version":
+        print(__version__)
+        sys.exit(0)
+    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
+    if name is None:
+        print(f"ultralong: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
+    if name == "bench attention":
+        bench_attention(words[2:])
+        return
+    _run(name, words[len(name.split()) :])
+
+
+def overview() -> str:
+    """What `ultralong --help` prints: the commands with their first lines."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"ultralong {__version__}: extend a language model's window to millions of tokens.",
+            "",
+            "usage: ultralong COMMAND ...    (ultralong COMMAND --help explains a command)",
+            "",
+            *lines,
+            "",
+            "Start with: ultralong demo",
+        ]
+    )
+
+
+def _run(name: str, words: list[str]) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_warning()
+    try:
+        tyro.cli(COMMANDS[name], prog=f"ultralong {name}", args=words, description=_explanation(COMMANDS[name]))
+    except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"ultralong {name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"ultralong {name}: stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explanation(command: Callable[..., None]) -> str:
+    """The docstring without its list of arguments, which tyro shows beside the options."""
+    return inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()

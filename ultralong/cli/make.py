@@ -1,0 +1,253 @@
+"""Commands that make something: a longer window, rows, a trained model, scripts, the demo.
+
+A command's signature is its options (read by tyro) and its docstring is its help. Modules are imported inside the
+commands, so that `ultralong --help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ultralong.cli.shared import Json, is_main, leave
+
+
+def extend(
+    source: Positional[str],
+    /,
+    *,
+    to: int,
+    out: Path,
+    method: str = "auto",
+    factor: float | None = None,
+    attention_factor: float | None = None,
+    original_window: int | None = None,
+    theta: float | None = None,
+    revision: str | None = None,
+    json: Json = None,
+) -> None:
+    """Write a copy of a checkpoint whose window is longer: RoPE rescaled in one step, weights untouched.
+
+    The copy opens in transformers and vLLM by its config alone. Train it on packed rows afterwards (ultralong pack,
+    ultralong train).
+
+    Example: ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1048576 --out llama-1m
+
+    Args:
+        source: Checkpoint folder with safetensors weights, or a hub id.
+        to: Tokens of the new window, for example 1048576.
+        out: Folder to write; it must be empty or not exist.
+        method: auto keeps a model's llama3 scaling and gives any other yarn; or linear, ntk, dynamic, yarn, llama3.
+        factor: Scaling factor; by default the new window over the window of the unscaled pretraining.
+        attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
+        original_window: Window of the unscaled pretraining, where the config does not tell.
+        theta: Another RoPE base.
+        revision: Branch, tag or commit of a hub model.
+        json: Write the report as JSON to this file.
+    """
+    from ultralong.extend import extend as run
+
+    report = run(
+        source,
+        to,
+        out,
+        method,
+        factor=factor,
+        attention_factor=attention_factor,
+        original_window=original_window,
+        theta=theta,
+        revision=revision,
+    )
+    leave(json, report.to_dict())
+    print(
+        f"{out}: window {report.old_window:,} -> {report.new_window:,} tokens ({report.method}, factor "
+        f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {to} --out rows"
+    )
+
+
+def pack(
+    recipe: Positional[str],
+    /,
+    *,
+    tokenizer: str,
+    length: int,
+    out: Path,
+    limit: int | None = None,
+    json: Json = None,
+) -> None:
+    """Turn documents into rows of exactly LENGTH tokens: read, sample by length, tokenise, join by the separator.
+
+    Stop it at any time; the same command goes on where it was. RECIPE says which documents, from where, under which
+    licence, and how they are sampled and joined: see data_recipes/README.md.
+
+    Example: ultralong pack data_recipes/tiny.yaml --tokenizer llama-1m --length 1048576 --out rows
+
+    Args:
+        recipe: A recipe's name or its YAML file.
+        tokenizer: Folder or hub id of the model whose tokenizer is used.
+        length: Tokens of a row.
+        out: Folder to write the rows into.
+        limit: Stop after about this many tokens, to try a recipe out.
+        json: Write the report as JSON to this file.
+    """
+    from transformers import AutoTokenizer
+
+    from ultralong.data.recipe import pack_recipe
+
+    report = pack_recipe(recipe, AutoTokenizer.from_pretrained(tokenizer), length, out, limit=limit)
+    leave(json, report.to_dict())
+    print(report)
+
+
+def train(
+    config: Positional[str],
+    /,
+    *,
+    set: tuple[str, ...] = (),
+    resume: bool = False,
+    processes: int | None = None,
+    json: Json = None,
+) -> None:
+    """Train on packed rows: continued pretraining, or SFT on rows packed from conversations.
+
+    CONFIG is a preset's name or a YAML file; any of its keys can be changed with --set. The run's folder gets
+    config.yaml (every setting), log.jsonl (a line a step), checkpoints/ and, at the end, model/.
+
+    Examples:
+      ultralong train tiny-cpu --set model=extended data='[{rows: rows}]' out=runs/cpt
+      ultralong train runs/cpt/config.yaml --resume
+      torchrun --nproc-per-node 8 -m ultralong train my.yaml --set parallel.sequence=8
+
+    Args:
+        config: Name of a preset, or a YAML file.
+        set: key=value, with dots for groups: optimizer.lr=1e-5.
+        resume: Go on from the newest checkpoint of the run's folder.
+        processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
+        json: Write the result as JSON to this file.
+    """
+    import dataclasses
+
+    from ultralong import settings
+    from ultralong.training.config import TrainConfig, preset
+
+    resolved = settings.load(TrainConfig, preset(config), set)
+    if processes is not None:
+        import tempfile
+
+        from ultralong.training.start import start
+
+        with tempfile.TemporaryDirectory() as scratch:
+            settings.save(resolved, Path(scratch) / "config.yaml")
+            start(Path(scratch) / "config.yaml", processes, resume)
+        return
+    from ultralong.training.loop import train as run
+
+    result = run(resolved, resume)
+    leave(json, dataclasses.asdict(result))
+    if is_main():
+        print(
+            f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.loss:.4f}. "
+            f"Next: ultralong eval needle {result.model} --lengths 4096 8192"
+        )
+
+
+def sft(
+    config: Positional[str],
+    /,
+    *,
+    set: tuple[str, ...] = (),
+    resume: bool = False,
+    processes: int | None = None,
+    json: Json = None,
+) -> None:
+    """Train on the answers of conversations: the same loop as train, on rows that `pack` made from a recipe of chat.
+
+    Rows of documents are refused, as every token of theirs is a target. The paper's SFT: learning rate 5e-6, 128
+    examples a step, nothing above 8K tokens.
+
+    Example: ultralong sft sft.yaml --set data='[{rows: chat-rows}]' optimizer.lr=5e-6
+
+    Args:
+        config: Name of a preset, or a YAML file.
+        set: key=value, with dots for groups: optimizer.lr=1e-5.
+        resume: Go on from the newest checkpoint of the run's folder.
+        processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
+        json: Write the result as JSON to this file.
+    """
+    from ultralong import settings
+    from ultralong.data.rows import PackedRows
+    from ultralong.training.config import TrainConfig, preset
+
+    for source in settings.load(TrainConfig, preset(config), set).data:
+        if "template" not in PackedRows(source.rows).manifest:
+            raise ValueError(f"{source.rows} holds documents, not conversations: pack a recipe of kind chat.")
+    train(config, set=set, resume=resume, processes=processes, json=json)
+
+
+def launch(
+    config: Positional[str],
+    /,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    out: Path,
+    scheduler: Literal["torchrun", "slurm", "accelerate"] = "torchrun",
+    set: tuple[str, ...] = (),
+    json: Json = None,
+) -> None:
+    """Write the scripts that start a run on several hosts, and resume it after a host was lost.
+
+    What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
+    their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
+
+    Example: ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
+
+    Args:
+        config: Name of a preset, or a YAML file.
+        nodes: Hosts.
+        gpus_per_node: GPUs of a host, one process each.
+        out: Folder for the scripts.
+        scheduler: What starts the processes.
+        set: key=value, with dots for groups.
+        json: Write the list of files as JSON to this file.
+    """
+    from ultralong import settings
+    from ultralong.launch import launch as render
+    from ultralong.training.config import TrainConfig, preset
+
+    files = render(settings.load(TrainConfig, preset(config), set), nodes, gpus_per_node, scheduler, out)
+    leave(json, {"files": [str(file) for file in files]})
+    print(
+        f"Wrote {', '.join(file.name for file in files)} to {out}. Next: read the variables at the top of "
+        f"{files[0]}, then {files[0]} --dry-run"
+    )
+
+
+def demo(
+    *,
+    model: str = "miniature",
+    set: tuple[str, ...] = (),
+    out: Path = Path("runs/demo"),
+    seed: int | None = None,
+    json: Json = None,
+) -> None:
+    """The whole recipe in miniature, on real input, in minutes: a model's window grows eightfold and the page shows it.
+
+    Documents, tokens, separator-packed rows, RoPE rescaled in one step, continued pretraining on two sequence-parallel
+    processes, short SFT, needle grid and perplexity before and after, a checkpoint that plain transformers opens.
+
+    Args:
+        model: miniature (a small model that ships with the package) or smollm2 (SmolLM2-135M-Instruct; wants a GPU).
+        set: key=value changes of the demo's settings, such as target=8192.
+        out: Folder of everything that is made; the page is report.html.
+        seed: Seed of documents' order, questions and needles.
+        json: Write the report's numbers as JSON to this file.
+    """
+    from ultralong.demo import load, run
+
+    changes = (*set, *(() if seed is None else (f"seed={seed}",)))
+    report = run(load(model, changes), out)
+    leave(json, report)
+    print(f"Open {out / 'report.html'} in a browser. The model is in {report['checkpoint']}.")

@@ -1,0 +1,190 @@
+"""Commands that measure: a model, answers, a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ultralong.cli.shared import Json, leave
+
+
+def evaluate(
+    task: Positional[Literal["needle", "perplexity"]],
+    model: Positional[str],
+    /,
+    *,
+    lengths: tuple[int, ...] = (),
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 5,
+    seed: int = 0,
+    haystack: Path | None = None,
+    rows: Path | None = None,
+    max_rows: int = 16,
+    device: str = "auto",
+    out: Path | None = None,
+    json: Json = None,
+) -> None:
+    """Measure a model: needle retrieval over lengths and depths, or perplexity by position.
+
+    Examples:
+      ultralong eval needle model --lengths 4096 16384 65536 --samples 10 --out runs/needle
+      ultralong eval perplexity model --rows rows --out runs/perplexity
+
+    Args:
+        task: What to measure.
+        model: Folder or hub id.
+        lengths: needle: tokens of the prompts; by default eighths of the model's window.
+        depths: needle: where the needle stands, from 0 (first) to 1 (last).
+        samples: needle: prompts a cell.
+        seed: Seed of the prompts.
+        haystack: needle: text file or folder to hide the needle in; repeated filler without it.
+        rows: perplexity: folder of packed rows.
+        max_rows: perplexity: rows to use.
+        device: auto, cpu or cuda.
+        out: Folder for a picture and the numbers.
+        json: Write the numbers as JSON to this file.
+    """
+    from ultralong.evaluation.commands import measure
+
+    result = measure(
+        task,
+        model,
+        lengths=lengths,
+        depths=depths,
+        samples=samples,
+        seed=seed,
+        haystack=haystack,
+        rows=rows,
+        max_rows=max_rows,
+        device=device,
+        out=out,
+    )
+    leave(json, result)
+
+
+def make_samples(
+    task: Positional[str],
+    /,
+    *,
+    length: int,
+    samples: int,
+    tokenizer: str,
+    out: Path,
+    seed: int = 0,
+    haystack: Path | None = None,
+    questions: str | None = None,
+    json: Json = None,
+) -> None:
+    """Write samples of a test without a model: needle, RULER's thirteen, InfiniteBench's synthetic six, at any length.
+
+    Example: ultralong eval make ruler_vt --length 131072 --samples 20 --tokenizer model --out vt.jsonl
+
+    Args:
+        task: Name of the test, such as needle, niah_single_1, ruler_vt or infinitebench_passkey.
+        length: Most tokens of prompt and answer together.
+        samples: How many.
+        tokenizer: Folder or hub id of the model whose tokenizer counts.
+        out: File of JSON lines: input, answer_prefix, outputs, length, max_new_tokens.
+        seed: Seed of all draws; sample k of a seed is always the same.
+        haystack: Text file or folder to fill prompts with, where the test has a haystack.
+        questions: File of published questions, or package, for the tests that need them.
+        json: Write what was made as JSON to this file.
+    """
+    from transformers import AutoTokenizer
+
+    from ultralong.evaluation.commands import read_haystack
+    from ultralong.evaluation.records import write_samples
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    made = write_samples(
+        task, loaded, length, samples, seed, out, haystack=read_haystack(haystack), questions=questions
+    )
+    leave(json, made)
+    print(
+        f"{out}: {made['samples']} samples of {made['shortest']:,} to {made['longest']:,} tokens. Next: let a model "
+        f"answer them into `prediction`, then ultralong eval score {task} PREDICTIONS"
+    )
+
+
+def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json = None) -> None:
+    """Score answers by the test's own rule: each line a sample with the model's `prediction`.
+
+    Example: ultralong eval score ruler_vt answers.jsonl
+
+    Args:
+        task: Name of the test.
+        predictions: File of JSON lines.
+        json: Write the score as JSON to this file.
+    """
+    from ultralong.evaluation.records import score_file
+
+    result = score_file(task, predictions)
+    leave(json, result)
+    print(", ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, list | dict)))
+
+
+def answer(
+    model: Positional[str],
+    /,
+    *,
+    tasks: tuple[str, ...],
+    lengths: tuple[int, ...],
+    out: Path,
+    samples: int = 20,
+    seed: int = 0,
+    haystack: Path | None = None,
+    chunk: int | None = 16384,
+    device: str = "auto",
+    json: Json = None,
+) -> None:
+    """Let a model answer tests at several lengths, and score it. Stop it at any time; it goes on where it was.
+
+    Example: ultralong eval answer model --tasks niah_single_1 ruler_vt --lengths 4096 32768 --out runs/ruler
+
+    Args:
+        model: Folder or hub id.
+        tasks: Names of tests.
+        lengths: Tokens of prompt and answer together.
+        out: Folder of answers and scores.
+        samples: Samples of each test at each length.
+        seed: Seed of the samples.
+        haystack: Text file or folder to fill prompts with.
+        chunk: Tokens of one prefill pass.
+        device: auto, cpu or cuda.
+        json: Write the scores as JSON to this file.
+    """
+    from ultralong.evaluation.commands import open_model, read_haystack
+    from ultralong.evaluation.records import answer_tasks
+
+    loaded, tokenizer = open_model(model, device)
+    result = answer_tasks(
+        loaded, tokenizer, tasks, lengths, samples, seed, out, chunk=chunk, haystack=read_haystack(haystack)
+    )
+    leave(json, result)
+    for row in result["scores"]:
+        interval = f"[{row['low']:.1f}, {row['high']:.1f}]"
+        print(f"{row['task']:24} {row['length']:>9,}  {row['score']:6.1f}  {interval}  n {row['n']}")
+
+
+def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json = None) -> None:
+    """Two models on the same samples: differences test by test, with intervals.
+
+    Example: ultralong eval compare runs/before runs/after
+
+    Args:
+        first: Folder that eval answer wrote for one model.
+        second: The same for the other.
+        json: Write the differences as JSON to this file.
+    """
+    from ultralong.evaluation.records import compare_answers
+
+    rows = compare_answers(first, second)
+    leave(json, rows)
+    for row in rows:
+        between = "" if row["low"] is None else f"  [{row['low']:+.1f}, {row['high']:+.1f}]"
+        print(
+            f"{row['task']:24} {row['length']:>9,}  {row['first']:6.1f} -> {row['second']:6.1f}  "
+            f"{row['difference']:+.1f}{between}  n {row['n']}"
+        )

@@ -1,0 +1,59 @@
+"""The demo's page: what every stage left, in one report."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from typing import Any
+
+from ultralong import settings
+from ultralong.demo.stages import Demo
+from ultralong.evaluation.report import ReportData, describe_environment, write_report
+from ultralong.files import read_json, read_jsonl
+
+
+def report(demo: Demo) -> dict[str, Any]:
+    """Write `report.html` and `report.json`; returns the latter's content."""
+    config, before, after = demo.config, demo.measure("base"), demo.measure("tuned")
+    logs = {name: read_jsonl(demo.out / name / "log.jsonl") for name in ("pretraining", "tuning")}
+    rows, checkpoint = demo.rows(), demo.tuned()
+    plain = read_json(demo.out / "plain.json")
+    data = ReportData(
+        title=f"{config.model}: {demo.base_window():,} to {config.target:,} tokens",
+        base_window=demo.base_window(),
+        target_window=config.target,
+        seconds=round(time.perf_counter() - demo.started, 1),
+        checkpoint=str(checkpoint),
+        needle_before=before["needle"],
+        needle_after=after["needle"],
+        perplexity={"before": before["perplexity"], "after": after["perplexity"]},
+        losses={name: [(record["step"], record["loss"]) for record in log] for name, log in logs.items()},
+        packed_rows=[rows[index].boundaries.tolist() for index in range(min(6, len(rows)))],
+        facts=_facts(demo, logs, plain),
+        settings=settings.to_mapping(config),
+        commands={
+            f"ultralong eval needle {shlex.quote(str(checkpoint))} --lengths {config.target}": "ask it more",
+            "jupyter lab notebooks/00_quickstart.ipynb": "the same, step by step",
+        },
+        notes=(
+            "No training sample of any stage hides a needle farther away than the old window: pretraining "
+            "reads plain documents, SFT uses examples that fit into the old window.",
+            "The needle test is the easiest long-context test there is; it shows that positions work.",
+        ),
+        environment=describe_environment(),
+    )
+    write_report(demo.out, data)
+    return read_json(demo.out / "report.json")
+
+
+def _facts(demo: Demo, logs: dict[str, list[dict[str, Any]]], plain: dict[str, Any]) -> dict[str, str]:
+    extension = read_json(demo.out / "extend.json")
+    facts = {"RoPE": f"{extension['method']}, factor {extension['factor']:g}"}
+    for name, log in logs.items():
+        seconds = sum(record["seconds"] for record in log)
+        facts[name] = f"{log[-1]['tokens']:,} tokens in {len(log)} steps, {seconds:.0f} s"
+    found = "found" if plain["expected"] in plain["answered"] else "missed"
+    facts["plain transformers"] = (
+        f"opened it and {found} a number at {plain['tokens']:,} tokens: {plain['answered'].strip()}"
+    )
+    return facts

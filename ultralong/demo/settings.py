@@ -1,0 +1,92 @@
+"""What the demo does: `ultralong/recipes/demo-*.yaml` are of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ultralong import settings
+from ultralong.training.config import preset
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings of one training stage.
+
+    Attributes:
+        steps: Optimizer steps.
+        rows_per_step: Rows of a step.
+        lr: Peak learning rate; warm-up over a tenth of the steps, then a linear fall.
+        rows_at_once: Rows of one forward pass.
+    """
+
+    steps: int
+    rows_per_step: int
+    lr: float
+    rows_at_once: int = 1
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo does; `ultralong/recipes/demo-*.yaml` are of these.
+
+    Attributes:
+        model: `miniature`, `smollm2`, or a checkpoint's folder or hub id.
+        target: The new window, in tokens.
+        documents: Recipe of the documents that continued pretraining reads.
+        heldout: Recipe of documents kept apart: needles are hidden in them, perplexity is measured on them.
+        conversations: Recipe of the conversations of SFT.
+        pretraining: The continued pretraining.
+        tuning: The SFT.
+        questions: Share of SFT examples that are questions about a passage, as long as the old window at most.
+        examples: SFT examples made available.
+        method: Scaling method, as in `ultralong extend`.
+        factor: Scaling factor; None is the target over the old window. The recipe takes twice that (128 for 128K to
+            1M), because a model is weakest at the very end of its window.
+        beta: Rotations within the old window above which YaRN leaves a pair alone; None is the recipe's 4.
+        processes: Sequence-parallel processes of continued pretraining; None is 2 on CPU and one per GPU.
+        dtype: Compute type of training.
+        lengths: Prompt lengths of the needle grid.
+        depths: Depths of the needle grid.
+        samples: Needles in each cell.
+        perplexity_rows: Rows of held-out text that perplexity is measured on.
+        chunk: Tokens of one prefill pass in evaluation; None is all at once.
+        seed: Seed of row order, questions and needles.
+    """
+
+    model: str
+    target: int
+    documents: str
+    heldout: str
+    conversations: str
+    pretraining: Stage
+    tuning: Stage
+    lengths: tuple[int, ...]
+    questions: float = 0.5
+    examples: int = 400
+    method: str = "auto"
+    factor: float | None = None
+    beta: float | None = None
+    processes: int | None = None
+    dtype: str = "float32"
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 4
+    perplexity_rows: int = 8
+    chunk: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if max(self.lengths) > self.target:
+            raise ValueError(f"lengths go up to {max(self.lengths)}, beyond the target window of {self.target}.")
+        if not 0 <= self.questions <= 1:
+            raise ValueError(f"questions is a share from 0 to 1, found {self.questions}.")
+
+
+def load(model: str, changes: Sequence[str] = ()) -> DemoConfig:
+    """The demo's settings for a model's name (`miniature`, `smollm2`) or a YAML file, with `key=value` changes.
+
+    Raises:
+        ValueError: There are no such settings, or a change does not fit.
+    """
+    return settings.load(DemoConfig, preset(model if Path(model).is_file() else f"demo-{model}"), changes)
