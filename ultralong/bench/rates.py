@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ultralong.attention import available_kernels, make_context
 from ultralong.attention.kernels import get_kernel
@@ -22,8 +23,9 @@ from ultralong.attention.rule import Rule
 from ultralong.bench.machine import machine_facts
 from ultralong.bench.timing import BACKWARD_WORK
 from ultralong.bench.timing import measure as measure_passes
-from ultralong.files import write_json
+from ultralong.files import read_json, write_json
 from ultralong.progress import progress
+from ultralong.ranks import run_ranks
 
 WEIGHT_SIZES = (512, 1024, 2048, 4096, 8192)
 TRAFFIC_BYTES = (2**24, 2**26, 2**28, 2**30)
@@ -34,16 +36,19 @@ SLOW = ("efficient", "reference")  # kernels that are there to be right, not to 
 Cases = list[tuple[str, Callable[[], dict[str, Any]]]]
 
 
-def rates(device: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[dict[str, Any]]]:
+def rates(device: str, lengths: tuple[int, ...] = LENGTHS,
+          only: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
     """Measure every rate on a device.
 
     Args:
         device: "cuda", or "cpu", where sizes are small and only show that it works.
         lengths: Row lengths for attention.
+        only: Names of the rates to measure; all when empty.
 
     Returns:
         Lists of rows by name: `matmul` (size, tflops), `traffic` (bytes, gbps), `attention` (kernel, head_size, tokens,
-        forward_tflops, backward_tflops), `launch` (seconds), `link` (gbps), `update` (seconds_per_parameter).
+        forward_tflops, backward_tflops), `launch` (seconds), `link` (gbps), `update` (seconds_per_parameter)
+        and, with several GPUs, `exchange` (gbps that each sends to the others).
     """
     small = device == "cpu"
     most = 1 if small else None
@@ -55,6 +60,9 @@ def rates(device: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, list[dic
     cases += [("launch", lambda: _launch(device)), ("update", lambda: _update(device))]
     if not small:
         cases.append(("link", _link))
+        if torch.cuda.device_count() > 1:
+            cases.append(("exchange", _exchange))
+    cases = [(name, run) for name, run in cases if not only or name in only]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in cases}
     for name, run in progress(cases, desc="measure", unit="rate"):
         found[name].append(run())
@@ -155,21 +163,36 @@ def _link() -> dict[str, Any]:
     return {"gbps": size / max(out, back) / 1e9}
 
 
+def _exchange() -> dict[str, Any]:
+    """An all-to-all between all GPUs of this host, 1 GiB of each, as Ulysses makes them."""
+    world = torch.cuda.device_count()
+    return {"gpus": world, "gbps": min(run_ranks(_exchange_rate, world, device="cuda"))}
+
+
+def _exchange_rate(rank: int, world: int) -> float:
+    sent = torch.zeros(2**30, dtype=torch.uint8, device=f"cuda:{rank}")
+    received = torch.empty_like(sent)
+    took = seconds(lambda: dist.all_to_all_single(received, sent), "cuda")
+    return sent.numel() * (world - 1) / world / took / 1e9
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m ultralong.bench.rates", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=None, help="row lengths for attention, in tokens")
-    parser.add_argument("--json", type=Path, help="write the rates to this file")
+    parser.add_argument("--only", nargs="+", default=(), help="names of the rates to measure, such as attention link")
+    parser.add_argument("--json", type=Path, help="write the rates to this file; with --only, the others in it stay")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = tuple(options.lengths or (LENGTHS if device == "cuda" else (256,)))
-    found = rates(device, lengths)
+    found = rates(device, lengths, options.only)
     for name, rows in found.items():
         for row in rows:
             print(name, ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                                   for key, value in row.items()))
     if options.json is not None:
-        write_json(options.json, {"machine": machine_facts(), "rates": found})
+        before = read_json(options.json)["rates"] if options.only and options.json.exists() else {}
+        write_json(options.json, {"machine": machine_facts(), "rates": before | found})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,8 +72,9 @@ def measure(case: TrainingCase) -> dict[str, Any]:
                            "checkpoint_layers": case.checkpoint_layers}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        run = _prepare(folder, config, case)
-        settings.save(run, folder / "config.yaml")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+            # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
+            other.submit(_prepare, folder, config, case).result()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
                    "-m", "ultralong.bench.training", "--worker", str(folder)]
         environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4"}
@@ -91,8 +94,8 @@ def measure(case: TrainingCase) -> dict[str, Any]:
     }
 
 
-def _prepare(folder: Path, config: Any, case: TrainingCase) -> TrainConfig:
-    """A model with random weights and rows of random words; the run that trains one on the other."""
+def _prepare(folder: Path, config: Any, case: TrainingCase) -> None:
+    """Write a model with random weights, rows of random letters, and the config that trains one on the other."""
     tokenizer = train_tokenizer(["a b c"], case.tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config.max_position_embeddings = case.tokens
@@ -106,10 +109,11 @@ def _prepare(folder: Path, config: Any, case: TrainingCase) -> TrainConfig:
     documents = [Document("noise", letters.tobytes().decode("ascii"), "synthetic", "CC0-1.0")]
     store = tokenize_corpus(documents, tokenizer, folder / "tokens", quiet=True)
     pack(store, tokenizer, folder / "rows", PackSettings(length=case.tokens), quiet=True)
-    return TrainConfig(
+    run = TrainConfig(
         model=str(folder / "model"), out=str(folder / "run"), data=(DataSource(str(folder / "rows")),),
         steps=case.steps, parallel=ParallelConfig(sequence=case.gpus),
         memory=MemoryConfig(checkpoint_layers=case.checkpoint_layers))
+    settings.save(run, folder / "config.yaml")
 
 
 def _work(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,13 @@ class Trace:
     Attributes:
         peak: Most bytes alive at once, gradients included, parameters and optimizer states left out.
         multiplied: FLOP of matrix products in the decoder, recomputation included; head and attention left out.
-        moved: Bytes read and written by everything else in the decoder.
+        moved: Bytes read and written by everything else, by the binary logarithm of the operation's size.
         operations: Kernels to start.
     """
 
     peak: int
     multiplied: int
-    moved: int
+    moved: Mapping[int, int]
     operations: int
 
 
@@ -62,7 +63,7 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter)
             _step(model, ids, dtype, loss_tile, exchanged)
-            return Trace(tracker.peak, tracker.multiplied, tracker.moved, tracker.operations)
+            return Trace(tracker.peak, tracker.multiplied, dict(tracker.moved), tracker.operations)
 
 
 def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: bool) -> None:

@@ -7,6 +7,7 @@ model's and the trainer's own code.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# Making a tensor of a given size writes it but reads nothing; making an uninitialised one does neither.
-FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh")
+# Operations that touch no element, beside views: making memory, and another form of a tensor that shares its memory.
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
+# Operations that write their result without reading what they are given to know its size, or to write into.
+WRITES_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_")
 
 
 class Tracker(TorchDispatchMode):
@@ -25,14 +28,14 @@ class Tracker(TorchDispatchMode):
         live: Bytes of the storages made inside the mode and not freed yet.
         peak: Most bytes alive at once since the mode began or `peak` was last set.
         multiplied: FLOP of matrix products.
-        moved: Bytes that all other operations read and write.
+        moved: Bytes that all other operations read and write, by the size of the operation (its binary logarithm).
         operations: Operations that do work, which on a GPU are kernels to start.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.moved = self.operations = 0
-        self.multiplied = 0
+        self.live = self.peak = self.multiplied = self.operations = 0
+        self.moved: Counter[int] = Counter()
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,13 +66,18 @@ class Tracker(TorchDispatchMode):
     def _count(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: Any, kwargs: Any,
                result: Any) -> None:
         packet = func._overloadpacket
-        if func.is_view or packet.__name__ in FREE:
+        if func.namespace != "aten" or func.is_view or packet.__name__ in FREE:
             return
         self.operations += 1
         if packet in flop_registry:
             self.multiplied += flop_registry[packet](*args, **kwargs, out_val=result)
-        else:
-            self.moved += sum(_size(tensor) for tensor in (*inputs, *outputs))
+            return
+        if packet.__name__ in WRITES_ONLY:
+            inputs = []
+        elif packet.__name__ == "copy_":
+            inputs = inputs[1:]
+        if size := sum(_size(tensor) for tensor in (*inputs, *outputs)):
+            self.moved[size.bit_length() - 1] += size
 
 
 def _size(tensor: torch.Tensor) -> int:

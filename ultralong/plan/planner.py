@@ -1,0 +1,148 @@
+"""From a config to a plan: the estimates together, the longest row that fits, and what to change where none does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from ultralong.data.rows import PackedRows
+from ultralong.plan.estimate import FRAGMENTED, Job, gpu_lines, host_lines, run_lines, step_lines
+from ultralong.plan.lines import GIB, Line, Plan
+from ultralong.plan.machine import Machine, load_machine
+from ultralong.plan.shapes import model_config, shape_of
+from ultralong.training.config import TrainConfig
+
+STEP = 1024  # the longest row is given in multiples of this
+SHORT = 65536  # below this a step's memory does not yet grow in a straight line with the row
+
+
+def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str = "h200", tokens: int | None = None,
+         gpu_memory: float | None = None, host_memory: float | None = None, price: float | None = None) -> Plan:
+    """Estimate a run.
+
+    Args:
+        config: The run, as the trainer reads it. Its model may be a folder, a known shape or a hub id; no weights are
+            read.
+        gpus: GPUs of the run; by default as many as share one row.
+        machine: The GPU, by name or with rates of its own.
+        tokens: Tokens of a row; by default those of the packed rows, or the model's window where there are none yet.
+        gpu_memory: GiB of one GPU; by default the machine's.
+        host_memory: GiB of host memory for one process; unknown by default, and then not judged.
+        price: Of one GPU-hour, in any currency.
+
+    Returns:
+        The plan. It takes some seconds, and no GPU.
+
+    Raises:
+        ValueError: The model cannot be found, or the number of GPUs does not fit the config.
+    """
+    machine = load_machine(machine) if isinstance(machine, str) else machine
+    gpus = config.parallel.sequence if gpus is None else gpus
+    _check_gpus(config, gpus)
+    model = model_config(config.model)
+    tokens = tokens or _row_length(config) or model.get_text_config().max_position_embeddings
+    job = Job(config, model, shape_of(model), machine, tokens, gpus)
+    steps = step_lines(job)
+    seconds = sum(line.value for line in steps)
+    useful = job.shape.model_flops(tokens) * config.rows_per_step
+    budget = machine.memory if gpu_memory is None else gpu_memory * GIB
+    host = None if host_memory is None else host_memory * GIB
+    lines = (*gpu_lines(job), *host_lines(job), *steps, *run_lines(job, seconds, price))
+    growth = _Growth(job)
+    return Plan(
+        model=Path(config.model).name, parameters=job.shape.parameters, tokens=tokens, gpus=gpus, machine=machine.name,
+        gpu_memory=budget, host_memory=host, lines=lines, mfu=useful / seconds / gpus / machine.peak,
+        longest=growth.longest(budget), advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)))
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """A GPU's memory as a straight line over the tokens of a row that it holds."""
+
+    job: Job
+
+    @cached_property
+    def _line(self) -> tuple[float, float]:
+        high = max(self.job.share, SHORT)
+        at_high, at_half = (_total(_with_share(self.job, share)) for share in (high, high // 2))
+        slope = (at_high - at_half) / (high - high // 2)
+        return at_high - slope * high, slope
+
+    def longest(self, budget: float) -> int:
+        """The longest row that fits, over the GPUs that share it."""
+        fixed, slope = self._line
+        share = int((budget - fixed) / slope) // STEP * STEP
+        return max(0, share) * self.job.sequence
+
+    def sequence(self, budget: float) -> int | None:
+        """The power of two of GPUs that have to share the row for it to fit, or None where none is enough."""
+        fixed, slope = self._line
+        if budget <= fixed:
+            return None
+        return 2 ** math.ceil(math.log2(slope * self.job.tokens / (budget - fixed)))
+
+
+def _with_share(job: Job, share: int) -> Job:
+    return replace(job, tokens=share * job.sequence)
+
+
+def _total(job: Job) -> float:
+    return sum(line.value for line in gpu_lines(job) if line.counts)
+
+
+def _check_gpus(config: TrainConfig, gpus: int) -> None:
+    sequence = config.parallel.sequence
+    if gpus < 1 or gpus % sequence:
+        raise ValueError(f"{gpus} GPUs are not a multiple of parallel.sequence ({sequence}). Plan with a multiple of "
+                         f"it, or set parallel.sequence to a divisor of {gpus}.")
+    if config.rows_per_step % (gpus // sequence * config.rows_at_once):
+        raise ValueError(f"rows_per_step ({config.rows_per_step}) is not a multiple of {gpus // sequence} groups of "
+                         f"GPUs x rows_at_once ({config.rows_at_once}).")
+
+
+def _row_length(config: TrainConfig) -> int | None:
+    folder = Path(config.data[0].rows)
+    return PackedRows(folder).length if (folder / "manifest.json").is_file() else None
+
+
+def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
+    """Each change that would make it fit by itself, with what the total would then be; nothing when it fits."""
+    total = _total(job)
+    if total <= budget:
+        return []
+    advice = [f"Each GPU is short by {(total - budget) / GIB:.1f} GiB."]
+    states = sum(line.value for line in gpu_lines(job) if "tensors:" in line.name and "step" not in line.name)
+    if states * (1 + FRAGMENTED) > budget:
+        return [*advice, f"Parameters and optimizer states alone take {states / GIB:.1f} GiB, as every GPU holds all "
+                         "of them: take a smaller model, or GPUs with more memory."]
+    saving, change = job, ""
+    if not job.config.memory.checkpoint_layers:
+        change = "memory.checkpoint_layers=true"
+        memory = replace(job.config.memory, checkpoint_layers=True)
+        saving = replace(job, config=replace(job.config, memory=memory))
+        advice.append(_verdict(change, _total(saving), budget))
+    # With several GPUs all gradients exist all the time.
+    together = replace(saving, gpus=max(2 * saving.sequence, saving.gpus))
+    sequence = _Growth(together).sequence(budget)
+    if sequence is not None and sequence > job.sequence:
+        parallel = replace(saving.config.parallel, sequence=sequence)
+        wider = replace(saving, config=replace(saving.config, parallel=parallel), gpus=max(job.gpus, sequence))
+        change += f"{' and ' if change else ''}parallel.sequence={sequence} on {wider.gpus} GPUs"
+        advice.append(_verdict(change, _total(wider), budget))
+    if longest := growth.longest(budget):
+        advice.append(f"Rows of {longest:,} tokens or fewer fit as it is.")
+    return advice
+
+
+def _verdict(change: str, total: float, budget: float) -> str:
+    return f"{change}: {total / GIB:.1f} GiB, which {'fits' if total <= budget else 'is still too much'}."
+
+
+def _host_advice(lines: tuple[Line, ...], host: float | None) -> list[str]:
+    needed = sum(line.value for line in lines if line.place == "host")
+    if host is None or needed <= host:
+        return []
+    return [f"The host's memory is short by {(needed - host) / GIB:.1f} GiB while a checkpoint is saved: take a host "
+            f"with {needed / GIB:.0f} GiB for that process, or a smaller model."]
