@@ -72,7 +72,7 @@ if MODEL == "miniature":
     changes += [f"target={TARGET}", f"samples={SAMPLES}", f"factor={TARGET // 256}", f"pretraining.steps={STEPS}",
                 "tuning.steps=5", "depths=[0.0, 0.5, 1.0]", "perplexity_rows=4", "examples=100",
                 f"lengths={[256, 512, TARGET // 2, TARGET]}"]
-demo = Demo(load(MODEL, changes), out)
+demo = Demo(load(MODEL, changes), out, quiet=not INTERACTIVE)
 before = demo.measure("base")
 window = demo.base_window()
 figures.show(figures.needle_heatmap(before["needle"], "Before: numbers found", base_window=window),

@@ -75,7 +75,9 @@ def overview() -> str:
 def _run(name: str, words: list[str]) -> None:
     from transformers.utils import logging
 
-    logging.set_verbosity_warning()
+    # transformers warns of a factor above the ratio of the windows, which the recipe means, and draws a bar a file.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         tyro.cli(COMMANDS[name], prog=f"ultralong {name}", args=words, description=_explanation(COMMANDS[name]))
     except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:

@@ -108,6 +108,7 @@ def train(
     set: tuple[str, ...] = (),
     resume: bool = False,
     processes: int | None = None,
+    quiet: bool = False,
     json: Json = None,
 ) -> None:
     """Train on packed rows: continued pretraining, or SFT on rows packed from conversations.
@@ -125,6 +126,7 @@ def train(
         set: key=value, with dots for groups: optimizer.lr=1e-5.
         resume: Go on from the newest checkpoint of the run's folder.
         processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
+        quiet: No progress bar.
         json: Write the result as JSON to this file.
     """
     import dataclasses
@@ -140,11 +142,11 @@ def train(
 
         with tempfile.TemporaryDirectory() as scratch:
             settings.save(resolved, Path(scratch) / "config.yaml")
-            start(Path(scratch) / "config.yaml", processes, resume)
+            start(Path(scratch) / "config.yaml", processes, resume, quiet)
         return
     from ultralong.training.loop import train as run
 
-    result = run(resolved, resume)
+    result = run(resolved, resume, quiet)
     leave(json, dataclasses.asdict(result))
     if is_main():
         print(
@@ -160,6 +162,7 @@ def sft(
     set: tuple[str, ...] = (),
     resume: bool = False,
     processes: int | None = None,
+    quiet: bool = False,
     json: Json = None,
 ) -> None:
     """Train on the answers of conversations: the same loop as train, on rows that `pack` made from a recipe of chat.
@@ -174,6 +177,7 @@ def sft(
         set: key=value, with dots for groups: optimizer.lr=1e-5.
         resume: Go on from the newest checkpoint of the run's folder.
         processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
+        quiet: No progress bar.
         json: Write the result as JSON to this file.
     """
     from ultralong import settings
@@ -183,7 +187,7 @@ def sft(
     for source in settings.load(TrainConfig, preset(config), set).data:
         if "template" not in PackedRows(source.rows).manifest:
             raise ValueError(f"{source.rows} holds documents, not conversations: pack a recipe of kind chat.")
-    train(config, set=set, resume=resume, processes=processes, json=json)
+    train(config, set=set, resume=resume, processes=processes, quiet=quiet, json=json)
 
 
 def launch(

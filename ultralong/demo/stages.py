@@ -49,10 +49,12 @@ class Demo:
     Attributes:
         config: What to do.
         out: Where everything goes.
+        quiet: No progress bars.
     """
 
     config: DemoConfig
     out: Path
+    quiet: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class Demo:
 
     def rows(self) -> PackedRows:
         """Documents, tokenised and packed into rows of the new length, joined by the separator, no mask."""
-        pack_recipe(self.config.documents, self.tokenizer(), self.config.target, self.out / "rows")
+        pack_recipe(self.config.documents, self.tokenizer(), self.config.target, self.out / "rows", quiet=self.quiet)
         return PackedRows(self.out / "rows")
 
     def heldout(self) -> PackedRows:
@@ -166,11 +168,14 @@ class Demo:
             config.seed,
             self._haystack(),
             chunk=config.chunk,
+            quiet=self.quiet,
         )
         rows = self.heldout()
         chosen = [rows[index] for index in range(min(len(rows), config.perplexity_rows))]
         edges = [config.target * i // 16 for i in range(17)]
-        perplexity = perplexity_by_position(model, chosen, edges, chunk=config.chunk, seed=config.seed)
+        perplexity = perplexity_by_position(
+            model, chosen, edges, chunk=config.chunk, seed=config.seed, quiet=self.quiet
+        )
         write_json(path, {"needle": needle, "perplexity": perplexity})
         return read_json(path)
 
@@ -229,5 +234,5 @@ class Demo:
             parallel=ParallelConfig(sequence=processes),
         )
         settings.save(config, self.out / f"{name}.yaml")
-        start(self.out / f"{name}.yaml", processes, resume=(out / "config.yaml").exists())
+        start(self.out / f"{name}.yaml", processes, resume=(out / "config.yaml").exists(), quiet=self.quiet)
         return out / "model"

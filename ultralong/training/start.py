@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 
-def start(config: str | os.PathLike[str], processes: int, resume: bool = False) -> None:
+def start(config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False) -> None:
     """Run `ultralong train CONFIG` on `processes` processes of this machine, and wait.
 
     With one process nothing is started: the run happens in a fresh interpreter all the same, so that what it leaves
@@ -19,6 +19,7 @@ def start(config: str | os.PathLike[str], processes: int, resume: bool = False) 
         config: A settings file, see `TrainConfig`.
         processes: How many.
         resume: Go on from the newest checkpoint.
+        quiet: No progress bar.
 
     Raises:
         RuntimeError: The run failed; its own message went to standard error.
@@ -28,7 +29,7 @@ def start(config: str | os.PathLike[str], processes: int, resume: bool = False) 
     if processes > 1:
         # --standalone takes a free port by itself, so that two runs on a machine do not meet.
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command += ["ultralong", "train", str(config), *(["--resume"] if resume else [])]
+    command += ["ultralong", "train", str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     # The child leads its own group, so that stopping this process stops every rank and leaves none behind.
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
