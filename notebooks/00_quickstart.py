@@ -100,8 +100,7 @@ print(f"ok: {found:.0%} found within {window:,} tokens, {lost:.0%} beyond")
 
 # %%
 rows = demo.rows()
-first = [rows[index].boundaries.tolist() for index in range(6)]
-figures.show(figures.packed_row(first, f"Six rows of {rows.length:,} tokens"),
+figures.show(figures.packed_row(demo.busiest_rows(6), f"The six rows of {rows.length:,} tokens with most documents"),
              "Six packed rows; colours change where one document ends and the next begins.")
 text = demo.tokenizer().decode(rows[0].input_ids[:60])
 print(f"{len(rows):,} rows of {rows.length:,} tokens. The first begins: {text!r}")
@@ -140,8 +139,8 @@ figures.show(figures.loss_curve(curves, "Training loss"),
              "Loss of continued pretraining and of SFT, step by step.")
 
 # %% [markdown]
-# **What you should see:** two short curves that fall a little. The model hardly learns anything new here; it gets used
-# to its new positions.
+# **What you should see:** two short, ragged curves, one row of real text a step, that lead nowhere in particular. The
+# model learns next to nothing new here; it gets used to its new positions.
 
 # %% [markdown]
 # ## After

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from ultralong import __version__
-from ultralong.cli.make import demo, extend, launch, pack, sft, train
+from ultralong.cli.cluster import launch, plan
+from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
 
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval score": score,
     "eval compare": compare,
     "bench attention": bench_attention,
+    "plan": plan,
     "launch": launch,
     "demo": demo,
 }

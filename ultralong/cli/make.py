@@ -1,4 +1,4 @@
-"""Commands that make something: a longer window, rows, a trained model, scripts, the demo.
+"""Commands that make something: a longer window, rows, a trained model, the demo.
 
 A command's signature is its options (read by tyro) and its docstring is its help. Modules are imported inside the
 commands, so that `ultralong --help` and a mistyped option answer at once.
@@ -7,7 +7,6 @@ commands, so that `ultralong --help` and a mistyped option answer at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
@@ -188,45 +187,6 @@ def sft(
         if "template" not in PackedRows(source.rows).manifest:
             raise ValueError(f"{source.rows} holds documents, not conversations: pack a recipe of kind chat.")
     train(config, set=set, resume=resume, processes=processes, quiet=quiet, json=json)
-
-
-def launch(
-    config: Positional[str],
-    /,
-    *,
-    nodes: int,
-    gpus_per_node: int,
-    out: Path,
-    scheduler: Literal["torchrun", "slurm", "accelerate"] = "torchrun",
-    set: tuple[str, ...] = (),
-    json: Json = None,
-) -> None:
-    """Write the scripts that start a run on several hosts, and resume it after a host was lost.
-
-    What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
-    their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
-
-    Example: ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
-
-    Args:
-        config: Name of a preset, or a YAML file.
-        nodes: Hosts.
-        gpus_per_node: GPUs of a host, one process each.
-        out: Folder for the scripts.
-        scheduler: What starts the processes.
-        set: key=value, with dots for groups.
-        json: Write the list of files as JSON to this file.
-    """
-    from ultralong import settings
-    from ultralong.launch import launch as render
-    from ultralong.training.config import TrainConfig, preset
-
-    files = render(settings.load(TrainConfig, preset(config), set), nodes, gpus_per_node, scheduler, out)
-    leave(json, {"files": [str(file) for file in files]})
-    print(
-        f"Wrote {', '.join(file.name for file in files)} to {out}. Next: read the variables at the top of "
-        f"{files[0]}, then {files[0]} --dry-run"
-    )
 
 
 def demo(

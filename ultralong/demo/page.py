@@ -16,7 +16,7 @@ def report(demo: Demo) -> dict[str, Any]:
     """Write `report.html` and `report.json`; returns the latter's content."""
     config, before, after = demo.config, demo.measure("base"), demo.measure("tuned")
     logs = {name: read_jsonl(demo.out / name / "log.jsonl") for name in ("pretraining", "tuning")}
-    rows, checkpoint = demo.rows(), demo.tuned()
+    checkpoint = demo.tuned()
     plain = read_json(demo.out / "plain.json")
     data = ReportData(
         title=f"{config.model}: {demo.base_window():,} to {config.target:,} tokens",
@@ -28,7 +28,7 @@ def report(demo: Demo) -> dict[str, Any]:
         needle_after=after["needle"],
         perplexity={"before": before["perplexity"], "after": after["perplexity"]},
         losses={name: [(record["step"], record["loss"]) for record in log] for name, log in logs.items()},
-        packed_rows=[rows[index].boundaries.tolist() for index in range(min(6, len(rows)))],
+        packed_rows=demo.busiest_rows(6),
         facts=_facts(demo, logs, plain),
         settings=settings.to_mapping(config),
         commands={

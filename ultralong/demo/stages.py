@@ -107,6 +107,11 @@ class Demo:
         pack_recipe(self.config.documents, self.tokenizer(), self.config.target, self.out / "rows", quiet=self.quiet)
         return PackedRows(self.out / "rows")
 
+    def busiest_rows(self, count: int) -> list[list[int]]:
+        """Document boundaries of the rows that hold most documents: a long document fills many rows alone."""
+        boundaries = sorted((row.boundaries.tolist() for row in self.rows()), key=len, reverse=True)
+        return boundaries[:count]
+
     def heldout(self) -> PackedRows:
         """Held-out documents in rows of the new length."""
         pack_recipe(self.config.heldout, self.tokenizer(), self.config.target, self.out / "heldout", quiet=True)

@@ -166,7 +166,7 @@ def _rows(data: ReportData, interactive: bool) -> str:
     if not data.packed_rows:
         return ""
     figure = figures.packed_row(data.packed_rows)
-    alt = f"The first {len(data.packed_rows)} packed rows: each block is a document, or a part of one."
+    alt = f"{len(data.packed_rows)} packed rows: each block is a document, or a part of one."
     return f"<section><h2>What it was trained on</h2>{figure_block(figure, alt, interactive=interactive)}</section>"
 
 

@@ -1,0 +1,96 @@
+"""Commands for runs larger than this machine: what they take, and the scripts that start them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ultralong.cli.shared import Json, leave
+
+
+def plan(
+    config: Positional[str],
+    /,
+    *,
+    gpus: int | None = None,
+    machine: str = "h200",
+    tokens: int | None = None,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    price: float | None = None,
+    set: tuple[str, ...] = (),
+    json: Json = None,
+) -> None:
+    """Bytes, seconds, GPU-hours and cost of a run before anything starts; each line says measured or estimated.
+
+    Needs no GPU and reads no weights. Where a run does not fit, it says what to change, with the figure that would.
+
+    Example: ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5
+
+    Args:
+        config: Name of a preset, or a YAML file.
+        gpus: GPUs of the run; by default as many as share one row.
+        machine: The GPU: h200, h100, a100, or a file that python -m ultralong.bench.rates made on yours.
+        tokens: Tokens of a row; by default those of the packed rows.
+        gpu_memory: GiB of one GPU; by default the machine's.
+        host_memory: GiB of host memory for one process.
+        price: Of one GPU-hour, in any currency.
+        set: key=value, with dots for groups.
+        json: Write the plan as JSON to this file.
+    """
+    from ultralong import settings
+    from ultralong.plan import plan as estimate
+    from ultralong.training.config import TrainConfig, preset
+
+    made = estimate(
+        settings.load(TrainConfig, preset(config), set),
+        gpus,
+        machine=machine,
+        tokens=tokens,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        price=price,
+    )
+    leave(json, made.to_dict())
+    print(made)
+
+
+def launch(
+    config: Positional[str],
+    /,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    out: Path,
+    scheduler: Literal["torchrun", "slurm", "accelerate"] = "torchrun",
+    set: tuple[str, ...] = (),
+    json: Json = None,
+) -> None:
+    """Write the scripts that start a run on several hosts, and resume it after a host was lost.
+
+    What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
+    their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
+
+    Example: ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
+
+    Args:
+        config: Name of a preset, or a YAML file.
+        nodes: Hosts.
+        gpus_per_node: GPUs of a host, one process each.
+        out: Folder for the scripts.
+        scheduler: What starts the processes.
+        set: key=value, with dots for groups.
+        json: Write the list of files as JSON to this file.
+    """
+    from ultralong import settings
+    from ultralong.launch import launch as render
+    from ultralong.training.config import TrainConfig, preset
+
+    files = render(settings.load(TrainConfig, preset(config), set), nodes, gpus_per_node, scheduler, out)
+    leave(json, {"files": [str(file) for file in files]})
+    print(
+        f"Wrote {', '.join(file.name for file in files)} to {out}. Next: read the variables at the top of "
+        f"{files[0]}, then {files[0]} --dry-run"
+    )
