@@ -145,7 +145,9 @@ def test_every_module_imports_with_the_core_packages_alone():
     assert done.returncode == 0, done.stderr
     names, failed = json.loads(done.stdout.splitlines()[-1])
     assert failed == {}
-    assert sorted(names) == sorted(modules()), "a folder without __init__.py is not found by an installed package"
+    # The walk cannot look into the command line's folder, whose import is blocked.
+    walked = [name for name in modules() if not name.startswith("ultralong.cli.")]
+    assert sorted(names) == sorted(walked), "a folder without __init__.py is not found by an installed package"
 
 
 def imported(tree: ast.AST) -> set[str]:
