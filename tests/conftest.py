@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+# Before transformers is imported, which reads it once: a test that needs the network would fail elsewhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import pytest
 import torch
 from hypothesis import settings
@@ -13,8 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Several threads in each of several test processes wait for each other; the tensors here are too small to gain by it.
 torch.set_num_threads(1)
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # A deadline on a shared machine measures the neighbours; the same examples each time keep a red test red.
 settings.register_profile("ultralong", deadline=None, derandomize=True, print_blob=True)

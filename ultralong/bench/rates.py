@@ -46,9 +46,9 @@ def rates(device: str, lengths: tuple[int, ...] = LENGTHS,
         only: Names of the rates to measure; all when empty.
 
     Returns:
-        Lists of rows by name: `matmul` (size, tflops), `traffic` (bytes, gbps), `attention` (kernel, head_size, tokens,
-        forward_tflops, backward_tflops), `launch` (seconds), `link` (gbps), `update` (seconds_per_parameter)
-        and, with several GPUs, `exchange` (gbps that each sends to the others).
+        Lists of rows by name: `matmul` (size, tflops), `traffic` (bytes of an operation, gbps), `attention` (kernel,
+        head_size, tokens, forward_tflops, backward_tflops), `launch` (seconds), `link` (gbps), `update`
+        (seconds_per_parameter) and, with several GPUs, `exchange` (gbps that each sends to the others).
     """
     small = device == "cpu"
     most = 1 if small else None
@@ -114,7 +114,7 @@ def _traffic(size: int, device: str) -> dict[str, Any]:
         y * y  # 2 read, 2 written
 
     moved = size // 4 * (10 + 12 + 6 + 6)  # as the planner counts: every operand
-    return {"bytes": size, "gbps": moved / seconds(work, device) / 1e9}
+    return {"bytes": moved / 4, "gbps": moved / seconds(work, device) / 1e9}
 
 
 def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[str, Any]:

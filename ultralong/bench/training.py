@@ -33,6 +33,7 @@ from ultralong.data.packing import PackSettings, pack
 from ultralong.data.tokens import tokenize_corpus
 from ultralong.files import read_json, read_jsonl, write_json
 from ultralong.miniature.tokenizer import train_tokenizer
+from ultralong.plan import plan
 from ultralong.plan.shapes import model_config, shape_of
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
 
@@ -61,8 +62,16 @@ class TrainingCase:
     steps: int = 3
 
 
-def measure(case: TrainingCase) -> dict[str, Any]:
-    """Run a case and return its row: seconds, rates and peaks, or a `note` that says why there are none."""
+def measure(case: TrainingCase, machine: str = "h200") -> dict[str, Any]:
+    """Run a case and return its row: seconds, rates and peaks, and what `ultralong.plan` had said of them.
+
+    Args:
+        case: What to run.
+        machine: What the plan reckons with, see `ultralong.plan.load_machine`.
+
+    Returns:
+        The row; where the run failed, a `note` with the reason takes the place of what was measured.
+    """
     config = model_config(case.model)
     if case.layers is not None:
         config.num_hidden_layers = case.layers
@@ -75,6 +84,7 @@ def measure(case: TrainingCase) -> dict[str, Any]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
             other.submit(_prepare, folder, config, case).result()
+        row |= planned(folder / "config.yaml", case.gpus, machine)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
                    "-m", "ultralong.bench.training", "--worker", str(folder)]
         environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4"}
@@ -92,6 +102,12 @@ def measure(case: TrainingCase) -> dict[str, Any]:
         **{key: round(max(rank[key] for rank in ranks) / GIB, 3) for key in ranks[0]},
         "loss": log[-1]["loss"],
     }
+
+
+def planned(config: Path, gpus: int, machine: str) -> dict[str, float]:
+    """What the plan says of the run, under the names of what is measured."""
+    said = plan(settings.load(TrainConfig, config), gpus, machine=machine).to_dict()
+    return {key: value for key, value in said.items() if key.startswith("planned_") and key != "planned_longest_row"}
 
 
 def _prepare(folder: Path, config: Any, case: TrainingCase) -> None:
@@ -140,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="keep this many decoder layers")
     parser.add_argument("--gpus", type=int, default=1, help="processes that share a row")
     parser.add_argument("--keep-layers", action="store_true", help="keep what a layer computes, recompute nothing")
+    parser.add_argument("--machine", default="h200", help="rates that the plan beside each row reckons with")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -149,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for tokens in options.lengths:
         case = TrainingCase(options.model, tokens, options.layers, options.gpus, not options.keep_layers)
-        rows.append(measure(case))
+        rows.append(measure(case, options.machine))
         print(json.dumps(rows[-1]), flush=True)
     if options.json is not None:
         write_json(options.json, {"machine": machine_facts(), "rows": rows})

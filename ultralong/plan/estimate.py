@@ -29,6 +29,7 @@ HOST_BYTES = 3.5 * GIB
 SAVED_BYTES = 14
 # Bytes that the tiled loss moves for each logit: the product, its log-sum-exp, the softmax, the change of type.
 LOSS_BYTES_A_LOGIT = 42
+LOSS_OPERATIONS = 20  # of a tile
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,11 @@ def step_lines(job: Job) -> list[Line]:
     forward, backward = _attention(job)
     again = forward if job.config.memory.checkpoint_layers else 0.0
     head = 6.0 * job.share * shape.hidden * shape.vocabulary / machine.matmul_rate(shape.hidden)
-    head += LOSS_BYTES_A_LOGIT * job.share * shape.vocabulary / machine.traffic_rate(
-        LOSS_BYTES_A_LOGIT * job.config.memory.loss_tile * shape.vocabulary / 8)
+    tiles = -(-job.share // job.config.memory.loss_tile)
+    head += machine.traffic_seconds(LOSS_OPERATIONS * tiles, LOSS_BYTES_A_LOGIT * job.share * shape.vocabulary)
     # The trace is of a whole micro-batch, whatever its rows.
     matmul = job.trace.multiplied / machine.matmul_rate(shape.hidden) * job.passes
-    other = job.passes * sum(size / machine.traffic_rate(2.0 ** (power + 0.5)) for power, size in
-                             job.trace.moved.items())
+    other = machine.traffic_seconds(job.trace.operations, job.trace.moved) * job.passes
     items = {
         "attention, forward": forward * passes, "attention, computed again": again * passes,
         "attention, backward": backward * passes, "matrix products of the decoder": matmul,
@@ -167,6 +167,6 @@ def run_lines(job: Job, seconds: float, price: float | None) -> list[Line]:
              Line("run", "tokens a second and GPU", job.config.rows_per_step * job.tokens / seconds / job.gpus, basis,
                   "tokens/s")]
     if price is not None:
-        lines.append(Line("run", "cost", hours * job.gpus * price, "estimated", "of the price's currency"))
+        lines.append(Line("run", "cost, in the price's currency", hours * job.gpus * price, "estimated", ""))
     return lines
 

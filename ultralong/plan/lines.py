@@ -116,7 +116,7 @@ class Plan:
             elif place == "step":
                 parts.append(f"  {'total':60}{self.seconds_per_step:12,.2f} s, {self.mfu:.1%} MFU (causal, no "
                              "recomputation counted)")
-        parts += ["", "measured: reckoned with rates measured on such a GPU; estimated: counted, or scaled by datasheets",
+        parts += ["", "measured: with rates measured on such a GPU; estimated: counted, or scaled by datasheets",
                   f"Longest row that fits: {self.longest:,} tokens"]
         parts += ["", "It does not fit:", *(f"* {text}" for text in self.advice)] if self.advice else ["It fits."]
         return "\n".join(parts)

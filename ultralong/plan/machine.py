@@ -27,7 +27,8 @@ class Machine:
         basis: "measured", or "estimated" where the rates were scaled from another machine's.
         memory: Bytes of one GPU.
         matmul: FLOP/s of bfloat16 products by size of the weight.
-        traffic: Bytes/s of everything else by bytes of the operation.
+        latency: Seconds that an operation takes on the GPU however little it moves.
+        bandwidth: Bytes/s that it moves beyond that.
         attention: For kernel and head size, FLOP/s forward and backward by tokens.
         launch: Seconds to start an operation.
         update: Seconds that AdamW takes for a parameter.
@@ -40,7 +41,8 @@ class Machine:
     basis: str
     memory: float
     matmul: tuple[tuple[float, float], ...]
-    traffic: tuple[tuple[float, float], ...]
+    latency: float
+    bandwidth: float
     attention: Mapping[tuple[str, int], tuple[tuple[float, float, float], ...]]
     launch: float
     update: float
@@ -52,9 +54,9 @@ class Machine:
         """FLOP/s of products with a weight of `size`."""
         return _interpolate(self.matmul, size, 1)
 
-    def traffic_rate(self, size: float) -> float:
-        """Bytes/s of an operation that moves `size` bytes."""
-        return _interpolate(self.traffic, size, 1)
+    def traffic_seconds(self, operations: float, size: float) -> float:
+        """Seconds of operations that move `size` bytes together."""
+        return operations * self.latency + size / self.bandwidth
 
     def attention_rates(self, kernel: str, head_dim: int, tokens: int) -> tuple[float, float]:
         """FLOP/s of causal attention, forward and backward (counted as 2.5 times the forward's work).
@@ -107,10 +109,11 @@ def _parse(facts: Mapping[str, Any], rates: Mapping[str, Sequence[Mapping[str, A
         if "forward_tflops" in row:
             attention.setdefault((row["kernel"], row["head_size"]), []).append(
                 (row["tokens"], row["forward_tflops"] * 1e12, row["backward_tflops"] * 1e12))
+    latency, bandwidth = _latency_and_bandwidth(rates["traffic"])
     return Machine(
         name=facts["device"], basis="measured", memory=facts.get("memory_gib", 0.0) * GIB,
         matmul=tuple((row["size"], row["tflops"] * 1e12) for row in rates["matmul"]),
-        traffic=tuple((row["bytes"], row["gbps"] * 1e9) for row in rates["traffic"]),
+        latency=latency, bandwidth=bandwidth,
         attention={key: tuple(sorted(rows)) for key, rows in attention.items()},
         launch=rates["launch"][0]["seconds"], update=rates["update"][0]["seconds_per_parameter"],
         link=rates["link"][0]["gbps"] * 1e9 if "link" in rates else math.inf,
@@ -125,11 +128,21 @@ def _scaled(name: str) -> Machine:
     return replace(
         base, name=name.upper(), basis="estimated", memory=memory * GIB, peak=base.peak * compute,
         matmul=tuple((size, rate * compute) for size, rate in base.matmul),
-        traffic=tuple((size, rate * bandwidth) for size, rate in base.traffic),
+        bandwidth=base.bandwidth * bandwidth,
         attention={key: tuple((tokens, forward * compute, backward * compute) for tokens, forward, backward in rows)
                    for key, rows in base.attention.items()},
         update=base.update / bandwidth,
     )
+
+
+def _latency_and_bandwidth(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The straight line of time over bytes through the smallest and the largest operation that were measured."""
+    small, large = (min(rows, key=lambda row: row["bytes"]), max(rows, key=lambda row: row["bytes"]))
+    times = [row["bytes"] / row["gbps"] / 1e9 for row in (small, large)]
+    if small is large:
+        return 0.0, small["gbps"] * 1e9
+    slope = (times[1] - times[0]) / (large["bytes"] - small["bytes"])
+    return max(0.0, times[0] - slope * small["bytes"]), 1 / slope
 
 
 def _interpolate(table: Sequence[Sequence[float]], at: float, column: int) -> float:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong.plan.stand_ins import NAME, head_loss
 from ultralong.plan.tracker import Tracker
@@ -24,13 +23,13 @@ class Trace:
     Attributes:
         peak: Most bytes alive at once, gradients included, parameters and optimizer states left out.
         multiplied: FLOP of matrix products in the decoder, recomputation included; head and attention left out.
-        moved: Bytes read and written by everything else, by the binary logarithm of the operation's size.
+        moved: Bytes read and written by everything else.
         operations: Kernels to start.
     """
 
     peak: int
     multiplied: int
-    moved: Mapping[int, int]
+    moved: int
     operations: int
 
 
@@ -56,14 +55,20 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, attn_implementation=NAME).train()
         if checkpoint_layers:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(model)
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         with Tracker() as tracker:
             if gradients_kept:
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter)
             _step(model, ids, dtype, loss_tile, exchanged)
-            return Trace(tracker.peak, tracker.multiplied, dict(tracker.moved), tracker.operations)
+            return Trace(tracker.peak, tracker.multiplied, tracker.moved, tracker.operations)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Have transformers recompute each layer in the backward pass, by the name that its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: bool) -> None:

@@ -7,7 +7,6 @@ model's and the trainer's own code.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from typing import Any
 
 import torch
@@ -28,14 +27,13 @@ class Tracker(TorchDispatchMode):
         live: Bytes of the storages made inside the mode and not freed yet.
         peak: Most bytes alive at once since the mode began or `peak` was last set.
         multiplied: FLOP of matrix products.
-        moved: Bytes that all other operations read and write, by the size of the operation (its binary logarithm).
+        moved: Bytes that all other operations read and write, together.
         operations: Operations that do work, which on a GPU are kernels to start.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.multiplied = self.operations = 0
-        self.moved: Counter[int] = Counter()
+        self.live = self.peak = self.multiplied = self.moved = self.operations = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,8 +74,7 @@ class Tracker(TorchDispatchMode):
             inputs = []
         elif packet.__name__ == "copy_":
             inputs = inputs[1:]
-        if size := sum(_size(tensor) for tensor in (*inputs, *outputs)):
-            self.moved[size.bit_length() - 1] += size
+        self.moved += sum(_size(tensor) for tensor in (*inputs, *outputs))
 
 
 def _size(tensor: torch.Tensor) -> int:
