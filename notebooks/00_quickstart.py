@@ -9,7 +9,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 50 s, two cores (measured November 2026) |
+# | time on CPU | about 55 s, two cores (measured November 2026) |
 # | memory | 1.5 GB |
 # | downloads, cost | 13 MB of texts from the Python package index; none |
 # | a GPU adds | `MODEL = "smollm2"`: the same with SmolLM2-135M-Instruct, 8,192 to 32,768 tokens |
@@ -24,8 +24,8 @@
 # %% tags=["parameters"]
 MODEL: str = "miniature"  # miniature (on any machine) or smollm2 (wants a GPU)
 TARGET: int = 2048  # the new window, in tokens; the full demo goes to 4096
-STEPS: int = 10  # steps of continued pretraining; the full demo does 40
-SAMPLES: int = 3  # needles in each cell of the grid
+STEPS: int = 6  # steps of continued pretraining; the full demo does 40
+SAMPLES: int = 2  # needles in each cell of the grid
 OUT: str = ""  # folder for what is made; empty takes a temporary one
 SEED: int = 0  # of row order, questions and needles
 INTERACTIVE: bool = True  # progress bars
@@ -70,8 +70,8 @@ print(f"{'kernels':12} {', '.join(available_kernels('cuda' if torch.cuda.is_avai
 changes = [f"seed={SEED}"]
 if MODEL == "miniature":
     changes += [f"target={TARGET}", f"samples={SAMPLES}", f"factor={TARGET // 256}", f"pretraining.steps={STEPS}",
-                "tuning.steps=5", "depths=[0.0, 0.5, 1.0]", "perplexity_rows=4", "examples=100",
-                f"lengths={[256, 512, TARGET // 2, TARGET]}"]
+                "tuning.steps=4", "depths=[0.0, 0.5, 1.0]", "perplexity_rows=3", "examples=60",
+                f"lengths={[512, TARGET // 2, TARGET]}"]
 demo = Demo(load(MODEL, changes), out, quiet=not INTERACTIVE)
 before = demo.measure("base")
 window = demo.base_window()
