@@ -126,11 +126,12 @@ class AttentionResult:
     note: str = ""
 
 
-def bench_attention(options: AttentionBench) -> list[AttentionResult]:
+def bench_attention(options: AttentionBench, path: Path | None = None) -> list[AttentionResult]:
     """Measure, in as many processes as this machine has GPUs (two on a CPU), or in torchrun's.
 
     Args:
         options: What to measure. On a machine without a GPU sizes are cut down first (`for_this_machine`).
+        path: JSON file, written after every case, so that a run that is cut short keeps what it measured.
 
     Returns:
         The lines of the table, the same on every rank.
@@ -144,24 +145,25 @@ def bench_attention(options: AttentionBench) -> list[AttentionResult]:
     for name in set(options.kernels) - {"auto", "all"}:
         get_kernel(name, device)
     if dist.is_initialized():
-        return _measure_all(dist.get_rank(), dist.get_world_size(), options, device)
+        return _measure_all(dist.get_rank(), dist.get_world_size(), options, device, path)
     if dist.is_torchelastic_launched():
-        return _in_torchrun(options, device)
+        return _in_torchrun(options, device, path)
     world = options.ranks or torch.cuda.device_count()
-    return run_ranks(_measure_all, world, options, device, device=device, timeout=3600)[0]
+    return run_ranks(_measure_all, world, options, device, path, device=device, timeout=3600)[0]
 
 
-def _in_torchrun(options: AttentionBench, device: str) -> list[AttentionResult]:
+def _in_torchrun(options: AttentionBench, device: str, path: Path | None) -> list[AttentionResult]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
     try:
-        return _measure_all(dist.get_rank(), dist.get_world_size(), options, device)
+        return _measure_all(dist.get_rank(), dist.get_world_size(), options, device, path)
     finally:
         dist.destroy_process_group()
 
 
-def _measure_all(rank: int, world: int, options: AttentionBench, device: str) -> list[AttentionResult]:
+def _measure_all(rank: int, world: int, options: AttentionBench, device: str,
+                 path: Path | None) -> list[AttentionResult]:
     """One rank's part."""
     kernels = [name for asked in options.kernels for name in
                ([n for n in available_kernels(device) if n != "reference"] if asked == "all" else [asked])]
@@ -169,11 +171,17 @@ def _measure_all(rank: int, world: int, options: AttentionBench, device: str) ->
     lengths = ([options.latency_length] if options.latency_length else []) + list(options.lengths)
     cases = list(product(dict.fromkeys(kernels), lengths, [False, True] if options.documents else [False]))
     results: list[AttentionResult] = []
+
+    def add(more: list[AttentionResult]) -> None:
+        results.extend(more)
+        if path is not None and rank == 0:
+            save(path, options, results)
+
     for kernel, tokens, packed in progress(cases, desc="attention", unit="case", quiet=rank > 0):
-        results += _case(world, options, device, kernel, tokens, packed, schemes if world > 1 else ())
+        add(_case(world, options, device, kernel, tokens, packed, schemes if world > 1 else ()))
     if options.peers:
         for name, tokens in progress(list(product(PEERS, lengths)), desc="peers", unit="case", quiet=rank > 0):
-            results.append(_peer(world, options, device, name, tokens))
+            add([_peer(world, options, device, name, tokens)])
     return results
 
 
@@ -267,12 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options, path = options_from(arguments)
     options = options.for_this_machine()
-    results = bench_attention(options)
+    results = bench_attention(options, path)
     if int(os.environ.get("RANK", "0")) > 0:  # set by torchrun
         return
     print(table(results))
-    if path is not None:
-        save(path, options, results)
 
 
 if __name__ == "__main__":
