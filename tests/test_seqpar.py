@@ -75,7 +75,7 @@ def cases(draw):
 def check_case(case, group, tried):
     heads, kv_heads = case.heads
     window = None if case.scheme == "ring" else case.window
-    stages = 1
+    stages = [1, kv_heads][case.stage % 2] if case.scheme == "gathered" and dist.get_world_size() > 1 else None
     if case.scheme == "ulysses":
         try:
             counts = stage_counts(heads, kv_heads, dist.get_world_size())
@@ -337,8 +337,8 @@ def bad_input(rank, world):
         (partial(good, kernel="fast"), "kernel must be one of auto, .*'fast'"),
         (partial(good, scheme="single"), "'single' is for one process, found a group of 2"),
         (partial(good, scheme="hybrid-ring"), "two levels of ranks .* found one of 2"),
-        (partial(good, scheme="ulysses", stages=3), r"stages must be one of \[1, 2, 4\]"),
-        (partial(good, scheme="ring", stages=2), "'ring' has none, found stages=2"),
+        (partial(good, scheme="ulysses", stages=3), r"stages must be one of \[1, 2, 4\] .* found 3"),
+        (partial(good, scheme="ring", stages=2), r"one of \[1\] .* 'ring', found 2"),
         (partial(good, boundaries=[0, 8, 8, 16]), "must rise, found 8 followed by 8 at entry 2"),
         (partial(good, boundaries=[0, 9, 12]), "must end at the length 16, found 12"),
         (partial(good, boundaries=torch.tensor([1, 16])), "must begin with 0"),

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
 Groups = Group | DeviceMesh | tuple[Group, Group]
+STAGES, STAGED_FROM = 4, 65_536  # head chunks of a row from this length on; shorter ones pay more than they hide
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class AttentionContext:
         boundaries: Document boundaries when documents don't see each other, else None: every token sees all before it.
         outer: Group of the layout's ranks (None for one rank).
         inner: Group that trades tokens for heads (Ulysses; None without).
-        stages: Ulysses' head chunks.
+        stages: Head chunks of Ulysses and of gathered keys.
         keeper: Keeps attention results over recomputed forward passes.
         reason: Why `auto` chose this scheme.
     """
@@ -166,14 +167,15 @@ class AttentionContext:
             elif self.scheme.endswith("ring"):
                 core = Ring(self.outer, self.layout, kernel, self.boundaries)
             else:
-                core = Gathered(self.outer, self.layout, kernel, self.boundaries)
+                chunks = self.stages if self.inner is None else 1
+                core = Gathered(self.outer, self.layout, kernel, self.boundaries, chunks)
             self._made[kernel] = core if self.inner is None else Ulysses(self.inner, core, self.stages)
         return self._made[kernel]
 
 
 def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto", kernel: str = "auto",
                  boundaries: Tensor | Sequence[int] | None = None, *, heads: int, kv_heads: int | None = None,
-                 stages: int = 1, keeper: AttentionKeeper | None = None) -> AttentionContext:
+                 stages: int | None = None, keeper: AttentionKeeper | None = None) -> AttentionContext:
     """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
 
     Args:
@@ -186,7 +188,8 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
             when every token sees all before it (the recipe's way).
         heads: Query heads of the model.
         kv_heads: Kv heads of the model, as many as query heads by default.
-        stages: Ulysses' head chunks: more make the exchanged buffers smaller.
+        stages: Head chunks of Ulysses and of gathered keys: transfers of one run beside the computing of another, and
+            more make the exchanged buffers smaller. None: four where they divide and the row is long, else one.
         keeper: Keeps attention results over recomputed forward passes.
 
     Raises:
@@ -206,11 +209,7 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         outer, inner, outer_size, inner_size = None, outer, 1, outer_size
     if inner is not None:
         head_split(heads, kv_heads, inner_size)
-        if stages not in stage_counts(heads, kv_heads, inner_size):
-            raise ValueError(f"stages must be one of {stage_counts(heads, kv_heads, inner_size)} for {heads} query and "
-                             f"{kv_heads} kv heads over {inner_size} ranks, found {stages}")
-    elif stages != 1:
-        raise ValueError(f"stages are Ulysses' head chunks; scheme {name!r} has none, found stages={stages}")
+    stages = _choose_stages(stages, name, tokens, heads, kv_heads, inner_size)
     layout = _choose_layout(tokens, outer_size, inner_size, edges)
     outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
     if edges is not None and edges[-1] != layout.padded:
@@ -270,6 +269,20 @@ def _choose_scheme(scheme: str, outer: int, inner: int, heads: int, kv_heads: in
 def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
     log.info("sequence-parallel attention over %d ranks: %s (%s)", ranks, name, reason)
     return name, reason
+
+
+def _choose_stages(asked: int | None, scheme: str, tokens: int, heads: int, kv_heads: int, degree: int) -> int:
+    """Head chunks: those asked for if they split the heads evenly, by default up to `STAGES` of a long row."""
+    if scheme == "gathered":
+        counts = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
+    else:
+        counts = stage_counts(heads, kv_heads, degree) if degree > 1 else [1]
+    if asked is None:
+        return max(count for count in counts if count <= STAGES) if tokens >= STAGED_FROM else 1
+    if asked not in counts:
+        raise ValueError(f"stages must be one of {counts} for {heads} query and {kv_heads} kv heads under scheme "
+                         f"{scheme!r}, found {asked}")
+    return asked
 
 
 def _choose_layout(tokens: int, outer: int, inner: int, boundaries: tuple[int, ...] | None) -> Layout:

@@ -70,12 +70,15 @@ class Gathered(Scheme):
         layout: Which tokens each holds (its inner level, if any, has been undone by an exchange around this scheme).
         kernel: Who computes.
         boundaries: Document boundaries of the padded row when documents don't see each other, else None.
+        stages: Rounds of kv heads at least: while one is computed, the next is gathered and the last one's gradients
+            travel.
     """
 
     group: Group
     layout: Layout
     kernel: Kernel
     boundaries: tuple[int, ...] | None = None
+    stages: int = 1
 
     @cached_property
     def _calls(self) -> dict[int | None, list[Call]]:
@@ -125,7 +128,7 @@ class Gathered(Scheme):
     def _gathered(self, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rounds of kv heads with the row's K and V in order, (B, S, s, D); the next round is under way."""
         kv_heads, size = k.shape[2], 2 * k[:, :, 0].numel() * k.element_size() * self.layout.ranks
-        step = max(1, min(kv_heads, BYTES_AT_ONCE // size))
+        step = max(1, min(-(-kv_heads // self.stages), BYTES_AT_ONCE // size))
         rounds = [slice(a, min(a + step, kv_heads)) for a in range(0, kv_heads, step)]
         coming = self._gather(k, v, rounds[0])
         for index, heads in enumerate(rounds):

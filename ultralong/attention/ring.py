@@ -4,8 +4,8 @@ Legend: B batch, T tokens a rank holds, P ranks, H query heads, K kv heads, D he
 
 Ring attention (arXiv 2310.01889) over the zigzag layout. While a rank computes with one block of K and V, the next one
 comes. Output, log-sum-exp and all gradients are added in float32; the backward pass uses the joined pair, so that
-every block's share of the gradients simply adds up; dK and dV travel one hop behind their block and arrive at home
-after P hops.
+every block's share of the gradients simply adds up; what other ranks add to a block's dK and dV travels one hop behind
+the block and comes home after P - 1 hops.
 
 Documents that don't see each other need no equal lengths here: two pieces of the row share at most one document (the
 one in which the earlier piece ends), so what a block adds to a piece is at most one full rectangle, never a mask.
@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,10 @@ def rectangles(mine: Sequence[Piece], theirs: Sequence[Piece], boundaries: Seque
     return [(slice(a, b), slice(c, d)) for a, b, c, d in _joined(found)]
 
 
+def _apart(a: slice, b: slice) -> bool:
+    return a.stop <= b.start or b.stop <= a.start
+
+
 def _document(boundaries: Sequence[int], position: int) -> Piece:
     at = bisect_right(boundaries, position)
     return boundaries[at - 1], boundaries[at]
@@ -113,6 +118,15 @@ class Ring(Scheme):
         return None if self.boundaries is None else own_spans(self.layout.pieces(self.rank), self.boundaries)
 
     @cached_property
+    def _once(self) -> bool:
+        """Whether every gradient on every rank is a sum of two parts: added in their own type, they round no more."""
+        if self.layout.ranks != 2:
+            return False
+        a, b = self.layout.pieces(0), self.layout.pieces(1)
+        both = [rectangles(a, b, self.boundaries), rectangles(b, a, self.boundaries)]
+        return all(_apart(x, y) for found in both for one, other in combinations(found, 2) for x, y in zip(one, other))
+
+    @cached_property
     def blocks(self) -> list[list[Rectangle]]:
         """For every hop but the first, what this rank sees of the block that has come."""
         mine = self.layout.pieces(self.rank)
@@ -141,19 +155,24 @@ class Ring(Scheme):
         block = torch.stack([k, v])
         coming = pass_on(block, self.group) if self.blocks else None
         dq, dk, dv = attention_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.own))
-        dq, share, behind = dq.to(wide), torch.stack([dk.to(wide), dv.to(wide)]), None
+        if not self.blocks:
+            return dq, dk, dv
+        if not self._once:
+            dq, dk, dv = dq.to(wide), dk.to(wide), dv.to(wide)
+        behind = None
         for hop, seen in enumerate(self.blocks, start=1):
-            behind = pass_on(share, self.group, tag=1)
             block = coming.wait()
             coming = pass_on(block, self.group) if hop < len(self.blocks) else None
             parts = [(keys, self._part(rows, keys, block, dq, dout, q, out, lse, rule)) for rows, keys in seen]
-            share = behind.wait()
-            for keys, (dk, dv) in parts:
-                share[0][:, keys] += dk
-                share[1][:, keys] += dv
-        if behind is not None:
-            share = pass_on(share, self.group, tag=1).wait()
-        return dq.to(q.dtype), share[0].to(k.dtype), share[1].to(v.dtype)
+            share = torch.zeros_like(block, dtype=dk.dtype) if behind is None else behind.wait()
+            for keys, (to_keys, to_values) in parts:
+                share[0][:, keys] += to_keys
+                share[1][:, keys] += to_values
+            behind = pass_on(share, self.group, tag=1)
+        share = behind.wait()  # what the others add to this rank's own keys and values
+        dk += share[0]
+        dv += share[1]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _part(self, rows: slice, keys: slice, block: Tensor, dq: Tensor, dout: Tensor, q: Tensor, out: Tensor,
               lse: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class AttentionBench:
         head_size: D.
         dtype: Name of a torch type.
         ranks: Processes; all GPUs by default, two on a CPU.
-        stages: Head chunks of Ulysses.
+        stages: Head chunks of Ulysses and of gathered keys; by default as `make_context` chooses.
         repeats: Timed runs of each case at most.
         budget: Seconds of timed runs after which no further one is started.
     """
@@ -69,7 +69,7 @@ class AttentionBench:
     head_size: int = 128
     dtype: str = "bfloat16"
     ranks: int | None = None
-    stages: int = 1
+    stages: int | None = None
     repeats: int = 5
     budget: float = 20.0
 
@@ -211,7 +211,7 @@ def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens:
         try:
             context = make_context(tokens, None if ranks == 1 else dist.group.WORLD, "auto" if ranks == 1 else scheme,
                                    kernel, edges, heads=options.heads, kv_heads=options.kv_heads,
-                                   stages=options.stages if scheme == "ulysses" else 1)
+                                   stages=options.stages if scheme in ("ulysses", "gathered") else None)
             times = measure(context.attend, [context.shard(x) for x in row[:3]], context.shard(row[3]),
                             repeats=options.repeats, budget=options.budget)
         except ValueError as error:

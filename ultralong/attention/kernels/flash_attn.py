@@ -103,8 +103,7 @@ class FlashAttn4(_FlashAttn):
                  rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
-        grads = self._backward(q, k, v, out.contiguous(), dout.contiguous(), lse.contiguous(), **edges,
-                               **self._options(rule))
+        grads = self._backward(q, k, v, out, dout, lse.contiguous(), **edges, **self._options(rule))
         dq, dk, dv = _batched(rule, *grads[:3])
         return dq, dk, dv
 

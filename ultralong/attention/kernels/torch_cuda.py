@@ -87,7 +87,7 @@ class TorchCudnn(Kernel):
     """cuDNN's fused attention: Hopper speed without an extra package; one unpacked piece a call.
 
     Its plan for a backward call is looked up by the strides of q, k and v alone, so out, dout and lse are always given
-    in one layout.
+    in one layout. It refuses a single query with a single key: single queries go to the reference, in float32.
     """
 
     name = "cudnn"
@@ -106,6 +106,8 @@ class TorchCudnn(Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """The operator takes (B, H, T, D) in any strides."""
+        if q.shape[1] == 1:
+            return Reference().forward(q, k, v, rule)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, rule.causal, False,
             scale=rule.scale)
@@ -114,6 +116,8 @@ class TorchCudnn(Kernel):
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                  rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
+        if q.shape[1] == 1:
+            return Reference().backward(dout, q, k, v, out, lse, rule)
         seed = torch.zeros(1, dtype=torch.int64, device=q.device)
         dout, out = (x.contiguous().transpose(1, 2) for x in (dout, out))
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
