@@ -5,7 +5,6 @@ import torch
 
 from ultralong.attention import available_kernels, make_context
 from ultralong.attention.kernels import (
-    BOTTOM_RIGHT,
     GQA,
     SOFTCAP,
     WINDOW,
@@ -131,7 +130,8 @@ def test_a_million_tokens_with_2_to_the_32_elements(name):
         exact = torch.einsum("rgt,td->rgd", p, values)
         assert rms(out[0, rows, of], exact) <= 1e-2
         ds = p * (torch.einsum("rgd,td->rgt", grad, values) - (grad * exact).sum(-1, keepdim=True)) * rule.scale
-        assert rms(dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)) <= 2e-2
+        # The last row looks at one key only, so its dq is a small difference of large numbers, of which one is rounded.
+        assert rms(dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)) <= 5e-2
         assert rms(dk[0, :, kv], torch.einsum("rgt,rgd->td", ds, queries)) <= 2e-2
         assert rms(dv[0, :, kv], torch.einsum("rgt,rgd->td", p, grad)) <= 2e-2
     assert rms(out[0, -1, :: heads // kv_heads], v[0, planted]) <= 0.2, "the planted key was found"
@@ -156,14 +156,19 @@ def scheme_errors(rank, world, name, lengths, dtype):
 @pytest.mark.parametrize("lengths", [(4099, 32768), pytest.param((131072,), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAST)
 def test_schemes_are_as_exact_as_their_kernel(name, lengths):
-    """Error against float32 at most 1.1 times the kernel's own; joined bfloat16 parts (the ring) at most 1.3 times."""
+    """Error against float32 at most 1.1 times the kernel's own; dk and dv that are added from several calls, 1.3 times.
+
+    A kernel rounds each call's dk and dv to bfloat16, so a key that queries of several calls see is rounded once more.
+    On two H200s that made 1.15 (torch's flash, cuDNN) to 1.24 (flash-attn 4, whose own error is smaller).
+    """
     found = run_ranks(scheme_errors, 2, name, lengths, "bfloat16", device="cuda", timeout=300)[0]
-    joined = BOTTOM_RIGHT not in get_kernel(name).features  # such a kernel joins two parts for a clipped call
-    limits = {"single": 1.0, "ulysses": 1.1, "gathered": 1.3 if joined else 1.1, "ring": 1.3}
+    limits = {"single": 1.0, "ulysses": 1.0 + 1e-6, "gathered": 1.1, "ring": 1.1}
+    added = {"gathered": 1.3, "ring": 1.3}
     ratios = {(*key, part): error / found[*key[:2], "single"][part]
               for key, errors in found.items() for part, error in errors.items()}
     print(name, *(f"{key}: {ratio:.3f}" for key, ratio in ratios.items()), sep="\n")
-    assert {key: ratio for key, ratio in ratios.items() if ratio > limits[key[2]]} == {}
+    assert {key: ratio for key, ratio in ratios.items()
+            if ratio > (added if key[3] in ("dk", "dv") else limits).get(key[2], limits[key[2]])} == {}
 
 
 @marked(two_gpus)

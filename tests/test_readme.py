@@ -11,6 +11,8 @@ from urllib.parse import unquote
 import pytest
 from test_env import EXTRAS, ROOT, tracked
 
+from ultralong.bench.tables import filled
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -121,3 +123,12 @@ def test_each_notebook_is_in_the_table():
 def test_extras_that_are_named_exist():
     for names in re.findall(r"\[((?:\w+,?)+)\]['\"]", README):
         assert set(names.split(",")) <= set(EXTRAS)
+
+
+def test_the_tables_are_what_was_recorded():
+    """`python -m ultralong.bench.tables` would change nothing."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- table attention -->" in text
+    assert filled(text, ROOT / "notebooks" / "results") == text
+    with pytest.raises(ValueError, match="no table 'speed'; there are attention"):
+        filled("<!-- table speed -->\n<!-- end -->", ROOT)

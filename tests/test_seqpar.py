@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ultralong.attention as ua
 from ultralong.attention import PeerLost, make_context
+from ultralong.attention.collectives import copy_rows
 from ultralong.attention.ulysses import stage_counts
 from ultralong.bench.error_curve import error_curve
 from ultralong.ranks import RankFailed, run_ranks
@@ -320,6 +321,22 @@ def test_the_harness_reports_errors_and_results():
     with pytest.raises(RankFailed, match=r"--- rank 1 ---(.|\n)*KeyError: 'a reason'"):
         run_ranks(raises, 2, timeout=20)
     assert run_ranks(multiplies, 3, 7, timeout=20) == [0, 7, 14]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [5, 8, 64])
+def test_copying_in_wide_blocks_is_copying(dtype, size):
+    source = torch.randn(3, 4, 6, size + 8).to(dtype)
+    for start in (0, 1, 8):
+        taken = source[:, 1:, ::2, start:start + size].permute(2, 0, 1, 3)
+        target = torch.zeros(taken.shape, dtype=dtype)
+        copy_rows(target, taken)
+        assert torch.equal(target, taken)
+        wide = torch.full((*taken.shape[:-1], size + 8), 7.0, dtype=dtype)
+        copy_rows(wide[..., start:start + size], taken)
+        assert torch.equal(wide[..., start:start + size], taken)
+        assert (wide[..., :start] == 7).all()
+        assert (wide[..., start + size:] == 7).all()
 
 
 def bad_input(rank, world):

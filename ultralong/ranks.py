@@ -33,6 +33,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def nccl_options() -> Any:
+    """Options of a process group whose transfers start while a kernel fills the GPU, instead of after it."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options
+
+
 def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str = "cpu",
               timeout: float = 120.0) -> list[Any]:
     """Run `work(rank, world, *arguments)` in `world` processes that form a torch.distributed group.
@@ -83,7 +90,8 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, device: st
             torch.cuda.set_device(rank)
         own = torch.device("cuda", rank) if device == "cuda" else None
         dist.init_process_group("nccl" if own else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
-                                world_size=world, timeout=timedelta(seconds=timeout), device_id=own)
+                                world_size=world, timeout=timedelta(seconds=timeout), device_id=own,
+                                pg_options=nccl_options() if own else None)
         value = work(rank, world, *arguments)
     except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
         failed, value = True, traceback.format_exc()

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup
+DIRECT_RANKS = 8  # as many GPUs as hosts have: every pair of them has a link
+BLOCK = torch.complex128  # torch's widest type: 16 bytes, copied bit by bit
 # The name changed in torch 2.13; the older one warns there and is the only one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -61,8 +63,19 @@ def all_to_all(x: Tensor, group: Group) -> Pending:
 
 
 def all_gather(x: Tensor, group: Group) -> Pending:
-    """Everyone's `x` as (P, ...), in rank order. `x` is contiguous."""
-    result = x.new_empty((dist.get_world_size(group), *x.shape))
+    """Everyone's `x` as (P, ...), in rank order. `x` is contiguous.
+
+    GPUs of one host send to each other directly: for so few ranks NCCL's own choice of ring and protocol took three
+    times as long (2.2 ms against 0.8 ms for 256 MiB between two H200s).
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    result = x.new_empty((size, *x.shape))
+    if x.device.type == "cuda" and size <= DIRECT_RANKS:
+        peers = [((rank + step) % size, (rank - step) % size) for step in range(1, size)]
+        pending = _send_and_receive("all-gather", [(x, after, result[before], before) for after, before in peers],
+                                    group, 0, result)
+        result[rank].copy_(x)
+        return pending
     try:
         handle = _all_gather(result.flatten(0, 1), x, group=group, async_op=True)
     except RuntimeError as error:
@@ -77,10 +90,36 @@ def pass_on(x: Tensor, group: Group, tag: int = 0) -> Pending:
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     result = torch.empty_like(x)
-    after, before = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
+    return _send_and_receive("ring send and receive", [(x, (rank + 1) % size, result, (rank - 1) % size)], group, tag,
+                             result)
+
+
+def _send_and_receive(what: str, pairs: list[tuple[Tensor, int, Tensor, int]], group: Group, tag: int,
+                      result: Tensor) -> Pending:
+    """Start sends and receives together: (what to send, to whom, where to receive, from whom), ranks of the group."""
+    operations = []
+    for outgoing, after, incoming, before in pairs:
+        operations += [dist.P2POp(dist.isend, outgoing, dist.get_global_rank(group, after), group, tag),
+                       dist.P2POp(dist.irecv, incoming, dist.get_global_rank(group, before), group, tag)]
     try:
-        handles = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, after, group, tag),
-                                          dist.P2POp(dist.irecv, result, before, group, tag)])
+        handles = dist.batch_isend_irecv(operations)
     except RuntimeError as error:
-        raise _lost("ring send and receive", group, error) from error
-    return Pending("ring send and receive", group, handles, result, (x,))
+        raise _lost(what, group, error) from error
+    return Pending(what, group, handles, result, tuple(pair[0] for pair in pairs))
+
+
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """`target.copy_(source)`, 16 bytes at a time where the rows of the last dimension allow it.
+
+    torch copies strided tensors one element at a time, which for 2-byte types reaches a third of the memory's speed.
+    """
+    if target.dtype == source.dtype and _in_blocks(target) and _in_blocks(source):
+        target, source = target.view(BLOCK), source.view(BLOCK)
+    target.copy_(source)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    """Whether a tensor can be seen as one of `BLOCK`s."""
+    each = BLOCK.itemsize // x.element_size()
+    return (x.dim() > 0 and x.stride(-1) == 1 and x.shape[-1] % each == 0 and x.storage_offset() % each == 0
+            and x.data_ptr() % BLOCK.itemsize == 0 and all(stride % each == 0 for stride in x.stride()[:-1]))

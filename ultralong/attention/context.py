@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
 Groups = Group | DeviceMesh | tuple[Group, Group]
-STAGES, STAGED_FROM = 4, 65_536  # head chunks of a row from this length on; shorter ones pay more than they hide
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +188,7 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         heads: Query heads of the model.
         kv_heads: Kv heads of the model, as many as query heads by default.
         stages: Head chunks of Ulysses and of gathered keys: transfers of one run beside the computing of another, and
-            more make the exchanged buffers smaller. None: four where they divide and the row is long, else one.
+            more make the exchanged buffers smaller, and each costs a little. None is 1.
         keeper: Keeps attention results over recomputed forward passes.
 
     Raises:
@@ -209,7 +208,7 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         outer, inner, outer_size, inner_size = None, outer, 1, outer_size
     if inner is not None:
         head_split(heads, kv_heads, inner_size)
-    stages = _choose_stages(stages, name, tokens, heads, kv_heads, inner_size)
+    stages = _choose_stages(stages, name, heads, kv_heads, inner_size)
     layout = _choose_layout(tokens, outer_size, inner_size, edges)
     outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
     if edges is not None and edges[-1] != layout.padded:
@@ -271,14 +270,14 @@ def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
     return name, reason
 
 
-def _choose_stages(asked: int | None, scheme: str, tokens: int, heads: int, kv_heads: int, degree: int) -> int:
-    """Head chunks: those asked for if they split the heads evenly, by default up to `STAGES` of a long row."""
+def _choose_stages(asked: int | None, scheme: str, heads: int, kv_heads: int, degree: int) -> int:
+    """Head chunks: those asked for if they split the heads evenly, by default one."""
     if scheme == "gathered":
         counts = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
     else:
         counts = stage_counts(heads, kv_heads, degree) if degree > 1 else [1]
     if asked is None:
-        return max(count for count in counts if count <= STAGES) if tokens >= STAGED_FROM else 1
+        return 1
     if asked not in counts:
         raise ValueError(f"stages must be one of {counts} for {heads} query and {kv_heads} kv heads under scheme "
                          f"{scheme!r}, found {asked}")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group, Pending, all_gather, all_to_all
+from ultralong.attention.collectives import Group, Pending, all_gather, all_to_all, copy_rows
 from ultralong.attention.kernels import Kernel, attention_backward, attention_forward
 from ultralong.attention.layout import Layout
 from ultralong.attention.merge import accumulator
@@ -146,7 +146,7 @@ class Gathered(Scheme):
         _, two, batch, tokens, *rest = gathered.shape
         row = gathered.new_empty((two, batch, self.layout.ranks * tokens, *rest))
         for place, held, part in self._places():
-            row[:, :, place] = gathered[held, :, :, part]
+            copy_rows(row[:, :, place], gathered[held, :, :, part])
         return row
 
     def _share_out(self, shares: Tensor) -> Pending:
@@ -154,7 +154,7 @@ class Gathered(Scheme):
         two, batch, tokens, *rest = shares.shape
         by_rank = shares.new_empty((self.layout.ranks, two, batch, tokens // self.layout.ranks, *rest))
         for place, held, part in self._places():
-            by_rank[held, :, :, part] = shares[:, :, place]
+            copy_rows(by_rank[held, :, :, part], shares[:, :, place])
         return all_to_all(by_rank, self.group)
 
     def _places(self) -> Iterator[tuple[slice, int, slice]]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group, Pending, all_to_all
+from ultralong.attention.collectives import Group, Pending, all_to_all, copy_rows
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Gradients, Pair, Scheme
@@ -216,17 +216,15 @@ class Out:
 
 @dataclass
 class Home:
-    """Results on their way to the tokens' ranks."""
+    """Results on their way to the tokens' ranks, and where each belongs, (B, T, P, n, g, D)."""
 
-    pending: Pending
-    targets: list[Tensor]
+    pending: list[tuple[Pending, Tensor]]
 
     def land(self) -> None:
-        """Write each into its place, (B, T, P, n, g, D)."""
-        heads = [target.shape[3] * target.shape[4] for target in self.targets]
-        x = self.pending.wait().permute(1, 2, 0, 3, 4)  # (P, B, T, h, D) -> (B, T, P, h, D)
-        for part, target in zip(x.split(heads, 3), self.targets, strict=True):
-            target.copy_(part.unflatten(3, target.shape[3:5]))
+        """Write each into its place."""
+        for pending, target in self.pending:
+            x = pending.wait().permute(1, 2, 0, 3, 4)  # (P, B, T, h, D) -> (B, T, P, h, D)
+            copy_rows(target, x.unflatten(3, target.shape[3:5]))
 
 
 def _send_out(tensors: list[Tensor], group: Group) -> Out:
@@ -235,16 +233,12 @@ def _send_out(tensors: list[Tensor], group: Group) -> Out:
     batch, tokens, degree, *_, size = tensors[0].shape
     buffer = tensors[0].new_empty((degree, batch, tokens, sum(heads), size))
     for x, slot in zip(tensors, buffer.split(heads, 3), strict=True):
-        slot.unflatten(3, x.shape[3:5]).copy_(x.permute(2, 0, 1, 3, 4, 5))  # (P, B, T, n, g, D)
+        copy_rows(slot.unflatten(3, x.shape[3:5]), x.permute(2, 0, 1, 3, 4, 5))  # (P, B, T, n, g, D)
     return Out(all_to_all(buffer, group), heads)
 
 
 def _send_home(results: list[tuple[Tensor, Tensor]], group: Group) -> Home:
-    """Start one exchange of several results (B, P T, n g, D)."""
+    """Start the exchanges of several results (B, P T, n g, D); a single row needs no copy."""
     degree = dist.get_world_size(group)
-    heads = [x.shape[2] for x, _ in results]
-    batch, tokens, _, size = results[0][0].shape
-    buffer = results[0][0].new_empty((degree, batch, tokens // degree, sum(heads), size))
-    for (x, _), slot in zip(results, buffer.split(heads, 3), strict=True):
-        slot.copy_(x.unflatten(1, (degree, -1)).transpose(0, 1))  # (P, B, T, h, D)
-    return Home(all_to_all(buffer, group), [target for _, target in results])
+    parts = [x.unflatten(1, (degree, -1)).transpose(0, 1).contiguous() for x, _ in results]  # (P, B, T, h, D)
+    return Home([(all_to_all(part, group), target) for part, (_, target) in zip(parts, results, strict=True)])

@@ -28,7 +28,7 @@ from ultralong.bench.peers import PEERS, PeerMissing, peer
 from ultralong.bench.report import save, table
 from ultralong.bench.timing import Times, causal_flops, measure
 from ultralong.progress import progress
-from ultralong.ranks import run_ranks
+from ultralong.ranks import nccl_options, run_ranks
 
 SCHEMES = ("ulysses", "gathered", "ring")
 
@@ -153,7 +153,8 @@ def bench_attention(options: AttentionBench, path: Path | None = None) -> list[A
 
 
 def _in_torchrun(options: AttentionBench, device: str, path: Path | None) -> list[AttentionResult]:
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    options_of_group = nccl_options() if device == "cuda" else None
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", pg_options=options_of_group)
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
     try:

@@ -69,7 +69,7 @@ def attention_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Te
         return _backward_by_heads(kernel, groups, dout, q, k, v, out, lse, rule)
     if rule.spans is not None and not _packed_call(kernel, rule.spans):
         return _backward_by_piece(kernel, dout, q, k, v, out, lse, rule)
-    if _needs_split(kernel, q, k, rule):
+    if _needs_split(kernel, q, k, rule) or (kernel.splits_backward and _clipped(q, k, rule)):
         return _backward_split(kernel, dout, q, k, v, out, lse, rule)
     if q.shape[2] == k.shape[2] or GQA in kernel.features:
         return kernel.backward(dout, q, k, v, out, lse, rule)
@@ -102,6 +102,10 @@ def _packed_call(kernel: Kernel, spans: Spans) -> bool:
 
 def _needs_split(kernel: Kernel, q: Tensor, k: Tensor, rule: Rule) -> bool:
     return rule.causal and rule.spans is None and q.shape[1] != k.shape[1] and BOTTOM_RIGHT not in kernel.features
+
+
+def _clipped(q: Tensor, k: Tensor, rule: Rule) -> bool:
+    return rule.causal and rule.window is None and rule.spans is None and q.shape[1] < k.shape[1]
 
 
 def _head_groups(kernel: Kernel, q: Tensor, k: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -172,5 +176,5 @@ def _backward_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tenso
         dout, q, k, v, out = (x.to(accumulator(dtype)) for x in (dout, q, k, v, out))
     dq, dk, dv = attention_backward(kernel, dout, q, k[:, before:], v[:, before:], out, lse, rule)
     dq_past, dk_past, dv_past = attention_backward(kernel, dout, q, k[:, :before], v[:, :before], out, lse, rule.full())
-    wide, dk, dv = accumulator(dtype), torch.cat([dk_past, dk], 1), torch.cat([dv_past, dv], 1)
-    return (dq.to(wide) + dq_past.to(wide)).to(dtype), dk.to(dtype), dv.to(dtype)
+    dk, dv = torch.cat([dk_past, dk], 1), torch.cat([dv_past, dv], 1)
+    return (dq + dq_past).to(dtype), dk.to(dtype), dv.to(dtype)  # two parts are added exactly, then rounded once

@@ -37,6 +37,8 @@ class Kernel(ABC):
             GQA, VARLEN or BOTTOM_RIGHT, the others are refused.
         head_sizes: Largest head size, and what the size must be divisible by.
         max_elements: Largest tensor that it indexes rightly.
+        splits_backward: Whether the backward pass of a causal call with more keys than queries is faster as a square
+            and a full rectangle, whose shares of dq are added.
     """
 
     name: ClassVar[str]
@@ -45,6 +47,7 @@ class Kernel(ABC):
     features: frozenset[str] = frozenset()
     head_sizes: tuple[int, int] = (256, 8)
     max_elements: int = ANY_ELEMENTS
+    splits_backward: bool = False
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ class FlashAttn4(_FlashAttn):
 
     name = "flash4"
     capability = (9, 0)
+    splits_backward = False
 
     def __init__(self) -> None:
         module = _import(self.name, "flash_attn.cute.interface")

@@ -1,0 +1,92 @@
+"""The README's tables, made from recorded measurements: `python -m ultralong.bench.tables` rewrites them.
+
+A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralong.files import read_json, write_text
+
+SCHEMES = ("single", "ulysses", "gathered", "ring")
+PEERS = {"torch-cp-cudnn": "torch context_parallel, cuDNN", "torch-cp-flash": "torch context_parallel, flash"}
+KERNELS = {"flash4": "flash-attn 4", "cudnn": "cuDNN", "flash": "torch flash"}
+
+
+def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Useful TF/s per GPU by length, rows and kernel: one GPU, then each scheme with its share of one GPU's rate.
+
+    torch's context_parallel gathers keys and values, so it stands in that column.
+
+    Args:
+        recorded: What `ultralong bench attention --json` wrote, one or more files.
+
+    Returns:
+        Lines of a Markdown table; lengths rise, whole rows before packed ones.
+    """
+    results = [result for file in recorded for result in file["results"] if result["tflops"] is not None]
+    lengths = sorted({length for file in recorded for length in file["options"]["lengths"]})
+    lines = ["| tokens | rows | kernel | one GPU | Ulysses | gathered | ring |", "|---|---|---|---|---|---|---|"]
+    for length in lengths:
+        for packed in (False, True):
+            here = [r for r in results if r["tokens"] == length and r["packed"] == packed]
+            for kernel in dict.fromkeys(r["kernel"] for r in here if r["name"] in SCHEMES):
+                rates = {r["name"]: r for r in here if r["kernel"] == kernel}
+                cells = [_cell(rates.get(name)) for name in SCHEMES]
+                rows = "packed" if packed else "whole"
+                lines.append(f"| {length:,} | {rows} | {KERNELS.get(kernel, kernel)} | {' | '.join(cells)} |")
+            for peer in (r for r in here if r["name"] in PEERS):
+                lines.append(f"| {length:,} | whole | {PEERS[peer['name']]} | | | {peer['tflops']:.0f} | |")
+    return lines
+
+
+def _cell(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    rate = f"{result['tflops']:.0f}"
+    return rate if result["name"] == "single" else f"{rate} ({100 * result['of_one']:.1f}%)"
+
+
+# Name of a table: the recorded files it is made from (in notebooks/results), and how.
+TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
+    "attention": (("attention_131k.json", "attention_512k.json"), attention_table),
+}
+
+
+def filled(text: str, results: Path) -> str:
+    """A Markdown text with every table in it made anew.
+
+    Args:
+        text: With pairs of comment lines as this module's docstring says.
+        results: Folder of the recorded measurements.
+
+    Raises:
+        ValueError: A table in the text has a name that is not in `TABLES`.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in TABLES:
+            raise ValueError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
+        files, make = TABLES[name]
+        lines = make([read_json(results / file) for file in files])
+        return "\n".join([f"<!-- table {name} -->", *lines, "<!-- end -->"])
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrite the tables of README.md, or of the Markdown files named."""
+    root = Path(__file__).parents[2]
+    for file in [Path(name) for name in arguments or ()] or [root / "README.md"]:
+        write_text(file, filled(file.read_text(encoding="utf-8"), root / "notebooks" / "results"))
+        print(f"{file}: written")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
