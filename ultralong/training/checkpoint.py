@@ -23,7 +23,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from ultralong import settings
 from ultralong.files import read_json, read_jsonl, write_json, write_text
@@ -173,6 +178,17 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
             "Remove that folder and run again with --resume: the checkpoint before it is used."
         ) from error
     return int(state["step"])
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's parameters and buffers in full, for the main process; all processes call it.
+
+    A tensor with two names (a tied head) comes under its first name only, so that it is written once.
+    """
+    once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_model_state_dict(model, options=options)
+    return {name: tensor.detach() for name, tensor in found.items() if name in once}
 
 
 @contextmanager

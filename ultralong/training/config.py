@@ -79,19 +79,27 @@ class ParallelConfig:
 
     Attributes:
         sequence: Processes that share one row (sequence parallelism); the processes of a run must be a multiple.
+        shard: Processes that share the parameters, their gradients and the optimizer's states (FSDP2), whatever rows
+            they work on; the processes of a run must be a multiple, and each further set of `shard` is a replica. 1
+            is allowed: nothing is shared then, but parameters are computed with in `dtype` as FSDP2 does. None: every
+            process has everything.
+        reshard: Give a layer's gathered parameters up after its forward pass and gather them again for the backward
+            pass; false keeps them in between.
         scheme: Attention scheme, see `ultralong.attention`; auto chooses and says why.
         kernel: Attention kernel; auto takes the fastest that is present and right for the shape.
         timeout_minutes: A rank that waits longer than this for the others stops the run with a message.
     """
 
     sequence: int = 1
+    shard: int | None = None
+    reshard: bool = True
     scheme: str = "auto"
     kernel: str = "auto"
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.sequence < 1 or not self.timeout_minutes > 0:
-            raise ValueError(f"sequence must be 1 or more and timeout_minutes above 0, found {self}.")
+        if self.sequence < 1 or (self.shard is not None and self.shard < 1) or not self.timeout_minutes > 0:
+            raise ValueError(f"sequence and shard must be 1 or more and timeout_minutes above 0, found {self}.")
 
 
 @dataclass(frozen=True)
@@ -101,14 +109,26 @@ class MemoryConfig:
     Attributes:
         checkpoint_layers: Recompute each layer's inside in the backward pass instead of keeping it.
         loss_tile: Tokens whose logits exist at a time; the full (T, vocabulary) matrix never does.
+        mlp_tile: Tokens that a feed-forward layer works on at a time, in both passes; 0 is all at once.
+        attention_kept: Checkpointed layers, from the last one down, whose attention result stays on the device, so that
+            it is not computed again; -1 is all.
+        attention_host: Layers before those whose attention result waits in host memory; -1 is all the others.
+        inputs_host: Checkpointed layers, from the first one up, whose input waits in host memory; -1 is all.
     """
 
     checkpoint_layers: bool = False
     loss_tile: int = 2048
+    mlp_tile: int = 0
+    attention_kept: int = 0
+    attention_host: int = 0
+    inputs_host: int = 0
 
     def __post_init__(self) -> None:
-        if self.loss_tile < 1:
-            raise ValueError(f"loss_tile must be 1 or more, found {self.loss_tile}.")
+        if self.loss_tile < 1 or self.mlp_tile < 0:
+            raise ValueError(f"loss_tile must be 1 or more and mlp_tile 0 or more, found {self}.")
+        for name in ("attention_kept", "attention_host", "inputs_host"):
+            if getattr(self, name) < -1:
+                raise ValueError(f"{name} must be -1 (all layers) or more, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from ultralong.training.config import TrainConfig
 CARD = "README.md"
 
 
-def export(model: PreTrainedModel, config: TrainConfig, order: RowOrder, facts: dict[str, Any], out: Path) -> None:
+def export(model: PreTrainedModel, weights: dict[str, torch.Tensor], config: TrainConfig, order: RowOrder,
+           facts: dict[str, Any], out: Path) -> None:
     """Write weights (in the type of the checkpoint the run started from), config, tokenizer and model card.
 
     Args:
-        model: The trained model, float32.
+        model: The trained model.
+        weights: Its parameters and buffers, whole, each once (`checkpoint.whole_weights`).
         config: The run.
         order: The rows it was trained on.
         facts: `steps`, `tokens` and `loss` for the model card.
@@ -30,10 +32,7 @@ def export(model: PreTrainedModel, config: TrainConfig, order: RowOrder, facts: 
     dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    # A tensor with two names (a tied head) stays one tensor, so that it is written once.
-    whole = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    converted = {tensor.data_ptr(): tensor.to("cpu", dtype) for tensor in whole.values()}
-    state = {name: converted[tensor.data_ptr()] for name, tensor in whole.items()}
+    state = {name: tensor.to("cpu", dtype) for name, tensor in weights.items()}
     attention, model.config._attn_implementation = model.config._attn_implementation, None
     kept, model.config.dtype = model.config.dtype, dtype
     try:

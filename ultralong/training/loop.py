@@ -1,13 +1,12 @@
 """The one training loop: continued pretraining and SFT, on one process or many.
 
 A step takes `rows_per_step` packed rows, sums the losses of all their targets over processes and micro-batches, divides
-by the number of those targets, and updates once. DistributedDataParallel averages gradients over all W processes, so
-each process scales its own sum by W / targets; the result does not depend on how many processes shared the work.
+by the number of those targets, and updates once. DistributedDataParallel and FSDP2 average gradients over all W
+processes, so each process scales its own sum by W / targets; the result does not depend on how many shared the work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,17 +16,19 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ultralong.attention import make_context
 from ultralong.files import append_jsonl, write_json
 from ultralong.progress import progress
 from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
-from ultralong.training.config import OptimizerConfig, TrainConfig
+from ultralong.training.config import TrainConfig
 from ultralong.training.export import export
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.parallel import Processes, connect
+from ultralong.training.memory import Memory, decoder_layers
+from ultralong.training.model import check_model, head_counts, load_model, make_optimizer
+from ultralong.training.parallel import Processes, connect, shard_parameters, whole
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     heads: tuple[int, int]
+    memory: Memory
     losses: list[float] = field(default_factory=list)
 
 
@@ -86,7 +88,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         _prepare_folder(folder, config, resume, processes)
         set_seed(config.seed)
         model = load_model(config)
-        _check_vocabulary(model, order)
+        check_model(model, order)
         run = _start(config, processes, folder, order, model)
         first = 0
         if resume and (saved := folder.checkpoints()):
@@ -97,8 +99,9 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
             "tokens": config.steps * config.rows_per_step * order.length,
             "loss": sum(run.losses) / len(run.losses) if run.losses else None,
         }
+        weights = checkpoint.whole_weights(model)
         if processes.is_main:
-            export(model, config, order, facts, folder.model)
+            export(model, weights, config, order, facts, folder.model)
         processes.wait()
         result = TrainResult(
             str(folder.model), config.steps, facts["tokens"], facts["loss"] or math.nan, time.perf_counter() - start
@@ -108,33 +111,6 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         if config.trackers:
             processes.accelerator.end_training()
         return result
-
-
-def load_model(config: TrainConfig) -> PreTrainedModel:
-    """The model to train: float32 parameters, our attention, caching off.
-
-    Raises:
-        ValueError: There is no loadable causal language model at `config.model`.
-    """
-    # The plain fused attention of torch is what torch.compile sees through; it is exact on one process without a mask.
-    attention = "sdpa" if config.compile else "ultralong"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, attn_implementation=attention)
-    except OSError as error:
-        raise ValueError(f"No model could be loaded from {config.model!r}: {str(error).splitlines()[0]}") from error
-    if config.memory.checkpoint_layers:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _prepare_folder(folder: checkpoint.RunFolder, config: TrainConfig, resume: bool, processes: Processes) -> None:
@@ -151,38 +127,23 @@ def _prepare_folder(folder: checkpoint.RunFolder, config: TrainConfig, resume: b
         raise ValueError(error[0])
 
 
-def _check_vocabulary(model: PreTrainedModel, order: RowOrder) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
-    for rows in order.folders:
-        vocabulary = rows.manifest["tokenizer"]["vocabulary"]
-        if vocabulary > size:
-            raise ValueError(
-                f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}. Pack the "
-                "documents with the model's own tokenizer."
-            )
-    window = getattr(model.config, "max_position_embeddings", None)
-    if window is not None and order.length > window and not order.folders[0].restart_positions:
-        raise ValueError(
-            f"Rows have {order.length} tokens, the model's window is {window}. Extend the model first "
-            f"(ultralong extend ... --to {order.length}), or pack shorter rows."
-        )
-
-
 def _start(
     config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder, model: PreTrainedModel
 ) -> Run:
     if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):
         raise ValueError("compile works on one process with rows that have no document mask; switch one of them off.")
-    loss = LanguageModelLoss(model, config.memory.loss_tile)
+    loss, memory = LanguageModelLoss(model, config.memory.loss_tile), Memory(model, config.memory)
     if config.compile:
         model.get_decoder().compile(dynamic=False)
-    optimizer = make_optimizer(loss, config.optimizer)
-    wrapped, optimizer = processes.accelerator.prepare(loss, optimizer)
+    if processes.mesh is None:
+        optimizer = make_optimizer(loss, config.optimizer)
+        loss, optimizer = processes.accelerator.prepare(loss, optimizer)
+    else:
+        shard_parameters(loss, decoder_layers(model), processes, config)
+        optimizer = make_optimizer(loss, config.optimizer)
     if config.trackers:
         processes.accelerator.init_trackers("ultralong")
-    text = model.config.get_text_config()
-    heads = (text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    return Run(config, processes, folder, order, wrapped, optimizer, heads)
+    return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory)
 
 
 def _steps(run: Run, first: int, quiet: bool) -> None:
@@ -226,10 +187,8 @@ def _step(run: Run, step: int) -> dict[str, Any]:
     scale = processes.accelerator.num_processes / targets.clamp(min=1)
     sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
     for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
-        with contextlib.nullcontext() if last else processes.accelerator.no_sync(run.model):
-            total, losses, bucket, counted = _forward(run, batch)
-            processes.accelerator.backward(total * scale)
+        total, losses, bucket, counted = _forward(run, batch)
+        processes.backward(total * scale, run.model, last=number == len(batches) - 1)
         sums[0].scatter_add_(0, bucket, losses)
         sums[1].scatter_add_(0, bucket, counted)
     norm = _update(run, step)
@@ -255,7 +214,8 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     place = torch.arange(batch.input_ids.shape[1], device=device) % batch.row_length  # (T,)
     tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
     extra = {}
-    if run.processes.sequence > 1 or batch.boundaries is not None:
+    run.memory.clear()
+    if run.processes.sequence > 1 or batch.boundaries is not None or run.memory.keeper is not None:
         context = make_context(
             batch.input_ids.shape[1],
             run.processes.group,
@@ -264,6 +224,7 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             boundaries=batch.boundaries,
             heads=run.heads[0],
             kv_heads=run.heads[1],
+            keeper=run.memory.keeper,
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
@@ -279,7 +240,7 @@ def _update(run: Run, step: int) -> float:
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm or math.inf)
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr * config.factor(step, run.config.steps)
-    if math.isfinite(value := float(norm)):
+    if math.isfinite(value := float(whole(norm))):
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from ultralong.ranks import nccl_options
 from ultralong.training.config import TrainConfig
 
 
@@ -27,11 +32,13 @@ class Processes:
         accelerator: accelerate's handle: device, launch, trackers, wrapping.
         sequence: Processes that share a row.
         group: The process group of those, None when alone.
+        mesh: Replicas x processes that share the parameters, None when every process has them all.
     """
 
     accelerator: Accelerator
     sequence: int
     group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None = None
 
     @property
     def data_rank(self) -> int:
@@ -54,9 +61,44 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def backward(self, loss: Tensor, model: nn.Module, last: bool) -> None:
+        """Backward pass; gradients are exchanged in the last micro-batch of a step only."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+            loss.backward()
+            return
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            self.accelerator.backward(loss)
+
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
+
+
+def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Processes, config: TrainConfig) -> None:
+    """Share a model's parameters out over the processes of the mesh (FSDP2), layer by layer, in float32.
+
+    Each layer's parameters are gathered in the run's type when its turn comes, so activations have that type as well;
+    gradients are summed in float32. torch's own FSDP2 is used: accelerate's refuses to run on CPUs, where this is
+    proved.
+
+    Args:
+        loss: The model with its loss, whole on every process; changed in place.
+        layers: Its transformer layers.
+        processes: This process and its mesh.
+        config: The run.
+    """
+    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = processes.mesh["shard"] if processes.mesh.size(0) == 1 else processes.mesh
+    for module in layers:
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard)
+    fully_shard(loss.float(), mesh=mesh, mp_policy=policy)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that may be shared out, in full; all processes call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @contextmanager
@@ -90,12 +132,22 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
                 f"rows_per_step ({config.rows_per_step}) must be a multiple of {world // sequence} groups x "
                 f"rows_at_once ({config.rows_at_once})."
             )
+        mesh, shard = None, config.parallel.shard
+        if shard is not None:
+            if world % shard:
+                raise ValueError(f"parallel.shard is {shard}, but this run has {world} processes: it must divide them.")
+            if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 wants a group
+                backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            shape, names = (world // shard, shard), ("replicate", "shard")
+            mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
         group = None
         for first in range(0, world, sequence) if sequence > 1 else ():
             ranks = list(range(first, first + sequence))
-            made = dist.new_group(ranks, timeout=timeout)
+            options = nccl_options() if accelerator.device.type == "cuda" else None
+            made = dist.new_group(ranks, timeout=timeout, pg_options=options)
             group = made if accelerator.process_index in ranks else group
-        yield Processes(accelerator, sequence, group)
+        yield Processes(accelerator, sequence, group, mesh)
     finally:
         accelerator.free_memory()
         # accelerate keeps one state per interpreter; without this a second run could not choose another precision.

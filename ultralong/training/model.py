@@ -1,0 +1,65 @@
+"""The model and the optimizer of a run, as the loop wants them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ultralong.training.batches import RowOrder
+from ultralong.training.config import OptimizerConfig, TrainConfig
+
+
+def load_model(config: TrainConfig) -> PreTrainedModel:
+    """The model to train: our attention, caching off; float32, or the checkpoint's type where it is to be sharded.
+
+    Raises:
+        ValueError: There is no loadable causal language model at `config.model`.
+    """
+    # The plain fused attention of torch is what torch.compile sees through; it is exact on one process without a mask.
+    attention = "sdpa" if config.compile else "ultralong"
+    # Sharding makes float32 of a layer at a time: a whole one in each process of a host could fill its memory.
+    dtype = torch.float32 if config.parallel.shard is None else "auto"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=attention)
+    except OSError as error:
+        raise ValueError(f"No model could be loaded from {config.model!r}: {str(error).splitlines()[0]}") from error
+    return model.train()
+
+
+def check_model(model: PreTrainedModel, order: RowOrder) -> None:
+    """Refuse rows that the model was not made for.
+
+    Raises:
+        ValueError: The rows' vocabulary is larger than the model's, or they are longer than its window.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    for rows in order.folders:
+        vocabulary = rows.manifest["tokenizer"]["vocabulary"]
+        if vocabulary > size:
+            raise ValueError(
+                f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}. Pack the "
+                "documents with the model's own tokenizer."
+            )
+    window = getattr(model.config, "max_position_embeddings", None)
+    if window is not None and order.length > window and not order.folders[0].restart_positions:
+        raise ValueError(
+            f"Rows have {order.length} tokens, the model's window is {window}. Extend the model first "
+            f"(ultralong extend ... --to {order.length}), or pack shorter rows."
+        )
+
+
+def head_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """Query heads and kv heads of a layer."""
+    text = model.config.get_text_config()
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
