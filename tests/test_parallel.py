@@ -24,10 +24,10 @@ PLANS = {
 
 
 def run(config, folder, processes, **changes):  # noqa: F811
-    made = replace(config, out=str(folder / "run"), **changes)
-    settings.save(made, folder / "run.yaml")
+    changed = replace(config, out=str(folder / "run"), **changes)
+    settings.save(changed, folder / "run.yaml")
     start(folder / "run.yaml", processes=processes, quiet=True)
-    return made
+    return changed
 
 
 def same(a, b, steps):

@@ -20,6 +20,7 @@ def plan(
     gpu_memory: float | None = None,
     host_memory: float | None = None,
     price: float | None = None,
+    fit: bool = False,
     set: tuple[str, ...] = (),
     json: Json = None,
 ) -> None:
@@ -37,6 +38,7 @@ def plan(
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process.
         price: Of one GPU-hour, in any currency.
+        fit: Choose what is kept on the GPU, moved to the host and computed again, and say what was chosen.
         set: key=value, with dots for groups.
         json: Write the plan as JSON to this file.
     """
@@ -52,6 +54,7 @@ def plan(
         gpu_memory=gpu_memory,
         host_memory=host_memory,
         price=price,
+        fit=fit,
     )
     leave(json, made.to_dict())
     print(made)

@@ -1,8 +1,9 @@
 """Bytes and seconds of one configuration of the trainer, item by item.
 
-The trainer holds float32 parameters, gradients and two AdamW states on every GPU, computes under autocast, and shares a
-row between the `parallel.sequence` processes of a group. What a step needs beyond its states is not guessed from a
-formula: a step is followed on fake tensors through the model's own code (`ultralong.plan.trace`).
+The trainer holds float32 parameters, gradients and two AdamW states, all of them on every GPU or shared out over
+`parallel.shard` of them (FSDP2), and shares a row between the `parallel.sequence` processes of a group. What a step
+needs beyond its states is not guessed from a formula: a step is followed on fake tensors through the model's own code
+(`ultralong.plan.trace`); what the memory plan keeps, moves or saves is then added and taken off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ultralong.plan.lines import GIB, Line
 from ultralong.plan.machine import Machine
 from ultralong.plan.shapes import Shape
 from ultralong.plan.trace import Trace, trace
-from ultralong.training.config import TrainConfig
+from ultralong.training.config import TrainConfig, layers_meant
 
 FLOAT = 4
 # Seen on an H200 with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries.
@@ -30,6 +31,7 @@ SAVED_BYTES = 14
 # Bytes that the tiled loss moves for each logit: the product, its log-sum-exp, the softmax, the change of type.
 LOSS_BYTES_A_LOGIT = 42
 LOSS_OPERATIONS = 20  # of a tile
+IN_FLIGHT = 2  # moved tensors that are on the device all the same: one on its way, one in use
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,44 @@ class Job:
         """One micro-batch followed on fake tensors; some seconds, once."""
         memory = self.config.memory
         return trace(self.model, self.share, rows=self.config.rows_at_once, dtype=self.dtype,
-                     checkpoint_layers=memory.checkpoint_layers, loss_tile=memory.loss_tile,
-                     exchanged=self.sequence > 1, gradients_kept=self.gpus > 1 or self.passes > 1)
+                     checkpoint_layers=memory.checkpoint_layers, loss_tile=memory.loss_tile, mlp_tile=memory.mlp_tile,
+                     exchanged=(self.config.parallel.stages or 1) if self.sequence > 1 else 0,
+                     gradients_kept=self.gpus > 1 or self.passes > 1, sharded=self.shard is not None)
+
+    @property
+    def shard(self) -> int | None:
+        """GPUs that share the parameters; None where each has them all."""
+        return self.config.parallel.shard
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of an element of the hidden states between layers: autocast leaves them in float32."""
+        return FLOAT if self.shard is None or self.dtype == torch.float32 else 2
+
+    @property
+    def input_bytes(self) -> float:
+        """Bytes of one layer's input on one GPU."""
+        return self.share * self.config.rows_at_once * self.shape.hidden * self.stream_bytes
+
+    @property
+    def result_bytes(self) -> float:
+        """Bytes of one layer's attention result on one GPU; the log-sum-exp beside it is float32."""
+        return self.share * self.config.rows_at_once * self.shape.heads * self.shape.head_dim * self.dtype.itemsize
+
+    @property
+    def statistic_bytes(self) -> float:
+        """Bytes of one layer's log-sum-exp on one GPU."""
+        return self.share * self.config.rows_at_once * self.shape.heads * FLOAT
+
+    @cached_property
+    def placed(self) -> tuple[int, int, int]:
+        """Layers whose attention result is kept, whose attention result is moved, and whose input is moved."""
+        memory, layers = self.config.memory, self.shape.layers
+        if not memory.checkpoint_layers:
+            return 0, 0, 0
+        kept = layers_meant(memory.attention_kept, layers)
+        moved = min(layers_meant(memory.attention_host, layers), layers - kept)
+        return kept, moved, layers_meant(memory.inputs_host, layers)
 
 
 def gpu_lines(job: Job) -> list[Line]:
@@ -87,23 +125,52 @@ def gpu_lines(job: Job) -> list[Line]:
     def line(name: str, value: float, counts: bool = True) -> Line:
         return Line("gpu", name, value, "estimated", "bytes", counts)
 
-    count = job.shape.parameters
-    inputs = job.shape.layers * job.share * job.config.rows_at_once * job.shape.hidden * FLOAT
-    states = 3 * FLOAT * count
+    count = job.shape.parameters / (job.shard or 1)
+    kept, moved, away = job.placed
     lines = [line("tensors: parameters, float32", FLOAT * count),
-             line("tensors: AdamW's two states, float32", 2 * FLOAT * count),
-             line("tensors: gradients and activations of a step", job.trace.peak)]
+             line("tensors: AdamW's two states, float32", 2 * FLOAT * count)]
+    if job.shard is None:
+        lines.append(line("tensors: gradients and activations of a step", job.trace.peak))
+    else:
+        lines += [line("tensors: gradients, float32", FLOAT * count),
+                  line("tensors: gathered parameters and a layer's gradients", _gathered_bytes(job)),
+                  line("tensors: activations of a step", job.trace.peak)]
     if job.config.memory.checkpoint_layers:
-        lines.append(line("layer inputs kept for the backward pass, float32", inputs, counts=False))
-    return [*lines, line("free but in pieces", FRAGMENTED * (states + job.trace.peak)),
-            line("CUDA context and libraries", CONTEXT_BYTES)]
+        stream = "float32" if job.stream_bytes == FLOAT else "bfloat16"
+        lines.append(line(f"layer inputs made for the backward pass, {stream}", job.shape.layers * job.input_bytes,
+                          counts=False))
+    if away:
+        lines.append(line(f"tensors: inputs of {away} layers on the host", -max(0, away - IN_FLIGHT) * job.input_bytes))
+    if kept or moved:
+        results = (kept + min(moved, IN_FLIGHT)) * job.result_bytes + (kept + moved) * job.statistic_bytes
+        lines.append(line(f"tensors: attention results of {kept} layers, log-sum-exp of {kept + moved}", results))
+    tensors = sum(each.value for each in lines if each.counts)
+    return [*lines, line("free but in pieces", FRAGMENTED * tensors), line("CUDA context and libraries", CONTEXT_BYTES)]
+
+
+def _gathered_bytes(job: Job) -> float:
+    """Two layers' parameters (one in use, one coming), those outside of layers, and a layer's gradients on their way.
+
+    Gradients are gathered in the run's type and summed in float32.
+    """
+    narrow, wide = job.dtype.itemsize, FLOAT
+    outside = (1 if job.shape.multiplied == job.shape.parameters else 2) * job.shape.vocabulary * job.shape.hidden
+    layer = (job.shape.parameters - outside) / job.shape.layers
+    return 2 * narrow * layer + narrow * outside + (narrow + wide) * max(layer, outside)
 
 
 def host_lines(job: Job) -> list[Line]:
     """Bytes of the host's memory for the process that saves."""
-    return [Line("host", "interpreter, torch, CUDA", HOST_BYTES, "estimated", "bytes"),
-            Line("host", "copies of model and states while a checkpoint is saved", SAVED_BYTES * job.shape.parameters,
-                 "estimated", "bytes")]
+    _, moved, away = job.placed
+    saved = SAVED_BYTES * job.shape.parameters / (job.shard or 1)
+    lines = [Line("host", "interpreter, torch, CUDA", HOST_BYTES, "estimated", "bytes"),
+             Line("host", "copies of model and states while a checkpoint is saved", saved, "estimated", "bytes")]
+    if away:
+        lines.append(Line("host", f"inputs of {away} layers, pinned", away * job.input_bytes, "estimated", "bytes"))
+    if moved:
+        lines.append(Line("host", f"attention results of {moved} layers, pinned", moved * job.result_bytes, "estimated",
+                          "bytes"))
+    return lines
 
 
 def step_lines(job: Job) -> list[Line]:
@@ -111,7 +178,7 @@ def step_lines(job: Job) -> list[Line]:
     machine, shape = job.machine, job.shape
     passes = job.passes * job.config.rows_at_once
     forward, backward = _attention(job)
-    again = forward if job.config.memory.checkpoint_layers else 0.0
+    again = forward * _again(job)
     head = 6.0 * job.share * shape.hidden * shape.vocabulary / machine.matmul_rate(shape.hidden)
     tiles = -(-job.share // job.config.memory.loss_tile)
     head += machine.traffic_seconds(LOSS_OPERATIONS * tiles, LOSS_BYTES_A_LOGIT * job.share * shape.vocabulary)
@@ -123,12 +190,21 @@ def step_lines(job: Job) -> list[Line]:
         "attention, backward": backward * passes, "matrix products of the decoder": matmul,
         "head and loss": head * passes, "all else (memory traffic)": other,
         "exchange between GPUs": _exchange(job) * passes, "sum of gradients over GPUs": _gradients(job),
-        "AdamW": machine.update * shape.parameters,
+        "AdamW": machine.update * shape.parameters / (job.shard or 1),
     }
+    _, moved, away = job.placed
+    copies = 2 * (moved * job.result_bytes + away * job.input_bytes) / machine.link * job.passes
+    items["copies to the host and back that nothing hides"] = max(0.0, copies - sum(items.values()))
     waiting = job.trace.operations * job.passes * machine.launch - sum(items.values())
     if waiting > 0:
         items["waiting for operations to be started"] = waiting
     return [Line("step", name, value, machine.basis, "s") for name, value in items.items() if value > 0]
+
+
+def _again(job: Job) -> float:
+    """Share of the layers whose attention is computed again in the backward pass."""
+    kept, moved, _ = job.placed
+    return (1 - (kept + moved) / job.shape.layers) if job.config.memory.checkpoint_layers else 0.0
 
 
 def _attention(job: Job) -> tuple[float, float]:
@@ -145,15 +221,20 @@ def _exchange(job: Job) -> float:
     wide, narrow = (count * job.shape.head_dim for count in (job.shape.heads, job.shape.kv_heads))
     forward = 2 * wide + 2 * narrow  # q, k, v there, out back
     backward = 4 * wide + 4 * narrow  # q, k, v, out and its gradient there, three gradients back
-    again = forward if job.config.memory.checkpoint_layers else 0
+    again = forward * _again(job)
     size = (forward + again + backward) * 2 * job.share * job.shape.layers
     return size * (job.sequence - 1) / job.sequence / job.machine.exchange
 
 
 def _gradients(job: Job) -> float:
-    """Seconds of summing float32 gradients over all GPUs, each twice past every GPU."""
+    """Seconds of summing float32 gradients over all GPUs, each twice past every GPU; shared out, once, and hidden.
+
+    FSDP2 gathers and sums a layer's while another one computes; what the next step waits for is the first layer's.
+    """
     if job.gpus == 1:
         return 0.0
+    if job.shard is not None:
+        return (2 * job.dtype.itemsize + FLOAT) * job.shape.parameters / job.shape.layers / job.machine.exchange
     return 2 * FLOAT * job.shape.parameters * (job.gpus - 1) / job.gpus / job.machine.exchange
 
 

@@ -50,6 +50,7 @@ class Plan:
         gpu_memory: Bytes of one GPU.
         host_memory: Bytes of a host for one process; None when not known.
         lines: Its items.
+        memory: The run's memory settings, as given or chosen.
         mfu: Causal model FLOP/s over the datasheet's.
         longest: Most tokens of a row that fit into the GPUs' memory.
         advice: What to change, with the figure that would result; empty when everything fits.
@@ -63,6 +64,7 @@ class Plan:
     gpu_memory: float
     host_memory: float | None
     lines: tuple[Line, ...]
+    memory: dict[str, Any]
     mfu: float
     longest: int
     advice: tuple[str, ...]
@@ -96,7 +98,7 @@ class Plan:
             "planned_peak_gpu_gib": round(self.allocated / GIB, 3),
             "planned_total_gpu_gib": round(self.total("gpu") / GIB, 3),
             "planned_peak_host_gib": round(self.total("host") / GIB, 3),
-            "planned_longest_row": self.longest, "fits": self.fits, "advice": list(self.advice),
+            "planned_longest_row": self.longest, "memory": self.memory, "fits": self.fits, "advice": list(self.advice),
             "lines": [{"place": line.place, "name": line.name, "value": line.value, "unit": line.unit,
                        "basis": line.basis, "counts": line.counts} for line in self.lines],
         }
@@ -116,6 +118,8 @@ class Plan:
             elif place == "step":
                 parts.append(f"  {'total':60}{self.seconds_per_step:12,.2f} s, {self.mfu:.1%} MFU (causal, no "
                              "recomputation counted)")
+        chosen = ", ".join(f"{name}: {str(value).lower()}" for name, value in self.memory.items())
+        parts += ["", f"memory: {{{chosen}}}"]
         parts += ["", "measured: with rates measured on such a GPU; estimated: counted, or scaled by datasheets",
                   f"Longest row that fits: {self.longest:,} tokens"]
         parts += ["", "It does not fit:", *(f"* {text}" for text in self.advice)] if self.advice else ["It fits."]

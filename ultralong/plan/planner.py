@@ -8,18 +8,22 @@ from functools import cached_property
 from pathlib import Path
 
 from ultralong.data.rows import PackedRows
+from ultralong.plan.choose import choose_memory
 from ultralong.plan.estimate import FRAGMENTED, Job, gpu_lines, host_lines, run_lines, step_lines
 from ultralong.plan.lines import GIB, Line, Plan
 from ultralong.plan.machine import Machine, load_machine
 from ultralong.plan.shapes import model_config, shape_of
-from ultralong.training.config import TrainConfig
+from ultralong.settings import to_mapping
+from ultralong.training.config import MemoryConfig, TrainConfig
 
 STEP = 1024  # the longest row is given in multiples of this
+STATES = ("tensors: parameters", "tensors: AdamW", "tensors: gradients, float32")
 SHORT = 65536  # below this a step's memory does not yet grow in a straight line with the row
 
 
 def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str = "h200", tokens: int | None = None,
-         gpu_memory: float | None = None, host_memory: float | None = None, price: float | None = None) -> Plan:
+         gpu_memory: float | None = None, host_memory: float | None = None, price: float | None = None,
+         fit: bool = False) -> Plan:
     """Estimate a run.
 
     Args:
@@ -31,6 +35,8 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process; unknown by default, and then not judged.
         price: Of one GPU-hour, in any currency.
+        fit: Choose what is kept, moved to the host and computed again (`ultralong.plan.choose`) instead of taking it
+            from the config; the plan says what was chosen.
 
     Returns:
         The plan. It takes some seconds, and no GPU.
@@ -44,16 +50,19 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
     model = model_config(config.model)
     tokens = tokens or _row_length(config) or model.get_text_config().max_position_embeddings
     job = Job(config, model, shape_of(model), machine, tokens, gpus)
+    budget = machine.memory if gpu_memory is None else gpu_memory * GIB
+    host = None if host_memory is None else host_memory * GIB
+    if fit:
+        job = _with_memory(job, choose_memory(job, budget, host))
     steps = step_lines(job)
     seconds = sum(line.value for line in steps)
     useful = job.shape.model_flops(tokens) * config.rows_per_step
-    budget = machine.memory if gpu_memory is None else gpu_memory * GIB
-    host = None if host_memory is None else host_memory * GIB
     lines = (*gpu_lines(job), *host_lines(job), *steps, *run_lines(job, seconds, price))
     growth = _Growth(job)
     return Plan(
         model=Path(config.model).name, parameters=job.shape.parameters, tokens=tokens, gpus=gpus, machine=machine.name,
-        gpu_memory=budget, host_memory=host, lines=lines, mfu=useful / seconds / gpus / machine.peak,
+        gpu_memory=budget, host_memory=host, lines=lines, memory=to_mapping(job.config.memory),
+        mfu=useful / seconds / gpus / machine.peak,
         longest=growth.longest(budget), advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)))
 
 
@@ -82,6 +91,10 @@ class _Growth:
         if budget <= fixed:
             return None
         return 2 ** math.ceil(math.log2(slope * self.job.tokens / (budget - fixed)))
+
+
+def _with_memory(job: Job, memory: MemoryConfig) -> Job:
+    return replace(job, config=replace(job.config, memory=memory))
 
 
 def _with_share(job: Job, share: int) -> Job:
@@ -113,16 +126,24 @@ def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
     if total <= budget:
         return []
     advice = [f"Each GPU is short by {(total - budget) / GIB:.1f} GiB."]
-    states = sum(line.value for line in gpu_lines(job) if "tensors:" in line.name and "step" not in line.name)
-    if states * (1 + FRAGMENTED) > budget:
+    states = sum(line.value for line in gpu_lines(job) if line.name.startswith(STATES))
+    if states * (1 + FRAGMENTED) > budget and job.shard is None:
+        over = math.ceil(2 * states / budget)
         return [*advice, f"Parameters and optimizer states alone take {states / GIB:.1f} GiB, as every GPU holds all "
-                         "of them: take a smaller model, or GPUs with more memory."]
-    saving, change = job, ""
-    if not job.config.memory.checkpoint_layers:
-        change = "memory.checkpoint_layers=true"
-        memory = replace(job.config.memory, checkpoint_layers=True)
-        saving = replace(job, config=replace(job.config, memory=memory))
-        advice.append(_verdict(change, _total(saving), budget))
+                         f"of them: share them out over {over} GPUs or more (parallel.shard={over}), take a smaller "
+                         "model, or GPUs with more memory."]
+    if states * (1 + FRAGMENTED) > budget:
+        return [*advice, f"Parameters and optimizer states alone take {states / GIB:.1f} GiB over parallel.shard="
+                         f"{job.shard} GPUs: share them out over more."]
+    saving, changes = job, []
+    for name, value in (("checkpoint_layers", True), ("mlp_tile", 32768), ("inputs_host", -1)):
+        if name == "mlp_tile" and (job.shard is None or job.share < 2 * value):
+            continue  # a short row's feed-forward layer is not what is too large
+        if getattr(saving.config.memory, name) in (False, 0) and _total(saving) > budget:
+            saving = _with_memory(saving, replace(saving.config.memory, **{name: value}))
+            changes.append(f"memory.{name}={str(value).lower()}")
+            advice.append(_verdict(" and ".join(changes), _total(saving), budget))
+    change = " and ".join(changes)
     # With several GPUs all gradients exist all the time.
     together = replace(saving, gpus=max(2 * saving.sequence, saving.gpus))
     sequence = _Growth(together).sequence(budget)

@@ -21,12 +21,13 @@ class _Attention(torch.autograd.Function):
     """Fused attention on one rank's tokens, as `ultralong.attention`: saves q, k, v, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchanged: bool) -> Tensor:
-        moved = [torch.empty_like(x) for x in (q, k, v)] if exchanged else []  # Ulysses' copies by head
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchanged: int) -> Tensor:
+        # Ulysses' copies by head: what is sent and what arrives, of one stage's heads.
+        moved = [_part(x, exchanged) for x in (q, k, v) for _ in range(2)] if exchanged else []
         out = torch.empty_like(q)  # (B, T, H, D)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # (B, T, H)
         if exchanged:
-            moved.append(torch.empty_like(out))
+            moved += [_part(out, exchanged), _part(out, exchanged)]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.exchanged = exchanged
         return out
@@ -34,19 +35,26 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, _lse = ctx.saved_tensors
-        moved = [torch.empty_like(x) for x in (q, k, v, out, dout)] if ctx.exchanged else []
+        stages = ctx.exchanged
+        moved = [_part(x, stages) for x in (q, k, v, out, dout) for _ in range(2)] if stages else []
         # Kernels sum the gradient of q over blocks of keys in float32, and hold out * dout summed over D.
-        accumulator = torch.empty(q.shape, dtype=torch.float32, device=q.device)  # (B, T, H, D)
+        accumulator = _part(q, max(1, stages), torch.float32)  # (B, T, H, D)
         delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # (B, T, H)
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        if ctx.exchanged:
-            moved += [torch.empty_like(x) for x in grads]
+        if stages:
+            moved += [_part(x, stages) for x in grads]
         del accumulator, delta, moved
         return (*grads, None)
 
 
+def _part(x: Tensor, stages: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a stage's share of x's heads (B, T, H, D)."""
+    shape = (*x.shape[:2], -(-x.shape[2] // stages), x.shape[3])
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
 def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              exchanged: bool = False, **kwargs: Any) -> tuple[Tensor, None]:
+              exchanged: int = 0, **kwargs: Any) -> tuple[Tensor, None]:
     """What transformers calls in each layer: (B, H, T, D) in, (B, T, H, D) out."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):

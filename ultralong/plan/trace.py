@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong.plan.stand_ins import NAME, head_loss
 from ultralong.plan.tracker import Tracker
+from ultralong.training.memory import decoder_layers
+from ultralong.training.tiled import tile_layers
+
+FOLLOWED = (3, 5)  # layers that stand for a deep model's
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Trace:
 
 
 def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
-          checkpoint_layers: bool = False, loss_tile: int = 2048, exchanged: bool = False,
-          gradients_kept: bool = False) -> Trace:
+          checkpoint_layers: bool = False, loss_tile: int = 2048, mlp_tile: int = 0, exchanged: int = 0,
+          gradients_kept: bool = False, sharded: bool = False) -> Trace:
     """Follow one micro-batch of the trainer on fake tensors.
 
     Args:
@@ -45,23 +49,53 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
         dtype: What the forward pass computes in; parameters are float32, as the trainer holds them.
         checkpoint_layers: As in `MemoryConfig`.
         loss_tile: As in `MemoryConfig`.
-        exchanged: Attention trades tokens for heads with other ranks.
+        mlp_tile: As in `MemoryConfig`.
+        exchanged: Attention trades tokens for heads with other ranks, in this many stages; 0 where it does not.
         gradients_kept: All gradients exist before the pass (a later micro-batch, or the buckets of several ranks).
+        sharded: Parameters are shared out (FSDP2): computed with in `dtype`, their gradients given up layer by layer.
 
     Returns:
         Its memory and work.
     """
+    options = (rows, dtype, checkpoint_layers, loss_tile, mlp_tile, exchanged, gradients_kept, sharded)
+    layers = config.get_text_config().num_hidden_layers
+    if not mlp_tile or layers <= FOLLOWED[1]:
+        return _traced(config, tokens, *options)
+    # Tiles are many operations to follow, and layers are alike: two depths give the line through all.
+    few, more = (_traced(_with_layers(config, count), tokens, *options) for count in FOLLOWED)
+    steps = (layers - FOLLOWED[1]) / (FOLLOWED[1] - FOLLOWED[0])
+    return Trace(*(round(b + steps * (b - a)) for a, b in zip(astuple(few), astuple(more), strict=True)))
+
+
+def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """The config with its first layers only."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    text.num_hidden_layers = count
+    return shallow
+
+
+def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype, checkpoint_layers: bool,
+            loss_tile: int, mlp_tile: int, exchanged: int, gradients_kept: bool, sharded: bool) -> Trace:
     plain = _without_lengths(config)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, attn_implementation=NAME).train()
+        kept = dtype if sharded else torch.float32
+        model = AutoModelForCausalLM.from_config(plain, dtype=kept, attn_implementation=NAME).train()
         if checkpoint_layers:
             recompute_layers(model)
+        if mlp_tile:
+            tile_layers(decoder_layers(model), mlp_tile)
+        if sharded:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(_give_up)
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         with Tracker() as tracker:
-            if gradients_kept:
+            if gradients_kept and not sharded:
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter)
-            _step(model, ids, dtype, loss_tile, exchanged)
+            _step(model, ids, dtype, loss_tile, exchanged, sharded)
             return Trace(tracker.peak, tracker.multiplied, tracker.moved, tracker.operations)
 
 
@@ -71,8 +105,13 @@ def recompute_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: bool) -> None:
-    narrow = dtype != torch.float32
+def _give_up(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: int,
+          sharded: bool = False) -> None:
+    narrow = dtype != torch.float32 and not sharded
     with torch.autocast("cpu", dtype=dtype) if narrow else contextlib.nullcontext():
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
         hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,

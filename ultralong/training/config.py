@@ -87,6 +87,7 @@ class ParallelConfig:
             pass; false keeps them in between.
         scheme: Attention scheme, see `ultralong.attention`; auto chooses and says why.
         kernel: Attention kernel; auto takes the fastest that is present and right for the shape.
+        stages: Head chunks of the scheme: more make its buffers smaller and cost a little; None is one.
         timeout_minutes: A rank that waits longer than this for the others stops the run with a message.
     """
 
@@ -95,6 +96,7 @@ class ParallelConfig:
     reshard: bool = True
     scheme: str = "auto"
     kernel: str = "auto"
+    stages: int | None = None
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class MemoryConfig:
     Attributes:
         checkpoint_layers: Recompute each layer's inside in the backward pass instead of keeping it.
         loss_tile: Tokens whose logits exist at a time; the full (T, vocabulary) matrix never does.
-        mlp_tile: Tokens that a feed-forward layer works on at a time, in both passes; 0 is all at once.
+        mlp_tile: Tokens that a feed-forward layer and the norms work on at a time, in both passes; 0 is all at once.
         attention_kept: Checkpointed layers, from the last one down, whose attention result stays on the device, so that
             it is not computed again; -1 is all.
         attention_host: Layers before those whose attention result waits in host memory; -1 is all the others.
@@ -129,6 +131,11 @@ class MemoryConfig:
         for name in ("attention_kept", "attention_host", "inputs_host"):
             if getattr(self, name) < -1:
                 raise ValueError(f"{name} must be -1 (all layers) or more, found {getattr(self, name)}.")
+
+
+def layers_meant(asked: int, layers: int) -> int:
+    """What a number of layers in `MemoryConfig` means for a model: -1 is all, and more than there are is all too."""
+    return layers if asked < 0 else min(asked, layers)
 
 
 @dataclass(frozen=True)

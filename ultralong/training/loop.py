@@ -224,6 +224,7 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             boundaries=batch.boundaries,
             heads=run.heads[0],
             kv_heads=run.heads[1],
+            stages=run.config.parallel.stages,
             keeper=run.memory.keeper,
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ultralong.attention.scheme import Pair
-from ultralong.training.config import MemoryConfig
+from ultralong.training.config import MemoryConfig, layers_meant
+from ultralong.training.tiled import tile_layers
 
 
 class HostPool:
@@ -113,11 +114,6 @@ class Mover:
             moved.ready.synchronize()  # the host buffer may be written again from here on
         self.pool.give_back(moved.host)
         return back
-
-
-def _share(asked: int, layers: int) -> int:
-    """A number of layers, where -1 says all."""
-    return layers if asked < 0 else min(asked, layers)
 
 
 @dataclass
@@ -225,9 +221,9 @@ class Memory:
         self.mover = Mover()
         layers = decoder_layers(model)
         count = len(layers)
-        on_device = _share(config.attention_kept, count)
-        on_host = min(_share(config.attention_host, count), count - on_device)
-        inputs = _share(config.inputs_host, count)
+        on_device = layers_meant(config.attention_kept, count)
+        on_host = min(layers_meant(config.attention_host, count), count - on_device)
+        inputs = layers_meant(config.inputs_host, count)
         if (on_device or on_host or inputs) and not config.checkpoint_layers:
             raise ValueError(
                 "attention_kept, attention_host and inputs_host say what stays of a checkpointed layer: set "
@@ -243,8 +239,6 @@ class Memory:
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(self._inputs.checkpointed, index)
         if config.mlp_tile:
-            from ultralong.training.tiled import tile_layers
-
             tile_layers(layers, config.mlp_tile)
 
     def clear(self) -> None:

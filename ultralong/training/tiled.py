@@ -69,17 +69,20 @@ class _Tiled(torch.autograd.Function):
 
 
 def tile_layers(layers: Sequence[nn.Module], tile: int) -> None:
-    """Let each layer's `mlp` compute a tile of tokens at a time; parameters and their names stay as they are.
+    """Let each layer's `mlp` and norms compute a tile of tokens at a time; parameters and their names stay as they are.
+
+    Norms are among them because they work in float32: of a bfloat16 tensor they keep a copy twice as large.
 
     Raises:
         ValueError: A layer has no module called `mlp`.
     """
     for layer in layers:
-        mlp = getattr(layer, "mlp", None)
-        if not isinstance(mlp, nn.Module):
+        if not isinstance(getattr(layer, "mlp", None), nn.Module):
             raise ValueError(f"{type(layer).__name__} has no module 'mlp' to tile: set memory.mlp_tile to 0")
-        mlp.forward = partial(_forward, mlp, type(mlp).forward, tile)
+        for name, module in layer.named_children():
+            if name == "mlp" or name.endswith("norm"):
+                module.forward = partial(_forward, module, type(module).forward, tile)
 
 
-def _forward(mlp: nn.Module, whole: Callable[[nn.Module, Tensor], Tensor], tile: int, x: Tensor) -> Tensor:
-    return tiled(partial(whole, mlp), x, tile, list(mlp.parameters()))
+def _forward(module: nn.Module, whole: Callable[[nn.Module, Tensor], Tensor], tile: int, x: Tensor) -> Tensor:
+    return tiled(partial(whole, module), x, tile, list(module.parameters()))

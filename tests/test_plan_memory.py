@@ -1,0 +1,79 @@
+"""The planner's memory plan: what is kept, moved and computed again, and what the presets promise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from ultralong import settings
+from ultralong.plan import plan
+from ultralong.plan.planner import STATES
+from ultralong.plan.shapes import model_config, shape_of
+from ultralong.plan.trace import _traced as traced
+from ultralong.plan.trace import trace
+from ultralong.training.config import TrainConfig, preset
+
+PLANNED = {  # what the presets' comments promise: GPUs, tokens, shape
+    "llama31-8b-1m": (8, 2**20, "meta-llama/Llama-3.1-8B"),
+    "llama31-8b-2m": (16, 2**21, "meta-llama/Llama-3.1-8B"),
+    "llama31-8b-4m": (32, 2**22, "meta-llama/Llama-3.1-8B"),
+    "llama32-1b-1m": (2, 2**20, "meta-llama/Llama-3.2-1B"),
+    "smollm2-135m-64k": (1, 2**16, "HuggingFaceTB/SmolLM2-135M"),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_presets_fit_where_they_say(name):
+    gpus, tokens, shape = PLANNED[name]
+    config = settings.load(TrainConfig, preset(name), [f"model={shape}"])
+    made = plan(config, gpus, tokens=tokens, host_memory=128)
+    assert made.fits, made.advice
+    assert not any("computed again" in line.name for line in made.lines)
+    assert config.steps * config.rows_per_step * tokens == pytest.approx(1e9, rel=0.02) or "135m" in name
+    chosen = plan(config, gpus, tokens=tokens, host_memory=128, fit=True)
+    assert chosen.memory["attention_kept"] == shape_of(model_config(shape)).layers
+
+
+def test_what_is_kept_is_chosen_from_the_budget():
+    """Less room: first fewer results on the GPU, then inputs on the host, then attention computed again."""
+    config = settings.load(TrainConfig, preset("llama31-8b-1m"), ["model=meta-llama/Llama-3.1-8B"])
+    chosen = [plan(config, 8, tokens=2**20, gpu_memory=gpu, host_memory=host, fit=True)
+              for gpu, host in ((140, 128), (110, 128), (110, 60), (110, None), (95, 128))]
+    assert [made.fits for made in chosen] == [True] * 5
+    kept, host, inputs = zip(*([made.memory[name] for name in ("attention_kept", "attention_host", "inputs_host")]
+                               for made in chosen))
+    assert (kept[0], host[0], inputs[0]) == (32, 0, 0)
+    assert kept[1] + host[1] == 32
+    assert 0 < inputs[1] <= 32
+    assert kept[3] < 32
+    assert (host[3], inputs[3]) == (0, 0), "without host memory nothing is moved"
+    seconds = [made.seconds_per_step for made in chosen]
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.01)
+    assert seconds[3] > seconds[0]
+    for made in chosen:
+        assert made.total("gpu") <= made.gpu_memory
+
+
+def test_two_depths_stand_for_a_deep_model():
+    """Tiles are followed in 3 and 5 layers only; for 8 that gives what following all of them gives."""
+    shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+                        num_attention_heads=4, num_key_value_heads=2)
+    options = {"checkpoint_layers": True, "mlp_tile": 64, "loss_tile": 64, "exchanged": 2, "sharded": True}
+    short = trace(shape, 512, **options)
+    whole = traced(shape, 512, 1, torch.bfloat16, True, 64, 64, 2, False, True)
+    assert short.peak == pytest.approx(whole.peak, rel=0.01)
+    assert (short.multiplied, short.operations) == (whole.multiplied, whole.operations)
+    assert short.moved == pytest.approx(whole.moved, rel=1e-6)
+    untiled = trace(shape, 512, **{**options, "mlp_tile": 0})
+    assert untiled.peak > short.peak
+
+
+def test_sharing_the_parameters_out_divides_their_bytes():
+    config = settings.load(TrainConfig, preset("llama31-8b-1m"), ["model=meta-llama/Llama-3.1-8B", "memory.mlp_tile=0"])
+    by_shard = {}
+    for shard in (2, 8):
+        lines = plan(replace(config, parallel=replace(config.parallel, shard=shard)), 8, tokens=2**17).lines
+        by_shard[shard] = sum(line.value for line in lines if line.name.startswith(STATES))
+    assert by_shard[2] == pytest.approx(4 * by_shard[8])
+    assert by_shard[8] == pytest.approx(16 * 8.03e9 / 8, rel=1e-3)
