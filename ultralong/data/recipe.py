@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ultralong.data.packing import PackSettings, pack, resolve_joints
 from ultralong.data.recipe_schema import Recipe, find_recipe, load_recipe
 from ultralong.data.rows import PackedRows
 from ultralong.data.sources import OpenSource
+from ultralong.data.stats import limited
 from ultralong.data.tokens import tokenize_corpus
 from ultralong.files import read_json, write_json
 from ultralong.settings import save, to_mapping
@@ -129,9 +130,7 @@ def pack_recipe(
         ValueError: The recipe is wrong, a source cannot be had or read, or `out` was made from something else.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if limit is not None:
-        limited = (replace(s, budget=limit if s.budget is None else min(limit, s.budget)) for s in recipe.sources)
-        recipe = replace(recipe, sources=tuple(limited))
+    recipe = limited(recipe, limit)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
     settings = recipe.row_settings(length)

@@ -124,9 +124,13 @@ class OpenSource:
         }
 
     def _shuffled(self, item: tuple[str, Path]) -> tuple[float, str]:
-        """Files of one directory stay together when they become one document."""
+        """Files of one directory stay together when they become one document.
+
+        The number is another one than the sampling's: were files taken in the order of the numbers that decide on short
+        documents, a budget would be filled with those that are kept, and the length rule would do nothing.
+        """
         unit = item[0].rpartition("/")[0] if self.source.read.join == "directory" else item[0]
-        return uniform(self.recipe.seed, f"{self.source.name}/{unit}"), item[0]
+        return uniform(self.recipe.seed, f"order of {self.source.name}/{unit}"), item[0]
 
     def _read(self) -> Iterator[Document]:
         reader = Reader(self.source.read, self.report)
