@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ultralong.data.documents import Document, ReadReport
+from ultralong.data.conversations import is_unicode
+from ultralong.data.documents import Document, ReadReport, UniqueIds
 from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces
 from ultralong.extras import require
 
@@ -54,6 +55,7 @@ class Reader:
     def __init__(self, settings: ReadSettings | None = None, report: ReadReport | None = None) -> None:
         self.settings = settings or ReadSettings()
         self.report = report if report is not None else ReadReport()
+        self._whole = False  # whether records are given out whole
 
     def documents(self, files: Iterable[tuple[str, Path]], source: str, license: str) -> Iterator[Document]:
         """Documents of files, in order.
@@ -71,6 +73,7 @@ class Reader:
 
     def checked(self, records: Iterable[tuple[str, Any]], source: str, license: str) -> Iterator[Document]:
         """Documents of (name, text) records; what is no text is counted and left out."""
+        unique = UniqueIds(self.report) if self.settings.id_field else str
         for name, value in records:
             where = f"{source}/{name}"
             if not isinstance(value, str):
@@ -79,19 +82,32 @@ class Reader:
                 self.skip("empty", where)
             elif "\0" in value:
                 self.skip("binary", where)
+            elif not is_unicode(value):
+                self.skip("not valid Unicode", where)
             else:
-                yield self.report.read(Document(where, value, source, license))
+                yield self.report.read(Document(self._unique(unique, where), value, source, license))
 
-    def values(self, files: Iterable[tuple[str, Path]]) -> Iterator[Any]:
-        """The field of every record as it is, for conversations."""
-        for _, value in self._records(files):
-            yield value
+    def rows(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Any]]:
+        """(name, whole record) of every record of JSON and Parquet files, for conversations and test sets."""
+        self._whole = True
+        yield from self._records(files)
 
     def dataset(self, id: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
         """(name, field) of every row of a dataset: a folder saved by `datasets`, or an id on the hub, streamed.
 
         Raises:
             ValueError: There is no such dataset or split, or the column is missing.
+        """
+        for name, row in self.dataset_rows(id, split, config, revision):
+            yield self._field(row, name, "column")
+
+    def dataset_rows(
+        self, id: str, split: str, config: str | None = None, revision: str | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, whole row) of every row of a dataset, as for `dataset`.
+
+        Raises:
+            ValueError: There is no such dataset or split.
         """
         datasets = require("datasets", extra="data")
         try:
@@ -103,7 +119,13 @@ class Reader:
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
         for number, row in enumerate(rows):
-            yield self._field(row, f"{id}:{number}", "column")
+            yield f"{id}:{number}", row
+
+    def _unique(self, unique: Any, where: str) -> str:
+        name = unique(where)
+        if name != where and self.settings.strict:
+            raise ValueError(f"{where}: repeated id. Correct it, or read without strict to keep both.")
+        return name
 
     def skip(self, reason: str, where: str) -> None:
         """Count something left out.
@@ -184,6 +206,8 @@ class Reader:
             where = f"{name}:{number}" if many else name
             if not isinstance(row, dict):
                 self.skip("not an object", where)
+            elif self._whole:
+                yield where, row
             elif self.settings.field not in row:
                 self.skip(f"no field {self.settings.field!r}", where)
             else:
@@ -192,15 +216,16 @@ class Reader:
     def _parquet(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
         parquet = require("pyarrow.parquet", extra="data")
         arrow = require("pyarrow", extra="data")
-        wanted = [self.settings.field, *([self.settings.id_field] if self.settings.id_field else [])]
+        wanted = None if self._whole else [self.settings.field, *filter(None, [self.settings.id_field])]
         number = 0
         try:
             with parquet.ParquetFile(path) as file:
-                self._check_columns(file.schema_arrow.names, wanted, str(path))
+                self._check_columns(file.schema_arrow.names, wanted or [], str(path))
                 for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
                     for row in batch.to_pylist():
                         number += 1
-                        yield self._field(row, f"{name}:{number}", "column")
+                        where = f"{name}:{number}"
+                        yield (where, row) if self._whole else self._field(row, where, "column")
         except (arrow.ArrowInvalid, OSError) as error:
             self.skip("truncated or damaged file", f"{name} after row {number} ({str(error).splitlines()[0]})")
 

@@ -1,52 +1,37 @@
 """From a recipe to packed rows in one call: fetch, read, clean, sample, tokenise, pack; resumable, with a report.
 
 The folder holds the rows themselves (`PackedRows(folder)`), the token store in `tokens/`, `recipe.yaml` as it was
-resolved, and `report.json`.
+resolved, `report.json`, and `left_out.jsonl`, which names everything that was left out, with the reason.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultralong.data.chat import ChatSettings, pack_chat
-from ultralong.data.chat_template import Message, check_messages
-from ultralong.data.documents import Document, ReadReport
+from ultralong.data.chat_template import Message
+from ultralong.data.documents import Document, NameList, ReadReport
 from ultralong.data.packing import PackSettings, pack, resolve_joints
 from ultralong.data.recipe_schema import Recipe, find_recipe, load_recipe
 from ultralong.data.rows import PackedRows
 from ultralong.data.sources import OpenSource
 from ultralong.data.stats import limited
+from ultralong.data.subsample import summary
 from ultralong.data.tokens import tokenize_corpus
 from ultralong.files import read_json, write_json
+from ultralong.progress import Stopwatch
 from ultralong.settings import save, to_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PackReport", "find_recipe", "load_recipe", "pack_recipe", "read_conversations", "read_documents"]
-
-
-class Stopwatch:
-    """Wall and CPU seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.seconds[name] = round(time.perf_counter() - wall, 3)
-        self.cpu_seconds[name] = round(time.process_time() - cpu, 3)
 
 
 @dataclass(frozen=True)
@@ -61,6 +46,7 @@ class PackReport:
         tokens: Tokens in the rows, separators included, padding not.
         counts: The rows' counts: documents, separators, padding, what was dropped.
         skipped: Conversations left out, by reason (kind chat).
+        subsampled: For every category: conversations seen, wanted, taken (kind chat, with sub-sampling).
         sources: For every source: licence, documents, tokens, characters, what was fetched, what was skipped and why,
             and lengths before and after sampling.
         seconds: Wall time of the stages fetch, tokenise and pack in this call; little for what was there already.
@@ -76,6 +62,7 @@ class PackReport:
     tokens: int
     counts: dict[str, int]
     skipped: dict[str, int]
+    subsampled: dict[str, dict[str, int]] | None
     sources: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     cpu_seconds: dict[str, float]
@@ -95,6 +82,8 @@ class PackReport:
                     f"  {name}: {source['documents']:,} documents, {source['tokens']:,} tokens"
                     + (f", {skipped:,} skipped (see report.json)" if skipped else "")
                 )
+        if self.subsampled:
+            lines.append(f"  taken: {summary(self.subsampled)}")
         if self.skipped:
             lines.append("  skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items()))
         return "\n".join(lines)
@@ -137,13 +126,18 @@ def pack_recipe(
     if isinstance(settings, PackSettings):
         resolve_joints(settings, tokenizer)  # what the tokenizer lacks is better said before an hour's work than after
     watch, out = Stopwatch(), Path(out)
-    report = ReadReport() if recipe.kind == "chat" else None
+    names = NameList(out / "left_out.jsonl")
+    shared = ReadReport(every=names)  # of conversations, whose defects may show only when they are encoded
     with watch.stage("fetch"):
-        opened = [OpenSource(source, recipe, cache, quiet, report) for source in recipe.sources]
-    if isinstance(settings, PackSettings):
-        rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, watch)
-    else:
-        rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, watch)
+        opened = [
+            OpenSource(source, recipe, cache, quiet, shared if recipe.kind == "chat" else ReadReport(every=names))
+            for source in recipe.sources
+        ]
+    with closing(names):
+        if isinstance(settings, PackSettings):
+            rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, watch)
+        else:
+            rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, watch)
     save(recipe, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")
     result = _report(recipe, rows, sources, watch)
     write_json(out / "report.json", result.to_dict())
@@ -184,12 +178,8 @@ def read_conversations(
     if recipe.kind != "chat":
         raise ValueError(f"recipe {recipe.name} is of {recipe.kind}; conversations come from one of kind chat.")
     for source in recipe.sources:
-        for messages in OpenSource(source, recipe, cache, quiet).conversations():
-            try:
-                check_messages(messages)
-            except ValueError:
-                continue
-            yield messages
+        for conversation in OpenSource(source, recipe, cache, quiet).conversations():
+            yield conversation.messages
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -250,8 +240,18 @@ def _pack_chat(
     talks = (talk for source in opened for talk in source.conversations())
     report, provenance = opened[0].report, _provenance(recipe, opened)
     with watch.stage("pack"):
-        rows = pack_chat(talks, tokenizer, out, settings, provenance=provenance, report=report, quiet=quiet)
-    return rows, {o.source.name: {"license": o.source.license, "fetched": o.fetched} for o in opened}
+        rows = pack_chat(
+            talks, tokenizer, out, settings, provenance=provenance, report=report, subsample=recipe.subsample,
+            quiet=quiet,
+        )
+    taken = rows.manifest["sources"]
+    return rows, {
+        o.source.name: {
+            "license": o.source.license, "category": o.source.category, "fetched": o.fetched,
+            **taken.get(o.source.name, {}),
+        }
+        for o in opened
+    }
 
 
 def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
@@ -282,6 +282,7 @@ def _report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]]
         tokens=len(rows) * rows.length - manifest["padding_tokens"],
         counts=counts,
         skipped=manifest.get("skipped", {}),
+        subsampled=manifest.get("subsampled"),
         sources=sources,
         seconds=watch.seconds,
         cpu_seconds=watch.cpu_seconds,

@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from ultralong.data.chat import ChatSettings
 from ultralong.data.clean import CLEANERS
+from ultralong.data.conversations import Pairs, Style
 from ultralong.data.fetch import Package
 from ultralong.data.joints import PackSettings
 from ultralong.data.readers import ReadSettings
 from ultralong.data.sampling import LengthRule
+from ultralong.data.subsample import Subsample
 from ultralong.settings import from_mapping, load
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -51,6 +53,9 @@ class Source:
         budget: Take about this many tokens of it and no more.
         characters_per_token: Turns characters into tokens before tokenising; measured on the first texts when None.
         system: With conversations: a text takes the place of every system message, "" removes them, None keeps them.
+        style: With conversations: the shape of a record; "auto" finds out.
+        pairs: With conversations: which fields hold question and answer, where their names do not tell.
+        category: With conversations: what sub-sampling counts them under.
     """
 
     name: str
@@ -66,6 +71,9 @@ class Source:
     budget: int | None = None
     characters_per_token: float | None = None
     system: str | None = None
+    style: Style = "auto"
+    pairs: Pairs | None = None
+    category: str = "general"
 
     def __post_init__(self) -> None:
         given = [key for key in ("packages", "path", "dataset") if getattr(self, key)]
@@ -91,6 +99,7 @@ class Recipe:
         kind: "documents" for pretraining, "chat" for instruction tuning.
         seed: Decides on sampling and order.
         lengths: The length rule; None takes every document once.
+        subsample: With kind chat: how many conversations are taken, by category; None takes all.
         packing: `PackSettings` without length and seed (kind documents), or `ChatSettings` without them (kind chat).
     """
 
@@ -100,6 +109,7 @@ class Recipe:
     kind: Literal["documents", "chat"] = "documents"
     seed: int = 0
     lengths: LengthRule | None = None
+    subsample: Subsample | None = None
     packing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,6 +118,12 @@ class Recipe:
             raise ValueError(f"sources: one or more with different names are needed, found {names}.")
         if self.kind == "chat" and self.lengths is not None:
             raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
+        if self.kind == "documents" and self.subsample is not None:
+            raise ValueError("subsample: it is for conversations; documents are limited by their sources' budgets.")
+        shares = self.subsample.shares if self.subsample is not None else None
+        without = sorted({source.category for source in self.sources} - {*shares}) if shares else []
+        if without:
+            raise ValueError(f"subsample: shares must name every category; {', '.join(without)} is missing.")
         self.row_settings(1 << 20)
 
     def row_settings(self, length: int) -> PackSettings | ChatSettings:

@@ -55,25 +55,33 @@ class LengthRule:
 
 @dataclass
 class LengthCounts:
-    """Documents and estimated tokens by length bucket, before and after sampling."""
+    """Documents and estimated tokens by length bucket, before and after sampling.
 
-    before: dict[str, list[int]] = field(default_factory=lambda: _empty_buckets())
-    after: dict[str, list[int]] = field(default_factory=lambda: _empty_buckets())
+    Attributes:
+        edges: Where buckets end, in tokens.
+        before: Documents and tokens of each bucket as read.
+        after: The same as taken.
+    """
 
-    def add(self, tokens: float, copies: int) -> None:
-        """Count a document that is taken `copies` times."""
-        bucket = next((number for number, edge in enumerate(BUCKETS) if tokens < edge), len(BUCKETS))
-        for table, times in ((self.before, 1), (self.after, copies)):
+    edges: tuple[int, ...] = BUCKETS
+    before: dict[str, list[int]] = field(init=False)
+    after: dict[str, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before, self.after = (
+            {name: [0] * (len(self.edges) + 1) for name in ("documents", "tokens")} for _ in range(2)
+        )
+
+    def add(self, tokens: float, copies: int, read: int = 1) -> None:
+        """Count a document that was read `read` times and is taken `copies` times."""
+        bucket = next((number for number, edge in enumerate(self.edges) if tokens < edge), len(self.edges))
+        for table, times in ((self.before, read), (self.after, copies)):
             table["documents"][bucket] += times
             table["tokens"][bucket] += times * round(tokens)
 
     def as_json(self) -> dict[str, Any]:
         """Both tables, and the edges of the buckets in tokens."""
-        return {"edges": list(BUCKETS), "before": self.before, "after": self.after}
-
-
-def _empty_buckets() -> dict[str, list[int]]:
-    return {name: [0] * (len(BUCKETS) + 1) for name in ("documents", "tokens")}
+        return {"edges": list(self.edges), "before": self.before, "after": self.after}
 
 
 def uniform(seed: int, id: str) -> float:

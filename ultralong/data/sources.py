@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultralong.data.chat_template import Message
 from ultralong.data.clean import CLEANERS
-from ultralong.data.documents import Document, ReadReport
+from ultralong.data.conversations import Conversation, to_messages
+from ultralong.data.documents import Document, ReadReport, UniqueIds
 from ultralong.data.fetch import describe, unpack
 from ultralong.data.readers import Reader, list_files
 from ultralong.data.recipe_schema import Recipe, Source
@@ -98,21 +98,35 @@ class OpenSource:
             counts=self.counts,
         )
 
-    def conversations(self) -> Iterator[list[Message]]:
-        """The messages of every record, with the source's rule for system messages applied."""
-        reader = Reader(self.source.read, self.report)
-        values = (
-            reader.values(self.files)
-            if self.source.dataset is None
-            else (value for _, value in reader.dataset(**vars(self.source.dataset)))
-        )
-        system = self.source.system
-        for messages in values:
-            if system is None or not isinstance(messages, list):
-                yield messages
+    def conversations(self) -> Iterator[Conversation]:
+        """The well-formed conversations, with the source's rule for system messages applied; the rest is counted.
+
+        Raises:
+            ValueError: A malformed record under `strict`.
+        """
+        source, settings = self.source, self.source.read
+        reader = Reader(settings, self.report)
+        unique = UniqueIds(self.report) if settings.id_field else str
+        rows = reader.rows(self.files) if source.dataset is None else reader.dataset_rows(**vars(source.dataset))
+        for where, row in rows:
+            named = row.get(settings.id_field) if settings.id_field else None
+            id = f"{source.name}/{where if named is None else named}"
+            # The default field's name is for documents; conversations are found by their shape.
+            if settings.field != "text" and settings.field not in row:
+                reader.skip(f"no field {settings.field!r}", id)
                 continue
-            kept = [m for m in messages if not (isinstance(m, dict) and m.get("role") == "system")]
-            yield [{"role": "system", "content": system}, *kept] if system else kept
+            record = row if settings.field == "text" or source.pairs else row[settings.field]
+            if isinstance(record, list) and isinstance(row.get("answer"), str):
+                record = row
+            try:
+                messages = to_messages(record, source.style, source.pairs)
+            except ValueError as error:
+                reader.skip(str(error), id)
+                continue
+            if source.system is not None:
+                messages = [message for message in messages if message["role"] != "system"]
+                messages = [*([{"role": "system", "content": source.system}] if source.system else []), *messages]
+            yield Conversation(unique(id), messages, source.name, source.license, source.category)
 
     def notes(self) -> dict[str, Any]:
         """What a report says of the source besides its tokens."""
