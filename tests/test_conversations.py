@@ -7,6 +7,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ultralong.data.chat import ChatSettings, encode_chat, pack_chat
 from ultralong.data.conversations import Conversation, Pairs, to_messages
@@ -114,23 +116,26 @@ def test_strict_stops(tmp_path, bad, message):
         list(read_conversations(recipe(tmp_path, [line(0), bad], read={"strict": True})))
 
 
-def test_documents_that_are_too_long_badly_encoded_or_named_twice(tmp_path, tiny_tokenizer):
-    long = "The tide came in at dawn.\n" * 400_000
+def test_documents_that_are_too_long_badly_encoded_or_named_twice(tmp_path):
+    word = "tide" * 50  # one token, so that ten million characters take no time
+    core = Tokenizer(models.WordLevel({"<unk>": 0, word: 1, "<": 2}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    long = f"{word}\n" * 50_000
     (tmp_path / "d.jsonl").write_bytes(b"\n".join([
         json.dumps({"id": "long", "text": long}).encode(), b'{"id": "b", "text": "a\\ud800b"}',
         b'{"id": "same", "text": "one"}', b'{"id": "same", "text": "two"}', b'{"id": "same", "text": "two"}', b"{"]))
     (tmp_path / "mine.yaml").write_text(json.dumps({"name": "mine", "description": "d", "sources": [
         {"name": "a", "license": "MIT", "path": "d.jsonl", "read": {"id_field": "id"}}]}))
-    report = pack_recipe(tmp_path / "mine.yaml", tiny_tokenizer, 4096, tmp_path / "rows", quiet=True)
+    report = pack_recipe(tmp_path / "mine.yaml", tokenizer, 4096, tmp_path / "rows", quiet=True)
     assert len(long) > 10_000_000
     read = report.sources["a"]["read"]
     assert (read["documents"], read["skipped"], read["noted"]) == (
         4, {"not JSON": 1, "not valid Unicode": 1}, {"repeated id": 2})
     assert [d.id for d in read_documents(tmp_path / "mine.yaml")] == ["a/long", "a/same", "a/same~2", "a/same~3"]
     store = TokenStore(tmp_path / "rows" / "tokens")
-    piece = tiny_tokenizer("The tide came in at dawn.\n", add_special_tokens=False)["input_ids"]
-    assert store.length(0) == 400_000 * len(piece)
-    assert store[0][-len(piece):].tolist() == piece
+    assert store.length(0) == 50_000
+    assert {*store[0].tolist()} == {1}
     strict = load_recipe(tmp_path / "mine.yaml", ("sources=[{name: a, license: MIT, path: d.jsonl, read: "
                                                   "{id_field: text, strict: true}}]",))
     with pytest.raises(ValueError, match="not valid Unicode"):

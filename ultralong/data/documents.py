@@ -42,11 +42,15 @@ class NameList:
         self._stream: TextIO | None = None
 
     def add(self, reason: str, where: str) -> None:
-        """Write a line."""
+        """Write what was left out or noted, and which it was."""
+        self.put(json.dumps({"reason": reason, "where": where}))
+
+    def put(self, line: str) -> None:
+        """Write a line of JSON."""
         if self._stream is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - see close
-        self._stream.write(json.dumps({"reason": reason, "where": where}) + "\n")
+        self._stream.write(line + "\n")
 
     def close(self) -> None:
         """Write out what is left."""

@@ -1,7 +1,8 @@
 """From a recipe to packed rows in one call: fetch, read, clean, sample, tokenise, pack; resumable, with a report.
 
 The folder holds the rows themselves (`PackedRows(folder)`), the token store in `tokens/`, `recipe.yaml` as it was
-resolved, `report.json`, and `left_out.jsonl`, which names everything that was left out, with the reason.
+resolved, `report.json`, `left_out.jsonl`, which names everything that was left out, with the reason, and, when test
+sets are kept out, `contaminated.jsonl`, which names the texts that overlap with one and the words they share.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ultralong.data.chat import ChatSettings, pack_chat
 from ultralong.data.chat_template import Message
+from ultralong.data.decontaminate import HitList, read_tests
 from ultralong.data.documents import Document, NameList, ReadReport
+from ultralong.data.encoding import load_tokenizer
 from ultralong.data.packing import PackSettings, pack, resolve_joints
 from ultralong.data.recipe_schema import Recipe, find_recipe, load_recipe
 from ultralong.data.rows import PackedRows
@@ -31,7 +34,9 @@ from ultralong.settings import save, to_mapping
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PackReport", "find_recipe", "load_recipe", "pack_recipe", "read_conversations", "read_documents"]
+__all__ = [
+    "PackReport", "find_recipe", "load_recipe", "load_tokenizer", "pack_recipe", "read_conversations", "read_documents",
+]
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,17 @@ def pack_recipe(
     if isinstance(settings, PackSettings):
         resolve_joints(settings, tokenizer)  # what the tokenizer lacks is better said before an hour's work than after
     watch, out = Stopwatch(), Path(out)
-    names = NameList(out / "left_out.jsonl")
+    names, hits = NameList(out / "left_out.jsonl"), HitList(out / "contaminated.jsonl")
+    tests = None if recipe.decontaminate is None else read_tests(recipe.decontaminate, cache, quiet)
     shared = ReadReport(every=names)  # of conversations, whose defects may show only when they are encoded
     with watch.stage("fetch"):
         opened = [
-            OpenSource(source, recipe, cache, quiet, shared if recipe.kind == "chat" else ReadReport(every=names))
+            OpenSource(
+                source, recipe, cache, quiet, shared if recipe.kind == "chat" else ReadReport(every=names), tests, hits
+            )
             for source in recipe.sources
         ]
-    with closing(names):
+    with closing(names), closing(hits):
         if isinstance(settings, PackSettings):
             rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, watch)
         else:
@@ -182,25 +190,6 @@ def read_conversations(
             yield conversation.messages
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder on this machine: a checkpoint's, or one that holds nothing but a tokenizer.json.
-
-    Raises:
-        ValueError: The folder holds no tokenizer.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give the folder of a tokenizer or of a checkpoint.")
-    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
-
-
 def _pack_documents(
     recipe: Recipe,
     opened: list[OpenSource],
@@ -244,11 +233,15 @@ def _pack_chat(
             talks, tokenizer, out, settings, provenance=provenance, report=report, subsample=recipe.subsample,
             quiet=quiet,
         )
-    taken = rows.manifest["sources"]
+        notes = out / "sources.json"
+        if not notes.exists():
+            deque(talks, maxlen=0)  # as for documents
+            write_json(notes, {o.source.name: {"fetched": o.fetched, **o.overlap()} for o in opened})
+    taken, noted = rows.manifest["sources"], read_json(notes)
     return rows, {
         o.source.name: {
-            "license": o.source.license, "category": o.source.category, "fetched": o.fetched,
-            **taken.get(o.source.name, {}),
+            "license": o.source.license, "category": o.source.category, **taken.get(o.source.name, {}),
+            **noted[o.source.name],
         }
         for o in opened
     }

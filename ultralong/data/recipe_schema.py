@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ultralong.data.chat import ChatSettings
 from ultralong.data.clean import CLEANERS
 from ultralong.data.conversations import Pairs, Style
+from ultralong.data.decontaminate import Decontaminate
 from ultralong.data.fetch import Package
 from ultralong.data.joints import PackSettings
 from ultralong.data.readers import ReadSettings
@@ -100,6 +101,7 @@ class Recipe:
         seed: Decides on sampling and order.
         lengths: The length rule; None takes every document once.
         subsample: With kind chat: how many conversations are taken, by category; None takes all.
+        decontaminate: Test sets that are kept out; None keeps out nothing.
         packing: `PackSettings` without length and seed (kind documents), or `ChatSettings` without them (kind chat).
     """
 
@@ -110,6 +112,7 @@ class Recipe:
     seed: int = 0
     lengths: LengthRule | None = None
     subsample: Subsample | None = None
+    decontaminate: Decontaminate | None = None
     packing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -182,4 +185,8 @@ def load_recipe(name: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -
         replace(source, path=str((path.parent / source.path).resolve())) if source.path else source
         for source in recipe.sources
     )
-    return replace(recipe, sources=sources)
+    tests = recipe.decontaminate
+    if tests is not None:
+        against = (replace(t, path=str((path.parent / t.path).resolve())) if t.path else t for t in tests.against)
+        tests = replace(tests, against=tuple(against))
+    return replace(recipe, sources=sources, decontaminate=tests)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ultralong.data.clean import CLEANERS
 from ultralong.data.conversations import Conversation, to_messages
+from ultralong.data.decontaminate import Filter, HitList, read_tests
 from ultralong.data.documents import Document, ReadReport, UniqueIds
 from ultralong.data.fetch import describe, unpack
+from ultralong.data.overlap import Grams
 from ultralong.data.readers import Reader, list_files
 from ultralong.data.recipe_schema import Recipe, Source
 from ultralong.data.sampling import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, uniform
@@ -33,6 +35,8 @@ class OpenSource:
         cache: Where fetched packages are kept.
         quiet: True shows no progress bars.
         report: Where skips are counted; a new one when None.
+        tests: The grams of the recipe's test sets, when they were read already.
+        hits: Where texts that overlap with a test are listed.
 
     Attributes:
         fetched: What was fetched: registry, name, file, bytes and hash of each package.
@@ -51,10 +55,16 @@ class OpenSource:
         cache: str | os.PathLike[str] | None,
         quiet: bool = False,
         report: ReadReport | None = None,
+        tests: Grams | None = None,
+        hits: HitList | None = None,
     ) -> None:
         self.source, self.recipe = source, recipe
         self.report = report if report is not None else ReadReport()
         self.counts = LengthCounts()
+        self.filter = None
+        if recipe.decontaminate is not None:
+            grams = tests if tests is not None else read_tests(recipe.decontaminate, cache, quiet)
+            self.filter = Filter(recipe.decontaminate, grams, self.report, hits)
         self.characters_per_token = source.characters_per_token
         self.fetched: list[dict[str, Any]] = []
         self.files: list[tuple[str, Path]] = []
@@ -73,7 +83,8 @@ class OpenSource:
         for name, path in self.files if self.source.path is not None else ():
             stat = path.stat()
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {"packages": [entry["sha256"] for entry in self.fetched], "files": digest.hexdigest()}
+        tests = {} if self.filter is None else {"tests": self.filter.grams.sha256}
+        return {"packages": [entry["sha256"] for entry in self.fetched], "files": digest.hexdigest(), **tests}
 
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Document]:
         """Read, clean, cut and sample, in a fixed order.
@@ -84,7 +95,8 @@ class OpenSource:
         Raises:
             ValueError: Bad input under `strict`, or a column that does not exist.
         """
-        texts = self._cut(self._clean(self._read()))
+        texts = self._clean(self._read())
+        texts = self._cut(texts if self.filter is None else self.filter.documents(texts))
         if self.characters_per_token is None and tokenizer is None:
             self.characters_per_token = FU_CHARACTERS_PER_TOKEN
         elif self.characters_per_token is None:
@@ -104,6 +116,10 @@ class OpenSource:
         Raises:
             ValueError: A malformed record under `strict`.
         """
+        talks = self._conversations()
+        yield from talks if self.filter is None else self.filter.conversations(talks)
+
+    def _conversations(self) -> Iterator[Conversation]:
         source, settings = self.source, self.source.read
         reader = Reader(settings, self.report)
         unique = UniqueIds(self.report) if settings.id_field else str
@@ -135,7 +151,12 @@ class OpenSource:
             "characters_per_token": self.characters_per_token,
             "read": self.report.as_json(),
             "lengths": self.counts.as_json(),
+            **self.overlap(),
         }
+
+    def overlap(self) -> dict[str, Any]:
+        """What a report says of test sets kept out; empty where the recipe keeps out none."""
+        return {} if self.filter is None else {"decontaminated": self.filter.overlap.as_json()}
 
     def _shuffled(self, item: tuple[str, Path]) -> tuple[float, str]:
         """Files of one directory stay together when they become one document.
