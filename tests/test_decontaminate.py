@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ultralong.cli import main
 from ultralong.data.conversations import Conversation
 from ultralong.data.decontaminate import Decontaminate, Filter, TestSet, cut, read_tests
 from ultralong.data.documents import Document, ReadReport
@@ -195,3 +196,20 @@ def test_nothing_is_lost_without_overlap(tests):
 def test_nonsense_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Decontaminate(**{"against": (TestSet("a", "b"),), **wrong})
+
+
+@pytest.mark.parametrize("kind", ["documents", "chat"])
+def test_clean_files_by_command(tests, tmp_path, kind, capsys):
+    lines = [{"question": f"Where is {n}?", "answer": "There."} for n in range(5)] + [{"question": QUESTION,
+                                                                                      "answer": "At dawn."}]
+    texts = [{"text": line["question"]} for line in lines]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (lines if kind == "chat" else texts)))
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"name": "mine", "description": "d", "kind": kind,
+                                "sources": [{"name": "a", "license": "MIT", "path": "in.jsonl"}]}))
+    main(["data", "decontaminate", str(path), "--against", str(tmp_path / "math.jsonl"), "--out",
+          str(tmp_path / "clean"), "--quiet"])
+    assert "a: 6 checked, 1 dropped" in capsys.readouterr().out
+    kept = read_jsonl(tmp_path / "clean" / "clean.jsonl")
+    assert [row["id"] for row in kept] == [f"a/in.jsonl:{n}" for n in range(1, 6)]
+    assert [row["id"] for row in read_jsonl(tmp_path / "clean" / "contaminated.jsonl")] == ["a/in.jsonl:6"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from ultralong import __version__
-from ultralong.cli import data
+from ultralong.cli import data, texts
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
@@ -28,6 +28,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data build": data.build,
     "data stats": data.stats,
     "data show": data.show,
+    "data decontaminate": texts.decontaminate,
+    "data refine": texts.refine,
     "train": train,
     "sft": sft,
     "eval": evaluate,
