@@ -180,10 +180,23 @@ def test_a_budget_does_not_undo_the_length_rule(tmp_path):
                     lengths=rule)
     opened = OpenSource(recipe.sources[0], recipe, None)
     kept = list(opened.documents())
-    counts = opened.counts.as_json()
+    counts = opened.counts["a"].as_json()
     assert counts["after"]["documents"][0] == len(kept) == 10
     # Ten kept of about a hundred read; within four standard deviations of that negative binomial.
     assert 40 < counts["before"]["documents"][0] < 220
+
+
+def test_characters_per_token_are_measured_all_over_a_source(tmp_path, tiny_tokenizer):
+    """The first files, by name, are not like the others."""
+    for number in range(300):
+        text = "The tide came in at dawn. " if number < 30 else "0x1F2E3D4C, ~!@%^ "
+        (tmp_path / f"{number:03d}.txt").write_text(text * 20)
+    source = Source("a", "x", path=str(tmp_path))
+    opened = OpenSource(source, Recipe("m", "d", (source,)), None)
+    texts = [document.text for document in opened.documents(tiny_tokenizer)]
+    whole = sum(map(len, texts)) / sum(len(tiny_tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
+    assert opened.characters_per_token == pytest.approx(whole, rel=0.03)
+    assert len(texts) == 300
 
 
 def test_sampling_copies_are_tokenised_like_the_first(tmp_path, texts, tiny_tokenizer):

@@ -17,10 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ultralong.cli import main
+from ultralong.data.budget import Budget
 from ultralong.data.conversations import Conversation
 from ultralong.data.endpoint import Endpoint
 from ultralong.data.recipe import read_conversations
-from ultralong.data.refine import INSTRUCTION, Budget, RefineSettings, prompt, refine
+from ultralong.data.refine import INSTRUCTION, RefineSettings, prompt, refine
 from ultralong.files import read_json, read_jsonl
 
 KEY = "sk-this-is-secret"
@@ -209,7 +210,7 @@ def test_what_may_have_been_billed_counts(server, tmp_path):
 
 
 def test_many_threads_cannot_overdraw():
-    budget = Budget(RefineSettings(Endpoint("http://localhost/v1", "m"), budget_tokens=1000))
+    budget = Budget(1000)
     granted = []
 
     def take():

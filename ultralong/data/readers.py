@@ -11,12 +11,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ultralong.data.conversations import is_unicode
 from ultralong.data.documents import Document, ReadReport, UniqueIds
 from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces
 from ultralong.extras import require
+
+if TYPE_CHECKING:
+    from ultralong.data.recipe_schema import Dataset
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -56,6 +59,7 @@ class Reader:
         self.settings = settings or ReadSettings()
         self.report = report if report is not None else ReadReport()
         self._whole = False  # whether records are given out whole
+        self._unique = UniqueIds(self.report) if self.settings.id_field else None
 
     def documents(self, files: Iterable[tuple[str, Path]], source: str, license: str) -> Iterator[Document]:
         """Documents of files, in order.
@@ -73,7 +77,6 @@ class Reader:
 
     def checked(self, records: Iterable[tuple[str, Any]], source: str, license: str) -> Iterator[Document]:
         """Documents of (name, text) records; what is no text is counted and left out."""
-        unique = UniqueIds(self.report) if self.settings.id_field else str
         for name, value in records:
             where = f"{source}/{name}"
             if not isinstance(value, str):
@@ -85,44 +88,52 @@ class Reader:
             elif not is_unicode(value):
                 self.skip("not valid Unicode", where)
             else:
-                yield self.report.read(Document(self._unique(unique, where), value, source, license))
+                yield self.report.read(Document(self.unique(where), value, source, license))
 
     def rows(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Any]]:
         """(name, whole record) of every record of JSON and Parquet files, for conversations and test sets."""
         self._whole = True
         yield from self._records(files)
 
-    def dataset(self, id: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
-        """(name, field) of every row of a dataset: a folder saved by `datasets`, or an id on the hub, streamed.
+    def dataset(self, dataset: Dataset, seed: int = 0) -> Iterator[tuple[str, Any]]:
+        """(name, field) of every row of a dataset: a folder, or an id on the hub, streamed.
 
         Raises:
             ValueError: There is no such dataset or split, or the column is missing.
         """
-        for name, row in self.dataset_rows(id, split, config, revision):
+        for name, row in self.dataset_rows(dataset, seed):
             yield self._field(row, name, "column")
 
-    def dataset_rows(
-        self, id: str, split: str, config: str | None = None, revision: str | None = None
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, whole row) of every row of a dataset, as for `dataset`.
+    def dataset_rows(self, dataset: Dataset, seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, whole row) of every row of a dataset, as for `dataset`; `seed` decides on their order.
 
         Raises:
             ValueError: There is no such dataset or split.
         """
+        id, split = dataset.id, dataset.split
         datasets = require("datasets", extra="data")
         try:
             if Path(id).is_dir() and any((Path(id) / name).exists() for name in ("state.json", "dataset_dict.json")):
                 rows = datasets.load_from_disk(id)
                 rows = rows[split] if isinstance(rows, dict) else rows
             else:
-                rows = datasets.load_dataset(id, config, split=split, revision=revision, streaming=True)
+                rows = datasets.load_dataset(id, dataset.config, split=split, revision=dataset.revision,
+                                             data_files=dataset.data_files, streaming=True)
+            if dataset.shuffle_buffer:
+                streamed = isinstance(rows, datasets.IterableDataset)
+                rows = rows.shuffle(seed, **({"buffer_size": dataset.shuffle_buffer} if streamed else {}))
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
         for number, row in enumerate(rows):
             yield f"{id}:{number}", row
 
-    def _unique(self, unique: Any, where: str) -> str:
-        name = unique(where)
+    def unique(self, where: str) -> str:
+        """The id, or another one when a source that names its own has given it before.
+
+        Raises:
+            ValueError: It was given before, and the settings are strict.
+        """
+        name = where if self._unique is None else self._unique(where)
         if name != where and self.settings.strict:
             raise ValueError(f"{where}: repeated id. Correct it, or read without strict to keep both.")
         return name

@@ -209,7 +209,7 @@ def _pack_documents(
         if not notes.exists():
             # Nothing is left to read, but where the run was cut between the store's end and its notes.
             deque(documents, maxlen=0)
-            write_json(notes, {source.source.name: source.notes() for source in opened})
+            write_json(notes, {name: noted for source in opened for name, noted in source.notes().items()})
     with watch.stage("pack"):
         rows = pack(store, tokenizer, out, settings, quiet=quiet)
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from ultralong.data.budget import Budget
 from ultralong.data.chat_template import Message
 from ultralong.data.conversations import Conversation
 from ultralong.data.endpoint import Client, Endpoint, Failed, Stopped
@@ -69,57 +70,6 @@ class RefineSettings:
                 "turns": self.turns}
 
 
-class Budget:
-    """Tokens and money, spent and set aside; safe to use from several threads.
-
-    Args:
-        settings: Limits and prices.
-        spent: Tokens of prompts and of answers that earlier runs used.
-    """
-
-    def __init__(self, settings: RefineSettings, spent: tuple[int, int] = (0, 0)) -> None:
-        self.settings = settings
-        self.prompt, self.answer = spent
-        self._aside = [0, 0]
-        self._lock = threading.Lock()
-        self.exhausted = False
-
-    @property
-    def tokens(self) -> int:
-        """Tokens used."""
-        return self.prompt + self.answer
-
-    @property
-    def money(self) -> float:
-        """Money used."""
-        return self._price(self.prompt, self.answer)
-
-    def set_aside(self, prompt: int, answer: int) -> bool:
-        """Reserve what a request costs at most; False, for good, when that is more than is left."""
-        settings = self.settings
-        with self._lock:
-            most = (self.prompt + self._aside[0] + prompt, self.answer + self._aside[1] + answer)
-            over = settings.budget_tokens is not None and sum(most) > settings.budget_tokens
-            over |= settings.budget_money is not None and self._price(*most) > settings.budget_money
-            self.exhausted |= over
-            if over:
-                return False
-            self._aside[0] += prompt
-            self._aside[1] += answer
-            return True
-
-    def settle(self, aside: tuple[int, int], used: tuple[int, int]) -> None:
-        """Book what a request used in place of what was set aside for it."""
-        with self._lock:
-            self._aside[0] -= aside[0]
-            self._aside[1] -= aside[1]
-            self.prompt += used[0]
-            self.answer += used[1]
-
-    def _price(self, prompt: int, answer: int) -> float:
-        return (prompt * self.settings.prompt_price + answer * self.settings.answer_price) / 1e6
-
-
 @dataclass
 class RefineReport:
     """What came of it; `to_dict()` is JSON."""
@@ -171,7 +121,9 @@ def refine(
     log = out / "refined.jsonl"
     done = {record["id"]: record for record in read_jsonl(log)} if log.exists() else {}
     spent = [sum(record["usage"][key] for record in done.values()) for key in ("prompt_tokens", "answer_tokens")]
-    budget, stop, report = Budget(settings, (spent[0], spent[1])), threading.Event(), RefineReport()
+    budget = Budget(settings.budget_tokens, settings.budget_money, settings.prompt_price, settings.answer_price,
+                    spent=(spent[0], spent[1]))
+    stop, report = threading.Event(), RefineReport()
 
     def retried(reason: str) -> None:
         report.retries += 1

@@ -56,11 +56,11 @@ def recipe_stats(
     recipe = limited(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), limit)
     if recipe.kind == "chat":
         raise ValueError(f"recipe {recipe.name} holds conversations: build it, then give the folder of its rows.")
-    sources = {}
+    sources: dict[str, Any] = {}
     for source in recipe.sources:
         opened = OpenSource(source, recipe, cache, quiet)
         deque(opened.documents(), maxlen=0)
-        sources[source.name] = {"license": source.license, **opened.notes()}
+        sources |= {name: {"license": source.license, **notes} for name, notes in opened.notes().items()}
     return {"recipe": recipe.name, "estimated": True, "sources": sources}
 
 
