@@ -230,3 +230,15 @@ def test_nonsense_samples_are_refused(wrong, message):
 def test_masks_do_not_depend_on_the_shape(tiny_tokenizer):
     talk = to_messages({"conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]})
     assert encode_chat(tiny_tokenizer, talk) == encode_chat(tiny_tokenizer, [ASK, SAY])
+
+
+def test_a_json_list_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path):
+    rows = [{"id": f"t{n}", "question": f"Where is {n}, in Köln?", "answer": "There."} for n in range(5)]
+    whole = json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    places = {whole.index(b'"t4"'): 4, whole.index("ö".encode()) + 1: 0, len(whole) - 2: 5, 0: 0}
+    for place, count in places.items():
+        (tmp_path / "talks.json").write_bytes(whole[:place])
+        path = tmp_path / "mine.yaml"
+        path.write_text(json.dumps({"name": "mine", "description": "d", "kind": "chat", "sources": [
+            {"name": "a", "license": "MIT", "path": "talks.json"}]}))
+        assert len(list(read_conversations(path))) == count

@@ -210,10 +210,15 @@ class Reader:
             self.skip("not UTF-8", name)
             return
         except (json.JSONDecodeError, RecursionError):
-            self.skip("not JSON", name)
+            salvaged = list(_salvaged(data))
+            yield from self._checked_rows(name, salvaged, many=True)
+            self.skip("not JSON", f"{name} after record {len(salvaged)}" if salvaged else name)
             return
         many = isinstance(value, list)
-        for number, row in enumerate(value if many else [value], start=1):
+        yield from self._checked_rows(name, value if many else [value], many)
+
+    def _checked_rows(self, name: str, rows: list[Any], many: bool) -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(rows, start=1):
             where = f"{name}:{number}" if many else name
             if not isinstance(row, dict):
                 self.skip("not an object", where)
@@ -253,6 +258,22 @@ class Reader:
         missing = [name for name in wanted if name not in found]
         if missing:
             raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(found)}.")
+
+
+def _salvaged(data: bytes) -> Iterator[Any]:
+    """The whole records of a JSON list that was cut off, as a broken download leaves it."""
+    text, decoder = data.decode("utf-8", "ignore").lstrip(), json.JSONDecoder()
+    place = 1 if text.startswith("[") else len(text)
+    while place < len(text):
+        if text[place] in " \t\r\n,":
+            place += 1
+            continue
+        try:
+            record, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError):
+            return
+        if isinstance(record, dict):
+            yield record
 
 
 def list_files(root: Path, members: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
