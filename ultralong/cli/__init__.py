@@ -30,6 +30,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data show": data.show,
     "data decontaminate": texts.decontaminate,
     "data refine": texts.refine,
+    "data render": texts.render,
+    "data merge": texts.merge,
     "train": train,
     "sft": sft,
     "eval": evaluate,

@@ -1,4 +1,4 @@
-"""Commands on texts before they are rows: what overlaps with tests is taken out, answers are refined."""
+"""Commands on texts before they are rows: tests kept out, answers refined, recipes run on many machines."""
 
 from __future__ import annotations
 
@@ -129,3 +129,95 @@ def refine(
     leave(json, report.to_dict())
     print(report)
     print(f"{out / 'refined.jsonl'}: a recipe reads it with kind chat and read: {{field: messages, id_field: id}}")
+
+
+def render(
+    recipe: Positional[str],
+    /,
+    *,
+    tokenizer: str,
+    base: Path,
+    out: Path,
+    executor: Literal["local", "slurm"] = "local",
+    tasks: int = 8,
+    workers: int = -1,
+    filters: tuple[Literal["language", "quality", "repetition"], ...] = (),
+    dedup: tuple[Literal["exact", "minhash"], ...] = ("exact", "minhash"),
+    language: str = "eng",
+    longest: int = 10_000_000,
+    cache: Path | None = None,
+    partition: str | None = None,
+    time: str = "24:00:00",
+    memory: int = 4,
+    environment: str | None = None,
+    set: tuple[str, ...] = (),
+) -> None:
+    """Write a recipe as a datatrove program, for many processes or for Slurm: read, filter, deduplicate, tokenise.
+
+    The program is one Python file; running it again goes on with the tasks that are left. Its token stores become one
+    with ultralong data merge.
+
+    Example: ultralong data render slimpajama-per-source --tokenizer llama-1m --base run --out scripts --tasks 64
+
+    Args:
+        recipe: A recipe's name, its YAML file, or a folder of texts.
+        tokenizer: Folder of the tokenizer, which every task sees.
+        base: Folder of the run, which every task sees.
+        out: Folder to write pipeline.py and recipe.yaml into.
+        executor: local (processes of this machine) or slurm.
+        tasks: Parts that the recipe is read in.
+        workers: Tasks at once; -1 for all.
+        filters: Of language, quality and repetition.
+        dedup: Of exact and minhash.
+        language: For filters and word splitting, as datatrove names it.
+        longest: Words of the longest document that the quality filter lets pass.
+        cache: Where fetched packages are kept, which every task sees.
+        partition: With Slurm: the partition.
+        time: With Slurm: time limit of a task.
+        memory: With Slurm: GiB for each core.
+        environment: With Slurm: a command that activates the environment.
+        set: key=value changes of the recipe.
+    """
+    from ultralong.data.trove_script import TroveSettings
+    from ultralong.data.trove_script import render as write
+
+    settings = TroveSettings(
+        str(base.resolve()), str(Path(tokenizer).resolve()), executor, tasks, workers,
+        str(cache.resolve()) if cache is not None else None, tuple(filters), language, tuple(dedup), longest, partition,
+        time, memory, environment,
+    )
+    path = write(recipe, settings, out, set)
+    print(f"{path}: run it with python, which needs datatrove: pip install 'ultralong[cluster]'")
+
+
+def merge(
+    base: Positional[Path],
+    /,
+    *,
+    recipe: str,
+    tokenizer: str,
+    length: int,
+    out: Path,
+    quiet: bool = False,
+    json: Json = None,
+) -> None:
+    """Make one token store of the many that a datatrove run left, and pack it into rows.
+
+    Example: ultralong data merge run --recipe scripts/recipe.yaml --tokenizer llama-1m --length 1048576 --out rows
+
+    Args:
+        base: Folder of the run.
+        recipe: The recipe that it ran: its packing is used.
+        tokenizer: Folder of the tokenizer.
+        length: Tokens of a row.
+        out: Folder to write the rows into; the store goes into tokens/ inside it.
+        quiet: No progress bars.
+        json: Write the report as JSON to this file.
+    """
+    from ultralong.data import stats
+    from ultralong.data.merge import pack_merged
+
+    report = pack_merged(base, recipe, tokenizer, length, out, quiet=quiet)
+    leave(json, report.to_dict())
+    print(report)
+    print(stats.table(stats.folder_stats(out)))

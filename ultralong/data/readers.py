@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ultralong.data.conversations import is_unicode
 from ultralong.data.documents import Document, ReadReport, UniqueIds
-from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces
+from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces, salvaged
 from ultralong.extras import require
 
 if TYPE_CHECKING:
@@ -95,17 +95,19 @@ class Reader:
         self._whole = True
         yield from self._records(files)
 
-    def dataset(self, dataset: Dataset, seed: int = 0) -> Iterator[tuple[str, Any]]:
-        """(name, field) of every row of a dataset: a folder, or an id on the hub, streamed.
+    def dataset(self, dataset: Dataset, seed: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, Any]]:
+        """(name, field) of every row of part i of n of a dataset: a folder, or an id on the hub, streamed.
 
         Raises:
             ValueError: There is no such dataset or split, or the column is missing.
         """
-        for name, row in self.dataset_rows(dataset, seed):
+        for name, row in self.dataset_rows(dataset, seed, part):
             yield self._field(row, name, "column")
 
-    def dataset_rows(self, dataset: Dataset, seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, whole row) of every row of a dataset, as for `dataset`; `seed` decides on their order.
+    def dataset_rows(
+        self, dataset: Dataset, seed: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, whole row) of every row of part i of n of a dataset; `seed` decides on their order.
 
         Raises:
             ValueError: There is no such dataset or split.
@@ -122,10 +124,14 @@ class Reader:
             if dataset.shuffle_buffer:
                 streamed = isinstance(rows, datasets.IterableDataset)
                 rows = rows.shuffle(seed, **({"buffer_size": dataset.shuffle_buffer} if streamed else {}))
+            place = ""
+            if part[1] > 1:
+                rows = require("datasets.distributed", extra="data").split_dataset_by_node(rows, *part)
+                place = f"{part[0]}of{part[1]}:"
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
         for number, row in enumerate(rows):
-            yield f"{id}:{number}", row
+            yield f"{id}:{place}{number}", row
 
     def unique(self, where: str) -> str:
         """The id, or another one when a source that names its own has given it before.
@@ -210,9 +216,9 @@ class Reader:
             self.skip("not UTF-8", name)
             return
         except (json.JSONDecodeError, RecursionError):
-            salvaged = list(_salvaged(data))
-            yield from self._checked_rows(name, salvaged, many=True)
-            self.skip("not JSON", f"{name} after record {len(salvaged)}" if salvaged else name)
+            found = list(salvaged(data))
+            yield from self._checked_rows(name, found, many=True)
+            self.skip("not JSON", f"{name} after record {len(found)}" if found else name)
             return
         many = isinstance(value, list)
         yield from self._checked_rows(name, value if many else [value], many)
@@ -258,22 +264,6 @@ class Reader:
         missing = [name for name in wanted if name not in found]
         if missing:
             raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(found)}.")
-
-
-def _salvaged(data: bytes) -> Iterator[Any]:
-    """The whole records of a JSON list that was cut off, as a broken download leaves it."""
-    text, decoder = data.decode("utf-8", "ignore").lstrip(), json.JSONDecoder()
-    place = 1 if text.startswith("[") else len(text)
-    while place < len(text):
-        if text[place] in " \t\r\n,":
-            place += 1
-            continue
-        try:
-            record, place = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError):
-            return
-        if isinstance(record, dict):
-            yield record
 
 
 def list_files(root: Path, members: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> list[tuple[str, Path]]:

@@ -147,7 +147,7 @@ def pack_recipe(
         else:
             rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, watch)
     save(recipe, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")
-    result = _report(recipe, rows, sources, watch)
+    result = make_report(recipe, rows, sources, watch)
     write_json(out / "report.json", result.to_dict())
     return result
 
@@ -253,7 +253,10 @@ def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
     return {"recipe": decides, "sources": {source.source.name: source.provenance() for source in opened}}
 
 
-def _report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch) -> PackReport:
+def make_report(
+    recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch
+) -> PackReport:
+    """The report of finished rows, from their manifest, what is noted of each source, and the time it took."""
     manifest = rows.manifest
     keys = (
         "documents",

@@ -106,7 +106,7 @@ class _Taking:
         if characters_per_token <= 0 or (budget is not None and budget <= 0):
             raise ValueError(f"characters_per_token {characters_per_token} and budget {budget} must be positive.")
         self.rule, self.seed, self.ratio = rule, seed, characters_per_token
-        self.budget, self.counts = budget, counts
+        self.budget, self.counts = None if budget == math.inf else budget, counts
         self.taken = 0.0
 
     @property
@@ -164,7 +164,7 @@ def sample_parts(
     *,
     rule: LengthRule | None = None,
     seed: int = 0,
-    characters_per_token: float = FU_CHARACTERS_PER_TOKEN,
+    characters_per_token: float | Mapping[str, float] = FU_CHARACTERS_PER_TOKEN,
     counts: Mapping[str, LengthCounts] | None = None,
 ) -> Iterator[Document]:
     """The same for a stream in which several sources are mixed, each with its own budget, as Fu et al. (2024) do it.
@@ -176,13 +176,15 @@ def sample_parts(
         budgets: Tokens of each source.
         rule: As for `sample`.
         seed: As for `sample`.
-        characters_per_token: As for `sample`.
+        characters_per_token: As for `sample`, or one for each source.
         counts: For each source, where lengths before and after are counted; what is passed over is not.
 
     Raises:
         ValueError: As for `sample`.
     """
-    takings = {name: _Taking(rule, seed, characters_per_token, budget, counts[name] if counts is not None else None)
+    one = isinstance(characters_per_token, int | float)
+    rates = dict.fromkeys(budgets, characters_per_token) if one else characters_per_token
+    takings = {name: _Taking(rule, seed, rates[name], budget, counts[name] if counts is not None else None)
                for name, budget in budgets.items()}
     for document in documents:
         taking = takings[document.source]

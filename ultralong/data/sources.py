@@ -38,6 +38,7 @@ class OpenSource:
         report: Where skips are counted; a new one when None.
         tests: The grams of the recipe's test sets, when they were read already.
         hits: Where texts that overlap with a test are listed.
+        part: Read only part i of n: of its files, what becomes one document staying together, or of its stream.
 
     Attributes:
         fetched: What was fetched: registry, name, file, bytes and hash of each package.
@@ -59,6 +60,7 @@ class OpenSource:
         report: ReadReport | None = None,
         tests: Grams | None = None,
         hits: HitList | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.source, self.recipe = source, recipe
         self.report = report if report is not None else ReadReport()
@@ -76,6 +78,10 @@ class OpenSource:
             self.fetched.append(describe(package, cache))
         if source.path is not None:
             self.files = list_files(Path(source.path), source.members, source.exclude)
+        self.part = part
+        if part[1] > 1:
+            units = {unit: number for number, unit in enumerate(dict.fromkeys(map(self._unit, self.files)))}
+            self.files = [item for item in self.files if units[self._unit(item)] % part[1] == part[0]]
         if any(budget is not None for budget in self.budgets.values()):
             # A budget takes what comes first, so what comes first must not be the beginning of the alphabet.
             self.files.sort(key=self._shuffled)
@@ -98,17 +104,11 @@ class OpenSource:
         Raises:
             ValueError: Bad input under `strict`, or a column that does not exist.
         """
-        texts = self._clean(self._read())
-        texts = self._cut(texts if self.filter is None else self.filter.documents(texts))
+        texts = self.texts()
         if self.characters_per_token is None and tokenizer is None:
             self.characters_per_token = FU_CHARACTERS_PER_TOKEN
         elif self.characters_per_token is None:
-            if self.files:
-                self.characters_per_token = measured(self._spread(), tokenizer)
-            else:  # a stream has a beginning and nothing else
-                first = list(itertools.islice(texts, MEASURED_TEXTS))
-                self.characters_per_token = measured((document.text for document in first), tokenizer)
-                texts = itertools.chain(first, texts)
+            texts = self.measure(texts, tokenizer)
         how = {
             "rule": self.recipe.lengths, "seed": self.recipe.seed, "characters_per_token": self.characters_per_token,
         }
@@ -117,6 +117,20 @@ class OpenSource:
             yield from sample_parts(texts, self.budgets, counts=self.counts, **how)
         else:
             yield from sample(texts, budget=self.budgets[name], counts=self.counts[name], **how)
+
+    def texts(self) -> Iterator[Document]:
+        """Read, clean, keep tests out and cut, but do not sample."""
+        texts = self._clean(self._read())
+        return self._cut(texts if self.filter is None else self.filter.documents(texts))
+
+    def measure(self, texts: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+        """Find `characters_per_token`; returns `texts`, whole."""
+        if self.files:
+            self.characters_per_token = measured(self._spread(), tokenizer)
+            return texts
+        first = list(itertools.islice(texts, MEASURED_TEXTS))  # a stream has a beginning and nothing else
+        self.characters_per_token = measured((document.text for document in first), tokenizer)
+        return itertools.chain(first, texts)
 
     def conversations(self) -> Iterator[Conversation]:
         """The well-formed conversations, with the source's rule for system messages applied; the rest is counted.
@@ -169,27 +183,30 @@ class OpenSource:
         return {} if self.filter is None else {"decontaminated": self.filter.overlap.as_json()}
 
     def _shuffled(self, item: tuple[str, Path]) -> tuple[float, str]:
-        """Files of one directory stay together when they become one document.
+        """A file's place where a budget will not reach all of them.
 
         The number is another one than the sampling's: were files taken in the order of the numbers that decide on short
         documents, a budget would be filled with those that are kept, and the length rule would do nothing.
         """
-        unit = item[0].rpartition("/")[0] if self.source.read.join == "directory" else item[0]
-        return uniform(self.recipe.seed, f"order of {self.source.name}/{unit}"), item[0]
+        return uniform(self.recipe.seed, f"order of {self.source.name}/{self._unit(item)}"), item[0]
+
+    def _unit(self, item: tuple[str, Path]) -> str:
+        """What belongs together: files of one directory, when they become one document."""
+        return item[0].rpartition("/")[0] if self.source.read.join == "directory" else item[0]
 
     def _read(self) -> Iterator[Document]:
         reader = Reader(self.source.read, self.report)
         if self.source.parts is not None:
             return self._read_parts(reader)
         if self.source.dataset is not None:
-            records = reader.dataset(self.source.dataset, self.recipe.seed)
+            records = reader.dataset(self.source.dataset, self.recipe.seed, self.part)
             return reader.checked(records, self.source.name, self.source.license)
         return reader.documents(self.files, self.source.name, self.source.license)
 
     def _rows(self, reader: Reader) -> Iterator[tuple[str, dict[str, Any]]]:
         if self.source.dataset is None:
             return reader.rows(self.files)
-        return reader.dataset_rows(self.source.dataset, self.recipe.seed)
+        return reader.dataset_rows(self.source.dataset, self.recipe.seed, self.part)
 
     def _read_parts(self, reader: Reader) -> Iterator[Document]:
         """Documents that carry the name of their part; records of no wanted part are counted and left out."""
