@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -156,3 +160,32 @@ def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
 def test_what_cannot_be_shown_is_refused(rows, tiny_tokenizer):
     with pytest.raises(ValueError, match="no row"):
         peek(rows, tiny_tokenizer, len(rows))
+
+
+def contents(folder):
+    """Every file but the report, which holds seconds, and the lock."""
+    left = ("report.json", ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name not in left}
+
+
+def test_one_and_two_workers_write_the_same_bytes(recipe, tmp_path, tiny_tokenizer):
+    for workers in (1, 2):
+        pack_recipe(recipe, tiny_tokenizer, 500, tmp_path / str(workers), workers=workers, quiet=True)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("sign", ["tokens/settings.json", "tokens/manifest.json"])
+def test_a_build_killed_at_any_stage_ends_in_the_same_bytes(recipe, tmp_path, tiny_tokenizer, sign):
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    words = ["data", "build", str(recipe), "--tokenizer", str(tmp_path / "model"), "--length", "500", "--quiet"]
+    pack_recipe(recipe, tmp_path / "model", 500, tmp_path / "whole", quiet=True)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "ultralong", *words, "--out", str(killed)],
+                               stdout=subprocess.DEVNULL)
+    while not (killed / sign).exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    cli.main([*words, "--out", str(killed)])
+    assert contents(killed) == contents(tmp_path / "whole")

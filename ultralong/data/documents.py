@@ -49,7 +49,8 @@ class NameList:
         """Write a line of JSON."""
         if self._stream is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - see close
+            # A line at a time, so that a kill leaves no finished corpus with an unfinished list beside it.
+            self._stream = open(self.path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close
         self._stream.write(line + "\n")
 
     def close(self) -> None:
