@@ -27,7 +27,7 @@ from ultralong.data.sources import OpenSource
 from ultralong.data.stats import limited
 from ultralong.data.subsample import summary
 from ultralong.data.tokens import tokenize_corpus
-from ultralong.files import read_json, write_json
+from ultralong.files import drop_partials, read_json, write_json
 from ultralong.progress import Stopwatch
 from ultralong.settings import save, to_mapping
 
@@ -208,6 +208,7 @@ def _pack_documents(
         notes = store.folder / "sources.json"
         if not notes.exists():
             # Nothing is left to read, but where the run was cut between the store's end and its notes.
+            drop_partials(notes)
             deque(documents, maxlen=0)
             write_json(notes, {name: noted for source in opened for name, noted in source.notes().items()})
     with watch.stage("pack"):
@@ -235,6 +236,7 @@ def _pack_chat(
         )
         notes = out / "sources.json"
         if not notes.exists():
+            drop_partials(notes)
             deque(talks, maxlen=0)  # as for documents
             write_json(notes, {o.source.name: {"fetched": o.fetched, **o.overlap()} for o in opened})
     taken, noted = rows.manifest["sources"], read_json(notes)
