@@ -162,6 +162,28 @@ def test_what_cannot_be_shown_is_refused(rows, tiny_tokenizer):
         peek(rows, tiny_tokenizer, len(rows))
 
 
+def test_conversations_are_counted_and_shown_too(tmp_path, tiny_tokenizer, capsys):
+    rows = [{"question": f"Where is {n}?", "answer": "There. " * (1 + n % 3)} for n in range(12)]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(json.dumps({
+        "name": "mine", "description": "d", "kind": "chat", "subsample": {"total": 6},
+        "sources": [{"name": "a", "license": "MIT", "path": "talks.jsonl"}]}))
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    cli.main(["data", "build", str(tmp_path / "mine.yaml"), "--tokenizer", str(tmp_path / "model"), "--length", "256",
+              "--out", str(tmp_path / "rows"), "--quiet"])
+    assert "taken: general 6 of 12" in capsys.readouterr().out
+    table = stats.folder_stats(tmp_path / "rows")["sources"]["a"]["lengths"]
+    assert (sum(table["before"]["documents"]), sum(table["after"]["documents"])) == (12, 6)
+    packed = PackedRows(tmp_path / "rows")
+    view = peek(packed, tiny_tokenizer, 0)
+    shown = [segment for segment in view.segments if segment.name != "padding"]
+    assert sum(segment.targets for segment in shown) == packed.manifest["target_tokens"] > 0
+    assert all(0 < segment.targets < segment.end - segment.start for segment in shown)
+    assert "masked" in as_text(view)
+    with pytest.raises(ValueError, match="holds conversations"):
+        stats.recipe_stats(tmp_path / "mine.yaml")
+
+
 def contents(folder):
     """Every file but the report, which holds seconds, and the lock."""
     left = ("report.json", ".lock")

@@ -104,7 +104,13 @@ def check_row(row: Row, between: list[int]) -> dict[str, int]:
 
 
 def peek(
-    rows: PackedRows, tokenizer: PreTrainedTokenizerBase, index: int = 0, *, edge: int = 24, joints: int = 3
+    rows: PackedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int = 0,
+    *,
+    edge: int = 24,
+    joints: int = 3,
+    store: TokenStore | None = None,
 ) -> RowView:
     """One row, readable.
 
@@ -114,6 +120,8 @@ def peek(
         index: Which row.
         edge: Tokens shown of each segment's head and tail.
         joints: For how many boundaries the tokens around are listed.
+        store: The token store they were packed from, which knows the documents' names; by default `tokens/` in their
+            folder, where recipes put it.
 
     Raises:
         ValueError: The tokenizer is another one, or there is no such row.
@@ -124,8 +132,8 @@ def peek(
     index %= len(rows)
     row = rows[index]
     between = list(rows.manifest.get("joints", {}).get("between", []))
-    tokens = rows.folder / "tokens"
-    store = TokenStore(tokens) if (tokens / "manifest.json").exists() else None
+    if store is None and (rows.folder / "tokens" / "manifest.json").exists():
+        store = TokenStore(rows.folder / "tokens")
     bounds = list(zip(pairwise(row.boundaries.tolist()), row.document_ids.tolist(), strict=True))
     segments = [_segment(row, start, end, document, between, tokenizer, store, edge)
                 for (start, end), document in bounds]
