@@ -2,7 +2,8 @@
 
 Any endpoint with OpenAI's protocol will do. The original of every conversation stays beside its refinement; a run that
 is stopped or killed goes on where it was; a budget in tokens or money is never exceeded, because what a request may
-cost at most is set aside before it is made.
+cost at most is set aside before it is made. Only what was under way when a run was killed is on nobody's bill: at most
+`concurrency` requests a kill.
 """
 
 from __future__ import annotations
