@@ -44,6 +44,7 @@ from ultralong import figures
 from ultralong.data.documents import Document
 from ultralong.data.fetch import Package, unpack
 from ultralong.data.packing import PackSettings, RowStream, pack, resolve_joints
+from ultralong.data.peek import as_html, as_text, peek
 from ultralong.data.recipe import read_documents
 from ultralong.data.sampling import LengthCounts, LengthRule, sample
 from ultralong.data.tokens import tokenize_corpus
@@ -208,6 +209,22 @@ figures.show(
 # %% [markdown]
 # **What you should see.** Full rows. A long document fills several in a row; elsewhere a dozen short ones share one.
 # A document that does not fit goes on in the next row, without a separator: nothing ended there.
+
+# %% [markdown]
+# One of them, to read: how each document begins and ends, and what stands between it and the next. With a running
+# kernel the slider goes through all rows; in a terminal, `ultralong data show` prints the same.
+
+# %%
+figures.browse_rows(
+    len(rows), lambda number: as_html(peek(rows, tokenizer, number, store=tokens, edge=12), most=4),
+    lambda number: as_text(peek(rows, tokenizer, number, store=tokens, edge=12, joints=1), most=4),
+    interactive=INTERACTIVE, first=begin)
+
+# %% tags=["check"]
+seen = peek(rows, tokenizer, begin, store=tokens).checks
+assert seen["labels_that_are_the_next_input"] == SEQ_LEN - 1, "a label is the input that follows"
+assert seen["joints_with_separator"] == seen["joints"], "the separator stands at every joint"
+print(f"ok: {seen['joints']} joints, each with its separator; {seen['labels']:,} labels of {SEQ_LEN:,} tokens")
 
 # %% [markdown]
 # ## Three ways to join

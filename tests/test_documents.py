@@ -13,6 +13,7 @@ import pytest
 from ultralong.data.clean import strip_gutenberg, strip_rfc
 from ultralong.data.documents import Document, ReadReport
 from ultralong.data.readers import Reader, ReadSettings, list_files
+from ultralong.data.recipe_schema import Dataset
 
 pyarrow = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
@@ -126,11 +127,11 @@ def test_a_dataset_saved_on_disk(tmp_path):
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
     for name in ("plain", "splits"):
         reader = Reader(ReadSettings(id_field="id"))
-        assert list(reader.dataset(str(tmp_path / name), "train")) == [("a", "one"), ("b", "two")]
+        assert list(reader.dataset(Dataset(str(tmp_path / name)))) == [("a", "one"), ("b", "two")]
     with pytest.raises(ValueError, match="split 'test' cannot be opened"):
-        list(Reader().dataset(str(tmp_path / "splits"), "test"))
+        list(Reader().dataset(Dataset(str(tmp_path / "splits"), "test")))
     with pytest.raises(ValueError, match="no column 'body'"):
-        list(Reader(ReadSettings(field="body")).dataset(str(tmp_path / "plain"), "train"))
+        list(Reader(ReadSettings(field="body")).dataset(Dataset(str(tmp_path / "plain"))))
 
 
 def test_a_directory_becomes_one_document(tmp_path):

@@ -171,6 +171,34 @@ def test_limit_takes_a_part_that_is_not_the_beginning_of_the_alphabet(tmp_path, 
     assert sorted(names) == [name for name, _ in OpenSource(recipe.sources[0], recipe, None).files]
 
 
+def test_a_budget_does_not_undo_the_length_rule(tmp_path):
+    """A budget reads files in a shuffled order; that order must not be the one that decides which short ones stay."""
+    for number in range(400):
+        (tmp_path / f"{number}.txt").write_text("x" * 100)
+    rule = LengthRule(short_below=1000, short_keep=0.1, long_above=1000)
+    recipe = Recipe("m", "d", (Source("a", "x", path=str(tmp_path), budget=1000, characters_per_token=1.0),),
+                    lengths=rule)
+    opened = OpenSource(recipe.sources[0], recipe, None)
+    kept = list(opened.documents())
+    counts = opened.counts["a"].as_json()
+    assert counts["after"]["documents"][0] == len(kept) == 10
+    # Ten kept of about a hundred read; within four standard deviations of that negative binomial.
+    assert 40 < counts["before"]["documents"][0] < 220
+
+
+def test_characters_per_token_are_measured_all_over_a_source(tmp_path, tiny_tokenizer):
+    """The first files, by name, are not like the others."""
+    for number in range(300):
+        text = "The tide came in at dawn. " if number < 30 else "0x1F2E3D4C, ~!@%^ "
+        (tmp_path / f"{number:03d}.txt").write_text(text * 20)
+    source = Source("a", "x", path=str(tmp_path))
+    opened = OpenSource(source, Recipe("m", "d", (source,)), None)
+    texts = [document.text for document in opened.documents(tiny_tokenizer)]
+    whole = sum(map(len, texts)) / sum(len(tiny_tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
+    assert opened.characters_per_token == pytest.approx(whole, rel=0.03)
+    assert len(texts) == 300
+
+
 def test_sampling_copies_are_tokenised_like_the_first(tmp_path, texts, tiny_tokenizer):
     rule = {"short_below": 20, "short_keep": 0.0, "long_above": 100, "long_copies": 3.0}
     report = pack_recipe(recipe_file(tmp_path, lengths=rule), tiny_tokenizer, 64, tmp_path / "rows", quiet=True)

@@ -46,6 +46,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def drop_partials(path: str | os.PathLike[str]) -> None:
+    """Remove what killed writers of `path` left of it; for a file that only one process writes."""
+    target = Path(path)
+    for stray in target.parent.glob(f".{target.name}.*.partial"):
+        stray.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

@@ -1,9 +1,11 @@
-"""One progress bar for the whole project, so that every long step looks the same and logs stay readable."""
+"""One progress bar for the whole project, so that long steps look the same and logs stay readable; and a stopwatch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -31,3 +33,19 @@ def progress(iterable: Iterable[Any] | None = None, *, total: float | None = Non
     return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=interactive and not in_notebook,
                 mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG, dynamic_ncols=interactive,
                 **options)
+
+
+class Stopwatch:
+    """Wall and CPU seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds[name] = round(time.perf_counter() - wall, 3)
+        self.cpu_seconds[name] = round(time.process_time() - cpu, 3)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from ultralong import __version__
+from ultralong.cli import data, texts
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
@@ -24,6 +25,13 @@ def bench_attention(words: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "extend": extend,
     "pack": pack,
+    "data build": data.build,
+    "data stats": data.stats,
+    "data show": data.show,
+    "data decontaminate": texts.decontaminate,
+    "data refine": texts.refine,
+    "data render": texts.render,
+    "data merge": texts.merge,
     "train": train,
     "sft": sft,
     "eval": evaluate,

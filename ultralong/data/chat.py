@@ -6,21 +6,22 @@ whatever the length of the window they are trained in. How one conversation beco
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ultralong.data.chat_examples import Example, encode_all
 from ultralong.data.chat_template import Message, encode_chat
+from ultralong.data.conversations import Conversation
 from ultralong.data.documents import ReadReport
 from ultralong.data.encoding import identify, token_dtype
 from ultralong.data.order import permuted
 from ultralong.data.rows import FORMAT, PADDING, PackedRows, RowWriter
 from ultralong.data.shards import ShardFolder
-from ultralong.progress import progress
+from ultralong.data.subsample import Subsample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,37 +54,33 @@ class ChatSettings:
             raise ValueError(f"max_tokens must lie in 2..{self.length} (the row), found {self.max_tokens}.")
 
 
-@dataclass(frozen=True)
-class _Example:
-    number: int
-    ids: np.ndarray  # (tokens,)
-    mask: np.ndarray  # (tokens,) bool
-
-
 def pack_chat(
-    conversations: Iterable[list[Message]],
+    conversations: Iterable[Conversation | list[Message]],
     tokenizer: PreTrainedTokenizerBase,
     out: str | os.PathLike[str],
     settings: ChatSettings,
     *,
     provenance: dict[str, Any] | None = None,
     report: ReadReport | None = None,
+    subsample: Subsample | None = None,
     rows_per_shard: int | None = None,
     quiet: bool = False,
 ) -> PackedRows:
     """Encode conversations and pack them whole into rows, several to a row, each under its own mask.
 
     Malformed conversations and those over the limit are left out and counted by reason. All examples' tokens are held
-    in memory (5 bytes each: 0.5 GB for 100,000 examples of 1,000 tokens), so that they can be shuffled as a whole.
+    in memory (5 bytes each: 0.5 GB for 100,000 examples of 1,000 tokens), so that they can be shuffled as a whole; with
+    `subsample` those that may still be taken, and the rest is not even encoded.
 
     Args:
-        conversations: Lists of `{"role", "content"}`.
+        conversations: `Conversation`s, or plain lists of `{"role", "content"}`.
         tokenizer: Has the chat template.
         out: Folder of the rows.
         settings: Row length, limit, order.
         provenance: Plain JSON values that decide which conversations come; kept. With it, a finished folder is returned
             without reading the conversations again; without, they are read and compared.
         report: Counts go here too, when the caller has a report of its own.
+        subsample: How many are taken, by category; None takes all. `settings.seed` decides which.
         rows_per_shard: Rows in a shard; by default as many as make about 16.8 million tokens, and at least one.
         quiet: True shows no progress bar.
 
@@ -106,53 +103,22 @@ def pack_chat(
         "template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "dtype": token_dtype(len(tokenizer)).str,
         "provenance": provenance,
+        "subsample": None if subsample is None else asdict(subsample),
         "rows_per_shard": rows_per_shard or max(1, (1 << 24) // settings.length),
     }
     if provenance is not None and ShardFolder(out, "rows", resolved).manifest(ignore=("input_sha256",)) is not None:
         return PackedRows(out)
-    examples, digest = _encode_all(conversations, tokenizer, limit, report, quiet)
-    folder = ShardFolder(out, "rows", {**resolved, "input_sha256": digest})
+    encoded = encode_all(conversations, tokenizer, limit, report, settings.seed, subsample, quiet)
+    folder = ShardFolder(out, "rows", {**resolved, "input_sha256": encoded.sha256})
     if folder.manifest() is None:
         with folder.locked():
-            folder.finish(_write_rows(examples, settings, folder, report))
+            counts = {"sources": encoded.sources, "subsampled": encoded.subsampled}
+            folder.finish({**_write_rows(encoded.examples, settings, folder, report), **counts})
     return PackedRows(out)
 
 
-def _encode_all(
-    conversations: Iterable[list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    report: ReadReport,
-    quiet: bool,
-) -> tuple[list[_Example], str]:
-    """Encode what can be encoded; the digest is over all ids and masks."""
-    examples: list[_Example] = []
-    digest = hashlib.sha256()
-    dtype = token_dtype(len(tokenizer))
-    for number, messages in enumerate(progress(conversations, desc="chat", unit="example", quiet=quiet)):
-        try:
-            ids, mask = encode_chat(tokenizer, messages)
-        except ValueError as error:
-            if tokenizer.chat_template is None:
-                raise
-            report.skip(str(error), f"conversation {number}")
-            continue
-        if len(ids) > limit:
-            report.skip(f"longer than {limit} tokens", f"conversation {number} ({len(ids)} tokens)")
-            continue
-        report.documents += 1
-        report.characters += sum(len(message["content"]) for message in messages)
-        examples.append(_Example(number, np.array(ids, dtype), np.array(mask, dtype=bool)))
-        digest.update(number.to_bytes(8, "little") + len(ids).to_bytes(8, "little"))
-        digest.update(examples[-1].ids.data)
-        digest.update(examples[-1].mask.data)
-    if not examples:
-        raise ValueError(f"no conversation could be used: {report}. Examples: {report.examples}")
-    return examples, digest.hexdigest()
-
-
 def _write_rows(
-    examples: list[_Example], settings: ChatSettings, folder: ShardFolder, report: ReadReport
+    examples: list[Example], settings: ChatSettings, folder: ShardFolder, report: ReadReport
 ) -> dict[str, Any]:
     """Write the rows that are missing; return the manifest."""
     records = folder.resume()
@@ -186,14 +152,14 @@ def _write_rows(
     }
 
 
-def _fit(examples: list[_Example], settings: ChatSettings) -> Iterator[list[_Example]]:
+def _fit(examples: list[Example], settings: ChatSettings) -> Iterator[list[Example]]:
     """Put examples into rows, first fit with the longest first, a window at a time so that rows stay mixed."""
     order = np.arange(len(examples))
     if settings.shuffle:
         order = permuted(order, len(examples), settings.seed)
-    window: list[_Example] = []
+    window: list[Example] = []
     size = 0
-    left: list[_Example] = []
+    left: list[Example] = []
     for place in order:
         window.append(examples[place])
         size += examples[place].ids.size
@@ -205,8 +171,8 @@ def _fit(examples: list[_Example], settings: ChatSettings) -> Iterator[list[_Exa
     yield from _first_fit(left + window, settings.length)
 
 
-def _first_fit(examples: list[_Example], length: int) -> list[list[_Example]]:
-    rows: list[list[_Example]] = []
+def _first_fit(examples: list[Example], length: int) -> list[list[Example]]:
+    rows: list[list[Example]] = []
     room: list[int] = []
     for example in sorted(examples, key=lambda example: -example.ids.size):
         fits = next((row for row, free in enumerate(room) if free >= example.ids.size), None)
@@ -219,7 +185,7 @@ def _first_fit(examples: list[_Example], length: int) -> list[list[_Example]]:
     return rows
 
 
-def _lay_out(row: list[_Example], length: int, dtype: np.dtype) -> tuple[np.ndarray, list[int], list[int], np.ndarray]:
+def _lay_out(row: list[Example], length: int, dtype: np.dtype) -> tuple[np.ndarray, list[int], list[int], np.ndarray]:
     """A row's ids (T + 1,), segment starts, documents, and (T,) bits that say which inputs have a target."""
     ids = np.full(length + 1, np.iinfo(dtype).max, dtype=dtype)
     bits = np.zeros(length, dtype=bool)

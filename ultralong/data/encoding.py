@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder on this machine: a checkpoint's, or one that holds nothing but a tokenizer.json.
+
+    Raises:
+        ValueError: The folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Give the folder of a tokenizer or of a checkpoint.")
+    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
 
 
 def token_dtype(vocabulary: int) -> np.dtype:

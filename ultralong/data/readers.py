@@ -11,11 +11,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ultralong.data.documents import Document, ReadReport
-from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces
+from ultralong.data.conversations import is_unicode
+from ultralong.data.documents import Document, ReadReport, UniqueIds
+from ultralong.data.streams import DECOMPRESSORS, Damaged, lines, pieces, salvaged
 from ultralong.extras import require
+
+if TYPE_CHECKING:
+    from ultralong.data.recipe_schema import Dataset
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -54,6 +58,8 @@ class Reader:
     def __init__(self, settings: ReadSettings | None = None, report: ReadReport | None = None) -> None:
         self.settings = settings or ReadSettings()
         self.report = report if report is not None else ReadReport()
+        self._whole = False  # whether records are given out whole
+        self._unique = UniqueIds(self.report) if self.settings.id_field else None
 
     def documents(self, files: Iterable[tuple[str, Path]], source: str, license: str) -> Iterator[Document]:
         """Documents of files, in order.
@@ -79,31 +85,64 @@ class Reader:
                 self.skip("empty", where)
             elif "\0" in value:
                 self.skip("binary", where)
+            elif not is_unicode(value):
+                self.skip("not valid Unicode", where)
             else:
-                yield self.report.read(Document(where, value, source, license))
+                yield self.report.read(Document(self.unique(where), value, source, license))
 
-    def values(self, files: Iterable[tuple[str, Path]]) -> Iterator[Any]:
-        """The field of every record as it is, for conversations."""
-        for _, value in self._records(files):
-            yield value
+    def rows(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Any]]:
+        """(name, whole record) of every record of JSON and Parquet files, for conversations and test sets."""
+        self._whole = True
+        yield from self._records(files)
 
-    def dataset(self, id: str, split: str, config: str | None = None, revision: str | None = None) -> Iterator[Any]:
-        """(name, field) of every row of a dataset: a folder saved by `datasets`, or an id on the hub, streamed.
+    def dataset(self, dataset: Dataset, seed: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, Any]]:
+        """(name, field) of every row of part i of n of a dataset: a folder, or an id on the hub, streamed.
 
         Raises:
             ValueError: There is no such dataset or split, or the column is missing.
         """
+        for name, row in self.dataset_rows(dataset, seed, part):
+            yield self._field(row, name, "column")
+
+    def dataset_rows(
+        self, dataset: Dataset, seed: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, whole row) of every row of part i of n of a dataset; `seed` decides on their order.
+
+        Raises:
+            ValueError: There is no such dataset or split.
+        """
+        id, split = dataset.id, dataset.split
         datasets = require("datasets", extra="data")
         try:
             if Path(id).is_dir() and any((Path(id) / name).exists() for name in ("state.json", "dataset_dict.json")):
                 rows = datasets.load_from_disk(id)
                 rows = rows[split] if isinstance(rows, dict) else rows
             else:
-                rows = datasets.load_dataset(id, config, split=split, revision=revision, streaming=True)
+                rows = datasets.load_dataset(id, dataset.config, split=split, revision=dataset.revision,
+                                             data_files=dataset.data_files, streaming=True)
+            if dataset.shuffle_buffer:
+                streamed = isinstance(rows, datasets.IterableDataset)
+                rows = rows.shuffle(seed, **({"buffer_size": dataset.shuffle_buffer} if streamed else {}))
+            place = ""
+            if part[1] > 1:
+                rows = require("datasets.distributed", extra="data").split_dataset_by_node(rows, *part)
+                place = f"{part[0]}of{part[1]}:"
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
         for number, row in enumerate(rows):
-            yield self._field(row, f"{id}:{number}", "column")
+            yield f"{id}:{place}{number}", row
+
+    def unique(self, where: str) -> str:
+        """The id, or another one when a source that names its own has given it before.
+
+        Raises:
+            ValueError: It was given before, and the settings are strict.
+        """
+        name = where if self._unique is None else self._unique(where)
+        if name != where and self.settings.strict:
+            raise ValueError(f"{where}: repeated id. Correct it, or read without strict to keep both.")
+        return name
 
     def skip(self, reason: str, where: str) -> None:
         """Count something left out.
@@ -177,13 +216,20 @@ class Reader:
             self.skip("not UTF-8", name)
             return
         except (json.JSONDecodeError, RecursionError):
-            self.skip("not JSON", name)
+            found = list(salvaged(data))
+            yield from self._checked_rows(name, found, many=True)
+            self.skip("not JSON", f"{name} after record {len(found)}" if found else name)
             return
         many = isinstance(value, list)
-        for number, row in enumerate(value if many else [value], start=1):
+        yield from self._checked_rows(name, value if many else [value], many)
+
+    def _checked_rows(self, name: str, rows: list[Any], many: bool) -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(rows, start=1):
             where = f"{name}:{number}" if many else name
             if not isinstance(row, dict):
                 self.skip("not an object", where)
+            elif self._whole:
+                yield where, row
             elif self.settings.field not in row:
                 self.skip(f"no field {self.settings.field!r}", where)
             else:
@@ -192,15 +238,16 @@ class Reader:
     def _parquet(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
         parquet = require("pyarrow.parquet", extra="data")
         arrow = require("pyarrow", extra="data")
-        wanted = [self.settings.field, *([self.settings.id_field] if self.settings.id_field else [])]
+        wanted = None if self._whole else [self.settings.field, *filter(None, [self.settings.id_field])]
         number = 0
         try:
             with parquet.ParquetFile(path) as file:
-                self._check_columns(file.schema_arrow.names, wanted, str(path))
+                self._check_columns(file.schema_arrow.names, wanted or [], str(path))
                 for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
                     for row in batch.to_pylist():
                         number += 1
-                        yield self._field(row, f"{name}:{number}", "column")
+                        where = f"{name}:{number}"
+                        yield (where, row) if self._whole else self._field(row, where, "column")
         except (arrow.ArrowInvalid, OSError) as error:
             self.skip("truncated or damaged file", f"{name} after row {number} ({str(error).splitlines()[0]})")
 

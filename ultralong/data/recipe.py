@@ -1,51 +1,42 @@
 """From a recipe to packed rows in one call: fetch, read, clean, sample, tokenise, pack; resumable, with a report.
 
 The folder holds the rows themselves (`PackedRows(folder)`), the token store in `tokens/`, `recipe.yaml` as it was
-resolved, and `report.json`.
+resolved, `report.json`, `left_out.jsonl`, which names everything that was left out, with the reason, and, when test
+sets are kept out, `contaminated.jsonl`, which names the texts that overlap with one and the words they share.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultralong.data.chat import ChatSettings, pack_chat
-from ultralong.data.chat_template import Message, check_messages
-from ultralong.data.documents import Document, ReadReport
+from ultralong.data.chat_template import Message
+from ultralong.data.decontaminate import HitList, read_tests
+from ultralong.data.documents import Document, NameList, ReadReport
+from ultralong.data.encoding import load_tokenizer
 from ultralong.data.packing import PackSettings, pack, resolve_joints
 from ultralong.data.recipe_schema import Recipe, find_recipe, load_recipe
 from ultralong.data.rows import PackedRows
 from ultralong.data.sources import OpenSource
+from ultralong.data.stats import limited
+from ultralong.data.subsample import summary
 from ultralong.data.tokens import tokenize_corpus
-from ultralong.files import read_json, write_json
+from ultralong.files import drop_partials, read_json, write_json
+from ultralong.progress import Stopwatch
 from ultralong.settings import save, to_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PackReport", "find_recipe", "load_recipe", "pack_recipe", "read_conversations", "read_documents"]
-
-
-class Stopwatch:
-    """Wall and CPU seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.seconds[name] = round(time.perf_counter() - wall, 3)
-        self.cpu_seconds[name] = round(time.process_time() - cpu, 3)
+__all__ = [
+    "PackReport", "find_recipe", "load_recipe", "load_tokenizer", "pack_recipe", "read_conversations", "read_documents",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +51,7 @@ class PackReport:
         tokens: Tokens in the rows, separators included, padding not.
         counts: The rows' counts: documents, separators, padding, what was dropped.
         skipped: Conversations left out, by reason (kind chat).
+        subsampled: For every category: conversations seen, wanted, taken (kind chat, with sub-sampling).
         sources: For every source: licence, documents, tokens, characters, what was fetched, what was skipped and why,
             and lengths before and after sampling.
         seconds: Wall time of the stages fetch, tokenise and pack in this call; little for what was there already.
@@ -75,6 +67,7 @@ class PackReport:
     tokens: int
     counts: dict[str, int]
     skipped: dict[str, int]
+    subsampled: dict[str, dict[str, int]] | None
     sources: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     cpu_seconds: dict[str, float]
@@ -94,6 +87,8 @@ class PackReport:
                     f"  {name}: {source['documents']:,} documents, {source['tokens']:,} tokens"
                     + (f", {skipped:,} skipped (see report.json)" if skipped else "")
                 )
+        if self.subsampled:
+            lines.append(f"  taken: {summary(self.subsampled)}")
         if self.skipped:
             lines.append("  skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items()))
         return "\n".join(lines)
@@ -129,24 +124,30 @@ def pack_recipe(
         ValueError: The recipe is wrong, a source cannot be had or read, or `out` was made from something else.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if limit is not None:
-        limited = (replace(s, budget=limit if s.budget is None else min(limit, s.budget)) for s in recipe.sources)
-        recipe = replace(recipe, sources=tuple(limited))
+    recipe = limited(recipe, limit)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
     settings = recipe.row_settings(length)
     if isinstance(settings, PackSettings):
         resolve_joints(settings, tokenizer)  # what the tokenizer lacks is better said before an hour's work than after
     watch, out = Stopwatch(), Path(out)
-    report = ReadReport() if recipe.kind == "chat" else None
+    names, hits = NameList(out / "left_out.jsonl"), HitList(out / "contaminated.jsonl")
+    tests = None if recipe.decontaminate is None else read_tests(recipe.decontaminate, cache, quiet)
+    shared = ReadReport(every=names)  # of conversations, whose defects may show only when they are encoded
     with watch.stage("fetch"):
-        opened = [OpenSource(source, recipe, cache, quiet, report) for source in recipe.sources]
-    if isinstance(settings, PackSettings):
-        rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, watch)
-    else:
-        rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, watch)
+        opened = [
+            OpenSource(
+                source, recipe, cache, quiet, shared if recipe.kind == "chat" else ReadReport(every=names), tests, hits
+            )
+            for source in recipe.sources
+        ]
+    with closing(names), closing(hits):
+        if isinstance(settings, PackSettings):
+            rows, sources = _pack_documents(recipe, opened, tokenizer, settings, out, workers, quiet, watch)
+        else:
+            rows, sources = _pack_chat(recipe, opened, tokenizer, settings, out, quiet, watch)
     save(recipe, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")
-    result = _report(recipe, rows, sources, watch)
+    result = make_report(recipe, rows, sources, watch)
     write_json(out / "report.json", result.to_dict())
     return result
 
@@ -185,31 +186,8 @@ def read_conversations(
     if recipe.kind != "chat":
         raise ValueError(f"recipe {recipe.name} is of {recipe.kind}; conversations come from one of kind chat.")
     for source in recipe.sources:
-        for messages in OpenSource(source, recipe, cache, quiet).conversations():
-            try:
-                check_messages(messages)
-            except ValueError:
-                continue
-            yield messages
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder on this machine: a checkpoint's, or one that holds nothing but a tokenizer.json.
-
-    Raises:
-        ValueError: The folder holds no tokenizer.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give the folder of a tokenizer or of a checkpoint.")
-    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
+        for conversation in OpenSource(source, recipe, cache, quiet).conversations():
+            yield conversation.messages
 
 
 def _pack_documents(
@@ -230,8 +208,9 @@ def _pack_documents(
         notes = store.folder / "sources.json"
         if not notes.exists():
             # Nothing is left to read, but where the run was cut between the store's end and its notes.
+            drop_partials(notes)
             deque(documents, maxlen=0)
-            write_json(notes, {source.source.name: source.notes() for source in opened})
+            write_json(notes, {name: noted for source in opened for name, noted in source.notes().items()})
     with watch.stage("pack"):
         rows = pack(store, tokenizer, out, settings, quiet=quiet)
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
@@ -251,8 +230,23 @@ def _pack_chat(
     talks = (talk for source in opened for talk in source.conversations())
     report, provenance = opened[0].report, _provenance(recipe, opened)
     with watch.stage("pack"):
-        rows = pack_chat(talks, tokenizer, out, settings, provenance=provenance, report=report, quiet=quiet)
-    return rows, {o.source.name: {"license": o.source.license, "fetched": o.fetched} for o in opened}
+        rows = pack_chat(
+            talks, tokenizer, out, settings, provenance=provenance, report=report, subsample=recipe.subsample,
+            quiet=quiet,
+        )
+        notes = out / "sources.json"
+        if not notes.exists():
+            drop_partials(notes)
+            deque(talks, maxlen=0)  # as for documents
+            write_json(notes, {o.source.name: {"fetched": o.fetched, **o.overlap()} for o in opened})
+    taken, noted = rows.manifest["sources"], read_json(notes)
+    return rows, {
+        o.source.name: {
+            "license": o.source.license, "category": o.source.category, **taken.get(o.source.name, {}),
+            **noted[o.source.name],
+        }
+        for o in opened
+    }
 
 
 def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
@@ -261,7 +255,10 @@ def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
     return {"recipe": decides, "sources": {source.source.name: source.provenance() for source in opened}}
 
 
-def _report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch) -> PackReport:
+def make_report(
+    recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch
+) -> PackReport:
+    """The report of finished rows, from their manifest, what is noted of each source, and the time it took."""
     manifest = rows.manifest
     keys = (
         "documents",
@@ -283,6 +280,7 @@ def _report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]]
         tokens=len(rows) * rows.length - manifest["padding_tokens"],
         counts=counts,
         skipped=manifest.get("skipped", {}),
+        subsampled=manifest.get("subsampled"),
         sources=sources,
         seconds=watch.seconds,
         cpu_seconds=watch.cpu_seconds,

@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 from ultralong.data.chat import ChatSettings
 from ultralong.data.clean import CLEANERS
+from ultralong.data.conversations import Pairs, Style
+from ultralong.data.decontaminate import Decontaminate
 from ultralong.data.fetch import Package
 from ultralong.data.joints import PackSettings
 from ultralong.data.readers import ReadSettings
 from ultralong.data.sampling import LengthRule
+from ultralong.data.subsample import Subsample
 from ultralong.settings import from_mapping, load
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -25,12 +28,41 @@ RECIPES = Path(__file__).parents[2] / "data_recipes"
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset of the `datasets` library: an id on the hub (streamed), or a folder it was saved to."""
+    """A dataset of the `datasets` library: an id on the hub (streamed), or a folder.
+
+    Attributes:
+        id: Its id on the hub, a folder that `save_to_disk` wrote, or a folder of JSON lines or Parquet files.
+        split: Which split.
+        config: Which configuration, where it has several.
+        revision: Branch, tag or commit.
+        data_files: Only these of its files (a shell pattern).
+        shuffle_buffer: Rows held to be given out in random order, files shuffled too, by the recipe's seed; 0 keeps
+            the order. A row's number, and so its id, is then its place in that order.
+    """
 
     id: str
     split: str = "train"
     config: str | None = None
     revision: str | None = None
+    data_files: str | None = None
+    shuffle_buffer: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several sources in one stream, told apart by a field.
+
+    Attributes:
+        field: The field that names a record's source, with dots for fields in fields.
+        shares: Each name's share of the recipe's `tokens`; records of other names are left out.
+    """
+
+    field: str
+    shares: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.shares or any(share <= 0 for share in self.shares.values()):
+            raise ValueError(f"shares must be positive, found {self.shares}.")
 
 
 @dataclass(frozen=True)
@@ -48,9 +80,14 @@ class Source:
         read: How its files are read.
         clean: What is taken out of every text: "gutenberg" (licence notices), "rfc" (page headers and footers).
         max_characters: A longer document is cut, at a line's end, into several.
-        budget: Take about this many tokens of it and no more.
+        budget: Take about this many tokens of it and no more (of each part, with `parts`).
+        share: Instead of a budget: this share of the recipe's `tokens`.
+        parts: The source is a stream of several sources, each with a share of its own.
         characters_per_token: Turns characters into tokens before tokenising; measured on the first texts when None.
         system: With conversations: a text takes the place of every system message, "" removes them, None keeps them.
+        style: With conversations: the shape of a record; "auto" finds out.
+        pairs: With conversations: which fields hold question and answer, where their names do not tell.
+        category: With conversations: what sub-sampling counts them under.
     """
 
     name: str
@@ -64,8 +101,13 @@ class Source:
     clean: tuple[str, ...] = ()
     max_characters: int | None = None
     budget: int | None = None
+    share: float | None = None
+    parts: Parts | None = None
     characters_per_token: float | None = None
     system: str | None = None
+    style: Style = "auto"
+    pairs: Pairs | None = None
+    category: str = "general"
 
     def __post_init__(self) -> None:
         given = [key for key in ("packages", "path", "dataset") if getattr(self, key)]
@@ -74,7 +116,9 @@ class Source:
         unknown = [name for name in self.clean if name not in CLEANERS]
         if unknown:
             raise ValueError(f"clean: {', '.join(unknown)} is not known; there are {', '.join(CLEANERS)}.")
-        for key in ("max_characters", "budget", "characters_per_token"):
+        if self.share is not None and self.parts is not None:
+            raise ValueError("share and parts: the parts have their own shares.")
+        for key in ("max_characters", "budget", "share", "characters_per_token"):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ValueError(f"{key} must be positive, found {value}.")
@@ -90,7 +134,10 @@ class Recipe:
         sources: Where the texts come from.
         kind: "documents" for pretraining, "chat" for instruction tuning.
         seed: Decides on sampling and order.
+        tokens: Of all sources together, where sources have shares of it.
         lengths: The length rule; None takes every document once.
+        subsample: With kind chat: how many conversations are taken, by category; None takes all.
+        decontaminate: Test sets that are kept out; None keeps out nothing.
         packing: `PackSettings` without length and seed (kind documents), or `ChatSettings` without them (kind chat).
     """
 
@@ -99,7 +146,10 @@ class Recipe:
     sources: tuple[Source, ...]
     kind: Literal["documents", "chat"] = "documents"
     seed: int = 0
+    tokens: int | None = None
     lengths: LengthRule | None = None
+    subsample: Subsample | None = None
+    decontaminate: Decontaminate | None = None
     packing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,7 +158,32 @@ class Recipe:
             raise ValueError(f"sources: one or more with different names are needed, found {names}.")
         if self.kind == "chat" and self.lengths is not None:
             raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
+        if self.kind == "documents" and self.subsample is not None:
+            raise ValueError("subsample: it is for conversations; documents are limited by their sources' budgets.")
+        shares = self.subsample.shares if self.subsample is not None else None
+        without = sorted({source.category for source in self.sources} - {*shares}) if shares else []
+        if without:
+            raise ValueError(f"subsample: shares must name every category; {', '.join(without)} is missing.")
+        shared = [source.name for source in self.sources if source.share is not None or source.parts is not None]
+        if shared and (self.tokens is None or self.tokens < 1):
+            raise ValueError(f"tokens: {', '.join(shared)} takes a share of it, so it must be given.")
         self.row_settings(1 << 20)
+
+    def budgets(self, source: Source) -> dict[str, float | None]:
+        """The budget in tokens of a source, or of each of its parts, by the name that its documents carry.
+
+        Args:
+            source: One of `sources`.
+        """
+        limit = float("inf") if source.budget is None else source.budget
+        if source.parts is not None:
+            assert self.tokens is not None
+            return {f"{source.name}/{part}": min(limit, share * self.tokens)
+                    for part, share in source.parts.shares.items()}
+        if source.share is not None:
+            assert self.tokens is not None
+            return {source.name: min(limit, source.share * self.tokens)}
+        return {source.name: source.budget}
 
     def row_settings(self, length: int) -> PackSettings | ChatSettings:
         """How rows of `length` tokens are packed.
@@ -166,4 +241,8 @@ def load_recipe(name: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -
         replace(source, path=str((path.parent / source.path).resolve())) if source.path else source
         for source in recipe.sources
     )
-    return replace(recipe, sources=sources)
+    tests = recipe.decontaminate
+    if tests is not None:
+        against = (replace(t, path=str((path.parent / t.path).resolve())) if t.path else t for t in tests.against)
+        tests = replace(tests, against=tuple(against))
+    return replace(recipe, sources=sources, decontaminate=tests)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,25 +55,33 @@ class LengthRule:
 
 @dataclass
 class LengthCounts:
-    """Documents and estimated tokens by length bucket, before and after sampling."""
+    """Documents and estimated tokens by length bucket, before and after sampling.
 
-    before: dict[str, list[int]] = field(default_factory=lambda: _empty_buckets())
-    after: dict[str, list[int]] = field(default_factory=lambda: _empty_buckets())
+    Attributes:
+        edges: Where buckets end, in tokens.
+        before: Documents and tokens of each bucket as read.
+        after: The same as taken.
+    """
 
-    def add(self, tokens: float, copies: int) -> None:
-        """Count a document that is taken `copies` times."""
-        bucket = next((number for number, edge in enumerate(BUCKETS) if tokens < edge), len(BUCKETS))
-        for table, times in ((self.before, 1), (self.after, copies)):
+    edges: tuple[int, ...] = BUCKETS
+    before: dict[str, list[int]] = field(init=False)
+    after: dict[str, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before, self.after = (
+            {name: [0] * (len(self.edges) + 1) for name in ("documents", "tokens")} for _ in range(2)
+        )
+
+    def add(self, tokens: float, copies: int, read: int = 1) -> None:
+        """Count a document that was read `read` times and is taken `copies` times."""
+        bucket = next((number for number, edge in enumerate(self.edges) if tokens < edge), len(self.edges))
+        for table, times in ((self.before, read), (self.after, copies)):
             table["documents"][bucket] += times
             table["tokens"][bucket] += times * round(tokens)
 
     def as_json(self) -> dict[str, Any]:
         """Both tables, and the edges of the buckets in tokens."""
-        return {"edges": list(BUCKETS), "before": self.before, "after": self.after}
-
-
-def _empty_buckets() -> dict[str, list[int]]:
-    return {name: [0] * (len(BUCKETS) + 1) for name in ("documents", "tokens")}
+        return {"edges": list(self.edges), "before": self.before, "after": self.after}
 
 
 def uniform(seed: int, id: str) -> float:
@@ -88,13 +96,43 @@ def copies(expected: float, seed: int, id: str) -> int:
     return whole + (uniform(seed, id) < expected - whole)
 
 
+class _Taking:
+    """The rule and the budget of one source, document by document."""
+
+    def __init__(
+        self, rule: LengthRule | None, seed: int, characters_per_token: float, budget: float | None,
+        counts: LengthCounts | None,
+    ) -> None:
+        if characters_per_token <= 0 or (budget is not None and budget <= 0):
+            raise ValueError(f"characters_per_token {characters_per_token} and budget {budget} must be positive.")
+        self.rule, self.seed, self.ratio = rule, seed, characters_per_token
+        self.budget, self.counts = None if budget == math.inf else budget, counts
+        self.taken = 0.0
+
+    @property
+    def full(self) -> bool:
+        return self.budget is not None and self.taken >= self.budget
+
+    def copies_of(self, document: Document) -> Iterator[Document]:
+        """The document as often as it is taken."""
+        tokens = len(document.text) / self.ratio
+        times = copies(self.rule.expected(tokens) if self.rule is not None else 1.0, self.seed, document.id)
+        if self.budget is not None and times:
+            times = min(times, math.ceil((self.budget - self.taken) / tokens))
+        if self.counts is not None:
+            self.counts.add(tokens, times)
+        for number in range(1, times + 1):
+            yield document if number == 1 else replace(document, id=f"{document.id}#{number}")
+        self.taken += times * tokens
+
+
 def sample(
     documents: Iterable[Document],
     *,
     rule: LengthRule | None = None,
     seed: int = 0,
     characters_per_token: float = FU_CHARACTERS_PER_TOKEN,
-    budget: int | None = None,
+    budget: float | None = None,
     counts: LengthCounts | None = None,
 ) -> Iterator[Document]:
     """Apply the length rule and one source's budget.
@@ -113,18 +151,45 @@ def sample(
     Raises:
         ValueError: `characters_per_token` or `budget` is not positive.
     """
-    if characters_per_token <= 0 or (budget is not None and budget <= 0):
-        raise ValueError(f"characters_per_token {characters_per_token} and budget {budget} must be positive.")
-    taken = 0.0
+    taking = _Taking(rule, seed, characters_per_token, budget, counts)
     for document in documents:
-        tokens = len(document.text) / characters_per_token
-        times = copies(rule.expected(tokens) if rule is not None else 1.0, seed, document.id)
-        if budget is not None and times:
-            times = min(times, math.ceil((budget - taken) / tokens))
-        if counts is not None:
-            counts.add(tokens, times)
-        for number in range(1, times + 1):
-            yield document if number == 1 else replace(document, id=f"{document.id}#{number}")
-        taken += times * tokens
-        if budget is not None and taken >= budget:
+        yield from taking.copies_of(document)
+        if taking.full:
+            return
+
+
+def sample_parts(
+    documents: Iterable[Document],
+    budgets: Mapping[str, float],
+    *,
+    rule: LengthRule | None = None,
+    seed: int = 0,
+    characters_per_token: float | Mapping[str, float] = FU_CHARACTERS_PER_TOKEN,
+    counts: Mapping[str, LengthCounts] | None = None,
+) -> Iterator[Document]:
+    """The same for a stream in which several sources are mixed, each with its own budget, as Fu et al. (2024) do it.
+
+    A document whose source has its budget is passed over, whatever its length; the stream ends when all have theirs.
+
+    Args:
+        documents: Each with the name of its source.
+        budgets: Tokens of each source.
+        rule: As for `sample`.
+        seed: As for `sample`.
+        characters_per_token: As for `sample`, or one for each source.
+        counts: For each source, where lengths before and after are counted; what is passed over is not.
+
+    Raises:
+        ValueError: As for `sample`.
+    """
+    one = isinstance(characters_per_token, int | float)
+    rates = dict.fromkeys(budgets, characters_per_token) if one else characters_per_token
+    takings = {name: _Taking(rule, seed, rates[name], budget, counts[name] if counts is not None else None)
+               for name, budget in budgets.items()}
+    for document in documents:
+        taking = takings[document.source]
+        if taking.full:
+            continue
+        yield from taking.copies_of(document)
+        if taking.full and all(other.full for other in takings.values()):
             return

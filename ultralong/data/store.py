@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,15 +62,15 @@ class TokenStore:
         return int(offsets[local + 1] - offsets[local])
 
     def describe(self, index: int) -> dict[str, str]:
-        """Id, source and licence of document `index`. Reads through one shard's list: for looking, not for loops."""
+        """Id, source and licence of document `index`. Keeps the lists of the last shards in memory: for looking."""
         index = self._checked(index)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         name = self.manifest["shards"][shard]["shard"]
-        with open(self.folder / f"{name}.documents.jsonl", encoding="utf-8") as stream:
-            for number, line in enumerate(stream):
-                if number == index - self._first[shard]:
-                    return json.loads(line)
-        raise ValueError(f"{name}.documents.jsonl in {self.folder} is shorter than its shard. Build the store again.")
+        path = self.folder / f"{name}.documents.jsonl"
+        lines = _listed(path, path.stat().st_mtime_ns)
+        if index - self._first[shard] >= len(lines):
+            raise ValueError(f"{name}.documents.jsonl in {self.folder} is shorter than its shard. Build it again.")
+        return json.loads(lines[index - self._first[shard]])
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -108,3 +108,9 @@ class TokenStore:
             self._maps[shard] = (ids, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
         ids, offsets = self._maps[shard]
         return ids, offsets, int(index - self._first[shard])
+
+
+@lru_cache(maxsize=4)
+def _listed(path: Path, written: int) -> list[bytes]:
+    # Split at bytes: an id may hold a separator such as U+2028 that str.splitlines would split at too.
+    return path.read_bytes().split(b"\n")[:-1]

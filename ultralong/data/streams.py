@@ -7,6 +7,7 @@ ends as if nothing were wrong. Here every kind goes through its decompressor obj
 from __future__ import annotations
 
 import bz2
+import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -80,3 +81,19 @@ def lines(path: Path) -> Iterator[bytes]:
         rest.append(last)
     if any(rest):
         yield b"".join(rest)
+
+
+def salvaged(data: bytes) -> Iterator[Any]:
+    """The whole records of a JSON list that was cut off, as a broken download leaves it."""
+    text, decoder = data.decode("utf-8", "ignore").lstrip(), json.JSONDecoder()
+    place = 1 if text.startswith("[") else len(text)
+    while place < len(text):
+        if text[place] in " \t\r\n,":
+            place += 1
+            continue
+        try:
+            record, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError):
+            return
+        if isinstance(record, dict):
+            yield record

@@ -96,7 +96,7 @@ def tokenize_corpus(
                 initial=sum(record["tokens"] for record in records),
             ) as bar:
                 records.extend(_write(stream, tokenizer, folder, len(records), batch_characters, workers, bar))
-            folder.finish(_manifest(settings, records))
+            folder.finish(add_up(settings, records))
         elif next(stream, None) is not None:
             raise ValueError(f"{out} is finished, and there are more documents now than then. Choose another folder.")
     return TokenStore(out)
@@ -272,7 +272,7 @@ def _encoded(
         yield oldest()
 
 
-def _manifest(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def add_up(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals over the shards, per source and licence, and what the shards are."""
     sources: dict[str, dict[str, Any]] = {}
     for record in records:

@@ -4,6 +4,7 @@ from ultralong.figures.data import attention_mask, length_buckets, packed_row, s
 from ultralong.figures.evaluation import needle_before_after, needle_heatmap, perplexity_curve, score_curves
 from ultralong.figures.panels import side_by_side
 from ultralong.figures.rope import circle_seen, lines, speed_kept, wavelengths
+from ultralong.figures.rows import browse_rows, row_browser
 from ultralong.figures.show import explore, png_bytes, save_png, show
 from ultralong.figures.theme import PALETTE, new_figure, style, tokens_label
 from ultralong.figures.training import loss_curve
@@ -11,6 +12,7 @@ from ultralong.figures.training import loss_curve
 __all__ = [
     "PALETTE",
     "attention_mask",
+    "browse_rows",
     "circle_seen",
     "explore",
     "length_buckets",
@@ -22,6 +24,7 @@ __all__ = [
     "packed_row",
     "perplexity_curve",
     "png_bytes",
+    "row_browser",
     "save_png",
     "score_curves",
     "shares",

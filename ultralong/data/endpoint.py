@@ -1,0 +1,237 @@
+"""A chat endpoint that speaks OpenAI's protocol: one request, its retries, and what it cost.
+
+`POST URL/chat/completions` with model and messages, as OpenAI, vLLM, SGLang, llama.cpp and most hosts understand it.
+Nothing but the standard library is needed. The key is read from an environment variable that the user names, goes into
+the request's header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+SHOWN = 200  # characters of a server's answer in an error message
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go and how often they are tried.
+
+    Attributes:
+        url: Up to and with the version, such as `http://localhost:8000/v1`.
+        model: The model's name there.
+        key_variable: The environment variable that holds the key; None sends none.
+        temperature: 0 asks for the likeliest answer.
+        max_tokens: An answer's longest length.
+        options: More fields of the request, such as `{"top_p": 0.9}`.
+        timeout: Seconds to wait for the server to say anything.
+        retries: How often a request is repeated after 429, 5xx, a time-out, a lost connection or an unreadable answer.
+        backoff: Seconds before the first repetition; doubled for each further one, with up to half taken off at random
+            so that many requests do not come back at once. A server's Retry-After goes first.
+        longest_backoff: Seconds that are waited at most.
+    """
+
+    url: str
+    model: str
+    key_variable: str | None = None
+    temperature: float = 0.0
+    max_tokens: int = 2048
+    options: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 120.0
+    retries: int = 6
+    backoff: float = 1.0
+    longest_backoff: float = 60.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url must be like http://localhost:8000/v1, found {self.url!r}.")
+        if parts.username or parts.password:
+            raise ValueError("url: a key does not belong into the address; name a variable with key_variable.")
+        if self.key_variable and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+            raise ValueError(f"url: a key would travel to {parts.hostname} in the clear. Use https.")
+        if self.max_tokens < 1 or self.retries < 0 or min(self.timeout, self.backoff, self.longest_backoff) <= 0:
+            raise ValueError("max_tokens, timeout and backoff must be positive, retries 0 or more.")
+
+    def key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            ValueError: The variable is not set.
+        """
+        if self.key_variable is None:
+            return None
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise ValueError(f"the environment variable {self.key_variable} holds no key. Set it, or leave it out.")
+        return key
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        text: The answer.
+        prompt_tokens: As the server counted; None where it did not say.
+        answer_tokens: The same for the answer.
+        perhaps_billed: Earlier requests for it whose work the server may have done although no answer came.
+    """
+
+    text: str
+    prompt_tokens: int | None
+    answer_tokens: int | None
+    perhaps_billed: int = 0
+
+
+class Failed(Exception):
+    """No answer: refused, or every repetition failed.
+
+    Attributes:
+        perhaps_billed: Requests whose work the server may have done although no answer came.
+    """
+
+    def __init__(self, reason: str, perhaps_billed: int = 0) -> None:
+        super().__init__(reason)
+        self.perhaps_billed = perhaps_billed
+
+
+class Stopped(Exception):
+    """The run is being stopped; the request was not made."""
+
+
+class _Again(Exception):
+    def __init__(self, reason: str, wait: float | None = None, billed: bool = False) -> None:
+        super().__init__(reason)
+        self.wait, self.billed = wait, billed
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any) -> None:
+        """A redirect would carry the key to another host, so it is an error like any other."""
+
+
+class Client:
+    """Asks an endpoint; safe to use from several threads.
+
+    Args:
+        endpoint: Where.
+        stop: Set to give up waiting.
+        on_retry: Called with what went wrong before each repetition.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, stop: threading.Event | None = None, on_retry: Callable[[str], None] | None = None
+    ) -> None:
+        self.endpoint, self.stop = endpoint, stop or threading.Event()
+        self._key = endpoint.key()
+        self._on_retry = on_retry or (lambda reason: None)
+        self._open = urllib.request.build_opener(_NoRedirect).open
+
+    def ask(self, messages: list[dict[str, str]], allow: Callable[[], bool] = lambda: True) -> Answer:
+        """One answer.
+
+        Args:
+            messages: The conversation.
+            allow: Asked before a repetition that will be paid for a second time; False gives up.
+
+        Raises:
+            Failed: There is none.
+            Stopped: `stop` was set.
+        """
+        endpoint, billed = self.endpoint, 0
+        body = json.dumps({
+            "model": endpoint.model, "messages": messages, "temperature": endpoint.temperature,
+            "max_tokens": endpoint.max_tokens, **endpoint.options,
+        }).encode()
+        for attempt in range(endpoint.retries + 1):
+            if self.stop.is_set():
+                raise Stopped
+            try:
+                text, usage = self._once(body)
+                return Answer(text, usage.get("prompt_tokens"), usage.get("completion_tokens"), billed)
+            except Failed as error:
+                raise Failed(str(error), billed + error.perhaps_billed) from None
+            except _Again as error:
+                billed += error.billed
+                reason, wait, paid = self._hidden(str(error)), error.wait, error.billed
+            if attempt < endpoint.retries:
+                if paid and not allow():
+                    raise Failed(f"{reason}, and the budget allows no repetition", billed)
+                self._on_retry(reason)
+                backoff = endpoint.backoff * 2**attempt * random.uniform(0.5, 1.0)
+                self.stop.wait(min(max(wait or 0.0, backoff), endpoint.longest_backoff))
+        raise Failed(f"{reason}, after {endpoint.retries + 1} requests", billed)
+
+    def _once(self, body: bytes) -> tuple[str, dict[str, Any]]:
+        request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/chat/completions", body, method="POST")
+        request.add_header("Content-Type", "application/json")
+        if self._key is not None:
+            # Unredirected headers stay out of anything that prints a request's headers.
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        try:
+            with self._open(request, timeout=self.endpoint.timeout) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                said = self._hidden(error.read(4096).decode("utf-8", "replace"))[:SHOWN]
+            if error.code in AGAIN:
+                raise _Again(f"HTTP {error.code}: {said}", _retry_after(error.headers)) from None
+            raise Failed(f"HTTP {error.code}: {said}") from None
+        except TimeoutError:
+            raise _Again(f"no answer in {self.endpoint.timeout:g} s", billed=True) from None
+        except urllib.error.URLError as error:
+            late = isinstance(error.reason, TimeoutError)
+            raise _Again(f"no connection: {error.reason}", billed=late) from None
+        except (http.client.HTTPException, OSError) as error:
+            raise _Again(f"connection lost: {type(error).__name__}", billed=True) from None
+        return _parse(content)
+
+    def _hidden(self, text: str) -> str:
+        return text if self._key is None else text.replace(self._key, "***")
+
+
+def _parse(content: bytes) -> tuple[str, dict[str, Any]]:
+    """Text and usage of a completion."""
+    try:
+        value = json.loads(content)
+        choice = value["choices"][0]
+        text = choice["message"]["content"]
+        usage = value.get("usage") or {}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _Again(f"unreadable answer: {content[:SHOWN]!r}", billed=True) from None
+    if choice.get("finish_reason") == "length":
+        raise Failed("the answer was cut at max_tokens", 1)
+    if not isinstance(text, str) or not text.strip():
+        raise _Again("empty answer", billed=True)
+    return text, {key: count for key, count in usage.items() if isinstance(count, int)}
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds that a server asks to wait: a number, or a date."""
+    value = headers.get("Retry-After") if headers is not None else None
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    from datetime import UTC, datetime
+
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
