@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ultralong.evaluation.ruler import counting, niah, questions
 from ultralong.evaluation.ruler.registry import NIAH
-from ultralong.evaluation.samples import TASKS, find_task, make_samples, prompt_ids, score_predictions
+from ultralong.evaluation.samples import GENERATED, find_task, make_samples, prompt_ids, score_predictions
 from ultralong.evaluation.sources import Essays, WordPairs, made_up_words
 
 LENGTH = 4096
@@ -154,7 +154,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(GENERATED))
 def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tokenizer, chat):
     options = {"tokenizer": tiny_tokenizer, "length": 12288, "samples": 4} if chat else {"samples": 12}
     records = make(task, chat=chat, **options)
@@ -167,7 +167,7 @@ def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tok
 
 
 @pytest.mark.parametrize("length", [4096, 16384])
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(GENERATED))
 def test_prompts_are_full_and_never_too_long(task, make, tokenizer, length):
     for record in make(task, length, samples=2):
         assert len(prompt_ids(tokenizer, record)) + record["max_new_tokens"] == record["length"]
@@ -175,13 +175,13 @@ def test_prompts_are_full_and_never_too_long(task, make, tokenizer, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(GENERATED))
 def test_a_million_tokens(task, make, tokenizer):
     record = make(task, 1 << 20)[0]
     assert 0.97 * (1 << 20) <= record["length"] <= 1 << 20
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(GENERATED))
 def test_a_sample_can_be_made_again_alone(task, make):
     together = make(task, samples=5, seed=3)
     assert make(task, first=3, seed=3)[0] == together[3]

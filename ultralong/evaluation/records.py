@@ -197,8 +197,8 @@ def compare_answers(first: str | os.PathLike[str], second: str | os.PathLike[str
             raise ValueError(f"{name} holds other samples in {first} than in {second}: use the same seed and the same "
                              "tokenizer.")
         task, length = pairs[0][0]["task"], pairs[0][0]["max_length"]
-        score = find_task(task).score
-        scores = [[100 * score(record["prediction"], record["outputs"]) for record in records]
+        grade = find_task(task).grade
+        scores = [[100 * grade(record) for record in records]
                   for records in zip(*pairs, strict=True)]
         difference = paired_difference(*scores, seed=seed)
         ends = (difference.low, difference.high) if len(pairs) > 1 else (None, None)
