@@ -22,8 +22,8 @@ def approx(value):
     return pytest.approx(value, abs=1e-12)
 
 
-MARTIN = ("There is no mention of Martin or independent publishing of digital books in the passage. The passage appears "
-          "to be about a research paper on contour completion using deep structure priors.",
+MARTIN = ("There is no mention of Martin or independent publishing of digital books in the passage. The passage "
+          "appears to be about a research paper on contour completion using deep structure priors.",
           "Martin began independent publishing her books as digital books in 2020.")
 
 

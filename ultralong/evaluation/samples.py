@@ -38,8 +38,9 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         known = ", ".join(task for task in TASKS if task not in LVEVAL_TASKS)
-        raise ValueError(f"There is no test {name!r}{f'; did you mean {near[0]}?' if near else '.'} There are: {known}, "
-                         f"and lveval_SET_LEVEL, such as {next(iter(LVEVAL_TASKS))}.")
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"There is no test {name!r}{hint} There are: {known}, and lveval_SET_LEVEL, such as "
+                         f"{next(iter(LVEVAL_TASKS))}.")
     return TASKS[name]
 
 
