@@ -126,15 +126,32 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
     Raises:
         ValueError: As for `make_samples`; or the folder holds another run.
     """
+    pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
+    scores = answer_pairs(model, tokenizer, pairs, samples, seed, out, chunk=chunk, chat=chat, haystack=haystack,
+                          questions=questions, quiet=quiet)
+    result = {"scores": scores, "means": mean_by_length(scores)}
+    write_json(Path(out) / "scores.json", result)
+    return result
+
+
+def answer_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, int]],
+                 samples: int, seed: int, out: str | os.PathLike[str], *, chunk: int | None = None,
+                 chat: bool | None = None, haystack: Sequence[str] | None = None,
+                 questions: Mapping[str, str | os.PathLike[str]] | None = None,
+                 quiet: bool = False) -> list[dict[str, Any]]:
+    """As `answer_tasks`, for chosen pairs of a test and a length; returns the scores and writes none.
+
+    A set of published texts may hold fewer samples than asked for; `n` says how many there were.
+    """
     model.eval()
     out = Path(out)
-    pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
     scores = []
     with progress(total=sum(length for _, length in pairs) * samples, desc="answers", unit="tok", unit_scale=True,
                   quiet=quiet) as bar:
         for task, length in pairs:
             path = out / f"{task}-{length}.jsonl"
             there = done_already(path, task, length, seed)[:samples]
+            bar.set_postfix_str(f"{task} {length:,}")
             bar.update(length * len(there))
             options = {"chat": chat, "haystack": haystack, "questions": (questions or {}).get(task)}
             made = make_samples(task, tokenizer, length, samples - len(there), seed, first=len(there),
@@ -143,13 +160,12 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
                 append_jsonl(path, record)
                 there.append(record)
                 bar.update(length)
+            bar.update(length * (samples - len(there)))
             scored = score_predictions(task, there)
             kept = {key: scored[key] for key in ("n", "score", "low", "high")}
             seconds = round(sum(record["seconds"] for record in there), 3)
             scores.append({"task": task, "length": length, **kept, "seconds": seconds})
-    result = {"scores": scores, "means": mean_by_length(scores)}
-    write_json(out / "scores.json", result)
-    return result
+    return scores
 
 
 def _answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],

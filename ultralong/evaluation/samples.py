@@ -14,9 +14,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.cutting import cut_to_fit
+from ultralong.evaluation.facts import FACTS_TASKS
 from ultralong.evaluation.infinitebench import INFINITEBENCH_TASKS
-from ultralong.evaluation.intervals import bootstrap_mean
+from ultralong.evaluation.intervals import bootstrap_mean, wilson
 from ultralong.evaluation.needle_task import NEEDLE_TASK
+from ultralong.evaluation.nonliteral import NONLITERAL_TASKS
 from ultralong.evaluation.prompts import make_frame
 from ultralong.evaluation.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS
 from ultralong.evaluation.ruler import RULER_TASKS
@@ -24,7 +26,8 @@ from ultralong.evaluation.sizing import Line, fit, learn_line
 from ultralong.evaluation.tasks import Builder, Draft, Reader, Setting, Task
 
 # Made here, at any length; and read from what their authors published.
-GENERATED: dict[str, Task] = {NEEDLE_TASK.name: NEEDLE_TASK, **RULER_TASKS, **INFINITEBENCH_TASKS}
+GENERATED: dict[str, Task] = {NEEDLE_TASK.name: NEEDLE_TASK, **RULER_TASKS, **INFINITEBENCH_TASKS,
+                              **FACTS_TASKS, **NONLITERAL_TASKS}
 PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LVEVAL_TASKS}
 TASKS = GENERATED | PUBLISHED
 
@@ -183,7 +186,7 @@ def score_predictions(task: str, records: Sequence[Mapping[str, Any]], *, seed: 
     Args:
         task: Name of the test.
         records: Each with `outputs`, `prediction` and, for scores by length, `max_length`.
-        seed: Seed of the bootstrap.
+        seed: Seed of the bootstrap, which scores between right and wrong take; the others take Wilson's interval.
         level: Confidence of the intervals, two-sided.
 
     Returns:
@@ -210,6 +213,10 @@ def score_predictions(task: str, records: Sequence[Mapping[str, Any]], *, seed: 
 
 
 def _summary(scores: Sequence[float], seed: int, level: float) -> dict[str, Any]:
-    low, high = bootstrap_mean(scores, seed=seed, level=level)
+    if set(scores) <= {0.0, 1.0}:
+        # Right or wrong is a proportion: a bootstrap of 20 right answers out of 20 would claim certainty.
+        low, high = wilson(int(sum(scores)), len(scores), level)
+    else:
+        low, high = bootstrap_mean(scores, seed=seed, level=level)
     ends = {"low": None, "high": None} if len(scores) < 2 else {"low": 100 * low, "high": 100 * high}
     return {"n": len(scores), "score": 100 * float(np.mean(scores)), **ends}
