@@ -11,7 +11,7 @@ import tyro
 from ultralong import __version__
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
-from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
+from ultralong.cli.measure import answer, compare, evaluate, make_samples, report, run, score
 
 
 def bench_attention(words: Sequence[str]) -> None:
@@ -27,6 +27,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sft": sft,
     "eval": evaluate,
+    "eval run": run,
+    "eval report": report,
     "eval answer": answer,
     "eval make": make_samples,
     "eval score": score,
@@ -38,6 +40,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+# `ultralong eval TESTS MODEL` is `eval run`, but for these two, which keep their own options.
+SHORT = ("needle", "perplexity")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (the command failed) or 2 (the line was not understood)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(__version__)
         sys.exit(0)
+    if words[0] == "eval" and len(words) > 2 and words[1] not in SHORT and not words[1].startswith("-"):
+        words = words if " ".join(words[:2]) in COMMANDS else ["eval", "run", *words[1:]]
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
     if name is None:
         print(f"ultralong: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)

@@ -78,15 +78,9 @@ def make_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, sam
     Raises:
         ValueError: No such test, a length too short for it, no samples, or what the test itself misses.
     """
-    found = find_task(task)
     if samples < 1:
         raise ValueError(f"At least one sample must be asked for, got {samples}.")
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
-    setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack,
-                      None if questions is None else Path(questions))
-    builder = found.prepare(setting)
-    measure = _Measure(setting, found.max_new_tokens)
+    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
     if isinstance(builder, Reader):
         for index in range(first, min(first + samples, len(builder))):
             yield _read_one(found, setting, builder, measure, seed, index)
@@ -95,6 +89,40 @@ def make_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, sam
                       builder.smallest, builder.probe)
     for index in range(first, first + samples):
         yield _make_one(found, setting, builder, measure, line, seed, index)
+
+
+def check_task(task: str, tokenizer: PreTrainedTokenizerBase, length: int, *, chat: bool | None = None,
+               haystack: Sequence[str] | None = None, questions: str | os.PathLike[str] | None = None) -> None:
+    """See that samples of a test could be made at a length, at the cost of the shortest one.
+
+    Args:
+        task: Name of the test.
+        tokenizer: Counts the tokens.
+        length: Most tokens of prompt and answer together.
+        chat: As for `make_samples`.
+        haystack: As for `make_samples`.
+        questions: As for `make_samples`.
+
+    Raises:
+        ValueError: As for `make_samples`.
+    """
+    _, _, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
+    if not isinstance(builder, Reader):
+        shortest = measure.tokens(builder.build(random.Random(f"{task} probe"), builder.smallest, 0))
+        if shortest > length:
+            raise ValueError(f"{length:,} tokens are too few: the shortest prompt of this test takes "
+                             f"{shortest:,}. Ask at a longer length.")
+
+
+def _open(task: str, tokenizer: PreTrainedTokenizerBase, length: int, chat: bool | None,
+          haystack: Sequence[str] | None,
+          questions: str | os.PathLike[str] | None) -> tuple[Task, Setting, Builder | Reader, _Measure]:
+    found = find_task(task)
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack,
+                      None if questions is None else Path(questions))
+    return found, setting, found.prepare(setting), _Measure(setting, found.max_new_tokens)
 
 
 class _Measure:
