@@ -11,7 +11,8 @@ import tyro
 from ultralong import __version__
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
-from ultralong.cli.measure import answer, compare, evaluate, make_samples, report, run, score
+from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
+from ultralong.cli.runs import report, run
 
 
 def bench_attention(words: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -62,114 +62,6 @@ def evaluate(
         out=out,
     )
     leave(json, result)
-
-
-def run(
-    tasks: Positional[str],
-    model: Positional[str],
-    /,
-    *,
-    out: Path,
-    lengths: tuple[int, ...] = (),
-    samples: int = 20,
-    grid: tuple[int, int] = (40, 10),
-    grid_samples: int = 3,
-    seed: int = 0,
-    before: Path | None = None,
-    haystack: Path | None = None,
-    data: Path | None = None,
-    rows: Path | None = None,
-    max_rows: int = 16,
-    chat: bool | None = None,
-    chunk: int | None = None,
-    beyond_window: bool = False,
-    skip_missing: bool = False,
-    device: str = "auto",
-    json: Json = None,
-) -> None:
-    """Measure a model on any of the tests, and write a report: JSON and one page. Stop it at any time; it goes on.
-
-    `ultralong eval TESTS MODEL` is short for it. Tests are named with commas between them; groups are ruler, niah,
-    infinitebench, infinitebench_synthetic, infinitebench_published, lveval, lveval_16k to lveval_256k, facts,
-    nonliteral, needle (the map), perplexity and standard (lm-eval).
-
-    Examples:
-      ultralong eval run needle,ruler,facts,nonliteral model --lengths 4096 32768 131072 --samples 50 --out runs/model
-      ultralong eval run lveval,infinitebench model --lengths 131072 --data published --out runs/model
-
-    Args:
-        tasks: Tests and groups, with commas between them.
-        model: Folder or hub id.
-        out: Folder of answers and report.
-        lengths: Tokens of prompt and answer; by default doubled from 4,096 to the window.
-        samples: Samples of each test at each length.
-        grid: needle: how many lengths and depths.
-        grid_samples: needle: prompts a cell.
-        seed: Seed of the samples.
-        before: Folder of a run of the model before, to set beside it.
-        haystack: Text file or folder to fill prompts with.
-        data: Folder of published data (LV-Eval, InfiniteBench, SQuAD, HotpotQA, benchmarks), or package for SQuAD.
-        rows: perplexity: folder of packed rows.
-        max_rows: perplexity: rows to use.
-        chat: Ask in the model's chat template, or not; by default where there is one.
-        chunk: Tokens of one prefill pass.
-        beyond_window: Ask also at lengths beyond the model's window.
-        skip_missing: Leave out tests whose data is missing.
-        device: auto, cpu or cuda.
-        json: Write the report's numbers as JSON to this file.
-    """
-    from ultralong.evaluation.run import RunSettings
-    from ultralong.evaluation.run import run as measure
-
-    words = {"haystack": haystack, "data": data, "rows": rows}
-    wanted = RunSettings(
-        model=model,
-        tasks=tuple(tasks.split(",")),
-        lengths=lengths,
-        samples=samples,
-        grid=grid,
-        grid_samples=grid_samples,
-        seed=seed,
-        chunk=chunk,
-        chat=chat,
-        max_rows=max_rows,
-        beyond_window=beyond_window,
-        skip_missing=skip_missing,
-        **{key: None if value is None else str(value) for key, value in words.items()},
-    )
-    result = measure(wanted, out, before=before, device=device)
-    leave(json, result)
-    _tell(result, out)
-
-
-def report(folder: Positional[Path], /, *, before: Path | None = None, json: Json = None) -> None:
-    """Write the report of a run anew from its answers, without the model; with --before, two models side by side.
-
-    Example: ultralong eval report runs/after --before runs/before
-
-    Args:
-        folder: Folder that eval run wrote.
-        before: The same for the model before.
-        json: Write the report's numbers as JSON to this file.
-    """
-    from ultralong.evaluation.results import write_results
-
-    result = write_results(folder, before)
-    leave(json, result)
-    _tell(result, folder)
-
-
-def _tell(result: dict[str, Any], out: Path) -> None:
-    for item in result["families"]:
-        between = "" if item["low"] is None else f"  [{item['low']:.1f}, {item['high']:.1f}]"
-        print(
-            f"{item['family']:20} {item['length']:>9,}  {item['score']:6.1f}{between}  {item['tasks']} tests, "
-            f"n {item['n']}"
-        )
-    if result["effective"] is not None:
-        reached = result["effective"]["length"]
-        print(f"effective length (RULER, {result['effective']['bar']}): {f'{reached:,}' if reached else 'none'}")
-    print(f"{out / 'report.html'}")
 
 
 def make_samples(

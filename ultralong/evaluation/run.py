@@ -26,6 +26,8 @@ from ultralong.evaluation.records import answer_pairs
 from ultralong.evaluation.report import describe_environment
 from ultralong.evaluation.results import SETTINGS_FILE, write_results
 from ultralong.evaluation.samples import PUBLISHED, check_task
+from ultralong.evaluation.standard import find_benchmarks, measure_standard
+from ultralong.extras import require
 from ultralong.files import append_jsonl, read_jsonl, write_json
 from ultralong.progress import progress
 
@@ -56,6 +58,9 @@ class RunSettings:
         max_rows: Rows to use of them.
         beyond_window: Ask also at lengths beyond the model's window.
         skip_missing: Leave out tests whose data is missing instead of stopping.
+        benchmarks: Short benchmarks to take of lm-eval's; all when empty.
+        limit: Samples of each of their tasks; None takes all.
+        run_code: HumanEval may run the programs that the model wrote.
     """
 
     model: str
@@ -73,6 +78,9 @@ class RunSettings:
     max_rows: int = 16
     beyond_window: bool = False
     skip_missing: bool = False
+    benchmarks: tuple[str, ...] = ()
+    limit: int | None = None
+    run_code: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
@@ -106,6 +114,9 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
     names = expand(wanted.tasks)
     if "perplexity" in names and wanted.rows is None:
         raise ValueError("Perplexity needs packed rows to read: give --rows FOLDER, as written by `ultralong pack`.")
+    if "standard" in names:
+        find_benchmarks(wanted.benchmarks)
+        require("lm_eval", "eval")
     check_same_run(wanted, out)
     texts = read_haystack(wanted.haystack)
     model, tokenizer = open_model(wanted.model, device) if opened is None else opened
@@ -121,11 +132,11 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
                  chat=wanted.chat, haystack=texts, questions=questions, quiet=quiet)
     if "perplexity" in names and not (out / "perplexity.json").exists():
         write_json(out / "perplexity.json", _perplexity(model, wanted, quiet))
-    if "standard" in names and not (out / "standard.json").exists():
-        from ultralong.evaluation.standard import measure_standard
-
-        write_json(out / "standard.json", measure_standard(wanted.model, data=wanted.data, device=device,
-                                                           opened=(model, tokenizer)))
+    if "standard" in names:
+        chat = bool(tokenizer.chat_template) if wanted.chat is None else wanted.chat
+        write_json(out / "standard.json", measure_standard(
+            wanted.model, out / "standard", names=wanted.benchmarks, data=wanted.data, device=str(model.device.type),
+            chat=chat, limit=wanted.limit, run_code=wanted.run_code, quiet=quiet))
     return write_results(out, before)
 
 

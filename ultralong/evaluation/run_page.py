@@ -231,7 +231,8 @@ def _paper(result: Mapping[str, Any]) -> str:
 def _notes(sides: Sequence[Mapping[str, Any]]) -> str:
     side = sides[-1]
     notes = [f"{family}: text from {', '.join(sources)}." for family, sources in side["sources"].items()]
-    notes += [f"{task} was left out: {reason}" for task, reason in side["skipped"].items()]
+    left_out = side["skipped"] | (side["standard"] or {}).get("skipped", {})
+    notes += [f"{task} was left out: {reason}" for task, reason in left_out.items()]
     if side["effective"] is not None:
         notes.append(f"Effective length is the longest measured one up to which RULER's mean stays at "
                      f"{side['effective']['bar']} or more, the score of Llama-2-7B-chat at 4K (RULER, section 4).")
