@@ -161,11 +161,27 @@ def test_the_packages_data_opens_under_the_hubs_names(package, tmp_path, monkeyp
     before = (target / "README.md").exists(), (target / "complete.txt").stat().st_mtime_ns
     assert from_package(package / "gone", target) == target, "laid out once"
     assert before == ((target / "README.md").exists(), (target / "complete.txt").stat().st_mtime_ns)
+    assert (target / "code_eval" / "code_eval.py").read_text().startswith('"""pass@k')
     assert local_folder(target) == target
     assert local_folder(package) is None, "a folder without benchmarks leaves them to the hub"
     assert local_folder(None) is None
     with pytest.raises(ValueError, match="There is no folder"):
         local_folder(tmp_path / "missing")
+
+
+def test_programs_are_scored_without_the_hub(package, tmp_path, monkeypatch):
+    evaluate = pytest.importorskip("evaluate")
+    monkeypatch.chdir(from_package(package, tmp_path / "laid"))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    metric = evaluate.load("code_eval", cache_dir=str(tmp_path / "cache"))
+    right, wrong, endless = "def add(a, b): return a + b", "def add(a, b): return a * b", "while True: pass"
+    scores, outcomes = metric.compute(references=["assert add(2, 3) == 5"] * 2, k=[1, 2], timeout=3.0,
+                                      predictions=[[right, wrong], [wrong, endless]])
+    assert scores == {"pass@1": 0.25, "pass@2": 0.5}
+    assert outcomes[0] == [(0, True), (1, False)]
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+    with pytest.raises(ValueError, match="programs that a model wrote"):
+        metric.compute(references=["pass"], predictions=[[right]], k=[1])
 
 
 def test_a_package_that_changed_is_refused(package, tmp_path):

