@@ -305,3 +305,10 @@ def test_scores_come_by_length_with_intervals():
     for bad in ([], [{"outputs": ["5"]}], [{"prediction": "5"}], [{"outputs": [], "prediction": "5"}]):
         with pytest.raises(ValueError, match=r"no predictions|Record 1 has"):
             score_predictions("needle", bad)
+
+
+def test_infinitebench_words_its_passkey_by_the_kind_of_model(make, tiny_tokenizer):
+    for chat, asked in ((True, "memorize them. I will quiz you about the important information there."),
+                        (False, "memorize it. I will quiz you about the important information.")):
+        record = make("infinitebench_passkey", 2048, tokenizer=tiny_tokenizer, chat=chat)[0]
+        assert asked in record["input"]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultralong.evaluation.generate import generate_greedy
 from ultralong.evaluation.intervals import paired_difference
 from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
+from ultralong.evaluation.shared_prefix import SharedPrefix
 from ultralong.files import append_jsonl, read_jsonl, write_json
 from ultralong.progress import progress
 
@@ -170,12 +171,14 @@ def answer_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pai
 
 def _answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],
               chunk: int | None) -> Iterator[dict[str, Any]]:
+    shared: SharedPrefix | None = None
     for sample in samples:
         start = time.perf_counter()
+        shared = SharedPrefix(model, sample["max_length"]) if shared is None else shared
         ids = torch.tensor([prompt_ids(tokenizer, sample)], device=model.device)
-        said = generate_greedy(model, ids, sample["max_new_tokens"], chunk=chunk)[0]
+        said = generate_greedy(model, ids, sample["max_new_tokens"], chunk=chunk, shared=shared)[0]
         kept = {key: value for key, value in sample.items() if key != "input"}
-        yield {**kept, "prediction": tokenizer.decode(said, skip_special_tokens=True),
+        yield {**kept, "prediction": tokenizer.decode(said, skip_special_tokens=True), "reused": shared.reused,
                "seconds": round(time.perf_counter() - start, 3)}
 
 
