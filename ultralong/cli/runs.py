@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -33,6 +33,9 @@ def run(
     benchmarks: tuple[str, ...] = (),
     limit: int | None = None,
     run_code: bool = False,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    gpus: int = 1,
+    kv_dtype: str = "auto",
     device: str = "auto",
     json: Json = None,
 ) -> None:
@@ -69,6 +72,10 @@ def run(
             ARC-Challenge PIQA).
         limit: standard: samples of each task, to try it out.
         run_code: standard: let HumanEval run what the model wrote, on this machine.
+        engine: What answers: transformers, or vllm, which must be installed; the needle map and perplexity want
+            transformers.
+        gpus: vllm: GPUs to split the model over.
+        kv_dtype: vllm: type of keys and values, auto or fp8.
         device: auto, cpu or cuda.
         json: Write the report's numbers as JSON to this file.
     """
@@ -92,6 +99,9 @@ def run(
         benchmarks=benchmarks,
         limit=limit,
         run_code=run_code,
+        engine=engine,
+        gpus=gpus,
+        kv_dtype=kv_dtype,
         **{key: None if value is None else str(value) for key, value in words.items()},
     )
     result = measure(wanted, out, before=before, device=device)

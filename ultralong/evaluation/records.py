@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.evaluation.generate import generate_greedy
+from ultralong.evaluation.engines import Engine, OwnEngine
 from ultralong.evaluation.intervals import paired_difference
 from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
-from ultralong.evaluation.shared_prefix import SharedPrefix
 from ultralong.files import append_jsonl, read_jsonl, write_json
 from ultralong.progress import progress
 
@@ -128,23 +126,22 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
         ValueError: As for `make_samples`; or the folder holds another run.
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
-    scores = answer_pairs(model, tokenizer, pairs, samples, seed, out, chunk=chunk, chat=chat, haystack=haystack,
-                          questions=questions, quiet=quiet)
+    scores = answer_pairs(OwnEngine(model, tokenizer, chunk), tokenizer, pairs, samples, seed, out, chat=chat,
+                          haystack=haystack, questions=questions, quiet=quiet)
     result = {"scores": scores, "means": mean_by_length(scores)}
     write_json(Path(out) / "scores.json", result)
     return result
 
 
-def answer_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, int]],
-                 samples: int, seed: int, out: str | os.PathLike[str], *, chunk: int | None = None,
-                 chat: bool | None = None, haystack: Sequence[str] | None = None,
+def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, int]],
+                 samples: int, seed: int, out: str | os.PathLike[str], *, chat: bool | None = None,
+                 haystack: Sequence[str] | None = None,
                  questions: Mapping[str, str | os.PathLike[str]] | None = None,
                  quiet: bool = False) -> list[dict[str, Any]]:
-    """As `answer_tasks`, for chosen pairs of a test and a length; returns the scores and writes none.
+    """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the scores, writes none.
 
     A set of published texts may hold fewer samples than asked for; `n` says how many there were.
     """
-    model.eval()
     out = Path(out)
     scores = []
     with progress(total=sum(length for _, length in pairs) * samples, desc="answers", unit="tok", unit_scale=True,
@@ -157,7 +154,7 @@ def answer_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pai
             options = {"chat": chat, "haystack": haystack, "questions": (questions or {}).get(task)}
             made = make_samples(task, tokenizer, length, samples - len(there), seed, first=len(there),
                                 **options) if len(there) < samples else iter(())
-            for record in _answered(model, tokenizer, made, chunk):
+            for record in _answered(engine, tokenizer, made):
                 append_jsonl(path, record)
                 there.append(record)
                 bar.update(length)
@@ -169,16 +166,13 @@ def answer_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pai
     return scores
 
 
-def _answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],
-              chunk: int | None) -> Iterator[dict[str, Any]]:
-    shared: SharedPrefix | None = None
+def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase,
+              samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for sample in samples:
         start = time.perf_counter()
-        shared = SharedPrefix(model, sample["max_length"]) if shared is None else shared
-        ids = torch.tensor([prompt_ids(tokenizer, sample)], device=model.device)
-        said = generate_greedy(model, ids, sample["max_new_tokens"], chunk=chunk, shared=shared)[0]
+        said, reused = engine.answer(prompt_ids(tokenizer, sample), sample["max_new_tokens"], sample["max_length"])
         kept = {key: value for key, value in sample.items() if key != "input"}
-        yield {**kept, "prediction": tokenizer.decode(said, skip_special_tokens=True), "reused": shared.reused,
+        yield {**kept, "prediction": said, "engine": engine.name, "reused": reused,
                "seconds": round(time.perf_counter() - start, 3)}
 
 

@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong import settings
 from ultralong.evaluation.commands import open_model, position_edges, read_haystack
+from ultralong.evaluation.engines import OwnEngine, VllmEngine
 from ultralong.evaluation.groups import SPECIAL, expand, find_questions
 from ultralong.evaluation.needle import needle_grid, prepare_haystack
 from ultralong.evaluation.perplexity import perplexity_by_position
@@ -33,7 +34,7 @@ from ultralong.progress import progress
 
 SHORTEST = 4096  # RULER's first length
 CONTROL = 1024  # the needle map's first column, where the published one has the length 0
-FIXED = ("model", "seed", "chat", "haystack", "data", "rows")
+FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine")
 ONE_PASS = 32768  # prompts up to this go in one pass unless a chunk is asked for
 
 
@@ -61,6 +62,9 @@ class RunSettings:
         benchmarks: Short benchmarks to take of lm-eval's; all when empty.
         limit: Samples of each of their tasks; None takes all.
         run_code: HumanEval may run the programs that the model wrote.
+        engine: What answers samples: transformers, or vllm, which must be installed.
+        gpus: vllm: GPUs to split the model over.
+        kv_dtype: vllm: type of keys and values, auto or fp8.
     """
 
     model: str
@@ -81,6 +85,9 @@ class RunSettings:
     benchmarks: tuple[str, ...] = ()
     limit: int | None = None
     run_code: bool = False
+    engine: Literal["transformers", "vllm"] = "transformers"
+    gpus: int = 1
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
@@ -88,10 +95,13 @@ class RunSettings:
                              f"{self.samples}, {self.grid_samples} and {self.grid}.")
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"lengths are tokens, got {list(self.lengths)}.")
+        if self.engine == "vllm" and {"needle", "perplexity"} & set(self.tasks):
+            raise ValueError("The needle map and perplexity read the model's own forward pass, which vllm does not "
+                             "give: leave them out, or --engine away.")
 
 
 def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.PathLike[str] | None = None,
-        device: str = "auto", opened: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        device: str = "auto", opened: tuple[PreTrainedModel | None, PreTrainedTokenizerBase] | None = None,
         quiet: bool = False) -> dict[str, Any]:
     """Do what is missing of a run, and report.
 
@@ -119,8 +129,9 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
         require("lm_eval", "eval")
     check_same_run(wanted, out)
     texts = read_haystack(wanted.haystack)
-    model, tokenizer = open_model(wanted.model, device) if opened is None else opened
-    window = int(model.config.get_text_config().max_position_embeddings)
+    model, tokenizer = opened or _open(wanted, device)
+    config = AutoConfig.from_pretrained(wanted.model) if model is None else model.config
+    window = int(config.get_text_config().max_position_embeddings)
     lengths = within_window(wanted.lengths or doubled_lengths(window), window, wanted.beyond_window)
     pairs, questions, skipped = plan_pairs(names, lengths, tokenizer, wanted, texts)
     asked = replace(wanted, tasks=tuple(names), lengths=tuple(lengths))
@@ -128,16 +139,31 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
     write_json(out / "environment.json", {"window": window, "skipped": skipped, **describe_environment()})
     if "needle" in names:
         measure_grid(model, tokenizer, wanted, max(lengths), texts, out / "needle.jsonl", quiet=quiet)
-    answer_pairs(model, tokenizer, pairs, wanted.samples, wanted.seed, out, chunk=_chunk(wanted, max(lengths)),
-                 chat=wanted.chat, haystack=texts, questions=questions, quiet=quiet)
+    if pairs:
+        chunk = _chunk(wanted, max(lengths))
+        engine = OwnEngine(model, tokenizer, chunk) if model is not None else VllmEngine(
+            wanted.model, tokenizer, max(lengths), gpus=wanted.gpus, kv_dtype=wanted.kv_dtype, chunk=chunk)
+        answer_pairs(engine, tokenizer, pairs, wanted.samples, wanted.seed, out, chat=wanted.chat, haystack=texts,
+                     questions=questions, quiet=quiet)
     if "perplexity" in names and not (out / "perplexity.json").exists():
         write_json(out / "perplexity.json", _perplexity(model, wanted, quiet))
     if "standard" in names:
         chat = bool(tokenizer.chat_template) if wanted.chat is None else wanted.chat
         write_json(out / "standard.json", measure_standard(
-            wanted.model, out / "standard", names=wanted.benchmarks, data=wanted.data, device=str(model.device.type),
-            chat=chat, limit=wanted.limit, run_code=wanted.run_code, quiet=quiet))
+            wanted.model, out / "standard", names=wanted.benchmarks, data=wanted.data,
+            device="cuda" if model is None else model.device.type, chat=chat, limit=wanted.limit,
+            run_code=wanted.run_code, quiet=quiet))
     return write_results(out, before)
+
+
+def _open(wanted: RunSettings, device: str) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Model and tokenizer; no model for an engine that opens it itself."""
+    if wanted.engine == "transformers":
+        return open_model(wanted.model, device)
+    try:
+        return None, AutoTokenizer.from_pretrained(wanted.model)
+    except OSError as error:
+        raise ValueError(f"{wanted.model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
 
 
 def check_same_run(wanted: RunSettings, out: Path) -> None:
