@@ -229,25 +229,26 @@ def plan_pairs(names: Sequence[str], lengths: Sequence[int], tokenizer: PreTrain
     data = None if wanted.data is None else Path(wanted.data)
     for name in (name for name in names if name not in SPECIAL):
         chosen = [max(lengths)] if name in PUBLISHED else sorted(lengths)
-        try:
-            found = find_questions(name, data)
-            check_task(name, tokenizer, chosen[-1], chat=wanted.chat, haystack=texts, questions=found)
-        except (ValueError, ImportError) as error:
-            skipped[name] = str(error)
-            continue
-        if found is not None:
-            questions[name] = found
-        for length in chosen:
+        reasons: dict[int, str] = {}
+        for place, length in enumerate(chosen):
             try:
+                found = find_questions(name, data)
                 check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found)
-            except ValueError as error:
-                skipped[f"{name} at {length:,}"] = str(error)
-            else:
-                pairs.append((name, length))
+            except (ValueError, ImportError) as error:
+                reasons[length] = str(error)
+                continue
+            # What can be made at one length can be made at all longer ones.
+            pairs += [(name, longer) for longer in chosen[place:]]
+            questions |= {} if found is None else {name: found}
+            break
+        if len(reasons) == len(chosen):
+            skipped[name] = reasons[chosen[-1]]
+        else:
+            skipped |= {f"{name} at {length:,}": reason for length, reason in reasons.items()}
     if skipped and not wanted.skip_missing:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        raise ValueError(f"Some tests cannot be made. {reasons}{more} (--skip-missing runs the rest.)")
+        raise ValueError(f"Some tests cannot be made. {told}{more} (--skip-missing runs the rest.)")
     return sorted(pairs, key=lambda pair: pair[1]), questions, skipped
 
 
