@@ -57,6 +57,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_of_words() -> PreTrainedTokenizerFast:
+    """Words, numbers and marks as whole tokens: about as many tokens a text as a real tokenizer gives."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
     """A function from config overrides (and a seed) to a new random Llama of about 0.1 M parameters."""
 

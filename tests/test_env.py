@@ -19,7 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 CORE = ("torch", "transformers", "accelerate", "numpy", "safetensors", "yaml", "tqdm", "huggingface_hub", "tokenizers")
 # Left for those who want them; tyro is a dependency, but only of the command line.
 OPTIONAL = ("datasets", "pyarrow", "pandas", "zstandard", "gguf", "plotly", "matplotlib", "ipywidgets", "IPython",
-            "papermill", "jupytext", "nbformat", "lm_eval", "flash_attn", "tyro")
+            "papermill", "jupytext", "nbformat", "lm_eval", "jieba", "flash_attn", "tyro")
 IN_THE_CLI = re.compile(r"^ultralong\.(cli(\.|$)|.*__main__$)")
 
 

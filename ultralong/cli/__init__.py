@@ -13,6 +13,7 @@ from ultralong.cli import data, texts
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
+from ultralong.cli.runs import report, run
 
 
 def bench_attention(words: Sequence[str]) -> None:
@@ -35,6 +36,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sft": sft,
     "eval": evaluate,
+    "eval run": run,
+    "eval report": report,
     "eval answer": answer,
     "eval make": make_samples,
     "eval score": score,
@@ -46,6 +49,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+# `ultralong eval TESTS MODEL` is `eval run`, but for these two, which keep their own options.
+SHORT = ("needle", "perplexity")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (the command failed) or 2 (the line was not understood)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -55,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(__version__)
         sys.exit(0)
+    if words[0] == "eval" and len(words) > 2 and words[1] not in SHORT and not words[1].startswith("-"):
+        words = words if " ".join(words[:2]) in COMMANDS else ["eval", "run", *words[1:]]
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), None)
     if name is None:
         print(f"ultralong: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)

@@ -77,19 +77,19 @@ def make_samples(
     questions: str | None = None,
     json: Json = None,
 ) -> None:
-    """Write samples of a test without a model: needle, RULER's thirteen, InfiniteBench's synthetic six, at any length.
+    """Write samples of a test without a model: RULER, InfiniteBench, LV-Eval, chained facts, needles.
 
     Example: ultralong eval make ruler_vt --length 131072 --samples 20 --tokenizer model --out vt.jsonl
 
     Args:
-        task: Name of the test, such as needle, niah_single_1, ruler_vt or infinitebench_passkey.
+        task: Name of the test, such as needle, niah_single_1, ruler_vt, facts_qa2 or lveval_cmrc_mixup_16k.
         length: Most tokens of prompt and answer together.
         samples: How many.
         tokenizer: Folder or hub id of the model whose tokenizer counts.
         out: File of JSON lines: input, answer_prefix, outputs, length, max_new_tokens.
         seed: Seed of all draws; sample k of a seed is always the same.
         haystack: Text file or folder to fill prompts with, where the test has a haystack.
-        questions: File of published questions, or package, for the tests that need them.
+        questions: File or folder of published questions, or package, for the tests that need them.
         json: Write what was made as JSON to this file.
     """
     from transformers import AutoTokenizer

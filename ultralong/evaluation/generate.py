@@ -10,12 +10,15 @@ allocated once.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+
+if TYPE_CHECKING:
+    from ultralong.evaluation.shared_prefix import SharedPrefix
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -54,6 +57,10 @@ class PreallocatedLayer(DynamicLayer):
         self.value_buffer[:, :, start:end] = value_states
         self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]  # (B, H, end, D)
         return self.keys, self.values
+
+    def keep_first(self, tokens: int) -> None:
+        """Forget all but the first tokens; the buffers stay."""
+        self.keys, self.values = self.key_buffer[:, :, :tokens], self.value_buffer[:, :, :tokens]
 
 
 def make_cache(model: PreTrainedModel, capacity: int) -> Cache:
@@ -123,7 +130,7 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 
 @torch.inference_mode()
 def generate_greedy(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, *, chunk: int | None = None,
-                    stop: set[int] | None = None) -> list[list[int]]:
+                    stop: set[int] | None = None, shared: SharedPrefix | None = None) -> list[list[int]]:
     """Continue each prompt with the most likely token at each step.
 
     Equal to `model.generate(do_sample=False)` on prompts of one length, with memory bounded as said on top.
@@ -134,6 +141,7 @@ def generate_greedy(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: i
         max_new_tokens: Most tokens to add to each.
         chunk: Tokens of one prefill pass; None takes the prompt at once.
         stop: Ids that end a sequence; None takes the model's own.
+        shared: Keeps keys and values from prompt to prompt, one prompt at a time.
 
     Returns:
         For each prompt its new tokens, without the id that ended it.
@@ -144,8 +152,9 @@ def generate_greedy(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: i
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     stop = end_tokens(model) if stop is None else stop
-    cache = make_cache(model, input_ids.shape[1] + max_new_tokens)
-    token = prefill(model, input_ids, chunk=chunk, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (B, 1)
+    capacity = input_ids.shape[1] + max_new_tokens
+    cache, done = (make_cache(model, capacity), 0) if shared is None else shared.start(input_ids, capacity)
+    token = prefill(model, input_ids[:, done:], chunk=chunk, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (B, 1)
     answers: list[list[int]] = [[] for _ in range(len(input_ids))]
     open_rows = set(range(len(answers)))
     for step in range(max_new_tokens):

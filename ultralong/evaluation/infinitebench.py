@@ -32,6 +32,10 @@ HIDDEN = {
         "The sequence of digits is {key}. Remember it. {key} is the sequence of digits.\n",
         "\n\nThe sequence of digits is"),
 }
+# The set for base models words the passkey's task a little differently.
+PLAIN_TASKS = {"passkey": (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
+    "the important information.\n\n{context}\n\nWhat is the pass key?")}
 ASKED = ("largest", "second largest", "third largest", "smallest", "second smallest", "third smallest", "median")
 
 
@@ -48,6 +52,7 @@ class HiddenBuilder:
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """The number stands at one of 59 even places, by turns."""
         task, needle, cue = HIDDEN[self.kind]
+        task = task if self.chat else PLAIN_TASKS.get(self.kind, task)
         digits = [str(draw.randint(0, 9)) for _ in range(5)]
         if self.kind == "number_string":
             for step in range(5):

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.evaluation.generate import generate_greedy
+from ultralong.evaluation.engines import Engine, OwnEngine
 from ultralong.evaluation.intervals import paired_difference
 from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
 from ultralong.files import append_jsonl, read_jsonl, write_json
@@ -126,40 +125,54 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
     Raises:
         ValueError: As for `make_samples`; or the folder holds another run.
     """
-    model.eval()
-    out = Path(out)
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
+    scores = answer_pairs(OwnEngine(model, tokenizer, chunk), tokenizer, pairs, samples, seed, out, chat=chat,
+                          haystack=haystack, questions=questions, quiet=quiet)
+    result = {"scores": scores, "means": mean_by_length(scores)}
+    write_json(Path(out) / "scores.json", result)
+    return result
+
+
+def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, int]],
+                 samples: int, seed: int, out: str | os.PathLike[str], *, chat: bool | None = None,
+                 haystack: Sequence[str] | None = None,
+                 questions: Mapping[str, str | os.PathLike[str]] | None = None,
+                 quiet: bool = False) -> list[dict[str, Any]]:
+    """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the scores, writes none.
+
+    A set of published texts may hold fewer samples than asked for; `n` says how many there were.
+    """
+    out = Path(out)
     scores = []
     with progress(total=sum(length for _, length in pairs) * samples, desc="answers", unit="tok", unit_scale=True,
                   quiet=quiet) as bar:
         for task, length in pairs:
             path = out / f"{task}-{length}.jsonl"
             there = done_already(path, task, length, seed)[:samples]
+            bar.set_postfix_str(f"{task} {length:,}")
             bar.update(length * len(there))
             options = {"chat": chat, "haystack": haystack, "questions": (questions or {}).get(task)}
             made = make_samples(task, tokenizer, length, samples - len(there), seed, first=len(there),
                                 **options) if len(there) < samples else iter(())
-            for record in _answered(model, tokenizer, made, chunk):
+            for record in _answered(engine, tokenizer, made):
                 append_jsonl(path, record)
                 there.append(record)
                 bar.update(length)
+            bar.update(length * (samples - len(there)))
             scored = score_predictions(task, there)
             kept = {key: scored[key] for key in ("n", "score", "low", "high")}
             seconds = round(sum(record["seconds"] for record in there), 3)
             scores.append({"task": task, "length": length, **kept, "seconds": seconds})
-    result = {"scores": scores, "means": mean_by_length(scores)}
-    write_json(out / "scores.json", result)
-    return result
+    return scores
 
 
-def _answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],
-              chunk: int | None) -> Iterator[dict[str, Any]]:
+def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase,
+              samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for sample in samples:
         start = time.perf_counter()
-        ids = torch.tensor([prompt_ids(tokenizer, sample)], device=model.device)
-        said = generate_greedy(model, ids, sample["max_new_tokens"], chunk=chunk)[0]
+        said, reused = engine.answer(prompt_ids(tokenizer, sample), sample["max_new_tokens"], sample["max_length"])
         kept = {key: value for key, value in sample.items() if key != "input"}
-        yield {**kept, "prediction": tokenizer.decode(said, skip_special_tokens=True),
+        yield {**kept, "prediction": said, "engine": engine.name, "reused": reused,
                "seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -197,8 +210,8 @@ def compare_answers(first: str | os.PathLike[str], second: str | os.PathLike[str
             raise ValueError(f"{name} holds other samples in {first} than in {second}: use the same seed and the same "
                              "tokenizer.")
         task, length = pairs[0][0]["task"], pairs[0][0]["max_length"]
-        score = find_task(task).score
-        scores = [[100 * score(record["prediction"], record["outputs"]) for record in records]
+        grade = find_task(task).grade
+        scores = [[100 * grade(record) for record in records]
                   for records in zip(*pairs, strict=True)]
         difference = paired_difference(*scores, seed=seed)
         ends = (difference.low, difference.high) if len(pairs) > 1 else (None, None)

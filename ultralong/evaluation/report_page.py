@@ -37,6 +37,17 @@ def render(data: ReportData, summary: Mapping[str, Any], *, interactive: bool) -
     parts = [_header(data, summary), _needle(data, interactive), _perplexity(data, interactive),
              _training(data, interactive), _rows(data, interactive), _failures(data), _commands(data), _notes(data),
              _settings(data), _environment(data)]
+    return page(data.title, parts, interactive=interactive)
+
+
+def page(title: str, parts: Iterable[str], *, interactive: bool) -> str:
+    """A page of parts, with its style and nothing outside of it.
+
+    Args:
+        title: Title of the window.
+        parts: HTML of each part; empty ones are left out.
+        interactive: True adds plotly's script.
+    """
     script = ""
     if interactive:
         library = require("plotly.offline", extra="notebooks").get_plotlyjs()
@@ -45,7 +56,7 @@ def render(data: ReportData, summary: Mapping[str, Any], *, interactive: bool) -
         script = f'<script type="text/plain" id="library">{packed}</script>\n<script>{SCRIPT}</script>\n'
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta name="color-scheme" content="light dark">\n<title>{escape(data.title)}</title>\n'
+            f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
             f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(part for part in parts if part)
             + f"\n</main>\n{script}</body>\n</html>\n")
 

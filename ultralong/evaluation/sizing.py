@@ -78,7 +78,8 @@ def fit(make: Callable[[int], tuple[Made, int]], limit: int, smallest: int, line
         if tokens > limit:
             too_large = size if too_large is None else min(size, too_large)
             if size == smallest:
-                raise ValueError(f"{limit:,} tokens are too few: the shortest prompt of this test takes {tokens:,}.")
+                raise ValueError(f"{limit:,} tokens are too few: the shortest prompt of this test takes {tokens:,}. "
+                                 "Ask at a longer length.")
         elif best is None or tokens > best.tokens:
             best = Fitted(made, size, tokens)
         if best is not None and (best.tokens >= ENOUGH * limit or best.size + 1 == too_large):

@@ -6,6 +6,7 @@ What is published with a benchmark is used where it can be had; every sample say
 from __future__ import annotations
 
 import functools
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SQUAD = Package(
     registry="pypi", name="bigbench", version="1.0.0", file="bigbench-1.0.0.tar.gz",
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
     members=("bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json",))
+FEWEST_FREE = 8
 CONSONANTS, VOWELS = "bdfghklmnprstvwz", "aeiou"
 SYLLABLES = tuple(consonant + vowel for consonant in CONSONANTS for vowel in VOWELS)
 
@@ -161,6 +163,19 @@ class Essays:
         for sentence in self._sentences:
             total += sentence.count(" ") + 1
             self._ends.append(total)
+
+    def without(self, words: Iterable[str]) -> tuple[str, ...]:
+        """Those of the words that the text does not hold, letter case aside.
+
+        Raises:
+            ValueError: It holds nearly all of them.
+        """
+        held = {word.lower() for sentence in self._sentences for word in re.findall(r"\w+", sentence)}
+        free = tuple(word for word in words if word.lower() not in held)
+        if len(free) < FEWEST_FREE:
+            raise ValueError("The haystack holds nearly every name that the test would hide in it: "
+                             f"{len(free)} are left. Use another text.")
+        return free
 
     def sentences(self, words: int) -> list[str]:
         """The first `words` words as sentences; the last one may be cut short."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ class Draft:
         gold: Places in `input` (characters) of what the answer rests on; empty where it rests on everything.
         depth: Where that stands in the context, from 0 to 1, when the test places it on purpose.
         max_new_tokens: Tokens to answer in, where it is not the same for every prompt of the test.
+        extra: Further fields of the sample's record.
     """
 
     input: str
@@ -32,6 +33,7 @@ class Draft:
     gold: tuple[int, ...] = ()
     depth: float | None = None
     max_new_tokens: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Setting:
         frame: What stands around the user's message.
         chat: Whether the frame is a chat template.
         haystack: The caller's own text to hide things in; None takes the test's.
-        questions: File of questions and documents, for tests on published data.
+        questions: File of questions and documents, or a folder of them, for tests on published data.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -73,6 +75,24 @@ class Builder(Protocol):
         ...
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """Makes prompts of one test whose texts are published and have the length that they have."""
+
+    @property
+    def source(self) -> str:
+        """What the text is, for reports."""
+        ...
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ...
+
+    def draft(self, seed: int, index: int) -> Draft:
+        """Sample `index` at its full length."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """One test.
@@ -80,11 +100,17 @@ class Task:
     Attributes:
         name: As in lm-eval.
         max_new_tokens: Tokens to answer in.
-        prepare: From a setting to a builder.
+        prepare: From a setting to a builder, or to a reader of published texts.
         score: From an answer and the references to a score from 0 to 1.
+        extra: Further fields of a record that `score` takes, by name.
     """
 
     name: str
     max_new_tokens: int
-    prepare: Callable[[Setting], Builder]
-    score: Callable[[str, Sequence[str]], float]
+    prepare: Callable[[Setting], Builder | Reader]
+    score: Callable[..., float]
+    extra: tuple[str, ...] = ()
+
+    def grade(self, record: Mapping[str, Any]) -> float:
+        """The score of a record with `prediction` and `outputs`, from 0 to 1."""
+        return self.score(record["prediction"], record["outputs"], **{name: record.get(name) for name in self.extra})

@@ -35,7 +35,8 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
     model had before it was extended.
 
     Args:
-        cells: One mapping a cell with `length` (tokens), `depth` (0 first, 1 last), `n` and `correct`.
+        cells: One mapping a cell with `length` (tokens), `depth` (0 first, 1 last), `n` and `correct` (a sum of scores
+            where answers can be right in part).
         title: Title of the figure.
         base_window: The old window in tokens; lengths beyond it lie right of the line.
         window_name: What the line is called.
@@ -54,7 +55,7 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
     for cell in cells:
         row, column = depths.index(cell["depth"]), lengths.index(cell["length"])
         score[row, column] = cell["correct"] / cell["n"] if cell["n"] else np.nan
-        text[row, column] = f"{cell['correct']}/{cell['n']}"
+        text[row, column] = f"{cell['correct']:g}/{cell['n']}"
     figure = new_figure(title, "prompt and answer (tokens)", "needle depth", height=340)
     labelled = len(lengths) <= MOST_LABELLED and len(depths) <= MOST_LABELLED
     figure.add_trace(graph_objects().Heatmap(

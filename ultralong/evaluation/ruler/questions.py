@@ -161,7 +161,8 @@ def prepare(kind: str, setting: Setting) -> QuestionBuilder:
         where = {"squad": "SQuAD's dev-v2.0.json (RULER's own) or dev-v1.1.json; or 'package', which fetches v1.1 "
                           "from a package registry (358 MB)",
                  "hotpot": "HotpotQA's hotpot_dev_distractor_v1.json"}[kind]
-        raise ValueError(f"This test asks published questions: give the file with --questions, {where}.")
+        raise ValueError("This test asks published questions: give the file with --questions (or its folder with "
+                         f"--data), {where}.")
     fetched = kind == "squad" and setting.questions == Path("package")
     data = _read(squad_file() if fetched else setting.questions, kind)
     return QuestionBuilder(data, _costs(data.documents, setting))
