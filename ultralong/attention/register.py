@@ -94,7 +94,6 @@ def attention_function(module: torch.nn.Module, query: Tensor, key: Tensor, valu
         ValueError: The context or the kernel can't honour what the layer asks for; names it.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    query, key, value = _as_autocast(query, key, value)
     query, key, value = _under_autocast(query, key, value)
     if attention_context is not None:
         _refuse(module, key, query, attention_mask, dropout, causal, kwargs)
@@ -106,16 +105,8 @@ def attention_function(module: torch.nn.Module, query: Tensor, key: Tensor, valu
     return _ordinary(module, query, key, value, attention_mask, dropout, scaling, causal, kwargs)
 
 
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the type it computes attention in: positions applied in float32 leave q and k wider than v."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
-
-
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, float32 becomes its type, as for torch's own attention (norms of queries give float32 there)."""
+    """Under autocast, float32 becomes its type, as for torch's own attention (positions and norms give float32)."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
