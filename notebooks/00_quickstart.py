@@ -24,7 +24,7 @@
 # %% tags=["parameters"]
 MODEL: str = "miniature"  # miniature (on any machine) or smollm2 (wants a GPU)
 TARGET: int = 2048  # the new window, in tokens; the full demo goes to 4096
-STEPS: int = 6  # steps of continued pretraining; the full demo does 48
+STEPS: int = 6  # steps of continued pretraining; the full demo does 72
 SAMPLES: int = 2  # needles in each cell of the grid
 OUT: str = ""  # folder for what is made; empty takes a temporary one
 SEED: int = 0  # of row order, questions and needles
