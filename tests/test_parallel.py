@@ -19,7 +19,11 @@ PLANS = {
     "recomputed": MemoryConfig(checkpoint_layers=True),
     "attention kept": MemoryConfig(checkpoint_layers=True, attention_kept=-1),
     "attention on the host, inputs too": MemoryConfig(checkpoint_layers=True, attention_kept=1, attention_host=-1,
-                                                      inputs_host=-1, mlp_tile=48, loss_tile=50),
+                                                      inputs_host=-1, loss_tile=50),
+    "written out, recomputed": MemoryConfig(checkpoint_layers=True, layer_tile=48),
+    "written out, kept": MemoryConfig(checkpoint_layers=True, layer_tile=48, attention_kept=-1, inputs_every=2),
+    "written out, on the host": MemoryConfig(checkpoint_layers=True, layer_tile=48, attention_kept=1, attention_host=1,
+                                             inputs_host=1, inputs_every=3, loss_tile=50),
 }
 
 
@@ -44,7 +48,7 @@ def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_
     one = replace(config, steps=20, save_every=0, data=(DataSource(str(made / kind)),), out=str(tmp_path / "one"))
     train(one, quiet=True)
     many = run(one, tmp_path, processes, parallel=ParallelConfig(sequence=sequence, shard=shard),
-               memory=PLANS["attention on the host, inputs too"] if sequence == 2 else MemoryConfig())
+               memory=PLANS["written out, on the host"] if sequence == 2 else MemoryConfig())
     same(many, one, 20)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(many)[name], weight, rtol=2e-3, atol=2e-4)
@@ -80,8 +84,16 @@ def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"parallel": ParallelConfig(shard=2)}, "parallel.shard is 2, but this run has 1 process"),
-    ({"memory": MemoryConfig(attention_kept=1)}, "set memory.checkpoint_layers to true"),
 ])
-def test_plans_that_cannot_be_are_refused(config, change, said):  # noqa: F811
+def test_runs_that_cannot_be_are_refused(config, change, said):  # noqa: F811
     with pytest.raises(ValueError, match=said):
         train(replace(config, **change), quiet=True)
+
+
+@pytest.mark.parametrize(("plan", "said"), [
+    ({"attention_kept": 1}, "set memory.checkpoint_layers to true"),
+    ({"checkpoint_layers": True, "inputs_every": 4}, "set memory.layer_tile"),
+])
+def test_plans_that_cannot_be_are_refused(plan, said):
+    with pytest.raises(ValueError, match=said):
+        MemoryConfig(**plan)

@@ -56,18 +56,18 @@ def test_two_depths_stand_for_a_deep_model():
     """Tiles are followed in 3 and 5 layers only; for 8 that gives what following all of them gives."""
     shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
                         num_attention_heads=4, num_key_value_heads=2)
-    options = {"checkpoint_layers": True, "mlp_tile": 64, "loss_tile": 64, "exchanged": 2, "sharded": True}
+    options = {"checkpoint_layers": True, "layer_tile": 64, "loss_tile": 64, "exchanged": 2, "sharded": True}
     short = trace(shape, 512, **options)
     whole = traced(shape, 512, 1, torch.bfloat16, True, 64, 64, 2, False, True)
     assert short.peak == pytest.approx(whole.peak, rel=0.01)
     assert (short.multiplied, short.operations) == (whole.multiplied, whole.operations)
     assert short.moved == pytest.approx(whole.moved, rel=1e-6)
-    untiled = trace(shape, 512, **{**options, "mlp_tile": 0})
+    untiled = trace(shape, 512, **{**options, "layer_tile": 0})
     assert untiled.peak > short.peak
 
 
 def test_sharing_the_parameters_out_divides_their_bytes():
-    config = settings.load(TrainConfig, preset("llama31-8b-1m"), ["model=meta-llama/Llama-3.1-8B", "memory.mlp_tile=0"])
+    config = settings.load(TrainConfig, preset("llama31-8b-1m"), ["model=meta-llama/Llama-3.1-8B", "memory.layer_tile=0"])
     by_shard = {}
     for shard in (2, 8):
         lines = plan(replace(config, parallel=replace(config.parallel, shard=shard)), 8, tokens=2**17).lines

@@ -146,13 +146,22 @@ class AttentionContext:
         Raises:
             ValueError: A shape, type or device differs from what the context is for, or no kernel can compute it.
         """
+        scheme, rule = self.call(q, k, v, scale=scale, window=window, softcap=softcap)
+        return attention(q, k, v, scheme, rule, sink=sink, keeper=self.keeper, layer=layer)
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None,
+             softcap: float | None = None) -> tuple[Scheme, Rule]:
+        """The scheme and the rule that `attend` computes with, for callers that keep the pair (out, lse) themselves.
+
+        Args and errors as `attend`'s.
+        """
         check_tensors(q, k, v, self.local_tokens, self.heads, self.kv_heads)
         window = None if window is None or window >= self.tokens else window
         rule = Rule(scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None)
         if window is not None and self.scheme.endswith("ring"):
             raise ValueError(f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or "
                              "'gathered'")
-        return attention(q, k, v, self._scheme(q, rule), rule, sink=sink, keeper=self.keeper, layer=layer)
+        return self._scheme(q, rule), rule
 
     @cached_property
     def _spans(self) -> Spans | None:

@@ -80,7 +80,7 @@ class Job:
         """One micro-batch followed on fake tensors; some seconds, once."""
         memory = self.config.memory
         return trace(self.model, self.share, rows=self.config.rows_at_once, dtype=self.dtype,
-                     checkpoint_layers=memory.checkpoint_layers, loss_tile=memory.loss_tile, mlp_tile=memory.mlp_tile,
+                     checkpoint_layers=memory.checkpoint_layers, loss_tile=memory.loss_tile, layer_tile=memory.layer_tile,
                      exchanged=(self.config.parallel.stages or 1) if self.sequence > 1 else 0,
                      gradients_kept=self.gpus > 1 or self.passes > 1, sharded=self.shard is not None)
 

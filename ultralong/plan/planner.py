@@ -136,8 +136,8 @@ def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
         return [*advice, f"Parameters and optimizer states alone take {states / GIB:.1f} GiB over parallel.shard="
                          f"{job.shard} GPUs: share them out over more."]
     saving, changes = job, []
-    for name, value in (("checkpoint_layers", True), ("mlp_tile", 32768), ("inputs_host", -1)):
-        if name == "mlp_tile" and (job.shard is None or job.share < 2 * value):
+    for name, value in (("checkpoint_layers", True), ("layer_tile", 32768), ("inputs_host", -1)):
+        if name == "layer_tile" and (job.shard is None or job.share < 2 * value):
             continue  # a short row's feed-forward layer is not what is too large
         if getattr(saving.config.memory, name) in (False, 0) and _total(saving) > budget:
             saving = _with_memory(saving, replace(saving.config.memory, **{name: value}))

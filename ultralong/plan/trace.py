@@ -38,7 +38,7 @@ class Trace:
 
 
 def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
-          checkpoint_layers: bool = False, loss_tile: int = 2048, mlp_tile: int = 0, exchanged: int = 0,
+          checkpoint_layers: bool = False, loss_tile: int = 2048, layer_tile: int = 0, exchanged: int = 0,
           gradients_kept: bool = False, sharded: bool = False) -> Trace:
     """Follow one micro-batch of the trainer on fake tensors.
 
@@ -49,7 +49,7 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
         dtype: What the forward pass computes in; parameters are float32, as the trainer holds them.
         checkpoint_layers: As in `MemoryConfig`.
         loss_tile: As in `MemoryConfig`.
-        mlp_tile: As in `MemoryConfig`.
+        layer_tile: As in `MemoryConfig`.
         exchanged: Attention trades tokens for heads with other ranks, in this many stages; 0 where it does not.
         gradients_kept: All gradients exist before the pass (a later micro-batch, or the buckets of several ranks).
         sharded: Parameters are shared out (FSDP2): computed with in `dtype`, their gradients given up layer by layer.
@@ -57,9 +57,9 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
     Returns:
         Its memory and work.
     """
-    options = (rows, dtype, checkpoint_layers, loss_tile, mlp_tile, exchanged, gradients_kept, sharded)
+    options = (rows, dtype, checkpoint_layers, loss_tile, layer_tile, exchanged, gradients_kept, sharded)
     layers = config.get_text_config().num_hidden_layers
-    if not mlp_tile or layers <= FOLLOWED[1]:
+    if not layer_tile or layers <= FOLLOWED[1]:
         return _traced(config, tokens, *options)
     # Tiles are many operations to follow, and layers are alike: two depths give the line through all.
     few, more = (_traced(_with_layers(config, count), tokens, *options) for count in FOLLOWED)
@@ -78,15 +78,15 @@ def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
 
 
 def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype, checkpoint_layers: bool,
-            loss_tile: int, mlp_tile: int, exchanged: int, gradients_kept: bool, sharded: bool) -> Trace:
+            loss_tile: int, layer_tile: int, exchanged: int, gradients_kept: bool, sharded: bool) -> Trace:
     plain = _without_lengths(config)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         kept = dtype if sharded else torch.float32
         model = AutoModelForCausalLM.from_config(plain, dtype=kept, attn_implementation=NAME).train()
         if checkpoint_layers:
             recompute_layers(model)
-        if mlp_tile:
-            tile_layers(decoder_layers(model), mlp_tile)
+        if layer_tile:
+            tile_layers(decoder_layers(model), layer_tile)
         if sharded:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(_give_up)

@@ -45,6 +45,8 @@ class OptimizerConfig:
         schedule: What follows the warm-up: constant, or a linear or cosine fall to `final_ratio` x lr at the last step.
         final_ratio: See `schedule`.
         clip_norm: Largest global gradient norm; 0 switches clipping off.
+        states: How AdamW's two states are held: float32, or 8bit in blocks of 256 with a scale each (torchao, after
+            arXiv 2110.02861), a quarter of the memory.
     """
 
     lr: float = 3e-5
@@ -55,6 +57,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_ratio: float = 0.1
     clip_norm: float = 1.0
+    states: Literal["float32", "8bit"] = "float32"
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -111,23 +114,35 @@ class MemoryConfig:
     Attributes:
         checkpoint_layers: Recompute each layer's inside in the backward pass instead of keeping it.
         loss_tile: Tokens whose logits exist at a time; the full (T, vocabulary) matrix never does.
-        mlp_tile: Tokens that a feed-forward layer and the norms work on at a time, in both passes; 0 is all at once.
+        layer_tile: Tokens that all of a checkpointed layer but its attention works on at a time, in both passes, with
+            the layer's backward pass written out (`ultralong.training.layers`: Llama, Mistral, Qwen2 and Qwen3); 0
+            leaves the layers to transformers.
         attention_kept: Checkpointed layers, from the last one down, whose attention result stays on the device, so that
             it is not computed again; -1 is all.
         attention_host: Layers before those whose attention result waits in host memory; -1 is all the others.
-        inputs_host: Checkpointed layers, from the first one up, whose input waits in host memory; -1 is all.
+        inputs_host: Kept inputs, from the first layer's up, that wait in host memory; -1 is all.
+        inputs_every: The input of every so-manieth layer is kept; those between are made again from it and the layers'
+            attention results. More than 1 needs `layer_tile`.
     """
 
     checkpoint_layers: bool = False
     loss_tile: int = 2048
-    mlp_tile: int = 0
+    layer_tile: int = 0
     attention_kept: int = 0
     attention_host: int = 0
     inputs_host: int = 0
+    inputs_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.loss_tile < 1 or self.mlp_tile < 0:
-            raise ValueError(f"loss_tile must be 1 or more and mlp_tile 0 or more, found {self}.")
+        if self.loss_tile < 1 or self.layer_tile < 0 or self.inputs_every < 1:
+            raise ValueError(f"loss_tile and inputs_every must be 1 or more and layer_tile 0 or more, found {self}.")
+        planned = ("layer_tile", "attention_kept", "attention_host", "inputs_host")
+        if not self.checkpoint_layers and any(getattr(self, name) for name in planned):
+            raise ValueError(f"{', '.join(planned)} say what stays of a checkpointed layer: set memory.checkpoint_layers "
+                             "to true (without it everything stays on the device).")
+        if self.inputs_every > 1 and not self.layer_tile:
+            raise ValueError(f"memory.inputs_every is {self.inputs_every}, which needs layers whose backward pass is "
+                             "written out: set memory.layer_tile, to 32768 for example.")
         for name in ("attention_kept", "attention_host", "inputs_host"):
             if getattr(self, name) < -1:
                 raise ValueError(f"{name} must be -1 (all layers) or more, found {getattr(self, name)}.")

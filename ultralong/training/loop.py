@@ -27,7 +27,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.export import export
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory import Memory, decoder_layers
-from ultralong.training.model import check_model, head_counts, load_model, make_optimizer
+from ultralong.training.model import check_model, head_counts, load_model, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, connect, shard_parameters, whole
 
 
@@ -143,6 +143,11 @@ def _start(
         optimizer = make_optimizer(loss, config.optimizer)
     if config.trackers:
         processes.accelerator.init_trackers("ultralong")
+    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    stream = torch.float32 if processes.mesh is None else wide  # autocast leaves float32 between layers
+    rows = 1 if order.mask_documents else config.rows_at_once  # under a mask rows lie end to end
+    share = -(-order.length * config.rows_at_once // rows // processes.sequence)
+    memory.reserve(rows, share, model, wide, stream, processes.accelerator.device)
     return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory)
 
 
@@ -199,7 +204,7 @@ def _step(run: Run, step: int) -> dict[str, Any]:
     return {
         "loss": round(loss, 6),
         "grad_norm": round(norm, 6),
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": float(run.optimizer.param_groups[0]["lr"]),
         "targets": int(targets),
         "loss_by_position": [round(x, 4) if math.isfinite(x) else None for x in by_position],
     }
@@ -240,7 +245,7 @@ def _update(run: Run, step: int) -> float:
     config = run.config.optimizer
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm or math.inf)
     for group in run.optimizer.param_groups:
-        group["lr"] = config.lr * config.factor(step, run.config.steps)
+        set_lr(group, config.lr * config.factor(step, run.config.steps))
     if math.isfinite(value := float(whole(norm))):
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ultralong.extras import require
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
 
@@ -55,11 +58,26 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int]:
     return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only; its states in float32, or in 8 bits by torchao.
+
+    Raises:
+        ImportError: 8-bit states are asked for and torchao is not installed.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.states == "8bit":
+        return require("torchao.optim", "optim").AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Give a group of parameters its learning rate, which torchao holds in a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

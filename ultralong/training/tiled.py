@@ -1,6 +1,6 @@
-"""A function of tokens, computed a tile of tokens at a time in both passes.
+"""Functions of tokens, computed a tile of tokens at a time in both passes.
 
-Legend: B batch, T tokens, d hidden size, I intermediate size.
+Legend: B batch, T tokens, t tokens of a tile, d hidden size, I intermediate size.
 
 A gated feed-forward layer makes three tensors of (T, I): for Llama-3.1-8B at 524,288 tokens, 45 GB. Tokens do not meet
 in it, so it can be computed tile by tile, and in the backward pass tile by tile again (ALST's tiled MLP, arXiv
@@ -9,12 +9,65 @@ in it, so it can be computed tile by tile, and in the backward pass tile by tile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Autocast = torch.dtype | None
+
+
+def tiles(tokens: int, tile: int) -> Iterator[slice]:
+    """Ranges of at most `tile` tokens that cover all of them, in order."""
+    return (slice(start, min(start + tile, tokens)) for start in range(0, tokens, tile))
+
+
+def autocast_now(x: Tensor) -> Autocast:
+    """The type that autocast computes in around this call, None without autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def backward_tiles(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor],
+                   into: Sequence[Tensor], parameters: Sequence[Tensor], tile: int, autocast: Autocast,
+                   constants: Sequence[Tensor] = (), add: bool = False) -> list[Tensor | None]:
+    """The backward pass of `function(*inputs, *constants)`, each tile computed again and forgotten.
+
+    Args:
+        function: From tiles (B, t, ...) to a tuple of tiles (B, t, ...), every token by itself; it reads `parameters`.
+        inputs: (B, T, ...) each.
+        grads: Gradients of the results, (B, T, ...) each; rounded or widened to the results' types.
+        into: Where the gradients of the inputs go. One of them may be a tensor of `grads`: a tile is read before it is
+            written.
+        parameters: What the function reads.
+        tile: Tokens of a tile.
+        autocast: The type that the forward pass computed in under autocast.
+        constants: (B, T, ...) each, without gradients.
+        add: Add to what `into` holds.
+
+    Returns:
+        The gradients of the parameters, None for those that need none.
+    """
+    wanted = [p for p in parameters if p.requires_grad]
+    wide = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
+    kind = inputs[0].device.type
+    for place in tiles(inputs[0].shape[1], tile):
+        leaves = [x[:, place].detach().requires_grad_() for x in inputs]
+        # cache_enabled=False: a weight's cast must belong to this tile's graph, not to one that is gone.
+        with torch.enable_grad(), torch.autocast(kind, autocast, autocast is not None, False):
+            results = function(*leaves, *(x[:, place] for x in constants))
+        shares = torch.autograd.grad(results, [*leaves, *wanted],
+                                     [g[:, place].to(r.dtype) for g, r in zip(grads, results, strict=True)])
+        for target, share in zip(into, shares, strict=False):
+            if add:
+                target[:, place] += share
+            else:
+                target[:, place] = share
+        for total, share in zip(wide, shares[len(leaves):], strict=True):
+            total += share
+    rounded = iter([total.to(p.dtype) for total, p in zip(wide, wanted, strict=True)])
+    return [next(rounded) if p.requires_grad else None for p in parameters]
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, parameters: Sequence[Tensor]) -> Tensor:
@@ -42,47 +95,35 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, parameters
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], tile: int, x: Tensor, *parameters: Tensor) -> Tensor:
-        kind = x.device.type
-        ctx.function, ctx.tile = function, tile
-        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        ctx.function, ctx.tile, ctx.autocast = function, tile, autocast_now(x)
         ctx.save_for_backward(x, *parameters)
-        return torch.cat([function(part) for part in x.split(tile, 1)], 1)
+        return map_tiles(lambda place: function(x[:, place]), x.shape[1], tile)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
-        wide = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
-        parts = []
-        for part, grad in zip(x.split(ctx.tile, 1), dout.split(ctx.tile, 1), strict=True):
-            leaf = part.detach().requires_grad_()
-            # cache_enabled=False: a weight's cast must belong to this tile's graph, not to one that is gone.
-            with torch.enable_grad(), torch.autocast(x.device.type, ctx.autocast, ctx.autocast is not None, False):
-                out = ctx.function(leaf)
-            to_input, *to_weights = torch.autograd.grad(out, [leaf, *wanted], grad)
-            parts.append(to_input)
-            for total, share in zip(wide, to_weights, strict=True):
-                total += share
-        rounded = iter([total.to(p.dtype) for total, p in zip(wide, wanted, strict=True)])
-        grads = [next(rounded) if needed else None for needed in ctx.needs_input_grad[3:]]
-        return None, None, torch.cat(parts, 1), *grads
+        dx = torch.empty_like(x)
+        grads = backward_tiles(lambda part: (ctx.function(part),), [x], [dout], [dx], parameters, ctx.tile,
+                               ctx.autocast)
+        return None, None, dx, *grads
 
 
-def tile_layers(layers: Sequence[nn.Module], tile: int) -> None:
-    """Let each layer's `mlp` and norms compute a tile of tokens at a time; parameters and their names stay as they are.
+def map_tiles(function: Callable[[slice], Tensor], tokens: int, tile: int) -> Tensor:
+    """The results (B, t, ...) of every tile's range, written one after another into (B, T, ...)."""
+    whole = None
+    for place in tiles(tokens, tile):
+        part = function(place)
+        if whole is None:
+            whole = part.new_empty((part.shape[0], tokens, *part.shape[2:]))
+        whole[:, place] = part
+    return whole
 
-    Norms are among them because they work in float32: of a bfloat16 tensor they keep a copy twice as large.
 
-    Raises:
-        ValueError: A layer has no module called `mlp`.
+def tile_module(module: nn.Module, tile: int) -> None:
+    """Let a module of one tensor (B, T, d), such as a norm, compute a tile of tokens at a time.
+
+    Its parameters and their names stay as they are. A norm works in float32: of a bfloat16 tensor it keeps a copy twice
+    as large.
     """
-    for layer in layers:
-        if not isinstance(getattr(layer, "mlp", None), nn.Module):
-            raise ValueError(f"{type(layer).__name__} has no module 'mlp' to tile: set memory.mlp_tile to 0")
-        for name, module in layer.named_children():
-            if name == "mlp" or name.endswith("norm"):
-                module.forward = partial(_forward, module, type(module).forward, tile)
-
-
-def _forward(module: nn.Module, whole: Callable[[nn.Module, Tensor], Tensor], tile: int, x: Tensor) -> Tensor:
-    return tiled(partial(whole, module), x, tile, list(module.parameters()))
+    whole = type(module).forward
+    module.forward = lambda x: tiled(lambda part: whole(module, part), x, tile, list(module.parameters()))

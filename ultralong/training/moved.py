@@ -1,0 +1,110 @@
+"""Tensors that wait in host memory: pinned buffers, and copies on a stream of their own beside the computing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class HostPool:
+    """Host buffers by shape and type, handed out and taken back; pinned where there is a GPU.
+
+    Attributes:
+        bytes: Memory taken so far.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        self.bytes = 0
+
+    def reserve(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Make one more buffer. Pinning takes about two seconds for 4 GiB, so it is done before the first step."""
+        buffer = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        self.bytes += buffer.numel() * buffer.element_size()
+        self.give_back(buffer)
+
+    def take(self, like: Tensor) -> Tensor:
+        """A buffer of a tensor's shape and type, with any content."""
+        free = self._free[like.shape, like.dtype]
+        if not free:
+            self.reserve(like.shape, like.dtype, like.device)
+        return free.pop()
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Let a buffer be used again."""
+        self._free[buffer.shape, buffer.dtype].append(buffer)
+
+
+@dataclass
+class Moved:
+    """A tensor in host memory, on its way there or on its way back."""
+
+    host: Tensor
+    device: torch.device
+    out: torch.cuda.Event | None  # its copy to the host has ended
+    back: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+
+class Mover:
+    """Copies tensors to host memory and back, beside the computing.
+
+    Attributes:
+        pool: The host buffers.
+    """
+
+    def __init__(self) -> None:
+        self.pool = HostPool()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def away(self, x: Tensor) -> Moved:
+        """Start moving a tensor to host memory; its device memory is free once nothing else holds it."""
+        x = x.detach()
+        host = self.pool.take(x)
+        if not x.is_cuda:
+            host.copy_(x)
+            return Moved(host, x.device, None)
+        stream = self._stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            host.copy_(x, non_blocking=True)
+            x.record_stream(stream)
+        return Moved(host, x.device, stream.record_event())
+
+    def fetch(self, moved: Moved) -> None:
+        """Start bringing a tensor back, if that has not begun."""
+        if moved.back is not None:
+            return
+        if moved.device.type != "cuda":
+            moved.back = moved.host.clone()
+            return
+        stream = self._stream(moved.device)
+        stream.wait_event(moved.out)
+        moved.back = torch.empty(moved.host.shape, dtype=moved.host.dtype, device=moved.device)
+        stream.wait_stream(torch.cuda.current_stream(moved.device))  # whoever had this memory before is done with it
+        with torch.cuda.stream(stream):
+            moved.back.copy_(moved.host, non_blocking=True)
+        moved.ready = stream.record_event()
+
+    def look(self, moved: Moved) -> Tensor:
+        """The tensor on its device, ordered before what the current stream does next; the host keeps it as well."""
+        self.fetch(moved)
+        back, moved.back = moved.back, None
+        if moved.ready is not None:
+            torch.cuda.current_stream(moved.device).wait_event(moved.ready)
+            moved.ready.synchronize()  # the host buffer may be written again from here on
+        return back
+
+    def take(self, moved: Moved) -> Tensor:
+        """`look`, after which the host buffer serves others."""
+        back = self.look(moved)
+        self.pool.give_back(moved.host)
+        return back
