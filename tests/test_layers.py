@@ -20,7 +20,8 @@ from ultralong.training.memory import Memory
 from ultralong.training.tiled import tiled
 
 SMALL = {"vocab_size": 160, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 7, "head_dim": 12,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "tie_word_embeddings": False}
 SHAPES = {
     "llama": LlamaConfig(**SMALL),
     "mistral, window": MistralConfig(**SMALL, sliding_window=20),

@@ -67,7 +67,8 @@ def test_two_depths_stand_for_a_deep_model():
 
 
 def test_sharing_the_parameters_out_divides_their_bytes():
-    config = settings.load(TrainConfig, preset("llama31-8b-1m"), ["model=meta-llama/Llama-3.1-8B", "memory.layer_tile=0"])
+    overrides = ["model=meta-llama/Llama-3.1-8B", "memory.layer_tile=0"]
+    config = settings.load(TrainConfig, preset("llama31-8b-1m"), overrides)
     by_shard = {}
     for shard in (2, 8):
         lines = plan(replace(config, parallel=replace(config.parallel, shard=shard)), 8, tokens=2**17).lines

@@ -10,18 +10,11 @@ import tyro
 
 from ultralong import __version__
 from ultralong.cli import data, texts
+from ultralong.cli.bench import bench_attention, bench_train
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
 from ultralong.cli.runs import report, run
-
-
-def bench_attention(words: Sequence[str]) -> None:
-    """Time attention on this machine: every kernel, scheme and peer in one table, beside one GPU."""
-    from ultralong.bench.attention import main as run
-
-    run(words)
-
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "extend": extend,
@@ -43,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval score": score,
     "eval compare": compare,
     "bench attention": bench_attention,
+    "bench train": bench_train,
     "plan": plan,
     "launch": launch,
     "demo": demo,

@@ -8,8 +8,10 @@ needs beyond its states is not guessed from a formula: a step is followed on fak
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -25,12 +27,16 @@ FLOAT = 4
 CONTEXT_BYTES = 1.0 * GIB
 # The allocator's share of memory that is free and in pieces; growing segments hand most of it back when it is needed.
 FRAGMENTED = 0.03
-# A process with torch, CUDA and transformers loaded; and what saving a checkpoint copies to the host for a parameter.
+# A process with torch, CUDA and transformers loaded; and what saving a checkpoint copies to the host for a parameter
+# beside the optimizer's states.
 HOST_BYTES = 3.5 * GIB
-SAVED_BYTES = 14
+SAVED_BYTES = 6
+# Both of AdamW's states of a parameter; in 8 bits each has a float32 scale for 256 of them.
+STATE_BYTES = {"float32": 8.0, "8bit": 2 * (1 + 4 / 256)}
 # Bytes that the tiled loss moves for each logit: the product, its log-sum-exp, the softmax, the change of type.
 LOSS_BYTES_A_LOGIT = 42
 LOSS_OPERATIONS = 20  # of a tile
+_followed: dict[Any, Trace] = {}
 IN_FLIGHT = 2  # moved tensors that are on the device all the same: one on its way, one in use
 
 
@@ -77,12 +83,16 @@ class Job:
 
     @cached_property
     def trace(self) -> Trace:
-        """One micro-batch followed on fake tensors; some seconds, once."""
+        """One micro-batch followed on fake tensors; some seconds, once for plans that differ in what waits where."""
         memory = self.config.memory
-        return trace(self.model, self.share, rows=self.config.rows_at_once, dtype=self.dtype,
-                     checkpoint_layers=memory.checkpoint_layers, loss_tile=memory.loss_tile, layer_tile=memory.layer_tile,
-                     exchanged=(self.config.parallel.stages or 1) if self.sequence > 1 else 0,
-                     gradients_kept=self.gpus > 1 or self.passes > 1, sharded=self.shard is not None)
+        options = {"rows": self.config.rows_at_once, "dtype": self.dtype, "checkpoint_layers": memory.checkpoint_layers,
+                   "loss_tile": memory.loss_tile, "layer_tile": memory.layer_tile,
+                   "exchanged": (self.config.parallel.stages or 1) if self.sequence > 1 else 0,
+                   "gradients_kept": self.gpus > 1 or self.passes > 1, "sharded": self.shard is not None}
+        key = (self.model.to_json_string(), self.share, *options.items())
+        if key not in _followed:
+            _followed[key] = trace(self.model, self.share, **options)
+        return _followed[key]
 
     @property
     def shard(self) -> int | None:
@@ -109,15 +119,20 @@ class Job:
         """Bytes of one layer's log-sum-exp on one GPU."""
         return self.share * self.config.rows_at_once * self.shape.heads * FLOAT
 
+    @property
+    def inputs(self) -> int:
+        """Layers whose input is kept; the others' are made again."""
+        return -(-self.shape.layers // self.config.memory.inputs_every)
+
     @cached_property
     def placed(self) -> tuple[int, int, int]:
-        """Layers whose attention result is kept, whose attention result is moved, and whose input is moved."""
+        """Layers whose attention result is kept, whose attention result is moved, and whose kept input is moved."""
         memory, layers = self.config.memory, self.shape.layers
         if not memory.checkpoint_layers:
             return 0, 0, 0
         kept = layers_meant(memory.attention_kept, layers)
         moved = min(layers_meant(memory.attention_host, layers), layers - kept)
-        return kept, moved, layers_meant(memory.inputs_host, layers)
+        return kept, moved, layers_meant(memory.inputs_host, self.inputs)
 
 
 def gpu_lines(job: Job) -> list[Line]:
@@ -125,27 +140,45 @@ def gpu_lines(job: Job) -> list[Line]:
     def line(name: str, value: float, counts: bool = True) -> Line:
         return Line("gpu", name, value, "estimated", "bytes", counts)
 
-    count = job.shape.parameters / (job.shard or 1)
-    kept, moved, away = job.placed
+    count, states = job.shape.parameters / (job.shard or 1), job.config.optimizer.states
+    waiting = _waiting(job, line)
     lines = [line("tensors: parameters, float32", FLOAT * count),
-             line("tensors: AdamW's two states, float32", 2 * FLOAT * count)]
+             line(f"tensors: AdamW's two states, {states}", STATE_BYTES[states] * count)]
     if job.shard is None:
         lines.append(line("tensors: gradients and activations of a step", job.trace.peak))
     else:
-        lines += [line("tensors: gradients, float32", FLOAT * count),
-                  line("tensors: gathered parameters and a layer's gradients", _gathered_bytes(job)),
+        lines += [line("tensors: gathered parameters and a layer's gradients", _gathered_bytes(job)),
                   line("tensors: activations of a step", job.trace.peak)]
     if job.config.memory.checkpoint_layers:
         stream = "float32" if job.stream_bytes == FLOAT else "bfloat16"
         lines.append(line(f"layer inputs made for the backward pass, {stream}", job.shape.layers * job.input_bytes,
                           counts=False))
+    lines += waiting
+    if job.shard is not None:
+        # A layer's gradients come when what it kept has gone: the first micro-batch needs room for the larger of both.
+        held = job.shape.layers * job.input_bytes * job.config.memory.checkpoint_layers
+        held += sum(each.value for each in waiting)
+        room = held if job.passes == 1 else 0.0
+        lines.append(line("tensors: gradients, float32, beyond what the layers left", max(0.0, FLOAT * count - room)))
+    tensors = sum(each.value for each in lines if each.counts)
+    return [*lines, line("free but in pieces", FRAGMENTED * tensors), line("CUDA context and libraries", CONTEXT_BYTES)]
+
+
+def _waiting(job: Job, line: Callable[[str, float], Line]) -> list[Line]:
+    """What the memory plan adds to the followed step, which holds all inputs and no result but the one in use."""
+    kept, moved, away = job.placed
+    layers, every, lines = job.shape.layers, job.config.memory.inputs_every, []
+    if every > 1:
+        made = job.inputs + min(every, layers) - 1  # a group's own inputs are made again together
+        lines.append(line(f"tensors: inputs of {layers - made} layers made again later",
+                          -max(0, layers - made) * job.input_bytes))
     if away:
         lines.append(line(f"tensors: inputs of {away} layers on the host", -max(0, away - IN_FLIGHT) * job.input_bytes))
     if kept or moved:
-        results = (kept + min(moved, IN_FLIGHT)) * job.result_bytes + (kept + moved) * job.statistic_bytes
-        lines.append(line(f"tensors: attention results of {kept} layers, log-sum-exp of {kept + moved}", results))
-    tensors = sum(each.value for each in lines if each.counts)
-    return [*lines, line("free but in pieces", FRAGMENTED * tensors), line("CUDA context and libraries", CONTEXT_BYTES)]
+        held = kept + min(moved, IN_FLIGHT) - (1 if job.config.memory.layer_tile else 0)
+        lines.append(line(f"tensors: attention results of {kept} layers, log-sum-exp of {kept + moved}",
+                          held * job.result_bytes + (kept + moved) * job.statistic_bytes))
+    return lines
 
 
 def _gathered_bytes(job: Job) -> float:
@@ -160,15 +193,19 @@ def _gathered_bytes(job: Job) -> float:
 
 
 def host_lines(job: Job) -> list[Line]:
-    """Bytes of the host's memory for the process that saves."""
+    """Bytes of the host's memory for one process; what layers left there is given back while a checkpoint is saved."""
     _, moved, away = job.placed
-    saved = SAVED_BYTES * job.shape.parameters / (job.shard or 1)
-    lines = [Line("host", "interpreter, torch, CUDA", HOST_BYTES, "estimated", "bytes"),
-             Line("host", "copies of model and states while a checkpoint is saved", saved, "estimated", "bytes")]
+    lines = [Line("host", "interpreter, torch, CUDA", HOST_BYTES, "estimated", "bytes")]
     if away:
         lines.append(Line("host", f"inputs of {away} layers, pinned", away * job.input_bytes, "estimated", "bytes"))
     if moved:
         lines.append(Line("host", f"attention results of {moved} layers, pinned", moved * job.result_bytes, "estimated",
+                          "bytes"))
+    saved = (SAVED_BYTES + STATE_BYTES[job.config.optimizer.states]) * job.shape.parameters / (job.shard or 1)
+    beyond = saved - sum(line.value for line in lines[1:])
+    if beyond > 0:
+        more = " beyond what was pinned" if len(lines) > 1 else ""
+        lines.append(Line("host", f"copies of model and states while a checkpoint is saved{more}", beyond, "estimated",
                           "bytes"))
     return lines
 
@@ -188,6 +225,7 @@ def step_lines(job: Job) -> list[Line]:
     items = {
         "attention, forward": forward * passes, "attention, computed again": again * passes,
         "attention, backward": backward * passes, "matrix products of the decoder": matmul,
+        "layer inputs made again": _made_again(job) * passes,
         "head and loss": head * passes, "all else (memory traffic)": other,
         "exchange between GPUs": _exchange(job) * passes, "sum of gradients over GPUs": _gradients(job),
         "AdamW": machine.update * shape.parameters / (job.shard or 1),
@@ -205,6 +243,15 @@ def _again(job: Job) -> float:
     """Share of the layers whose attention is computed again in the backward pass."""
     kept, moved, _ = job.placed
     return (1 - (kept + moved) / job.shape.layers) if job.config.memory.checkpoint_layers else 0.0
+
+
+def _made_again(job: Job) -> float:
+    """Seconds of making the inputs that were not kept: what follows attention in every layer but a group's last."""
+    shape = job.shape
+    outside = (1 if shape.multiplied == shape.parameters else 2) * shape.vocabulary * shape.hidden
+    projections = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim  # of q, k and v: before attention
+    layer = (shape.parameters - outside) / shape.layers - projections
+    return (shape.layers - job.inputs) * 2.0 * layer * job.share / job.machine.matmul_rate(shape.hidden)
 
 
 def _attention(job: Job) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from ultralong.settings import to_mapping
 from ultralong.training.config import MemoryConfig, TrainConfig
 
 STEP = 1024  # the longest row is given in multiples of this
-STATES = ("tensors: parameters", "tensors: AdamW", "tensors: gradients, float32")
+STATES = ("tensors: parameters", "tensors: AdamW")  # there all the time
 SHORT = 65536  # below this a step's memory does not yet grow in a straight line with the row
 
 

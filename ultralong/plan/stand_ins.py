@@ -8,6 +8,7 @@ Legend: B batch, T tokens a rank holds, H query heads, K kv heads, D head size, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,49 +18,84 @@ from transformers import AttentionInterface
 NAME = "ultralong-plan"
 
 
-class _Attention(torch.autograd.Function):
-    """Fused attention on one rank's tokens, as `ultralong.attention`: saves q, k, v, out and lse."""
+@dataclass(frozen=True)
+class Attention:
+    """A scheme that allocates what Ulysses does over several ranks, or one kernel on one rank.
 
+    Attributes:
+        stages: Head chunks that tokens are traded for; 0 where nothing is exchanged.
+    """
+
+    stages: int
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Any = None, sink: Any = None) -> tuple[Tensor, Tensor]:
+        """Out (B, T, H, D) and lse (B, T, H)."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        if self.stages:
+            held = self._exchanged(q, k, v)
+            held += [self._part(out) for _ in range(2 if self.stages == 1 else 4)]  # of two stages on their way
+            del held
+        return out, lse
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Any = None,
+                 sink: Any = None) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of q, k and v."""
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        held = self._exchanged(q, k, v, out, dout)
+        # Kernels sum gradients over blocks in float32 and hold out * dout summed over D.
+        sums = [self._part(x, torch.float32) for x in (q, k, v)]
+        delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # (B, T, H)
+        if self.stages:
+            held += [self._part(x) for x in grads for _ in range(2 if self.stages == 1 else 4)]
+        del held, sums, delta
+        return (*grads, None)
+
+    def _exchanged(self, *tensors: Tensor) -> list[Tensor]:
+        """What has arrived for a stage; one stage's has left before, of several the next one's is under way."""
+        if not self.stages:
+            return []
+        arrived = [self._part(x) for _ in range(2) for x in tensors]
+        return arrived[: len(tensors)] if self.stages == 1 else arrived + [self._part(x) for x in tensors]
+
+    def _part(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of a stage's share of x's heads (B, T, H, D)."""
+        shape = (*x.shape[:2], -(-x.shape[2] // max(1, self.stages)), x.shape[3])
+        return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the trainer's own layers ask of an attention context."""
+
+    stages: int
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Attention, None]:
+        """The scheme, and no rule."""
+        return Attention(self.stages), None
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchanged: int) -> Tensor:
-        # Ulysses' copies by head: what is sent and what arrives, of one stage's heads.
-        moved = [_part(x, exchanged) for x in (q, k, v) for _ in range(2)] if exchanged else []
-        out = torch.empty_like(q)  # (B, T, H, D)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # (B, T, H)
-        if exchanged:
-            moved += [_part(out, exchanged), _part(out, exchanged)]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scheme: Attention) -> Tensor:
+        out, lse = scheme.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.exchanged = exchanged
+        ctx.scheme = scheme
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, _lse = ctx.saved_tensors
-        stages = ctx.exchanged
-        moved = [_part(x, stages) for x in (q, k, v, out, dout) for _ in range(2)] if stages else []
-        # Kernels sum the gradient of q over blocks of keys in float32, and hold out * dout summed over D.
-        accumulator = _part(q, max(1, stages), torch.float32)  # (B, T, H, D)
-        delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # (B, T, H)
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        if stages:
-            moved += [_part(x, stages) for x in grads]
-        del accumulator, delta, moved
-        return (*grads, None)
-
-
-def _part(x: Tensor, stages: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a stage's share of x's heads (B, T, H, D)."""
-    shape = (*x.shape[:2], -(-x.shape[2] // stages), x.shape[3])
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+        return ctx.scheme.backward(dout, *ctx.saved_tensors)
 
 
 def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              exchanged: int = 0, **kwargs: Any) -> tuple[Tensor, None]:
+              attention_context: Context, **kwargs: Any) -> tuple[Tensor, None]:
     """What transformers calls in each layer: (B, H, T, D) in, (B, T, H, D) out."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    return _Attention.apply(*(x.transpose(1, 2) for x in (query, key, value)), exchanged), None
+    scheme = Attention(attention_context.stages)
+    return _Attention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scheme), None
 
 
 class _HeadLoss(torch.autograd.Function):

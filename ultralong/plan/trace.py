@@ -12,10 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ultralong.plan.stand_ins import NAME, head_loss
+from ultralong.plan.stand_ins import NAME, Context, head_loss
 from ultralong.plan.tracker import Tracker
-from ultralong.training.memory import decoder_layers
-from ultralong.training.tiled import tile_layers
+from ultralong.training.config import MemoryConfig
+from ultralong.training.memory import Memory
 
 FOLLOWED = (3, 5)  # layers that stand for a deep model's
 
@@ -83,10 +83,10 @@ def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         kept = dtype if sharded else torch.float32
         model = AutoModelForCausalLM.from_config(plain, dtype=kept, attn_implementation=NAME).train()
-        if checkpoint_layers:
-            recompute_layers(model)
         if layer_tile:
-            tile_layers(decoder_layers(model), layer_tile)
+            Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=layer_tile))
+        elif checkpoint_layers:
+            recompute_layers(model)
         if sharded:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(_give_up)
@@ -115,7 +115,7 @@ def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: in
     with torch.autocast("cpu", dtype=dtype) if narrow else contextlib.nullcontext():
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
         hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
-                                     exchanged=exchanged).last_hidden_state
+                                     attention_context=Context(exchanged)).last_hidden_state
         total = head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, loss_tile, dtype)
     del hidden
     total.backward()

@@ -42,8 +42,10 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        for tensor in outputs:
-            self._follow(tensor)
+        given = {tensor.untyped_storage()._cdata for tensor in inputs}
+        for tensor in outputs:  # a view of what was made outside of the mode, such as a weight, is nothing new
+            if tensor.untyped_storage()._cdata not in given:
+                self._follow(tensor)
         self._count(func, inputs, outputs, args, kwargs, result)
         return result
 

@@ -34,6 +34,7 @@ from ultralong import settings
 from ultralong.files import read_json, read_jsonl, write_json, write_text
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import Processes
+from ultralong.training.states import plain_states
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
 FREE_TO_CHANGE = ("out", "save_every", "keep", "trackers", "parallel", "memory", "rows_at_once", "compile")
@@ -129,7 +130,7 @@ def save(
     parameters, states = get_state_dict(model, optimizer)
     alone = processes.accelerator.num_processes == 1
     with _without_warning():
-        dcp.save({"model": parameters, "optimizer": states}, checkpoint_id=partial, no_dist=alone)
+        dcp.save({"model": parameters, "optimizer": plain_states(states)}, checkpoint_id=partial, no_dist=alone)
     save_file(_random_state(), partial / f"random-{processes.accelerator.process_index}.safetensors")
     processes.wait()
     if processes.is_main:
@@ -154,9 +155,11 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
     try:
         state = read_json(path / "state.json")
         parameters, states = get_state_dict(model, optimizer)
-        loaded = {"model": parameters, "optimizer": states}
+        loaded = {"model": parameters, "optimizer": plain_states(states)}
         with _without_warning():
             dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
+        if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
+            loaded["optimizer"] = states  # whose 8-bit states were loaded in place
         set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         # Resumed on another number of processes, the random state of the first serves the new ones: training itself
         # draws no numbers unless the model has dropout.

@@ -138,8 +138,8 @@ class MemoryConfig:
             raise ValueError(f"loss_tile and inputs_every must be 1 or more and layer_tile 0 or more, found {self}.")
         planned = ("layer_tile", "attention_kept", "attention_host", "inputs_host")
         if not self.checkpoint_layers and any(getattr(self, name) for name in planned):
-            raise ValueError(f"{', '.join(planned)} say what stays of a checkpointed layer: set memory.checkpoint_layers "
-                             "to true (without it everything stays on the device).")
+            raise ValueError(f"{', '.join(planned)} say what stays of a checkpointed layer: set "
+                             "memory.checkpoint_layers to true (without it everything stays on the device).")
         if self.inputs_every > 1 and not self.layer_tile:
             raise ValueError(f"memory.inputs_every is {self.inputs_every}, which needs layers whose backward pass is "
                              "written out: set memory.layer_tile, to 32768 for example.")

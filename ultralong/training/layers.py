@@ -130,8 +130,8 @@ class WrittenLayers:
                                            **kwargs)
         hidden = attention_mask is not None and getattr(attention_mask, "hides", True)
         if hidden or past_key_values is not None:
-            raise ValueError("an attention_mask with hidden tokens and a key-value cache can't be used with an attention "
-                             "context: pass boundaries to make_context, and use_cache=False")
+            raise ValueError("an attention_mask with hidden tokens and a key-value cache can't be used with an "
+                             "attention context: pass boundaries to make_context, and use_cache=False")
         call = Call(attention_context, *position_embeddings, autocast_now(hidden_states), torch.is_grad_enabled())
         return _Layer.apply(self, index, call, hidden_states, *cut.before_parameters(), *cut.after_parameters())
 
@@ -232,12 +232,13 @@ class _Layer(torch.autograd.Function):
 def _cut(layer: nn.Module) -> Cut:
     name = type(layer).__name__
     if name not in KNOWN or not type(layer).__module__.startswith("transformers."):
-        raise ValueError(f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; {name} is not known to "
-                         "it: set memory.layer_tile to 0.")
+        raise ValueError(f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; {name} is not known "
+                         "to it: set memory.layer_tile to 0.")
     attention = layer.self_attn
     if getattr(attention, "attention_dropout", 0.0):
-        raise ValueError(f"memory.layer_tile is for layers without dropout, found attention_dropout="
-                         f"{attention.attention_dropout}: set it to 0 in the model's config, or memory.layer_tile to 0.")
+        raise ValueError("memory.layer_tile is for layers without dropout, found attention_dropout="
+                         f"{attention.attention_dropout}: set it to 0 in the model's config, or memory.layer_tile to "
+                         "0.")
     return Cut(layer, sys.modules[type(attention).__module__].apply_rotary_pos_emb)
 
 

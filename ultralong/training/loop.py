@@ -89,7 +89,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         set_seed(config.seed)
         model = load_model(config)
         check_model(model, order)
-        run = _start(config, processes, folder, order, model)
+        run = assemble(config, processes, folder, order, model)
         first = 0
         if resume and (saved := folder.checkpoints()):
             first = checkpoint.restore(saved[-1][1], processes, run.model, run.optimizer)
@@ -127,9 +127,10 @@ def _prepare_folder(folder: checkpoint.RunFolder, config: TrainConfig, resume: b
         raise ValueError(error[0])
 
 
-def _start(
+def assemble(
     config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder, model: PreTrainedModel
 ) -> Run:
+    """Wrap a model and make its optimizer as the config says; nothing is read from or written to the folder."""
     if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):
         raise ValueError("compile works on one process with rows that have no document mask; switch one of them off.")
     loss, memory = LanguageModelLoss(model, config.memory.loss_tile), Memory(model, config.memory)
@@ -143,12 +144,17 @@ def _start(
         optimizer = make_optimizer(loss, config.optimizer)
     if config.trackers:
         processes.accelerator.init_trackers("ultralong")
-    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    stream = torch.float32 if processes.mesh is None else wide  # autocast leaves float32 between layers
-    rows = 1 if order.mask_documents else config.rows_at_once  # under a mask rows lie end to end
-    share = -(-order.length * config.rows_at_once // rows // processes.sequence)
-    memory.reserve(rows, share, model, wide, stream, processes.accelerator.device)
     return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory)
+
+
+def reserve_host_memory(run: Run) -> None:
+    """Make the host buffers of the memory plan, if they are not there."""
+    config, order = run.config, run.order
+    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    stream = torch.float32 if run.processes.mesh is None else wide  # autocast leaves float32 between layers
+    rows = 1 if order.mask_documents else config.rows_at_once  # under a mask rows lie end to end
+    share = -(-order.length * config.rows_at_once // rows // run.processes.sequence)
+    run.memory.reserve(rows, share, wide, stream, run.processes.accelerator.device)
 
 
 def _steps(run: Run, first: int, quiet: bool) -> None:
@@ -158,8 +164,9 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
     )
     saved = first
     for step in range(first, config.steps):
+        reserve_host_memory(run)
         begin = time.perf_counter()
-        record = _step(run, step)
+        record = take_step(run, step)
         record["seconds"] = round(time.perf_counter() - begin, 4)
         tokens = config.rows_per_step * run.order.length
         record["tokens_per_second"] = round(tokens / record["seconds"], 1)
@@ -173,13 +180,14 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
         bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
         bar.update()
         if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+            run.memory.release()  # saving copies parameters and states to the host
             checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
             saved = step + 1
     bar.close()
     assert saved == config.steps or first == config.steps
 
 
-def _step(run: Run, step: int) -> dict[str, Any]:
+def take_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns what the log keeps of it."""
     config, processes = run.config, run.processes
     mine = config.rows_per_step // processes.data_ranks

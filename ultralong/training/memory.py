@@ -58,25 +58,31 @@ class Memory:
             if config.checkpoint_layers:
                 _checkpoint(layers, self._inputs)
         self._waiting = {"out": on_host, "input": moved}
+        text = model.config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self._heads, self._hidden = (text.num_attention_heads, size), text.hidden_size
 
-    def reserve(self, batch: int, tokens: int, model: nn.Module, dtype: torch.dtype, stream: torch.dtype,
-                device: torch.device) -> None:
-        """Make the host buffers that a step will use, so that no step waits for them.
+    def reserve(self, batch: int, tokens: int, dtype: torch.dtype, stream: torch.dtype, device: torch.device) -> None:
+        """Make the host buffers that a step will use, so that no step waits for them; those there are stay.
 
         Args:
             batch: Rows at a time, B.
             tokens: Tokens of a row on this process, T.
-            model: The causal language model.
             dtype: What the layers compute in.
             stream: Type of the hidden states between layers.
             device: Where the model is.
         """
-        text = model.config.get_text_config()
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if self.mover.pool.bytes:
+            return
         for _ in range(self._waiting["out"]):
-            self.mover.pool.reserve((batch, tokens, text.num_attention_heads, size), dtype, device)
+            self.mover.pool.reserve((batch, tokens, *self._heads), dtype, device)
         for _ in range(self._waiting["input"]):
-            self.mover.pool.reserve((batch, tokens, text.hidden_size), stream, device)
+            self.mover.pool.reserve((batch, tokens, self._hidden), stream, device)
+
+    def release(self) -> None:
+        """Give the host buffers back, before something else needs the host's memory, such as a checkpoint."""
+        self.clear()
+        self.mover.pool.release()
 
     def clear(self) -> None:
         """Before a forward pass: forget what one without a backward pass left."""

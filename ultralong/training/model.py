@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ultralong.extras import require
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
+from ultralong.training.states import check_shares, eight_bit_adamw
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:
@@ -63,6 +63,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
     Raises:
         ImportError: 8-bit states are asked for and torchao is not installed.
+        ValueError: 8-bit states are asked for and parameters are shared out unevenly.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -71,7 +72,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     ]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.states == "8bit":
-        return require("torchao.optim", "optim").AdamW8bit(groups, **settings)
+        check_shares(parameters)
+        return eight_bit_adamw()(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
 
 

@@ -12,18 +12,35 @@ from torch import Tensor
 class HostPool:
     """Host buffers by shape and type, handed out and taken back; pinned where there is a GPU.
 
+    They are plain tensors that are registered with CUDA: torch's own pinned memory comes in powers of two, and stays
+    taken when it is free.
+
     Attributes:
-        bytes: Memory taken so far.
+        bytes: Memory taken now.
     """
 
     def __init__(self) -> None:
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        self._registered: list[int] = []
         self.bytes = 0
 
     def reserve(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Make one more buffer. Pinning takes about two seconds for 4 GiB, so it is done before the first step."""
-        buffer = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-        self.bytes += buffer.numel() * buffer.element_size()
+        """Make one more buffer. Pinning takes about two seconds for 4 GiB, so it is done before the first step.
+
+        Raises:
+            MemoryError: The host has no more memory to pin.
+        """
+        buffer = torch.empty(shape, dtype=dtype, device="cpu")
+        size = buffer.numel() * buffer.element_size()
+        if device.type == "cuda":
+            failed = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+            if failed:
+                raise MemoryError(f"CUDA could not pin {size / 2**30:.1f} GiB of host memory beyond the "
+                                  f"{self.bytes / 2**30:.1f} GiB pinned so far (error {failed}): lower "
+                                  "memory.attention_host or memory.inputs_host; `ultralong plan --host-memory GIB "
+                                  "--fit` chooses them.")
+            self._registered.append(buffer.data_ptr())
+        self.bytes += size
         self.give_back(buffer)
 
     def take(self, like: Tensor) -> Tensor:
@@ -36,6 +53,14 @@ class HostPool:
     def give_back(self, buffer: Tensor) -> None:
         """Let a buffer be used again."""
         self._free[buffer.shape, buffer.dtype].append(buffer)
+
+    def release(self) -> None:
+        """Give all buffers back to the system; none may be in use."""
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._registered.clear()
+        self._free.clear()
+        self.bytes = 0
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""What the processes of a training case do: `python -m ultralong.bench.training_work FOLDER SHORT`.
+
+The models have random weights and rows of random letters; how long a step takes depends on neither.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM
+
+from ultralong import settings
+from ultralong.data.documents import Document
+from ultralong.data.packing import PackSettings, pack
+from ultralong.data.tokens import tokenize_corpus
+from ultralong.files import append_jsonl, write_json
+from ultralong.miniature.tokenizer import train_tokenizer
+from ultralong.plan.shapes import model_config
+from ultralong.training.batches import RowOrder
+from ultralong.training.checkpoint import RunFolder
+from ultralong.training.config import TrainConfig
+from ultralong.training.loop import assemble, reserve_host_memory, take_step
+from ultralong.training.model import load_model
+from ultralong.training.parallel import connect
+
+WARM = 2048  # tokens of the row that is trained on first
+WINDOW = 2**24  # of the made models: no row is too long
+
+
+def prepare(folder: Path, model: str, layers: int | None, tokens: int) -> dict[str, str]:
+    """Make a model with random weights and rows of random letters, unless they are there.
+
+    Args:
+        folder: Where.
+        model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
+        layers: Decoder layers to keep; None keeps all.
+        tokens: Tokens of a row.
+
+    Returns:
+        The paths of `model`, `rows` and `short` rows.
+    """
+    name = f"{Path(model).name}-{layers or 'all'}"
+    made = {"model": folder / name, "rows": folder / f"rows-{tokens}", "short": folder / f"rows-{WARM}"}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
+        if not (made["model"] / "config.json").exists():
+            other.submit(_make_model, made["model"], model, layers).result()
+        for key, length in (("rows", tokens), ("short", WARM)):
+            if not (made[key] / "manifest.json").exists():
+                other.submit(_make_rows, made[key], made["model"], length).result()
+    return {key: str(path) for key, path in made.items()}
+
+
+def _make_model(folder: Path, model: str, layers: int | None) -> None:
+    config = model_config(model)
+    config.max_position_embeddings = WINDOW
+    if layers is not None:
+        config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    train_tokenizer(["a b c"], WINDOW).save_pretrained(folder)
+    made.save_pretrained(folder)
+
+
+def _make_rows(folder: Path, model: Path, length: int) -> None:
+    """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has learnt nothing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, size=2 * length + 16, dtype=np.uint8)
+    letters[::64] = ord("\n")  # words of a length that tokenizers are made for
+    documents = [Document("noise", letters.tobytes().decode("ascii"), "synthetic", "CC0-1.0")]
+    store = tokenize_corpus(documents, tokenizer, folder.with_name(f"{folder.name}-tokens"), quiet=True)
+    pack(store, tokenizer, folder, PackSettings(length=length), quiet=True)
+
+
+def work(folder: Path, short: str) -> None:
+    """Train as `folder/config.yaml` says, a short row first; leave the log and this process's peaks in bytes."""
+    config = settings.load(TrainConfig, folder / "config.yaml")
+    with connect(config) as processes:
+        set_seed(config.seed)
+        order = RowOrder(config.data, config.seed, config.steps * config.rows_per_step)
+        warm_data = (replace(config.data[0], rows=short),)
+        warm = RowOrder(warm_data, config.seed, config.rows_per_step)
+        run = assemble(config, processes, RunFolder(Path(config.out)), order, load_model(config))
+        reserve_host_memory(run)
+        take_step(replace(run, order=warm), 0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(config.steps):
+            processes.wait()
+            begin = time.perf_counter()
+            record = take_step(run, step)  # ends with numbers read back, so the device is done
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if processes.is_main:
+                append_jsonl(folder / "log.jsonl", {**record, "seconds": round(time.perf_counter() - begin, 4)})
+            _leave_peaks(folder, run.memory.host_bytes)
+
+
+def _leave_peaks(folder: Path, pinned: int) -> None:
+    peaks = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "pinned_host_gib": pinned}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        # Whatever the driver counts and the allocator does not is the context, the kernels and the libraries.
+        context = total - free - torch.cuda.memory_reserved()
+        peaks |= {"peak_gpu_gib": torch.cuda.max_memory_allocated(),
+                  "reserved_gpu_gib": torch.cuda.max_memory_reserved(), "context_gpu_gib": context}
+    write_json(folder / f"rank-{os.environ.get('RANK', '0')}.json", peaks)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2])

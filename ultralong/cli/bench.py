@@ -1,0 +1,96 @@
+"""Commands that time this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+def bench_attention(words: Sequence[str]) -> None:
+    """Time attention on this machine: every kernel, scheme and peer in one table, beside one GPU."""
+    from ultralong.bench.attention import main as run
+
+    run(words)
+
+
+def bench_train(
+    model: Positional[str] = "meta-llama/Llama-3.1-8B",
+    /,
+    *,
+    lengths: tuple[int, ...] = (131072,),
+    gpus: int = 1,
+    layers: int | None = None,
+    sharded: bool = False,
+    states: Literal["float32", "8bit"] = "float32",
+    stages: int | None = None,
+    memory: tuple[str, ...] = ("checkpoint_layers=true",),
+    fit: bool = False,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    steps: int = 2,
+    peers: bool = False,
+    machine: str = "h200",
+    folder: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Time training steps on this machine, with random weights, beside what the plan says of them.
+
+    Examples:
+      ultralong bench train meta-llama/Llama-3.2-1B --lengths 32768 131072 --json rows.json
+      ultralong bench train --lengths 1048576 --gpus 2 --sharded --states 8bit --stages 8 --steps 1 --fit
+        --memory layer_tile=32768 loss_tile=8192 --host-memory 108
+
+    Args:
+        model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
+        lengths: Tokens of the rows.
+        gpus: Processes, all of which share a row.
+        layers: Decoder layers to keep; by default all.
+        sharded: Share the parameters out as well (FSDP2).
+        states: Type of AdamW's states.
+        stages: Head chunks of the attention scheme: more make its buffers smaller.
+        memory: Settings of the memory plan, name=value.
+        fit: Let the planner choose what is kept, moved to the host and computed again.
+        gpu_memory: With fit: GiB of one GPU; by default the machine's.
+        host_memory: With fit: GiB of host memory for one process; without it nothing is moved.
+        steps: Measured steps; one on a short row comes before.
+        peers: Measure other projects that are installed as well (two GPUs or more).
+        machine: Rates that the plan reckons with.
+        folder: Keep models and rows here for the next measurement.
+        json: Append the rows to this file.
+    """
+    import tempfile
+
+    from ultralong import settings
+    from ultralong.bench.training import TrainingCase, add_row, measure
+    from ultralong.bench.training_peers import PEERS, measure_peer
+    from ultralong.training.config import MemoryConfig
+
+    plan = settings.from_mapping(MemoryConfig, settings.override({"checkpoint_layers": True}, memory), "--memory")
+    with tempfile.TemporaryDirectory() as made:
+        place = folder or Path(made)
+        for tokens in lengths:
+            case = TrainingCase(model, tokens, layers, gpus, sharded, states, stages, plan, fit, gpu_memory,
+                                host_memory, steps)
+            names = PEERS if peers and gpus > 1 else ()
+            for row in (measure(case, machine, place), *(measure_peer(name, case, place) for name in names)):
+                if json is not None:
+                    add_row(json, row)
+                print(_line(row), flush=True)
+    if json is not None:
+        print(f"{json}: rows appended. The table of the README: python -m ultralong.bench.tables", file=sys.stderr)
+
+
+def _line(row: dict) -> str:
+    """One measured row as text."""
+    name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {row['tokens']:,} tokens, {row['gpus']} x {row['gpu']}: "
+    if "note" in row:
+        return name + row["note"] + ("\n" + row["messages"][-1500:] if "messages" in row else "")
+    text = f"{row['seconds_per_step']:.1f} s a step, {row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU " \
+           f"{row['mfu_causal']:.1%} (causal, nothing recomputed, of 989 TF/s), {row.get('peak_gpu_gib', 0):.1f} GiB"
+    if "planned_seconds_per_step" in row:
+        text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
+    return name + text
