@@ -45,6 +45,7 @@ class TrainingCase:
         gpus: Processes, all of which share a row.
         sharded: Share the parameters out as well (FSDP2).
         states: As in `OptimizerConfig`.
+        kernel: As in `ParallelConfig`.
         stages: As in `ParallelConfig`.
         memory: As in `MemoryConfig`.
         fit: Let the planner choose what waits where, within these GiB of a GPU and of host memory for a process.
@@ -59,6 +60,7 @@ class TrainingCase:
     gpus: int = 1
     sharded: bool = False
     states: str = "float32"
+    kernel: str = "auto"
     stages: int | None = None
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(checkpoint_layers=True))
     fit: bool = False
@@ -95,7 +97,8 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
         with tempfile.TemporaryDirectory(dir=place) as run:
             config, said = _planned(case, made, Path(run), machine)
             settings.save(config, Path(run) / "config.yaml")
-            row |= {"sharded": case.sharded, "states": case.states, "stages": case.stages,
+            row |= {"sharded": case.sharded, "states": case.states, "kernel": case.kernel,
+                    "stages": case.stages,
                     "memory": settings.to_mapping(config.memory), **said}
             return row | _run(case, Path(run), made, shape.model_flops(case.tokens))
 
@@ -122,7 +125,8 @@ def _planned(case: TrainingCase, made: dict[str, str], run: Path, machine: str) 
     config = TrainConfig(
         model=made["model"], out=str(run / "run"), data=(DataSource(made["rows"]),), steps=case.steps,
         optimizer=OptimizerConfig(states=case.states), memory=case.memory,
-        parallel=ParallelConfig(sequence=case.gpus, shard=case.gpus if case.sharded else None, stages=case.stages))
+        parallel=ParallelConfig(sequence=case.gpus, shard=case.gpus if case.sharded else None,
+                                kernel=case.kernel, stages=case.stages))
     budget = {"gpu_memory": case.gpu_memory, "host_memory": case.host_memory}
     said = plan(config, case.gpus, machine=machine, fit=case.fit, **budget).to_dict()
     if case.fit:

@@ -26,6 +26,7 @@ def bench_train(
     layers: int | None = None,
     sharded: bool = False,
     states: Literal["float32", "8bit"] = "float32",
+    kernel: str = "auto",
     stages: int | None = None,
     memory: tuple[str, ...] = ("checkpoint_layers=true",),
     fit: bool = False,
@@ -41,8 +42,8 @@ def bench_train(
 
     Examples:
       ultralong bench train meta-llama/Llama-3.2-1B --lengths 32768 131072 --json rows.json
-      ultralong bench train --lengths 1048576 --gpus 2 --sharded --states 8bit --stages 8 --steps 1 --fit
-        --memory layer_tile=32768 loss_tile=8192 --host-memory 108
+      ultralong bench train --lengths 1048576 --gpus 2 --sharded --states 8bit --kernel flash4 --stages 8
+        --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
 
     Args:
         model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
@@ -51,6 +52,7 @@ def bench_train(
         layers: Decoder layers to keep; by default all.
         sharded: Share the parameters out as well (FSDP2).
         states: Type of AdamW's states.
+        kernel: Attention kernel.
         stages: Head chunks of the attention scheme: more make its buffers smaller.
         memory: Settings of the memory plan, name=value.
         fit: Let the planner choose what is kept, moved to the host and computed again.
@@ -73,7 +75,7 @@ def bench_train(
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         for tokens in lengths:
-            case = TrainingCase(model, tokens, layers, gpus, sharded, states, stages, plan, fit, gpu_memory,
+            case = TrainingCase(model, tokens, layers, gpus, sharded, states, kernel, stages, plan, fit, gpu_memory,
                                 host_memory, steps)
             names = PEERS if peers and gpus > 1 else ()
             for row in (measure(case, machine, place), *(measure_peer(name, case, place) for name in names)):
