@@ -22,6 +22,7 @@ from ultralong.training import checkpoint, loop
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
+from ultralong.training.meter import pairs, step_flops
 from ultralong.training.start import start
 
 TEXT = "the keeper of the light wrote in his log that no ship had passed and the tide came in at dawn"
@@ -174,8 +175,42 @@ def test_a_loss_that_is_no_number_stops_before_the_update(config, made, tmp_path
     model = AutoModelForCausalLM.from_pretrained(broken)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
-    with pytest.raises(FloatingPointError, match=r"Step 1: loss nan.*No update was made.*rows row \d+ \(documents"):
+    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is nan.*No update was made.*rows row \d+ \(documents"):
         train(replace(config, model=str(broken)), quiet=True)
+
+
+def test_a_jump_of_the_loss_stops_before_the_update(config, monkeypatch):
+    """Ten quiet steps, then rows with the wrong labels: stopped, with the checkpoint to go on from."""
+    quiet = replace(config, steps=14, save_every=5, optimizer=OptimizerConfig(lr=3e-3))
+    real = RowOrder.batch
+
+    def batch(self, first, count):
+        made = real(self, first, count)
+        return replace(made, labels=made.labels.flip(1)) if first >= 20 else made
+
+    train(quiet, quiet=True)
+    assert max(curve(quiet)) - min(curve(quiet)) < 3, "nothing jumps by itself"
+    monkeypatch.setattr(RowOrder, "batch", batch)
+    said = r"Step 11: the loss is .* above the mean of the 10 steps before.*step-0000010"
+    with pytest.raises(FloatingPointError, match=said):
+        train(replace(quiet, out=quiet.out + "-jump", largest_jump=0.05), quiet=True)
+    train(replace(quiet, out=quiet.out + "-off", largest_jump=0), quiet=True)
+
+
+def test_the_log_says_what_a_step_was_worth(config, made):
+    train(replace(config, data=(DataSource(str(made / "masked")),)), quiet=True)
+    record = read_jsonl(f"{config.out}/log.jsonl")[-1]
+    assert record["tokens_per_second_per_gpu"] == record["tokens_per_second"] > 0
+    assert "mfu_causal" not in record, "a CPU has no datasheet here"
+
+
+def test_useful_work_is_causal_and_by_document():
+    assert pairs(8, None) == 32
+    assert pairs(8, (0, 2, 8)) == (4 + 36) / 2
+    # Llama-3.1-8B at a million tokens: 32 layers of 2 T^2 H D forward, twice that backward, and six a parameter.
+    flops = step_flops(7_504_924_672, 32, 4096, 2**20, pairs(2**20, None))
+    assert flops == pytest.approx(32 * 6 * 2**40 * 4096 + 6 * 7_504_924_672 * 2**20)
+    assert flops == pytest.approx(9.12e17, rel=1e-3)
 
 
 @pytest.mark.parametrize(

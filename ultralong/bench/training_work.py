@@ -29,9 +29,9 @@ from ultralong.plan.shapes import model_config
 from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
-from ultralong.training.loop import assemble, reserve_host_memory, take_step
 from ultralong.training.model import load_model
 from ultralong.training.parallel import connect
+from ultralong.training.step import assemble, reserve_host_memory, take_step
 
 WARM = 2048  # tokens of the row that is trained on first
 WINDOW = 2**24  # of the made models: no row is too long

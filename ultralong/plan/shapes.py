@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from ultralong.training.meter import pairs, step_flops
+
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 _SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True}
 # Shapes of models that are planned for before anyone has downloaded them.
@@ -62,11 +64,9 @@ class Shape:
     def model_flops(self, tokens: int) -> float:
         """Causal FLOP of a training step on one row of `tokens`, recomputation not counted.
 
-        Six for each token and parameter that it is multiplied with; for attention 2 T^2 H D a layer forward (half of
-        the full square) and twice that backward.
+        The rule is the log's (`ultralong.training.meter`).
         """
-        attention = 6.0 * self.layers * self.heads * self.head_dim * tokens**2
-        return 6.0 * self.multiplied * tokens + attention
+        return step_flops(self.multiplied, self.layers, self.heads * self.head_dim, tokens, pairs(tokens, None))
 
 
 def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:

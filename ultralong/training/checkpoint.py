@@ -37,7 +37,8 @@ from ultralong.training.parallel import Processes
 from ultralong.training.states import plain_states
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
-FREE_TO_CHANGE = ("out", "save_every", "keep", "trackers", "parallel", "memory", "rows_at_once", "compile")
+FREE_TO_CHANGE = ("out", "save_every", "keep", "trackers", "parallel", "memory", "rows_at_once", "compile",
+                  "largest_jump")
 NAME = re.compile(r"step-(\d{7})")
 
 

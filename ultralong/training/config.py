@@ -173,6 +173,8 @@ class TrainConfig:
         optimizer: See `OptimizerConfig`.
         parallel: See `ParallelConfig`.
         memory: See `MemoryConfig`.
+        largest_jump: A step whose loss is this many nats above the mean of up to 32 steps before it stops the run
+            before it updates anything; 0 never does.
         trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
         position_buckets: The log has the loss of this many equal stretches of the row, so that a lesson learnt only
             near its start shows.
@@ -192,6 +194,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    largest_jump: float = 3.0
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
 

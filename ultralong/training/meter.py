@@ -1,0 +1,101 @@
+"""What a step is worth: useful work against the hardware's datasheet, and the memory it took.
+
+The rule, here and in every table of this project: causal FLOP, nothing that is computed again counted. Six for each
+token and parameter that it is multiplied with, and for attention 2 H D for every pair of a query and a key that it sees
+forward (half of the full square for a whole row, by document under a mask) and twice that backward, in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+GIB = 2**30
+RULE = "causal FLOP, nothing computed again counted, of the datasheet's dense bfloat16 rate"
+# Dense bfloat16 FLOP/s of the vendors' datasheets, by a part of the device's name; the first that fits counts.
+DATASHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+             "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+
+
+def step_flops(multiplied: int, layers: int, width: int, tokens: float, pairs: float) -> float:
+    """Causal FLOP of a training step (see the module's rule).
+
+    Args:
+        multiplied: Parameters that each token is multiplied with.
+        layers: Decoder layers.
+        width: Query heads times head size, H D.
+        tokens: Tokens of the step.
+        pairs: Query-key pairs of the step, T^2 / 2 for a whole row of T.
+    """
+    return 6.0 * multiplied * tokens + 12.0 * layers * width * pairs
+
+
+def pairs(tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
+    """Pairs of a query and a key that it sees in a row, or in several laid end to end with these boundaries."""
+    if boundaries is None:
+        return tokens**2 / 2
+    edges = boundaries.tolist() if isinstance(boundaries, Tensor) else boundaries
+    return sum((b - a) ** 2 for a, b in pairwise(edges)) / 2
+
+
+def datasheet(device: torch.device) -> float | None:
+    """The device's dense bfloat16 rate in FLOP/s; None where it is not known, as for a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in DATASHEET.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Counts the steps of a run.
+
+    Attributes:
+        multiplied: As in `step_flops`.
+        layers: As in `step_flops`.
+        width: As in `step_flops`.
+        device: This process's.
+        processes: Of the run.
+    """
+
+    multiplied: int
+    layers: int
+    width: int
+    device: torch.device
+    processes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device, processes: int) -> Meter:
+        """The meter of a causal language model, before its parameters are shared out."""
+        text = model.config.get_text_config()
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        count = sum(parameter.numel() for parameter in model.parameters())
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(count if head is embedding else count - embedding.numel(), text.num_hidden_layers,
+                   text.num_attention_heads * size, device, processes)
+
+    def read(self, seconds: float, tokens: int, seen: float) -> dict[str, float]:
+        """What the log says of a step, over all processes; starts a new peak of memory.
+
+        Args:
+            seconds: Of the step.
+            tokens: Of the step.
+            seen: Query-key pairs of the step.
+
+        Returns:
+            `tokens_per_second`, `tokens_per_second_per_gpu`, `mfu_causal` where the device's rate is known, and
+            `peak_gpu_gib` of this process on a GPU.
+        """
+        rate = tokens / seconds
+        found = {"tokens_per_second": round(rate, 1), "tokens_per_second_per_gpu": round(rate / self.processes, 1)}
+        if peak := datasheet(self.device):
+            flops = step_flops(self.multiplied, self.layers, self.width, tokens, seen)
+            found["mfu_causal"] = round(flops / seconds / self.processes / peak, 4)
+        if self.device.type == "cuda":
+            found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated(self.device) / GIB, 2)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return found

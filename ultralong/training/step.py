@@ -1,0 +1,180 @@
+"""One optimizer step of the loop, and what all steps of a run share.
+
+A step sums the losses of all its rows' targets over processes and micro-batches, divides by the number of those
+targets, and updates once. DistributedDataParallel and FSDP2 average gradients over all W processes, so each process
+scales its own sum by W / targets; the result does not depend on how many shared the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ultralong.attention import make_context
+from ultralong.training import checkpoint
+from ultralong.training.batches import Batch, RowOrder
+from ultralong.training.config import TrainConfig
+from ultralong.training.loss import LanguageModelLoss
+from ultralong.training.memory import Memory, decoder_layers
+from ultralong.training.meter import Meter, pairs
+from ultralong.training.model import head_counts, make_optimizer, set_lr
+from ultralong.training.parallel import Processes, shard_parameters, whole
+
+RECENT, FEWEST = 32, 8  # steps that a jump of the loss is measured against, and how few of them are too few
+
+
+@dataclass
+class Run:
+    """What the steps of one run share."""
+
+    config: TrainConfig
+    processes: Processes
+    folder: checkpoint.RunFolder
+    order: RowOrder
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    heads: tuple[int, int]
+    memory: Memory
+    meter: Meter
+    losses: list[float] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+
+def assemble(
+    config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder, model: PreTrainedModel
+) -> Run:
+    """Wrap a model and make its optimizer as the config says; nothing is read from or written to the folder."""
+    if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):
+        raise ValueError("compile works on one process with rows that have no document mask; switch one of them off.")
+    loss, memory = LanguageModelLoss(model, config.memory.loss_tile), Memory(model, config.memory)
+    meter = Meter.of(model, processes.accelerator.device, processes.accelerator.num_processes)
+    if config.compile:
+        model.get_decoder().compile(dynamic=False)
+    if processes.mesh is None:
+        optimizer = make_optimizer(loss, config.optimizer)
+        loss, optimizer = processes.accelerator.prepare(loss, optimizer)
+    else:
+        shard_parameters(loss, decoder_layers(model), processes, config)
+        optimizer = make_optimizer(loss, config.optimizer)
+    if config.trackers:
+        processes.accelerator.init_trackers("ultralong")
+    return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory, meter)
+
+
+def reserve_host_memory(run: Run) -> None:
+    """Make the host buffers of the memory plan, if they are not there."""
+    config, order = run.config, run.order
+    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    stream = torch.float32 if run.processes.mesh is None else wide  # autocast leaves float32 between layers
+    rows = 1 if order.mask_documents else config.rows_at_once  # under a mask rows lie end to end
+    share = -(-order.length * config.rows_at_once // rows // run.processes.sequence)
+    run.memory.reserve(rows, share, wide, stream, run.processes.accelerator.device)
+
+
+def take_step(run: Run, step: int) -> dict[str, Any]:
+    """One optimizer step; returns what the log keeps of it."""
+    config, processes = run.config, run.processes
+    mine = config.rows_per_step // processes.data_ranks
+    start = step * config.rows_per_step + processes.data_rank * mine
+    batches = [run.order.batch(start + i, config.rows_at_once) for i in range(0, mine, config.rows_at_once)]
+    targets = torch.tensor(
+        float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
+    )
+    seen = torch.tensor(
+        sum(pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches) if run.order.mask_documents
+        else sum(len(batch.places) for batch in batches) * pairs(run.order.length, None),
+        dtype=torch.float64, device=processes.accelerator.device,
+    )
+    # Each row was counted by all processes that share it.
+    targets, seen = (processes.total(count) / processes.sequence for count in (targets, seen))
+    scale = processes.accelerator.num_processes / targets.clamp(min=1)
+    sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
+    for number, batch in enumerate(batches):
+        total, losses, bucket, counted = _forward(run, batch)
+        processes.backward(total * scale, run.model, last=number == len(batches) - 1)
+        sums[0].scatter_add_(0, bucket, losses)
+        sums[1].scatter_add_(0, bucket, counted)
+    sums = processes.total(sums)
+    loss = float(sums[0].sum() / sums[1].sum().clamp(min=1))
+    _check_loss(run, step, loss, batches)
+    norm = _update(run, step)
+    if not math.isfinite(norm):
+        _stop(run, step, f"the gradient's norm is {norm}", batches)
+    run.recent.append(loss)
+    by_position = (sums[0] / sums[1]).tolist()
+    return {
+        "loss": round(loss, 6),
+        "grad_norm": round(norm, 6),
+        "lr": float(run.optimizer.param_groups[0]["lr"]),
+        "targets": int(targets),
+        "pairs": float(seen),
+        "loss_by_position": [round(x, 4) if math.isfinite(x) else None for x in by_position],
+    }
+
+
+def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This process's share of one batch: sum of losses with its graph, and per token: loss, bucket, counted or not."""
+    device, buckets = run.processes.accelerator.device, run.config.position_buckets
+    tensors = {
+        name: getattr(batch, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")
+    }
+    place = torch.arange(batch.input_ids.shape[1], device=device) % batch.row_length  # (T,)
+    tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
+    extra = {}
+    run.memory.clear()
+    if run.processes.sequence > 1 or batch.boundaries is not None or run.memory.keeper is not None:
+        context = make_context(
+            batch.input_ids.shape[1],
+            run.processes.group,
+            run.config.parallel.scheme,
+            run.config.parallel.kernel,
+            boundaries=batch.boundaries,
+            heads=run.heads[0],
+            kv_heads=run.heads[1],
+            stages=run.config.parallel.stages,
+            keeper=run.memory.keeper,
+        )
+        padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
+        tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
+        extra = {"attention_context": context}
+    bucket, labels = tensors.pop("bucket"), tensors["labels"]
+    total, losses = run.model(**tensors, **extra)
+    return total, losses.double().flatten(), bucket.flatten(), (labels != -100).double().flatten()
+
+
+def _update(run: Run, step: int) -> float:
+    """Clip, set the learning rate, update; returns the gradient norm before clipping."""
+    config = run.config.optimizer
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm or math.inf)
+    for group in run.optimizer.param_groups:
+        set_lr(group, config.lr * config.factor(step, run.config.steps))
+    if math.isfinite(value := float(whole(norm))):
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def _check_loss(run: Run, step: int, loss: float, batches: list[Batch]) -> None:
+    """Stop before the update if the loss is no number, or far above the steps before."""
+    if not math.isfinite(loss):
+        _stop(run, step, f"the loss is {loss}", batches)
+    jump = run.config.largest_jump
+    if jump and len(run.recent) >= FEWEST and loss > (usual := sum(run.recent) / len(run.recent)) + jump:
+        _stop(run, step, f"the loss is {loss:.3f}, {loss - usual:.3f} above the mean of the {len(run.recent)} steps "
+                         f"before (largest_jump is {jump})", batches)
+
+
+def _stop(run: Run, step: int, what: str, batches: list[Batch]) -> NoReturn:
+    rows = "; ".join(run.order.describe(place) for batch in batches for place in batch.places[:4])
+    saved = run.folder.checkpoints()
+    last = f"The last good checkpoint is {saved[-1][1]}." if saved else "There is no checkpoint yet."
+    raise FloatingPointError(
+        f"Step {step + 1}: {what}. No update was made. Rows on this process: {rows}. {last} Lower the learning rate, "
+        "or look at those rows."
+    )
