@@ -8,9 +8,9 @@ from attention_yardstick import visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultralong.attention.gathered import clipped_calls
+from ultralong.attention.gathered import traffic
 from ultralong.attention.layout import balanced, contiguous, imbalance, work, zigzag
-from ultralong.attention.ring import own_spans, rectangles
+from ultralong.attention.ring import own_spans, rectangles, travelling
 from ultralong.attention.ulysses import head_split, stage_counts
 
 MAKERS = {"contiguous": contiguous, "zigzag": zigzag}
@@ -91,24 +91,54 @@ def test_32_documents_of_mixed_length_are_balanced(ranks):
     assert all(stop - start >= 1024 for rank in range(ranks) for start, stop in layout.pieces(rank))
 
 
+def in_front(found, layout, rank, rules):
+    """Global positions of the keys in front of a rank, put there as the exchange puts them; -1 where nothing came."""
+    keys = torch.full((found.needs.tokens,), -1)
+    for other in range(layout.ranks):
+        theirs = layout.positions(other)
+        if other == rank:
+            sent = [(theirs[local], place) for local, place in found.own]
+        else:
+            going = traffic(layout, other, *rules).going[rank]
+            assert len(going) == len(found.coming[other])
+            sent = [(theirs[local], place) for local, place in zip(going, found.coming[other])]
+        for positions, place in sent:
+            assert (keys[place] == -1).all(), "nothing is put over another"
+            keys[place] = positions
+    return keys
+
+
 @settings(max_examples=150)
 @given(row=rows(), masked=st.booleans(), window=st.one_of(st.none(), st.integers(1, 30)))
 def test_gathered_calls_see_exactly_what_the_definition_says(row, masked, window):
+    """Each rank's keys come from their holders, and its calls see all that the definition says and nothing else."""
     tokens, ranks, _, edges = row
     for layout in layouts(tokens, ranks, 1, edges):
         bounds = closed(edges, layout.padded) if masked else (0, layout.padded)
+        rules = (bounds if masked else None, window)
         seen = visible(layout.padded, layout.padded, window=window, edges_q=bounds, edges_k=bounds)
+        shares = torch.zeros(layout.padded, dtype=torch.long)
+        calls = []
         for rank in range(ranks):
-            mine = seen[layout.positions(rank)]
-            found = torch.zeros_like(mine)
-            for call in clipped_calls(layout.pieces(rank), bounds if masked else None, window):
-                queries, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
+            mine, route = layout.positions(rank), traffic(layout, rank, *rules)
+            keys = in_front(route, layout, rank, rules)
+            assert torch.equal(keys, keys.sort().values)
+            found = torch.zeros(layout.held, layout.padded, dtype=torch.bool)
+            for call in route.needs.calls:
+                queries, columns = call.rows.stop - call.rows.start, keys[call.keys]
                 edges_q = call.spans.q if call.spans else (0, queries)
-                edges_k = call.spans.k if call.spans else (0, keys)
-                block = visible(queries, keys, window=window, edges_q=edges_q, edges_k=edges_k)
+                edges_k = call.spans.k if call.spans else (0, len(columns))
+                block = visible(queries, len(columns), window=window, edges_q=edges_q, edges_k=edges_k)
                 assert not found[call.rows].any()
-                found[call.rows, call.keys] = block
-            assert torch.equal(found, mine)
+                found[call.rows, columns] = block
+                shares[columns] += 1
+                calls.append((call, columns))
+            assert torch.equal(found, seen[mine])
+            assert len(keys) <= (seen[mine].any(0).sum() if window is None else layout.padded), "nothing comes in vain"
+        for call, columns in calls:
+            for piece in range(call.spans.count if call.spans else 0):
+                keys = columns[call.spans.k[piece] : call.spans.k[piece + 1]]
+                assert call.spans.is_shared(piece) or (shares[keys] == 1).all(), "a shared piece is said to be one"
 
 
 @settings(max_examples=150)
@@ -124,14 +154,21 @@ def test_ring_blocks_see_every_pair_once(row, masked):
             cuts = spans.q if spans else (0, layout.local)
             own = visible(layout.local, layout.local, edges_q=cuts, edges_k=cuts)
             assert torch.equal(own, seen[mine][:, mine])
+            elsewhere = seen[torch.cat([layout.positions(r) for r in range(ranks) if r != rank] or [mine[:0]])][:, mine]
+            for piece in range(spans.count if spans else 0):
+                keys = slice(spans.k[piece], spans.k[piece + 1])
+                assert spans.is_shared(piece) or not elsewhere[:, keys].any(), "a shared piece is said to be one"
             for other in range(ranks):
                 if other == rank:
                     continue
-                found = torch.zeros(layout.local, layout.local, dtype=torch.int)
-                blocks = rectangles(layout.pieces(rank), layout.pieces(other), bounds if masked else None)
-                for rows_, keys in blocks:
-                    found[rows_, keys] += 1
-                assert torch.equal(found, seen[mine][:, layout.positions(other)].int())
+                found = torch.zeros(layout.local, layout.padded, dtype=torch.int)
+                sent = travelling(layout.pieces(other), layout.padded, bounds if masked else None)
+                positions = torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in sent)])
+                for rows_, keys in rectangles(layout.pieces(rank), sent, bounds if masked else None):
+                    found[rows_, positions[keys]] += 1
+                theirs = layout.positions(other)
+                assert torch.equal(found[:, theirs], seen[mine][:, theirs].int())
+                assert found.sum() == found[:, theirs].sum(), "only the other rank's own tokens travel"
 
 
 def test_an_unpacked_ring_step_is_one_rectangle():

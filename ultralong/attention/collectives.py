@@ -5,6 +5,7 @@ Legend: P ranks. Every function is called by all ranks of the group in the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,18 @@ class Pending:
         return self.result
 
 
+@dataclass
+class Parts:
+    """An exchange under way; `wait` returns what each rank sent, flat."""
+
+    pending: Pending
+    sizes: tuple[int, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """One flat tensor for every rank, once they are there."""
+        return self.pending.wait().split(self.sizes)
+
+
 def all_to_all(x: Tensor, group: Group) -> Pending:
     """Send `x[p]` to rank p; the result's `[p]` came from rank p. `x` is (P, ...) contiguous."""
     result = torch.empty_like(x)
@@ -83,13 +96,43 @@ def all_gather(x: Tensor, group: Group) -> Pending:
     return Pending("all-gather", group, [handle], result, (x,))
 
 
-def pass_on(x: Tensor, group: Group, tag: int = 0) -> Pending:
-    """Send `x` to the next rank of the ring, receive the previous rank's. `x` is contiguous.
+def exchange(outgoing: Sequence[Sequence[Tensor]], coming: Sequence[int], like: Tensor, group: Group) -> Parts:
+    """Send each rank its own tensors, laid end to end; receive as many elements from each as it sends.
+
+    Args:
+        outgoing: For every rank the tensors that go to it, of any shapes; none to this rank itself.
+        coming: For every rank how many elements it sends to this one.
+        like: A tensor of the type and device.
+        group: The ranks.
+
+    Returns:
+        `wait` gives one flat tensor for every rank.
+    """
+    sizes = [sum(x.numel() for x in tensors) for tensors in outgoing]
+    sent, result = like.new_empty(sum(sizes)), like.new_empty(sum(coming))
+    parts = sent.split([x.numel() for tensors in outgoing for x in tensors])
+    for part, x in zip(parts, (x for tensors in outgoing for x in tensors), strict=True):
+        copy_rows(part.view(x.shape), x)
+    try:
+        handle = dist.all_to_all_single(result, sent, list(coming), sizes, group=group, async_op=True)
+    except RuntimeError as error:
+        raise _lost("all-to-all", group, error) from error
+    return Parts(Pending("all-to-all", group, [handle], result, (sent,)), tuple(coming))
+
+
+def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None = None) -> Pending:
+    """Send `x` to the next rank of the ring, receive the previous rank's.
 
     Transfers under way at the same time need tags of their own where the backend has them (gloo); NCCL goes by order.
+
+    Args:
+        x: What to send, contiguous; nothing is sent where it has no elements.
+        group: The ring.
+        tag: See above.
+        coming: Shape of what comes, where it is not x's.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    result = torch.empty_like(x)
+    result = x.new_empty(x.shape if coming is None else coming)
     return _send_and_receive("ring send and receive", [(x, (rank + 1) % size, result, (rank - 1) % size)], group, tag,
                              result)
 
@@ -99,10 +142,12 @@ def _send_and_receive(what: str, pairs: list[tuple[Tensor, int, Tensor, int]], g
     """Start sends and receives together: (what to send, to whom, where to receive, from whom), ranks of the group."""
     operations = []
     for outgoing, after, incoming, before in pairs:
-        operations += [dist.P2POp(dist.isend, outgoing, dist.get_global_rank(group, after), group, tag),
-                       dist.P2POp(dist.irecv, incoming, dist.get_global_rank(group, before), group, tag)]
+        if outgoing.numel():
+            operations.append(dist.P2POp(dist.isend, outgoing, dist.get_global_rank(group, after), group, tag))
+        if incoming.numel():
+            operations.append(dist.P2POp(dist.irecv, incoming, dist.get_global_rank(group, before), group, tag))
     try:
-        handles = dist.batch_isend_irecv(operations)
+        handles = dist.batch_isend_irecv(operations) if operations else []
     except RuntimeError as error:
         raise _lost(what, group, error) from error
     return Pending(what, group, handles, result, tuple(pair[0] for pair in pairs))
