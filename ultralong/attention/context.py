@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ultralong.attention.balance import balanced
 from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.attention.function import AttentionKeeper, attention
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
-from ultralong.attention.layout import Layout, balanced, contiguous, zigzag
+from ultralong.attention.layout import Layout, contiguous, zigzag
 from ultralong.attention.ring import Ring
 from ultralong.attention.rule import Rule, Spans
 from ultralong.attention.scheme import Local, Scheme
