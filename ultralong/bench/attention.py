@@ -240,13 +240,13 @@ def _result(options: AttentionBench, name: str, kernel: str, tokens: int, edges:
 def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: int) -> AttentionResult:
     """One peer at one length."""
     try:
-        with peer(name, tokens) as attend:
+        with peer(name, tokens) as (attend, kernel):
             context = make_context(tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads)
             row = [context.shard(x).contiguous() for x in _inputs(options, tokens, device)]
             times = measure(attend, row[:3], row[3], repeats=options.repeats, budget=options.budget)
     except (PeerMissing, RuntimeError, NotImplementedError, ImportError) as error:
         return AttentionResult(name, "", tokens, False, world, note=str(error).splitlines()[0][:200])
-    return _result(options, name, "its own", tokens, None, world, times, None, {})
+    return _result(options, name, kernel, tokens, None, world, times, None, {})
 
 
 def options_from(arguments: Sequence[str] | None = None) -> tuple[AttentionBench, Path | None]:
