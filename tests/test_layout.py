@@ -112,9 +112,13 @@ def in_front(found, layout, rank, rules):
         if other == rank:
             sent = [(theirs[local], place) for local, place in found.own]
         else:
-            going = traffic(layout, other, *rules).going[rank]
-            assert len(going) == len(found.coming[other])
-            sent = [(theirs[local], place) for local, place in zip(going, found.coming[other])]
+            route = traffic(layout, other, *rules)
+            sent = [(theirs[local], place) for going, coming in zip(route.going, found.coming)
+                    for local, place in zip(going[rank], coming[other], strict=True)]
+            assert found.returning[other] == [place for _, place in sent]
+            for (positions, _), place in zip(sent, route.landing[rank], strict=True):
+                held = [(local, front) for local, front in route.own if front.start <= place.start < front.stop]
+                assert torch.equal(theirs[held[0][0]][place.start - held[0][1].start :][: len(positions)], positions)
         for positions, place in sent:
             assert (keys[place] == -1).all(), "nothing is put over another"
             keys[place] = positions

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,15 +55,18 @@ class Pending:
 
 
 @dataclass
-class Parts:
-    """An exchange under way; `wait` returns what each rank sent, flat."""
+class Exchange:
+    """Tensors under way between all pairs of ranks; `wait` puts what could not be received in place there."""
 
     pending: Pending
-    sizes: tuple[int, ...]
+    late: list[tuple[Tensor, Tensor]]  # where it belongs, and where it was received
 
-    def wait(self) -> tuple[Tensor, ...]:
-        """One flat tensor for every rank, once they are there."""
-        return self.pending.wait().split(self.sizes)
+    def wait(self) -> None:
+        """Wait until everything is in its place."""
+        self.pending.wait()
+        for target, received in self.late:
+            copy_rows(target, received)
+        self.late = []
 
 
 def all_to_all(x: Tensor, group: Group) -> Pending:
@@ -96,28 +100,31 @@ def all_gather(x: Tensor, group: Group) -> Pending:
     return Pending("all-gather", group, [handle], result, (x,))
 
 
-def exchange(outgoing: Sequence[Sequence[Tensor]], coming: Sequence[int], like: Tensor, group: Group) -> Parts:
-    """Send each rank its own tensors, laid end to end; receive as many elements from each as it sends.
+def exchange(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], group: Group,
+             tag: int = 0) -> Exchange:
+    """Send each rank its tensors and receive from each, without copies where they are contiguous.
 
     Args:
-        outgoing: For every rank the tensors that go to it, of any shapes; none to this rank itself.
-        coming: For every rank how many elements it sends to this one.
-        like: A tensor of the type and device.
+        outgoing: For every rank the tensors that go to it, none to this rank itself.
+        incoming: For every rank where its tensors are received, of the shapes and in the order in which it sends them.
         group: The ranks.
-
-    Returns:
-        `wait` gives one flat tensor for every rank.
+        tag: As for `pass_on`; that of a pair's first tensor, the next ones have the next numbers.
     """
-    sizes = [sum(x.numel() for x in tensors) for tensors in outgoing]
-    sent, result = like.new_empty(sum(sizes)), like.new_empty(sum(coming))
-    parts = sent.split([x.numel() for tensors in outgoing for x in tensors])
-    for part, x in zip(parts, (x for tensors in outgoing for x in tensors), strict=True):
-        copy_rows(part.view(x.shape), x)
-    try:
-        handle = dist.all_to_all_single(result, sent, list(coming), sizes, group=group, async_op=True)
-    except RuntimeError as error:
-        raise _lost("all-to-all", group, error) from error
-    return Parts(Pending("all-to-all", group, [handle], result, (sent,)), tuple(coming))
+    _introduce(group)
+    operations, late, kept = [], [], []
+    for rank, (sent, received) in enumerate(zip(outgoing, incoming, strict=True)):
+        peer = dist.get_global_rank(group, rank)
+        for number, x in enumerate(sent):
+            kept.append(x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format))
+            if kept[-1] is not x:
+                copy_rows(kept[-1], x)
+            operations.append(dist.P2POp(dist.isend, kept[-1], peer, group, tag + number))
+        for number, x in enumerate(received):
+            place = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+            if place is not x:
+                late.append((x, place))
+            operations.append(dist.P2POp(dist.irecv, place, peer, group, tag + number))
+    return Exchange(_started("exchange", operations, group, kept), late)
 
 
 def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None = None) -> Pending:
@@ -140,17 +147,31 @@ def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None 
 def _send_and_receive(what: str, pairs: list[tuple[Tensor, int, Tensor, int]], group: Group, tag: int,
                       result: Tensor) -> Pending:
     """Start sends and receives together: (what to send, to whom, where to receive, from whom), ranks of the group."""
+    _introduce(group)
     operations = []
     for outgoing, after, incoming, before in pairs:
         if outgoing.numel():
             operations.append(dist.P2POp(dist.isend, outgoing, dist.get_global_rank(group, after), group, tag))
         if incoming.numel():
             operations.append(dist.P2POp(dist.irecv, incoming, dist.get_global_rank(group, before), group, tag))
+    pending = _started(what, operations, group, [pair[0] for pair in pairs])
+    pending.result = result
+    return pending
+
+
+def _started(what: str, operations: list[dist.P2POp], group: Group, kept: Sequence[Tensor]) -> Pending:
     try:
         handles = dist.batch_isend_irecv(operations) if operations else []
     except RuntimeError as error:
         raise _lost(what, group, error) from error
-    return Pending(what, group, handles, result, tuple(pair[0] for pair in pairs))
+    return Pending(what, group, handles, torch.empty(0), tuple(kept))
+
+
+@cache
+def _introduce(group: Group) -> None:
+    """Make a group's connections before its first sends: with NCCL all ranks must take part in that, even idle ones."""
+    if dist.get_backend(group) == "nccl":
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
 def copy_rows(target: Tensor, source: Tensor) -> None:

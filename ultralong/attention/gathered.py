@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group, Parts, copy_rows, exchange
+from ultralong.attention.collectives import Exchange, Group, copy_rows, exchange
 from ultralong.attention.kernels import Kernel, add_backward, attention_forward
 from ultralong.attention.layout import Layout
 from ultralong.attention.merge import accumulator
@@ -28,6 +28,8 @@ from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Gradients, Pair, Scheme
 
 BYTES_AT_ONCE = 2**30  # K and V in front of a rank in one round of kv heads
+TAGS = 4096  # more than the tensors that two ranks send each other at once
+Places = list[list[slice]]  # for every rank
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,21 @@ class Traffic:
     Attributes:
         needs: What this rank's queries see, and its calls.
         own: This rank's own tokens: where it holds them, and where they are in front of it.
-        coming: For every rank, where what it sends is in front of this one.
-        going: For every rank, which of this one's tokens it needs.
+        coming: In two phases (the first call's keys, the others): where what each rank sends is in front of this one.
+        going: In the same phases: which of this rank's tokens each needs.
+        landing: Where the shares of gradients that each rank sends back belong, in front of this one.
     """
 
     needs: Needs
     own: list[tuple[slice, slice]]
-    coming: list[list[slice]]
-    going: list[list[slice]]
+    coming: list[Places]
+    going: list[Places]
+    landing: Places
+
+    @property
+    def returning(self) -> Places:
+        """Where the shares of gradients that go back to each rank are in front of this one."""
+        return [[*first, *later] for first, later in zip(*self.coming, strict=True)]
 
 
 def traffic(layout: Layout, rank: int, boundaries: tuple[int, ...] | None, window: int | None) -> Traffic:
@@ -57,13 +66,42 @@ def traffic(layout: Layout, rank: int, boundaries: tuple[int, ...] | None, windo
         window: Sliding window, or None.
     """
     mine, held = needs(layout.pieces(rank), boundaries, window), layout.pieces(rank)
-    others = [other for other in range(layout.ranks) if other != rank]
-    coming: list[list[slice]] = [[] for _ in range(layout.ranks)]
-    going: list[list[slice]] = [[] for _ in range(layout.ranks)]
-    for other in others:
-        coming[other] = [front for _, front in mine.among(layout.pieces(other))]
-        going[other] = [local for local, _ in needs(layout.pieces(other), boundaries, window).among(held)]
-    return Traffic(mine, mine.among(held), coming, going)
+    own, places = mine.among(held), range(layout.ranks)
+    coming: list[Places] = [[[] for _ in places] for _ in range(2)]
+    going: list[Places] = [[[] for _ in places] for _ in range(2)]
+    for other in (other for other in places if other != rank):
+        theirs = needs(layout.pieces(other), boundaries, window)
+        for phase in range(2):
+            coming[phase][other] = [front for _, front in mine.among(layout.pieces(other), mine.phases[phase])]
+            going[phase][other] = [local for local, _ in theirs.among(held, theirs.phases[phase])]
+    landing = [[_front(own, local) for phase in going for local in phase[other]] for other in places]
+    return Traffic(mine, own, coming, going, landing)
+
+
+def _front(own: list[tuple[slice, slice]], local: slice) -> slice:
+    """Where some of a rank's own tokens, a part of one piece, are in front of it."""
+    offset = next(place.start - held.start for held, place in own if held.start <= local.start < held.stop)
+    return slice(local.start + offset, local.stop + offset)
+
+
+@dataclass
+class Front:
+    """K and V in front of a rank, (2, B, N, s, D), for some kv heads; those of the first call come first."""
+
+    heads: slice
+    pair: Tensor
+    under_way: list[Exchange]
+
+    def of(self, call: slice) -> tuple[Tensor, Tensor]:
+        """K and V of one call (B, keys, s, D), once they have come; the calls are asked for in order."""
+        if self.under_way:
+            self.under_way.pop(0).wait()
+        return self.pair[0][:, call], self.pair[1][:, call]
+
+    def finish(self) -> None:
+        """Wait for what is still under way: a rank of one call may have to send for others' second phase."""
+        while self.under_way:
+            self.under_way.pop(0).wait()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +138,16 @@ class Gathered(Scheme):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
         group = q.shape[2] // k.shape[2]
-        for heads, keys, values in self._gathered(k, v, rule.window):
-            of_query = slice(heads.start * group, heads.stop * group)
+        for front in self._rounds(k, v, rule.window):
+            of_query = slice(front.heads.start * group, front.heads.stop * group)
             for call in self.traffic(rule.window).needs.calls:
-                part, part_lse = attention_forward(self.kernel, q[:, call.rows, of_query], keys[:, call.keys],
-                                                   values[:, call.keys], rule.with_spans(call.spans))
-                out[:, call.rows, of_query], lse[:, of_query, call.rows] = part, part_lse
+                part, part_lse = attention_forward(self.kernel, q[:, call.rows, of_query], *front.of(call.keys),
+                                                   rule.with_spans(call.spans))
+                if part.shape == out.shape:
+                    out, lse = part, part_lse
+                else:
+                    copy_rows(out[:, call.rows, of_query], part)
+                    lse[:, of_query, call.rows] = part_lse
         return out, lse
 
     def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
@@ -115,82 +157,68 @@ class Gathered(Scheme):
         dk, dv = (torch.empty_like(x, dtype=accumulator(x.dtype) if wide else x.dtype,
                                    memory_format=torch.contiguous_format) for x in (k, v))
         group, under_way = q.shape[2] // k.shape[2], []
-        for heads, keys, values in self._gathered(k, v, rule.window):
-            of_query = slice(heads.start * group, heads.stop * group)
-            shares = torch.zeros((2, *keys.shape), dtype=accumulator(k.dtype), device=k.device)  # (2, B, N, s, D)
+        for number, front in enumerate(self._rounds(k, v, rule.window)):
+            of_query = slice(front.heads.start * group, front.heads.stop * group)
+            shares = torch.zeros_like(front.pair, dtype=accumulator(k.dtype))  # (2, B, N, s, D)
             for call in self.traffic(rule.window).needs.calls:
-                dq[:, call.rows, of_query] = add_backward(
-                    self.kernel, *(x[:, call.rows, of_query] for x in (dout, q)), keys[:, call.keys],
-                    values[:, call.keys], out[:, call.rows, of_query], lse[:, of_query, call.rows],
-                    rule.with_spans(call.spans), shares[0][:, call.keys], shares[1][:, call.keys])
-            under_way.append((heads, *self._share_out(shares, rule.window)))
+                part = add_backward(self.kernel, *(x[:, call.rows, of_query] for x in (dout, q)), *front.of(call.keys),
+                                    out[:, call.rows, of_query], lse[:, of_query, call.rows],
+                                    rule.with_spans(call.spans), shares[0][:, call.keys], shares[1][:, call.keys])
+                if part.shape == dq.shape:
+                    dq = part
+                else:
+                    copy_rows(dq[:, call.rows, of_query], part)
+            under_way.append((front.heads, *self._share_out(shares, rule.window, number)))
             if len(under_way) > 1:
                 self._collect(*under_way.pop(0), dk, dv, rule.window)
         self._collect(*under_way.pop(), dk, dv, rule.window)
         return dq, dk, dv
 
-    def _gathered(self, k: Tensor, v: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rounds of kv heads with the K and V in front of this rank, (B, N, s, D); the next round is under way."""
+    def _rounds(self, k: Tensor, v: Tensor, window: int | None) -> Iterator[Front]:
+        """Rounds of kv heads with the K and V in front of this rank; the next round's are under way."""
         kv_heads = k.shape[2]
         size = 2 * k.shape[0] * self.traffic(window).needs.tokens * k.shape[3] * k.element_size()
         step = max(1, min(-(-kv_heads // self.stages), BYTES_AT_ONCE // size))
         rounds = [slice(a, min(a + step, kv_heads)) for a in range(0, kv_heads, step)]
-        coming = self._gather(k, v, rounds[0], window)
-        for index, heads in enumerate(rounds):
-            front = self._in_front(coming.wait(), k[:, :, heads], v[:, :, heads], window)
-            if index + 1 < len(rounds):
-                coming = self._gather(k, v, rounds[index + 1], window)
-            yield heads, front[0], front[1]
+        coming = self._gather(k, v, rounds[0], window, 0)
+        for number in range(1, len(rounds) + 1):
+            front = coming
+            if number < len(rounds):
+                coming = self._gather(k, v, rounds[number], window, number)
+            yield front
+            front.finish()
 
-    def _gather(self, k: Tensor, v: Tensor, heads: slice, window: int | None) -> Parts:
-        """Start sending K and V to those who need them."""
-        found = self.traffic(window)
-        outgoing = [[x[:, at, heads] for x in (k, v) for at in places] for places in found.going]
-        shape = (k.shape[0], heads.stop - heads.start, k.shape[3])
-        return exchange(outgoing, [2 * _length(places) * shape[0] * shape[1] * shape[2] for places in found.coming],
-                        k, self.group)
-
-    def _in_front(self, arrived: tuple[Tensor, ...], k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """What came and what this rank holds itself, (2, B, N, s, D)."""
-        found = self.traffic(window)
-        batch, _, heads, size = k.shape
-        front = k.new_empty((2, batch, found.needs.tokens, heads, size))
+    def _gather(self, k: Tensor, v: Tensor, heads: slice, window: int | None, number: int) -> Front:
+        """Start sending K and V to those who need them; what this rank holds itself is put in front of it."""
+        found, pair = self.traffic(window), (k[:, :, heads], v[:, :, heads])
+        front = k.new_empty((2, k.shape[0], found.needs.tokens, *pair[0].shape[2:]))
+        under_way = []
+        for phase, (going, coming) in enumerate(zip(found.going, found.coming, strict=True)):
+            sent = [[x[:, local] for x in pair for local in places] for places in going]
+            received = [[x[:, place] for x in front for place in places] for places in coming]
+            under_way.append(exchange(sent, received, self.group, TAGS * (2 * number + phase)))
         for local, place in found.own:
-            copy_rows(front[0][:, place], k[:, local])
-            copy_rows(front[1][:, place], v[:, local])
-        for flat, places in zip(arrived, found.coming, strict=True):
-            for part, place, side in _parts(flat, places, (batch, heads, size)):
-                front[side][:, place] = part
-        return front
+            for x, target in zip(pair, front, strict=True):
+                copy_rows(target[:, place], x[:, local])
+        return Front(heads, front, under_way)
 
-    def _share_out(self, shares: Tensor, window: int | None) -> tuple[Parts, Tensor]:
-        """Start sending (2, B, N, s, D) to the owners; this rank's own part (2, B, T, s, D) stays."""
+    def _share_out(self, shares: Tensor, window: int | None,
+                   number: int) -> tuple[Tensor, list[list[Tensor]], Exchange]:
+        """Start sending the owners their parts of (2, B, N, s, D), and receiving what others have for this rank."""
         found = self.traffic(window)
-        outgoing = [[side[:, place] for side in shares for place in places] for places in found.coming]
-        _, batch, _, heads, size = shares.shape
-        pending = exchange(outgoing, [2 * _length(places) * batch * heads * size for places in found.going], shares,
-                           self.group)
-        own = shares.new_empty((2, batch, self.layout.held, heads, size))
-        for local, place in found.own:
-            own[:, :, local] = shares[:, :, place]
-        return pending, own
+        sent = [[side[:, place] for side in shares for place in places] for places in found.returning]
+        received = [[torch.empty_like(side[:, place], memory_format=torch.contiguous_format)
+                     for side in shares for place in places] for places in found.landing]
+        return shares, received, exchange(sent, received, self.group, TAGS * (2**16 + number))
 
-    def _collect(self, heads: slice, pending: Parts, own: Tensor, dk: Tensor, dv: Tensor, window: int | None) -> None:
+    def _collect(self, heads: slice, shares: Tensor, received: list[list[Tensor]], arriving: Exchange, dk: Tensor,
+                 dv: Tensor, window: int | None) -> None:
         """Add everyone's shares of this rank's dK and dV, in rank order so that timing does not matter."""
-        _, batch, _, count, size = own.shape
-        for flat, places in zip(pending.wait(), self.traffic(window).going, strict=True):
-            for part, local, side in _parts(flat, places, (batch, count, size)):
-                own[side][:, local] += part
-        dk[:, :, heads], dv[:, :, heads] = own[0], own[1]
-
-
-def _length(places: list[slice]) -> int:
-    return sum(place.stop - place.start for place in places)
-
-
-def _parts(flat: Tensor, places: list[slice], shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, slice, int]]:
-    """Cut what one rank sent into (B, tokens, s, D) parts: all of keys, then all of values."""
-    batch, heads, size = shape
-    lengths = [(place.stop - place.start) * batch * heads * size for place in places]
-    for index, part in enumerate(flat.split(lengths * 2)):
-        yield part.view(batch, -1, heads, size), places[index % len(places)], index // len(places)
+        arriving.wait()
+        found = self.traffic(window)
+        for parts, places in zip(received, found.landing, strict=True):
+            for number, part in enumerate(parts):
+                shares[number // len(places)][:, places[number % len(places)]] += part
+        for side, grad in zip(shares, (dk, dv), strict=True):
+            for local, place in found.own:
+                grad[:, local, heads] = side[:, place]

@@ -50,16 +50,28 @@ class Needs:
     def _starts(self) -> tuple[int, ...]:
         return (0, *accumulate(stop - start for start, stop in self.ranges))
 
-    def among(self, pieces: Sequence[Piece]) -> list[tuple[slice, slice]]:
-        """Where pieces that a rank holds meet the ranges: (tokens of the holder, keys in front of this rank)."""
+    def among(self, pieces: Sequence[Piece], keys: slice | None = None) -> list[tuple[slice, slice]]:
+        """Where pieces that a rank holds meet the ranges: (tokens of the holder, keys in front of this rank).
+
+        Args:
+            pieces: Global ranges.
+            keys: Only these of the keys in front of this rank.
+        """
+        keys = keys or slice(0, self.tokens)
         met, offset = [], 0
         for start, stop in pieces:
             for (first, end), at in zip(self.ranges, self._starts, strict=False):
-                a, b = max(start, first), min(stop, end)
+                a = max(start, first, first + keys.start - at)
+                b = min(stop, end, first + keys.stop - at)
                 if a < b:
                     met.append((slice(offset + a - start, offset + b - start), slice(at + a - first, at + b - first)))
             offset += stop - start
         return met
+
+    @property
+    def phases(self) -> tuple[slice, slice]:
+        """The keys in the order in which they are needed: those of the first call, and all after them."""
+        return slice(0, self.calls[0].keys.stop), slice(self.calls[0].keys.stop, self.tokens)
 
 
 def needs(pieces: Sequence[Piece], boundaries: Sequence[int] | None, window: int | None = None) -> Needs:
