@@ -369,6 +369,11 @@ def bad_input(rank, world):
         with pytest.raises(ValueError, match=message):
             call()
     assert make_context(16, mesh, "auto", heads=8).scheme == "ulysses"
+    short, long = range(0, 2**17 + 1, 2**12), (0, 2**16, 2**17)
+    for edges, tokens, heads, kv_heads, stages in (
+            (short, 2**17, 32, 8, 4), (short, 2**17, 32, 4, 2), (short, 2**17, 32, 1, 1), (long, 2**17, 32, 8, 1),
+            (None, 2**17, 32, 8, 1), (range(0, 2**14 + 1, 2**10), 2**14, 32, 8, 1)):
+        assert make_context(tokens, group, "ulysses", boundaries=edges, heads=heads, kv_heads=kv_heads).stages == stages
     assert make_context(16, group, "auto", heads=9, kv_heads=3).scheme == "gathered"
     context = good(scheme="gathered")
     q, k = torch.zeros(1, 8, 8, 4), torch.zeros(1, 8, 2, 4)

@@ -13,17 +13,20 @@ the stages that share them run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultralong.attention.balance import PAIRS_PER_TOKEN, work
 from ultralong.attention.collectives import Group, Pending, all_to_all, copy_rows
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Gradients, Pair, Scheme
+
+LONG_ROW = 65536  # tokens from which a kernel's start is short beside its run even for a part of the heads
 
 
 def head_split(heads: int, kv_heads: int, degree: int) -> tuple[int, int]:
@@ -47,6 +50,23 @@ def stage_counts(heads: int, kv_heads: int, degree: int) -> list[int]:
     kv, group = head_split(heads, kv_heads, degree)
     of_kv, of_group = ([s for s in range(1, count + 1) if count % s == 0] for count in (kv, group))
     return sorted({*of_kv, *(kv * s for s in of_group)})
+
+
+def default_stages(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
+    """One stage, or up to four on long rows of short documents, not splitting a kv head's query heads.
+
+    A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.balance`), which shows where
+    documents are short: the exchange of one stage then runs beside the computing of another.
+
+    Args:
+        counts: The numbers of stages that there are.
+        tokens: Length of the row.
+        boundaries: Document boundaries when documents don't see each other, else None.
+        kv: Kv heads of a rank.
+    """
+    if boundaries is None or tokens < LONG_ROW or work(0, tokens, boundaries) >= 12 * PAIRS_PER_TOKEN * tokens:
+        return 1
+    return max(count for count in counts if count <= min(4, max(1, kv)))
 
 
 @dataclass(frozen=True)
