@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import ultralong.attention as ua
-from ultralong.attention import PeerLost, make_context
+from ultralong.attention import PeerLost, gathered, make_context
 from ultralong.attention.collectives import copy_rows
 from ultralong.attention.ulysses import stage_counts
 from ultralong.bench.error_curve import error_curve
@@ -113,6 +113,22 @@ def test_every_scheme_equals_one_process(world, examples):
     """Random documents, lengths, heads, batches, windows and sinks; float64 to 1e-12, float32 to 1e-5."""
     tried = run_ranks(many_cases, world, examples)[0]
     assert set(tried) == set(ONE_LEVEL)
+
+
+def in_rounds(rank, world):
+    """Errors where K and V in front of a rank don't fit at once: ranks that see different numbers of keys keep step."""
+    errors = []
+    for limit in (3 * 64 * 8 * 8, 1):  # bytes; a kv head of 64 keys takes 2 * 64 * 8 * 8, and the first rank sees all
+        gathered.BYTES_AT_ONCE = limit
+        for edges in (None, (0, 3, 40, 61)):
+            context = make_context(61, dist.group.WORLD, "gathered", boundaries=edges, heads=8, kv_heads=4)
+            errors.append(error_of(context, *wanted(61, edges, None, 8, 4, torch.float64, 3, 1, False)[:2]))
+    return max(errors)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gathered_keys_in_rounds_of_heads(world):
+    assert max(run_ranks(in_rounds, world)) <= 1e-12
 
 
 def two_levels(rank, world, shape):

@@ -42,6 +42,7 @@ class Traffic:
         coming: In two phases (the first call's keys, the others): where what each rank sends is in front of this one.
         going: In the same phases: which of this rank's tokens each needs.
         landing: Where the shares of gradients that each rank sends back belong, in front of this one.
+        most: Keys in front of the rank that has the most: all ranks take as many heads at a time.
     """
 
     needs: Needs
@@ -49,6 +50,7 @@ class Traffic:
     coming: list[Places]
     going: list[Places]
     landing: Places
+    most: int
 
     @property
     def returning(self) -> Places:
@@ -69,13 +71,15 @@ def traffic(layout: Layout, rank: int, boundaries: tuple[int, ...] | None, windo
     own, places = mine.among(held), range(layout.ranks)
     coming: list[Places] = [[[] for _ in places] for _ in range(2)]
     going: list[Places] = [[[] for _ in places] for _ in range(2)]
+    most = mine.tokens
     for other in (other for other in places if other != rank):
         theirs = needs(layout.pieces(other), boundaries, window)
+        most = max(most, theirs.tokens)
         for phase in range(2):
             coming[phase][other] = [front for _, front in mine.among(layout.pieces(other), mine.phases[phase])]
             going[phase][other] = [local for local, _ in theirs.among(held, theirs.phases[phase])]
     landing = [[_front(own, local) for phase in going for local in phase[other]] for other in places]
-    return Traffic(mine, own, coming, going, landing)
+    return Traffic(mine, own, coming, going, landing, most)
 
 
 def _front(own: list[tuple[slice, slice]], local: slice) -> slice:
@@ -177,7 +181,7 @@ class Gathered(Scheme):
     def _rounds(self, k: Tensor, v: Tensor, window: int | None) -> Iterator[Front]:
         """Rounds of kv heads with the K and V in front of this rank; the next round's are under way."""
         kv_heads = k.shape[2]
-        size = 2 * k.shape[0] * self.traffic(window).needs.tokens * k.shape[3] * k.element_size()
+        size = 2 * k.shape[0] * self.traffic(window).most * k.shape[3] * k.element_size()
         step = max(1, min(-(-kv_heads // self.stages), BYTES_AT_ONCE // size))
         rounds = [slice(a, min(a + step, kv_heads)) for a in range(0, kv_heads, step)]
         coming = self._gather(k, v, rounds[0], window, 0)

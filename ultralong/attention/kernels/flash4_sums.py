@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 CONVERT = "_bwd_postprocess_convert"
@@ -118,7 +119,8 @@ def add_ordered(total: Tensor, buffer: Tensor, scale: float) -> None:
     even = tokens // WARP_GROUP_ROWS * WARP_GROUP_ROWS
     if even:
         target = total[:even].unflatten(0, (-1, 4, 2, 8)).unflatten(-1, (size // 8, 4, 2))
-        target.add_(_ordered(buffer[:, : even * size], size), alpha=scale)
+        source = _ordered(buffer[:, : even * size], size)
+        torch.view_as_complex(target).add_(torch.view_as_complex(source), alpha=scale)  # two columns at a time: faster
     if tokens > even:
         last = _ordered(buffer[:, even * size : (even + WARP_GROUP_ROWS) * size], size)
         total[even:].add_(last.reshape(WARP_GROUP_ROWS, kv_heads, size)[: tokens - even], alpha=scale)
