@@ -8,11 +8,13 @@ from ultralong.attention.kernels import (
     GQA,
     SOFTCAP,
     WINDOW,
+    add_backward,
     attention_backward,
     attention_forward,
     choose_kernel,
     get_kernel,
 )
+from ultralong.attention.kernels.adapt import head_groups
 from ultralong.attention.rule import Rule, Spans
 from ultralong.bench.accuracy import exact_row, relative_errors
 from ultralong.bench.attention import SCHEMES, documents
@@ -107,34 +109,96 @@ def test_what_this_machine_has():
 
 
 @marked(one_gpu)
-@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (9, 3, 64), (4, 4, 128)])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_shares_are_added_to_what_is_there(name, call, heads, kv_heads, size, caplog):
+    kernel, (rule, tokens_q, tokens_k) = get_kernel(name), CALLS[call]
+    dtype = torch.float32 if name == "efficient" else torch.bfloat16
+    q, k, v, dout = tensors(tokens_q, tokens_k, heads, kv_heads, size, dtype)
+    if kernel.refusal(q, rule):
+        return
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    reference, wide = get_kernel("reference"), [x.float() for x in (dout, q, k, v, out)]
+    wanted = attention_backward(reference, *wide, lse, rule)
+    for _ in range(2):  # flash-attn 4 compares its sums with its result the first time only
+        row = torch.ones(2, 1, tokens_k + 3, kv_heads, size, device="cuda")
+        dq = add_backward(kernel, dout, q, k, v, out, lse, rule, row[0][:, 1:-2], row[1][:, 1:-2])
+        assert (row[:, :, [0, -2, -1]] == 1).all()
+        for part, found, expected in zip(("dq", "dk", "dv"), (dq, *(row[:, :, 1:-2] - 1)), wanted):
+            assert rms(found, expected) <= (1e-5 if dtype == torch.float32 else 1e-2), part
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@marked(one_gpu)
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("name", FAST)
-def test_a_million_tokens_with_2_to_the_32_elements(name):
-    """q has 2^32 elements. Gradients come from a few queries, so that all of dk and dv can be checked exactly."""
-    tokens, heads, kv_heads, size = 2**20, 32, 8, 128
-    kernel, rule = get_kernel(name), Rule(scale=size**-0.5)
+def test_shares_of_two_calls_are_as_exact_as_one_call(name, size):
+    """With grouped heads; a kernel that rounds each call's share makes 1.2 times one call's error."""
+    kernel, (whole, full) = get_kernel(name), (Rule(scale=0.1), Rule(scale=0.1, causal=False))
+    q, k, v, dout = tensors(4096, 4096, 8, 2, size, torch.bfloat16)
+    wide = [x.float() for x in (q, k, v)]
+    reference = get_kernel("reference")
+    exact_out, exact_lse = attention_forward(reference, *wide, whole)
+    wanted = attention_backward(reference, dout.float(), *wide, exact_out, exact_lse, whole)[1:]
+    out, lse = attention_forward(kernel, q, k, v, whole)
+    once = attention_backward(kernel, dout, q, k, v, out, lse, whole)[1:]
+    half, total = 2048, torch.zeros(2, *k.shape, device="cuda")
+    for rows, keys, rule in ((slice(0, half), slice(0, half), whole), (slice(half, None), slice(half, None), whole),
+                             (slice(half, None), slice(0, half), full)):
+        add_backward(kernel, *(x[:, rows].contiguous() for x in (dout, q)), k[:, keys], v[:, keys],
+                     out[:, rows].contiguous(), lse[:, :, rows].contiguous(), rule, *total[:, :, keys])
+    ratios = [rms(found.to(torch.bfloat16), right) / rms(one, right) for found, one, right in zip(total, once, wanted)]
+    print(name, size, *(f"{ratio:.3f}" for ratio in ratios))
+    assert max(ratios) <= (1.3 if name == "flash3" else 1.1)
+
+
+def errors_of_some_rows(kernel, tokens, heads, kv_heads):
+    """Worst errors at 2^32 elements; gradients come from few queries, so that dk and dv can be checked exactly.
+
+    A kernel that takes heads in groups below its index gets the heads of one group: the call that it makes for them.
+    """
+    size, rule = 128, Rule(scale=128**-0.5)
     q, k, v, dout = tensors(tokens, tokens, heads, kv_heads, size, torch.bfloat16)
     rows = torch.tensor([0, 77, tokens // 2 + 1, tokens - 1], device="cuda")
-    planted = tokens // 3
+    planted, group = tokens // 3, heads // kv_heads
     k[0, planted] = 2 * q[0, tokens - 1].unflatten(0, (kv_heads, -1))[:, 0]  # the last token's first heads look here
     chosen = dout[:, rows].clone()
     dout.zero_()[:, rows] = chosen
+    groups = head_groups(kernel, q, k)
+    if len(groups) > 1 and tokens == 2**20:
+        (a, b), (c, d) = groups[0]
+        q, dout, chosen = (x[:, :, a:b].contiguous() for x in (q, dout, chosen))
+        k, v = (x[:, :, c:d].contiguous() for x in (k, v))
     out, lse = attention_forward(kernel, q, k, v, rule)
     dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, rule)
-    seen = torch.arange(tokens, device="cuda")[None] <= rows[:, None]  # (R, T)
-    for kv in range(kv_heads):
-        of = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
+    seen, worst = torch.arange(tokens, device="cuda")[None] <= rows[:, None], {}  # (R, T)
+    for kv in range(k.shape[2]):
+        of = slice(kv * group, (kv + 1) * group)
         queries, keys, values, grad = q[0, rows, of].float(), k[0, :, kv].float(), v[0, :, kv].float(), chosen[0, :, of]
         scores = (torch.einsum("rgd,td->rgt", queries, keys) * rule.scale).masked_fill(~seen[:, None], float("-inf"))
         p, grad = scores.softmax(-1), grad.float()
         exact = torch.einsum("rgt,td->rgd", p, values)
-        assert rms(out[0, rows, of], exact) <= 1e-2
         ds = p * (torch.einsum("rgd,td->rgt", grad, values) - (grad * exact).sum(-1, keepdim=True)) * rule.scale
-        # The last row looks at one key only, so its dq is a small difference of large numbers, of which one is rounded.
-        assert rms(dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)) <= 5e-2
-        assert rms(dk[0, :, kv], torch.einsum("rgt,rgd->td", ds, queries)) <= 2e-2
-        assert rms(dv[0, :, kv], torch.einsum("rgt,rgd->td", p, grad)) <= 2e-2
-    assert rms(out[0, -1, :: heads // kv_heads], v[0, planted]) <= 0.2, "the planted key was found"
+        for part, found, right in (("out", out[0, rows, of], exact),
+                                   ("dq", dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)),
+                                   ("dk", dk[0, :, kv], torch.einsum("rgt,rgd->td", ds, queries)),
+                                   ("dv", dv[0, :, kv], torch.einsum("rgt,rgd->td", p, grad))):
+            worst[part] = max(worst.get(part, 0.0), rms(found, right))
+    return worst | {"planted": rms(out[0, -1, ::group], v[0, planted])}
+
+
+@marked(one_gpu)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2**20, 32, 8), (2**17, 256, 64)], ids=["1M tokens", "256 heads"])
+@pytest.mark.parametrize("name", FAST)
+def test_a_million_tokens_with_2_to_the_32_elements(name, shape):
+    """q has 2^32 elements, in a million tokens or in many heads; all four errors are printed before they are judged."""
+    worst = errors_of_some_rows(get_kernel(name), *shape)
+    print(name, *shape, *(f"{part} {error:.2e}" for part, error in worst.items()))
+    # The last row looks at one key only, so its dq is a small difference of large numbers, of which one is rounded.
+    limits = {"out": 1e-2, "dq": 5e-2, "dk": 2e-2, "dv": 2e-2, "planted": 0.2}
+    assert {part: error for part, error in worst.items() if not error <= limits[part]} == {}
 
 
 def scheme_errors(rank, world, name, lengths, dtype):
@@ -156,19 +220,14 @@ def scheme_errors(rank, world, name, lengths, dtype):
 @pytest.mark.parametrize("lengths", [(4099, 32768), pytest.param((131072,), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAST)
 def test_schemes_are_as_exact_as_their_kernel(name, lengths):
-    """Error against float32 at most 1.1 times the kernel's own; dk and dv that are added from several calls, 1.3 times.
-
-    A kernel rounds each call's dk and dv to bfloat16, so a key that queries of several calls see is rounded once more.
-    On two H200s that made 1.15 (torch's flash, cuDNN) to 1.24 (flash-attn 4, whose own error is smaller).
-    """
+    """Error against float32 at most 1.1 times the kernel's own; flash-attn 3 rounds each call's dk and dv once more."""
     found = run_ranks(scheme_errors, 2, name, lengths, "bfloat16", device="cuda", timeout=300)[0]
-    limits = {"single": 1.0, "ulysses": 1.0 + 1e-6, "gathered": 1.1, "ring": 1.1}
-    added = {"gathered": 1.3, "ring": 1.3}
     ratios = {(*key, part): error / found[*key[:2], "single"][part]
               for key, errors in found.items() for part, error in errors.items()}
     print(name, *(f"{key}: {ratio:.3f}" for key, ratio in ratios.items()), sep="\n")
-    assert {key: ratio for key, ratio in ratios.items()
-            if ratio > (added if key[3] in ("dk", "dv") else limits).get(key[2], limits[key[2]])} == {}
+    limit = {key: 1.3 if name == "flash3" and key[3] in ("dk", "dv") and key[2] != "ulysses" else 1.1 for key in ratios}
+    assert {key: ratio for key, ratio in ratios.items() if ratio > limit[key]} == {}
+    assert max(ratio for key, ratio in ratios.items() if key[2] == "ulysses" and not key[1]) <= 1.0 + 1e-6
 
 
 @marked(two_gpus)

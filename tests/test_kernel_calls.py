@@ -12,7 +12,7 @@ import pytest
 import torch
 from attention_yardstick import plain_attention, random_qkv, relative, visible
 
-from ultralong.attention.kernels import attention_backward, attention_forward, flash_attn, torch_cuda
+from ultralong.attention.kernels import add_backward, attention_backward, attention_forward, flash_attn, torch_cuda
 from ultralong.attention.kernels.base import SOFTCAP, WINDOW
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.rule import Rule, Spans
@@ -73,10 +73,61 @@ def fa4_forward(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_
 
 
 def fa4_backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-                 window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+                 window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                 dq=None, dk=None, dv=None):
+    """With grouped heads dK and dV go through buffers of sums, as in the package."""
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
-    return backward(dout, q, k, v, out, lse, rule, edges)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grads = backward(*(x.to(wide) for x in (dout, q, k, v, out)), lse, rule, edges)
+    dq, dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((q, k, v), (dq, dk, dv)))
+    if q.shape[-2] == k.shape[-2]:
+        return tuple(place.copy_(grad) for place, grad in zip((dq, dk, dv), grads))
+    _bwd_postprocess_convert(grads[0], dq, 1.0, cu_seqlens_q, None, 90, None, 64, 64, 256, 1, False)
+    for place, grad, scale in ((dk, grads[1], softmax_scale), (dv, grads[2], 1.0)):
+        sums = hopper_sums(grad / scale, cu_seqlens_k)
+        _bwd_postprocess_convert(sums, place, scale, cu_seqlens_k, None, 90, None, q.shape[-1], 128, 256, 2, False,
+                                 cluster_size=1)
+    return dq, dk, dv
+
+
+def hopper_sums(grad, cu_seqlens):
+    """Buffers (B, K, n), or (K, n) packed, of (B, T, K, D) or (T, K, D): blocks of 128 keys, pieces padded to them.
+
+    A warp group has 64 keys; of its 64 x 8 columns, thread `lane` of warp `warp` holds rows `16 warp + lane // 4` and 8
+    more, columns `2 (lane % 4)` and the next (PTX's figure of the D fragment of wgmma.m64nNk16), four numbers a thread.
+    """
+    if cu_seqlens is None and grad.dim() == 4:
+        return torch.stack([hopper_sums(row, None) for row in grad])
+    tokens, heads, size = grad.shape
+    edges = (0, tokens) if cu_seqlens is None else cu_seqlens.tolist()
+    total = tokens if cu_seqlens is None else tokens + len(edges) * 128 - 1
+    buffer = grad.new_full((heads, -(-total // 128) * 128 * size), float("nan"))
+    for piece, (start, stop) in enumerate(pairwise(edges)):
+        first = (start + 128 * piece) // 128 * 128
+        buffer[:, first * size : (first + -(-(stop - start) // 128) * 128) * size] = 0.0
+        row, column = torch.meshgrid(torch.arange(stop - start), torch.arange(size), indexing="ij")
+        group, warp, half = row // 64, row % 64 // 16, row % 16 // 8
+        lane, register = row % 8 * 4 + column % 8 // 2, 2 * half + column % 2
+        at = 64 * size * group + 512 * (column // 8) + 4 * (32 * warp + lane) + register
+        buffer[:, (first * size + at).flatten()] = grad[start:stop].transpose(0, 1).flatten(1)
+    return buffer
+
+
+def _bwd_postprocess_convert(accum, output, scale, cu_seqlens, seqused, arch, dtype, hdim, block_size, num_threads,
+                             atom_layout, swap_ab, use_2cta_instrs=False, cluster_size=1):
+    """Scales, rounds and puts in order: looked up, where the buffer is one of sums."""
+    if block_size != 128:
+        output.copy_(accum)
+        return
+    places = torch.arange(1, output.numel() // output.shape[-2] + 1, dtype=torch.float64)
+    order = hopper_sums(places.view(*output.shape[:-2], 1, output.shape[-1]), cu_seqlens)
+    flat = order.flatten(0, -2)[0]
+    found = flat.nan_to_num(0.0) > 0  # what is not padding
+    for row, of_row in zip(output if output.dim() == 4 else [output], accum if accum.dim() == 3 else [accum]):
+        values = torch.empty_like(of_row[:, found])
+        values[:, (flat[found] - 1).long()] = of_row[:, found] * scale
+        row.copy_(values.unflatten(1, (-1, row.shape[-1])).transpose(0, 1))
 
 
 # --- flash-attn 3 ---
@@ -203,7 +254,8 @@ def efficient_backward(grad_out_, query, key, value, bias, out, cu_seqlens_q, cu
 
 
 STAND_INS = {
-    "flash4": SimpleNamespace(_flash_attn_fwd=fa4_forward, _flash_attn_bwd=fa4_backward),
+    "flash4": SimpleNamespace(_flash_attn_fwd=fa4_forward, _flash_attn_bwd=fa4_backward,
+                              _bwd_postprocess_convert=_bwd_postprocess_convert),
     "flash3": SimpleNamespace(_flash_attn_forward=fa3_forward, _flash_attn_backward=fa3_backward),
     "flash3-old": SimpleNamespace(_flash_attn_forward=fa3_old_forward, _flash_attn_backward=fa3_old_backward),
     "flash2": SimpleNamespace(_flash_attn_forward=fa2_forward, _flash_attn_backward=fa2_backward,
@@ -263,6 +315,65 @@ def compare(kernel, causal, edges_q, edges_k, batch, window, softcap):
     for found, right in zip((out, lse, *grads), wanted):
         assert found.shape == right.shape
         assert relative(found, right) <= 1e-12
+
+
+LONG = ((0, 1, 130, 300), (0, 1, 200, 460))
+
+
+@pytest.mark.parametrize(("edges", "batch", "heads"), [(((0, 300), (0, 460)), 2, (4, 2)), (LONG, 1, (4, 2)),
+                                                       (LONG, 2, (6, 2)), (((0, 300), (0, 460)), 1, (4, 4))])
+def test_shares_of_several_calls_add_up(kernel, edges, batch, heads):
+    """What is there already stays, and what is added is the gradient."""
+    q, k, v, dout = random_qkv(0, batch, edges[0][-1], edges[1][-1], *heads, 32)
+    rule = Rule(scale=0.4).with_spans(Spans(*edges, frozenset({1})))
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    wanted = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    for _ in range(2):
+        row = torch.ones(2, batch, k.shape[1] + 5, *k.shape[2:], dtype=torch.float64)
+        dq = add_backward(kernel, dout, q, k, v, out, lse, rule, row[0][:, 3:-2], row[1][:, 3:-2])
+        assert (row[:, :, :3] == 1).all()
+        assert (row[:, :, -2:] == 1).all()
+        for found, right in zip((dq, *(row[:, :, 3:-2] - 1)), wanted):
+            assert relative(found, right) <= 1e-12
+
+
+@pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, caplog):
+    """With grouped heads and shared pieces the sum of two calls is as near as float32 makes it; else it is not."""
+    errors = {}
+    for name, heads, shared in (("grouped", (4, 2), None), ("shared", (4, 2), frozenset({0, 1, 2})),
+                                ("own", (4, 2), frozenset()), ("alone", (2, 2), None)):
+        q, k, v, dout = random_qkv(1, 1, 300, 460, *heads, size, torch.bfloat16)
+        rule = Rule(scale=0.1) if name in ("grouped", "alone") else Rule(scale=0.1, spans=Spans(*LONG, shared))
+        cuts = [Rule(scale=r.scale, spans=r.spans, softcap=c) for r, c in ((rule, None), (rule, 2.0))]
+        total, exact = (torch.zeros(2, *k.shape, dtype=t) for t in (torch.float32, torch.float64))
+        for cut in cuts:
+            out, lse = attention_forward(kernel, q.double(), k.double(), v.double(), cut)
+            low = [x.bfloat16() for x in (dout, q, k, v, out)]
+            kernel.add_backward(*low, lse.float(), cut, *total)
+            kernel.add_backward(*(x.double() for x in low), lse, cut, *exact)
+        errors[name] = ((total - exact).norm() / exact.norm()).item()
+    assert max(errors["grouped"], errors["shared"]) < 1e-6
+    assert min(errors["own"], errors["alone"]) > 1e-3
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
+def test_an_unknown_order_of_flash_attn_4s_sums_is_noticed(kernel, monkeypatch, caplog):
+    monkeypatch.setitem(globals(), "hopper_sums", lambda grad, edges: hopper_sums_before(grad, edges).roll(1, -1))
+    q, k, v, dout = random_qkv(1, 1, 128, 128, 4, 2, 32)
+    rule = Rule(scale=0.1)
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    total = torch.zeros(2, *k.shape, dtype=torch.float64)
+    for times in (1, 2):
+        kernel.add_backward(dout, q, k, v, out, lse, rule, *total)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        wanted = kernel.backward(dout, q, k, v, out, lse, rule)[1:]
+        assert all(relative(found, times * right) <= 1e-12 for found, right in zip(total, wanted))
+
+
+hopper_sums_before = hopper_sums
 
 
 @pytest.mark.parametrize("name", STAND_INS["torch"].__dict__)

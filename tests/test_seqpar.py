@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import ultralong.attention as ua
-from ultralong.attention import PeerLost, make_context
+from ultralong.attention import PeerLost, gathered, make_context
 from ultralong.attention.collectives import copy_rows
 from ultralong.attention.ulysses import stage_counts
 from ultralong.bench.error_curve import error_curve
@@ -113,6 +113,22 @@ def test_every_scheme_equals_one_process(world, examples):
     """Random documents, lengths, heads, batches, windows and sinks; float64 to 1e-12, float32 to 1e-5."""
     tried = run_ranks(many_cases, world, examples)[0]
     assert set(tried) == set(ONE_LEVEL)
+
+
+def in_rounds(rank, world):
+    """Errors where K and V in front of a rank don't fit at once: ranks that see different numbers of keys keep step."""
+    errors = []
+    for limit in (3 * 64 * 8 * 8, 1):  # bytes; a kv head of 64 keys takes 2 * 64 * 8 * 8, and the first rank sees all
+        gathered.BYTES_AT_ONCE = limit
+        for edges in (None, (0, 3, 40, 61)):
+            context = make_context(61, dist.group.WORLD, "gathered", boundaries=edges, heads=8, kv_heads=4)
+            errors.append(error_of(context, *wanted(61, edges, None, 8, 4, torch.float64, 3, 1, False)[:2]))
+    return max(errors)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gathered_keys_in_rounds_of_heads(world):
+    assert max(run_ranks(in_rounds, world)) <= 1e-12
 
 
 def two_levels(rank, world, shape):
@@ -264,10 +280,12 @@ def test_the_error_does_not_grow_with_the_number_of_ranks_but_for_the_ring():
     points = error_curve((1, 2, 4), tokens=256, dtypes=("float32", "bfloat16"), seeds=1, timeout=100)
     by = {(p.scheme, p.dtype, p.ranks): p for p in points}
     for dtype in ("float32", "bfloat16"):
-        alone = by["single", dtype, 1].out
-        for scheme in ("ulysses", "gathered"):
-            for ranks in (2, 4):
-                assert by[scheme, dtype, ranks].out <= 1.1 * alone
+        alone = by["single", dtype, 1]
+        for ranks in (2, 4):
+            assert max(by[scheme, dtype, ranks].out for scheme in ("ulysses", "gathered")) <= 1.1 * alone.out
+            for scheme in ONE_LEVEL:  # sums over calls are rounded once
+                assert by[scheme, dtype, ranks].dk <= 1.1 * alone.dk
+                assert by[scheme, dtype, ranks].dv <= 1.1 * alone.dv
     assert by["ring", "bfloat16", 4].out <= 2 * by["single", "bfloat16", 1].out
 
 
@@ -367,6 +385,11 @@ def bad_input(rank, world):
         with pytest.raises(ValueError, match=message):
             call()
     assert make_context(16, mesh, "auto", heads=8).scheme == "ulysses"
+    short, long = range(0, 2**17 + 1, 2**12), (0, 2**16, 2**17)
+    for edges, tokens, heads, kv_heads, stages in (
+            (short, 2**17, 32, 8, 4), (short, 2**17, 32, 4, 2), (short, 2**17, 32, 1, 1), (long, 2**17, 32, 8, 1),
+            (None, 2**17, 32, 8, 1), (range(0, 2**14 + 1, 2**10), 2**14, 32, 8, 1)):
+        assert make_context(tokens, group, "ulysses", boundaries=edges, heads=heads, kv_heads=kv_heads).stages == stages
     assert make_context(16, group, "auto", heads=9, kv_heads=3).scheme == "gathered"
     context = good(scheme="gathered")
     q, k = torch.zeros(1, 8, 8, 4), torch.zeros(1, 8, 2, 4)

@@ -5,7 +5,9 @@ Legend: P ranks. Every function is called by all ranks of the group in the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +54,21 @@ class Pending:
         return self.result
 
 
+@dataclass
+class Exchange:
+    """Tensors under way between all pairs of ranks; `wait` puts what could not be received in place there."""
+
+    pending: Pending
+    late: list[tuple[Tensor, Tensor]]  # where it belongs, and where it was received
+
+    def wait(self) -> None:
+        """Wait until everything is in its place."""
+        self.pending.wait()
+        for target, received in self.late:
+            copy_rows(target, received)
+        self.late = []
+
+
 def all_to_all(x: Tensor, group: Group) -> Pending:
     """Send `x[p]` to rank p; the result's `[p]` came from rank p. `x` is (P, ...) contiguous."""
     result = torch.empty_like(x)
@@ -83,13 +100,46 @@ def all_gather(x: Tensor, group: Group) -> Pending:
     return Pending("all-gather", group, [handle], result, (x,))
 
 
-def pass_on(x: Tensor, group: Group, tag: int = 0) -> Pending:
-    """Send `x` to the next rank of the ring, receive the previous rank's. `x` is contiguous.
+def exchange(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], group: Group,
+             tag: int = 0) -> Exchange:
+    """Send each rank its tensors and receive from each, without copies where they are contiguous.
+
+    Args:
+        outgoing: For every rank the tensors that go to it, none to this rank itself.
+        incoming: For every rank where its tensors are received, of the shapes and in the order in which it sends them.
+        group: The ranks.
+        tag: As for `pass_on`; that of a pair's first tensor, the next ones have the next numbers.
+    """
+    _introduce(group)
+    operations, late, kept = [], [], []
+    for rank, (sent, received) in enumerate(zip(outgoing, incoming, strict=True)):
+        peer = dist.get_global_rank(group, rank)
+        for number, x in enumerate(sent):
+            kept.append(x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format))
+            if kept[-1] is not x:
+                copy_rows(kept[-1], x)
+            operations.append(dist.P2POp(dist.isend, kept[-1], peer, group, tag + number))
+        for number, x in enumerate(received):
+            place = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+            if place is not x:
+                late.append((x, place))
+            operations.append(dist.P2POp(dist.irecv, place, peer, group, tag + number))
+    return Exchange(_started("exchange", operations, group, kept), late)
+
+
+def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None = None) -> Pending:
+    """Send `x` to the next rank of the ring, receive the previous rank's.
 
     Transfers under way at the same time need tags of their own where the backend has them (gloo); NCCL goes by order.
+
+    Args:
+        x: What to send, contiguous; nothing is sent where it has no elements.
+        group: The ring.
+        tag: See above.
+        coming: Shape of what comes, where it is not x's.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    result = torch.empty_like(x)
+    result = x.new_empty(x.shape if coming is None else coming)
     return _send_and_receive("ring send and receive", [(x, (rank + 1) % size, result, (rank - 1) % size)], group, tag,
                              result)
 
@@ -97,15 +147,31 @@ def pass_on(x: Tensor, group: Group, tag: int = 0) -> Pending:
 def _send_and_receive(what: str, pairs: list[tuple[Tensor, int, Tensor, int]], group: Group, tag: int,
                       result: Tensor) -> Pending:
     """Start sends and receives together: (what to send, to whom, where to receive, from whom), ranks of the group."""
+    _introduce(group)
     operations = []
     for outgoing, after, incoming, before in pairs:
-        operations += [dist.P2POp(dist.isend, outgoing, dist.get_global_rank(group, after), group, tag),
-                       dist.P2POp(dist.irecv, incoming, dist.get_global_rank(group, before), group, tag)]
+        if outgoing.numel():
+            operations.append(dist.P2POp(dist.isend, outgoing, dist.get_global_rank(group, after), group, tag))
+        if incoming.numel():
+            operations.append(dist.P2POp(dist.irecv, incoming, dist.get_global_rank(group, before), group, tag))
+    pending = _started(what, operations, group, [pair[0] for pair in pairs])
+    pending.result = result
+    return pending
+
+
+def _started(what: str, operations: list[dist.P2POp], group: Group, kept: Sequence[Tensor]) -> Pending:
     try:
-        handles = dist.batch_isend_irecv(operations)
+        handles = dist.batch_isend_irecv(operations) if operations else []
     except RuntimeError as error:
         raise _lost(what, group, error) from error
-    return Pending(what, group, handles, result, tuple(pair[0] for pair in pairs))
+    return Pending(what, group, handles, torch.empty(0), tuple(kept))
+
+
+@cache
+def _introduce(group: Group) -> None:
+    """Make a group's connections before its first sends: with NCCL all ranks must take part in that, even idle ones."""
+    if dist.get_backend(group) == "nccl":
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
 def copy_rows(target: Tensor, source: Tensor) -> None:

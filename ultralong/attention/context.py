@@ -15,16 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ultralong.attention.balance import balanced
 from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.attention.function import AttentionKeeper, attention
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
-from ultralong.attention.layout import Layout, balanced, contiguous, zigzag
+from ultralong.attention.layout import Layout, contiguous, zigzag
 from ultralong.attention.ring import Ring
 from ultralong.attention.rule import Rule, Spans
 from ultralong.attention.scheme import Local, Scheme
-from ultralong.attention.ulysses import Ulysses, head_split, stage_counts
+from ultralong.attention.ulysses import Ulysses, default_stages, head_split, stage_counts
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,8 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         heads: Query heads of the model.
         kv_heads: Kv heads of the model, as many as query heads by default.
         stages: Head chunks of Ulysses and of gathered keys: transfers of one run beside the computing of another, and
-            more make the exchanged buffers smaller, and each costs a little. None is 1.
+            more make the exchanged buffers smaller, and each costs a little. None is 1, and up to 4 for Ulysses on
+            long rows of short documents.
         keeper: Keeps attention results over recomputed forward passes.
 
     Raises:
@@ -217,7 +219,12 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         outer, inner, outer_size, inner_size = None, outer, 1, outer_size
     if inner is not None:
         head_split(heads, kv_heads, inner_size)
-    stages = _choose_stages(stages, name, heads, kv_heads, inner_size)
+    counts = _stage_counts(name, heads, kv_heads, inner_size)
+    if stages is None:
+        stages = default_stages(counts, tokens, edges, kv_heads // inner_size) if name == "ulysses" else 1
+    elif stages not in counts:
+        raise ValueError(f"stages must be one of {counts} for {heads} query and {kv_heads} kv heads under scheme "
+                         f"{name!r}, found {stages}")
     layout = _choose_layout(tokens, outer_size, inner_size, edges)
     outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
     if edges is not None and edges[-1] != layout.padded:
@@ -279,18 +286,11 @@ def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
     return name, reason
 
 
-def _choose_stages(asked: int | None, scheme: str, heads: int, kv_heads: int, degree: int) -> int:
-    """Head chunks: those asked for if they split the heads evenly, by default one."""
+def _stage_counts(scheme: str, heads: int, kv_heads: int, degree: int) -> list[int]:
+    """The head chunks that a scheme can have."""
     if scheme == "gathered":
-        counts = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
-    else:
-        counts = stage_counts(heads, kv_heads, degree) if degree > 1 else [1]
-    if asked is None:
-        return 1
-    if asked not in counts:
-        raise ValueError(f"stages must be one of {counts} for {heads} query and {kv_heads} kv heads under scheme "
-                         f"{scheme!r}, found {asked}")
-    return asked
+        return [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
+    return stage_counts(heads, kv_heads, degree) if degree > 1 else [1]
 
 
 def _choose_layout(tokens: int, outer: int, inner: int, boundaries: tuple[int, ...] | None) -> Layout:

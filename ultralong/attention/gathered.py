@@ -1,77 +1,124 @@
-"""Gathered KV: queries stay, everyone's keys and values come, one kernel call a piece; the gradients go back summed.
+"""Gathered KV: queries stay, the keys and values that they see come, few kernel calls; the gradients go back summed.
 
-Legend: B batch, T tokens a rank holds, P ranks, S = P T the padded row, H query heads, K kv heads, D head size; s kv
+Legend: B batch, T tokens a rank holds, P ranks, N keys in front of a rank, H query heads, K kv heads, D head size; s kv
 heads under way at a time.
 
 Llama-3's context parallelism (arXiv 2407.21783, section 3.3.2), here with balance: a rank holds several pieces of the
-row (zigzag, or dealt out by work), and each piece is one call whose keys end at its last token. The softmax of a query
-is one softmax of one call, so nothing is merged and the error does not depend on P. Packed documents clip the keys at
-the first document's start; they may have any lengths.
+row (zigzag, or dealt out by work), and a piece's keys end at its last token. The softmax of a query is one softmax of
+one call, so nothing is merged and the error does not depend on P. Packed documents may have any lengths, and a rank is
+only sent what its own documents' tokens see: a document that lies on one rank is not sent at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group, Pending, all_gather, all_to_all, copy_rows
-from ultralong.attention.kernels import Kernel, attention_backward, attention_forward
+from ultralong.attention.collectives import Exchange, Group, copy_rows, exchange
+from ultralong.attention.kernels import Kernel, add_backward, attention_forward
 from ultralong.attention.layout import Layout
 from ultralong.attention.merge import accumulator
-from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.needs import Needs, needs
+from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Gradients, Pair, Scheme
 
-BYTES_AT_ONCE = 2**30  # gathered K and V of one round of kv heads
+BYTES_AT_ONCE = 2**30  # K and V in front of a rank in one round of kv heads
+TAGS = 4096  # more than the tensors that two ranks send each other at once
+Places = list[list[slice]]  # for every rank
 
 
 @dataclass(frozen=True)
-class Call:
-    """One kernel call: these of the rank's rows with these keys of the row."""
+class Traffic:
+    """What one rank sends to whom, and what it gets.
 
-    rows: slice
-    keys: slice
-    spans: Spans | None
+    Attributes:
+        needs: What this rank's queries see, and its calls.
+        own: This rank's own tokens: where it holds them, and where they are in front of it.
+        coming: In two phases (the first call's keys, the others): where what each rank sends is in front of this one.
+        going: In the same phases: which of this rank's tokens each needs.
+        landing: Where the shares of gradients that each rank sends back belong, in front of this one.
+        most: Keys in front of the rank that has the most: all ranks take as many heads at a time.
+    """
+
+    needs: Needs
+    own: list[tuple[slice, slice]]
+    coming: list[Places]
+    going: list[Places]
+    landing: Places
+    most: int
+
+    @property
+    def returning(self) -> Places:
+        """Where the shares of gradients that go back to each rank are in front of this one."""
+        return [[*first, *later] for first, later in zip(*self.coming, strict=True)]
 
 
-def clipped_calls(pieces: Sequence[tuple[int, int]], boundaries: Sequence[int] | None,
-                  window: int | None = None) -> list[Call]:
-    """The calls that attend exactly for a rank's pieces of the row.
+def traffic(layout: Layout, rank: int, boundaries: tuple[int, ...] | None, window: int | None) -> Traffic:
+    """Who sends what to whom, seen from one rank.
 
     Args:
-        pieces: Global ranges that the rank holds, in the order it holds them.
+        layout: Which tokens each rank holds.
+        rank: This one.
         boundaries: Document boundaries of the padded row when documents don't see each other, else None.
-        window: Sliding window: keys that no query of a piece can see are left out.
+        window: Sliding window, or None.
     """
-    edges = np.asarray(boundaries if boundaries is not None else [0, max(stop for _, stop in pieces)])
-    calls, offset = [], 0
-    for start, stop in pieces:
-        begin = int(edges[np.searchsorted(edges, start, "right") - 1])
-        begin = begin if window is None else max(begin, start - window + 1)
-        inside = edges[(edges > start) & (edges < stop)].tolist()
-        spans = Spans((0, *(edge - start for edge in inside), stop - start),
-                      (0, *(edge - begin for edge in inside), stop - begin)) if inside else None
-        calls.append(Call(slice(offset, offset + stop - start), slice(begin, stop), spans))
-        offset += stop - start
-    return calls
+    mine, held = needs(layout.pieces(rank), boundaries, window), layout.pieces(rank)
+    own, places = mine.among(held), range(layout.ranks)
+    coming: list[Places] = [[[] for _ in places] for _ in range(2)]
+    going: list[Places] = [[[] for _ in places] for _ in range(2)]
+    most = mine.tokens
+    for other in (other for other in places if other != rank):
+        theirs = needs(layout.pieces(other), boundaries, window)
+        most = max(most, theirs.tokens)
+        for phase in range(2):
+            coming[phase][other] = [front for _, front in mine.among(layout.pieces(other), mine.phases[phase])]
+            going[phase][other] = [local for local, _ in theirs.among(held, theirs.phases[phase])]
+    landing = [[_front(own, local) for phase in going for local in phase[other]] for other in places]
+    return Traffic(mine, own, coming, going, landing, most)
+
+
+def _front(own: list[tuple[slice, slice]], local: slice) -> slice:
+    """Where some of a rank's own tokens, a part of one piece, are in front of it."""
+    offset = next(place.start - held.start for held, place in own if held.start <= local.start < held.stop)
+    return slice(local.start + offset, local.stop + offset)
+
+
+@dataclass
+class Front:
+    """K and V in front of a rank, (2, B, N, s, D), for some kv heads; those of the first call come first."""
+
+    heads: slice
+    pair: Tensor
+    under_way: list[Exchange]
+
+    def of(self, call: slice) -> tuple[Tensor, Tensor]:
+        """K and V of one call (B, keys, s, D), once they have come; the calls are asked for in order."""
+        if self.under_way:
+            self.under_way.pop(0).wait()
+        return self.pair[0][:, call], self.pair[1][:, call]
+
+    def finish(self) -> None:
+        """Wait for what is still under way: a rank of one call may have to send for others' second phase."""
+        while self.under_way:
+            self.under_way.pop(0).wait()
 
 
 @dataclass(frozen=True, eq=False)
 class Gathered(Scheme):
-    """Attention of a rank's queries with the gathered keys and values of all.
+    """Attention of a rank's queries with the keys and values that they see, wherever those are held.
 
     Attributes:
         group: The ranks that share the row.
         layout: Which tokens each holds (its inner level, if any, has been undone by an exchange around this scheme).
         kernel: Who computes.
         boundaries: Document boundaries of the padded row when documents don't see each other, else None.
-        stages: Rounds of kv heads at least: while one is computed, the next is gathered and the last one's gradients
-            travel.
+        stages: Rounds of kv heads at least: while one is computed, the next one's keys come and the last one's
+            gradients travel.
     """
 
     group: Group
@@ -81,92 +128,101 @@ class Gathered(Scheme):
     stages: int = 1
 
     @cached_property
-    def _calls(self) -> dict[int | None, list[Call]]:
+    def _traffic(self) -> dict[int | None, Traffic]:
         return {}
 
-    def calls(self, window: int | None) -> list[Call]:
-        """This rank's calls under a sliding window (None without), made once."""
-        if window not in self._calls:
-            pieces = self.layout.pieces(dist.get_rank(self.group))
-            self._calls[window] = clipped_calls(pieces, self.boundaries, window)
-        return self._calls[window]
+    def traffic(self, window: int | None) -> Traffic:
+        """This rank's traffic and calls under a sliding window (None without), made once."""
+        if window not in self._traffic:
+            self._traffic[window] = traffic(self.layout, dist.get_rank(self.group), self.boundaries, window)
+        return self._traffic[window]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Pair:
         """The pair's lse is (B, H, T)."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
         group = q.shape[2] // k.shape[2]
-        for heads, keys, values in self._gathered(k, v):
-            of_query = slice(heads.start * group, heads.stop * group)
-            for call in self.calls(rule.window):
-                part, part_lse = attention_forward(self.kernel, q[:, call.rows, of_query], keys[:, call.keys],
-                                                   values[:, call.keys], rule.with_spans(call.spans))
-                out[:, call.rows, of_query], lse[:, of_query, call.rows] = part, part_lse
+        for front in self._rounds(k, v, rule.window):
+            of_query = slice(front.heads.start * group, front.heads.stop * group)
+            for call in self.traffic(rule.window).needs.calls:
+                part, part_lse = attention_forward(self.kernel, q[:, call.rows, of_query], *front.of(call.keys),
+                                                   rule.with_spans(call.spans))
+                if part.shape == out.shape:
+                    out, lse = part, part_lse
+                else:
+                    copy_rows(out[:, call.rows, of_query], part)
+                    lse[:, of_query, call.rows] = part_lse
         return out, lse
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                        rule: Rule) -> Gradients:
-        """Gathers again; each rank's share of dK and dV is summed by the owner in wide precision."""
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
+                        wide: bool = False) -> Gradients:
+        """Gathers again; each rank's share of dK and dV is added by the owner in wide precision."""
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.empty_like(x, dtype=accumulator(x.dtype) if wide else x.dtype,
+                                   memory_format=torch.contiguous_format) for x in (k, v))
         group, under_way = q.shape[2] // k.shape[2], []
-        for heads, keys, values in self._gathered(k, v):
-            of_query = slice(heads.start * group, heads.stop * group)
-            shares = torch.zeros((2, *keys.shape), dtype=accumulator(k.dtype), device=k.device)  # (2, B, S, s, D)
-            for call in self.calls(rule.window):
-                dq[:, call.rows, of_query], dk_part, dv_part = attention_backward(
-                    self.kernel, dout[:, call.rows, of_query], q[:, call.rows, of_query], keys[:, call.keys],
-                    values[:, call.keys], out[:, call.rows, of_query], lse[:, of_query, call.rows],
-                    rule.with_spans(call.spans))
-                shares[0][:, call.keys] += dk_part
-                shares[1][:, call.keys] += dv_part
-            under_way.append((heads, self._share_out(shares)))
+        for number, front in enumerate(self._rounds(k, v, rule.window)):
+            of_query = slice(front.heads.start * group, front.heads.stop * group)
+            shares = torch.zeros_like(front.pair, dtype=accumulator(k.dtype))  # (2, B, N, s, D)
+            for call in self.traffic(rule.window).needs.calls:
+                part = add_backward(self.kernel, *(x[:, call.rows, of_query] for x in (dout, q)), *front.of(call.keys),
+                                    out[:, call.rows, of_query], lse[:, of_query, call.rows],
+                                    rule.with_spans(call.spans), shares[0][:, call.keys], shares[1][:, call.keys])
+                if part.shape == dq.shape:
+                    dq = part
+                else:
+                    copy_rows(dq[:, call.rows, of_query], part)
+            under_way.append((front.heads, *self._share_out(shares, rule.window, number)))
             if len(under_way) > 1:
-                _collect(*under_way.pop(0), dk, dv)
-        _collect(*under_way.pop(), dk, dv)
+                self._collect(*under_way.pop(0), dk, dv, rule.window)
+        self._collect(*under_way.pop(), dk, dv, rule.window)
         return dq, dk, dv
 
-    def _gathered(self, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rounds of kv heads with the row's K and V in order, (B, S, s, D); the next round is under way."""
-        kv_heads, size = k.shape[2], 2 * k[:, :, 0].numel() * k.element_size() * self.layout.ranks
+    def _rounds(self, k: Tensor, v: Tensor, window: int | None) -> Iterator[Front]:
+        """Rounds of kv heads with the K and V in front of this rank; the next round's are under way."""
+        kv_heads = k.shape[2]
+        size = 2 * k.shape[0] * self.traffic(window).most * k.shape[3] * k.element_size()
         step = max(1, min(-(-kv_heads // self.stages), BYTES_AT_ONCE // size))
         rounds = [slice(a, min(a + step, kv_heads)) for a in range(0, kv_heads, step)]
-        coming = self._gather(k, v, rounds[0])
-        for index, heads in enumerate(rounds):
-            arrived = coming.wait()
-            if index + 1 < len(rounds):
-                coming = self._gather(k, v, rounds[index + 1])
-            keys, values = self._in_order(arrived)
-            yield heads, keys, values
+        coming = self._gather(k, v, rounds[0], window, 0)
+        for number in range(1, len(rounds) + 1):
+            front = coming
+            if number < len(rounds):
+                coming = self._gather(k, v, rounds[number], window, number)
+            yield front
+            front.finish()
 
-    def _gather(self, k: Tensor, v: Tensor, heads: slice) -> Pending:
-        return all_gather(torch.stack([k[:, :, heads], v[:, :, heads]]), self.group)  # (P, 2, B, T, s, D)
+    def _gather(self, k: Tensor, v: Tensor, heads: slice, window: int | None, number: int) -> Front:
+        """Start sending K and V to those who need them; what this rank holds itself is put in front of it."""
+        found, pair = self.traffic(window), (k[:, :, heads], v[:, :, heads])
+        front = k.new_empty((2, k.shape[0], found.needs.tokens, *pair[0].shape[2:]))
+        under_way = []
+        for phase, (going, coming) in enumerate(zip(found.going, found.coming, strict=True)):
+            sent = [[x[:, local] for x in pair for local in places] for places in going]
+            received = [[x[:, place] for x in front for place in places] for places in coming]
+            under_way.append(exchange(sent, received, self.group, TAGS * (2 * number + phase)))
+        for local, place in found.own:
+            for x, target in zip(pair, front, strict=True):
+                copy_rows(target[:, place], x[:, local])
+        return Front(heads, front, under_way)
 
-    def _in_order(self, gathered: Tensor) -> Tensor:
-        """(P, 2, B, T, s, D) to (2, B, S, s, D)."""
-        _, two, batch, tokens, *rest = gathered.shape
-        row = gathered.new_empty((two, batch, self.layout.ranks * tokens, *rest))
-        for place, held, part in self._places():
-            copy_rows(row[:, :, place], gathered[held, :, :, part])
-        return row
+    def _share_out(self, shares: Tensor, window: int | None,
+                   number: int) -> tuple[Tensor, list[list[Tensor]], Exchange]:
+        """Start sending the owners their parts of (2, B, N, s, D), and receiving what others have for this rank."""
+        found = self.traffic(window)
+        sent = [[side[:, place] for side in shares for place in places] for places in found.returning]
+        received = [[torch.empty_like(side[:, place], memory_format=torch.contiguous_format)
+                     for side in shares for place in places] for places in found.landing]
+        return shares, received, exchange(sent, received, self.group, TAGS * (2**16 + number))
 
-    def _share_out(self, shares: Tensor) -> Pending:
-        """Start sending (2, B, S, s, D) to the owners as (P, 2, B, T, s, D)."""
-        two, batch, tokens, *rest = shares.shape
-        by_rank = shares.new_empty((self.layout.ranks, two, batch, tokens // self.layout.ranks, *rest))
-        for place, held, part in self._places():
-            copy_rows(by_rank[held, :, :, part], shares[:, :, place])
-        return all_to_all(by_rank, self.group)
-
-    def _places(self) -> Iterator[tuple[slice, int, slice]]:
-        """For every piece: its range of the row, who holds it, and where among the holder's tokens."""
-        for rank in range(self.layout.ranks):
-            offset = 0
-            for start, stop in self.layout.pieces(rank):
-                yield slice(start, stop), rank, slice(offset, offset + stop - start)
-                offset += stop - start
-
-
-def _collect(heads: slice, pending: Pending, dk: Tensor, dv: Tensor) -> None:
-    """Add everyone's shares of this rank's dK and dV, in rank order so that timing does not matter."""
-    total = pending.wait().sum(0)  # (P, 2, B, T, s, D) -> (2, B, T, s, D)
-    dk[:, :, heads], dv[:, :, heads] = total[0], total[1]
+    def _collect(self, heads: slice, shares: Tensor, received: list[list[Tensor]], arriving: Exchange, dk: Tensor,
+                 dv: Tensor, window: int | None) -> None:
+        """Add everyone's shares of this rank's dK and dV, in rank order so that timing does not matter."""
+        arriving.wait()
+        found = self.traffic(window)
+        for parts, places in zip(received, found.landing, strict=True):
+            for number, part in enumerate(parts):
+                shares[number // len(places)][:, places[number % len(places)]] += part
+        for side, grad in zip(shares, (dk, dv), strict=True):
+            for local, place in found.own:
+                grad[:, local, heads] = side[:, place]

@@ -8,23 +8,24 @@ every block's share of the gradients simply adds up; what other ranks add to a b
 the block and comes home after P - 1 hops.
 
 Documents that don't see each other need no equal lengths here: two pieces of the row share at most one document (the
-one in which the earlier piece ends), so what a block adds to a piece is at most one full rectangle, never a mask.
+one in which the earlier piece ends), so what a block adds to a piece is at most one full rectangle, never a mask. And
+only that document's keys and values travel.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group, pass_on
-from ultralong.attention.kernels import Kernel, attention_backward, attention_forward
+from ultralong.attention.collectives import Group, Pending, copy_rows, pass_on
+from ultralong.attention.kernels import Kernel, add_backward, attention_forward
 from ultralong.attention.layout import Layout, Piece
 from ultralong.attention.merge import accumulator, merge_into
 from ultralong.attention.rule import Rule, Spans
@@ -35,14 +36,33 @@ Rectangle = tuple[slice, slice]  # local query rows, keys of the block; every ro
 
 def own_spans(pieces: Sequence[Piece], boundaries: Sequence[int]) -> Spans | None:
     """Documents among a rank's own tokens: pieces of one document count as one run, since both are in order."""
-    edges, cuts, offset, last = list(boundaries), [0], 0, -1
+    held: dict[Piece, int] = {}  # tokens by document, in order
     for start, stop in pieces:
-        if offset and bisect_right(edges, start) != bisect_right(edges, last):
-            cuts.append(offset)
-        cuts += [offset + edge - start for edge in edges[bisect_right(edges, start) : bisect_left(edges, stop)]]
-        offset, last = offset + stop - start, stop - 1
-    spans = Spans((*cuts, offset), (*cuts, offset))
-    return spans if spans.count > 1 else None
+        at = start
+        while at < stop:
+            document = _document(boundaries, at)
+            end = min(stop, document[1])
+            held[document] = held.get(document, 0) + end - at
+            at = end
+    cuts = (0, *accumulate(held.values()))
+    shared = frozenset(i for i, ((start, stop), count) in enumerate(held.items()) if count < stop - start)
+    return Spans(cuts, cuts, shared) if len(held) > 1 else None
+
+
+def travelling(pieces: Sequence[Piece], end: int, boundaries: Sequence[int] | None) -> list[Piece]:
+    """Which of a rank's tokens other ranks see: of each piece the document that goes on after it.
+
+    Args:
+        pieces: Global ranges that the rank holds; what follows one is another rank's.
+        end: End of the row.
+        boundaries: Document boundaries when documents don't see each other, else None.
+    """
+    found = []
+    for start, stop in pieces:
+        begin, finish = (0, end) if boundaries is None else _document(boundaries, stop - 1)
+        if finish > stop:
+            found.append((max(start, begin), stop))
+    return found
 
 
 def rectangles(mine: Sequence[Piece], theirs: Sequence[Piece], boundaries: Sequence[int] | None) -> list[Rectangle]:
@@ -119,65 +139,91 @@ class Ring(Scheme):
 
     @cached_property
     def _once(self) -> bool:
-        """Whether every gradient on every rank is a sum of two parts: added in their own type, they round no more."""
-        if self.layout.ranks != 2:
-            return False
-        a, b = self.layout.pieces(0), self.layout.pieces(1)
-        both = [rectangles(a, b, self.boundaries), rectangles(b, a, self.boundaries)]
-        return all(_apart(x, y) for found in both for one, other in combinations(found, 2) for x, y in zip(one, other))
+        """Whether every query gradient is a sum of two parts at most: in their own type they round no more."""
+        rows = [rows for seen in self.blocks for rows, _ in seen]
+        return self.layout.ranks == 2 and all(_apart(a, b) for a, b in combinations(rows, 2))
+
+    @cached_property
+    def _sources(self) -> list[list[Piece]]:
+        """What travels of each rank's tokens, by hops behind this rank (0: this rank's own)."""
+        ranks = [(self.rank - hop) % self.layout.ranks for hop in range(self.layout.ranks)]
+        return [travelling(self.layout.pieces(rank), self.layout.padded, self.boundaries) for rank in ranks]
+
+    @cached_property
+    def _leaving(self) -> list[slice]:
+        """Where this rank holds its own travelling tokens."""
+        found, offset = [], 0
+        for start, stop in self.layout.pieces(self.rank):
+            found += [slice(offset + a - start, offset + b - start) for a, b in self._sources[0] if start <= a < stop]
+            offset += stop - start
+        return found
 
     @cached_property
     def blocks(self) -> list[list[Rectangle]]:
         """For every hop but the first, what this rank sees of the block that has come."""
         mine = self.layout.pieces(self.rank)
-        sources = [(self.rank - hop) % self.layout.ranks for hop in range(1, self.layout.ranks)]
-        return [rectangles(mine, self.layout.pieces(source), self.boundaries) for source in sources]
+        return [rectangles(mine, pieces, self.boundaries) for pieces in self._sources[1:]]
+
+    def _block(self, k: Tensor, v: Tensor) -> Tensor:
+        """This rank's travelling keys and values, (2, B, N, K, D)."""
+        block = k.new_empty((2, k.shape[0], _length(self._sources[0]), *k.shape[2:]))
+        for side, x in zip(block, (k, v), strict=True):
+            offset = 0
+            for at in self._leaving:
+                copy_rows(side[:, offset : offset + at.stop - at.start], x[:, at])
+                offset += at.stop - at.start
+        return block
+
+    def _next(self, x: Tensor, hop: int, tag: int = 0) -> Pending:
+        """Pass on a block, or what belongs to it; the one that comes has come `hop` hops."""
+        tokens = _length(self._sources[hop % self.layout.ranks])
+        return pass_on(x, self.group, tag, (*x.shape[:2], tokens, *x.shape[3:]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Pair:
         """The pair's lse is (B, H, T)."""
-        block = torch.stack([k, v])  # (2, B, T, K, D)
-        coming = pass_on(block, self.group) if self.blocks else None
+        coming = self._next(self._block(k, v), 1)
         out, lse = attention_forward(self.kernel, q, k, v, rule.with_spans(self.own))
         out, lse = out.to(accumulator(q.dtype)), lse.contiguous()
         for hop, seen in enumerate(self.blocks, start=1):
             block = coming.wait()
-            coming = pass_on(block, self.group) if hop < len(self.blocks) else None
+            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
             for rows, keys in seen:
                 part, part_lse = attention_forward(self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys],
                                                    rule.full())
                 merge_into(out[:, rows], lse[:, :, rows], part, part_lse)
         return out.to(q.dtype), lse
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                        rule: Rule) -> Gradients:
+    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
+                        wide: bool = False) -> Gradients:
         """The blocks go round once more; their gradients follow one hop behind."""
-        wide = accumulator(q.dtype)
-        block = torch.stack([k, v])
-        coming = pass_on(block, self.group) if self.blocks else None
-        dq, dk, dv = attention_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.own))
-        if not self.blocks:
-            return dq, dk, dv
-        if not self._once:
-            dq, dk, dv = dq.to(wide), dk.to(wide), dv.to(wide)
-        behind = None
+        coming, behind = self._next(self._block(k, v), 1), None
+        dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
+        dq = add_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.own), dk, dv)
+        dq = dq if self._once else dq.to(dk.dtype)
         for hop, seen in enumerate(self.blocks, start=1):
             block = coming.wait()
-            coming = pass_on(block, self.group) if hop < len(self.blocks) else None
-            parts = [(keys, self._part(rows, keys, block, dq, dout, q, out, lse, rule)) for rows, keys in seen]
-            share = torch.zeros_like(block, dtype=dk.dtype) if behind is None else behind.wait()
-            for keys, (to_keys, to_values) in parts:
-                share[0][:, keys] += to_keys
-                share[1][:, keys] += to_values
-            behind = pass_on(share, self.group, tag=1)
-        share = behind.wait()  # what the others add to this rank's own keys and values
-        dk += share[0]
-        dv += share[1]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
+            share = torch.zeros_like(block, dtype=dk.dtype)
+            for rows, keys in seen:
+                dq[:, rows] += add_backward(self.kernel, dout[:, rows], q[:, rows], block[0][:, keys],
+                                            block[1][:, keys], out[:, rows], lse[:, :, rows], rule.full(),
+                                            share[0][:, keys], share[1][:, keys])
+            if behind is not None:
+                share += behind.wait()
+            behind = self._next(share, hop + 1, tag=1)
+        self._take_home(behind.wait(), dk, dv)
+        dk, dv = (dk, dv) if wide else (dk.to(k.dtype), dv.to(v.dtype))
+        return dq.to(q.dtype), dk, dv
 
-    def _part(self, rows: slice, keys: slice, block: Tensor, dq: Tensor, dout: Tensor, q: Tensor, out: Tensor,
-              lse: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        """One rectangle's share: added to dq, returned for its keys and values."""
-        to_query, dk, dv = attention_backward(self.kernel, dout[:, rows], q[:, rows], block[0][:, keys],
-                                              block[1][:, keys], out[:, rows], lse[:, :, rows], rule.full())
-        dq[:, rows] += to_query
-        return dk, dv
+    def _take_home(self, share: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add what the others add to this rank's own keys and values, (2, B, N, K, D)."""
+        offset = 0
+        for at in self._leaving:
+            part = share[:, :, offset : offset + at.stop - at.start]
+            dk[:, at] += part[0]
+            dv[:, at] += part[1]
+            offset += at.stop - at.start
+
+
+def _length(pieces: Sequence[Piece]) -> int:
+    return sum(stop - start for start, stop in pieces)

@@ -19,10 +19,16 @@ class Spans:
 
     Both start at 0 and end at the number of tokens of their side. A piece may have more keys than queries (its
     first keys come before the first query), never fewer.
+
+    Attributes:
+        q: Edges of the pieces among the queries.
+        k: Edges of the pieces among the keys.
+        shared: Pieces whose keys queries of other calls see too, so that their gradients are sums; None: any may be.
     """
 
     q: tuple[int, ...]
     k: tuple[int, ...]
+    shared: frozenset[int] | None = None
     _tensors: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +54,10 @@ class Spans:
     def square(self) -> bool:
         """Whether every piece has as many keys as queries."""
         return self.q == self.k
+
+    def is_shared(self, piece: int) -> bool:
+        """Whether queries of other calls may see the keys of a piece."""
+        return self.shared is None or piece in self.shared
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Both lists as (N+1,) int32 tensors on a device, made once."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ultralong.attention.kernels import Kernel, attention_backward, attention_forward
-from ultralong.attention.merge import add_sink, sink_gradient
+from ultralong.attention.kernels import Kernel, add_backward, attention_backward, attention_forward
+from ultralong.attention.merge import accumulator, add_sink, sink_gradient
 from ultralong.attention.rule import Rule, Spans
 
 Pair = tuple[Tensor, Tensor]
@@ -29,9 +30,9 @@ class Scheme(ABC):
         """(out, lse) of this rank's tokens. q (B, T, H, D); k, v (B, T, K, D)."""
 
     @abstractmethod
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                        rule: Rule) -> Gradients:
-        """Gradients of this rank's q, k and v."""
+    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
+                        wide: bool = False) -> Gradients:
+        """Gradients of this rank's q, k and v; where `wide`, those of k and v unrounded, to be added up."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink: Tensor | None = None) -> Pair:
         """`attend`, with one more key of score `sink` (H,) and value zero for every query when given."""
@@ -39,9 +40,9 @@ class Scheme(ABC):
         return (out, lse) if sink is None else add_sink(out, lse, sink)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                 sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+                 sink: Tensor | None = None, *, wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and of the sink: this rank's share of it, as for any replicated parameter."""
-        grads = self.attend_backward(dout, q, k, v, out, lse, rule)
+        grads = self.attend_backward(dout, q, k, v, out, lse, rule, wide=wide)
         return *grads, None if sink is None else sink_gradient(dout, out, lse, sink)
 
 
@@ -61,7 +62,11 @@ class Local(Scheme):
         """One kernel call."""
         return attention_forward(self.kernel, q, k, v, rule.with_spans(self.spans))
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                        rule: Rule) -> Gradients:
+    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
+                        wide: bool = False) -> Gradients:
         """One kernel call."""
-        return attention_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.spans))
+        if not wide:
+            return attention_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.spans))
+        dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
+        dq = add_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.spans), dk, dv)
+        return dq, dk, dv

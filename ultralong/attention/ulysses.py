@@ -13,17 +13,20 @@ the stages that share them run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultralong.attention.balance import PAIRS_PER_TOKEN, work
 from ultralong.attention.collectives import Group, Pending, all_to_all, copy_rows
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Gradients, Pair, Scheme
+
+LONG_ROW = 65536  # tokens from which a kernel's start is short beside its run even for a part of the heads
 
 
 def head_split(heads: int, kv_heads: int, degree: int) -> tuple[int, int]:
@@ -47,6 +50,23 @@ def stage_counts(heads: int, kv_heads: int, degree: int) -> list[int]:
     kv, group = head_split(heads, kv_heads, degree)
     of_kv, of_group = ([s for s in range(1, count + 1) if count % s == 0] for count in (kv, group))
     return sorted({*of_kv, *(kv * s for s in of_group)})
+
+
+def default_stages(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
+    """One stage, or up to four on long rows of short documents, not splitting a kv head's query heads.
+
+    A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.balance`), which shows where
+    documents are short: the exchange of one stage then runs beside the computing of another.
+
+    Args:
+        counts: The numbers of stages that there are.
+        tokens: Length of the row.
+        boundaries: Document boundaries when documents don't see each other, else None.
+        kv: Kv heads of a rank.
+    """
+    if boundaries is None or tokens < LONG_ROW or work(0, tokens, boundaries) >= 12 * PAIRS_PER_TOKEN * tokens:
+        return 1
+    return max(count for count in counts if count <= min(4, max(1, kv)))
 
 
 @dataclass(frozen=True)
@@ -77,10 +97,10 @@ class Ulysses(Scheme):
         """`forward` without a sink."""
         return self.forward(q, k, v, rule)
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                        rule: Rule) -> Gradients:
+    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
+                        wide: bool = False) -> Gradients:
         """`backward` without a sink."""
-        return self.backward(dout, q, k, v, out, lse, rule)[:3]
+        return self.backward(dout, q, k, v, out, lse, rule, wide=wide)[:3]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink: Tensor | None = None) -> Pair:
         """Out (B, T, H, D), and lse (B, H / P, P T) of this rank's heads over the group's tokens, stage after stage."""
@@ -104,14 +124,17 @@ class Ulysses(Scheme):
         return out, torch.cat(lses, 1)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                 sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+                 sink: Tensor | None = None, *, wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Exchanges q, out, dout, k and v again, stage by stage, and the gradients back."""
-        split = self._split(q, k)
+        split, stages = self._split(q, k), self._split(q, k).stages(self.stages)
         by_query, by_key = [split(x) for x in (q, out, dout)], [split(k), split(v)]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in by_key)  # (B, T, P, N, 1, D)
+        home_type = accumulator(k.dtype) if wide or split.copies > 1 else k.dtype
+        dk, dv = (torch.empty_like(x, dtype=home_type, memory_format=torch.contiguous_format)
+                  for x in by_key)  # (B, T, P, N, 1, D)
         dsink = None if sink is None else torch.zeros_like(sink)
-        dqs, statistics, held, sums, wide = split(dq), iter(lse.chunk(self.stages, 1)), [], [], accumulator(q.dtype)
+        dqs, statistics, held, sums = split(dq), iter(lse.chunk(self.stages, 1)), [], []
+        unrounded = home_type != k.dtype or not all(stage.first for stage in stages)  # several add up to one
 
         def outgoing(stage: Stage) -> list[Tensor]:
             return [*(x[:, :, :, stage.kv, stage.group] for x in by_query),
@@ -122,17 +145,18 @@ class Ulysses(Scheme):
             own = self._own(split, sink, stage)
             query, attended, grad = arrived[:3]
             part, *to_keys, to_sink = self.inner.backward(grad, query, *held, attended, next(statistics), rule,
-                                                          None if own is None else own.flatten())
+                                                          None if own is None else own.flatten(), wide=unrounded)
             if to_sink is not None:
                 self._own(split, dsink, stage).copy_(to_sink.view_as(own))
-            sums[:] = to_keys if stage.first else [a.to(wide) + b for a, b in zip(sums, to_keys, strict=True)]
+            sums[:] = to_keys if stage.first else [a + b for a, b in zip(sums, to_keys, strict=True)]
             home = [(part, dqs[:, :, :, stage.kv, stage.group])]
             if stage.last:
-                home += [(x.to(q.dtype), y[:, :, :, stage.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
+                home += [(x.to(home_type), y[:, :, :, stage.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
             return home
 
-        self._pipeline(split.stages(self.stages), outgoing, compute)
-        return dq, split.sum_copies(dk), split.sum_copies(dv), dsink
+        self._pipeline(stages, outgoing, compute)
+        dk, dv = (split.sum_copies(x) if wide else split.sum_copies(x).to(k.dtype) for x in (dk, dv))
+        return dq, dk, dv, dsink
 
     def _split(self, q: Tensor, k: Tensor) -> Split:
         degree = dist.get_world_size(self.group)
@@ -177,20 +201,22 @@ class Split:
     kv: int  # N
     group: int  # G
 
+    @property
+    def copies(self) -> int:
+        """How often each kv head is repeated."""
+        return self.degree * self.kv // self.kv_heads
+
     def __call__(self, x: Tensor) -> Tensor:
         """Show the heads of queries or of keys by the rank they go to; kv heads are repeated where they must be."""
         if x.shape[2] == self.heads and self.heads != self.kv_heads:
             return x.unflatten(2, (self.degree, self.kv, self.group))
-        copies = self.degree * self.kv // self.kv_heads
-        x = x if copies == 1 else x.repeat_interleave(copies, 2)
+        x = x if self.copies == 1 else x.repeat_interleave(self.copies, 2)
         return x.unflatten(2, (self.degree, self.kv, -1))
 
     def sum_copies(self, grad: Tensor) -> Tensor:
-        """(B, T, P, N, 1, D) to (B, T, K, D): what the copies of a kv head received, added in wide precision."""
+        """(B, T, P, N, 1, D) to (B, T, K, D): what the copies of a kv head received, added."""
         grad = grad.flatten(2, 4)  # (B, T, M, D)
-        if grad.shape[2] == self.kv_heads:
-            return grad
-        return grad.unflatten(2, (self.kv_heads, -1)).sum(3, dtype=accumulator(grad.dtype)).to(grad.dtype)
+        return grad if self.copies == 1 else grad.unflatten(2, (self.kv_heads, -1)).sum(3)
 
     def stages(self, count: int) -> list[Stage]:
         """The stages in order, those with the same kv heads one after another."""

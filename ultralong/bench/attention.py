@@ -14,7 +14,7 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -22,108 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention import available_kernels, get_kernel, make_context
+from ultralong.attention import AttentionContext, available_kernels, get_kernel, make_context
 from ultralong.bench.accuracy import exact_row, relative_errors
+from ultralong.bench.options import SCHEMES, AttentionBench, AttentionResult
 from ultralong.bench.peers import PEERS, PeerMissing, peer
 from ultralong.bench.report import save, table
 from ultralong.bench.timing import Times, causal_flops, measure
 from ultralong.progress import progress
 from ultralong.ranks import nccl_options, run_ranks
-
-SCHEMES = ("ulysses", "gathered", "ring")
-
-
-@dataclass(frozen=True)
-class AttentionBench:
-    """What to measure.
-
-    Attributes:
-        lengths: Row lengths in tokens.
-        latency_length: A short length at which overhead is reported; 0 leaves it out.
-        schemes: Schemes, or `("all",)`; `single` (one GPU) is always measured first.
-        kernels: Kernels' names; "auto" stands for the fastest one for the call, "all" for every one that is present.
-        documents: Also measure packed rows of so many documents of mixed length, masked; 0 leaves it out.
-        peers: Also measure other projects' attention where installed.
-        check: Also report errors against float32 (at lengths up to `check_length`).
-        check_length: See `check`.
-        heads: Query heads H.
-        kv_heads: Kv heads K.
-        head_size: D.
-        dtype: Name of a torch type.
-        ranks: Processes; all GPUs by default, two on a CPU.
-        stages: Head chunks of Ulysses and of gathered keys; by default as `make_context` chooses.
-        repeats: Timed runs of each case at most.
-        budget: Seconds of timed runs after which no further one is started.
-    """
-
-    lengths: tuple[int, ...] = (131072, 524288)
-    latency_length: int = 8192
-    schemes: tuple[str, ...] = ("all",)
-    kernels: tuple[str, ...] = ("auto",)
-    documents: int = 32
-    peers: bool = False
-    check: bool = False
-    check_length: int = 131072
-    heads: int = 32
-    kv_heads: int = 8
-    head_size: int = 128
-    dtype: str = "bfloat16"
-    ranks: int | None = None
-    stages: int | None = None
-    repeats: int = 5
-    budget: float = 20.0
-
-    def __post_init__(self) -> None:
-        unknown = set(self.schemes) - {"all", *SCHEMES}
-        if unknown:
-            raise ValueError(f"schemes must be among all, {', '.join(SCHEMES)}; found {', '.join(sorted(unknown))}")
-        if min(self.lengths, default=0) < 1:
-            raise ValueError(f"lengths must be positive, found {self.lengths}")
-
-    def for_this_machine(self) -> AttentionBench:
-        """The same on a GPU; on a CPU small enough for one: at most 2,048 tokens, 8 heads of 32, float32."""
-        if torch.cuda.is_available():
-            return self
-        lengths = tuple(sorted({min(length, 2048) for length in self.lengths}))
-        kv_heads = max(1, 8 * self.kv_heads // self.heads)
-        return replace(self, lengths=lengths, latency_length=min(self.latency_length, 256), heads=8, kv_heads=kv_heads,
-                       documents=min(self.documents, 8), head_size=32, dtype="float32", ranks=self.ranks or 2,
-                       budget=min(self.budget, 2.0))
-
-
-@dataclass(frozen=True)
-class AttentionResult:
-    """One line of the table.
-
-    Attributes:
-        name: Scheme, `single`, or a peer.
-        kernel: Kernel that ran.
-        tokens: Row length.
-        packed: Whether it held documents that don't see each other.
-        ranks: GPUs that shared the row.
-        forward_ms: Forward pass, slowest rank, median.
-        backward_ms: Backward pass, likewise.
-        tflops: Useful TF/s per GPU, forward and backward.
-        of_one: Its ratio to the same kernel's on one GPU, same documents.
-        overhead_ms: Time beyond one GPU's time divided by the ranks.
-        peak_gib: Most memory of any rank.
-        errors: Relative error against float32 of output, dq, dk, dv, when checked.
-        note: Why there are no numbers.
-    """
-
-    name: str
-    kernel: str
-    tokens: int
-    packed: bool
-    ranks: int
-    forward_ms: float | None = None
-    backward_ms: float | None = None
-    tflops: float | None = None
-    of_one: float | None = None
-    overhead_ms: float | None = None
-    peak_gib: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    note: str = ""
 
 
 def bench_attention(options: AttentionBench, path: Path | None = None) -> list[AttentionResult]:
@@ -170,7 +76,7 @@ def _measure_all(rank: int, world: int, options: AttentionBench, device: str,
                ([n for n in available_kernels(device) if n != "reference"] if asked == "all" else [asked])]
     schemes = SCHEMES if "all" in options.schemes else options.schemes
     lengths = ([options.latency_length] if options.latency_length else []) + list(options.lengths)
-    cases = list(product(dict.fromkeys(kernels), lengths, [False, True] if options.documents else [False]))
+    cases = list(product(lengths, [False, True] if options.documents else [False], dict.fromkeys(kernels)))
     results: list[AttentionResult] = []
 
     def add(more: list[AttentionResult]) -> None:
@@ -178,8 +84,15 @@ def _measure_all(rank: int, world: int, options: AttentionBench, device: str,
         if path is not None and rank == 0:
             save(path, options, results)
 
-    for kernel, tokens, packed in progress(cases, desc="attention", unit="case", quiet=rank > 0):
-        add(_case(world, options, device, kernel, tokens, packed, schemes if world > 1 else ()))
+    exact: dict[tuple[int, bool], list[Tensor]] = {}
+    for tokens, packed, kernel in progress(cases, desc="attention", unit="case", quiet=rank > 0):
+        if options.check and tokens <= options.check_length and (tokens, packed) not in exact:
+            edges = documents(tokens, options.documents) if packed else None
+            few = options.for_check()
+            context = make_context(tokens, boundaries=edges, heads=few.heads, kv_heads=few.kv_heads)
+            exact = {(tokens, packed): exact_row(context, _inputs(few, tokens, device))}  # for all kernels
+        add(_case(world, options, device, kernel, tokens, packed, schemes if world > 1 else (),
+                  exact.get((tokens, packed))))
     if options.peers:
         for name, tokens in progress(list(product(PEERS, lengths)), desc="peers", unit="case", quiet=rank > 0):
             add([_peer(world, options, device, name, tokens)])
@@ -202,27 +115,31 @@ def _inputs(options: AttentionBench, tokens: int, device: str) -> list[Tensor]:
             for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads)]
 
 
+def _context(options: AttentionBench, tokens: int, ranks: int, scheme: str, kernel: str,
+             edges: tuple[int, ...] | None) -> AttentionContext:
+    alone = ranks == 1
+    stages = options.stages if scheme in ("ulysses", "gathered") else None
+    return make_context(tokens, None if alone else dist.group.WORLD, "auto" if alone else scheme, kernel, edges,
+                        heads=options.heads, kv_heads=options.kv_heads, stages=stages)
+
+
 def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens: int, packed: bool,
-          schemes: tuple[str, ...]) -> list[AttentionResult]:
-    """One kernel at one length: one GPU, then every scheme."""
+          schemes: tuple[str, ...], exact: list[Tensor] | None) -> list[AttentionResult]:
+    """One kernel at one length: one GPU, then every scheme; `exact` is the check's row in float32, if it is wanted."""
     edges = documents(tokens, options.documents) if packed else None
-    row, results, alone, exact = _inputs(options, tokens, device), [], None, None
+    row, results, alone, few = _inputs(options, tokens, device), [], None, options.for_check()
     for scheme in ("single", *schemes):
         ranks = 1 if scheme == "single" else world
         try:
-            context = make_context(tokens, None if ranks == 1 else dist.group.WORLD, "auto" if ranks == 1 else scheme,
-                                   kernel, edges, heads=options.heads, kv_heads=options.kv_heads,
-                                   stages=options.stages if scheme in ("ulysses", "gathered") else None)
+            context = _context(options, tokens, ranks, scheme, kernel, edges)
             times = measure(context.attend, [context.shard(x) for x in row[:3]], context.shard(row[3]),
                             repeats=options.repeats, budget=options.budget)
+            errors = {} if exact is None else relative_errors(_context(few, tokens, ranks, scheme, kernel, edges),
+                                                              _inputs(few, tokens, device), exact)
         except ValueError as error:
             results.append(AttentionResult(scheme, kernel, tokens, packed, ranks, note=str(error)))
             continue
         alone = times if scheme == "single" else alone
-        errors: dict[str, float] = {}
-        if options.check and tokens <= options.check_length:
-            exact = exact_row(context, row) if exact is None else exact
-            errors = relative_errors(context, row, exact)
         ran = ", ".join(context.kernels_used)
         results.append(_result(options, scheme, ran, tokens, edges, ranks, times, alone, errors))
     return results
@@ -240,13 +157,13 @@ def _result(options: AttentionBench, name: str, kernel: str, tokens: int, edges:
 def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: int) -> AttentionResult:
     """One peer at one length."""
     try:
-        with peer(name, tokens) as attend:
+        with peer(name, tokens) as (attend, kernel):
             context = make_context(tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads)
             row = [context.shard(x).contiguous() for x in _inputs(options, tokens, device)]
             times = measure(attend, row[:3], row[3], repeats=options.repeats, budget=options.budget)
     except (PeerMissing, RuntimeError, NotImplementedError, ImportError) as error:
         return AttentionResult(name, "", tokens, False, world, note=str(error).splitlines()[0][:200])
-    return _result(options, name, "its own", tokens, None, world, times, None, {})
+    return _result(options, name, kernel, tokens, None, world, times, None, {})
 
 
 def options_from(arguments: Sequence[str] | None = None) -> tuple[AttentionBench, Path | None]:

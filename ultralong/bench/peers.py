@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ultralong.bench.flash2_stand_in import NAME, standing_in, zigzag_module
 
 Attend = Callable[..., Tensor]
 PEERS = ("torch-cp-flash", "torch-cp-cudnn", "ring-flash-attn-zigzag")
@@ -27,8 +29,8 @@ class PeerMissing(RuntimeError):
 
 
 @contextmanager
-def peer(name: str, tokens: int) -> Iterator[Attend]:
-    """A peer's attention of (B, T, H, D) and (B, T, K, D) tensors in the zigzag layout, ready for its backward pass.
+def peer(name: str, tokens: int) -> Iterator[tuple[Attend, str]]:
+    """A peer's attention of (B, T, H, D) and (B, T, K, D) tensors in the zigzag layout, and the kernel that it runs on.
 
     Args:
         name: One of `PEERS`.
@@ -50,7 +52,7 @@ def peer(name: str, tokens: int) -> Iterator[Attend]:
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
     row = torch.empty(tokens, device="cuda")  # it learns the length, hence its zigzag balance, from a buffer
     with sdpa_kernel(backend), context_parallel(mesh, buffers=[row], buffer_seq_dims=[0]):
-        yield _through_sdpa
+        yield _through_sdpa, f"torch's {'flash' if name.endswith('flash') else 'cuDNN'}"
 
 
 def _through_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,14 +62,16 @@ def _through_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _ring_flash_attn() -> Attend:
-    """ring-flash-attn's zigzag ring on flash-attn 2."""
-    for package in ("flash_attn.flash_attn_interface", "ring_flash_attn"):
-        try:
-            found = importlib.util.find_spec(package) is not None
-        except ModuleNotFoundError:
-            found = False
-        if not found:
-            raise PeerMissing(f"{package.split('.')[0]} is not installed (ring-flash-attn needs flash-attn 2)")
-    zigzag = importlib.import_module("ring_flash_attn").zigzag_ring_flash_attn_func
-    return lambda q, k, v: zigzag(q, k, v, causal=True, group=dist.group.WORLD)
+def _ring_flash_attn() -> tuple[Attend, str]:
+    """ring-flash-attn's zigzag ring on flash-attn 2, or on the same kernels of torch where that is not installed."""
+    try:
+        own = importlib.util.find_spec(NAME) is not None
+    except ModuleNotFoundError:
+        own = False
+    try:
+        with nullcontext() if own else standing_in():
+            zigzag = zigzag_module().zigzag_ring_flash_attn_func
+    except ImportError as error:
+        raise PeerMissing(f"{error.name or error} is not installed (pip install --no-deps ring-flash-attn)") from error
+    kernel = "flash-attn 2" if own else "torch's flash-attn 2"
+    return lambda q, k, v: zigzag(q, k, v, causal=True, group=dist.group.WORLD), kernel

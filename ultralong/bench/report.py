@@ -11,7 +11,7 @@ from ultralong.bench.machine import machine_facts
 from ultralong.files import write_json
 
 if TYPE_CHECKING:
-    from ultralong.bench.attention import AttentionBench, AttentionResult
+    from ultralong.bench.options import AttentionBench, AttentionResult
 
 HEAD = ("length", "rows", "attention", "kernel", "GPUs", "fwd ms", "bwd ms", "TF/s/GPU", "of one", "overhead ms", "GiB")
 

@@ -14,14 +14,17 @@ from typing import Any
 from ultralong.files import read_json, write_text
 
 SCHEMES = ("single", "ulysses", "gathered", "ring")
-PEERS = {"torch-cp-cudnn": "torch context_parallel, cuDNN", "torch-cp-flash": "torch context_parallel, flash"}
+# Peers, and the column of the scheme that they use.
+PEERS = {"torch-cp-cudnn": ("torch context_parallel, cuDNN", "gathered"),
+         "torch-cp-flash": ("torch context_parallel, flash", "gathered"),
+         "ring-flash-attn-zigzag": ("ring-flash-attn on {kernel}", "ring")}
 KERNELS = {"flash4": "flash-attn 4", "cudnn": "cuDNN", "flash": "torch flash"}
 
 
 def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     """Useful TF/s per GPU by length, rows and kernel: one GPU, then each scheme with its share of one GPU's rate.
 
-    torch's context_parallel gathers keys and values, so it stands in that column.
+    Other projects' attention stands in the column of the scheme that it uses.
 
     Args:
         recorded: What `ultralong bench attention --json` wrote, one or more files.
@@ -41,7 +44,9 @@ def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
                 rows = "packed" if packed else "whole"
                 lines.append(f"| {length:,} | {rows} | {KERNELS.get(kernel, kernel)} | {' | '.join(cells)} |")
             for peer in (r for r in here if r["name"] in PEERS):
-                lines.append(f"| {length:,} | whole | {PEERS[peer['name']]} | | | {peer['tflops']:.0f} | |")
+                name, column = PEERS[peer["name"]]
+                cells = "".join(f" {peer['tflops']:.0f} |" if scheme == column else " |" for scheme in SCHEMES)
+                lines.append(f"| {length:,} | whole | {name.format(**peer)} |{cells}")
     return lines
 
 

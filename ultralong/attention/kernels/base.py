@@ -39,6 +39,7 @@ class Kernel(ABC):
         max_elements: Largest tensor that it indexes rightly.
         splits_backward: Whether the backward pass of a causal call with more keys than queries is faster as a square
             and a full rectangle, whose shares of dq are added.
+        rounds_heads: Whether, of grouped heads, it rounds each query head's share of dk and dv before it adds them.
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class Kernel(ABC):
     head_sizes: tuple[int, int] = (256, 8)
     max_elements: int = ANY_ELEMENTS
     splits_backward: bool = False
+    rounds_heads: bool = False
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -57,6 +59,17 @@ class Kernel(ABC):
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                  rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
+
+    def add_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+                     dk: Tensor, dv: Tensor) -> Tensor:
+        """Adds the gradients of k and v to `dk` and `dv` (float32; float64 for float64 input), returns that of q.
+
+        A kernel that can adds them unrounded; this one adds what `backward` gives.
+        """
+        dq, to_keys, to_values = self.backward(dout, q, k, v, out, lse, rule)
+        dk += to_keys
+        dv += to_values
+        return dq
 
     def refusal(self, q: Tensor, rule: Rule) -> str | None:
         """Why this kernel can't compute this call, or None when it can."""

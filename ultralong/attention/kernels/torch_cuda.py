@@ -44,6 +44,7 @@ class TorchFlash(Kernel):
     device = "cuda"
     features = frozenset({GQA, VARLEN, BOTTOM_RIGHT, WINDOW})
     max_elements = INT32_ELEMENTS
+    rounds_heads = True
 
     def __init__(self) -> None:
         _require("_flash_attention_forward", "cum_seq_q", "cum_seq_k", "window_size_left", "scale")
@@ -95,6 +96,7 @@ class TorchCudnn(Kernel):
     device = "cuda"
     head_sizes = (128, 8)
     max_elements = INT32_ELEMENTS
+    rounds_heads = True
 
     def __init__(self) -> None:
         _require("_scaled_dot_product_cudnn_attention", "compute_log_sumexp", "is_causal", "scale")

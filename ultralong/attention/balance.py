@@ -1,0 +1,157 @@
+"""Layouts for packed rows whose documents don't see each other: little to send, and equal work.
+
+Legend: T tokens, P ranks.
+
+A document that lies on one rank needs nothing from the others, so whole documents are dealt out, the heaviest first;
+those too heavy for that are cut in zigzag over all ranks, and the lightest are cut where a rank's tokens end. How heavy
+is too heavy is tried out, and so are layouts of equal chunks; what each costs decides.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from ultralong.attention.layout import Layout, Piece, chunk_size, in_chunks, joined, zigzag
+from ultralong.attention.needs import needs
+
+# What a token's keys and values from another rank cost, and a kernel call, as query-key pairs of one layer's passes: of
+# K kv heads of size D, 16 K D bytes at 300 GB/s and as much again in copies, against 14 H D operations a pair at 600
+# TF/s and four query heads a kv head; a call's start and end take about 0.1 ms of a GPU that computes 32 heads.
+PAIRS_PER_TOKEN = 1000
+PAIRS_PER_CALL = 500_000
+HEAVY = (1.0, 0.5, 0.25, 0.12)  # documents of more than this share of a rank's work are cut
+ORDERS = 6  # orders of the documents that are tried for each
+
+
+def work(start: int, stop: int, boundaries: Sequence[int]) -> int:
+    """Query-key pairs of the queries [start, stop): each sees its document's tokens up to itself."""
+    edges = np.asarray(boundaries, dtype=np.int64)
+    first, last = np.searchsorted(edges, start, "right") - 1, np.searchsorted(edges, stop, "left")
+    begin = edges[first:last]
+    a = np.maximum(begin, start) - begin
+    b = np.minimum(edges[first + 1 : last + 1], stop) - begin
+    return int(((a + 1 + b) * (b - a) // 2).sum())
+
+
+def imbalance(layout: Layout, boundaries: Sequence[int]) -> float:
+    """Work of the busiest rank over the mean of all: 1.0 is perfect, the speed is divided by it."""
+    totals = [sum(work(a, b, boundaries) for a, b in layout.pieces(rank)) for rank in range(layout.ranks)]
+    return max(totals) * layout.ranks / sum(totals)
+
+
+def cost(layout: Layout, boundaries: Sequence[int]) -> int:
+    """What the busiest rank does, in query-key pairs: its work, the tokens sent to it and its calls."""
+    edges, worst = closed(boundaries, layout.padded), 0
+    for pieces in layout.owned:
+        seen = needs(pieces, edges)
+        extra = PAIRS_PER_TOKEN * (seen.tokens - layout.held) + PAIRS_PER_CALL * len(seen.calls)
+        worst = max(worst, sum(work(a, b, edges) for a, b in pieces) + extra)
+    return worst
+
+
+def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1, smallest: int = 1024,
+             good_enough: float = 1.01) -> Layout:
+    """The layout of least cost for packed documents that don't see each other.
+
+    Args:
+        tokens: Length of the row.
+        ranks: Ranks of the first level.
+        boundaries: Document boundaries from 0 to `tokens`.
+        inner: Members of the second level.
+        smallest: No equal chunk becomes smaller than this by choice (small chunks are slow).
+        good_enough: Cost over a rank's mean work at which no further layout is tried.
+    """
+    mean = work(0, tokens, boundaries) / ranks
+    best, least = None, 0
+    for layout in _tried(tokens, ranks, boundaries, inner, smallest):
+        here = cost(layout, boundaries)
+        if best is None or here < least:
+            best, least = layout, here
+        if least <= good_enough * mean:
+            break
+    return best
+
+
+def _tried(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, smallest: int) -> Iterator[Layout]:
+    """Layouts to choose from."""
+    yield zigzag(tokens, ranks, inner)
+    for heavy in HEAVY:
+        for order in range(ORDERS):
+            yield by_documents(tokens, ranks, boundaries, inner, heavy, order)
+    for each in (2, 4, 8, 16):
+        if each == 2 or tokens >= ranks * each * smallest:
+            chunk = chunk_size(tokens, ranks * each, each, inner)
+            owners = _dealt(chunk, ranks, each, closed(boundaries, chunk * ranks * each))
+            yield in_chunks(tokens, chunk, owners, inner)
+
+
+def closed(boundaries: Sequence[int], padded: int) -> tuple[int, ...]:
+    """Boundaries with the padding as one more document."""
+    edges = tuple(boundaries)
+    return edges if edges[-1] == padded else (*edges, padded)
+
+
+class Hand:
+    """What one rank has been given so far."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.work = room, 0
+        self.pieces: list[Piece] = []
+
+
+def by_documents(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, heavy: float,
+                 order: int = 0) -> Layout:
+    """Whole documents to ranks, the heaviest first, to the rank with the least work so far that has room.
+
+    Args:
+        tokens: Length of the row.
+        ranks: Ranks of the first level.
+        boundaries: Document boundaries from 0 to `tokens`.
+        inner: Members of the second level.
+        heavy: Documents of more than this share of a rank's work are cut in zigzag over all ranks.
+        order: Another number is another order among documents of nearly the same length.
+    """
+    room = chunk_size(tokens, ranks, 1, inner)
+    edges = closed(boundaries, room * ranks)
+    limit = heavy * work(0, edges[-1], edges) / ranks
+    hands = [Hand(room) for _ in range(ranks)]
+    make = random.Random(order)
+    near = {piece: (piece[1] - piece[0]) * (1 + 0.5 * make.random() * (order > 0)) for piece in pairwise(edges)}
+    for start, stop in sorted(near, key=lambda piece: (-near[piece], piece[0])):
+        whole = (stop - start) * (stop - start + 1) // 2
+        if whole > limit and stop - start >= 2 * ranks:
+            cuts = [start + (stop - start) * i // (2 * ranks) for i in range(2 * ranks + 1)]
+            parts = [((a, b), hands[min(i, 2 * ranks - 1 - i)]) for i, (a, b) in enumerate(pairwise(cuts))]
+        else:
+            open_ = [hand for hand in hands if hand.room >= stop - start]
+            parts = [((start, stop), min(open_ or hands, key=lambda hand: hand.work))]
+        for (a, b), hand in parts:
+            _give(a, b, start, [hand, *sorted(hands, key=lambda other: -other.room)])
+    return Layout(tokens, tuple(joined(hand.pieces) for hand in hands), inner)
+
+
+def _give(start: int, stop: int, begin: int, hands: Sequence[Hand]) -> None:
+    """Give the tokens [start, stop) of the document that begins at `begin` to the first of the hands that have room."""
+    for hand in hands:
+        end = min(stop, start + hand.room)
+        if end > start:
+            hand.pieces.append((start, end))
+            hand.room -= end - start
+            hand.work += (start - begin + 1 + end - begin) * (end - start) // 2
+            start = end
+
+
+def _dealt(chunk: int, ranks: int, each: int, boundaries: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Equal chunks to ranks, the heaviest first, to the rank with the least work that has not as many as it gets."""
+    costs = [work(i * chunk, (i + 1) * chunk, boundaries) for i in range(ranks * each)]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for index in sorted(range(ranks * each), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(ranks) if len(hands[r]) < each), key=lambda r: (totals[r], r))
+        hands[rank].append(index)
+        totals[rank] += costs[index]
+    return tuple(tuple(sorted(hand)) for hand in hands)

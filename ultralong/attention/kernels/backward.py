@@ -1,0 +1,169 @@
+"""Backward passes, made of the calls that a kernel has: gradients of one call, and shares that add up over calls.
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size.
+
+A key that queries of several calls see gets its gradient in several shares. Rounding each share to bfloat16 before
+they are added adds as much error as the one rounding of a single call: 1.2 times a good kernel's own error. So shares
+are added to tensors of the accumulating type (float32; float64 for float64), by what each kernel can do:
+
+* It adds its own float32 sums (flash-attn 4 on Hopper with grouped heads; the reference).
+* Of grouped heads it rounds each query head's share and then their sum (`rounds_heads`: cuDNN, torch's flash,
+  flash-attn 2). It is given repeated kv heads and the sum is taken here, so that the second rounding goes.
+* 16-bit types on a CPU are computed in float32, which is no slower there.
+* Otherwise (flash-attn 3; flash-attn 4 without grouped heads) each call's share is rounded once more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.kernels.adapt import clipped, head_groups, joined, needs_split, packed_call, pieces_of
+from ultralong.attention.kernels.base import GQA, Kernel
+from ultralong.attention.merge import accumulator
+from ultralong.attention.rule import Rule
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+Groups = list[tuple[tuple[int, int], tuple[int, int]]]
+
+
+def attention_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       rule: Rule) -> Gradients:
+    """Gradients of q, k and v from a saved pair (out, lse), which may be merged from several calls.
+
+    Args as in `attention_forward`; dout and out are (B, T_q, H, D), lse is (B, H, T_q).
+    """
+    if rule.spans is not None and q.shape[0] > 1:
+        rows = q.shape[0]
+        flat = [joined(x) for x in (dout, q, k, v, out)]
+        grads = attention_backward(kernel, *flat, _join_rows(lse), rule.with_spans(rule.spans.repeat(rows)))
+        dq, dk, dv = (grad.unflatten(1, (rows, -1)).squeeze(0) for grad in grads)
+        return dq, dk, dv
+    groups = head_groups(kernel, q, k)
+    if len(groups) > 1:
+        dk, dv = (torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (k, v))
+        dq = _add_by_heads(kernel, groups, dout, q, k, v, out, lse, rule, dk, dv)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+    if rule.spans is not None and not packed_call(kernel, rule.spans):
+        return _backward_by_piece(kernel, dout, q, k, v, out, lse, rule)
+    if needs_split(kernel, q, k, rule) or (kernel.splits_backward and clipped(q, k, rule)):
+        return _backward_split(kernel, dout, q, k, v, out, lse, rule)
+    if q.shape[2] == k.shape[2] or GQA in kernel.features:
+        return kernel.backward(dout, q, k, v, out, lse, rule)
+    many = [x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v)]
+    dq, dk, dv = kernel.backward(dout, q, *many, out, lse, rule)
+    dk, dv = (_sum_groups(grad, k.shape[2]) for grad in (dk, dv))
+    return dq, dk, dv
+
+
+def add_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+                 dk: Tensor, dv: Tensor) -> Tensor:
+    """As `attention_backward`, but this call's shares of dK and dV are added to what is there.
+
+    Args:
+        kernel: Who computes.
+        dout: (B, T_q, H, D).
+        q: (B, T_q, H, D).
+        k: (B, T_k, K, D).
+        v: (B, T_k, K, D).
+        out: (B, T_q, H, D), of the pair that may be merged from several calls.
+        lse: (B, H, T_q), likewise.
+        rule: Which keys are seen.
+        dk: (B, T_k, K, D) in the accumulating type, changed in place; may be a slice.
+        dv: (B, T_k, K, D), likewise.
+
+    Returns:
+        The gradient of q (B, T_q, H, D) in q's type.
+    """
+    if q.device.type == "cpu" and q.dtype != accumulator(q.dtype):
+        wide = (x.to(dk.dtype) for x in (dout, q, k, v, out))
+        return add_backward(kernel, *wide, lse, rule, dk, dv).to(q.dtype)
+    if rule.spans is not None and q.shape[0] > 1:
+        rows = [slice(i, i + 1) for i in range(q.shape[0])]
+        return torch.cat([add_backward(kernel, dout[i], q[i], k[i], v[i], out[i], lse[i], rule, dk[i], dv[i])
+                          for i in rows])
+    groups = head_groups(kernel, q, k)
+    if len(groups) > 1:
+        return _add_by_heads(kernel, groups, dout, q, k, v, out, lse, rule, dk, dv)
+    if rule.spans is not None and not packed_call(kernel, rule.spans):
+        return _add_by_piece(kernel, dout, q, k, v, out, lse, rule, dk, dv)
+    if needs_split(kernel, q, k, rule) or (kernel.splits_backward and clipped(q, k, rule)):
+        return _add_split(kernel, dout, q, k, v, out, lse, rule, dk, dv)
+    if q.shape[2] != k.shape[2] and (GQA not in kernel.features or kernel.rounds_heads):
+        return _add_by_query_head(kernel, dout, q, k, v, out, lse, rule, dk, dv)
+    return kernel.add_backward(dout, q, k, v, out, lse, rule, dk, dv)
+
+
+def _join_rows(lse: Tensor) -> Tensor:
+    return lse.transpose(0, 1).reshape(1, lse.shape[1], -1)  # (B, H, T) -> (1, H, B T)
+
+
+def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
+    """(B, T, H, D) to (B, T, K, D): what the query heads of a group send to their kv head, added in wide precision."""
+    return grad.unflatten(2, (kv_heads, -1)).sum(3, dtype=accumulator(grad.dtype)).to(grad.dtype)
+
+
+def _backward_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       rule: Rule) -> Gradients:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys in pieces_of(rule.spans):
+        dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(
+            kernel, dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows], rule.one_piece())
+    return dq, dk, dv
+
+
+def _backward_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                    rule: Rule) -> Gradients:
+    before, dtype = k.shape[1] - q.shape[1], q.dtype
+    if q.device.type == "cpu":
+        dout, q, k, v, out = (x.to(accumulator(dtype)) for x in (dout, q, k, v, out))
+    dq, dk, dv = attention_backward(kernel, dout, q, k[:, before:], v[:, before:], out, lse, rule)
+    dq_past, dk_past, dv_past = attention_backward(kernel, dout, q, k[:, :before], v[:, :before], out, lse, rule.full())
+    dk, dv = torch.cat([dk_past, dk], 1), torch.cat([dv_past, dv], 1)
+    return (dq + dq_past).to(dtype), dk.to(dtype), dv.to(dtype)  # two parts are added exactly, then rounded once
+
+
+def _add_by_heads(kernel: Kernel, groups: Groups, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+                  lse: Tensor, rule: Rule, dk: Tensor, dv: Tensor) -> Tensor:
+    """Groups of heads; several groups of query heads may share one kv head."""
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for (a, b), (c, d) in groups:
+        dq[:, :, a:b] = add_backward(kernel, *(x[:, :, a:b].contiguous() for x in (dout, q)),
+                                     *(x[:, :, c:d].contiguous() for x in (k, v)), out[:, :, a:b].contiguous(),
+                                     lse[:, a:b].contiguous(), rule, dk[:, :, c:d], dv[:, :, c:d])
+    return dq
+
+
+def _add_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+                  dk: Tensor, dv: Tensor) -> Tensor:
+    """Piece by piece; keys that only this call's queries see have one share, which is rounded once either way."""
+    dq, one = torch.empty_like(q), rule.one_piece()
+    for index, (rows, keys) in enumerate(pieces_of(rule.spans)):
+        tensors = (dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows])
+        if rule.spans.is_shared(index):
+            dq[:, rows] = add_backward(kernel, *tensors, one, dk[:, keys], dv[:, keys])
+            continue
+        dq[:, rows], to_keys, to_values = attention_backward(kernel, *tensors, one)
+        dk[:, keys] += to_keys
+        dv[:, keys] += to_values
+    return dq
+
+
+def _add_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+               dk: Tensor, dv: Tensor) -> Tensor:
+    """The causal square and the full rectangle before it: no key is in both."""
+    before = k.shape[1] - q.shape[1]
+    dq = add_backward(kernel, dout, q, k[:, before:], v[:, before:], out, lse, rule, dk[:, before:], dv[:, before:])
+    past = add_backward(kernel, dout, q, k[:, :before], v[:, :before], out, lse, rule.full(), dk[:, :before],
+                        dv[:, :before])
+    return dq + past  # two parts are added exactly, then rounded once
+
+
+def _add_by_query_head(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       rule: Rule, dk: Tensor, dv: Tensor) -> Tensor:
+    """Kv heads repeated for their query heads, whose shares are added here."""
+    many = [x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v)]  # (B, T_k, H, D)
+    dq, *shares = kernel.backward(dout, q, *many, out, lse, rule)
+    for total, share in zip((dk, dv), shares, strict=True):
+        total += share.unflatten(2, (k.shape[2], -1)).sum(3, dtype=total.dtype)  # (B, T_k, K, D)
+    return dq

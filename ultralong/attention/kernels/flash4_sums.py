@@ -1,0 +1,132 @@
+"""flash-attn 4's float32 sums of dK and dV, taken before it rounds them.
+
+Legend: B batch, T keys, K kv heads, D head size.
+
+With grouped heads its backward pass adds dK and dV in float32 buffers, which a last small kernel scales, rounds and
+puts in order (`_bwd_postprocess_convert` in `flash_attn/cute/interface.py`, 4.0.0b36). `SumsOf` calls a copy of the
+backward function in which that name stands for a listener: the package itself is not changed.
+
+On Hopper a buffer holds blocks of 64 keys in the order in which the threads of a warp group hold a matrix product's
+result (CUTLASS's `CLayout_64xN`): columns by 8, then warps (16 keys each), then inside 16 keys and 8 columns the 8
+rows, the 4 pairs of columns, the upper and the lower half, and the two columns of a pair. Whoever uses this compares
+it with the package's own result first (`FlashAttn4.add_backward`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONVERT = "_bwd_postprocess_convert"
+WARP_GROUP_ROWS = 64
+
+
+@dataclass
+class Sums:
+    """What one backward call left in its buffers.
+
+    Attributes:
+        buffers: For dK and dV: the buffer (B, K, n), or (K, n) packed, and the factor that belongs to it.
+        block: Keys of a block: packed pieces start at multiples of it.
+        readable: Whether the buffers are in the order that is known here.
+    """
+
+    buffers: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    block: int = 0
+    readable: bool = True
+
+    @property
+    def there(self) -> bool:
+        """Whether both gradients can be read."""
+        return self.readable and len(self.buffers) == 2
+
+    def add_to(self, total: Tensor, name: str) -> None:
+        """Add a whole call's sums to `total` (B, T, K, D)."""
+        buffer, scale = self.buffers[name]
+        for row, of_row in zip(total, buffer, strict=True):
+            add_ordered(row, of_row, scale)
+
+    def add_piece(self, total: Tensor, name: str, piece: int, start: int) -> None:
+        """Add the sums of one piece of a packed call, whose keys begin at `start`, to `total` (its T, K, D)."""
+        buffer, scale = self.buffers[name]
+        first = (start + piece * self.block) // self.block * self.block
+        add_ordered(total, buffer[:, first * total.shape[2] :], scale)
+
+
+class SumsOf:
+    """Calls a module's backward function and keeps what it was about to round."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._backward, self._convert = module._flash_attn_bwd, getattr(module, CONVERT, None)
+        code = getattr(self._backward, "__code__", None)
+        names = () if code is None else code.co_names
+        given = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self.possible = self._convert is not None and CONVERT in names and {"dk", "dv"} <= {*given}
+
+    def __call__(self, dk: Tensor, dv: Tensor, *tensors: Tensor, rounded: bool, **options: Any) -> tuple[Tensor, Sums]:
+        """One backward call.
+
+        Args:
+            dk: Where the rounded dK goes, in the layout that the function wants.
+            dv: Likewise.
+            *tensors: The function's tensors.
+            rounded: Whether the rounded gradients are wanted too.
+            **options: Its options.
+
+        Returns:
+            The gradient of q, and the sums.
+        """
+        sums, convert = Sums(), self._convert
+
+        def listen(accum: Tensor, output: Tensor, scale: float, *rest: Any, **named: Any) -> None:
+            name = "dk" if output is dk else "dv" if output is dv else ""
+            if name:
+                facts = inspect.signature(convert).bind(accum, output, scale, *rest, **named).arguments
+                sums.readable = sums.readable and _is_known(facts)
+                sums.block = facts.get("block_size", 0)
+                sums.buffers[name] = (accum, scale)
+            if rounded or not name or not sums.readable:
+                convert(accum, output, scale, *rest, **named)
+
+        original = self._backward
+        copy = FunctionType(original.__code__, {**original.__globals__, CONVERT: listen}, original.__name__,
+                            original.__defaults__, original.__closure__)
+        copy.__kwdefaults__ = original.__kwdefaults__
+        return copy(*tensors, dk=dk, dv=dv, **options)[0], sums
+
+
+def _is_known(facts: dict[str, Any]) -> bool:
+    """Whether a buffer is in the order of this module's docstring: Hopper, a warp group for 64 keys of a block."""
+    groups, hdim = facts.get("atom_layout", 0), facts.get("hdim", 1)
+    return (facts.get("arch", 0) // 10 == 9 and not facts.get("swap_ab", True) and hdim % 32 == 0
+            and facts.get("block_size") == WARP_GROUP_ROWS * groups and facts.get("num_threads") == 128 * groups)
+
+
+def add_ordered(total: Tensor, buffer: Tensor, scale: float) -> None:
+    """Add the first keys of a buffer, in order, to `total`.
+
+    Args:
+        total: (T, K, D) float32, changed in place.
+        buffer: (K, n) with n at least D times T rounded up to 64.
+        scale: Factor on the buffer.
+    """
+    tokens, kv_heads, size = total.shape
+    even = tokens // WARP_GROUP_ROWS * WARP_GROUP_ROWS
+    if even:
+        target = total[:even].unflatten(0, (-1, 4, 2, 8)).unflatten(-1, (size // 8, 4, 2))
+        source = _ordered(buffer[:, : even * size], size)
+        torch.view_as_complex(target).add_(torch.view_as_complex(source), alpha=scale)  # two columns at a time: faster
+    if tokens > even:
+        last = _ordered(buffer[:, even * size : (even + WARP_GROUP_ROWS) * size], size)
+        total[even:].add_(last.reshape(WARP_GROUP_ROWS, kv_heads, size)[: tokens - even], alpha=scale)
+
+
+def _ordered(buffer: Tensor, size: int) -> Tensor:
+    """(K, n) seen as (blocks of 64 keys, 4 warps, 2 halves, 8 rows, K, D / 8, 4 pairs, 2)."""
+    parts = buffer.unflatten(1, (-1, size // 8, 4, 8, 4, 2, 2))  # (K, block, columns, warp, row, pair, half, column)
+    return parts.permute(1, 3, 6, 4, 0, 2, 5, 7)
