@@ -175,7 +175,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(config, made, tmp_path
     model = AutoModelForCausalLM.from_pretrained(broken)
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
-    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is nan.*No update was made.*rows row \d+ \(documents"):
+    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is nan.*No update.*rows row \d+ \(documents"):
         train(replace(config, model=str(broken)), quiet=True)
 
 
@@ -189,7 +189,7 @@ def test_a_jump_of_the_loss_stops_before_the_update(config, monkeypatch):
         return replace(made, labels=made.labels.flip(1)) if first >= 20 else made
 
     train(quiet, quiet=True)
-    assert max(curve(quiet)) - min(curve(quiet)) < 3, "nothing jumps by itself"
+    assert curve(quiet) == sorted(curve(quiet), reverse=True), "nothing jumps by itself"
     monkeypatch.setattr(RowOrder, "batch", batch)
     said = r"Step 11: the loss is .* above the mean of the 10 steps before.*step-0000010"
     with pytest.raises(FloatingPointError, match=said):
