@@ -23,6 +23,18 @@ def bench_attention(words: Sequence[str]) -> None:
     run(words)
 
 
+def bench_prefill(words: Sequence[str]) -> None:
+    """Time reading a long prompt on this machine: seconds, memory, and the share of the attention kernel's rate."""
+    from ultralong.bench.prefill import main as run
+
+    run(words)
+
+
+# These read their own options.
+BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
+    "bench attention": bench_attention,
+    "bench prefill": bench_prefill,
+}
 COMMANDS: dict[str, Callable[..., None]] = {
     "extend": extend,
     "pack": pack,
@@ -42,7 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval make": make_samples,
     "eval score": score,
     "eval compare": compare,
-    "bench attention": bench_attention,
+    **BENCHES,
     "plan": plan,
     "launch": launch,
     "demo": demo,
@@ -68,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name is None:
         print(f"ultralong: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
-    if name == "bench attention":
-        bench_attention(words[2:])
+    if name in BENCHES:
+        BENCHES[name](words[2:])
         return
     _run(name, words[len(name.split()) :])
 

@@ -61,7 +61,7 @@ class LongReader:
         self.reused = 0
         self._ids: Tensor | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Read a prompt, going on from where it differs from the last one.
 
@@ -94,12 +94,12 @@ class LongReader:
         self._ids = input_ids.clone()
         return self._from_owner(logits)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
         """Logits (B, V) behind one more token (B, 1)."""
         return self._pass(token)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int, stop: set[int] | None = None) -> list[list[int]]:
         """Continue each prompt with the most likely token at each step.
 
