@@ -1,10 +1,10 @@
 """Speed and memory of reading long prompts here: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
 
 The model has the shape asked for and random weights, made on the GPU; ids are random. A prompt is read as an evaluation
-reads it (`ultralong.evaluation.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer for
-attention and 2 for each token and parameter of the layers. Beside it stands the forward attention kernel alone, on one
-call over the same length on the same GPU, which is what long prompts can approach at best. With several GPUs rates are
-per GPU, and the kernel has each GPU's share of the heads. Kernels are compiled and chosen before anything is timed.
+reads it (`ultralong.evaluation.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
+for attention, and 2 for each token and parameter of the layers. Beside it stands the forward attention kernel alone, in
+one call over the same length on the same GPU, which is what long prompts can approach at best. With several GPUs rates
+are per GPU, and the kernel has each GPU's share of the heads. Kernels are compiled and chosen before anything is timed.
 """
 
 from __future__ import annotations
