@@ -32,7 +32,9 @@ def test_a_baseline_is_run_and_collected(checkpoint, tmp_path, capsys):
     held = read_json(tmp_path / "all.json")
     assert held["model"] == "A tiny model."
     assert held["runs"]["gpu"] == made
-    assert held["runs"]["cpu"]["scores"] == made["scores"]
+    assert [{**row, "each": found["each"]} for row, found in zip(
+        held["runs"]["cpu"]["scores"], made["scores"], strict=True)] == made["scores"]
+    assert all(len(row["each"]) == row["n"] for row in made["scores"])
     assert str(tmp_path) not in json.dumps(held)
 
 

@@ -32,6 +32,7 @@ def test_rows_fit_together(folder, tmp_path, gpus, kv, capsys):
     for row, tokens in zip(rows, (301, 600), strict=True):
         assert row["model"] == "model, cut to 2 of 3 layers"
         assert (row["tokens"], row["gpus"], row["chunk"], row["finite"]) == (tokens, gpus, 128, True)
+        assert row["apart_from_plain"] < (0.1 if kv == "fp8" else 1e-5)
         assert row["of_kernel"] == pytest.approx(row["tflops"] / row["kernel_tflops"], rel=0.1)
         work = sum(prefill_flops(shape_of(model_config(str(folder))), tokens))
         assert 0 < row["tflops"] <= work / row["seconds"] / 1e12 * 1.01

@@ -20,7 +20,8 @@ from ultralong.bench.machine import machine_facts
 from ultralong.evaluation.results import summarise
 from ultralong.evaluation.run import run
 from ultralong.evaluation.run_settings import RunSettings
-from ultralong.files import read_json, write_json
+from ultralong.evaluation.samples import score_predictions
+from ultralong.files import read_json, read_jsonl, write_json
 
 TESTS = ("needle", "ruler")
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -32,7 +33,7 @@ ASKED = ("model", "tasks", "lengths", "samples", "grid", "grid_samples", "seed",
 
 
 def measure(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
-    """Run, and return the run's summary with the machine and the minutes that this call took.
+    """Run, and return the run's summary with the machine, the minutes that this call took and every sample's score.
 
     Raises:
         ValueError: As for `run`.
@@ -46,7 +47,11 @@ def measure(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool
             raise
         print(f"No page was drawn: {error}", file=sys.stderr)
     minutes = round((time.monotonic() - start) / 60, 2)
-    return shortened(summarise(out) | {"machine": machine_facts(), "minutes": minutes})
+    result = shortened(summarise(out) | {"machine": machine_facts(), "minutes": minutes})
+    for row in result["scores"]:
+        records = read_jsonl(out / f"{row['task']}-{row['length']}.jsonl")
+        row["each"] = [round(float(value), 4) for value in score_predictions(row["task"], records)["scores"]]
+    return result
 
 
 def shortened(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--grid", type=int, nargs=2, default=list(GRID), help="needle map: lengths and depths")
     one.add_argument("--grid-samples", type=int, default=20, help="needle map: prompts a cell")
     one.add_argument("--data", help="folder with SQuAD's and HotpotQA's files, or package")
+    one.add_argument("--no-chat", action="store_true", help="ask plainly, without the chat template")
     one.add_argument("--batch", type=int, help="short prompts to answer together")
     one.add_argument("--workers", type=int, default=0, help="processes that make samples ahead")
     one.add_argument("--device", default="auto")
@@ -124,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         wanted = RunSettings(asked.model, tuple(asked.tests), tuple(asked.lengths), asked.samples, tuple(asked.grid),
                              asked.grid_samples, data=asked.data, batch=asked.batch, workers=asked.workers,
-                             beyond_window=True, skip_missing=True)
+                             chat=False if asked.no_chat else None, beyond_window=True, skip_missing=True)
         result = measure(wanted, asked.out, asked.device)
         write_json(asked.json, result)
     except (ValueError, ImportError) as error:
