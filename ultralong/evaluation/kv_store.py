@@ -31,8 +31,9 @@ def to_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
         (..., D) float8, and (..., 1) bfloat16 powers of two: their product is the rounded `x`.
     """
     exponent = torch.frexp(x.abs().amax(-1, keepdim=True).float()).exponent - LARGEST_EXPONENT  # (..., 1)
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-100, 100))
-    return (x.float() / scale).to(EIGHT_BITS), scale.to(torch.bfloat16)
+    # In bfloat16 at once: a power that a device computes a little off becomes one of two again.
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-100, 100)).to(torch.bfloat16)
+    return (x.float() / scale.float()).to(EIGHT_BITS), scale
 
 
 @dataclass
