@@ -8,6 +8,7 @@ activations, logits are made for the last token alone, and the cache is made onc
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -55,8 +56,8 @@ class LongReader:
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
         self.chunk = CHUNK * ranks if chunk is None else chunk
-        # A kept beginning that ends inside a chunk may lie unevenly: room for half a chunk more.
-        spare = math.ceil(self.chunk / ranks) if ranks > 1 else 0
+        # A kept beginning that ends inside a chunk may lie unevenly, by a piece of the zigzag.
+        spare = math.ceil(self.chunk / (2 * ranks)) if ranks > 1 else 0
         self.context = CachedAttention(KvStore(self._share(capacity, ranks) + spare, kv), group, kernel)
         self.reused = 0
         self._ids: Tensor | None = None
@@ -187,10 +188,13 @@ def check_model(model: PreTrainedModel) -> None:
     Raises:
         ValueError: Some layer does not see the whole text, or the model takes no chosen logits.
     """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} can't leave out the logits of all but the last tokens: several GPUs, "
+                         "8-bit keys and values and batches are for models that can. Use --gpus 1 --batch 1.")
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds or window is not None:
         found = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
-        raise ValueError(f"{type(model).__name__} has {found}: several GPUs and 8-bit keys and values are for models "
-                         "whose layers all see the whole text. Leave --gpus and --kv away.")
+        raise ValueError(f"{type(model).__name__} has {found}: several GPUs, 8-bit keys and values and batches are for "
+                         "models whose layers all see the whole text. Leave --gpus, --kv and --batch away.")
