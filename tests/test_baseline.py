@@ -18,7 +18,7 @@ def checkpoint(tmp_path, make_tiny_model, tiny_tokenizer):
 def test_a_baseline_is_run_and_collected(checkpoint, tmp_path, capsys):
     words = ["run", str(checkpoint), "--tests", "needle", "infinitebench_passkey", "ruler_qa_hotpot", "--lengths",
              "1024", "2048", "--samples", "3", "--grid", "2", "2", "--grid-samples", "1", "--device", "cpu",
-             "--batch", "4"]
+             "--batch", "4", "--data", str(tmp_path / "small")]
     with pytest.warns(UserWarning, match="beyond the model's window"):
         main([*words, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")])
     assert "left out: ruler_qa_hotpot" in capsys.readouterr().out
@@ -26,6 +26,7 @@ def test_a_baseline_is_run_and_collected(checkpoint, tmp_path, capsys):
     assert [(row["length"], row["n"]) for row in made["scores"]] == [(1024, 3), (2048, 3)]
     assert all({"low", "high"} <= row.keys() for row in made["scores"])
     assert made["machine"]["date"]
+    assert "the folder of data holds none of hotpot" in made["skipped"]["ruler_qa_hotpot"]
     assert len(made["needle"]) == 4
     collect(tmp_path / "all.json", {"gpu": tmp_path / "report.json"}, "A tiny model.")
     main(["collect", "--json", str(tmp_path / "all.json"), f"cpu={tmp_path / 'run'}"])

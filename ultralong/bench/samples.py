@@ -55,13 +55,19 @@ def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None 
             questions = find_questions(task, None if data is None else Path(data))
             (sample,) = make_samples(task, loaded, length, 1, questions=questions)
         except ValueError as error:
-            return [*rows, {"task": task, "length": length, "note": str(error).splitlines()[0][:200]}]
+            reason = str(error).splitlines()[0].replace(data or "\0", "the folder of data")[:200]
+            return [*rows, {"task": task, "length": length, "note": reason}]
         rows.append({"task": task, "length": length, "tokens": sample["length"],
                      "filled": round(sample["length"] / length, 4),
                      "seconds": round(time.perf_counter() - start, 2),
                      "cpu_seconds": round(time.process_time() - cpu, 2),
                      "peak_gib": round(_peak_gib(), 2)})
     return rows
+
+
+def _load() -> float | None:
+    """How many processes wanted a core over the last minute, where the system says so."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _peak_gib() -> float:
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A process for each test, so that its peak is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             rows += other.submit(measure, task, asked.tokenizer, sorted(asked.lengths), asked.data).result()
-        write_json(asked.json, {"machine": machine_facts(), "tokenizer": Path(asked.tokenizer).name, "rows": rows})
+        write_json(asked.json, {"machine": machine_facts(), "load_average": _load(), "tokenizer": Path(asked.tokenizer).name, "rows": rows})
         print(rows[-1], flush=True)
 
 

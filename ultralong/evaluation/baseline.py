@@ -59,6 +59,9 @@ def shortened(summary: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: summary[key] for key in KEPT if key in summary}
     settings = {key: value for key, value in summary["settings"].items() if key in ASKED}
     settings["model"] = Path(settings["model"]).name
+    data = str(summary["settings"].get("data") or "")
+    if data:
+        kept["skipped"] = {test: reason.replace(data, "the folder of data") for test, reason in kept["skipped"].items()}
     first: dict[tuple[str, int], Any] = {}
     for failure in summary["failures"]:
         first.setdefault((failure["task"], failure["length"]), failure)
