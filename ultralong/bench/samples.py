@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A process for each test, so that its peak is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             rows += other.submit(measure, task, asked.tokenizer, sorted(asked.lengths), asked.data).result()
-        write_json(asked.json, {"machine": machine_facts(), "load_average": _load(), "tokenizer": Path(asked.tokenizer).name, "rows": rows})
+        write_json(asked.json, {"machine": machine_facts(), "load_average": _load(),
+                                "tokenizer": Path(asked.tokenizer).name, "rows": rows})
         print(rows[-1], flush=True)
 
 
