@@ -10,12 +10,17 @@ import tyro
 
 from ultralong import __version__
 from ultralong.cli import data, texts
-from ultralong.cli.bench import bench_attention, bench_train
+from ultralong.cli.bench import bench_attention, bench_prefill, bench_train
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
 from ultralong.cli.runs import report, run
 
+# These read their own options.
+BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
+    "bench attention": bench_attention,
+    "bench prefill": bench_prefill,
+}
 COMMANDS: dict[str, Callable[..., None]] = {
     "extend": extend,
     "pack": pack,
@@ -35,7 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval make": make_samples,
     "eval score": score,
     "eval compare": compare,
-    "bench attention": bench_attention,
+    **BENCHES,
     "bench train": bench_train,
     "plan": plan,
     "launch": launch,
@@ -62,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name is None:
         print(f"ultralong: unknown command {words[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
-    if name == "bench attention":
-        bench_attention(words[2:])
+    if name in BENCHES:
+        BENCHES[name](words[2:])
         return
     _run(name, words[len(name.split()) :])
 

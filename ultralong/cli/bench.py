@@ -17,6 +17,13 @@ def bench_attention(words: Sequence[str]) -> None:
     run(words)
 
 
+def bench_prefill(words: Sequence[str]) -> None:
+    """Time reading a long prompt on this machine: seconds, memory, and the share of the attention kernel's rate."""
+    from ultralong.bench.prefill import main as run
+
+    run(words)
+
+
 def bench_train(
     model: Positional[str] = "meta-llama/Llama-3.1-8B",
     /,

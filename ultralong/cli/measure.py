@@ -135,13 +135,18 @@ def answer(
     samples: int = 20,
     seed: int = 0,
     haystack: Path | None = None,
-    chunk: int | None = 16384,
+    chunk: int | None = None,
+    gpus: int = 1,
+    kv: Literal["auto", "fp8"] = "auto",
+    batch: int | None = None,
     device: str = "auto",
     json: Json = None,
 ) -> None:
     """Let a model answer tests at several lengths, and score it. Stop it at any time; it goes on where it was.
 
-    Example: ultralong eval answer model --tasks niah_single_1 ruler_vt --lengths 4096 32768 --out runs/ruler
+    Examples:
+      ultralong eval answer model --tasks niah_single_1 ruler_vt --lengths 4096 32768 --out runs/ruler
+      ultralong eval answer model --tasks niah_single_1 --lengths 1048576 --gpus 2 --kv fp8 --out runs/long
 
     Args:
         model: Folder or hub id.
@@ -151,17 +156,28 @@ def answer(
         samples: Samples of each test at each length.
         seed: Seed of the samples.
         haystack: Text file or folder to fill prompts with.
-        chunk: Tokens of one prefill pass.
+        chunk: Tokens of one prefill pass; by default 16,384, or 65,536 a GPU with --gpus or --kv.
+        gpus: GPUs that share a prompt; each holds the whole model and its part of the cache.
+        kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
+        batch: Short prompts to answer together; by default as many as fit on a GPU, one on a CPU.
         device: auto, cpu or cuda.
         json: Write the scores as JSON to this file.
     """
-    from ultralong.evaluation.commands import open_model, read_haystack
-    from ultralong.evaluation.records import answer_tasks
+    from functools import partial
 
-    loaded, tokenizer = open_model(model, device)
-    result = answer_tasks(
-        loaded, tokenizer, tasks, lengths, samples, seed, out, chunk=chunk, haystack=read_haystack(haystack)
+    from ultralong.evaluation.commands import answer as work
+    from ultralong.evaluation.long_engine import with_model
+
+    result = with_model(
+        partial(work, tasks, lengths, samples, seed, out, haystack, chunk, batch),
+        model,
+        gpus=gpus,
+        kv=kv,
+        chunk=chunk,
+        device=device,
     )
+    if result is None:  # one of torchrun's other processes
+        return
     leave(json, result)
     for row in result["scores"]:
         interval = f"[{row['low']:.1f}, {row['high']:.1f}]"

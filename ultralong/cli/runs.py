@@ -35,7 +35,9 @@ def run(
     run_code: bool = False,
     engine: Literal["transformers", "vllm"] = "transformers",
     gpus: int = 1,
-    kv_dtype: str = "auto",
+    kv: Literal["auto", "fp8"] = "auto",
+    batch: int | None = None,
+    workers: int = 0,
     device: str = "auto",
     json: Json = None,
 ) -> None:
@@ -48,6 +50,7 @@ def run(
     Examples:
       ultralong eval run needle,ruler,facts,nonliteral model --lengths 4096 32768 131072 --samples 50 --out runs/model
       ultralong eval run lveval,infinitebench model --lengths 131072 --data published --out runs/model
+      ultralong eval run ruler model --lengths 1048576 --gpus 2 --out runs/long
 
     Args:
         tasks: Tests and groups, with commas between them.
@@ -74,8 +77,11 @@ def run(
         run_code: standard: let HumanEval run what the model wrote, on this machine.
         engine: What answers: transformers, or vllm, which must be installed; the needle map and perplexity want
             transformers.
-        gpus: vllm: GPUs to split the model over.
-        kv_dtype: vllm: type of keys and values, auto or fp8.
+        gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
+            model over.
+        kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
+        batch: Short prompts to answer together; by default as many as fit on a GPU, one on a CPU.
+        workers: Processes that make samples ahead of the model.
         device: auto, cpu or cuda.
         json: Write the report's numbers as JSON to this file.
     """
@@ -101,10 +107,14 @@ def run(
         run_code=run_code,
         engine=engine,
         gpus=gpus,
-        kv_dtype=kv_dtype,
+        kv_dtype=kv,
+        batch=batch,
+        workers=workers,
         **{key: None if value is None else str(value) for key, value in words.items()},
     )
     result = measure(wanted, out, before=before, device=device)
+    if result is None:  # one of torchrun's other processes
+        return
     leave(json, result)
     _tell(result, out)
 

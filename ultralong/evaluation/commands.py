@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ultralong import attention
 from ultralong.data.rows import PackedRows
+from ultralong.evaluation.engines import Engine
 from ultralong.evaluation.needle import needle_grid
 from ultralong.evaluation.perplexity import perplexity_by_position
+from ultralong.evaluation.records import answer_tasks
 from ultralong.evaluation.report import describe_environment
 from ultralong.files import write_json
 
@@ -43,6 +45,15 @@ def open_model(model: str | os.PathLike[str], device: str = "auto") -> tuple[Pre
     except OSError as error:
         raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
     return loaded.to(device).eval(), tokenizer
+
+
+def answer(tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int, out: str | os.PathLike[str],
+           haystack: str | os.PathLike[str] | None, chunk: int | None, batch: int | None, model: PreTrainedModel,
+           tokenizer: PreTrainedTokenizerBase, engine: Engine | None) -> dict[str, Any]:
+    """`records.answer_tasks` with its arguments in the order that `long_engine.with_model` fills."""
+    return answer_tasks(model, tokenizer, tasks, lengths, samples, seed, out, engine=engine,
+                        chunk=PREFILL_CHUNK if chunk is None else chunk, batch=batch,
+                        haystack=read_haystack(haystack))
 
 
 def read_haystack(path: str | os.PathLike[str] | None) -> list[str] | None:

@@ -13,14 +13,23 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ultralong.evaluation.batched import generate_together, rows_at_once
 from ultralong.evaluation.generate import generate_greedy
 from ultralong.evaluation.shared_prefix import SharedPrefix
 
 
 class Engine(Protocol):
-    """Answers prompts, one at a time and greedily."""
+    """Answers prompts greedily."""
 
     name: str
+
+    def at_once(self, capacity: int) -> int:
+        """How many prompts to give at once, when the longest takes `capacity` tokens with its answer."""
+        ...
+
+    def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
+        """Continue several prompts of any lengths, each by its own budget; asked only where `at_once` is above 1."""
+        ...
 
     def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
         """Continue a prompt.
@@ -36,20 +45,51 @@ class Engine(Protocol):
         ...
 
 
+class OneByOne:
+    """What engines share that take one prompt at a time."""
+
+    def at_once(self, capacity: int) -> int:
+        """See `Engine`."""
+        return 1
+
+    def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
+        """See `Engine`."""
+        raise NotImplementedError(f"{type(self).__name__} takes one prompt at a time.")
+
+
 class OwnEngine:
-    """transformers' model, read in chunks, with keys and values shared from prompt to prompt.
+    """transformers' model: many short prompts together, or one after the other, read in chunks.
+
+    One after the other, keys and values are shared from prompt to prompt as far as both begin alike.
 
     Args:
         model: A causal language model; it is put into eval mode.
         tokenizer: Its tokenizer.
         chunk: Tokens of one prefill pass; None takes a prompt at once.
+        batch: Prompts to answer together; None takes as many as fit on a GPU (`batched.rows_at_once`), one on a CPU.
+
+    Raises:
+        ValueError: A batch below 1.
     """
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None) -> None:
-        self.model, self.tokenizer, self.chunk = model.eval(), tokenizer, chunk
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None,
+                 batch: int | None = None) -> None:
+        if batch is not None and batch < 1:
+            raise ValueError(f"A batch holds at least one prompt, got {batch}.")
+        self.model, self.tokenizer, self.chunk, self.batch = model.eval(), tokenizer, chunk, batch
         self._shared: SharedPrefix | None = None
+
+    def at_once(self, capacity: int) -> int:
+        """See `Engine`."""
+        self._shared = None  # its memory is what a batch may take
+        return rows_at_once(self.model, capacity, self.batch)
+
+    def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
+        """See `Engine`."""
+        said = generate_together(self.model, prompts, budgets)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
 
     def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
         """See `Engine`."""
@@ -62,7 +102,7 @@ class OwnEngine:
         return self.tokenizer.decode(said, skip_special_tokens=True), self._shared.reused
 
 
-class VllmEngine:
+class VllmEngine(OneByOne):
     """vLLM, with its own prefix cache. It pins the torch that it was built for, so it lives where that fits.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.engines import Engine, OwnEngine
 from ultralong.evaluation.intervals import paired_difference
+from ultralong.evaluation.making import Making
 from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
 from ultralong.files import append_jsonl, read_jsonl, write_json
 from ultralong.progress import progress
@@ -97,7 +99,8 @@ def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]
 
 def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str],
                  lengths: Sequence[int], samples: int, seed: int, out: str | os.PathLike[str], *,
-                 chunk: int | None = None, chat: bool | None = None, haystack: Sequence[str] | None = None,
+                 chunk: int | None = None, batch: int | None = None, engine: Engine | None = None,
+                 chat: bool | None = None, haystack: Sequence[str] | None = None,
                  questions: Mapping[str, str | os.PathLike[str]] | None = None, quiet: bool = False) -> dict[str, Any]:
     """Let a model answer tests at several lengths, and score it.
 
@@ -113,6 +116,8 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
         seed: Seed of the samples.
         out: Folder of answers and scores.
         chunk: Tokens of one prefill pass; None takes a prompt at once.
+        batch: Prompts to answer together, see `OwnEngine`.
+        engine: What answers; None is `OwnEngine`.
         chat: As for `make_samples`.
         haystack: As for `make_samples`.
         questions: For tests on published questions: name of the test to its file.
@@ -126,54 +131,65 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
         ValueError: As for `make_samples`; or the folder holds another run.
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
-    scores = answer_pairs(OwnEngine(model, tokenizer, chunk), tokenizer, pairs, samples, seed, out, chat=chat,
-                          haystack=haystack, questions=questions, quiet=quiet)
+    engine = OwnEngine(model, tokenizer, chunk, batch) if engine is None else engine
+    scores = answer_pairs(engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack,
+                          questions=questions, quiet=quiet)
     result = {"scores": scores, "means": mean_by_length(scores)}
     write_json(Path(out) / "scores.json", result)
     return result
 
 
 def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, int]],
-                 samples: int, seed: int, out: str | os.PathLike[str], *, chat: bool | None = None,
+                 samples: int, seed: int, out: str | os.PathLike[str], *, workers: int = 0, chat: bool | None = None,
                  haystack: Sequence[str] | None = None,
                  questions: Mapping[str, str | os.PathLike[str]] | None = None,
                  quiet: bool = False) -> list[dict[str, Any]]:
     """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the scores, writes none.
 
-    A set of published texts may hold fewer samples than asked for; `n` says how many there were.
+    A set of published texts may hold fewer samples than asked for; `n` says how many there were. `workers` processes
+    make samples ahead.
     """
     out = Path(out)
-    scores = []
+    held = {(task, length): done_already(out / f"{task}-{length}.jsonl", task, length, seed)[:samples]
+            for task, length in pairs}
+    wanted = {pair: (len(there), samples - len(there)) for pair, there in held.items()}
     with progress(total=sum(length for _, length in pairs) * samples, desc="answers", unit="tok", unit_scale=True,
-                  quiet=quiet) as bar:
-        for task, length in pairs:
-            path = out / f"{task}-{length}.jsonl"
-            there = done_already(path, task, length, seed)[:samples]
-            bar.set_postfix_str(f"{task} {length:,}")
-            bar.update(length * len(there))
-            options = {"chat": chat, "haystack": haystack, "questions": (questions or {}).get(task)}
-            made = make_samples(task, tokenizer, length, samples - len(there), seed, first=len(there),
-                                **options) if len(there) < samples else iter(())
-            for record in _answered(engine, tokenizer, made):
-                append_jsonl(path, record)
-                there.append(record)
+                  quiet=quiet) as bar, Making(tokenizer, wanted, seed, workers=workers, questions=questions, chat=chat,
+                                              haystack=haystack) as making:
+        # Neighbours of one length are answered together, whatever the test.
+        for length, group in groupby(held, key=lambda pair: pair[1]):
+            together = list(group)
+            bar.update(length * sum(len(held[pair]) for pair in together))
+            for record in _answered(engine, tokenizer, making.of(together), length):
+                append_jsonl(out / f"{record['task']}-{length}.jsonl", record)
+                held[record["task"], length].append(record)
+                bar.set_postfix_str(f"{record['task']} {length:,}")
                 bar.update(length)
-            bar.update(length * (samples - len(there)))
-            scored = score_predictions(task, there)
-            kept = {key: scored[key] for key in ("n", "score", "low", "high")}
-            seconds = round(sum(record["seconds"] for record in there), 3)
-            scores.append({"task": task, "length": length, **kept, "seconds": seconds})
+            bar.update(length * sum(samples - len(held[pair]) for pair in together))
+    scores = []
+    for (task, length), there in held.items():
+        scored = score_predictions(task, there)
+        kept = {key: scored[key] for key in ("n", "score", "low", "high")}
+        seconds = round(sum(record["seconds"] for record in there), 3)
+        scores.append({"task": task, "length": length, **kept, "seconds": seconds})
     return scores
 
 
-def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase,
-              samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for sample in samples:
+def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],
+              length: int) -> Iterator[dict[str, Any]]:
+    """Samples with their answers; of those answered together each has its share of the seconds."""
+    at_once = engine.at_once(length)
+    while batch := list(islice(samples, at_once)):
         start = time.perf_counter()
-        said, reused = engine.answer(prompt_ids(tokenizer, sample), sample["max_new_tokens"], sample["max_length"])
-        kept = {key: value for key, value in sample.items() if key != "input"}
-        yield {**kept, "prediction": said, "engine": engine.name, "reused": reused,
-               "seconds": round(time.perf_counter() - start, 3)}
+        prompts, budgets = [prompt_ids(tokenizer, sample) for sample in batch], [s["max_new_tokens"] for s in batch]
+        if at_once == 1:
+            answers = [engine.answer(prompts[0], budgets[0], length)]
+        else:
+            answers = [(said, 0) for said in engine.answer_many(prompts, budgets)]
+        seconds = (time.perf_counter() - start) / len(batch)
+        for sample, (said, reused) in zip(batch, answers, strict=True):
+            kept = {key: value for key, value in sample.items() if key != "input"}
+            yield {**kept, "prediction": said, "engine": engine.name, "reused": reused, "seconds": round(seconds, 3)}
 
 
 def mean_by_length(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,101 +8,40 @@ files alone and can be made again without the model (`ultralong eval report`).
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong import settings
 from ultralong.evaluation.commands import open_model, position_edges, read_haystack
-from ultralong.evaluation.engines import OwnEngine, VllmEngine
+from ultralong.evaluation.engines import Engine, OwnEngine, VllmEngine
 from ultralong.evaluation.groups import SPECIAL, expand, find_questions
+from ultralong.evaluation.long_engine import with_model
 from ultralong.evaluation.needle import needle_grid, prepare_haystack
+from ultralong.evaluation.needle_ask import ask_cell
 from ultralong.evaluation.perplexity import perplexity_by_position
 from ultralong.evaluation.records import answer_pairs
 from ultralong.evaluation.report import describe_environment
 from ultralong.evaluation.results import SETTINGS_FILE, write_results
+from ultralong.evaluation.run_settings import RunSettings, doubled_lengths, within_window
 from ultralong.evaluation.samples import PUBLISHED, check_task
 from ultralong.evaluation.standard import find_benchmarks, measure_standard
 from ultralong.extras import require
 from ultralong.files import append_jsonl, read_jsonl, write_json
 from ultralong.progress import progress
 
-SHORTEST = 4096  # RULER's first length
 CONTROL = 1024  # the needle map's first column, where the published one has the length 0
-FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine")
-ONE_PASS = 32768  # prompts up to this go in one pass unless a chunk is asked for
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What to measure. A run may be repeated with more tests, lengths or samples: what is there is not done again.
-
-    Attributes:
-        model: Folder or hub id.
-        tasks: Tests and groups of tests.
-        lengths: Tokens of prompt and answer; doubled from 4,096 to the model's window when empty. Published texts have
-            the length that they have: they are asked once, cut where they exceed the longest of these.
-        samples: Samples of each test at each length.
-        grid: Lengths and depths of the needle map, evenly spaced up to the longest length.
-        grid_samples: Prompts in each cell of the map.
-        seed: Seed of the samples.
-        chunk: Tokens of one prefill pass; None takes 16,384 for prompts beyond 32,768 tokens.
-        chat: True asks in the chat template, False plainly; None takes the template where there is one.
-        haystack: Text file or folder to fill prompts with.
-        data: Folder of published data, or `package` for SQuAD from a package registry.
-        rows: Folder of packed rows, for perplexity.
-        max_rows: Rows to use of them.
-        beyond_window: Ask also at lengths beyond the model's window.
-        skip_missing: Leave out tests whose data is missing instead of stopping.
-        benchmarks: Short benchmarks to take of lm-eval's; all when empty.
-        limit: Samples of each of their tasks; None takes all.
-        run_code: HumanEval may run the programs that the model wrote.
-        engine: What answers samples: transformers, or vllm, which must be installed.
-        gpus: vllm: GPUs to split the model over.
-        kv_dtype: vllm: type of keys and values, auto or fp8.
-    """
-
-    model: str
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...] = ()
-    samples: int = 20
-    grid: tuple[int, int] = (40, 10)
-    grid_samples: int = 3
-    seed: int = 0
-    chunk: int | None = None
-    chat: bool | None = None
-    haystack: str | None = None
-    data: str | None = None
-    rows: str | None = None
-    max_rows: int = 16
-    beyond_window: bool = False
-    skip_missing: bool = False
-    benchmarks: tuple[str, ...] = ()
-    limit: int | None = None
-    run_code: bool = False
-    engine: Literal["transformers", "vllm"] = "transformers"
-    gpus: int = 1
-    kv_dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
-            raise ValueError("samples, grid_samples and both sides of grid must be at least 1, got "
-                             f"{self.samples}, {self.grid_samples} and {self.grid}.")
-        if any(length < 1 for length in self.lengths):
-            raise ValueError(f"lengths are tokens, got {list(self.lengths)}.")
-        if self.engine == "vllm" and {"needle", "perplexity"} & set(self.tasks):
-            raise ValueError("The needle map and perplexity read the model's own forward pass, which vllm does not "
-                             "give: leave them out, or --engine away.")
+FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine", "kv_dtype")
 
 
 def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.PathLike[str] | None = None,
         device: str = "auto", opened: tuple[PreTrainedModel | None, PreTrainedTokenizerBase] | None = None,
-        quiet: bool = False) -> dict[str, Any]:
+        engine: Engine | None = None, quiet: bool = False) -> dict[str, Any] | None:
     """Do what is missing of a run, and report.
 
     Args:
@@ -111,15 +50,19 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
         before: Folder of another run, of the model before, to set beside it.
         device: `auto`, or any of torch's.
         opened: The model and its tokenizer when they are open already.
+        engine: What answers, when it is there already.
         quiet: True draws no progress bars.
 
     Returns:
-        What `report.json` holds: see `results.summarise`.
+        What `report.json` holds: see `results.summarise`. None on torchrun's other processes.
 
     Raises:
         ValueError: The folder holds another run; a test is unknown, misses its data or needs longer prompts; or no
             length lies within the window.
     """
+    if opened is None and wanted.shared:
+        return with_model(partial(_run_opened, wanted, out, before, quiet), wanted.model, gpus=wanted.gpus,
+                          kv=wanted.kv_dtype, chunk=wanted.chunk, device=device, quiet=quiet)
     out = Path(out)
     names = expand(wanted.tasks)
     if "perplexity" in names and wanted.rows is None:
@@ -138,13 +81,11 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
     settings.save(asked, out / SETTINGS_FILE, "Repeat or go on with: ultralong eval run")
     write_json(out / "environment.json", {"window": window, "skipped": skipped, **describe_environment()})
     if "needle" in names:
-        measure_grid(model, tokenizer, wanted, max(lengths), texts, out / "needle.jsonl", quiet=quiet)
+        measure_grid(model, tokenizer, wanted, max(lengths), texts, out / "needle.jsonl", engine, quiet=quiet)
     if pairs:
-        chunk = _chunk(wanted, max(lengths))
-        engine = OwnEngine(model, tokenizer, chunk) if model is not None else VllmEngine(
-            wanted.model, tokenizer, max(lengths), gpus=wanted.gpus, kv_dtype=wanted.kv_dtype, chunk=chunk)
-        answer_pairs(engine, tokenizer, pairs, wanted.samples, wanted.seed, out, chat=wanted.chat, haystack=texts,
-                     questions=questions, quiet=quiet)
+        engine = _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine
+        answer_pairs(engine, tokenizer, pairs, wanted.samples, wanted.seed, out, workers=wanted.workers,
+                     chat=wanted.chat, haystack=texts, questions=questions, quiet=quiet)
     if "perplexity" in names and not (out / "perplexity.json").exists():
         write_json(out / "perplexity.json", _perplexity(model, wanted, quiet))
     if "standard" in names:
@@ -154,6 +95,20 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
             device="cuda" if model is None else model.device.type, chat=chat, limit=wanted.limit,
             run_code=wanted.run_code, quiet=quiet))
     return write_results(out, before)
+
+
+def _run_opened(wanted: RunSettings, out: str | os.PathLike[str], before: str | os.PathLike[str] | None, quiet: bool,
+                model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Engine | None) -> dict[str, Any]:
+    """`run` with its arguments in the order that `with_model` fills."""
+    return run(wanted, out, before=before, opened=(model, tokenizer), engine=engine, quiet=quiet)
+
+
+def _engine(wanted: RunSettings, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase,
+            longest: int) -> Engine:
+    chunk = wanted.chunk_for(longest)
+    if model is not None:
+        return OwnEngine(model, tokenizer, chunk, wanted.batch)
+    return VllmEngine(wanted.model, tokenizer, longest, gpus=wanted.gpus, kv_dtype=wanted.kv_dtype, chunk=chunk)
 
 
 def _open(wanted: RunSettings, device: str) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
@@ -179,37 +134,6 @@ def check_same_run(wanted: RunSettings, out: Path) -> None:
         if getattr(there, name) != getattr(wanted, name):
             raise ValueError(f"{out} holds a run with {name} {getattr(there, name)}, this one has "
                              f"{getattr(wanted, name)}. Give another --out, or remove the folder.")
-
-
-def doubled_lengths(window: int) -> tuple[int, ...]:
-    """4,096 and its doubles up to the window, as RULER is reported; the window alone where it is shorter."""
-    lengths = []
-    length = SHORTEST
-    while length <= window:
-        lengths.append(length)
-        length *= 2
-    return tuple(lengths) or (window,)
-
-
-def within_window(lengths: Sequence[int], window: int, beyond: bool) -> list[int]:
-    """The lengths to ask at, in order; those beyond the model's window only if told to, and never without a warning.
-
-    Raises:
-        ValueError: None is left.
-    """
-    ordered = sorted(set(lengths))
-    longer = [length for length in ordered if length > window]
-    if not longer:
-        return ordered
-    said = f"{', '.join(f'{length:,}' for length in longer)} tokens are beyond the model's window of {window:,}"
-    if beyond:
-        warnings.warn(f"{said}: expect it to fail there.", stacklevel=3)
-        return ordered
-    if len(longer) == len(ordered):
-        raise ValueError(f"{said}. Ask at shorter lengths, extend the model first (ultralong extend), or measure how "
-                         "it fails there with --beyond-window.")
-    warnings.warn(f"{said} and are left out: --beyond-window asks there too.", stacklevel=3)
-    return [length for length in ordered if length <= window]
 
 
 def plan_pairs(names: Sequence[str], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, wanted: RunSettings,
@@ -260,8 +184,10 @@ def grid_lengths(count: int, longest: int) -> list[int]:
 
 
 def measure_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: RunSettings, longest: int,
-                 texts: Sequence[str] | None, path: Path, *, quiet: bool = False) -> None:
+                 texts: Sequence[str] | None, path: Path, engine: Engine | None = None, *, quiet: bool = False) -> None:
     """The needle map, cell by cell, into a file of JSON lines; cells that are there are kept.
+
+    Answers are read off the model's own forward pass, or decoded by an engine that has the model to itself.
 
     Raises:
         ValueError: As for `needle_grid`.
@@ -274,16 +200,14 @@ def measure_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wan
                   quiet=quiet) as bar:
         for length, depth, samples in cells:
             if (length, depth, samples) not in done:
-                (cell,) = needle_grid(model, tokenizer, [length], [depth], samples, wanted.seed, haystack,
-                                      chat=wanted.chat, chunk=_chunk(wanted, length), quiet=True)
+                if engine is not None:
+                    cell = ask_cell(engine, tokenizer, length, depth, samples, wanted.seed, haystack, wanted.chat,
+                                    longest)
+                else:
+                    (cell,) = needle_grid(model, tokenizer, [length], [depth], samples, wanted.seed, haystack,
+                                          chat=wanted.chat, chunk=wanted.chunk_for(length), quiet=True)
                 append_jsonl(path, {**cell, "haystack": haystack.name})
             bar.update(length)
-
-
-def _chunk(wanted: RunSettings, length: int) -> int | None:
-    if wanted.chunk is not None:
-        return wanted.chunk
-    return ONE_PASS // 2 if length > ONE_PASS else None
 
 
 def _perplexity(model: PreTrainedModel, wanted: RunSettings, quiet: bool) -> dict[str, Any]:
@@ -293,5 +217,5 @@ def _perplexity(model: PreTrainedModel, wanted: RunSettings, quiet: bool) -> dic
     packed = PackedRows(Path(wanted.rows or ""))
     rows = [packed[index] for index in range(min(wanted.max_rows, len(packed)))]
     edges = position_edges(packed.length)
-    return {by: perplexity_by_position(model, rows, edges, by=by, chunk=_chunk(wanted, packed.length),
+    return {by: perplexity_by_position(model, rows, edges, by=by, chunk=wanted.chunk_for(packed.length),
                                        seed=wanted.seed, quiet=quiet) for by in ("row", "document")}

@@ -1,0 +1,251 @@
+"""Speed and memory of reading long prompts here: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
+
+The model has the shape asked for and random weights, made on the GPU; ids are random. A prompt is read as an evaluation
+reads it (`ultralong.evaluation.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
+for attention, and 2 for each token and parameter of the layers. Beside it stands the forward attention kernel alone, in
+one call over the same length on the same GPU, which is what long prompts can approach at best. With several GPUs rates
+are per GPU, and the kernel has each GPU's share of the heads. Kernels are compiled and chosen before anything is timed,
+on a prompt of up to 16,384 tokens that is also read in one plain pass; `apart_from_plain` is the mean distance of the
+two readings' logits over their spread (rounding of the model's type, and what an 8-bit cache costs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ultralong import attention
+from ultralong.attention.kernels import attention_forward, choose_kernel
+from ultralong.attention.rule import Rule
+from ultralong.bench.machine import machine_facts
+from ultralong.evaluation.generate import prefill
+from ultralong.evaluation.long_reader import LongReader
+from ultralong.files import write_json
+from ultralong.plan.shapes import Shape, model_config, shape_of
+from ultralong.ranks import run_ranks
+
+GIB = 2**30
+WARM = 16384  # tokens of the prompt that is read before anything is timed
+DECODED = 8
+RULE = ("causal: 2 T^2 H D a layer for attention, 2 for each token and parameter of the layers, the head for one token "
+        "only")
+
+
+@dataclass(frozen=True)
+class PrefillBench:
+    """What to measure.
+
+    Attributes:
+        model: A model folder, a hub id, or a shape that the planner knows; weights are random in any case.
+        lengths: Tokens of the prompts.
+        gpus: Processes that share a prompt.
+        layers: Decoder layers to keep; None keeps all. A model cut short is named so in its rows.
+        kv: Type of keys and values: bf16 or fp8.
+        chunk: Tokens of one pass; None takes 65,536 a GPU.
+        kernel: Name of the attention kernel, or auto.
+    """
+
+    model: str
+    lengths: tuple[int, ...] = (262144, 1048576)
+    gpus: int = 1
+    layers: int | None = None
+    kv: str = "bf16"
+    chunk: int | None = None
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.kv not in ("bf16", "fp8"):
+            raise ValueError(f"kv must be bf16 or fp8, found {self.kv!r}")
+        if min(self.lengths, default=0) < 2:
+            raise ValueError(f"lengths must be two tokens or more, found {list(self.lengths)}")
+        if self.gpus < 1 or (self.layers is not None and self.layers < 1):
+            raise ValueError(f"gpus and layers must be 1 or more, found {self.gpus} and {self.layers}")
+
+
+def bench_prefill(options: PrefillBench, path: Path | None = None) -> list[dict[str, Any]]:
+    """Measure every length.
+
+    Args:
+        options: What to measure.
+        path: JSON file, written after every length.
+
+    Returns:
+        One row a length; see `_row`.
+
+    Raises:
+        ValueError: No such model, or fewer GPUs than asked for.
+        ultralong.ranks.RankFailed: A process failed, such as by running out of memory.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and options.gpus > torch.cuda.device_count():
+        raise ValueError(f"{options.gpus} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
+    model_config(options.model)  # says what is wrong here, not in another process
+    if options.gpus == 1:
+        return _measure_all(0, 1, options, device, path)
+    return run_ranks(_measure_all, options.gpus, options, device, path, device=device, timeout=3600)[0]
+
+
+def _measure_all(rank: int, world: int, options: PrefillBench, device: str, path: Path | None) -> list[dict[str, Any]]:
+    config = model_config(options.model)
+    whole = config.get_text_config().num_hidden_layers
+    if options.layers is not None:
+        config.num_hidden_layers = options.layers
+    config.max_position_embeddings = max(*options.lengths, WARM) + DECODED
+    model, shape = make_model(config, device), shape_of(config)
+    rows: list[dict[str, Any]] = []
+    for tokens in options.lengths:
+        measured = _read(model, options, tokens, world, rank)
+        rate = kernel_rate(options.kernel, tokens, shape, world, model)
+        rows.append(_row(options, shape, whole, tokens, world, measured, rate))
+        if rank == 0:
+            print(json.dumps(rows[-1]), flush=True)
+            if path is not None:
+                write_json(path, {"machine": machine_facts(), "options": asdict(options), "flop_rule": RULE,
+                                  "rows": rows})
+    return rows
+
+
+def make_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
+    """A model with random weights, made where it stays: bfloat16 on a GPU, float32 on a CPU."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device if device == "cpu" else torch.device("cuda", torch.cuda.current_device())):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
+
+
+def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int, rank: int) -> dict[str, float]:
+    """Read one prompt and decode a little: the slowest process's seconds, and the most memory of any."""
+    group = dist.group.WORLD if world > 1 else None
+    kv = "fp8" if options.kv == "fp8" else "auto"
+    make = {"kv": kv, "kernel": options.kernel, "quiet": rank > 0}
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    apart = _warm_up(model, ids[:, :WARM], LongReader(model, WARM + DECODED, group, chunk=WARM // 2, **make))
+    _clear(model.device)
+    reader = LongReader(model, tokens + DECODED, group, chunk=options.chunk, **make)
+    start = _now(model.device)
+    logits = reader.prefill(ids)
+    read = _now(model.device) - start
+    finite = bool(torch.isfinite(logits).all())
+    token, start = logits.argmax(-1, keepdim=True), _now(model.device)
+    for _ in range(DECODED):
+        token = reader.step(token).argmax(-1, keepdim=True)
+    step = (_now(model.device) - start) / DECODED
+    peak = torch.cuda.max_memory_allocated() / GIB if model.device.type == "cuda" else 0.0
+    cache, chunk = reader.context.store.bytes / GIB, reader.chunk
+    del reader, logits
+    _clear(model.device)
+    return {"seconds": _slowest(read, model.device), "seconds_per_token": _slowest(step, model.device),
+            "peak_gib": _slowest(peak, model.device), "cache_gib": _slowest(cache, model.device), "chunk": chunk,
+            "apart": _slowest(apart, model.device), "finite": finite}
+
+
+def _warm_up(model: PreTrainedModel, ids: Tensor, reader: LongReader) -> float:
+    """Read a short prompt as the long one will be read, and once plainly: how far apart the logits are, in spreads."""
+    logits = reader.prefill(ids).float()
+    reader.step(ids[:, :1])
+    plain = prefill(model, ids)[:, -1].float()
+    return float((logits - plain).abs().mean() / plain.std())
+
+
+def kernel_rate(name: str, tokens: int, shape: Shape, world: int, model: PreTrainedModel) -> float:
+    """FLOP/s of one causal forward call over the whole length, with each GPU's share of the heads."""
+    kv_heads = max(1, shape.kv_heads // world)
+    heads = shape.heads // shape.kv_heads * kv_heads
+    make = torch.Generator(model.device).manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, count, shape.head_dim, generator=make, device=model.device, dtype=model.dtype)
+               for count in (heads, kv_heads, kv_heads))
+    rule = Rule(scale=shape.head_dim**-0.5)
+    kernel = choose_kernel(name, q, rule)
+    short = slice(min(tokens, WARM))
+    attention_forward(kernel, q[:, short], k[:, short], v[:, short], rule)
+    start = _now(model.device)
+    attention_forward(kernel, q, k, v, rule)
+    seconds = _slowest(_now(model.device) - start, model.device)
+    del q, k, v
+    _clear(model.device)
+    return 2.0 * tokens**2 * heads * shape.head_dim / seconds
+
+
+def prefill_flops(shape: Shape, tokens: int) -> tuple[float, float]:
+    """Useful work of attention, and of matrix products, see `RULE`."""
+    head = shape.vocabulary * shape.hidden
+    attended = 2.0 * tokens**2 * shape.heads * shape.head_dim * shape.layers
+    return attended, 2.0 * (shape.multiplied - head) * tokens + 2.0 * head
+
+
+def _row(options: PrefillBench, shape: Shape, whole: int, tokens: int, world: int, measured: dict[str, float],
+         rate: float) -> dict[str, Any]:
+    """What one length gave; rates in TF/s per GPU, memory of the GPU that needs most."""
+    attended, multiplied = prefill_flops(shape, tokens)
+    achieved = (attended + multiplied) / world / measured["seconds"]
+    cut = "" if shape.layers == whole else f", cut to {shape.layers} of {whole} layers"
+    return {"model": Path(options.model).name + cut, "layers": shape.layers, "of_layers": whole, "tokens": tokens,
+            "gpus": world, "kv": options.kv, "chunk": int(measured["chunk"]), "seconds": round(measured["seconds"], 3),
+            "tokens_per_second": round(tokens / measured["seconds"], 1), "tflops": round(achieved / 1e12, 6),
+            "kernel_tflops": round(rate / 1e12, 6), "of_kernel": round(achieved / rate, 4),
+            "attention_share_of_work": round(attended / (attended + multiplied), 4),
+            "peak_gib": round(measured["peak_gib"], 2), "cache_gib": round(measured["cache_gib"], 3),
+            "decode_seconds_per_token": round(measured["seconds_per_token"], 4),
+            "apart_from_plain": float(f"{measured['apart']:.2g}"), "finite": bool(measured["finite"])}
+
+
+def _now(device: torch.device) -> float:
+    """The time, once all processes and their GPUs are done so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+    return time.perf_counter()
+
+
+def _slowest(value: float, device: torch.device) -> float:
+    if not dist.is_initialized():
+        return value
+    largest: Tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; exits with 1 and a sentence where something cannot be."""
+    parser = argparse.ArgumentParser(prog="ultralong bench prefill", description=__doc__)
+    default = PrefillBench("")
+    parser.add_argument("model", help="folder, hub id, or known shape such as meta-llama/Llama-3.1-8B")
+    parser.add_argument("--lengths", type=int, nargs="+", default=default.lengths, help="tokens of the prompts")
+    parser.add_argument("--gpus", type=int, default=1, help="processes that share a prompt")
+    parser.add_argument("--layers", type=int, help="keep this many decoder layers; the result says so")
+    parser.add_argument("--kv", default="bf16", help="type of keys and values: bf16 or fp8")
+    parser.add_argument("--chunk", type=int, help="tokens of one pass; 65,536 a GPU by default")
+    parser.add_argument("--kernel", default="auto", help="attention kernel")
+    parser.add_argument("--json", type=Path, help="write machine, options and rows to this file")
+    found = vars(parser.parse_args(arguments))
+    path = found.pop("json")
+    try:
+        bench_prefill(PrefillBench(**found | {"lengths": tuple(found["lengths"])}), path)
+    except (ValueError, ImportError, RuntimeError) as error:
+        print(f"ultralong bench prefill: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
