@@ -12,7 +12,7 @@ from ultralong import __version__
 from ultralong.cli import data, texts
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
-from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
+from ultralong.cli.measure import answer, compare, evaluate, loss, make_samples, score
 from ultralong.cli.runs import report, run
 
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sft": sft,
     "eval": evaluate,
+    "eval loss": loss,
     "eval run": run,
     "eval report": report,
     "eval answer": answer,
