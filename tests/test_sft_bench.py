@@ -20,7 +20,8 @@ def talks(count, same=0):
     for n in range(count):
         m = 0 if n >= count - same else n
         answer = " ".join(f"word{m}of{k}" for k in range(14))
-        yield Conversation(f"c{n}", [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": answer}])
+        question = {"role": "user", "content": f"Say {n}."}
+        yield Conversation(f"c{n}", [question, {"role": "assistant", "content": answer}])
 
 
 def test_conversations_are_kept_apart_by_their_ids_alone():
