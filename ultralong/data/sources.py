@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -135,11 +136,19 @@ class OpenSource:
     def conversations(self) -> Iterator[Conversation]:
         """The well-formed conversations, with the source's rule for system messages applied; the rest is counted.
 
+        A budget is met within one conversation, by characters (3.68 a token where the source does not say).
+
         Raises:
             ValueError: A malformed record under `strict`.
         """
         talks = self._conversations()
-        yield from talks if self.filter is None else self.filter.conversations(talks)
+        budget, rate = self.budgets[self.source.name], self.source.characters_per_token or FU_CHARACTERS_PER_TOKEN
+        left = math.inf if budget is None else budget * rate
+        for talk in talks if self.filter is None else self.filter.conversations(talks):
+            yield talk
+            left -= talk.characters
+            if left <= 0:
+                break
 
     def _conversations(self) -> Iterator[Conversation]:
         source, settings = self.source, self.source.read
