@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultralong.data.chat_template import check_messages
 from ultralong.data.clean import CLEANERS
-from ultralong.data.conversations import Conversation, to_messages
+from ultralong.data.conversations import Conversation, from_the_first_question, to_messages
 from ultralong.data.decontaminate import Filter, HitList, read_tests
 from ultralong.data.documents import Document, ReadReport
 from ultralong.data.fetch import describe, unpack
@@ -164,10 +165,14 @@ class OpenSource:
             if isinstance(record, list) and isinstance(row.get("answer"), str):
                 record = row
             try:
-                messages = to_messages(record, source.style, source.pairs)
+                whole = to_messages(record, source.style, source.pairs)
+                messages = from_the_first_question(whole)
+                check_messages(messages)
             except ValueError as error:
                 reader.skip(str(error), id)
                 continue
+            if len(messages) < len(whole):
+                self.report.note("an answer before the first question left off", id)
             if source.system is not None:
                 messages = [message for message in messages if message["role"] != "system"]
                 messages = [*([{"role": "system", "content": source.system}] if source.system else []), *messages]
