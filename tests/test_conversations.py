@@ -109,6 +109,38 @@ def test_malformed_records_are_counted_named_and_cost_nothing_else(tmp_path, tin
     assert [talk[0]["content"] for talk in read_conversations(path)][-5:] == [f"Where is {n}?" for n in range(3, 8)]
 
 
+def test_an_answer_that_nobody_asked_for_is_left_off_and_noted(tmp_path, tiny_tokenizer):
+    """A third of the ShareGPT package: pieces of conversations that begin in the middle."""
+    opening = {"from": "gpt", "value": "As I said."}
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]
+    system = {"from": "system", "value": "Be brief."}
+    records = [[opening, *turns], [system, opening, opening, *turns], turns, [opening, turns[0]], [opening]]
+    lines = [json.dumps({"id": f"c{n}", "conversations": record}).encode() for n, record in enumerate(records)]
+    path = recipe(tmp_path, lines)
+    roles = [[turn["role"] for turn in talk] for talk in read_conversations(path)]
+    assert roles == [["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"]]
+    report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
+    assert report.skipped == {"no answer": 1, "no question": 1}
+    named = [entry["where"] for entry in read_jsonl(tmp_path / "rows" / "left_out.jsonl")
+             if "before the first question" in entry["reason"]]
+    assert named == ["a/c0", "a/c1"]
+    with pytest.raises(ValueError, match="begins with an answer"):
+        encode_chat(tiny_tokenizer, [{"role": "assistant", "content": "As I said."}])
+
+
+@pytest.mark.parametrize("budget", [1, 40, 400, 10_000])
+def test_a_budget_is_met_within_one_conversation(tmp_path, tiny_tokenizer, budget):
+    path = recipe(tmp_path, [line(n, "There. " * (1 + n % 7)) for n in range(60)])
+    every = [sum(len(turn["content"]) for turn in talk) / 3.68 for talk in read_conversations(path)]
+    report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", limit=budget, quiet=True)
+    taken = report.counts["documents"]
+    assert taken == 60 or sum(every[:taken]) >= budget
+    assert sum(every[: taken - 1]) < budget
+    assert taken + sum(report.skipped.values()) <= 60
+    again = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", limit=budget, quiet=True)
+    assert again.counts == report.counts
+
+
 @pytest.mark.parametrize(("bad", "message"), [(b"{broken", "not JSON"), (line(1, ""), "empty answer"),
                                               (b'{"messages": [{"content": "a"}]}', "role")])
 def test_strict_stops(tmp_path, bad, message):

@@ -81,7 +81,9 @@ def test_the_heldout_works_are_not_in_the_training_recipe():
     ({"packing": {"joint": "none"}}, "unknown key 'joint'; did you mean 'join'"),
     ({"packing": {"join": "comma"}}, "packing: join must be one of"),
     ({"packing": {"seed": 1}}, "seed does not belong here"),
-    ({"kind": "chat", "packing": {}, "lengths": {}}, "lengths: the length rule is for documents")])
+    ({"kind": "chat", "packing": {}, "lengths": {}}, "lengths: the length rule is for documents"),
+    ({"kind": "chat", "packing": {}, "tokens": 9, "sources": [{"name": "a", "license": "x", "path": "p", "parts": {
+        "field": "f", "shares": {"b": 1.0}}}]}, "parts: they are for documents; a is of conversations")])
 def test_a_wrong_recipe_names_the_key(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(recipe_file(tmp_path, **changes))

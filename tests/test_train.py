@@ -180,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(config, made, tmp_path
 
 
 def test_a_jump_of_the_loss_stops_before_the_update(config, monkeypatch):
-    """Ten quiet steps, then rows whose labels are a token that never occurs: stopped, with the checkpoint to go on from."""
+    """Ten quiet steps, then rows whose labels are a token that never occurs: stopped, and where to go on."""
     quiet = replace(config, steps=14, save_every=5, optimizer=OptimizerConfig(lr=3e-3))
     real = RowOrder.batch
 

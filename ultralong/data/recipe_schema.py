@@ -158,6 +158,10 @@ class Recipe:
             raise ValueError(f"sources: one or more with different names are needed, found {names}.")
         if self.kind == "chat" and self.lengths is not None:
             raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
+        mixed = [source.name for source in self.sources if source.parts is not None]
+        if self.kind == "chat" and mixed:
+            raise ValueError(f"parts: they are for documents; {', '.join(mixed)} is of conversations. Make each part a "
+                             "source of its own.")
         if self.kind == "documents" and self.subsample is not None:
             raise ValueError("subsample: it is for conversations; documents are limited by their sources' budgets.")
         shares = self.subsample.shares if self.subsample is not None else None

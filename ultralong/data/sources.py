@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultralong.data.chat_template import check_messages
 from ultralong.data.clean import CLEANERS
-from ultralong.data.conversations import Conversation, to_messages
+from ultralong.data.conversations import Conversation, from_the_first_question, to_messages
 from ultralong.data.decontaminate import Filter, HitList, read_tests
 from ultralong.data.documents import Document, ReadReport
 from ultralong.data.fetch import describe, unpack
@@ -135,11 +137,19 @@ class OpenSource:
     def conversations(self) -> Iterator[Conversation]:
         """The well-formed conversations, with the source's rule for system messages applied; the rest is counted.
 
+        A budget is met within one conversation, by characters (3.68 a token where the source does not say).
+
         Raises:
             ValueError: A malformed record under `strict`.
         """
         talks = self._conversations()
-        yield from talks if self.filter is None else self.filter.conversations(talks)
+        budget, rate = self.budgets[self.source.name], self.source.characters_per_token or FU_CHARACTERS_PER_TOKEN
+        left = math.inf if budget is None else budget * rate
+        for talk in talks if self.filter is None else self.filter.conversations(talks):
+            yield talk
+            left -= talk.characters
+            if left <= 0:
+                break
 
     def _conversations(self) -> Iterator[Conversation]:
         source, settings = self.source, self.source.read
@@ -155,10 +165,14 @@ class OpenSource:
             if isinstance(record, list) and isinstance(row.get("answer"), str):
                 record = row
             try:
-                messages = to_messages(record, source.style, source.pairs)
+                whole = to_messages(record, source.style, source.pairs)
+                messages = from_the_first_question(whole)
+                check_messages(messages)
             except ValueError as error:
                 reader.skip(str(error), id)
                 continue
+            if len(messages) < len(whole):
+                self.report.note("an answer before the first question left off", id)
             if source.system is not None:
                 messages = [message for message in messages if message["role"] != "system"]
                 messages = [*([{"role": "system", "content": source.system}] if source.system else []), *messages]

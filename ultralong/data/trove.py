@@ -8,6 +8,7 @@ is taken from there; here is what it does not have: reading a recipe, the length
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ultralong.data.sampling import LengthCounts, sample_parts
 from ultralong.data.sources import OpenSource
 from ultralong.data.tokens import tokenize_corpus
 from ultralong.extras import require
-from ultralong.files import read_json, write_json
+from ultralong.files import read_json, sha256, write_json
 
 RATIOS = "characters_per_token.json"
 SPARE = 3.0  # times its budget that is read of a source, as filters and deduplication will leave out some
@@ -86,6 +87,26 @@ class Read(Step):
                 yield made(text=document.text, id=document.id,
                            metadata={"source": document.source, "license": document.license})
             write_json(self.base / "read" / f"{rank:05d}" / f"{source.name}.json", opened.report.as_json())
+
+
+def language_filter(code: str, model: str | os.PathLike[str] | None = None) -> Any:
+    """Datatrove's language filter, with the identifying model from a file where one is given.
+
+    Args:
+        code: What the model calls the language that is kept; a text passes with a score above 0.65.
+        model: A fastText model whose labels are `__label__CODE`; None lets datatrove download lid.176.
+
+    Raises:
+        ValueError: There is no such file.
+        ImportError: datatrove or fastText is missing.
+    """
+    made = require("datatrove.pipeline.filters", extra="cluster").LanguageFilter(languages=code)
+    if model is not None:
+        if not Path(model).is_file():
+            raise ValueError(f"language model {model} is not there: give a fastText model's file that every task sees.")
+        # datatrove copies it beside the models that it downloads, under a name that changes with the content.
+        made.model.MODEL_URL, made.model.MODEL_SUBFOLDER = str(model), sha256(model)[:16]
+    return made
 
 
 class Tokenise(Step):

@@ -14,6 +14,13 @@ from ultralong.settings import save
 
 FILTERS = ("language", "quality", "repetition")
 DEDUPS = ("exact", "minhash")
+# What fastText's identification (lid.176) calls the languages that datatrove names by ISO 639-3.
+CODES = {
+    "ara": "ar", "ben": "bn", "ces": "cs", "cmn": "zh", "dan": "da", "deu": "de", "ell": "el", "eng": "en", "fas": "fa",
+    "fin": "fi", "fra": "fr", "heb": "he", "hin": "hi", "hun": "hu", "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko",
+    "nld": "nl", "nob": "no", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "swe": "sv", "tam": "ta",
+    "tha": "th", "tur": "tr", "ukr": "uk", "vie": "vi", "zho": "zh",
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,11 @@ class TroveSettings:
         tasks: Parts that the recipe is read in.
         workers: Tasks at once; -1 for all.
         cache: Where fetched packages are kept, which every task sees.
-        filters: Of "language" (fastText's identification, English), "quality" and "repetition" (Gopher's rules), in
-            this order.
-        language: The language that the filters and the word splitting are for, as datatrove names it.
+        filters: Of "language" (fastText's identification), "quality" and "repetition" (Gopher's rules), in this order.
+        language: The language that the filters and the word splitting are for, as datatrove names it (ISO 639-3).
+        language_code: What the identifying model calls that language; by default ISO 639-1's name for it.
+        language_model: A fastText model's file that identifies languages, which every task sees; without it the tasks
+            download `lid.176.bin` (126 MB) from where fastText publishes it.
         dedup: Of "exact" (texts equal to the last character) and "minhash" (nearly equal), in this order.
         longest: Words of the longest document that the quality filter lets pass; datatrove's own 100,000 would throw
             out what this recipe is for.
@@ -53,6 +62,8 @@ class TroveSettings:
     time: str = "24:00:00"
     memory: int = 4
     environment: str | None = None
+    language_code: str | None = None
+    language_model: str | None = None
 
     def __post_init__(self) -> None:
         for key, allowed in (("filters", FILTERS), ("dedup", DEDUPS)):
@@ -61,6 +72,9 @@ class TroveSettings:
                 raise ValueError(f"{key}: {', '.join(unknown)} is not known; there are {', '.join(allowed)}.")
         if self.tasks < 1:
             raise ValueError(f"tasks must be at least 1, found {self.tasks}.")
+        if "language" in self.filters and self.language_code is None and self.language not in CODES:
+            raise ValueError(f"language {self.language!r}: what the identifying model calls it is not known here. Say "
+                             "it with --language-code.")
         if self.executor == "slurm" and not self.partition:
             raise ValueError("partition: Slurm needs to know where to run. Name it with --partition.")
 
@@ -77,7 +91,7 @@ import sys
 
 from datatrove.executor.{module} import {executor_class}
 {imports}
-from ultralong.data.trove import Prepare, Read, Tokenise
+from ultralong.data.trove import {steps}
 
 BASE = {base!r}
 RECIPE = {recipe!r}
@@ -163,12 +177,11 @@ if __name__ == "__main__":
 '''
 
 FILTER_LINES = {
-    "language": "    LanguageFilter(languages=LANGUAGE[:2]),\n",
+    "language": "    language_filter(LANGUAGE_CODE, LANGUAGE_MODEL),\n",
     "quality": "    GopherQualityFilter(max_doc_words={longest}, language=LANGUAGE),\n",
     "repetition": "    GopherRepetitionFilter(language=LANGUAGE),\n",
 }
 FILTER_IMPORTS = {
-    "language": "from datatrove.pipeline.filters import LanguageFilter",
     "quality": "from datatrove.pipeline.filters import GopherQualityFilter",
     "repetition": "from datatrove.pipeline.filters import GopherRepetitionFilter",
 }
@@ -206,19 +219,23 @@ def render(recipe: str, settings: TroveSettings, out: str | os.PathLike[str], ov
 
 def script(name: str, recipe: str, settings: TroveSettings) -> str:
     """The program's text."""
-    slurm = settings.executor == "slurm"
-    imports = [*(FILTER_IMPORTS[key] for key in settings.filters), *(DEDUP_IMPORTS[key] for key in settings.dedup),
+    slurm, identify = settings.executor == "slurm", "language" in settings.filters
+    imports = [*(FILTER_IMPORTS[key] for key in settings.filters if key in FILTER_IMPORTS),
+               *(DEDUP_IMPORTS[key] for key in settings.dedup),
                "from datatrove.pipeline.readers import JsonlReader",
                "from datatrove.pipeline.writers import JsonlWriter",
                *(["from datatrove.utils.hashing import HashConfig"] if settings.dedup else [])]
     executor_class = "SlurmPipelineExecutor" if slurm else "LocalPipelineExecutor"
-    site = f"PARTITION = {settings.partition!r}\nTIME = {settings.time!r}\nMEMORY = {settings.memory!r}\n" \
+    site = f"LANGUAGE_CODE = {settings.language_code or CODES[settings.language]!r}\n" \
+           f"LANGUAGE_MODEL = {settings.language_model!r}\n" if identify else ""
+    site += f"PARTITION = {settings.partition!r}\nTIME = {settings.time!r}\nMEMORY = {settings.memory!r}\n" \
            f"ENVIRONMENT = {settings.environment!r}\n" if slurm else ""
     arguments = "        partition=PARTITION, time=TIME, mem_per_cpu_gb=MEMORY, env_command=ENVIRONMENT, " \
                 "job_name=name,\n" if slurm else ""
     after = f"ultralong data merge {shlex.quote(settings.base)} --recipe {shlex.quote(recipe)} " \
             f"--tokenizer {shlex.quote(settings.tokenizer)} --length 1048576 --out rows"
     head = HEAD.format(
+        steps="Prepare, Read, Tokenise" + (", language_filter" if identify else ""),
         name=name, executor=settings.executor, module=settings.executor,
         executor_class=executor_class, imports="\n".join(sorted(imports)),
         base=settings.base, recipe=recipe, tokenizer=settings.tokenizer, cache=settings.cache, tasks=settings.tasks,

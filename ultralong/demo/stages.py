@@ -148,7 +148,7 @@ class Demo:
 
     def tuned(self) -> Path:
         """The extended, pretrained model after short SFT."""
-        return self._train("tuning", self.pretrained(), self.chat_rows().folder, self.config.tuning, 1)
+        return self._train("tuning", self.pretrained(), self.chat_rows().folder, self.config.tuning, 1, "sft")
 
     def measure(self, which: str) -> dict[str, Any]:
         """Needle grid and perplexity by position of a stage's model.
@@ -219,7 +219,9 @@ class Demo:
             self.device
         )
 
-    def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int) -> Path:
+    def _train(
+        self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train"
+    ) -> Path:
         out = self.out / name
         if (out / "result.json").exists():
             return out / "model"
@@ -239,5 +241,6 @@ class Demo:
             parallel=ParallelConfig(sequence=processes),
         )
         settings.save(config, self.out / f"{name}.yaml")
-        start(self.out / f"{name}.yaml", processes, resume=(out / "config.yaml").exists(), quiet=self.quiet)
+        resume = (out / "config.yaml").exists()
+        start(self.out / f"{name}.yaml", processes, resume=resume, quiet=self.quiet, command=command)
         return out / "model"

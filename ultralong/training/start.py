@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 
-def start(config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False) -> None:
-    """Run `ultralong train CONFIG` on `processes` processes of this machine, and wait.
+def start(config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False,
+          command: str = "train") -> None:
+    """Run `ultralong train CONFIG` (or `ultralong sft CONFIG`) on `processes` processes of this machine, and wait.
 
     With one process nothing is started: the run happens in a fresh interpreter all the same, so that what it leaves
     behind (process groups, thread counts, CUDA memory) cannot reach the caller.
@@ -20,19 +21,20 @@ def start(config: str | os.PathLike[str], processes: int, resume: bool = False, 
         processes: How many.
         resume: Go on from the newest checkpoint.
         quiet: No progress bar.
+        command: `train`, or `sft`, which refuses rows of documents.
 
     Raises:
         RuntimeError: The run failed; its own message went to standard error.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
-    command = [sys.executable, "-m"]
+    words = [sys.executable, "-m"]
     if processes > 1:
         # --standalone takes a free port by itself, so that two runs on a machine do not meet.
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command += ["ultralong", "train", str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
+        words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    words += ["ultralong", command, str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     # The child leads its own group, so that stopping this process stops every rank and leaves none behind.
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         code = process.wait()
     except BaseException:
