@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -95,12 +95,15 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
     with _kept(folder) as place:
         made = prepare(place, case.model, case.layers, case.tokens)
         with tempfile.TemporaryDirectory(dir=place) as run:
-            config, said = _planned(case, made, Path(run), machine)
+            config = _train_config(case, made, Path(run))
+            config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config
             settings.save(config, Path(run) / "config.yaml")
-            row |= {"sharded": case.sharded, "states": case.states, "kernel": case.kernel,
-                    "stages": case.stages,
-                    "memory": settings.to_mapping(config.memory), **said}
-            return row | _run(case, Path(run), made, shape.model_flops(case.tokens))
+            row |= {"sharded": case.sharded, "states": case.states, "kernel": case.kernel, "stages": case.stages,
+                    "memory": settings.to_mapping(config.memory)}
+            with ThreadPoolExecutor(1) as beside:
+                running = beside.submit(_run, case, Path(run), made, shape.model_flops(case.tokens))
+                row |= _planned(config, case, machine)
+                return row | running.result()
 
 
 def _config(case: TrainingCase) -> Any:
@@ -120,29 +123,35 @@ def _kept(folder: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def _planned(case: TrainingCase, made: dict[str, str], run: Path, machine: str) -> tuple[TrainConfig, dict[str, float]]:
-    """The run's config, and what the plan says of it, under the names of what is measured."""
-    config = TrainConfig(
+def _train_config(case: TrainingCase, made: dict[str, str], run: Path) -> TrainConfig:
+    return TrainConfig(
         model=made["model"], out=str(run / "run"), data=(DataSource(made["rows"]),), steps=case.steps,
         optimizer=OptimizerConfig(states=case.states), memory=case.memory,
-        parallel=ParallelConfig(sequence=case.gpus, shard=case.gpus if case.sharded else None,
-                                kernel=case.kernel, stages=case.stages))
-    budget = {"gpu_memory": case.gpu_memory, "host_memory": case.host_memory}
-    said = plan(config, case.gpus, machine=machine, fit=case.fit, **budget).to_dict()
-    if case.fit:
-        config = replace(config, memory=settings.from_mapping(MemoryConfig, said["memory"]))
+        parallel=ParallelConfig(sequence=case.gpus, shard=case.gpus if case.sharded else None, kernel=case.kernel,
+                                stages=case.stages))
+
+
+def _fitted(config: TrainConfig, case: TrainingCase, machine: str) -> MemoryConfig:
+    """What the planner chooses."""
+    said = plan(config, case.gpus, machine=machine, fit=True, gpu_memory=case.gpu_memory, host_memory=case.host_memory)
+    return settings.from_mapping(MemoryConfig, said.memory)
+
+
+def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str, float]:
+    """What the plan says of the run, under the names of what is measured."""
+    said = plan(config, case.gpus, machine=machine).to_dict()
     # Nothing is saved here, which is what would take the rest of the host's memory.
     saving = sum(line["value"] for line in said["lines"] if line["name"].startswith("copies of model and states"))
     said["planned_peak_host_gib"] = round(said["planned_peak_host_gib"] - saving / GIB, 3)
-    return config, {key: value for key, value in said.items()
-                    if key.startswith("planned_") and key != "planned_longest_row"}
+    return {key: value for key, value in said.items() if key.startswith("planned_") and key != "planned_longest_row"}
 
 
 def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
                "-m", "ultralong.bench.training_work", str(run), made["short"]]
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4"}
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * case.gpus)))
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
     if done.returncode:

@@ -23,7 +23,7 @@ import torch
 
 from ultralong.bench.machine import machine_facts
 from ultralong.bench.training import DATASHEET_FLOPS, GIB, TrainingCase
-from ultralong.bench.training_work import prepare
+from ultralong.bench.training_work import prepare, random_model
 from ultralong.files import read_json, write_json
 from ultralong.plan.shapes import model_config, shape_of
 
@@ -71,11 +71,10 @@ def work(name: str, model_folder: str, tokens: int, place: Path) -> None:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.utils import TorchContextParallelConfig
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import AutoModelForCausalLM
 
     parallel = ParallelismConfig(cp_size=int(os.environ["WORLD_SIZE"]),
                                  cp_handler=TorchContextParallelConfig(cp_comm_strategy="allgather"))
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = random_model(model_folder, torch.device("cuda", int(os.environ["LOCAL_RANK"])), "sdpa")
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True,
         reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="SHARDED_STATE_DICT",

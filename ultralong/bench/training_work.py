@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ultralong import settings
 from ultralong.data.documents import Document
@@ -29,7 +29,6 @@ from ultralong.plan.shapes import model_config
 from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
-from ultralong.training.model import load_model
 from ultralong.training.parallel import connect
 from ultralong.training.step import assemble, reserve_host_memory, take_step
 
@@ -38,11 +37,11 @@ WINDOW = 2**24  # of the made models: no row is too long
 
 
 def prepare(folder: Path, model: str, layers: int | None, tokens: int) -> dict[str, str]:
-    """Make a model with random weights and rows of random letters, unless they are there.
+    """Write a model's config and tokenizer, and rows of random letters, unless they are there.
 
     Args:
         folder: Where.
-        model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
+        model: A model folder, a hub id, or a shape that the planner knows.
         layers: Decoder layers to keep; None keeps all.
         tokens: Tokens of a row.
 
@@ -66,11 +65,8 @@ def _make_model(folder: Path, model: str, layers: int | None) -> None:
     config.max_position_embeddings = WINDOW
     if layers is not None:
         config.num_hidden_layers = layers
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     train_tokenizer(["a b c"], WINDOW).save_pretrained(folder)
-    made.save_pretrained(folder)
+    config.save_pretrained(folder)
 
 
 def _make_rows(folder: Path, model: Path, length: int) -> None:
@@ -85,6 +81,15 @@ def _make_rows(folder: Path, model: Path, length: int) -> None:
     pack(store, tokenizer, folder, PackSettings(length=length), quiet=True)
 
 
+def random_model(folder: str, device: torch.device, attention: str = "ultralong",
+                 dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model of a folder's config with random weights, the same in every process, made where it will be used."""
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype,
+                                                attn_implementation=attention).train()
+
+
 def work(folder: Path, short: str) -> None:
     """Train as `folder/config.yaml` says, a short row first; leave the log and this process's peaks in bytes."""
     config = settings.load(TrainConfig, folder / "config.yaml")
@@ -93,7 +98,9 @@ def work(folder: Path, short: str) -> None:
         order = RowOrder(config.data, config.seed, config.steps * config.rows_per_step)
         warm_data = (replace(config.data[0], rows=short),)
         warm = RowOrder(warm_data, config.seed, config.rows_per_step)
-        run = assemble(config, processes, RunFolder(Path(config.out)), order, load_model(config))
+        dtype = torch.float32 if config.parallel.shard is None else torch.bfloat16  # as the trainer loads it
+        model = random_model(config.model, processes.accelerator.device, dtype=dtype)
+        run = assemble(config, processes, RunFolder(Path(config.out)), order, model)
         reserve_host_memory(run)
         take_step(replace(run, order=warm), 0)
         if torch.cuda.is_available():

@@ -31,6 +31,8 @@ class HostPool:
             MemoryError: The host has no more memory to pin.
         """
         buffer = torch.empty(shape, dtype=dtype, device="cpu")
+        if device.type == "cuda":
+            buffer.zero_()  # by all threads; registering would bring the pages in one by one
         size = buffer.numel() * buffer.element_size()
         if device.type == "cuda":
             failed = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
