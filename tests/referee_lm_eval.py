@@ -67,6 +67,7 @@ def answer(model: str, requests: Path, out: Path, batch: int, device: str) -> No
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     dtype = torch.float32 if device == "cpu" else "auto"
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     done = len(read_jsonl(out)) if out.exists() else 0
