@@ -26,7 +26,6 @@ from ultralong.data.sources import OpenSource
 from ultralong.demo import Demo, DemoConfig
 from ultralong.evaluation.haystack import Haystack
 from ultralong.files import read_json, read_jsonl, write_json, write_text
-from ultralong.settings import to_mapping
 
 MOST_TOKENS = 8192  # of an example, as in the recipe
 HAYSTACK_WINDOWS = 4  # windows' worth of tokens that needles are hidden in
@@ -56,7 +55,7 @@ def prepare(
     """
     out, tokenizer = Path(out), AutoTokenizer.from_pretrained(base)
     window = int(read_json(Path(base) / "config.json")["max_position_embeddings"])
-    facts: dict[str, Any] = {"settings": to_mapping(config), "limit": limit}
+    facts: dict[str, Any] = {"target": config.target, "seed": config.seed, "limit": limit}
     for name, recipe, most in (("documents", config.documents, limit), ("heldout", config.heldout, None)):
         made = pack_recipe(recipe, tokenizer, config.target, out / name, limit=most, cache=cache, quiet=quiet)
         shutil.rmtree(out / name / "tokens")  # twice the rows' size, and nothing reads it any more
