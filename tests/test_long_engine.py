@@ -6,8 +6,9 @@ import pytest
 
 from ultralong import cli
 from ultralong.evaluation.long_engine import with_model
+from ultralong.evaluation.results import summarise
 from ultralong.evaluation.run import RunSettings, run
-from ultralong.files import read_json, read_jsonl
+from ultralong.files import append_jsonl, locked, read_json, read_jsonl
 
 TASKS = ("infinitebench_passkey", "niah_multikey_2")
 
@@ -101,3 +102,14 @@ def test_more_gpus_than_there_are(checkpoint):
     missing = torch.cuda.device_count() + 2
     with pytest.raises(ValueError, match=f"{missing} GPUs were asked for and this machine has"):
         with_model(fail, checkpoint, gpus=missing)
+
+
+def test_two_runs_never_write_one_folder(checkpoint, tmp_path):
+    settings = RunSettings(model=checkpoint, tasks=TASKS[:1], lengths=(1024,), samples=2, chat=False)
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="Another process is writing to"):
+        run(settings, tmp_path / "run", device="cpu", quiet=True)
+    run(settings, tmp_path / "run", device="cpu", quiet=True)
+    path = tmp_path / "run" / f"{TASKS[0]}-1024.jsonl"
+    append_jsonl(path, read_jsonl(path)[1])
+    with pytest.raises(ValueError, match=r"holds samples \[0, 1, 1\].*two runs wrote"):
+        summarise(tmp_path / "run")

@@ -6,6 +6,7 @@ crash, a full disk or a second reader never sees half of it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -66,6 +67,27 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         ValueError: `value` holds a NaN or an infinity.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Write into a folder as the only process that does; let go at the end, also by dying.
+
+    Args:
+        folder: Made when missing. The lock is its file `.lock`, which stays.
+
+    Raises:
+        ValueError: Another process writes there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another process is writing to {folder}: wait for it, end it, or give another --out.") \
+                from error
+        yield
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,18 @@ from ultralong.files import read_json, read_jsonl, write_json
 TESTS = ("needle", "ruler")
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 GRID = (9, 5)  # up to 16,384: every 2,048 tokens, and 1,024
-KEPT = ("settings", "window", "environment", "machine", "minutes", "scores", "families", "effective", "needle",
+KEPT = ("settings", "window", "environment", "machine", "scores", "families", "effective", "needle",
         "depths", "failures", "skipped", "sources")
 # Of the settings, what says what was measured.
 ASKED = ("model", "tasks", "lengths", "samples", "grid", "grid_samples", "seed", "chat", "engine", "kv_dtype")
 
 
 def measure(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
-    """Run, and return the run's summary with the machine, the minutes that this call took and every sample's score.
+    """Run, and return the run's summary with the machine and every sample's score.
 
     Raises:
         ValueError: As for `run`.
     """
-    start = time.monotonic()
     try:
         run(wanted, out, device=device, quiet=quiet)
     except ImportError as error:
@@ -46,8 +44,7 @@ def measure(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool
         if not (out / "report.json").exists():
             raise
         print(f"No page was drawn: {error}", file=sys.stderr)
-    minutes = round((time.monotonic() - start) / 60, 2)
-    result = shortened(summarise(out) | {"machine": machine_facts(), "minutes": minutes})
+    result = shortened(summarise(out) | {"machine": machine_facts()})
     for row in result["scores"]:
         records = read_jsonl(out / f"{row['task']}-{row['length']}.jsonl")
         row["each"] = [round(float(value), 4) for value in score_predictions(row["task"], records)["scores"]]
@@ -65,7 +62,8 @@ def shortened(summary: Mapping[str, Any]) -> dict[str, Any]:
     first: dict[tuple[str, int], Any] = {}
     for failure in summary["failures"]:
         first.setdefault((failure["task"], failure["length"]), failure)
-    return kept | {"settings": settings, "failures": list(first.values())}
+    seconds = sum(row["seconds"] for row in summary["scores"])
+    return kept | {"settings": settings, "answer_minutes": round(seconds / 60, 2), "failures": list(first.values())}
 
 
 def collect(path: Path, runs: Mapping[str, Path], model: str | None = None) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     for row in result["families"]:
         print(f"{row['family']:24} {row['length']:>9,}  {row['score']:6.1f}  n {row['n']}")
-    print(f"{result['minutes']} minutes; left out: {', '.join(result['skipped']) or 'nothing'}")
+    print(f"{result['answer_minutes']} minutes of answering; left out: {', '.join(result['skipped']) or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ultralong.evaluation.engines import Engine, OwnEngine
 from ultralong.evaluation.intervals import paired_difference
 from ultralong.evaluation.making import Making
 from ultralong.evaluation.samples import find_task, make_samples, prompt_ids, score_predictions
-from ultralong.files import append_jsonl, read_jsonl, write_json
+from ultralong.files import append_jsonl, locked, read_jsonl, write_json
 from ultralong.progress import progress
 
 SAME = ("task", "seed", "max_length")
@@ -150,12 +150,28 @@ def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequ
     make samples ahead.
     """
     out = Path(out)
-    held = {(task, length): done_already(out / f"{task}-{length}.jsonl", task, length, seed)[:samples]
-            for task, length in pairs}
+    with locked(out):
+        held = {(task, length): done_already(out / f"{task}-{length}.jsonl", task, length, seed)[:samples]
+                for task, length in pairs}
+        _fill(held, engine, tokenizer, samples, seed, out, workers, questions, {"chat": chat, "haystack": haystack},
+              quiet)
+    scores = []
+    for (task, length), there in held.items():
+        scored = score_predictions(task, there)
+        kept = {key: scored[key] for key in ("n", "score", "low", "high")}
+        seconds = round(sum(record["seconds"] for record in there), 3)
+        scores.append({"task": task, "length": length, **kept, "seconds": seconds})
+    return scores
+
+
+def _fill(held: Mapping[tuple[str, int], list[dict[str, Any]]], engine: Engine, tokenizer: PreTrainedTokenizerBase,
+          samples: int, seed: int, out: Path, workers: int, questions: Mapping[str, Any] | None,
+          options: Mapping[str, Any], quiet: bool) -> None:
+    """Answer what is missing, into the lists and the files."""
     wanted = {pair: (len(there), samples - len(there)) for pair, there in held.items()}
-    with progress(total=sum(length for _, length in pairs) * samples, desc="answers", unit="tok", unit_scale=True,
-                  quiet=quiet) as bar, Making(tokenizer, wanted, seed, workers=workers, questions=questions, chat=chat,
-                                              haystack=haystack) as making:
+    with progress(total=sum(length for _, length in held) * samples, desc="answers", unit="tok", unit_scale=True,
+                  quiet=quiet) as bar, Making(tokenizer, wanted, seed, workers=workers, questions=questions,
+                                              **options) as making:
         # Neighbours of one length are answered together, whatever the test.
         for length, group in groupby(held, key=lambda pair: pair[1]):
             together = list(group)
@@ -166,13 +182,6 @@ def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequ
                 bar.set_postfix_str(f"{record['task']} {length:,}")
                 bar.update(length)
             bar.update(length * sum(samples - len(held[pair]) for pair in together))
-    scores = []
-    for (task, length), there in held.items():
-        scored = score_predictions(task, there)
-        kept = {key: scored[key] for key in ("n", "score", "low", "high")}
-        seconds = round(sum(record["seconds"] for record in there), 3)
-        scores.append({"task": task, "length": length, **kept, "seconds": seconds})
-    return scores
 
 
 def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],

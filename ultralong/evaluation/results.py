@@ -103,6 +103,10 @@ def _answers(folder: Path) -> Iterable[tuple[tuple[str, int], list[dict[str, Any
     for path in sorted(folder.glob("*-*.jsonl")):
         match = re.fullmatch(r"(\w+)-(\d+)\.jsonl", path.name)
         if match is not None and match.group(1) in TASKS and (found := read_jsonl(path)):
+            numbers = [record.get("index") for record in found]
+            if numbers != list(range(len(found))):
+                raise ValueError(f"{path} holds samples {numbers}, where 0 to {len(found) - 1} belong: two runs wrote "
+                                 "to it. Delete the file and run again.")
             yield (match.group(1), int(match.group(2))), found
 
 

@@ -32,7 +32,7 @@ from ultralong.evaluation.run_settings import RunSettings, doubled_lengths, with
 from ultralong.evaluation.samples import PUBLISHED, check_task
 from ultralong.evaluation.standard import find_benchmarks, measure_standard
 from ultralong.extras import require
-from ultralong.files import append_jsonl, read_jsonl, write_json
+from ultralong.files import append_jsonl, locked, read_jsonl, write_json
 from ultralong.progress import progress
 
 CONTROL = 1024  # the needle map's first column, where the published one has the length 0
@@ -192,12 +192,12 @@ def measure_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wan
     Raises:
         ValueError: As for `needle_grid`.
     """
-    done = {(cell["length"], cell["depth"], cell["n"]) for cell in (read_jsonl(path) if path.exists() else ())}
     cells = [(length, float(depth), wanted.grid_samples) for length in grid_lengths(wanted.grid[0], longest)
              for depth in (np.linspace(0, 1, wanted.grid[1]) if wanted.grid[1] > 1 else [0.5])]
     haystack = prepare_haystack(tokenizer, texts, longest)
-    with progress(total=sum(length for length, _, _ in cells), desc="needle map", unit="tok", unit_scale=True,
-                  quiet=quiet) as bar:
+    with locked(path.parent), progress(total=sum(length for length, _, _ in cells), desc="needle map", unit="tok",
+                                       unit_scale=True, quiet=quiet) as bar:
+        done = {(cell["length"], cell["depth"], cell["n"]) for cell in (read_jsonl(path) if path.exists() else ())}
         for length, depth, samples in cells:
             if (length, depth, samples) not in done:
                 if engine is not None:
