@@ -1,20 +1,34 @@
 """The planner's memory plan: what is kept, moved and computed again, and what the presets promise."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from ultralong import settings
-from ultralong.plan import plan
+from ultralong.files import read_json
+from ultralong.plan import plan, planner
 from ultralong.plan.planner import STATES
+from ultralong.plan.shapes import model_config
 from ultralong.plan.trace import _traced as traced
 from ultralong.plan.trace import trace
-from ultralong.training.config import TrainConfig, preset
+from ultralong.training.config import (
+    DataSource,
+    MemoryConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    preset,
+)
+
+RESULTS = Path(__file__).resolve().parents[1] / "notebooks" / "results"
+SHARDED = [row for row in read_json(RESULTS / "training_sharded_h200.json")["rows"] if "peer" not in row]
 
 PLANNED = {  # what the presets' comments promise: GPUs, tokens, shape
     "llama31-8b-1m": (8, 2**20, "meta-llama/Llama-3.1-8B"),
+    "llama31-8b-1m-2gpu": (2, 2**20, "meta-llama/Llama-3.1-8B"),
     "llama31-8b-2m": (16, 2**21, "meta-llama/Llama-3.1-8B"),
     "llama31-8b-4m": (32, 2**22, "meta-llama/Llama-3.1-8B"),
     "llama32-1b-1m": (2, 2**20, "meta-llama/Llama-3.2-1B"),
@@ -30,6 +44,22 @@ def test_presets_fit_where_they_say(name):
     assert made.fits, made.advice
     assert not any("computed again" in line.name for line in made.lines)
     assert config.steps * config.rows_per_step * tokens == pytest.approx(1e9, rel=0.02) or "135m" in name
+
+
+@pytest.mark.parametrize("row", SHARDED, ids=[f"{row['model']}, {row['tokens']}, {row['gpus']}" for row in SHARDED])
+def test_measured_runs_are_planned_within_a_tenth(row, monkeypatch):
+    """Runs on one and two H200s, sharded, their layers written out: memory and time as they were measured."""
+    name, _, layers = row["model"].partition(", ")
+    shape = model_config(f"meta-llama/{name}")
+    shape.num_hidden_layers = int(layers.split()[0]) if layers else shape.num_hidden_layers
+    monkeypatch.setattr(planner, "model_config", lambda _: shape)
+    config = TrainConfig(
+        model=name, out="run", data=(DataSource("rows"),), steps=1, memory=MemoryConfig(**row["memory"]),
+        optimizer=OptimizerConfig(states=row["states"]),
+        parallel=ParallelConfig(sequence=row["gpus"], shard=row["gpus"], kernel=row["kernel"], stages=row["stages"]))
+    said = plan(config, row["gpus"], tokens=row["tokens"]).to_dict()
+    assert said["planned_peak_gpu_gib"] == pytest.approx(row["peak_gpu_gib"], rel=0.1)
+    assert said["planned_seconds_per_step"] == pytest.approx(row["seconds_per_step"], rel=0.1)
 
 
 def test_what_is_kept_is_chosen_from_the_budget():

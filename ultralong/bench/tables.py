@@ -57,9 +57,54 @@ def _cell(result: dict[str, Any] | None) -> str:
     return rate if result["name"] == "single" else f"{rate} ({100 * result['of_one']:.1f}%)"
 
 
+def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Training steps: measured, and in brackets what the planner had said before; peers below ours.
+
+    Args:
+        recorded: What `ultralong bench train --json` wrote, one or more files.
+
+    Returns:
+        Lines of a Markdown table; models, GPUs and lengths rise.
+    """
+    rows = [row for file in recorded for row in file["rows"] if "seconds_per_step" in row]
+    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row))
+    lines = ["| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        host = f"{row['peak_host_gib']:.0f}" if "peak_host_gib" in row else ""
+        lines.append(f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {row.get('peer', 'ours')} | "
+                     f"{_beside(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
+                     f"{100 * row['mfu_causal']:.1f}% | {_beside(row, 'peak_gpu_gib')} | {host} |")
+    return lines
+
+
+def _beside(row: dict[str, Any], key: str) -> str:
+    planned = row.get(f"planned_{key}")
+    return f"{row[key]:.1f}" + ("" if planned is None else f" ({planned:.1f})")
+
+
+def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Reading a long prompt: seconds, memory, and the share of the attention kernel's own rate.
+
+    Args:
+        recorded: What `ultralong bench prefill --json` wrote, one or more files.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    rows = sorted((row for file in recorded for row in file["rows"]), key=lambda row: (row["tokens"], row["gpus"]))
+    lines = ["| model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU |",
+             "|---|---|---|---|---|---|---|---|"]
+    return lines + [f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {row['kv']} | {row['seconds']:.1f} | "
+                    f"{row['tflops']:.0f} | {100 * row['of_kernel']:.0f}% | {row['peak_gib']:.1f} |" for row in rows]
+
+
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
     "attention": (("attention_131k.json", "attention_512k.json"), attention_table),
+    "training": (("training_sharded_h200.json",), training_table),
+    "prefill": (("prefill_1gpu_262144.json", "prefill_2gpu_262144.json", "prefill_1gpu_1m_4layers_fp8.json",
+                 "prefill_2gpu_1m_4layers.json"), prefill_table),
 }
 
 

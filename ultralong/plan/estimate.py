@@ -23,8 +23,9 @@ from ultralong.plan.trace import Trace, trace
 from ultralong.training.config import TrainConfig, layers_meant
 
 FLOAT = 4
-# Seen on an H200 with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries.
-CONTEXT_BYTES = 1.0 * GIB
+# Seen on H200s with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries, and what NCCL
+# takes beside it.
+CONTEXT_BYTES, NCCL_BYTES = 1.0 * GIB, 1.2 * GIB
 # The allocator's share of memory that is free and in pieces; growing segments hand most of it back when it is needed.
 FRAGMENTED = 0.03
 # A process with torch, CUDA and transformers loaded; and what saving a checkpoint copies to the host for a parameter
@@ -156,12 +157,16 @@ def gpu_lines(job: Job) -> list[Line]:
     lines += waiting
     if job.shard is not None:
         # A layer's gradients come when what it kept has gone: the first micro-batch needs room for the larger of both.
+        # At the very end, when no layer is at work, those outside of layers are there twice, as they are summed.
         held = job.shape.layers * job.input_bytes * job.config.memory.checkpoint_layers
+        at_work = max(0.0, job.trace.peak - held)
         held += sum(each.value for each in waiting)
         room = held if job.passes == 1 else 0.0
-        lines.append(line("tensors: gradients, float32, beyond what the layers left", max(0.0, FLOAT * count - room)))
+        last = FLOAT * count + max(0.0, (job.dtype.itemsize + FLOAT) * _outside(job) - at_work)
+        lines.append(line("tensors: gradients, float32, beyond what the layers left", max(0.0, last - room)))
     tensors = sum(each.value for each in lines if each.counts)
-    return [*lines, line("free but in pieces", FRAGMENTED * tensors), line("CUDA context and libraries", CONTEXT_BYTES)]
+    context = CONTEXT_BYTES + (NCCL_BYTES if job.gpus > 1 else 0.0)
+    return [*lines, line("free but in pieces", FRAGMENTED * tensors), line("CUDA context and libraries", context)]
 
 
 def _waiting(job: Job, line: Callable[[str, float], Line]) -> list[Line]:
@@ -182,14 +187,22 @@ def _waiting(job: Job, line: Callable[[str, float], Line]) -> list[Line]:
 
 
 def _gathered_bytes(job: Job) -> float:
-    """Two layers' parameters (one in use, one coming), those outside of layers, and a layer's gradients on their way.
+    """Two layers' parameters (one in use, one coming), those outside of layers, gradients of a layer and of the head.
 
-    Gradients are gathered in the run's type and summed in float32.
+    All in the run's type; while layers still hold what they keep, nothing larger is on its way.
     """
-    narrow, wide = job.dtype.itemsize, FLOAT
-    outside = (1 if job.shape.multiplied == job.shape.parameters else 2) * job.shape.vocabulary * job.shape.hidden
-    layer = (job.shape.parameters - outside) / job.shape.layers
-    return 2 * narrow * layer + narrow * outside + (narrow + wide) * max(layer, outside)
+    layer, head = _layer_parameters(job), job.shape.vocabulary * job.shape.hidden
+    return job.dtype.itemsize * (2 * layer + _outside(job) + layer + head)
+
+
+def _outside(job: Job) -> int:
+    """Parameters outside of the layers: embedding and head, one if they are tied."""
+    tied = job.shape.multiplied == job.shape.parameters
+    return (1 if tied else 2) * job.shape.vocabulary * job.shape.hidden
+
+
+def _layer_parameters(job: Job) -> float:
+    return (job.shape.parameters - _outside(job)) / job.shape.layers
 
 
 def host_lines(job: Job) -> list[Line]:
@@ -248,9 +261,8 @@ def _again(job: Job) -> float:
 def _made_again(job: Job) -> float:
     """Seconds of making the inputs that were not kept: what follows attention in every layer but a group's last."""
     shape = job.shape
-    outside = (1 if shape.multiplied == shape.parameters else 2) * shape.vocabulary * shape.hidden
     projections = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim  # of q, k and v: before attention
-    layer = (shape.parameters - outside) / shape.layers - projections
+    layer = _layer_parameters(job) - projections
     return (shape.layers - job.inputs) * 2.0 * layer * job.share / job.machine.matmul_rate(shape.hidden)
 
 

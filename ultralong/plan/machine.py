@@ -61,6 +61,9 @@ class Machine:
     def attention_rates(self, kernel: str, head_dim: int, tokens: int) -> tuple[float, float]:
         """FLOP/s of causal attention, forward and backward (counted as 2.5 times the forward's work).
 
+        Where the kernel was measured at another head size only, its rates are scaled as another kernel's, which was
+        measured at both.
+
         Args:
             kernel: A kernel's name; "auto" is the fastest that comes with torch.
             head_dim: Size of a head; the nearest one that was measured is used.
@@ -77,8 +80,15 @@ class Machine:
             raise ValueError(f"No rates of the attention kernel {kernel!r} on {self.name}; there are: "
                              f"{', '.join(names)}. Measure them: python -m ultralong.bench.rates --json FILE, then "
                              "plan with that file.")
-        table = self.attention[wanted, min(sizes, key=lambda size: abs(size - head_dim))]
-        return _interpolate(table, tokens, 1), _interpolate(table, tokens, 2)
+        nearest = min((size for _, size in self.attention), key=lambda size: abs(size - head_dim))
+        size = nearest if nearest in sizes else min(sizes, key=lambda size: abs(size - head_dim))
+        rates = [_interpolate(self.attention[wanted, size], tokens, column) for column in (1, 2)]
+        if size != nearest:
+            other = next(name for name in names if {(name, size), (name, nearest)} <= self.attention.keys())
+            for column in (1, 2):
+                at = [_interpolate(self.attention[other, each], tokens, column) for each in (nearest, size)]
+                rates[column - 1] *= at[0] / at[1]
+        return rates[0], rates[1]
 
 
 def load_machine(name: str | os.PathLike[str]) -> Machine:

@@ -33,6 +33,8 @@ def start(config: str | os.PathLike[str], processes: int, resume: bool = False, 
         words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     words += ["ultralong", command, str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    # Freed blocks of a long row are of many sizes; segments that grow let one be used for the next.
+    environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The child leads its own group, so that stopping this process stops every rank and leaves none behind.
     process = subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:

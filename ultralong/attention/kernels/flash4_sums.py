@@ -66,6 +66,7 @@ class SumsOf:
         code = getattr(self._backward, "__code__", None)
         names = () if code is None else code.co_names
         given = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self._signature = None if self._convert is None else inspect.signature(self._convert)
         self.possible = self._convert is not None and CONVERT in names and {"dk", "dv"} <= {*given}
 
     def __call__(self, dk: Tensor, dv: Tensor, *tensors: Tensor, rounded: bool, **options: Any) -> tuple[Tensor, Sums]:
@@ -81,12 +82,12 @@ class SumsOf:
         Returns:
             The gradient of q, and the sums.
         """
-        sums, convert = Sums(), self._convert
+        sums, convert, signature = Sums(), self._convert, self._signature
 
         def listen(accum: Tensor, output: Tensor, scale: float, *rest: Any, **named: Any) -> None:
             name = "dk" if output is dk else "dv" if output is dv else ""
             if name:
-                facts = inspect.signature(convert).bind(accum, output, scale, *rest, **named).arguments
+                facts = signature.bind(accum, output, scale, *rest, **named).arguments
                 sums.readable = sums.readable and _is_known(facts)
                 sums.block = facts.get("block_size", 0)
                 sums.buffers[name] = (accum, scale)

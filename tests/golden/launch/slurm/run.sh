@@ -37,6 +37,7 @@ fi
 # ---- Memory and communication. Whatever is exported already wins.
 # Freed blocks of a long row are of many sizes; segments that grow let one be used for the next instead of lying idle.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+echo "allocator of GPU memory on $(hostname): $PYTORCH_ALLOC_CONF"
 # torchrun's default of one thread a process starves what runs on the host: loading rows, pinned copies, checkpoints.
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > gpus_per_node ? cores / gpus_per_node : 1))}"
