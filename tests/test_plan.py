@@ -16,7 +16,7 @@ from ultralong.plan import load_machine, plan
 from ultralong.plan.machine import SCALED
 from ultralong.plan.shapes import KNOWN, model_config, shape_of
 from ultralong.plan.stand_ins import NAME, head_loss
-from ultralong.plan.trace import _step, recompute_layers, trace
+from ultralong.plan.trace import _loss, recompute_layers, trace
 from ultralong.plan.tracker import Tracker
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
 from ultralong.training.loss import tiled_cross_entropy
@@ -64,7 +64,7 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(checkpoint_laye
         recompute_layers(model)
     ids = torch.zeros(2, 256, dtype=torch.int64)
     with Tracker() as real:
-        _step(model, ids, dtype, 64, False)
+        _loss(model, ids, dtype, 64, False).backward()
     followed = trace(TINY, 256, rows=2, dtype=dtype, checkpoint_layers=checkpoint_layers, loss_tile=64)
     assert (followed.peak, followed.multiplied, followed.moved) == (real.peak, real.multiplied, real.moved)
 
@@ -185,11 +185,11 @@ def test_what_does_not_fit_says_what_would(tiny_folder):
 
 def test_gpus_that_share_a_row_are_told_and_are_enough(tiny_folder):
     run = config(tiny_folder)
-    tokens = 5 * plan(run, tokens=4096, gpu_memory=2.0).longest
-    advice = next(text for text in plan(run, tokens=tokens, gpu_memory=2.0).advice if "parallel.sequence" in text)
+    tokens = 5 * plan(run, tokens=4096, gpu_memory=5.0).longest
+    advice = next(text for text in plan(run, tokens=tokens, gpu_memory=5.0).advice if "parallel.sequence" in text)
     sequence = int(advice.split("parallel.sequence=")[1].split()[0])
     assert "fits" in advice
-    assert plan(replace(run, parallel=ParallelConfig(sequence=sequence)), tokens=tokens, gpu_memory=2.0).fits
+    assert plan(replace(run, parallel=ParallelConfig(sequence=sequence)), tokens=tokens, gpu_memory=5.0).fits
 
 
 def test_states_that_are_too_much_are_named():

@@ -148,8 +148,12 @@ def gpu_lines(job: Job) -> list[Line]:
     if job.shard is None:
         lines.append(line("tensors: gradients and activations of a step", job.trace.peak))
     else:
-        lines += [line("tensors: gathered parameters and a layer's gradients", _gathered_bytes(job)),
-                  line("tensors: activations of a step", job.trace.peak)]
+        # The loss comes when no layer is gathered and none has gradients.
+        outside = job.dtype.itemsize * _outside(job)
+        at_loss, later = outside + job.trace.loss_peak, _gathered_bytes(job) + job.trace.backward_peak
+        gathered = outside if at_loss > later else _gathered_bytes(job)
+        lines += [line("tensors: gathered parameters and a layer's gradients", gathered),
+                  line("tensors: activations of a step", max(at_loss, later) - gathered)]
     if job.config.memory.checkpoint_layers:
         stream = "float32" if job.stream_bytes == FLOAT else "bfloat16"
         lines.append(line(f"layer inputs made for the backward pass, {stream}", job.shape.layers * job.input_bytes,
@@ -159,7 +163,7 @@ def gpu_lines(job: Job) -> list[Line]:
         # A layer's gradients come when what it kept has gone: the first micro-batch needs room for the larger of both.
         # At the very end, when no layer is at work, those outside of layers are there twice, as they are summed.
         held = job.shape.layers * job.input_bytes * job.config.memory.checkpoint_layers
-        at_work = max(0.0, job.trace.peak - held)
+        at_work = max(0.0, job.trace.backward_peak - held)
         held += sum(each.value for each in waiting)
         room = held if job.passes == 1 else 0.0
         last = FLOAT * count + max(0.0, (job.dtype.itemsize + FLOAT) * _outside(job) - at_work)

@@ -26,12 +26,16 @@ class Trace:
 
     Attributes:
         peak: Most bytes alive at once, gradients included, parameters and optimizer states left out.
+        loss_peak: Most bytes alive before the backward pass began.
+        backward_peak: And after.
         multiplied: FLOP of matrix products in the decoder, recomputation included; head and attention left out.
         moved: Bytes read and written by everything else.
         operations: Kernels to start.
     """
 
     peak: int
+    loss_peak: int
+    backward_peak: int
     multiplied: int
     moved: int
     operations: int
@@ -95,8 +99,11 @@ def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype
             if gradients_kept and not sharded:
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter)
-            _step(model, ids, dtype, loss_tile, exchanged, sharded)
-            return Trace(tracker.peak, tracker.multiplied, tracker.moved, tracker.operations)
+            total = _loss(model, ids, dtype, loss_tile, exchanged, sharded)
+            before, tracker.peak = tracker.peak, tracker.live
+            total.backward()
+            return Trace(max(before, tracker.peak), before, tracker.peak, tracker.multiplied, tracker.moved,
+                         tracker.operations)
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -109,16 +116,14 @@ def _give_up(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: int,
-          sharded: bool = False) -> None:
+def _loss(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: int,
+          sharded: bool = False) -> torch.Tensor:
     narrow = dtype != torch.float32 and not sharded
     with torch.autocast("cpu", dtype=dtype) if narrow else contextlib.nullcontext():
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
         hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
                                      attention_context=Context(exchanged)).last_hidden_state
-        total = head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, loss_tile, dtype)
-    del hidden
-    total.backward()
+        return head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, loss_tile, dtype)
 
 
 def _without_lengths(config: PreTrainedConfig) -> Any:
