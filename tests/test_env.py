@@ -45,11 +45,11 @@ def requirements() -> list[Requirement]:
 
 def test_every_range_is_a_range_and_holds_its_pin():
     pinned = pins()
-    flash = dict(re.findall(r"^#(flash-attn(?:-4)?)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    extra = dict(re.findall(r"^#(flash-attn(?:-4)?|torchao)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     for requirement in requirements():
         assert ">=" in str(requirement.specifier), f"{requirement} has no lower bound"
         assert "==" not in str(requirement.specifier), f"{requirement} pins outside of constraints.txt"
-        version = flash.get(requirement.name) or pinned.get(requirement.name)
+        version = extra.get(requirement.name) or pinned.get(requirement.name)
         assert version is not None, f"{requirement.name} is in pyproject.toml and not in constraints.txt"
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement} leaves out its pin {version}"
 

@@ -14,7 +14,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ultralong.plan.estimate import HOST_BYTES, Job, gpu_lines, step_lines
+from ultralong.plan.estimate import HOST_BYTES, gpu_lines
+from ultralong.plan.job import Job
+from ultralong.plan.seconds import step_lines
 from ultralong.training.config import MemoryConfig
 
 EVERY = (1, 2, 3, 4, 5, 6, 8)  # inputs kept: of each layer, of each second, ...

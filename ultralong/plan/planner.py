@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ultralong.data.rows import PackedRows
 from ultralong.plan.choose import choose_memory
-from ultralong.plan.estimate import FRAGMENTED, Job, gpu_lines, host_lines, run_lines, step_lines
+from ultralong.plan.estimate import FRAGMENTED, gpu_lines, host_lines
+from ultralong.plan.job import Job
 from ultralong.plan.lines import GIB, Line, Plan
 from ultralong.plan.machine import Machine, load_machine
+from ultralong.plan.seconds import run_lines, step_lines
 from ultralong.plan.shapes import model_config, shape_of
 from ultralong.settings import to_mapping
 from ultralong.training.config import MemoryConfig, TrainConfig
