@@ -45,7 +45,8 @@ def requirements() -> list[Requirement]:
 
 def test_every_range_is_a_range_and_holds_its_pin():
     pinned = pins()
-    extra = dict(re.findall(r"^#(flash-attn(?:-4)?|torchao)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    text = (ROOT / "constraints.txt").read_text()
+    extra = dict(re.findall(r"^#(flash-attn(?:-4)?|torchao)==(\S+)$", text, re.MULTILINE))
     for requirement in requirements():
         assert ">=" in str(requirement.specifier), f"{requirement} has no lower bound"
         assert "==" not in str(requirement.specifier), f"{requirement} pins outside of constraints.txt"
