@@ -57,9 +57,14 @@ class HostPool:
         self._free[buffer.shape, buffer.dtype].append(buffer)
 
     def release(self) -> None:
-        """Give all buffers back to the system; none may be in use."""
+        """Give all buffers back to the system; none may be in use.
+
+        Raises:
+            RuntimeError: CUDA refuses one.
+        """
         for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            if failed := int(torch.cuda.cudart().cudaHostUnregister(address)):
+                raise RuntimeError(f"CUDA could not give back a pinned buffer of host memory (error {failed})")
         self._registered.clear()
         self._free.clear()
         self.bytes = 0
