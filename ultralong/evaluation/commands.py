@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong import attention
 from ultralong.data.rows import PackedRows
 from ultralong.evaluation.engines import Engine
 from ultralong.evaluation.needle import needle_grid
+from ultralong.evaluation.opening import open_weights
 from ultralong.evaluation.perplexity import perplexity_by_position
 from ultralong.evaluation.records import answer_tasks
 from ultralong.evaluation.report import describe_environment
@@ -34,17 +33,11 @@ def open_model(model: str | os.PathLike[str], device: str = "auto") -> tuple[Pre
     Raises:
         ValueError: There is no such checkpoint, or no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"There is no {device} on this machine: use --device cpu.")
-    dtype = torch.float32 if device == "cpu" else "auto"
+    loaded = open_weights(model, device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME)
+        return loaded, AutoTokenizer.from_pretrained(model)
     except OSError as error:
-        raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval(), tokenizer
+        raise ValueError(f"{model} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
 
 
 def answer(tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int, out: str | os.PathLike[str],

@@ -10,6 +10,7 @@ allocated once.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,15 +156,31 @@ def generate_greedy(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: i
     capacity = input_ids.shape[1] + max_new_tokens
     cache, done = (make_cache(model, capacity), 0) if shared is None else shared.start(input_ids, capacity)
     token = prefill(model, input_ids[:, done:], chunk=chunk, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (B, 1)
-    answers: list[list[int]] = [[] for _ in range(len(input_ids))]
+    return greedy(token, lambda last: _forward(model, last, cache, 1)[:, -1].argmax(-1, keepdim=True), max_new_tokens,
+                  stop)
+
+
+def greedy(token: Tensor, following: Callable[[Tensor], Tensor], most: int, stop: Collection[int]) -> list[list[int]]:
+    """Token after token until each row has stopped or has as many as it may.
+
+    Args:
+        token: The first token of each row, (B, 1).
+        following: The next token (B, 1) of the last one (B, 1).
+        most: Tokens of an answer at most.
+        stop: Tokens that end an answer, and are not part of it.
+
+    Returns:
+        Each row's answer.
+    """
+    answers: list[list[int]] = [[] for _ in range(len(token))]
     open_rows = set(range(len(answers)))
-    for step in range(max_new_tokens):
+    for step in range(most):
         for row, value in enumerate(token[:, 0].tolist()):
             if row in open_rows and value in stop:
                 open_rows.discard(row)
             elif row in open_rows:
                 answers[row].append(value)
-        if not open_rows or step + 1 == max_new_tokens:
+        if not open_rows or step + 1 == most:
             break
-        token = _forward(model, token, cache, 1)[:, -1].argmax(-1, keepdim=True)
+        token = following(token)
     return answers

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ultralong import attention
 from ultralong.attention.collectives import Group
 from ultralong.evaluation.cached_attention import CachedAttention
-from ultralong.evaluation.generate import end_tokens
+from ultralong.evaluation.generate import end_tokens, greedy
 from ultralong.evaluation.kv_store import KvStore
 from ultralong.progress import progress
 
@@ -121,18 +121,8 @@ class LongReader:
             raise ValueError(f"There is room for {self.capacity:,} tokens; a prompt of {input_ids.shape[1]:,} and "
                              f"{max_new_tokens:,} new tokens do not fit.")
         stop = end_tokens(self.model) if stop is None else stop
-        token = self._agreed(self.prefill(input_ids))
-        answers: list[list[int]] = [[] for _ in range(len(input_ids))]
-        open_rows = set(range(len(answers)))
-        for step in range(max_new_tokens):
-            for row, value in enumerate(token[:, 0].tolist()):
-                if row in open_rows and value in stop:
-                    open_rows.discard(row)
-                elif row in open_rows:
-                    answers[row].append(value)
-            if not open_rows or step + 1 == max_new_tokens:
-                break
-            token = self._agreed(self.step(token))
+        first = self._agreed(self.prefill(input_ids))
+        answers = greedy(first, lambda last: self._agreed(self.step(last)), max_new_tokens, stop)
         self.context.keep_first(input_ids.shape[1])
         return answers
 

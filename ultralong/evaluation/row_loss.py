@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ultralong import attention
 from ultralong.data.rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.intervals import bootstrap_ratio
+from ultralong.evaluation.opening import open_weights
 from ultralong.evaluation.report import describe_environment
 from ultralong.progress import progress
 from ultralong.training.batches import Batch, collate
@@ -88,15 +89,7 @@ def open_for_loss(model: str | os.PathLike[str], device: str = "auto") -> PreTra
     Raises:
         ValueError: There is no such checkpoint, or no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"There is no {device} on this machine: use --device cpu.")
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention.NAME)
-    except OSError as error:
-        raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval()
+    return open_weights(model, device, torch.float32)
 
 
 @torch.no_grad()

@@ -1,0 +1,34 @@
+"""A checkpoint opened to be measured."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ultralong import attention
+
+
+def open_weights(model: str | os.PathLike[str], device: str = "auto",
+                 dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model with this library's attention, in evaluation mode.
+
+    Args:
+        model: Folder or hub id.
+        device: `auto`, or any of torch's.
+        dtype: Type of the parameters; None is float32 on a CPU and the checkpoint's own elsewhere.
+
+    Raises:
+        ValueError: There is no such checkpoint, or no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"There is no {device} on this machine: use --device cpu.")
+    chosen = dtype or (torch.float32 if device == "cpu" else "auto")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, attn_implementation=attention.NAME)
+    except OSError as error:
+        raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
+    return loaded.to(device).eval()
