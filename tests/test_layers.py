@@ -77,6 +77,15 @@ def test_every_gradient_is_that_of_transformers_layers(shape, plan):
         assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name
 
 
+def test_a_row_shorter_than_a_tile_is_one_tile():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES["llama"], dtype=torch.float64, attn_implementation="ultralong")
+    _, expected = gradients(model, None, 0)
+    _, found = gradients(model, None, 2 * TOKENS, attention_kept=2, attention_host=3, inputs_every=4)
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name
+
+
 def test_under_autocast_the_layers_round_as_transformers_do():
     """bfloat16 products on float32 weights: as near to float32 as transformers' own layers are."""
     torch.manual_seed(0)
