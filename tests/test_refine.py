@@ -36,6 +36,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen, self.headers, self.most, self.now = Counter(), [], 0, 0
         self.lock, self.delay, self.usage = threading.Lock(), 0.0, True
+        self.done = threading.Event()  # lets go of the requests that stall
 
     @property
     def url(self):
@@ -55,17 +56,14 @@ class Handler(BaseHTTPRequestHandler):
             server.headers.append(dict(self.headers))
             server.now += 1
             server.most = max(server.most, server.now)
-        try:
-            steps = script[1].split() if script else []
-            self.act(steps[number] if number < len(steps) else "ok", asked)
-        finally:
-            with server.lock:
-                server.now -= 1
+        steps = script[1].split() if script else []
+        self.act(steps[number] if number < len(steps) else "ok", asked)
 
     def act(self, step, asked):
         if step == "slow":
-            time.sleep(1.0)
+            self.server.done.wait(30)  # far beyond any client's patience, whatever else the machine does
         if step == "cut":
+            self.leave()
             self.close_connection = True
             return
         if step.isdigit():
@@ -85,13 +83,19 @@ class Handler(BaseHTTPRequestHandler):
             value["usage"] = {"prompt_tokens": 40, "completion_tokens": 10, "total_tokens": 50}
         self.answer(200, json.dumps(value).encode())
 
+    def leave(self):
+        """Counted out before a byte of the answer is sent: the client's next request can come right after the last."""
+        with self.server.lock:
+            self.server.now -= 1
+
     def answer(self, code, body, headers=()):
-        self.send_response(code)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        with contextlib.suppress(BrokenPipeError):  # the client did not wait
+        self.leave()
+        with contextlib.suppress(ConnectionError):  # the client did not wait
+            self.send_response(code)
+            for name, value in dict(headers).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
             self.wfile.write(body)
 
     def log_message(self, *arguments):
@@ -105,6 +109,7 @@ def server(monkeypatch):
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield running
+    running.done.set()
     running.shutdown()
     thread.join()
     running.server_close()
@@ -149,7 +154,7 @@ def test_each_refinement_stands_beside_its_original(server, tmp_path):
     ("length", 1, "failed", "cut at max_tokens")])
 def test_what_goes_wrong_is_repeated_or_recorded(server, tmp_path, script, tries, status, reason):
     talks = [talk("a", f"Where [{script}]?"), talk("b")]
-    report = refine(talks, tmp_path, settings(server, timeout=0.4), quiet=True)
+    report = refine(talks, tmp_path, settings(server, timeout=1.0 if "slow" in script else 5.0), quiet=True)
     first, second = read_jsonl(tmp_path / "refined.jsonl")
     assert first["status"] == status
     assert second["status"] == "refined", "one's failure is not another's"
@@ -160,7 +165,7 @@ def test_what_goes_wrong_is_repeated_or_recorded(server, tmp_path, script, tries
         assert reason in first["error"]
         assert first["messages"] == talks[0].messages
         assert report.reasons == {first["error"]: 1}
-        refine(talks, tmp_path, settings(server, timeout=0.4), quiet=True)
+        refine(talks, tmp_path, settings(server, timeout=1.0), quiet=True)
         again = read_jsonl(tmp_path / "refined.jsonl")
         assert again[0]["status"] == "refined", "a failure is tried again by the next run"
         assert again[1] == second
@@ -169,7 +174,7 @@ def test_what_goes_wrong_is_repeated_or_recorded(server, tmp_path, script, tries
 def test_backoff_doubles_and_a_server_may_ask_for_more(server, tmp_path):
     started = time.perf_counter()
     refine([talk("a", "Where [500 500 500]?")], tmp_path, settings(server, backoff=0.1), quiet=True)
-    assert 0.35 <= time.perf_counter() - started < 3, "half of 0.1 + 0.2 + 0.4 s at least"
+    assert time.perf_counter() - started >= 0.35, "half of 0.1 + 0.2 + 0.4 s at least"
 
 
 def test_all_turns_build_on_the_refined_ones(server, tmp_path):
@@ -201,12 +206,12 @@ def test_a_budget_is_never_exceeded_and_lasts_over_runs(server, tmp_path, limit)
 
 def test_what_may_have_been_billed_counts(server, tmp_path):
     server.usage = False
-    report = refine([talk("a", "Where [slow]?")], tmp_path, settings(server, timeout=0.3), quiet=True)
+    report = refine([talk("a", "Where [slow]?")], tmp_path, settings(server, timeout=1.0), quiet=True)
     most = sum(len(m["content"].encode()) + 16 for m in prompt(INSTRUCTION, talk("a", "Where [slow]?").messages))
     assert (report.prompt_tokens, report.answer_tokens) == (2 * most, 60), "a time-out and an answer without a count"
-    tight = settings(server, timeout=0.3, budget_tokens=most + 31)
+    tight = settings(server, timeout=1.0, budget_tokens=most + 31)
     assert refine([talk("b", "Where [slow]?")], tmp_path / "b", tight, quiet=True).reasons == {
-        "no answer in 0.3 s, and the budget allows no repetition": 1}
+        "no answer in 1 s, and the budget allows no repetition": 1}
 
 
 def test_many_threads_cannot_overdraw():

@@ -310,8 +310,8 @@ def dies(rank, world, scheme):
 def test_a_dead_rank_does_not_hang_the_others(scheme):
     started = time.monotonic()
     with pytest.raises(RankFailed, match=r"1 of 2 ranks failed:\n--- rank 1 ---\nprocess ended with exit code 3"):
-        run_ranks(dies, 2, scheme, timeout=20)
-    assert time.monotonic() - started < 15
+        run_ranks(dies, 2, scheme, timeout=60)
+    assert time.monotonic() - started < 50
 
 
 def sleeps(rank, world):
