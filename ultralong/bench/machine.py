@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+import ultralong
+
 PACKAGES = ("torch", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn",
             "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "triton")
 
 
 def machine_facts() -> dict[str, Any]:
     """Hardware, versions and date, for the head of a result file."""
-    versions = {}
+    versions = {"ultralong": ultralong.__version__}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+OURS = ("aten", "ultralong")  # namespaces of operations that do work: torch's, and those in one pass of this library
 # Operations that touch no element, beside views: making memory, and another form of a tensor that shares its memory.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 # Operations that write their result without reading what they are given to know its size, or to write into.
@@ -66,7 +67,7 @@ class Tracker(TorchDispatchMode):
     def _count(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: Any, kwargs: Any,
                result: Any) -> None:
         packet = func._overloadpacket
-        if func.namespace != "aten" or func.is_view or packet.__name__ in FREE:
+        if func.namespace not in OURS or func.is_view or packet.__name__ in FREE:
             return
         self.operations += 1
         if packet in flop_registry:

@@ -15,7 +15,6 @@ and 34 with Ulysses' heads in eight stages (Llama-3.1-8B's shape, 524,288 tokens
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +28,15 @@ from torch.distributed.fsdp import FSDPModule
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Pair, Scheme
 from ultralong.training.kept import Inputs, Keeper
+from ultralong.training.lean import normed, rotated, unseen
 from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, map_tiles, tiles
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) * up(x))
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,27 +45,46 @@ class Cut:
 
     Attributes:
         layer: transformers' layer, used with its own modules.
-        rotate: transformers' function that applies RoPE for this model.
     """
 
     layer: nn.Module
-    rotate: Callable[..., tuple[Tensor, Tensor]]
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, t, H, D), keys and values (B, t, K, D) of x (B, t, d); cos and sin are (1 or B, t, D)."""
-        attention, x = self.layer.self_attn, self.layer.input_layernorm(x)
-        heads = (*x.shape[:-1], -1, attention.head_dim)
-        q, k, v = (project(x).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        if hasattr(attention, "q_norm"):  # Qwen3
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = self.rotate(q, k, cos, sin, unsqueeze_dim=2)
-        narrow = autocast_now(x)
+        q, k, v = self._projected(x, _call)
+        q, k, narrow = rotated(q, cos, sin), rotated(k, cos, sin), autocast_now(x)
         return (q, k, v) if narrow is None else (q.to(narrow), k.to(narrow), v.to(narrow))
 
-    def after(self, x: Tensor, out: Tensor) -> tuple[Tensor]:
+    def before_again(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`before` for its gradients, and without the rotation: those are turned back before they come here."""
+        return self._projected(x, _call if self._heads_are_normed else unseen)
+
+    def after(self, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, t, d) of its input (B, t, d) and attention result (B, t, H, D)."""
         x = x + self.layer.self_attn.o_proj(out.flatten(2))
-        return (x + self.layer.mlp(self.layer.post_attention_layernorm(x)),)
+        return x + self.layer.mlp(normed(self.layer.post_attention_layernorm, x))
+
+    def after_again(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of `after`'s sum, for their gradients."""
+        x, mlp = x + self.layer.self_attn.o_proj(out.flatten(2)), self.layer.mlp
+        rest = normed(self.layer.post_attention_layernorm, x)
+        if type(mlp).__name__ not in GATED:
+            return x, mlp(rest)
+        return x, unseen(mlp.down_proj, mlp.act_fn(mlp.gate_proj(rest)) * mlp.up_proj(rest))
+
+    def _projected(self, x: Tensor, value: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of x before their rotation: those of `value(projection, x)`, where that is theirs."""
+        attention, x = self.layer.self_attn, normed(self.layer.input_layernorm, x)
+        heads = (*x.shape[:-1], -1, attention.head_dim)
+        q, k = (value(project, x).view(heads) for project in (attention.q_proj, attention.k_proj))
+        if self._heads_are_normed:
+            q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
+        return q, k, attention.v_proj(x).view(heads) if value is _call else unseen(attention.v_proj, x).view(heads)
+
+    @property
+    def _heads_are_normed(self) -> bool:
+        """Qwen3's queries and keys."""
+        return hasattr(self.layer.self_attn, "q_norm")
 
     def before_parameters(self) -> list[Tensor]:
         """What `before` reads, as the layer holds it now (gathered, inside a sharded layer's pass)."""
@@ -160,15 +184,20 @@ class WrittenLayers:
         out, lse = pair
         del pair
         dx, dout = dy.contiguous(), torch.empty_like(out)
-        of_after = backward_tiles(cut.after, [x, out], [dx], [dx, dout], cut.after_parameters(), self.tile,
-                                  call.autocast)
+        of_after = backward_tiles(cut.after_again, [x, out], lambda place: 2 * [dx[:, place]], [dx, dout],
+                                  cut.after_parameters(), self.tile, call.autocast)
         qkv = self._project(cut, call, x) if qkv is None else qkv
         scheme, rule = self._rule(cut, call, qkv)
         with torch.autocast(x.device.type, enabled=False):
-            dqkv = scheme.backward(dout, *qkv, out, lse, rule)[:3]
+            dq, dk, dv, _ = scheme.backward(dout, *qkv, out, lse, rule)
         del qkv, out, lse, dout
-        of_before = backward_tiles(cut.before, [x], dqkv, [dx], cut.before_parameters(), self.tile, call.autocast,
-                                   constants=[call.cos, call.sin], add=True)
+
+        def turned_back(place: slice) -> list[Tensor]:
+            cos, sin = call.cos[:, place], -call.sin[:, place]
+            return [rotated(dq[:, place], cos, sin), rotated(dk[:, place], cos, sin), dv[:, place]]
+
+        of_before = backward_tiles(cut.before_again, [x], turned_back, [dx], cut.before_parameters(), self.tile,
+                                   call.autocast, add=True)
         return dx, *of_before, *of_after
 
     def _input(self, index: int, call: Call) -> Tensor:
@@ -216,7 +245,7 @@ class WrittenLayers:
     def _finish(self, cut: Cut, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, T, d)."""
         with torch.no_grad():
-            return map_tiles(lambda place: cut.after(x[:, place], out[:, place])[0], x.shape[1], self.tile)
+            return map_tiles(lambda place: cut.after(x[:, place], out[:, place]), x.shape[1], self.tile)
 
 
 class _Layer(torch.autograd.Function):
@@ -240,7 +269,7 @@ def _cut(layer: nn.Module) -> Cut:
         raise ValueError("memory.layer_tile is for layers without dropout, found attention_dropout="
                          f"{attention.attention_dropout}: set it to 0 in the model's config, or memory.layer_tile to "
                          "0.")
-    return Cut(layer, sys.modules[type(attention).__module__].apply_rotary_pos_emb)
+    return Cut(layer)
 
 
 @contextmanager

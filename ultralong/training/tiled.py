@@ -29,21 +29,20 @@ def autocast_now(x: Tensor) -> Autocast:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def backward_tiles(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor],
-                   into: Sequence[Tensor], parameters: Sequence[Tensor], tile: int, autocast: Autocast,
-                   constants: Sequence[Tensor] = (), add: bool = False) -> list[Tensor | None]:
-    """The backward pass of `function(*inputs, *constants)`, each tile computed again and forgotten.
+def backward_tiles(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
+                   grads: Callable[[slice], Sequence[Tensor]], into: Sequence[Tensor], parameters: Sequence[Tensor],
+                   tile: int, autocast: Autocast, add: bool = False) -> list[Tensor | None]:
+    """The backward pass of `function(*inputs)`, each tile computed again and forgotten.
 
     Args:
-        function: From tiles (B, t, ...) to a tuple of tiles (B, t, ...), every token by itself; it reads `parameters`.
+        function: From tiles (B, t, ...) to tiles (B, t, ...), every token by itself; it reads `parameters`.
         inputs: (B, T, ...) each.
-        grads: Gradients of the results, (B, T, ...) each; rounded or widened to the results' types.
-        into: Where the gradients of the inputs go. One of them may be a tensor of `grads`: a tile is read before it is
-            written.
+        grads: Gradients of the results (B, t, ...) for a range of tokens; rounded or widened to the results' types.
+        into: Where the gradients of the inputs go, (B, T, ...) each. `grads` may read one of them: a tile is read
+            before it is written.
         parameters: What the function reads.
         tile: Tokens of a tile.
         autocast: The type that the forward pass computed in under autocast.
-        constants: (B, T, ...) each, without gradients.
         add: Add to what `into` holds.
 
     Returns:
@@ -56,9 +55,9 @@ def backward_tiles(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence
         leaves = [x[:, place].detach().requires_grad_() for x in inputs]
         # cache_enabled=False: a weight's cast must belong to this tile's graph, not to one that is gone.
         with torch.enable_grad(), torch.autocast(kind, autocast, autocast is not None, False):
-            results = function(*leaves, *(x[:, place] for x in constants))
+            results = function(*leaves)
         shares = torch.autograd.grad(results, [*leaves, *wanted],
-                                     [g[:, place].to(r.dtype) for g, r in zip(grads, results, strict=True)])
+                                     [g.to(r.dtype) for g, r in zip(grads(place), results, strict=True)])
         for target, share in zip(into, shares, strict=False):
             if add:
                 target[:, place] += share
@@ -103,8 +102,8 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         dx = torch.empty_like(x)
-        grads = backward_tiles(lambda part: (ctx.function(part),), [x], [dout], [dx], parameters, ctx.tile,
-                               ctx.autocast)
+        grads = backward_tiles(lambda part: [ctx.function(part)], [x], lambda place: [dout[:, place]], [dx], parameters,
+                               ctx.tile, ctx.autocast)
         return None, None, dx, *grads
 
 

@@ -1,0 +1,59 @@
+"""On a GPU: layers with their backward passes written out are as exact as transformers' own, in bfloat16."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from ultralong.attention import make_context
+from ultralong.training.config import MemoryConfig
+from ultralong.training.lean import normed
+from ultralong.training.loss import LanguageModelLoss
+from ultralong.training.memory import Memory
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+TOKENS = 6000
+
+
+def test_torchs_fused_norm_is_as_exact_as_transformers():
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(4096).to("cuda", torch.bfloat16)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+    x, dy = (torch.randn(1, 4096, 4096, device="cuda").bfloat16() for _ in range(2))
+    leaf, weight = x.double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    y = functional.rms_norm(leaf, (4096,), weight, norm.variance_epsilon)
+    exact, found = [y, *torch.autograd.grad(y, [leaf, weight], dy.double())], []
+    for way in (norm, lambda x: normed(norm, x)):
+        leaf = x.clone().requires_grad_()
+        y = way(leaf)
+        found.append([y, *torch.autograd.grad(y, [leaf, norm.weight], dy)])
+    for theirs, ours, right in zip(*found, exact, strict=True):
+        assert (ours - right).norm() <= 1.05 * (theirs - right).norm() + 1e-6 * right.norm()
+
+
+def gradients(model, memory):
+    ids = torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(3)).cuda()
+    context = make_context(TOKENS, heads=8, kv_heads=2, keeper=memory.keeper if memory else None)
+    total, _ = LanguageModelLoss(model, 1024)(input_ids=ids, labels=ids.roll(-1, 1), attention_context=context,
+                                              position_ids=torch.arange(TOKENS, device="cuda")[None])
+    total.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters()}
+
+
+def test_written_layers_round_no_worse_than_transformers():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6,
+                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False)
+    exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="ultralong").cuda()
+    theirs = copy.deepcopy(exact).bfloat16()
+    ours = copy.deepcopy(theirs)
+    for parameter, narrow in zip(exact.parameters(), theirs.parameters(), strict=True):
+        parameter.data.copy_(narrow)
+    plan = {"attention_kept": 2, "attention_host": 3, "inputs_every": 3, "inputs_host": 1}
+    memory = Memory(ours, MemoryConfig(checkpoint_layers=True, layer_tile=2048, **plan))
+    right, usual, found = gradients(exact, None), gradients(theirs, None), gradients(ours, memory)
+    for name, grad in right.items():
+        assert (found[name] - grad).norm() <= 1.1 * (usual[name] - grad).norm() + 1e-6 * grad.norm(), name

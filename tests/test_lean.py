@@ -1,0 +1,82 @@
+"""Norms in one pass, rotations with few and products without a result: the gradients are those of the usual way."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from ultralong.training import lean
+from ultralong.training.lean import normed, rotated, unseen
+
+
+def test_the_norms_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
+    assert torch.autograd.gradcheck(lambda x, weight: lean._rms_norm(x, weight, 1e-5)[0], (x, weight))
+    torch.testing.assert_close(lean._rms_norm(x, weight, 1e-5)[0], functional.rms_norm(x, (6,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_as_exact_as_transformers(dtype):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(512).to(dtype)
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    x, dy = (torch.randn(2, 40, 512).to(dtype) for _ in range(2))
+    found = {}
+    for name, way in (("theirs", norm), ("ours", lambda x: normed(norm, x))):
+        leaf = x.clone().requires_grad_()
+        y = way(leaf)
+        found[name] = [y, *torch.autograd.grad(y, [leaf, norm.weight], dy)]
+    leaf, weight = (x.double().requires_grad_(), norm.weight.detach().double().requires_grad_())
+    y = functional.rms_norm(leaf, (512,), weight, norm.variance_epsilon)
+    for ours, theirs, exact in zip(found["ours"], found["theirs"],
+                                   [y, *torch.autograd.grad(y, [leaf, weight], dy.double())], strict=True):
+        assert ours.dtype == dtype
+        assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm() + 1e-7 * exact.norm()
+
+
+def test_a_norm_of_another_kind_or_type_is_the_modules_own():
+    x = torch.randn(3, 8)
+    layer_norm, rms = nn.LayerNorm(8), LlamaRMSNorm(8)
+    assert torch.equal(normed(layer_norm, x), layer_norm(x))
+    assert torch.equal(normed(rms, x.double()), rms(x.double()))
+    rms.forward = lambda x: x + 1
+    assert torch.equal(normed(rms, x), x + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_heads_are_turned_as_transformers_turns_them_and_back_as_its_gradient(dtype):
+    torch.manual_seed(0)
+    angles = (torch.randn(1, 7, 6, dtype=torch.float64) * 3).repeat(1, 1, 2)  # each once for each half
+    cos, sin = (1.3 * angles.cos()).to(dtype), (1.3 * angles.sin()).to(dtype)  # YaRN's attention factor is in both
+    q = torch.randn(2, 7, 4, 12, dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(q)
+    theirs = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)[0]
+    dq, = torch.autograd.grad(theirs, [q], dy)
+    tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(rotated(q, cos, sin), theirs, **tolerance)
+    torch.testing.assert_close(rotated(dy, cos, -sin), dq, **tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16])
+def test_a_product_that_nobody_reads_has_the_gradients_of_one_that_is_read(bias, narrow):
+    torch.manual_seed(0)
+    project, x, dy = nn.Linear(6, 5, bias=bias), torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 5)
+    tensors, found = [x, *project.parameters()], []
+    with torch.autocast("cpu", narrow, narrow is not None):
+        for way in (project, lambda x: unseen(project, x)):
+            y = way(x)
+            found.append(torch.autograd.grad(y, tensors, dy.to(y.dtype)))
+    assert not unseen(project, x).any()
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6 if narrow is None else 1e-2, atol=1e-6)
+
+
+def test_a_module_with_more_in_it_than_a_product_is_called():
+    x = torch.randn(3, 6)
+    hooked, low_rank = nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5))
+    hooked.register_forward_hook(lambda module, given, result: result + 1)
+    for module in (hooked, low_rank):
+        assert torch.equal(unseen(module, x), module(x))
