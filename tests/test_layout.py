@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ultralong.attention.balance import HEAVY, balanced, by_documents, cost, imbalance, work
 from ultralong.attention.gathered import traffic
 from ultralong.attention.layout import contiguous, zigzag
+from ultralong.attention.needs import needs
 from ultralong.attention.ring import own_spans, rectangles, travelling
 from ultralong.attention.ulysses import head_split, stage_counts
 from ultralong.bench.attention import documents
@@ -216,3 +217,14 @@ def test_heads_are_split_evenly_or_refused(kv, group, degree):
     assert counts[0] == 1
     assert all(b > a for a, b in pairwise(counts))
     assert all((each * serves) % count == 0 for count in counts)
+
+
+def test_thousands_of_documents_are_dealt_out_as_well():
+    """As packed chats are: 8,192 documents, on every rank its share of the work, and little to send."""
+    edges = (0, *(64 * i + i % 11 for i in range(1, 8192)), 2**19)
+    layout = balanced(2**19, 8, edges)
+    assert imbalance(layout, edges) <= 1.03
+    for pieces in layout.owned:
+        seen = needs(pieces, edges)
+        assert seen.tokens - layout.held < 0.01 * layout.held
+        assert seen.tokens == sum(b.stop - b.start for other in layout.owned for _, b in seen.among(other))

@@ -391,6 +391,12 @@ def bad_input(rank, world):
             (None, 2**17, 32, 8, 1), (range(0, 2**14 + 1, 2**10), 2**14, 32, 8, 1)):
         assert make_context(tokens, group, "ulysses", boundaries=edges, heads=heads, kv_heads=kv_heads).stages == stages
     assert make_context(16, group, "auto", heads=9, kv_heads=3).scheme == "gathered"
+    for edges, stages, scheme in ((short, None, "gathered"), (short, 4, "gathered"), (short, 16, "ulysses"),
+                                  (long, None, "gathered"), ((0, 2**17 - 5, 2**17), None, "ulysses"),
+                                  (None, None, "ulysses")):
+        made = make_context(2**17, group, "auto", boundaries=edges, heads=32, kv_heads=8, stages=stages)
+        assert made.scheme == scheme, "documents stay on one rank where that balances"
+    assert make_context(2**13, group, "auto", boundaries=range(0, 2**13 + 1, 2**10), heads=8).scheme == "ulysses"
     context = good(scheme="gathered")
     q, k = torch.zeros(1, 8, 8, 4), torch.zeros(1, 8, 2, 4)
     for tensors, message in (

@@ -27,29 +27,49 @@ HEAVY = (1.0, 0.5, 0.25, 0.12)  # documents of more than this share of a rank's 
 ORDERS = 6  # orders of the documents that are tried for each
 
 
+class Pairs:
+    """Counts query-key pairs of a packed row: each query sees its document's tokens up to itself.
+
+    Args:
+        boundaries: Document boundaries, rising from 0.
+    """
+
+    def __init__(self, boundaries: Sequence[int]) -> None:
+        self._edges = np.asarray(boundaries, dtype=np.int64)
+        self._before = np.concatenate([[0], _triangle(np.diff(self._edges)).cumsum()])  # of whole documents
+
+    def of(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """The pairs of the queries in each of several ranges."""
+        places = np.asarray(pieces, dtype=np.int64)  # (pieces, 2)
+        document = np.searchsorted(self._edges, places, "right") - 1
+        below = self._before[document] + _triangle(places - self._edges[document])
+        return below[:, 1] - below[:, 0]
+
+
+def _triangle(tokens: np.ndarray) -> np.ndarray:
+    return tokens * (tokens + 1) // 2
+
+
 def work(start: int, stop: int, boundaries: Sequence[int]) -> int:
-    """Query-key pairs of the queries [start, stop): each sees its document's tokens up to itself."""
-    edges = np.asarray(boundaries, dtype=np.int64)
-    first, last = np.searchsorted(edges, start, "right") - 1, np.searchsorted(edges, stop, "left")
-    begin = edges[first:last]
-    a = np.maximum(begin, start) - begin
-    b = np.minimum(edges[first + 1 : last + 1], stop) - begin
-    return int(((a + 1 + b) * (b - a) // 2).sum())
+    """Query-key pairs of the queries [start, stop)."""
+    return int(Pairs(boundaries).of([(start, stop)])[0])
 
 
 def imbalance(layout: Layout, boundaries: Sequence[int]) -> float:
     """Work of the busiest rank over the mean of all: 1.0 is perfect, the speed is divided by it."""
-    totals = [sum(work(a, b, boundaries) for a, b in layout.pieces(rank)) for rank in range(layout.ranks)]
+    pairs = Pairs(closed(boundaries, layout.padded))
+    totals = [int(pairs.of(layout.pieces(rank)).sum()) for rank in range(layout.ranks)]
     return max(totals) * layout.ranks / sum(totals)
 
 
 def cost(layout: Layout, boundaries: Sequence[int]) -> int:
     """What the busiest rank does, in query-key pairs: its work, the tokens sent to it and its calls."""
     edges, worst = closed(boundaries, layout.padded), 0
+    pairs = Pairs(edges)
     for pieces in layout.owned:
         seen = needs(pieces, edges)
         extra = PAIRS_PER_TOKEN * (seen.tokens - layout.held) + PAIRS_PER_CALL * len(seen.calls)
-        worst = max(worst, sum(work(a, b, edges) for a, b in pieces) + extra)
+        worst = max(worst, int(pairs.of(pieces).sum()) + extra)
     return worst
 
 
@@ -71,7 +91,7 @@ def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1,
         here = cost(layout, boundaries)
         if best is None or here < least:
             best, least = layout, here
-        if least <= good_enough * mean:
+        if least <= good_enough * mean + PAIRS_PER_CALL:  # one call is the fewest
             break
     return best
 
@@ -147,7 +167,7 @@ def _give(start: int, stop: int, begin: int, hands: Sequence[Hand]) -> None:
 
 def _dealt(chunk: int, ranks: int, each: int, boundaries: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Equal chunks to ranks, the heaviest first, to the rank with the least work that has not as many as it gets."""
-    costs = [work(i * chunk, (i + 1) * chunk, boundaries) for i in range(ranks * each)]
+    costs = Pairs(boundaries).of([(i * chunk, (i + 1) * chunk) for i in range(ranks * each)]).tolist()
     hands: list[list[int]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
     for index in sorted(range(ranks * each), key=lambda i: (-costs[i], i)):

@@ -5,32 +5,25 @@ Legend: B batch, T tokens of the row, P ranks, H query heads, K kv heads, D head
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ultralong.attention.balance import balanced
 from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
+from ultralong.attention.choose import Groups, Row, choose_layout, choose_scheme, choose_stages, two_levels
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.attention.function import AttentionKeeper, attention
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
-from ultralong.attention.layout import Layout, contiguous, zigzag
+from ultralong.attention.layout import Layout
 from ultralong.attention.ring import Ring
 from ultralong.attention.rule import Rule, Spans
 from ultralong.attention.scheme import Local, Scheme
-from ultralong.attention.ulysses import Ulysses, default_stages, head_split, stage_counts
-
-log = logging.getLogger(__name__)
-
-SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
-Groups = Group | DeviceMesh | tuple[Group, Group]
+from ultralong.attention.ulysses import Ulysses, head_split
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,88 +205,19 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {kernel!r}")
     edges = None if boundaries is None else check_boundaries(boundaries, tokens)
     edges = None if edges is not None and len(edges) == 2 else edges
-    outer, inner = _two_levels(group)
+    outer, inner = two_levels(group)
     outer_size, inner_size = (1 if g is None else dist.get_world_size(g) for g in (outer, inner))
-    name, reason = _choose_scheme(scheme, outer_size, inner_size, heads, kv_heads, edges is not None)
+    row = Row(tokens, edges, heads, kv_heads, stages)
+    name, reason = choose_scheme(scheme, outer_size, inner_size, row)
     if name == "ulysses":
         outer, inner, outer_size, inner_size = None, outer, 1, outer_size
     if inner is not None:
         head_split(heads, kv_heads, inner_size)
-    counts = _stage_counts(name, heads, kv_heads, inner_size)
-    if stages is None:
-        stages = default_stages(counts, tokens, edges, kv_heads // inner_size) if name == "ulysses" else 1
-    elif stages not in counts:
-        raise ValueError(f"stages must be one of {counts} for {heads} query and {kv_heads} kv heads under scheme "
-                         f"{name!r}, found {stages}")
-    layout = _choose_layout(tokens, outer_size, inner_size, edges)
+    stages = choose_stages(name, inner_size, row)
+    layout = choose_layout(row, outer_size, inner_size)
     outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
     if edges is not None and edges[-1] != layout.padded:
         edges = (*edges, layout.padded)
     process = outer_rank * inner_size + inner_rank
     return AttentionContext(tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, stages, keeper,
                             reason)
-
-
-def _two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
-    """(outer, inner) groups; a group of one process is none."""
-    if group is None:
-        return None, None
-    if isinstance(group, DeviceMesh):
-        if group.ndim > 2:
-            raise ValueError("group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found "
-                             f"{group.ndim}")
-        group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
-    outer, inner = group if isinstance(group, tuple) else (group, None)
-    for member in (outer, inner):
-        if member is not None and dist.get_rank(member) < 0:
-            raise ValueError(f"process {dist.get_rank()} is not a member of the group that it passed to make_context")
-    outer, inner = (None if g is None or dist.get_world_size(g) == 1 else g for g in (outer, inner))
-    return (outer, inner) if outer is not None or inner is None else (inner, None)
-
-
-def _choose_scheme(scheme: str, outer: int, inner: int, heads: int, kv_heads: int, packed: bool) -> tuple[str, str]:
-    """The scheme's name, and why."""
-    if scheme not in ("auto", *SCHEMES):
-        raise ValueError(f"scheme must be one of {', '.join(('auto', *SCHEMES))}; found {scheme!r}")
-    if outer == 1:
-        return "single", "one process"
-    if inner > 1:
-        if scheme not in ("auto", "hybrid-gathered", "hybrid-ring"):
-            raise ValueError(f"scheme {scheme!r} takes one level of ranks, found {outer} x {inner}: use "
-                             "'hybrid-gathered' or 'hybrid-ring', or pass a group with all ranks")
-        if scheme != "auto":
-            return scheme, "asked for"
-        if packed:
-            return _logged("hybrid-gathered", outer * inner, f"{outer} hosts of {inner}; exact for packed documents")
-        return _logged("hybrid-ring", outer * inner, f"{outer} hosts of {inner}; transfers between hosts are hidden")
-    if scheme.startswith("hybrid"):
-        raise ValueError(f"scheme {scheme!r} takes two levels of ranks (a 2-dimensional mesh, or a pair of groups), "
-                         f"found one of {outer}")
-    if scheme not in ("auto", "single"):
-        return scheme, "asked for"
-    if scheme == "single":
-        raise ValueError(f"scheme 'single' is for one process, found a group of {outer}: pass group=None")
-    try:
-        head_split(heads, kv_heads, outer)
-    except ValueError:
-        return _logged("gathered", outer, f"{heads} query and {kv_heads} kv heads can't be split over {outer} ranks")
-    return _logged("ulysses", outer, f"the heads split over {outer} ranks: equal work for any documents")
-
-
-@cache
-def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
-    log.info("sequence-parallel attention over %d ranks: %s (%s)", ranks, name, reason)
-    return name, reason
-
-
-def _stage_counts(scheme: str, heads: int, kv_heads: int, degree: int) -> list[int]:
-    """The head chunks that a scheme can have."""
-    if scheme == "gathered":
-        return [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
-    return stage_counts(heads, kv_heads, degree) if degree > 1 else [1]
-
-
-def _choose_layout(tokens: int, outer: int, inner: int, boundaries: tuple[int, ...] | None) -> Layout:
-    if outer == 1:
-        return contiguous(tokens, 1, inner)
-    return zigzag(tokens, outer, inner) if boundaries is None else balanced(tokens, outer, boundaries, inner)

@@ -58,9 +58,14 @@ class Needs:
             keys: Only these of the keys in front of this rank.
         """
         keys = keys or slice(0, self.tokens)
-        met, offset = [], 0
+        met, offset, index = [], 0, 0
         for start, stop in pieces:
-            for (first, end), at in zip(self.ranges, self._starts, strict=False):
+            while index < len(self.ranges) and self.ranges[index][1] <= start:
+                index += 1  # both rise: what ends before this piece meets no later one
+            for here in range(index, len(self.ranges)):
+                (first, end), at = self.ranges[here], self._starts[here]
+                if first >= stop:
+                    break
                 a = max(start, first, first + keys.start - at)
                 b = min(stop, end, first + keys.stop - at)
                 if a < b:

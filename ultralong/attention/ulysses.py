@@ -69,6 +69,19 @@ def default_stages(counts: Sequence[int], tokens: int, boundaries: Sequence[int]
     return max(count for count in counts if count <= min(4, max(1, kv)))
 
 
+def exchange_cost(tokens: float, degree: int, group: int) -> float:
+    """What trading a rank's tokens for heads costs, both passes together, in query-key pairs.
+
+    Args:
+        tokens: Tokens that the rank holds.
+        degree: Ranks.
+        group: Query heads of a kv head.
+    """
+    # q, k, v there and out back; q, k, v, out and its gradient there and three gradients back: 12 (H + K) D bytes,
+    # where a key and value seen from another rank (`PAIRS_PER_TOKEN`) are 16 K D.
+    return PAIRS_PER_TOKEN * tokens * 0.75 * (group + 1) * (degree - 1) / degree
+
+
 @dataclass(frozen=True)
 class Stage:
     """The heads of one stage, of every rank's N kv heads and of each one's G query heads."""

@@ -4,8 +4,9 @@ Legend: B batch, T tokens, H query heads, K kv heads, D head size, P ranks.
 
 Useful work is causal work without recomputation (`ultralong.bench.timing.causal_flops`); the rate is per GPU; `of one`
 is it over the rate of the same kernel on one GPU with the whole row. Packed rows hold documents that don't see each
-other; their useful work is their own. At the first, short length the numbers are overhead: what a call costs beyond
-its share of one GPU's time.
+other; their useful work is their own. At the first, short length the numbers are overhead: what a call on idle GPUs
+costs beyond its share of one GPU's time. At the others the GPUs are busy while the host starts a call, as they are in a
+training step.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens:
         try:
             context = _context(options, tokens, ranks, scheme, kernel, edges)
             times = measure(context.attend, [context.shard(x) for x in row[:3]], context.shard(row[3]),
-                            repeats=options.repeats, budget=options.budget)
+                            repeats=options.repeats, budget=options.budget, idle=tokens == options.latency_length)
             errors = {} if exact is None else relative_errors(_context(few, tokens, ranks, scheme, kernel, edges),
                                                               _inputs(few, tokens, device), exact)
         except ValueError as error:
@@ -151,7 +152,8 @@ def _result(options: AttentionBench, name: str, kernel: str, tokens: int, edges:
     return AttentionResult(
         name, kernel, tokens, edges is not None, ranks, round(times.forward * 1e3, 4), round(times.backward * 1e3, 4),
         round(work / ranks / times.total / 1e12, 4), round(alone.total / ranks / times.total, 4) if alone else None,
-        round((times.total - alone.total / ranks) * 1e3, 4) if alone else None, round(times.peak_gib, 2), errors)
+        round((times.total - alone.total / ranks) * 1e3, 4) if alone else None, round(times.peak_gib, 2), errors,
+        begun="idle" if tokens == options.latency_length else "busy")
 
 
 def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: int) -> AttentionResult:
@@ -160,7 +162,8 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
         with peer(name, tokens) as (attend, kernel):
             context = make_context(tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads)
             row = [context.shard(x).contiguous() for x in _inputs(options, tokens, device)]
-            times = measure(attend, row[:3], row[3], repeats=options.repeats, budget=options.budget)
+            times = measure(attend, row[:3], row[3], repeats=options.repeats, budget=options.budget,
+                            idle=tokens == options.latency_length)
     except (PeerMissing, RuntimeError, NotImplementedError, ImportError) as error:
         return AttentionResult(name, "", tokens, False, world, note=str(error).splitlines()[0][:200])
     return _result(options, name, kernel, tokens, None, world, times, None, {})

@@ -18,7 +18,7 @@ class AttentionBench:
 
     Attributes:
         lengths: Row lengths in tokens.
-        latency_length: A short length at which overhead is reported; 0 leaves it out.
+        latency_length: A short length at which overhead is reported, begun on idle GPUs; 0 leaves it out.
         schemes: Schemes, or `("all",)`; `single` (one GPU) is always measured first.
         kernels: Kernels' names; "auto" stands for the fastest one for the call, "all" for every one that is present.
         documents: Also measure packed rows of so many documents of mixed length, masked; 0 leaves it out.
@@ -96,6 +96,7 @@ class AttentionResult:
         peak_gib: Most memory of any rank.
         errors: Relative error against float32 of output, dq, dk, dv, when checked.
         note: Why there are no numbers.
+        begun: On an "idle" GPU (latency), or on one that was "busy" until the host had started the call (rate).
     """
 
     name: str
@@ -111,3 +112,4 @@ class AttentionResult:
     peak_gib: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    begun: str = ""

@@ -1,0 +1,153 @@
+"""Which scheme computes a row's attention, in how many stages, and who holds which tokens.
+
+Legend: T tokens of the row, P ranks, H query heads, K kv heads.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ultralong.attention.balance import balanced, cost, work
+from ultralong.attention.collectives import Group
+from ultralong.attention.layout import Layout, contiguous, zigzag
+from ultralong.attention.ulysses import LONG_ROW, default_stages, exchange_cost, head_split, stage_counts
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
+WORTH_IT = 0.98  # cost over that of Ulysses, which needs no balance, from which another scheme is taken
+Groups = Group | DeviceMesh | tuple[Group, Group]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a row when its scheme is chosen.
+
+    Attributes:
+        tokens: Its length T.
+        boundaries: Document boundaries when documents don't see each other, else None.
+        heads: H.
+        kv_heads: K.
+        stages: Head chunks, if somebody asked for a number.
+    """
+
+    tokens: int
+    boundaries: tuple[int, ...] | None
+    heads: int
+    kv_heads: int
+    stages: int | None = None
+
+
+def two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
+    """(outer, inner) groups; a group of one process is none."""
+    if group is None:
+        return None, None
+    if isinstance(group, DeviceMesh):
+        if group.ndim > 2:
+            raise ValueError("group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found "
+                             f"{group.ndim}")
+        group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
+    outer, inner = group if isinstance(group, tuple) else (group, None)
+    for member in (outer, inner):
+        if member is not None and dist.get_rank(member) < 0:
+            raise ValueError(f"process {dist.get_rank()} is not a member of the group that it passed to make_context")
+    outer, inner = (None if g is None or dist.get_world_size(g) == 1 else g for g in (outer, inner))
+    return (outer, inner) if outer is not None or inner is None else (inner, None)
+
+
+def choose_scheme(scheme: str, outer: int, inner: int, row: Row) -> tuple[str, str]:
+    """The scheme's name, and why.
+
+    Args:
+        scheme: "auto", or one of `SCHEMES`.
+        outer: Ranks of the first level.
+        inner: Ranks of the second level.
+        row: The row.
+
+    Raises:
+        ValueError: The scheme is unknown, or is for another number of levels.
+    """
+    if scheme not in ("auto", *SCHEMES):
+        raise ValueError(f"scheme must be one of {', '.join(('auto', *SCHEMES))}; found {scheme!r}")
+    if outer == 1:
+        return "single", "one process"
+    if inner > 1:
+        if scheme not in ("auto", "hybrid-gathered", "hybrid-ring"):
+            raise ValueError(f"scheme {scheme!r} takes one level of ranks, found {outer} x {inner}: use "
+                             "'hybrid-gathered' or 'hybrid-ring', or pass a group with all ranks")
+        if scheme != "auto":
+            return scheme, "asked for"
+        if row.boundaries is not None:
+            return _logged("hybrid-gathered", outer * inner, f"{outer} hosts of {inner}; exact for packed documents")
+        return _logged("hybrid-ring", outer * inner, f"{outer} hosts of {inner}; transfers between hosts are hidden")
+    if scheme.startswith("hybrid"):
+        raise ValueError(f"scheme {scheme!r} takes two levels of ranks (a 2-dimensional mesh, or a pair of groups), "
+                         f"found one of {outer}")
+    if scheme not in ("auto", "single"):
+        return scheme, "asked for"
+    if scheme == "single":
+        raise ValueError(f"scheme 'single' is for one process, found a group of {outer}: pass group=None")
+    try:
+        head_split(row.heads, row.kv_heads, outer)
+    except ValueError:
+        return _logged("gathered", outer,
+                       f"{row.heads} query and {row.kv_heads} kv heads can't be split over {outer} ranks")
+    if _documents_stay(row, outer):
+        return _logged("gathered", outer, "whole documents on one rank each: less to send than all tokens' heads")
+    return _logged("ulysses", outer, f"the heads split over {outer} ranks: equal work for any documents")
+
+
+def _documents_stay(row: Row, ranks: int) -> bool:
+    """Whether sharing out documents costs less than trading tokens for heads, as it does where they are short."""
+    if row.boundaries is None or row.tokens < LONG_ROW:
+        return False
+    if row.stages is not None and row.stages not in _counts("gathered", row, ranks):
+        return False
+    stages = choose_stages("ulysses", ranks, row)
+    traded = work(0, row.tokens, row.boundaries) / ranks
+    traded += exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / stages  # the rest runs beside
+    return cost(choose_layout(row, ranks, 1), row.boundaries) < WORTH_IT * traded
+
+
+def choose_stages(scheme: str, degree: int, row: Row) -> int:
+    """The number of head chunks of Ulysses over `degree` ranks, or of gathered keys.
+
+    Raises:
+        ValueError: The number asked for does not split the heads.
+    """
+    counts = _counts(scheme, row, degree)
+    if row.stages is None:
+        few = row.kv_heads // degree
+        return default_stages(counts, row.tokens, row.boundaries, few) if scheme == "ulysses" else 1
+    if row.stages not in counts:
+        raise ValueError(f"stages must be one of {counts} for {row.heads} query and {row.kv_heads} kv heads under "
+                         f"scheme {scheme!r}, found {row.stages}")
+    return row.stages
+
+
+def _counts(scheme: str, row: Row, degree: int) -> list[int]:
+    """The head chunks that a scheme can have."""
+    if scheme == "gathered":
+        return [count for count in range(1, row.kv_heads + 1) if row.kv_heads % count == 0]
+    return stage_counts(row.heads, row.kv_heads, degree) if degree > 1 else [1]
+
+
+@cache
+def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
+    log.info("sequence-parallel attention over %d ranks: %s (%s)", ranks, name, reason)
+    return name, reason
+
+
+@lru_cache(maxsize=8)
+def choose_layout(row: Row, outer: int, inner: int) -> Layout:
+    """Who holds which tokens, over `outer` ranks of `inner` members each."""
+    if outer == 1:
+        return contiguous(row.tokens, 1, inner)
+    if row.boundaries is None:
+        return zigzag(row.tokens, outer, inner)
+    return balanced(row.tokens, outer, row.boundaries, inner)
