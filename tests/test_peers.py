@@ -1,16 +1,21 @@
 """Peers: ring-flash-attn on the stand-in for flash-attn 2, and what is left behind of it."""
 
+import importlib.util
 import sys
 
 import pytest
 import torch
 from attention_yardstick import plain_attention, random_qkv, relative, visible
 from test_kernel_calls import STAND_INS
+from transformers import LlamaConfig
 
 from ultralong.bench import flash2_stand_in
 from ultralong.bench.flash2_stand_in import NAME
 from ultralong.bench.peers import PeerMissing, _ring_flash_attn
 from ultralong.bench.tables import attention_table
+from ultralong.bench.training import TrainingCase
+from ultralong.bench.training_peers import measure_peer
+from ultralong.bench.training_work import random_model
 
 ZIGZAG = """
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
@@ -70,3 +75,19 @@ def test_peers_stand_in_the_column_of_their_scheme():
     assert attention_table([{"options": {"lengths": [4096]}, "results": results}])[2:] == [
         "| 4,096 | whole | torch context_parallel, cuDNN | | | 5 | |",
         "| 4,096 | whole | ring-flash-attn on torch's flash-attn 2 | | | | 5 |"]
+
+
+def test_deepspeeds_training_runs_or_says_what_is_missing(tmp_path, monkeypatch):
+    """Two processes on a CPU; with DeepSpeed installed its losses are those of one process."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2).save_pretrained(tmp_path / "model")
+    row = measure_peer("deepspeed-alst", TrainingCase(str(tmp_path / "model"), 256, None, gpus=2), tmp_path)
+    assert (row["peer"], row["tokens"], row["gpus"]) == ("deepspeed-alst", 256, 2)
+    if importlib.util.find_spec("deepspeed") is None:
+        assert row["note"] == "No module named 'deepspeed'"
+        return
+    model = random_model(str(tmp_path / "model"), torch.device("cpu"), "eager", torch.float32)
+    ids = torch.randint(0, 256, (1, 256), generator=torch.Generator().manual_seed(0))
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[0], ids.roll(-1, 1)[0])
+    assert row["losses"][0] == pytest.approx(loss.item(), rel=2e-3), "in bfloat16"

@@ -12,7 +12,7 @@ import torch
 
 import ultralong
 
-PACKAGES = ("torch", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn",
+PACKAGES = ("torch", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn", "deepspeed",
             "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "triton")
 
 

@@ -2,7 +2,7 @@
 
 `torch-cp` is accelerate's context parallelism (torch's `context_parallel`, keys and values gathered) over FSDP2 with
 activation checkpointing and torch's AdamW in float32: what accelerate's own guide sets up. Its loss is transformers',
-which holds the logits of every token.
+which holds the logits of every token. `deepspeed-alst` is DeepSpeed's (`ultralong.bench.training_alst`).
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultralong.bench.machine import machine_facts
 from ultralong.bench.training import DATASHEET_FLOPS, GIB, TrainingCase
+from ultralong.bench.training_alst import alst_step
 from ultralong.bench.training_work import prepare, random_model
 from ultralong.files import read_json, write_json
 from ultralong.plan.shapes import model_config, shape_of
 
-PEERS = ("torch-cp-flash", "torch-cp-cudnn")
+PEERS = ("torch-cp-flash", "torch-cp-cudnn", "deepspeed-alst")
 STEPS = 3  # the first does not count
 
 
@@ -62,15 +67,36 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
         "seconds_per_step": round(seconds, 4),
         "tokens_per_second_per_gpu": round(case.tokens / seconds / case.gpus, 1),
         "mfu_causal": round(shape.model_flops(case.tokens) / seconds / case.gpus / DATASHEET_FLOPS, 4),
-        "peak_gpu_gib": round(max(rank["peak"] for rank in ranks) / GIB, 3),
+        "peak_gpu_gib": round(max(rank["peak"] for rank in ranks) / GIB, 3), "losses": ranks[0]["losses"],
     }
 
 
 def work(name: str, model_folder: str, tokens: int, place: Path) -> None:
-    """Train with accelerate's context parallelism; leave seconds and peak."""
+    """Train some steps; leave seconds and peak."""
+    cuda, rank = torch.cuda.is_available(), os.environ["RANK"]
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = SDPBackend.FLASH_ATTENTION if name.endswith("flash") else SDPBackend.CUDNN_ATTENTION
+    generator = torch.Generator().manual_seed(0)
+    times, losses = [], []
+    with sdpa_kernel(backend) if cuda else nullcontext():
+        step = alst_step(model_folder, tokens) if name == "deepspeed-alst" else _torch_cp_step(model_folder, tokens)
+        for _ in range(STEPS):
+            ids = torch.randint(0, 256, (1, tokens), generator=generator).to("cuda" if cuda else "cpu")
+            begin = time.perf_counter()
+            losses.append(step(ids))  # a number read back: the device is done with the passes
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    write_json(place / f"rank-{rank}.json", {"seconds": median(times[1:]), "peak": peak, "losses": losses})
+    print(json.dumps(times))
+
+
+def _torch_cp_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
+    """A training step with accelerate's context parallelism."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.utils import TorchContextParallelConfig
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     parallel = ParallelismConfig(cp_size=int(os.environ["WORLD_SIZE"]),
                                  cp_handler=TorchContextParallelConfig(cp_comm_strategy="allgather"))
@@ -82,28 +108,20 @@ def work(name: str, model_folder: str, tokens: int, place: Path) -> None:
     accelerator = Accelerator(mixed_precision="bf16", parallelism_config=parallel, fsdp_plugin=plugin)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    backend = SDPBackend.FLASH_ATTENTION if name.endswith("flash") else SDPBackend.CUDNN_ATTENTION
-    generator = torch.Generator().manual_seed(0)
-    times = []
-    for _ in range(STEPS):
-        ids = torch.randint(0, 256, (1, tokens), generator=generator).to(accelerator.device)
+
+    def step(ids: Tensor) -> float:
         labels, positions = ids.roll(-1, 1), torch.arange(tokens, device=accelerator.device)[None]
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        with sdpa_kernel(backend), accelerator.maybe_context_parallel(
-                buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1],
-                no_restore_buffers={ids, labels, positions}):
+        with accelerator.maybe_context_parallel(buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1],
+                                                no_restore_buffers={ids, labels, positions}):
             loss = model(input_ids=ids, labels=labels, shift_labels=labels, position_ids=positions,
                          use_cache=False).loss
             accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    write_json(place / f"rank-{accelerator.process_index}.json",
-               {"seconds": median(times[1:]), "peak": torch.cuda.max_memory_allocated()})
-    print(json.dumps(times))
+        return loss.item()
+
+    return step
 
 
 if __name__ == "__main__":
