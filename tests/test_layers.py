@@ -138,3 +138,28 @@ def test_hidden_tokens_and_caches_are_refused(make_tiny_model):
 def test_a_tile_without_tokens_is_refused():
     with pytest.raises(ValueError, match="1 token or more, found 0"):
         tiled(lambda x: x, torch.zeros(1, 4, 2), 0, [])
+
+
+class Bent(torch.nn.Module):
+    """A module in another's place, as adapters are, with more to it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.tanh(2 * self.inner(x))
+
+
+@pytest.mark.parametrize("place", ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp"])
+def test_modules_that_were_replaced_are_computed(place):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES["llama"], dtype=torch.float64, attn_implementation="ultralong")
+    for layer in model.model.layers:
+        parent, _, name = place.rpartition(".")
+        owner = layer.get_submodule(parent)
+        setattr(owner, name, Bent(getattr(owner, name)))
+    _, expected = gradients(model, None, 0)
+    _, found = gradients(model, None, 16, attention_kept=3, inputs_every=2)
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name

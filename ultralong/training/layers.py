@@ -34,6 +34,8 @@ from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, map
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) * up(x))
 
+Way = Callable[[nn.Module, Tensor], Tensor]
+
 
 def _call(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
@@ -51,13 +53,13 @@ class Cut:
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, t, H, D), keys and values (B, t, K, D) of x (B, t, d); cos and sin are (1 or B, t, D)."""
-        q, k, v = self._projected(x, _call)
+        q, k, v = self._projected(x, _call, _call)
         q, k, narrow = rotated(q, cos, sin), rotated(k, cos, sin), autocast_now(x)
         return (q, k, v) if narrow is None else (q.to(narrow), k.to(narrow), v.to(narrow))
 
     def before_again(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`before` for its gradients, and without the rotation: those are turned back before they come here."""
-        return self._projected(x, _call if self._heads_are_normed else unseen)
+        return self._projected(x, _call if self._heads_are_normed else unseen, unseen)
 
     def after(self, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, t, d) of its input (B, t, d) and attention result (B, t, H, D)."""
@@ -68,18 +70,18 @@ class Cut:
         """The two terms of `after`'s sum, for their gradients."""
         x, mlp = x + self.layer.self_attn.o_proj(out.flatten(2)), self.layer.mlp
         rest = normed(self.layer.post_attention_layernorm, x)
-        if type(mlp).__name__ not in GATED:
+        if type(mlp).__name__ not in GATED or "forward" in vars(mlp):
             return x, mlp(rest)
         return x, unseen(mlp.down_proj, mlp.act_fn(mlp.gate_proj(rest)) * mlp.up_proj(rest))
 
-    def _projected(self, x: Tensor, value: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads of x before their rotation: those of `value(projection, x)`, where that is theirs."""
+    def _projected(self, x: Tensor, by_q_and_k: Way, by_v: Way) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of x before their rotation; each projection is computed the way it is asked for."""
         attention, x = self.layer.self_attn, normed(self.layer.input_layernorm, x)
         heads = (*x.shape[:-1], -1, attention.head_dim)
-        q, k = (value(project, x).view(heads) for project in (attention.q_proj, attention.k_proj))
+        q, k = (by_q_and_k(project, x).view(heads) for project in (attention.q_proj, attention.k_proj))
         if self._heads_are_normed:
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
-        return q, k, attention.v_proj(x).view(heads) if value is _call else unseen(attention.v_proj, x).view(heads)
+        return q, k, by_v(attention.v_proj, x).view(heads)
 
     @property
     def _heads_are_normed(self) -> bool:
