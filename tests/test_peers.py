@@ -85,7 +85,7 @@ def test_deepspeeds_training_runs_or_says_what_is_missing(tmp_path, monkeypatch)
     row = measure_peer("deepspeed-alst", TrainingCase(str(tmp_path / "model"), 256, None, gpus=2), tmp_path)
     assert (row["peer"], row["tokens"], row["gpus"]) == ("deepspeed-alst", 256, 2)
     if importlib.util.find_spec("deepspeed") is None:
-        assert row["note"] == "No module named 'deepspeed'"
+        assert "deepspeed" in row["note"]
         return
     model = random_model(str(tmp_path / "model"), torch.device("cpu"), "eager", torch.float32)
     ids = torch.randint(0, 256, (1, 256), generator=torch.Generator().manual_seed(0))
