@@ -132,6 +132,13 @@ def test_a_dataset_saved_on_disk(tmp_path):
         list(Reader().dataset(Dataset(str(tmp_path / "splits"), "test")))
     with pytest.raises(ValueError, match="no column 'body'"):
         list(Reader(ReadSettings(field="body")).dataset(Dataset(str(tmp_path / "plain"))))
+    (tmp_path / "plain").rename(tmp_path / "before")
+    (tmp_path / "elsewhere").mkdir()
+    rows.remove_columns("id").save_to_disk(tmp_path / "plain")
+    rows.remove_columns("id").save_to_disk(tmp_path / "elsewhere" / "plain")
+    names = [[name for name, _ in Reader().dataset_rows(Dataset(str(folder / "plain")))]
+             for folder in (tmp_path, tmp_path / "elsewhere")]
+    assert names == [["plain:0", "plain:1"]] * 2, "a folder that is moved gives the same corpus"
 
 
 def test_a_directory_becomes_one_document(tmp_path):

@@ -130,8 +130,10 @@ class Reader:
                 place = f"{part[0]}of{part[1]}:"
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
+        # Names decide on what is kept: a folder that is moved must give the same corpus.
+        name = Path(id).resolve().name if Path(id).is_dir() else id
         for number, row in enumerate(rows):
-            yield f"{id}:{place}{number}", row
+            yield f"{name}:{place}{number}", row
 
     def unique(self, where: str) -> str:
         """The id, or another one when a source that names its own has given it before.
