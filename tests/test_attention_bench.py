@@ -9,6 +9,7 @@ import torch
 from ultralong.attention import make_context
 from ultralong.bench.accuracy import exact_row, relative_errors
 from ultralong.bench.attention import SCHEMES, AttentionBench, bench_attention, documents, main, options_from
+from ultralong.bench.options import described
 from ultralong.bench.peers import PEERS
 from ultralong.bench.timing import causal_flops
 
@@ -31,11 +32,17 @@ def test_documents_are_of_mixed_length_and_the_same_each_time(tokens):
     assert tokens < 1000 or len(lengths) == 32
 
 
-def test_options_come_from_the_command_line():
+def test_options_come_from_the_command_line(capsys):
     options, path = options_from(["--lengths", "131072,524288", "--schemes", "all", "--kernels", "auto,cudnn,flash",
                                   "--peers", "--json", "out.json", "--budget", "8"])
     assert options == AttentionBench(kernels=("auto", "cudnn", "flash"), peers=True, budget=8.0)
     assert path.name == "out.json"
+    with pytest.raises(SystemExit):
+        options_from(["--help"])
+    told = " ".join(capsys.readouterr().out.replace("comma-\n", "comma-").split())
+    assert "usage: ultralong bench attention" in told
+    assert all(text.rstrip(".") in told for text in described(AttentionBench).values())
+    assert described(AttentionBench).keys() == vars(AttentionBench()).keys()
     with pytest.raises(ValueError, match=r"schemes must be among all, .* found rings"):
         AttentionBench(schemes=("rings",))
     with pytest.raises(ValueError, match=r"one of auto, .* found 'fast'"):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ultralong.attention import AttentionContext, available_kernels, get_kernel, make_context
 from ultralong.bench.accuracy import exact_row, relative_errors
-from ultralong.bench.options import SCHEMES, AttentionBench, AttentionResult
+from ultralong.bench.options import SCHEMES, AttentionBench, AttentionResult, described
 from ultralong.bench.peers import PEERS, PeerMissing, peer
 from ultralong.bench.report import save, table
 from ultralong.bench.timing import Times, causal_flops, measure
@@ -171,17 +171,21 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
 
 def options_from(arguments: Sequence[str] | None = None) -> tuple[AttentionBench, Path | None]:
     """Options and result file from a command line."""
-    default = AttentionBench()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default, about = AttentionBench(), described(AttentionBench)
+    parser = argparse.ArgumentParser(prog="ultralong bench attention", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for entry in fields(AttentionBench):
         value, name = getattr(default, entry.name), "--" + entry.name.replace("_", "-")
+        text = about[entry.name].replace("%", "%%").rstrip(".")
         if isinstance(value, bool):
-            parser.add_argument(name, action="store_true")
+            parser.add_argument(name, action="store_true", help=text)
         elif isinstance(value, tuple):
-            parser.add_argument(name, default=",".join(map(str, value)), help="comma-separated (default: %(default)s)")
+            parser.add_argument(name, default=",".join(map(str, value)),
+                                help=f"{text}; comma-separated (default: %(default)s)")
         else:
             kind = int if value is None else type(value)
-            parser.add_argument(name, type=kind, default=value, help="(default: %(default)s)")
+            shown = "" if value is None else " (default: %(default)s)"
+            parser.add_argument(name, type=kind, default=value, help=text + shown)
     parser.add_argument("--json", type=Path, help="write machine, options and results to this file")
     found = vars(parser.parse_args(arguments))
     path = found.pop("json")

@@ -5,6 +5,8 @@ Legend: H query heads, K kv heads, D head size.
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +21,7 @@ class AttentionBench:
     Attributes:
         lengths: Row lengths in tokens.
         latency_length: A short length at which overhead is reported, begun on idle GPUs; 0 leaves it out.
-        schemes: Schemes, or `("all",)`; `single` (one GPU) is always measured first.
+        schemes: Schemes, or "all"; `single` (one GPU) is always measured first.
         kernels: Kernels' names; "auto" stands for the fastest one for the call, "all" for every one that is present.
         documents: Also measure packed rows of so many documents of mixed length, masked; 0 leaves it out.
         peers: Also measure other projects' attention where installed.
@@ -76,6 +78,13 @@ class AttentionBench:
         return replace(self, lengths=lengths, latency_length=min(self.latency_length, 256), heads=8, kv_heads=kv_heads,
                        documents=min(self.documents, 8), head_size=32, dtype="float32", ranks=self.ranks or 2,
                        budget=min(self.budget, 2.0))
+
+
+def described(kind: type) -> dict[str, str]:
+    """What a dataclass's docstring says of each attribute, on one line."""
+    section = inspect.getdoc(kind).partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text) for name, text in entries}
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,8 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
         if world % sequence:
             raise ValueError(
                 f"parallel.sequence is {sequence}, but this run has {world} process{'es' * (world > 1)}. Start a "
-                f"multiple of {sequence}, for example: torchrun --nproc-per-node {sequence} -m ultralong train ..."
+                f"multiple of {sequence}: ultralong train ... --processes {sequence} on this machine, or torchrun "
+                f"--nproc-per-node {sequence} -m ultralong train ..."
             )
         if config.rows_per_step % (world // sequence * config.rows_at_once):
             raise ValueError(
