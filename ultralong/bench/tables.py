@@ -30,7 +30,7 @@ def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         recorded: What `ultralong bench attention --json` wrote, one or more files.
 
     Returns:
-        Lines of a Markdown table; lengths rise, whole rows before packed ones.
+        Lines of a Markdown table; lengths rise, whole rows before packed ones. What two files measured is the later's.
     """
     results = [result for file in recorded for result in file["results"] if result["tflops"] is not None]
     lengths = sorted({length for file in recorded for length in file["options"]["lengths"]})
@@ -66,16 +66,24 @@ def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; models, GPUs and lengths rise.
     """
-    rows = [row for file in recorded for row in file["rows"] if "seconds_per_step" in row]
+    rows = [row for file in recorded for row in file["rows"]]
     rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row))
     lines = ["| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
              "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
+        before = f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {_trainer(row)} | "
+        if "seconds_per_step" not in row:
+            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | | |")
+            continue
         host = f"{row['peak_host_gib']:.0f}" if "peak_host_gib" in row else ""
-        lines.append(f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {row.get('peer', 'ours')} | "
-                     f"{_beside(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
+        lines.append(f"{before}{_beside(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
                      f"{100 * row['mfu_causal']:.1f}% | {_beside(row, 'peak_gpu_gib')} | {host} |")
     return lines
+
+
+def _trainer(row: dict[str, Any]) -> str:
+    """Whose trainer; ours with its version where the row is older than 0.2, which began to name it."""
+    return str(row.get("peer", "ours" if "ultralong" in row["versions"] else "ours, 0.1"))
 
 
 def _beside(row: dict[str, Any], key: str) -> str:
@@ -101,7 +109,8 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
 
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
-    "attention": (("attention_131k.json", "attention_512k.json"), attention_table),
+    "attention": (("attention_131k_check.json", "attention_131k_flash4.json", "attention_131k_cudnn.json",
+                   "attention_512k.json"), attention_table),
     "training": (("training_sharded_h200.json",), training_table),
     "prefill": (("prefill_1gpu_262144.json", "prefill_2gpu_262144.json", "prefill_1gpu_1m_4layers_fp8.json",
                  "prefill_2gpu_1m_4layers.json"), prefill_table),
