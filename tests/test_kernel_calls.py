@@ -12,7 +12,14 @@ import pytest
 import torch
 from attention_yardstick import plain_attention, random_qkv, relative, visible
 
-from ultralong.attention.kernels import add_backward, attention_backward, attention_forward, flash_attn, torch_cuda
+from ultralong.attention.kernels import (
+    add_backward,
+    attention_backward,
+    attention_forward,
+    backward_with_shares,
+    flash_attn,
+    torch_cuda,
+)
 from ultralong.attention.kernels.base import SOFTCAP, WINDOW
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.rule import Rule, Spans
@@ -337,6 +344,32 @@ def test_shares_of_several_calls_add_up(kernel, edges, batch, heads):
             assert relative(found, right) <= 1e-12
 
 
+@pytest.mark.parametrize(("shared", "batch", "heads"), [(None, 1, (4, 2)), ((), 1, (4, 2)), ((1,), 1, (4, 2)),
+                                                        ((0, 2), 1, (4, 4)), ((1,), 2, (4, 2))])
+def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
+    """Keys of shared pieces have a share, the others their gradient; the two fill dK and dV."""
+    q, k, v, dout = random_qkv(0, batch, LONG[0][-1], LONG[1][-1], *heads, 32)
+    rule = Rule(scale=0.4, spans=Spans(*LONG, None if shared is None else frozenset(shared)))
+    out, lse = attention_forward(kernel, q, k, v, rule)
+    wanted = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    dq, dk, dv, shares = backward_with_shares(kernel, dout, q, k, v, out, lse, rule)
+    own = [slice(*LONG[1][i : i + 2]) for i in range(3) if shared is not None and i not in shared]
+    if shared == ():
+        assert not shares
+    if batch == 1 and not kernel.rounds_heads:
+        assert all(relative(found[:, keys], right[:, keys]) <= 1e-12 for found, right in zip((dk, dv), wanted[1:])
+                   for keys in own)
+        of_shares, settled = ({key for keys in places for key in range(460)[keys]}
+                              for places in ([keys for keys, *_ in shares], own))
+        assert not of_shares & settled
+    for keys, *sums in shares:
+        for found, total in zip((dk, dv), sums):
+            assert total.dtype == torch.float64
+            found[:, keys] = total
+    for found, right in zip((dq, dk, dv), wanted):
+        assert relative(found, right) <= 1e-12
+
+
 @pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, caplog):
@@ -347,13 +380,17 @@ def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, capl
         q, k, v, dout = random_qkv(1, 1, 300, 460, *heads, size, torch.bfloat16)
         rule = Rule(scale=0.1) if name in ("grouped", "alone") else Rule(scale=0.1, spans=Spans(*LONG, shared))
         cuts = [Rule(scale=r.scale, spans=r.spans, softcap=c) for r, c in ((rule, None), (rule, 2.0))]
-        total, exact = (torch.zeros(2, *k.shape, dtype=t) for t in (torch.float32, torch.float64))
+        total, apart, exact = (torch.zeros(2, *k.shape, dtype=t) for t in 2 * [torch.float32] + [torch.float64])
         for cut in cuts:
             out, lse = attention_forward(kernel, q.double(), k.double(), v.double(), cut)
             low = [x.bfloat16() for x in (dout, q, k, v, out)]
             kernel.add_backward(*low, lse.float(), cut, *total)
             kernel.add_backward(*(x.double() for x in low), lse, cut, *exact)
+            if name == "shared":
+                apart += torch.stack([torch.cat(side, 1) for side in list(zip(*kernel.backward_with_shares(
+                    *low, lse.float(), cut)[3]))[1:]])
         errors[name] = ((total - exact).norm() / exact.norm()).item()
+        assert name != "shared" or relative(apart, exact) < 1e-6
     assert max(errors["grouped"], errors["shared"]) < 1e-6
     assert min(errors["own"], errors["alone"]) > 1e-3
     assert not caplog.records

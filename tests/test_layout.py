@@ -92,8 +92,13 @@ def test_32_documents_of_mixed_length_cost_little_more_than_their_work(ranks, mo
     assert cost(layout, edges) <= cost(zigzag(131072, ranks), edges)
     assert imbalance(layout, edges) <= cost(layout, edges) / mean
     if ranks == 2:
-        came = [traffic(layout, rank, edges, None).needs.tokens - layout.held for rank in range(2)]
+        routes = [traffic(layout, rank, edges, None) for rank in range(2)]
+        came = [route.needs.tokens - layout.held for route in routes]
         assert max(came) < 1024, "nearly nothing is sent between the ranks"
+        assert [route.alone for route in routes] == [tokens == 0 for tokens in came]
+        shared = [sum(call.spans.k[i + 1] - call.spans.k[i] for i in call.spans.shared)
+                  for route in routes for call in route.needs.calls]
+        assert max(shared) < 2048, "few keys get shares of gradients from both ranks"
 
 
 def test_300_documents_over_8_ranks_are_not_cut_but_to_fill_up():
@@ -141,6 +146,11 @@ def test_gathered_calls_see_exactly_what_the_definition_says(row, masked, window
             mine, route = layout.positions(rank), traffic(layout, rank, *rules)
             keys = in_front(route, layout, rank, rules)
             assert torch.equal(keys, keys.sort().values)
+            assert not route.alone or torch.equal(keys, mine), "what is held stands in front as it is"
+            if len(route.needs.calls) == 1 and (spans := route.needs.calls[0].spans):
+                edges_k = [spans.k[piece : piece + 2] for piece in spans.shared]
+                for place in (place for places in (*route.returning, *route.landing) for place in places):
+                    assert any(a <= place.start and place.stop <= b for a, b in edges_k), "each has one share"
             found = torch.zeros(layout.held, layout.padded, dtype=torch.bool)
             for call in route.needs.calls:
                 queries, columns = call.rows.stop - call.rows.start, keys[call.keys]

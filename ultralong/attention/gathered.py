@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.collectives import Exchange, Group, copy_rows, exchange
-from ultralong.attention.kernels import Kernel, add_backward, attention_forward
+from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares
 from ultralong.attention.layout import Layout
 from ultralong.attention.merge import accumulator
 from ultralong.attention.needs import Needs, needs
@@ -57,6 +57,12 @@ class Traffic:
         """Where the shares of gradients that go back to each rank are in front of this one."""
         return [[*first, *later] for first, later in zip(*self.coming, strict=True)]
 
+    @cached_property
+    def alone(self) -> bool:
+        """Whether what this rank holds is just what it needs: it stands in front of it as it is."""
+        return (all(held == front for held, front in self.own) and not any(map(any, self.coming))
+                and sum(held.stop - held.start for held, _ in self.own) == self.needs.tokens)
+
 
 def traffic(layout: Layout, rank: int, boundaries: tuple[int, ...] | None, window: int | None) -> Traffic:
     """Who sends what to whom, seen from one rank.
@@ -90,10 +96,10 @@ def _front(own: list[tuple[slice, slice]], local: slice) -> slice:
 
 @dataclass
 class Front:
-    """K and V in front of a rank, (2, B, N, s, D), for some kv heads; those of the first call come first."""
+    """K and V in front of a rank, (B, N, s, D) each, for some kv heads; those of the first call come first."""
 
     heads: slice
-    pair: Tensor
+    pair: tuple[Tensor, Tensor]
     under_way: list[Exchange]
 
     def of(self, call: slice) -> tuple[Tensor, Tensor]:
@@ -106,6 +112,35 @@ class Front:
         """Wait for what is still under way: a rank of one call may have to send for others' second phase."""
         while self.under_way:
             self.under_way.pop(0).wait()
+
+
+@dataclass
+class Shares:
+    """Gradients of K and V in front of a rank, (B, N, s, D) each, for some kv heads.
+
+    Attributes:
+        heads: Which kv heads.
+        final: What no other call adds to, rounded.
+        wide: Where others add: keys, and dK and dV in the accumulating type.
+    """
+
+    heads: slice
+    final: tuple[Tensor, Tensor] | None
+    wide: list[Share]
+
+    def at(self, place: slice) -> list[Tensor]:
+        """The sums of a range that others have shares of, or want."""
+        keys, *sums = next(each for each in self.wide if each[0].start <= place.start and place.stop <= each[0].stop)
+        return [x[:, place.start - keys.start : place.stop - keys.start] for x in sums]
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Both gradients, the sums rounded; in the accumulating type where all are sums."""
+        if self.final is None:
+            return self.wide[0][1], self.wide[0][2]
+        for keys, *sums in self.wide:
+            for side, total in zip(self.final, sums, strict=True):
+                side[:, keys] = total
+        return self.final
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,20 +198,38 @@ class Gathered(Scheme):
         group, under_way = q.shape[2] // k.shape[2], []
         for number, front in enumerate(self._rounds(k, v, rule.window)):
             of_query = slice(front.heads.start * group, front.heads.stop * group)
-            shares = torch.zeros_like(front.pair, dtype=accumulator(k.dtype))  # (2, B, N, s, D)
-            for call in self.traffic(rule.window).needs.calls:
-                part = add_backward(self.kernel, *(x[:, call.rows, of_query] for x in (dout, q)), *front.of(call.keys),
-                                    out[:, call.rows, of_query], lse[:, of_query, call.rows],
-                                    rule.with_spans(call.spans), shares[0][:, call.keys], shares[1][:, call.keys])
-                if part.shape == dq.shape:
-                    dq = part
-                else:
-                    copy_rows(dq[:, call.rows, of_query], part)
-            under_way.append((front.heads, *self._share_out(shares, rule.window, number)))
+            part, shares = self._round_backward(dout, q, out, lse, front, of_query, rule, wide)
+            if part.shape == dq.shape:
+                dq = part
+            else:
+                copy_rows(dq[:, :, of_query], part)
+            under_way.append((shares, *self._share_out(shares, rule.window, number)))
             if len(under_way) > 1:
-                self._collect(*under_way.pop(0), dk, dv, rule.window)
-        self._collect(*under_way.pop(), dk, dv, rule.window)
+                self._collect(*under_way.pop(0), (dk, dv), rule.window)
+        dk, dv = self._collect(*under_way.pop(), (dk, dv), rule.window)
         return dq, dk, dv
+
+    def _round_backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, front: Front, of_query: slice,
+                        rule: Rule, wide: bool) -> tuple[Tensor, Shares]:
+        """The gradient (B, T, h, D) of some query heads, and the shares of their kv heads."""
+        calls = self.traffic(rule.window).needs.calls
+        if len(calls) == 1 and not wide:
+            call = calls[0]
+            dq, *final, sums = backward_with_shares(
+                self.kernel, dout[:, :, of_query], q[:, :, of_query], *front.of(call.keys), out[:, :, of_query],
+                lse[:, of_query], rule.with_spans(call.spans))
+            return dq, Shares(front.heads, tuple(final), sums)
+        totals = [torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in front.pair]
+        dq = torch.empty_like(q[:, :, of_query], memory_format=torch.contiguous_format)
+        for call in calls:
+            part = add_backward(self.kernel, *(x[:, call.rows, of_query] for x in (dout, q)), *front.of(call.keys),
+                                out[:, call.rows, of_query], lse[:, of_query, call.rows],
+                                rule.with_spans(call.spans), *(total[:, call.keys] for total in totals))
+            if part.shape == dq.shape:
+                dq = part
+            else:
+                copy_rows(dq[:, call.rows], part)
+        return dq, Shares(front.heads, None, [(slice(0, totals[0].shape[1]), *totals)])
 
     def _rounds(self, k: Tensor, v: Tensor, window: int | None) -> Iterator[Front]:
         """Rounds of kv heads with the K and V in front of this rank; the next round's are under way."""
@@ -195,34 +248,38 @@ class Gathered(Scheme):
     def _gather(self, k: Tensor, v: Tensor, heads: slice, window: int | None, number: int) -> Front:
         """Start sending K and V to those who need them; what this rank holds itself is put in front of it."""
         found, pair = self.traffic(window), (k[:, :, heads], v[:, :, heads])
-        front = k.new_empty((2, k.shape[0], found.needs.tokens, *pair[0].shape[2:]))
+        alone = found.alone and all(x.is_contiguous() for x in pair)
+        front = pair if alone else tuple(x.new_empty((x.shape[0], found.needs.tokens, *x.shape[2:])) for x in pair)
         under_way = []
         for phase, (going, coming) in enumerate(zip(found.going, found.coming, strict=True)):
             sent = [[x[:, local] for x in pair for local in places] for places in going]
             received = [[x[:, place] for x in front for place in places] for places in coming]
             under_way.append(exchange(sent, received, self.group, TAGS * (2 * number + phase)))
-        for local, place in found.own:
+        for local, place in [] if alone else found.own:
             for x, target in zip(pair, front, strict=True):
                 copy_rows(target[:, place], x[:, local])
         return Front(heads, front, under_way)
 
-    def _share_out(self, shares: Tensor, window: int | None,
-                   number: int) -> tuple[Tensor, list[list[Tensor]], Exchange]:
-        """Start sending the owners their parts of (2, B, N, s, D), and receiving what others have for this rank."""
+    def _share_out(self, shares: Shares, window: int | None, number: int) -> tuple[list[list[Tensor]], Exchange]:
+        """Start sending the owners their parts, and receiving what others have for this rank."""
         found = self.traffic(window)
-        sent = [[side[:, place] for side in shares for place in places] for places in found.returning]
-        received = [[torch.empty_like(side[:, place], memory_format=torch.contiguous_format)
-                     for side in shares for place in places] for places in found.landing]
-        return shares, received, exchange(sent, received, self.group, TAGS * (2**16 + number))
+        sent = [[part for side in zip(*map(shares.at, places)) for part in side] for places in found.returning]
+        received = [[torch.empty_like(part, memory_format=torch.contiguous_format)
+                     for side in zip(*map(shares.at, places)) for part in side] for places in found.landing]
+        return received, exchange(sent, received, self.group, TAGS * (2**16 + number))
 
-    def _collect(self, heads: slice, shares: Tensor, received: list[list[Tensor]], arriving: Exchange, dk: Tensor,
-                 dv: Tensor, window: int | None) -> None:
+    def _collect(self, shares: Shares, received: list[list[Tensor]], arriving: Exchange, grads: tuple[Tensor, Tensor],
+                 window: int | None) -> tuple[Tensor, Tensor]:
         """Add everyone's shares of this rank's dK and dV, in rank order so that timing does not matter."""
         arriving.wait()
         found = self.traffic(window)
         for parts, places in zip(received, found.landing, strict=True):
             for number, part in enumerate(parts):
-                shares[number // len(places)][:, places[number % len(places)]] += part
-        for side, grad in zip(shares, (dk, dv), strict=True):
+                shares.at(places[number % len(places)])[number // len(places)].add_(part)
+        sides = shares.whole()
+        if found.alone and all(x.shape == y.shape and x.dtype == y.dtype for x, y in zip(sides, grads, strict=True)):
+            return sides
+        for side, grad in zip(sides, grads, strict=True):
             for local, place in found.own:
-                grad[:, local, heads] = side[:, place]
+                grad[:, local, shares.heads] = side[:, place]
+        return grads

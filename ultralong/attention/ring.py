@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.collectives import Group, Pending, copy_rows, pass_on
-from ultralong.attention.kernels import Kernel, add_backward, attention_forward
+from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares
 from ultralong.attention.layout import Layout, Piece
 from ultralong.attention.merge import accumulator, merge_into
 from ultralong.attention.rule import Rule, Spans
@@ -138,6 +138,17 @@ class Ring(Scheme):
         return None if self.boundaries is None else own_spans(self.layout.pieces(self.rank), self.boundaries)
 
     @cached_property
+    def _rows(self) -> list[slice]:
+        """Which queries see other ranks' tokens, ranges apart: their results are sums, all others are done at once."""
+        found: list[slice] = []
+        for rows in sorted((rows for seen in self.blocks for rows, _ in seen), key=lambda rows: rows.start):
+            if found and rows.start <= found[-1].stop:
+                found[-1] = slice(found[-1].start, max(found[-1].stop, rows.stop))
+            else:
+                found.append(rows)
+        return found
+
+    @cached_property
     def _once(self) -> bool:
         """Whether every query gradient is a sum of two parts at most: in their own type they round no more."""
         rows = [rows for seen in self.blocks for rows, _ in seen]
@@ -183,46 +194,77 @@ class Ring(Scheme):
         """The pair's lse is (B, H, T)."""
         coming = self._next(self._block(k, v), 1)
         out, lse = attention_forward(self.kernel, q, k, v, rule.with_spans(self.own))
-        out, lse = out.to(accumulator(q.dtype)), lse.contiguous()
+        sums, lse = Sums(out, self._rows, accumulator(q.dtype)), lse.contiguous()
         for hop, seen in enumerate(self.blocks, start=1):
             block = coming.wait()
             coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
             for rows, keys in seen:
                 part, part_lse = attention_forward(self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys],
                                                    rule.full())
-                merge_into(out[:, rows], lse[:, :, rows], part, part_lse)
-        return out.to(q.dtype), lse
+                merge_into(sums.at(rows), lse[:, :, rows], part, part_lse)
+        return sums.rounded(), lse
 
     def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
                         wide: bool = False) -> Gradients:
         """The blocks go round once more; their gradients follow one hop behind."""
         coming, behind = self._next(self._block(k, v), 1), None
-        dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
-        dq = add_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.own), dk, dv)
-        dq = dq if self._once else dq.to(dk.dtype)
+        own = rule.with_spans(self.own)
+        if wide:
+            dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
+            dq = add_backward(self.kernel, dout, q, k, v, out, lse, own, dk, dv)
+            shares = [(slice(0, k.shape[1]), dk, dv)]
+        else:
+            dq, dk, dv, shares = backward_with_shares(self.kernel, dout, q, k, v, out, lse, own)
+        sums = Sums(dq, self._rows, q.dtype if self._once else accumulator(q.dtype))
         for hop, seen in enumerate(self.blocks, start=1):
             block = coming.wait()
             coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
-            share = torch.zeros_like(block, dtype=dk.dtype)
+            share = torch.zeros_like(block, dtype=accumulator(k.dtype))
             for rows, keys in seen:
-                dq[:, rows] += add_backward(self.kernel, dout[:, rows], q[:, rows], block[0][:, keys],
-                                            block[1][:, keys], out[:, rows], lse[:, :, rows], rule.full(),
-                                            share[0][:, keys], share[1][:, keys])
+                sums.at(rows).add_(add_backward(
+                    self.kernel, dout[:, rows], q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows],
+                    lse[:, :, rows], rule.full(), share[0][:, keys], share[1][:, keys]))
             if behind is not None:
                 share += behind.wait()
             behind = self._next(share, hop + 1, tag=1)
-        self._take_home(behind.wait(), dk, dv)
-        dk, dv = (dk, dv) if wide else (dk.to(k.dtype), dv.to(v.dtype))
-        return dq.to(q.dtype), dk, dv
+        self._take_home(behind.wait(), shares)
+        for keys, to_keys, to_values in () if wide else shares:
+            dk[:, keys], dv[:, keys] = to_keys, to_values
+        return sums.rounded(), dk, dv
 
-    def _take_home(self, share: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def _take_home(self, share: Tensor, shares: list[Share]) -> None:
         """Add what the others add to this rank's own keys and values, (2, B, N, K, D)."""
         offset = 0
         for at in self._leaving:
-            part = share[:, :, offset : offset + at.stop - at.start]
-            dk[:, at] += part[0]
-            dv[:, at] += part[1]
+            keys, *own = next(each for each in shares if each[0].start <= at.start and at.stop <= each[0].stop)
+            for side, part in zip(own, share, strict=True):
+                side[:, at.start - keys.start : at.stop - keys.start] += part[:, offset : offset + at.stop - at.start]
             offset += at.stop - at.start
+
+
+class Sums:
+    """Rows of a tensor that several parts add up to, in the accumulating type; the other rows are left alone.
+
+    Args:
+        x: (B, T, H, D), changed in place in the end.
+        rows: Which rows, ranges apart.
+        dtype: The type to add in.
+    """
+
+    def __init__(self, x: Tensor, rows: Sequence[slice], dtype: torch.dtype) -> None:
+        self._x, self._parts = x, [(place, x[:, place].to(dtype)) for place in rows]
+
+    def at(self, rows: slice) -> Tensor:
+        """Some of those rows, to be changed in place."""
+        place, part = next(each for each in self._parts if each[0].start <= rows.start and rows.stop <= each[0].stop)
+        return part[:, rows.start - place.start : rows.stop - place.start]
+
+    def rounded(self) -> Tensor:
+        """The tensor with its sums in place."""
+        for place, part in self._parts:
+            if part.dtype != self._x.dtype:  # else it is a view
+                self._x[:, place] = part
+        return self._x
 
 
 def _length(pieces: Sequence[Piece]) -> int:

@@ -129,7 +129,7 @@ def _once(attend: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor,
     _arrive(dout.device)
     if ahead is not None:
         ahead.fill(seconds)
-        if dist.is_initialized():  # GPUs that end this work one after another would wait for each other in what is timed
+        if dist.is_initialized():  # else GPUs that end this one after another wait for each other in what is timed
             dist.all_reduce(torch.zeros(1, device=dout.device))
     began = time.perf_counter()
     marks = [_mark(dout.device)]

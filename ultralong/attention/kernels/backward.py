@@ -11,6 +11,9 @@ are added to tensors of the accumulating type (float32; float64 for float64), by
   flash-attn 2). It is given repeated kv heads and the sum is taken here, so that the second rounding goes.
 * 16-bit types on a CPU are computed in float32, which is no slower there.
 * Otherwise (flash-attn 3; flash-attn 4 without grouped heads) each call's share is rounded once more.
+
+Of packed rows few keys are seen by several calls, those of documents that were cut. `backward_with_shares` leaves the
+others' gradients as one call gives them, which spares passes over tensors twice as wide.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ultralong.attention.kernels.adapt import clipped, head_groups, joined, needs_split, packed_call, pieces_of
-from ultralong.attention.kernels.base import GQA, Kernel
+from ultralong.attention.kernels.base import GQA, Kernel, Share
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule
 
@@ -92,6 +95,38 @@ def add_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     if q.shape[2] != k.shape[2] and (GQA not in kernel.features or kernel.rounds_heads):
         return _add_by_query_head(kernel, dout, q, k, v, out, lse, rule, dk, dv)
     return kernel.add_backward(dout, q, k, v, out, lse, rule, dk, dv)
+
+
+def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                         rule: Rule) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
+    """As `attention_backward`, but keys that other calls' queries see as well get shares that can be added up.
+
+    Args as in `attention_backward`; which keys those are is in `rule.spans`, all of them without pieces.
+
+    Returns:
+        dq, dk, dv, and the shares. Where there is a share, dk and dv are not filled in: the sum of all calls' shares
+        belongs there.
+    """
+    spans, grouped = rule.spans, q.shape[2] != k.shape[2]
+    by_piece = spans is None or not packed_call(kernel, spans)
+    if (spans is None or spans.shared is None or q.shape[0] > 1 or len(head_groups(kernel, q, k)) > 1
+            or (q.device.type == "cpu" and q.dtype != accumulator(q.dtype))
+            or (not by_piece and grouped and (GQA not in kernel.features or (kernel.rounds_heads and spans.shared)))):
+        wide = [torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (k, v)]
+        dq = add_backward(kernel, dout, q, k, v, out, lse, rule, *wide)
+        return dq, torch.empty_like(k), torch.empty_like(v), [(slice(0, k.shape[1]), *wide)]
+    if not by_piece:
+        return kernel.backward_with_shares(dout, q, k, v, out, lse, rule)
+    (dq, dk, dv), shares = (torch.empty_like(x) for x in (q, k, v)), []
+    for index, (rows, keys) in enumerate(pieces_of(spans)):
+        tensors = (dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows])
+        if spans.is_shared(index):
+            wide = [torch.zeros_like(x[:, keys], dtype=accumulator(q.dtype)) for x in (k, v)]
+            dq[:, rows] = add_backward(kernel, *tensors, rule.one_piece(), *wide)
+            shares.append((keys, *wide))
+        else:
+            dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(kernel, *tensors, rule.one_piece())
+    return dq, dk, dv, shares
 
 
 def _join_rows(lse: Tensor) -> Tensor:

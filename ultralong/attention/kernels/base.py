@@ -20,6 +20,7 @@ WINDOW = "window"  # sliding window
 SOFTCAP = "softcap"  # capped scores
 
 ANY_ELEMENTS = 2**62
+Share = tuple[slice, Tensor, Tensor]  # keys, and what a call adds to their dK and dV (B, n, K, D) in a wide type
 
 
 class Kernel(ABC):
@@ -70,6 +71,17 @@ class Kernel(ABC):
         dk += to_keys
         dv += to_values
         return dq
+
+    def backward_with_shares(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                             rule: Rule) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
+        """`backward` of packed pieces (one row), and the shares of those that are marked as shared.
+
+        A kernel that can gives them unrounded; this one gives what `backward` gives.
+        """
+        dq, dk, dv = self.backward(dout, q, k, v, out, lse, rule)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        places = [slice(*rule.spans.k[piece : piece + 2]) for piece in sorted(rule.spans.shared)]
+        return dq, dk, dv, [(place, dk[:, place].to(wide), dv[:, place].to(wide)) for place in places]
 
     def refusal(self, q: Tensor, rule: Rule) -> str | None:
         """Why this kernel can't compute this call, or None when it can."""

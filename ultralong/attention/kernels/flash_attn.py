@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel
+from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel, Share
 from ultralong.attention.kernels.flash4_sums import Sums, SumsOf
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule, Spans
@@ -118,8 +118,37 @@ class FlashAttn4(_FlashAttn):
     def add_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
                      dk: Tensor, dv: Tensor) -> Tensor:
         """Adds its float32 sums where it has them (grouped heads, Hopper), for packed rows those of shared pieces."""
-        if not self._sums.possible or q.shape[2] == k.shape[2]:
+        if not self._has_sums(q, k):
             return super().add_backward(dout, q, k, v, out, lse, rule, dk, dv)
+        dq, *rounded, sums = self._with_sums(dout, q, k, v, out, lse, rule)
+        for name, total, part in zip(("dk", "dv"), (dk, dv), rounded, strict=True):
+            _add(total, name, part, sums, rule.spans)
+        return dq
+
+    def backward_with_shares(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                             rule: Rule) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
+        """Its float32 sums of shared pieces, where it has them."""
+        if not rule.spans.shared or not self._has_sums(q, k):
+            return super().backward_with_shares(dout, q, k, v, out, lse, rule)
+        *grads, sums = self._with_sums(dout, q, k, v, out, lse, rule)
+        shares = []
+        for piece in sorted(rule.spans.shared):
+            keys, sides = slice(*rule.spans.k[piece : piece + 2]), []
+            for name, part in zip(("dk", "dv"), grads[1:], strict=True):
+                wide = part[:, keys].to(accumulator(part.dtype)) if sums is None else torch.zeros_like(
+                    part[:, keys], dtype=accumulator(part.dtype))
+                if sums is not None:
+                    sums.add_piece(wide[0], name, piece, keys.start)
+                sides.append(wide)
+            shares.append((keys, *sides))
+        return *grads, shares
+
+    def _has_sums(self, q: Tensor, k: Tensor) -> bool:
+        return self._sums.possible and q.shape[2] != k.shape[2]
+
+    def _with_sums(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                   rule: Rule) -> tuple[Tensor, Tensor, Tensor, Sums | None]:
+        """The gradient of q; those of k and v rounded (of one piece, only until its sums are trusted); the sums."""
         kind = (q.shape[3], rule.causal, rule.spans is not None)
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
         rounded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v)]
@@ -132,9 +161,7 @@ class FlashAttn4(_FlashAttn):
                         "rounded one by one, which adds a fifth to their error")
             self._sums.possible = False
         self._checked.add(kind)
-        for name, total, part in zip(("dk", "dv"), (dk, dv), rounded, strict=True):
-            _add(total, name, part, sums if sums.there and self._sums.possible else None, rule.spans)
-        return dq
+        return dq, *rounded, sums if sums.there and self._sums.possible else None
 
     def _are_right(self, sums: Sums, rounded: list[Tensor], rule: Rule) -> bool:
         """Whether a call's sums, rounded, are the gradients that the package gave."""
