@@ -119,9 +119,7 @@ def in_front(found, layout, rank, rules):
             sent = [(theirs[local], place) for local, place in found.own]
         else:
             route = traffic(layout, other, *rules)
-            sent = [(theirs[local], place) for going, coming in zip(route.going, found.coming)
-                    for local, place in zip(going[rank], coming[other], strict=True)]
-            assert found.returning[other] == [place for _, place in sent]
+            sent = [(theirs[local], place) for local, place in zip(route.going[rank], found.coming[other], strict=True)]
             for (positions, _), place in zip(sent, route.landing[rank], strict=True):
                 held = [(local, front) for local, front in route.own if front.start <= place.start < front.stop]
                 assert torch.equal(theirs[held[0][0]][place.start - held[0][1].start :][: len(positions)], positions)
@@ -149,7 +147,7 @@ def test_gathered_calls_see_exactly_what_the_definition_says(row, masked, window
             assert not route.alone or torch.equal(keys, mine), "what is held stands in front as it is"
             if len(route.needs.calls) == 1 and (spans := route.needs.calls[0].spans):
                 edges_k = [spans.k[piece : piece + 2] for piece in spans.shared]
-                for place in (place for places in (*route.returning, *route.landing) for place in places):
+                for place in (place for places in (*route.coming, *route.landing) for place in places):
                     assert any(a <= place.start and place.stop <= b for a, b in edges_k), "each has one share"
             found = torch.zeros(layout.held, layout.padded, dtype=torch.bool)
             for call in route.needs.calls:

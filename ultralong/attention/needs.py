@@ -50,14 +50,12 @@ class Needs:
     def _starts(self) -> tuple[int, ...]:
         return (0, *accumulate(stop - start for start, stop in self.ranges))
 
-    def among(self, pieces: Sequence[Piece], keys: slice | None = None) -> list[tuple[slice, slice]]:
+    def among(self, pieces: Sequence[Piece]) -> list[tuple[slice, slice]]:
         """Where pieces that a rank holds meet the ranges: (tokens of the holder, keys in front of this rank).
 
         Args:
-            pieces: Global ranges.
-            keys: Only these of the keys in front of this rank.
+            pieces: Global ranges that a rank holds, in the order it holds them (rising).
         """
-        keys = keys or slice(0, self.tokens)
         met, offset, index = [], 0, 0
         for start, stop in pieces:
             while index < len(self.ranges) and self.ranges[index][1] <= start:
@@ -66,17 +64,11 @@ class Needs:
                 (first, end), at = self.ranges[here], self._starts[here]
                 if first >= stop:
                     break
-                a = max(start, first, first + keys.start - at)
-                b = min(stop, end, first + keys.stop - at)
+                a, b = max(start, first), min(stop, end)
                 if a < b:
                     met.append((slice(offset + a - start, offset + b - start), slice(at + a - first, at + b - first)))
             offset += stop - start
         return met
-
-    @property
-    def phases(self) -> tuple[slice, slice]:
-        """The keys in the order in which they are needed: those of the first call, and all after them."""
-        return slice(0, self.calls[0].keys.stop), slice(self.calls[0].keys.stop, self.tokens)
 
 
 def needs(pieces: Sequence[Piece], boundaries: Sequence[int] | None, window: int | None = None) -> Needs:
