@@ -174,8 +174,8 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
         colour: True paints documents in two colours by turns and the separator in a third (ANSI codes).
         most: Segments shown at either end of the row; those between are counted.
     """
-    checks = view.checks
-    lines = [f"row {view.row}: {view.length:,} tokens, {len(view.segments):,} segments, {checks['labels']:,} labels "
+    checks, segments = view.checks, _counted(len(view.segments), "segment")
+    lines = [f"row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels "
              f"({checks['labels_that_are_the_next_input']:,} of them the next input, {checks['masked_labels']:,} "
              f"masked), {checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator"]
     for number, segment in enumerate(view.segments):
@@ -199,9 +199,9 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
 
 def as_html(view: RowView, *, most: int = 12) -> str:
     """A view for a notebook: a table with a line for each segment, as pages keep tables when they strip styles."""
-    checks = view.checks
-    parts = [f"<p>Row {view.row}: {view.length:,} tokens, {len(view.segments):,} segments, {checks['labels']:,} "
-             f"labels, {checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator.</p>",
+    checks, segments = view.checks, _counted(len(view.segments), "segment")
+    parts = [f"<p>Row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels, "
+             f"{checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator.</p>",
              "<table><tr><th>tokens</th><th>document</th><th>text</th></tr>"]
     for number, segment in enumerate(view.segments):
         if len(view.segments) > 2 * most and most <= number < len(view.segments) - most:
@@ -218,3 +218,7 @@ def as_html(view: RowView, *, most: int = 12) -> str:
 
 def _paint(text: str, code: str, colour: bool) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colour and text else text
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
