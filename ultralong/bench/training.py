@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +31,10 @@ from ultralong.plan.shapes import model_config, shape_of
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 DATASHEET_FLOPS = 989e12
+SHOWN = 40  # kernels of a profile that a row keeps
+# Parts of kernels' names; what comes first counts, as attention is made of products too.
+KINDS = {"attention": ("flash", "fmha", "attention", "sdpa"), "exchange between GPUs": ("nccl",),
+         "copies": ("memcpy", "memset"), "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "mm")}
 GIB = 2**30
 
 
@@ -52,6 +56,7 @@ class TrainingCase:
         gpu_memory: See `fit`; None is the machine's.
         host_memory: See `fit`; None moves nothing.
         steps: Measured steps.
+        profile: Follow one more step and say what its kernels took.
     """
 
     model: str
@@ -67,6 +72,7 @@ class TrainingCase:
     gpu_memory: float | None = None
     host_memory: float | None = None
     steps: int = 2
+    profile: bool = False
 
     @property
     def name(self) -> str:
@@ -85,7 +91,8 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
     Returns:
         A row with `model`, `parameters`, `tokens`, `gpus`, `gpu`, `seconds_per_step` (the median),
         `tokens_per_second_per_gpu`, `mfu_causal`, `peak_gpu_gib`, `peak_host_gib`, the planner's of the same, `memory`
-        (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message.
+        (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
+        also `kernels`, what they took on the first GPU in one more step, and `kinds`, the same by kind.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
         facts = other.submit(machine_facts).result()  # not here: this process must hold no GPU memory beside the run
@@ -149,7 +156,7 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str,
 def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
-               "-m", "ultralong.bench.training_work", str(run), made["short"]]
+               "-m", "ultralong.bench.training_work", str(run), made["short"], *(["profile"] if case.profile else [])]
     threads = str(max(1, (os.cpu_count() or 1) // (2 * case.gpus)))
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -160,14 +167,25 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> d
                 "messages": done.stderr[-4000:]}
     ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
     seconds = median(record["seconds"] for record in log)
+    kernels = read_json(run / "kernels.json") if case.profile else []
     return {
         "seconds_per_step": round(seconds, 4),
         "tokens_per_second_per_gpu": round(case.tokens / seconds / case.gpus, 1),
         "mfu_causal": round(flops / seconds / case.gpus / DATASHEET_FLOPS, 4),
         **{key: round(max(rank[key] for rank in ranks) / GIB, 3) for key in ranks[0]},
         "steps": [record["seconds"] for record in log], "loss": log[-1]["loss"], "grad_norm": log[-1]["grad_norm"],
-        "warm_up_tokens": WARM,
+        "warm_up_tokens": WARM, **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
     }
+
+
+def by_kind(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of kernels by what they are for, told from their names; the most first."""
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        name = kernel["name"].lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "all else")
+        found[kind] = found.get(kind, 0.0) + kernel["seconds"]
+    return {kind: round(took, 4) for kind, took in sorted(found.items(), key=lambda each: -each[1])}
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:

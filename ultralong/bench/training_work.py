@@ -1,4 +1,4 @@
-"""What the processes of a training case do: `python -m ultralong.bench.training_work FOLDER SHORT`.
+"""What the processes of a training case do: `python -m ultralong.bench.training_work FOLDER SHORT [profile]`.
 
 The models have random weights and rows of random letters; how long a step takes depends on neither.
 """
@@ -30,7 +30,7 @@ from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import connect
-from ultralong.training.step import assemble, reserve_host_memory, take_step
+from ultralong.training.step import Run, assemble, reserve_host_memory, take_step
 
 WARM = 2048  # tokens of the row that is trained on first
 WINDOW = 2**24  # of the made models: no row is too long
@@ -90,8 +90,11 @@ def random_model(folder: str, device: torch.device, attention: str = "ultralong"
                                                 attn_implementation=attention).train()
 
 
-def work(folder: Path, short: str) -> None:
-    """Train as `folder/config.yaml` says, a short row first; leave the log and this process's peaks in bytes."""
+def work(folder: Path, short: str, profile: bool = False) -> None:
+    """Train as `folder/config.yaml` says, a short row first; leave the log and this process's peaks in bytes.
+
+    With `profile`, one more step follows, and the first process leaves what its kernels took (`kernels.json`).
+    """
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
         set_seed(config.seed)
@@ -116,6 +119,26 @@ def work(folder: Path, short: str) -> None:
             if processes.is_main:
                 append_jsonl(folder / "log.jsonl", {**record, "seconds": round(time.perf_counter() - begin, 4)})
             _leave_peaks(folder, run.memory.host_bytes)
+        if profile:
+            _leave_kernels(folder, run, config.steps - 1)
+
+
+def _leave_kernels(folder: Path, run: Run, step: int) -> None:
+    """One more step under torch's profiler; seconds by kernel (by operation, without a GPU), the most first."""
+    on_gpu = torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    run.processes.wait()
+    with torch.profiler.profile(activities=[kind]) as found:
+        take_step(run, step)
+        if on_gpu:
+            torch.cuda.synchronize()
+    if not run.processes.is_main:
+        return
+    took = [(each.key, each.count, each.self_device_time_total if on_gpu else each.self_cpu_time_total)
+            for each in found.key_averages()]
+    write_json(folder / "kernels.json", [
+        {"name": name[:200], "calls": calls, "seconds": round(microseconds / 1e6, 6)}
+        for name, calls, microseconds in sorted(took, key=lambda each: -each[2]) if microseconds > 0])
 
 
 def _leave_peaks(folder: Path, pinned: int) -> None:
@@ -130,4 +153,4 @@ def _leave_peaks(folder: Path, pinned: int) -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2])
+    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:])

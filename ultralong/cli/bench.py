@@ -41,6 +41,7 @@ def bench_train(
     host_memory: float | None = None,
     steps: int = 2,
     peers: bool = False,
+    profile: bool = False,
     machine: str = "h200",
     folder: Path | None = None,
     json: Path | None = None,
@@ -67,6 +68,7 @@ def bench_train(
         host_memory: With fit: GiB of host memory for one process; without it nothing is moved.
         steps: Measured steps; one on a short row comes before.
         peers: Measure other projects that are installed as well (two GPUs or more).
+        profile: Follow one more step and say what its kernels took, by kind and by name.
         machine: Rates that the plan reckons with.
         folder: Keep models and rows here for the next measurement.
         json: Append the rows to this file.
@@ -83,7 +85,7 @@ def bench_train(
         place = folder or Path(made)
         for tokens in lengths:
             case = TrainingCase(model, tokens, layers, gpus, sharded, states, kernel, stages, plan, fit, gpu_memory,
-                                host_memory, steps)
+                                host_memory, steps, profile)
             names = PEERS if peers and gpus > 1 else ()
             for row in (measure(case, machine, place), *(measure_peer(name, case, place) for name in names)):
                 if json is not None:
@@ -102,4 +104,8 @@ def _line(row: dict) -> str:
            f"{row['mfu_causal']:.1%} (causal, nothing recomputed, of 989 TF/s), {row.get('peak_gpu_gib', 0):.1f} GiB"
     if "planned_seconds_per_step" in row:
         text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
+    for kind, took in row.get("kinds", {}).items():
+        text += f"\n{took:10.3f} s  {kind}"
+    for kernel in row.get("kernels", ())[:12]:
+        text += f"\n{kernel['seconds']:10.3f} s  {kernel['calls']:7,} x {kernel['name'][:90]}"
     return name + text
