@@ -18,6 +18,7 @@ from ultralong.attention.kernels import (
     attention_forward,
     backward_with_shares,
     flash_attn,
+    sums_at,
     torch_cuda,
 )
 from ultralong.attention.kernels.base import SOFTCAP, WINDOW
@@ -363,9 +364,13 @@ def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
                               for places in ([keys for keys, *_ in shares], own))
         assert not of_shares & settled
     for keys, *sums in shares:
+        one_key = slice(keys.stop - 1, keys.stop)
+        assert all(torch.equal(part, total[:, -1:]) for part, total in zip(sums_at(shares, one_key), sums))
         for found, total in zip((dk, dv), sums):
             assert total.dtype == torch.float64
             found[:, keys] = total
+    with pytest.raises(LookupError, match="keys 460 to 461 have no share of their gradients; there are"):
+        sums_at(shares, slice(460, 461))
     for found, right in zip((dq, dk, dv), wanted):
         assert relative(found, right) <= 1e-12
 

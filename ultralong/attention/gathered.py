@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.collectives import Exchange, Group, copy_rows, exchange
-from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares
+from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares, sums_at
 from ultralong.attention.layout import Layout
 from ultralong.attention.merge import accumulator
 from ultralong.attention.needs import Needs, needs
@@ -122,8 +122,7 @@ class Shares:
 
     def at(self, place: slice) -> list[Tensor]:
         """The sums of a range that others have shares of, or want."""
-        keys, *sums = next(each for each in self.wide if each[0].start <= place.start and place.stop <= each[0].stop)
-        return [x[:, place.start - keys.start : place.stop - keys.start] for x in sums]
+        return sums_at(self.wide, place)
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Both gradients, the sums rounded; in the accumulating type where all are sums."""

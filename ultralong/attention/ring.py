@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.collectives import Group, Pending, copy_rows, pass_on
-from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares
+from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares, sums_at
 from ultralong.attention.layout import Layout, Piece
 from ultralong.attention.merge import accumulator, merge_into
 from ultralong.attention.rule import Rule, Spans
@@ -236,9 +236,8 @@ class Ring(Scheme):
         """Add what the others add to this rank's own keys and values, (2, B, N, K, D)."""
         offset = 0
         for at in self._leaving:
-            keys, *own = next(each for each in shares if each[0].start <= at.start and at.stop <= each[0].stop)
-            for side, part in zip(own, share, strict=True):
-                side[:, at.start - keys.start : at.stop - keys.start] += part[:, offset : offset + at.stop - at.start]
+            for side, part in zip(sums_at(shares, at), share, strict=True):
+                side += part[:, offset : offset + at.stop - at.start]
             offset += at.stop - at.start
 
 
@@ -256,8 +255,10 @@ class Sums:
 
     def at(self, rows: slice) -> Tensor:
         """Some of those rows, to be changed in place."""
-        place, part = next(each for each in self._parts if each[0].start <= rows.start and rows.stop <= each[0].stop)
-        return part[:, rows.start - place.start : rows.stop - place.start]
+        for place, part in self._parts:
+            if place.start <= rows.start and rows.stop <= place.stop:
+                return part[:, rows.start - place.start : rows.stop - place.start]
+        raise LookupError(f"rows {rows.start} to {rows.stop} are not among those that are added up")
 
     def rounded(self) -> Tensor:
         """The tensor with its sums in place."""

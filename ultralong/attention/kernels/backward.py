@@ -129,6 +129,19 @@ def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: 
     return dq, dk, dv, shares
 
 
+def sums_at(shares: list[Share], place: slice) -> list[Tensor]:
+    """The part of shares that belongs to a range of keys, dK and dV (B, n, K, D), to be read or added to.
+
+    Raises:
+        LookupError: No share holds the whole range.
+    """
+    for keys, *sums in shares:
+        if keys.start <= place.start and place.stop <= keys.stop:
+            return [x[:, place.start - keys.start : place.stop - keys.start] for x in sums]
+    held = ", ".join(f"{keys.start} to {keys.stop}" for keys, *_ in shares) or "none"
+    raise LookupError(f"keys {place.start} to {place.stop} have no share of their gradients; there are {held}")
+
+
 def _join_rows(lse: Tensor) -> Tensor:
     return lse.transpose(0, 1).reshape(1, lse.shape[1], -1)  # (B, H, T) -> (1, H, B T)
 
