@@ -68,7 +68,10 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str
     for process in processes:
         process.start()
     try:
-        return _collect(processes, results, world, timeout)
+        found = _collect(processes, results, world, timeout)
+        for process in processes:
+            process.join(GRACE)  # they part at a barrier: to the others one that is ended there has died
+        return found
     finally:
         for process in processes:
             if process.is_alive():
