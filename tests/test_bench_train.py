@@ -31,9 +31,10 @@ def test_kernels_are_told_apart_by_name():
     names = {"kernel_cutlass_kernel_flash_attn_cute_flash_bwd_sm90FlashAttentionBackwardSm90": "attention",
              "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
              "nvjet_sm90_tst_128x256_64x4": "matrix products", "ncclDevKernel_SendRecv": "exchange between GPUs",
-             "Memcpy DtoH (Device -> Pinned)": "copies", "void at::native::vectorized_elementwise_kernel": "all else"}
+             "Memcpy DtoH (Device -> Pinned)": "copies", "aten::addmm": "matrix products",
+             "void at::native::GammaBetaBackwardCUDAKernel": "all else"}
     assert by_kind([{"name": name, "seconds": 1.0} for name in names]) == dict.fromkeys(
-        dict.fromkeys(names.values()), 1.0) | {"attention": 2.0}
+        dict.fromkeys(names.values()), 1.0) | {"attention": 2.0, "matrix products": 2.0}
 
 
 @pytest.mark.parametrize(("row", "wanted"), [

@@ -8,10 +8,10 @@ row (zigzag, or dealt out by work), and a piece's keys end at its last token. Th
 one call, so nothing is merged and the error does not depend on P. Packed documents may have any lengths, and a rank is
 only sent what its own documents' tokens see: a document that lies on one rank is not sent at all.
 
-A round's computing begins when all of its keys have come, though the first call may need none of them. A transfer that
-is started beside a kernel which fills the GPU gets in when that one ends, and on every rank: where ranks' first calls
-differ in length, as zigzag's do, the others wait for the longest. The transfer alone takes far less: a hundredth of the
-forward pass, for 131,072 tokens on two H200s.
+A round's computing begins when all of its keys have come, though the first call may need none of them. When they came
+beside it, a forward pass on cuDNN took 156 ms on busy GPUs and 125 ms on idle ones, where they are there first (131,072
+tokens, two H200s). Presumably a transfer that starts beside a kernel which fills the GPU gets in when that one ends, on
+every rank: where ranks' first calls differ in length, as zigzag's do, the others wait for the longest.
 """
 
 from __future__ import annotations
