@@ -34,7 +34,8 @@ DATASHEET_FLOPS = 989e12
 SHOWN = 40  # kernels of a profile that a row keeps
 # Parts of kernels' names; what comes first counts, as attention is made of products too.
 KINDS = {"attention": ("flash", "fmha", "attention", "sdpa"), "exchange between GPUs": ("nccl",),
-         "copies": ("memcpy", "memset"), "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm")}
+         "copies": ("memcpy", "memset"),
+         "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm")}
 GIB = 2**30
 
 
