@@ -1,13 +1,17 @@
-"""Norms in one pass, rotations with few and products without a result: the gradients are those of the usual way."""
+"""Norms, gates and rotations in one pass, products without a result: the gradients are those of the usual way."""
+
+import logging
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ultralong.training import lean
-from ultralong.training.lean import normed, rotated, unseen
+from ultralong.training.lean import fed_forward, fed_forward_again, normed, rotated, unseen
+from ultralong.training.one_pass import OnePass
 
 
 def test_the_norms_gradients_are_those_of_finite_differences():
@@ -80,3 +84,64 @@ def test_a_module_with_more_in_it_than_a_product_is_called():
     hooked.register_forward_hook(lambda module, given, result: result + 1)
     for module in (hooked, low_rank):
         assert torch.equal(unseen(module, x), module(x))
+
+
+@pytest.mark.parametrize(("activation", "narrow", "bias"), [("silu", None, False), ("silu", torch.bfloat16, False),
+                                                           ("silu", None, True), ("gelu", None, False)])
+def test_a_feed_forward_layer_has_transformers_result_and_gradients(activation, narrow, bias):
+    torch.manual_seed(0)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=6, num_attention_heads=2, intermediate_size=10, hidden_act=activation,
+                               mlp_bias=bias))
+    dtype = torch.float64 if narrow is None else torch.float32  # autocast leaves float64 alone
+    mlp, x, dy = mlp.to(dtype), torch.randn(2, 7, 6, dtype=dtype, requires_grad=True), torch.randn(2, 7, 6, dtype=dtype)
+    tensors, found = [x, *mlp.parameters()], []
+    with torch.autocast("cpu", narrow, narrow is not None):
+        for way in (mlp, lambda x: fed_forward_again(mlp, x)):
+            y = way(x)
+            found.append(torch.autograd.grad(y, tensors, dy.to(y.dtype)))
+        with torch.no_grad():
+            torch.testing.assert_close(fed_forward(mlp, x), mlp(x), rtol=1e-13, atol=1e-13)
+    limit = 1e-13 if narrow is None else 2e-2
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=limit, atol=limit)
+    assert activation == "gelu" or bias or not fed_forward_again(mlp, x).any(), "no product is computed for nothing"
+
+
+def test_a_gate_that_somebody_listens_to_is_the_modules_own():
+    mlp, x = LlamaMLP(LlamaConfig(hidden_size=6, num_attention_heads=2, intermediate_size=10)), torch.randn(2, 7, 6)
+    mlp.down_proj.register_forward_hook(lambda module, given, result: result + 1)
+    assert torch.equal(fed_forward(mlp, x), mlp(x))
+    assert torch.equal(fed_forward_again(mlp, x), mlp(x))
+
+
+EACH = {"turn": (lean._turn, ((1, 9, 4, 8), (1, 9, 8), (1, 9, 8))), "gate": (lean._gate_at_once, 2 * ((1, 9, 10),)),
+        "back": (lean._gate_backward_at_once, 3 * ((1, 9, 10),))}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_what_is_compiled_gives_what_the_function_gives(name, caplog):
+    """By torch's tracer, in the words that are compiled; the kernels themselves are set beside it on each GPU."""
+    way, shapes = EACH[name]
+    torch.manual_seed(0)
+    few, more = ([torch.randn(1, tokens, *shape[2:], dtype=torch.float64) for shape in shapes] for tokens in (9, 23))
+    fast = way.prepared(*few, backend="aot_eager")
+    assert fast is not way._function
+    assert not [record for record in caplog.records if record.name.startswith("ultralong")]
+    torch.testing.assert_close(fast(*more), way._function(*more), rtol=1e-13, atol=1e-13)
+
+
+def not_to_be_compiled(x):
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+@pytest.mark.parametrize(("compiled", "said"), [(lambda x: x + 1.01, "gives other results"),
+                                                (not_to_be_compiled, "could not be compiled")])
+def test_what_compiles_wrongly_or_not_at_all_runs_as_it_is_written(compiled, said, caplog):
+    def plus_one(x):
+        return x + 1
+
+    with caplog.at_level(logging.WARNING):
+        assert OnePass(plus_one, compiled).prepared(torch.ones(1, 4), backend="aot_eager") is plus_one
+    assert "plus_one" in caplog.text
+    assert said in caplog.text

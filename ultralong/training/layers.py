@@ -28,11 +28,10 @@ from torch.distributed.fsdp import FSDPModule
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Pair, Scheme
 from ultralong.training.kept import Inputs, Keeper
-from ultralong.training.lean import normed, rotated, unseen
+from ultralong.training.lean import fed_forward, fed_forward_again, normed, rotated, unseen
 from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, map_tiles, tiles
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) * up(x))
 
 Way = Callable[[nn.Module, Tensor], Tensor]
 
@@ -64,15 +63,12 @@ class Cut:
     def after(self, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, t, d) of its input (B, t, d) and attention result (B, t, H, D)."""
         x = x + self.layer.self_attn.o_proj(out.flatten(2))
-        return x + self.layer.mlp(normed(self.layer.post_attention_layernorm, x))
+        return x + fed_forward(self.layer.mlp, normed(self.layer.post_attention_layernorm, x))
 
     def after_again(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of `after`'s sum, for their gradients."""
-        x, mlp = x + self.layer.self_attn.o_proj(out.flatten(2)), self.layer.mlp
-        rest = normed(self.layer.post_attention_layernorm, x)
-        if type(mlp).__name__ not in GATED or "forward" in vars(mlp):
-            return x, mlp(rest)
-        return x, unseen(mlp.down_proj, mlp.act_fn(mlp.gate_proj(rest)) * mlp.up_proj(rest))
+        x = x + self.layer.self_attn.o_proj(out.flatten(2))
+        return x, fed_forward_again(self.layer.mlp, normed(self.layer.post_attention_layernorm, x))
 
     def _projected(self, x: Tensor, by_q_and_k: Way, by_v: Way) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of x before their rotation; each projection is computed the way it is asked for."""

@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ultralong.training.one_pass import OnePass
 from ultralong.training.tiled import autocast_now
+
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) * up(x))
 
 
 @torch.library.custom_op("ultralong::rms_norm", mutates_args=())
@@ -74,17 +78,108 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     return _rms_norm(x.contiguous(), weight, epsilon)[0]
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads (B, t, H, D) turned by their positions' angles, as transformers does: the second half beside the first.
-
-    With the opposite sign of `sin` it is the turn back, which is the gradient's way: cos and sin (1 or B, t, D) hold
-    each angle twice, once for each half.
-    """
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin, half = cos.unsqueeze(2), sin.unsqueeze(2), x.shape[-1] // 2
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     y[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return y
+
+
+def _turned_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos.unsqueeze(2) + torch.cat((-x[..., half:], x[..., :half]), -1) * sin.unsqueeze(2)
+
+
+_turn = OnePass(_turned, _turned_at_once)
+
+
+@torch.library.custom_op("ultralong::rotated", mutates_args=())
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn(x, cos, sin)
+
+
+@_rotated.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads (B, t, H, D) turned by their positions' angles, as transformers does: the second half beside the first.
+
+    With the opposite sign of `sin` it is the turn back, which is the gradient's way: cos and sin (1 or B, t, D) hold
+    each angle twice, once for each half. It has no gradient of its own.
+    """
+    return _rotated(x, cos, sin)
+
+
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+def _gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    active = functional.silu(gate)
+    return active * up, torch.ops.aten.silu_backward(dy * up, gate), dy * active
+
+
+_gate_at_once, _gate_backward_at_once = OnePass(_gate), OnePass(_gate_backward)
+
+
+@torch.library.custom_op("ultralong::gated", mutates_args=())
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return _gate_at_once(gate, up)
+
+
+@_gated.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@torch.library.custom_op("ultralong::gated_backward", mutates_args=())
+def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(gate) * up once more, and the gradients of gate and up."""
+    return _gate_backward_at_once(dy, gate, up)
+
+
+@_gated_backward.register_fake
+def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(up)
+
+
+def fed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
+    """A gated feed-forward module's result (.., d) of x (.., d), without a gradient."""
+    if not _is_plain(mlp):
+        return mlp(x)
+    return mlp.down_proj(_gated(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def fed_forward_again(mlp: nn.Module, x: Tensor) -> Tensor:
+    """The same for its gradients: the result itself, and what goes into its last product, are not computed."""
+    if type(mlp).__name__ not in GATED or "forward" in vars(mlp):
+        return mlp(x)
+    if not _is_plain(mlp):
+        return unseen(mlp.down_proj, mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    narrow, weight = autocast_now(x), mlp.down_proj.weight
+    return _Down.apply(mlp.gate_proj(x), mlp.up_proj(x), weight if narrow is None else weight.to(narrow))
+
+
+def _is_plain(mlp: nn.Module) -> bool:
+    """Whether a module is down(silu(gate(x)) * up(x)), and nothing listens to its last product."""
+    return (type(mlp).__name__ in GATED and "forward" not in vars(mlp) and _is_linear(mlp.down_proj)
+            and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and mlp.down_proj.bias is None)
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return gate.new_zeros(()).expand(*gate.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, weight = ctx.saved_tensors
+        active, to_gate, to_up = _gated_backward(dy @ weight, gate, up)
+        return to_gate, to_up, dy.flatten(0, -2).T @ active.flatten(0, -2)
 
 
 class _Unseen(torch.autograd.Function):
@@ -111,9 +206,14 @@ def unseen(project: nn.Module, x: Tensor) -> Tensor:
     Returns:
         A tensor of the result's shape and type, of zeros, with the result's place in the graph.
     """
-    if type(project) is not nn.Linear or project._forward_hooks or project._forward_pre_hooks:
+    if not _is_linear(project):
         return project(x)
     narrow, tensors = autocast_now(x), (x, project.weight, project.bias)
     if narrow is not None:
         tensors = tuple(None if tensor is None else tensor.to(narrow) for tensor in tensors)
     return _Unseen.apply(*tensors)
+
+
+def _is_linear(project: nn.Module) -> bool:
+    """Whether a module is a plain product, and nothing listens to it."""
+    return type(project) is nn.Linear and not project._forward_hooks and not project._forward_pre_hooks
