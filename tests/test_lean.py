@@ -9,8 +9,9 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from ultralong.training import lean
-from ultralong.training.lean import fed_forward, fed_forward_again, normed, rotated, unseen
+from ultralong.training import gated, lean, loss
+from ultralong.training.gated import add_fed_forward, fed_forward_again
+from ultralong.training.lean import add_product, added, normed, products, rotated
 from ultralong.training.one_pass import OnePass
 
 
@@ -63,27 +64,69 @@ def test_heads_are_turned_as_transformers_turns_them_and_back_as_its_gradient(dt
     torch.testing.assert_close(rotated(dy, cos, -sin), dq, **tolerance)
 
 
+@pytest.mark.parametrize("seen", [(True, True, True), (True, False, False), (False, False, False)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
-def test_a_product_that_nobody_reads_has_the_gradients_of_one_that_is_read(bias, narrow):
+def test_products_that_nobody_reads_have_the_gradients_of_those_that_are_read(seen, bias, narrow):
     torch.manual_seed(0)
-    project, x, dy = nn.Linear(6, 5, bias=bias), torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 5)
-    tensors, found = [x, *project.parameters()], []
+    projects, x = [nn.Linear(6, size, bias=bias) for size in (5, 3, 4)], torch.randn(2, 3, 6, requires_grad=True)
+    grads, found = [torch.randn(2, 3, size) for size in (5, 3, 4)], []
+    tensors = [x, *(parameter for project in projects for parameter in project.parameters())]
     with torch.autocast("cpu", narrow, narrow is not None):
-        for way in (project, lambda x: unseen(project, x)):
-            y = way(x)
-            found.append(torch.autograd.grad(y, tensors, dy.to(y.dtype)))
-    assert not unseen(project, x).any()
-    for expected, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-6 if narrow is None else 1e-2, atol=1e-6)
+        for way in (lambda: [project(x) for project in projects], lambda: products(projects, x, seen)):
+            results = way()
+            found.append([*torch.autograd.grad(results, tensors, [dy.to(results[0].dtype) for dy in grads]), results])
+    *expected, right = found[0]
+    *ours, results = found[1]
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6 if narrow is None else 2e-2, atol=1e-6 if narrow is None else 2e-2)
+    for wanted, result, there in zip(seen, results, right, strict=True):
+        assert torch.equal(result, there if wanted else torch.zeros_like(there))
+
+
+def test_frozen_weights_get_no_gradient():
+    projects, x = [nn.Linear(6, 5), nn.Linear(6, 4)], torch.randn(3, 6, requires_grad=True)
+    projects[0].requires_grad_(False)
+    first, second = products(projects, x, (False, True))
+    (first.sum() + second.sum()).backward()
+    assert projects[0].weight.grad is None
+    assert projects[0].bias.grad is None
+    torch.testing.assert_close(projects[1].weight.grad, x.detach().sum(0).expand(4, 6))
+    torch.testing.assert_close(x.grad, sum(project.weight.sum(0) for project in projects).expand(3, 6))
 
 
 def test_a_module_with_more_in_it_than_a_product_is_called():
-    x = torch.randn(3, 6)
-    hooked, low_rank = nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5))
+    x = torch.randn(2, 3, 6)
+    hooked, low_rank = nn.Linear(6, 5, bias=False), nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5))
     hooked.register_forward_hook(lambda module, given, result: result + 1)
     for module in (hooked, low_rank):
-        assert torch.equal(unseen(module, x), module(x))
+        assert torch.equal(products([module], x, [False])[0], module(x))
+        onto = torch.randn(2, 3, 5)
+        assert torch.equal(added(onto, module, x), onto + module(x))
+        total = onto.clone()
+        add_product(total, module, x)
+        assert torch.equal(total, onto + module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_product_is_added_in_place_and_with_gradients(dtype):
+    torch.manual_seed(0)
+    project = nn.Linear(6, 5, bias=False).to(dtype)
+    row, y = torch.randn(2, 9, 5, dtype=dtype), torch.randn(2, 4, 6, dtype=dtype, requires_grad=True)
+    x, dy = row[:, 3:7].clone().requires_grad_(), torch.randn(2, 4, 5, dtype=dtype)
+    right, found = x + project(y), added(x, project, y)
+    tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, right, **tolerance)
+    tensors = [x, y, project.weight]
+    for ours, theirs in zip(torch.autograd.grad(found, tensors, dy), torch.autograd.grad(right, tensors, dy),
+                            strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    before = row.clone()
+    with torch.no_grad():
+        add_product(row[:, 3:7], project, y)
+    torch.testing.assert_close(row[:, 3:7], right, **tolerance)
+    assert torch.equal(row[:, :3], before[:, :3])
+    assert torch.equal(row[:, 7:], before[:, 7:])
 
 
 @pytest.mark.parametrize(("activation", "narrow", "bias"), [("silu", None, False), ("silu", torch.bfloat16, False),
@@ -100,7 +143,9 @@ def test_a_feed_forward_layer_has_transformers_result_and_gradients(activation, 
             y = way(x)
             found.append(torch.autograd.grad(y, tensors, dy.to(y.dtype)))
         with torch.no_grad():
-            torch.testing.assert_close(fed_forward(mlp, x), mlp(x), rtol=1e-13, atol=1e-13)
+            total = torch.ones_like(x)
+            add_fed_forward(total, mlp, x)
+            torch.testing.assert_close(total, torch.ones_like(x) + mlp(x), rtol=1e-13, atol=1e-13)
     limit = 1e-13 if narrow is None else 2e-2
     for expected, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=limit, atol=limit)
@@ -110,24 +155,50 @@ def test_a_feed_forward_layer_has_transformers_result_and_gradients(activation, 
 def test_a_gate_that_somebody_listens_to_is_the_modules_own():
     mlp, x = LlamaMLP(LlamaConfig(hidden_size=6, num_attention_heads=2, intermediate_size=10)), torch.randn(2, 7, 6)
     mlp.down_proj.register_forward_hook(lambda module, given, result: result + 1)
-    assert torch.equal(fed_forward(mlp, x), mlp(x))
+    total = torch.zeros(2, 7, 6)
+    with torch.no_grad():
+        add_fed_forward(total, mlp, x)
+    assert torch.equal(total, mlp(x))
     assert torch.equal(fed_forward_again(mlp, x), mlp(x))
 
 
-EACH = {"turn": (lean._turn, ((1, 9, 4, 8), (1, 9, 8), (1, 9, 8))), "gate": (lean._gate_at_once, 2 * ((1, 9, 10),)),
-        "back": (lean._gate_backward_at_once, 3 * ((1, 9, 10),))}
+def rows(count, *sizes):
+    return [torch.randn(count, *size, dtype=torch.float64) for size in sizes]
+
+
+EACH = {"turn": (lean._turn, lambda count: rows(count, (4, 8), (8,), (8,))),
+        "gate": (gated._gate_at_once, lambda count: rows(count, (10,), (10,))),
+        "gate, back": (gated._gate_backward_at_once, lambda count: rows(count, (10,), (10,), (10,))),
+        "normalise": (loss._normalise, lambda count: rows(count, (300,))),
+        "loss, back": (loss._by_logits, lambda count: [*rows(count, (300,), (1,)), torch.randint(300, (count, 1)),
+                                                       torch.float64])}
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_what_is_compiled_gives_what_the_function_gives(name, caplog):
     """By torch's tracer, in the words that are compiled; the kernels themselves are set beside it on each GPU."""
-    way, shapes = EACH[name]
+    way, made = EACH[name]
     torch.manual_seed(0)
-    few, more = ([torch.randn(1, tokens, *shape[2:], dtype=torch.float64) for shape in shapes] for tokens in (9, 23))
-    fast = way.prepared(*few, backend="aot_eager")
+    fast = way.prepared(*made(9), backend="aot_eager")
     assert fast is not way._function
     assert not [record for record in caplog.records if record.name.startswith("ultralong")]
-    torch.testing.assert_close(fast(*more), way._function(*more), rtol=1e-13, atol=1e-13)
+    with torch.compiler.set_stance("fail_on_recompile"):  # what was made serves any number of rows
+        for count in (2, 23, 1025):
+            arguments = made(count)
+            found = fast(*arguments)
+            torch.testing.assert_close(found, way._function(*arguments), rtol=1e-13, atol=1e-13)
+
+
+def test_each_size_of_a_row_has_a_function_of_its_own():
+    """torch compiles one function for eight sizes at most, and then no more."""
+    def double(x):
+        return 2 * x
+
+    way = OnePass(double)
+    for size in range(1, 21):
+        way._fast[size] = way.prepared(torch.ones(4, size), backend="aot_eager")
+        assert way._fast[size] is not double
+        assert torch.equal(way._fast[size](torch.ones(7, size)), torch.full((7, size), 2.0))
 
 
 def not_to_be_compiled(x):
@@ -142,6 +213,6 @@ def test_what_compiles_wrongly_or_not_at_all_runs_as_it_is_written(compiled, sai
         return x + 1
 
     with caplog.at_level(logging.WARNING):
-        assert OnePass(plus_one, compiled).prepared(torch.ones(1, 4), backend="aot_eager") is plus_one
+        assert OnePass(plus_one, compiled).prepared(torch.ones(3, 4), backend="aot_eager") is plus_one
     assert "plus_one" in caplog.text
     assert said in caplog.text

@@ -27,17 +27,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Pair, Scheme
+from ultralong.training.gated import add_fed_forward, fed_forward_again
 from ultralong.training.kept import Inputs, Keeper
-from ultralong.training.lean import fed_forward, fed_forward_again, normed, rotated, unseen
-from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, map_tiles, tiles
+from ultralong.training.lean import add_product, added, normed, products, rotated
+from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, tiles
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
-Way = Callable[[nn.Module, Tensor], Tensor]
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)
+Projecting = Callable[[Sequence[nn.Module], Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,32 +49,33 @@ class Cut:
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, t, H, D), keys and values (B, t, K, D) of x (B, t, d); cos and sin are (1 or B, t, D)."""
-        q, k, v = self._projected(x, _call, _call)
+        q, k, v = self._projected(x, lambda projects, x: [project(x) for project in projects])
         q, k, narrow = rotated(q, cos, sin), rotated(k, cos, sin), autocast_now(x)
         return (q, k, v) if narrow is None else (q.to(narrow), k.to(narrow), v.to(narrow))
 
     def before_again(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`before` for its gradients, and without the rotation: those are turned back before they come here."""
-        return self._projected(x, _call if self._heads_are_normed else unseen, unseen)
+        seen = (self._heads_are_normed, self._heads_are_normed, False)
+        return self._projected(x, partial(products, seen=seen))
 
-    def after(self, x: Tensor, out: Tensor) -> Tensor:
-        """The layer's output (B, t, d) of its input (B, t, d) and attention result (B, t, H, D)."""
-        x = x + self.layer.self_attn.o_proj(out.flatten(2))
-        return x + fed_forward(self.layer.mlp, normed(self.layer.post_attention_layernorm, x))
+    def after(self, x: Tensor, out: Tensor) -> None:
+        """Add to the layer's input (B, t, d) what makes it the output, given the attention result (B, t, H, D)."""
+        add_product(x, self.layer.self_attn.o_proj, out.flatten(2))
+        add_fed_forward(x, self.layer.mlp, normed(self.layer.post_attention_layernorm, x))
 
     def after_again(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms of `after`'s sum, for their gradients."""
-        x = x + self.layer.self_attn.o_proj(out.flatten(2))
+        """The two terms of the output's sum, for their gradients."""
+        x = added(x, self.layer.self_attn.o_proj, out.flatten(2))
         return x, fed_forward_again(self.layer.mlp, normed(self.layer.post_attention_layernorm, x))
 
-    def _projected(self, x: Tensor, by_q_and_k: Way, by_v: Way) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads of x before their rotation; each projection is computed the way it is asked for."""
+    def _projected(self, x: Tensor, project: Projecting) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of x before their rotation; its projections are computed the way they are asked for."""
         attention, x = self.layer.self_attn, normed(self.layer.input_layernorm, x)
-        heads = (*x.shape[:-1], -1, attention.head_dim)
-        q, k = (by_q_and_k(project, x).view(heads) for project in (attention.q_proj, attention.k_proj))
+        found = project((attention.q_proj, attention.k_proj, attention.v_proj), x)
+        q, k, v = (part.view(*x.shape[:-1], -1, attention.head_dim) for part in found)
         if self._heads_are_normed:
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
-        return q, k, by_v(attention.v_proj, x).view(heads)
+        return q, k, v
 
     @property
     def _heads_are_normed(self) -> bool:
@@ -242,8 +240,12 @@ class WrittenLayers:
 
     def _finish(self, cut: Cut, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, T, d)."""
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         with torch.no_grad():
-            return map_tiles(lambda place: cut.after(x[:, place], out[:, place]), x.shape[1], self.tile)
+            for place in tiles(x.shape[1], self.tile):
+                y[:, place] = x[:, place]
+                cut.after(y[:, place], out[:, place])
+        return y
 
 
 class _Layer(torch.autograd.Function):

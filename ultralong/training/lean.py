@@ -1,6 +1,6 @@
 """Operations of a layer's own passes that touch memory less often than modules do.
 
-Legend: B batch, t tokens of a tile, d hidden size, H heads, D head size.
+Legend: B batch, t tokens of a tile, N = B t, d hidden size, H heads, D head size.
 
 At a million tokens what is neither attention nor a matrix product still reads and writes 1.5 TB for each layer of
 Llama-3.1-8B: a norm in transformers' words is ten operations on a copy twice as wide, and recomputing a layer computes
@@ -9,6 +9,7 @@ results that no gradient looks at.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from torch.nn import functional
 
 from ultralong.training.one_pass import OnePass
 from ultralong.training.tiled import autocast_now
-
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) * up(x))
 
 
 @torch.library.custom_op("ultralong::rms_norm", mutates_args=())
@@ -79,7 +78,7 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin, half = cos.unsqueeze(2), sin.unsqueeze(2), x.shape[-1] // 2
+    cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), x.shape[-1] // 2
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     y[..., half:].addcmul_(x[..., :half], sin[..., half:])
@@ -88,7 +87,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _turned_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    return x * cos.unsqueeze(2) + torch.cat((-x[..., half:], x[..., :half]), -1) * sin.unsqueeze(2)
+    return x * cos.unsqueeze(1) + torch.cat((-x[..., half:], x[..., :half]), -1) * sin.unsqueeze(1)
 
 
 _turn = OnePass(_turned, _turned_at_once)
@@ -96,12 +95,13 @@ _turn = OnePass(_turned, _turned_at_once)
 
 @torch.library.custom_op("ultralong::rotated", mutates_args=())
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _turn(x, cos, sin)
+    angles = (y.expand(x.shape[0], -1, -1).flatten(0, 1) for y in (cos, sin))
+    return _turn(x.flatten(0, 1), *angles).view(x.shape)
 
 
 @_rotated.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -113,107 +113,76 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rotated(x, cos, sin)
 
 
-def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    return functional.silu(gate) * up
+def is_product(project: nn.Module) -> bool:
+    """Whether a module is a plain matrix product, and nothing listens to it."""
+    return type(project) is nn.Linear and not project._forward_hooks and not project._forward_pre_hooks
 
 
-def _gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    active = functional.silu(gate)
-    return active * up, torch.ops.aten.silu_backward(dy * up, gate), dy * active
-
-
-_gate_at_once, _gate_backward_at_once = OnePass(_gate), OnePass(_gate_backward)
-
-
-@torch.library.custom_op("ultralong::gated", mutates_args=())
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return _gate_at_once(gate, up)
-
-
-@_gated.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate)
-
-
-@torch.library.custom_op("ultralong::gated_backward", mutates_args=())
-def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gate) * up once more, and the gradients of gate and up."""
-    return _gate_backward_at_once(dy, gate, up)
-
-
-@_gated_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(up)
-
-
-def fed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    """A gated feed-forward module's result (.., d) of x (.., d), without a gradient."""
-    if not _is_plain(mlp):
-        return mlp(x)
-    return mlp.down_proj(_gated(mlp.gate_proj(x), mlp.up_proj(x)))
-
-
-def fed_forward_again(mlp: nn.Module, x: Tensor) -> Tensor:
-    """The same for its gradients: the result itself, and what goes into its last product, are not computed."""
-    if type(mlp).__name__ not in GATED or "forward" in vars(mlp):
-        return mlp(x)
-    if not _is_plain(mlp):
-        return unseen(mlp.down_proj, mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-    narrow, weight = autocast_now(x), mlp.down_proj.weight
-    return _Down.apply(mlp.gate_proj(x), mlp.up_proj(x), weight if narrow is None else weight.to(narrow))
-
-
-def _is_plain(mlp: nn.Module) -> bool:
-    """Whether a module is down(silu(gate(x)) * up(x)), and nothing listens to its last product."""
-    return (type(mlp).__name__ in GATED and "forward" not in vars(mlp) and _is_linear(mlp.down_proj)
-            and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and mlp.down_proj.bias is None)
-
-
-class _Down(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        return gate.new_zeros(()).expand(*gate.shape[:-1], weight.shape[0])
+class _Products(torch.autograd.Function):
+    """Products of one input, whose gradient is summed where the products are computed."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, weight = ctx.saved_tensors
-        active, to_gate, to_up = _gated_backward(dy @ weight, gate, up)
-        return to_gate, to_up, dy.flatten(0, -2).T @ active.flatten(0, -2)
-
-
-class _Unseen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
-        return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+    def forward(ctx: Any, x: Tensor, seen: tuple[bool, ...], *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[:len(seen)], parameters[len(seen):]
+        ctx.save_for_backward(x, *weights)
+        return tuple(functional.linear(x, weight, bias) if wanted
+                     else x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+                     for wanted, weight, bias in zip(seen, weights, biases, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
-        return dy @ weight, rows.T @ x.flatten(0, -2), rows.sum(0) if ctx.biased else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        rows, wanted = [grad.flatten(0, -2) for grad in grads], ctx.needs_input_grad[2:]
+        of_weights = [row.T @ x.flatten(0, -2) if want else None for row, want in zip(rows, wanted, strict=False)]
+        of_biases = [row.sum(0) if want else None for row, want in zip(rows, wanted[len(rows):], strict=True)]
+        return sum_of_products(rows, weights).view(x.shape), None, *of_weights, *of_biases
 
 
-def unseen(project: nn.Module, x: Tensor) -> Tensor:
-    """A projection whose gradients are wanted and whose result nothing looks at: no product is computed.
+def sum_of_products(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The sum (N, d) of rows (N, e) times weights (e, d), each product added to by the next one."""
+    total = rows[0] @ weights[0]
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        torch.addmm(total, row, weight, out=total)
+    return total
+
+
+def products(projects: Sequence[nn.Module], x: Tensor, seen: Sequence[bool]) -> list[Tensor]:
+    """Projections of one x (B, t, d) whose gradients are wanted, though of some of them nothing looks at the result.
 
     Args:
-        project: A linear module; another kind is called.
+        projects: Linear modules; modules of another kind are called.
         x: (B, t, d).
+        seen: Which results are looked at; the others' products are not computed.
 
     Returns:
-        A tensor of the result's shape and type, of zeros, with the result's place in the graph.
+        For each a tensor of the result's shape and type, with its place in the graph; of zeros where it is not seen.
     """
-    if not _is_linear(project):
-        return project(x)
-    narrow, tensors = autocast_now(x), (x, project.weight, project.bias)
+    if not all(map(is_product, projects)):
+        return [project(x) for project in projects]
+    narrow = autocast_now(x)
+    parameters = [*(project.weight for project in projects), *(project.bias for project in projects)]
     if narrow is not None:
-        tensors = tuple(None if tensor is None else tensor.to(narrow) for tensor in tensors)
-    return _Unseen.apply(*tensors)
+        x, *parameters = (None if y is None else y.to(narrow) for y in (x, *parameters))
+    return list(_Products.apply(x, tuple(seen), *parameters))
 
 
-def _is_linear(project: nn.Module) -> bool:
-    """Whether a module is a plain product, and nothing listens to it."""
-    return type(project) is nn.Linear and not project._forward_hooks and not project._forward_pre_hooks
+def added(x: Tensor, project: nn.Module, y: Tensor) -> Tensor:
+    """X + project(y), for x (B, t, d) and y (B, t, e), rounded once where one operation can do both."""
+    if not _adds(x, project, y):
+        return x + project(y)
+    return torch.addmm(x.flatten(0, -2), y.flatten(0, -2), project.weight.T).view(x.shape)
+
+
+def add_product(x: Tensor, project: nn.Module, y: Tensor) -> None:
+    """The same in place, for x that is a part of a row (or of rows) and needs no gradient."""
+    if not _adds(x, project, y):
+        x += project(y)
+        return
+    for total, rows in zip(x, y, strict=True):
+        torch.addmm(total, rows, project.weight.T, out=total)
+
+
+def _adds(x: Tensor, project: nn.Module, y: Tensor) -> bool:
+    """Whether one operation can add a product to x, in x's type as the usual two would."""
+    return (is_product(project) and project.bias is None and x.dtype == y.dtype == project.weight.dtype
+            and autocast_now(x) in (None, x.dtype))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultralong.training.one_pass import OnePass
+
 IGNORE = -100  # the label that torch's cross entropy leaves out
 
 
@@ -58,6 +60,25 @@ def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     return (first @ second).to(dtype)
 
 
+def _normaliser(logits: Tensor) -> Tensor:
+    return logits.logsumexp(dim=1, keepdim=True)
+
+
+def _softmax_minus_targets(logits: Tensor, normaliser: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the summed losses by the logits (m, V), in place: they are not needed any more."""
+    softmax = logits.sub_(normaliser).exp_()
+    return softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype)).to(dtype)
+
+
+def _softmax_minus_targets_at_once(logits: Tensor, normaliser: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+    softmax = (logits - normaliser).exp()
+    words = torch.arange(logits.shape[1], device=logits.device)
+    return torch.where(words == wanted, softmax - 1, softmax).to(dtype)
+
+
+_normalise, _by_logits = OnePass(_normaliser), OnePass(_softmax_minus_targets, _softmax_minus_targets_at_once)
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, compute: torch.dtype) -> Any:
@@ -73,13 +94,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
             part = hidden[index].to(compute)  # (m, d)
             logits = _product(part, head.T, accumulate)  # (m, V)
             wanted = labels[index, None]  # (m, 1)
-            normaliser = logits.logsumexp(dim=1, keepdim=True)  # (m, 1)
+            normaliser = _normalise(logits)  # (m, 1)
             losses[index] = (normaliser - logits.gather(1, wanted)).squeeze(1)
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = logits.sub_(normaliser).exp_()  # softmax, in place: logits are not needed any more
-            d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=accumulate))
-            d_logits = d_logits.to(compute)
+            d_logits = _by_logits(logits, normaliser, wanted, compute)  # (m, V)
+            del logits
             if d_hidden is not None:
                 d_hidden[index] = (d_logits @ head).to(hidden.dtype)
             if d_weight is not None:

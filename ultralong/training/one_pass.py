@@ -1,57 +1,75 @@
-"""Elementwise functions as one kernel on a GPU, by torch's compiler, and never without a look at what it made."""
+"""Functions of rows as one kernel on a GPU, by torch's compiler, and never without a look at what it made.
+
+Legend: N rows (tokens), S sizes of a row.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-FEW = 32  # tokens that a compiled function is tried on
+FEW = 1024  # rows that a compiled function is tried on: enough for the compiler to take them for many
 
 
 class OnePass:
-    """An elementwise function that is one pass over memory on a GPU, where torch compiles it into one kernel.
+    """A function that treats every row alike, in one pass over memory on a GPU, where torch compiles it into a kernel.
 
-    The kernel is made at the first call, for any sizes, and set beside the function itself on a few tokens. Where it
-    can't be made or gives something else, a warning says so and the function runs operation by operation, as it does
-    without a GPU.
+    A kernel is made at the first call with rows of a size, for any number of rows: the sizes of a row are constants in
+    it, as divisions by sizes that are not known would take longer than the memory. It is set beside the function itself
+    on a few rows. Where it can't be made or gives something else, a warning says so and the function runs operation by
+    operation, as it does without a GPU.
 
     Args:
-        function: Of tensors (B, t, ...) that have their tokens in the second dimension, without gradients.
-        compiled: The same in words that compile better; `function` itself if None.
+        function: Of tensors (N, S) and, after those, of constants; without gradients. It may write into its arguments.
+        compiled: The same in words that compile better, and that write into nothing; `function` itself if None.
     """
 
     def __init__(self, function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> None:
         self._function, self._compiled = function, compiled or function
-        self._fast: Callable[..., Any] | None = None
+        self._fast: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
-        if not tensors[0].is_cuda:
-            return self._function(*tensors)
+        if not arguments[0].is_cuda:
+            return self._function(*arguments)
         with torch.no_grad():
-            if self._fast is None:
-                self._fast = self.prepared(*(x[:, :FEW].contiguous() for x in tensors))
-            return self._fast(*tensors)
+            arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
+            key = tuple((x.shape[1:], x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
+            if key not in self._fast:
+                self._fast[key] = self.prepared(*(x[:FEW] if isinstance(x, Tensor) else x for x in arguments))
+            return self._fast[key](*arguments)
 
-    def prepared(self, *tensors: Tensor, **options: Any) -> Callable[..., Any]:
-        """What to call from now on: the compiled function, if it agrees with the plain one on these tensors."""
-        name, compiled = self._function.__name__, torch.compile(self._compiled, dynamic=True, fullgraph=True, **options)
-        right = self._function(*tensors)
+    def prepared(self, *arguments: Any, backend: str = "inductor") -> Callable[..., Any]:
+        """What to call from now on: the compiled function, if it agrees with the plain one on these arguments."""
+        name = self._function.__name__
+        function = self._named(f"{name}_{len(self._fast)}")
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+        few = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        for x in few:
+            if isinstance(x, Tensor):
+                torch._dynamo.mark_dynamic(x, 0)
         try:
-            found = compiled(*tensors)
+            found = compiled(*few)
         except (RuntimeError, ImportError, OSError) as error:  # the compiler's own are RuntimeErrors
             log.warning("%s could not be compiled, which costs some memory traffic: %s: %s", name, type(error).__name__,
                         str(error).split("\n", 1)[0])
             return self._function
-        if _agree(found, right):
+        if _agree(found, self._function(*few)):
             return compiled
         log.warning("%s compiled gives other results than operation by operation and is left out", name)
         return self._function
+
+    def _named(self, name: str) -> FunctionType:
+        """The function to compile under another name: torch counts and limits what it compiles of one function."""
+        function = self._compiled
+        return FunctionType(function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__,
+                            function.__closure__)
 
 
 def _agree(found: Any, right: Any) -> bool:
