@@ -5,6 +5,7 @@ causal mask, so that a wrong order, name, shape or missing transposition gives a
 """
 
 import inspect
+from dataclasses import dataclass
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from ultralong.attention.kernels import (
     attention_backward,
     attention_forward,
     backward_with_shares,
+    flash4_tiles,
     flash_attn,
     sums_at,
     torch_cuda,
@@ -74,16 +76,33 @@ def edges_of(cu_q, cu_k, max_q, max_k):
 
 def fa4_forward(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
                 max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
-                causal=False, softcap=None, window_size_left=None, window_size_right=None, return_lse=False):
+                causal=False, softcap=None, window_size_left=None, window_size_right=None, tile_mn=None,
+                return_lse=False):
+    TILES.append(tile_mn)
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, lse = forward(q, k, v, rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
     return out, lse if return_lse else None, None, None, None
+
+
+TILES: list = []  # that calls were given or chose
+
+
+@dataclass(frozen=True)
+class Tile:
+    m_block_size: int
+    n_block_size: int = 128
+    dQ_swapAB: bool = False
+
+
+def _tile_size_bwd_sm90(head_dim, head_dim_v, causal, local, sparse_block_size_q=None):
+    return Tile(64)
 
 
 def fa4_backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
                  window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
                  dq=None, dk=None, dv=None):
     """With grouped heads dK and dV go through buffers of sums, as in the package."""
+    TILES.append(_tile_size_bwd_sm90(q.shape[-1], v.shape[-1], causal, False, sparse_block_size_q=None))
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -416,6 +435,38 @@ def test_an_unknown_order_of_flash_attn_4s_sums_is_noticed(kernel, monkeypatch, 
 
 
 hopper_sums_before = hopper_sums
+
+USUAL, LARGER = [None, Tile(64)], [(128, 160), Tile(80, dQ_swapAB=True)]
+HALVES = Spans((0, 100, 200), (0, 100, 300))  # as zigzag cuts a row: 50 and 150 keys in the mean
+
+
+@pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
+@pytest.mark.parametrize(("tokens", "size", "rule", "capability", "tiles"), [
+    (200, 128, Rule(scale=0.1), (9, 0), LARGER), (198, 128, Rule(scale=0.1), (9, 0), USUAL),
+    (200, 128, Rule(scale=0.1, spans=HALVES), (9, 0), LARGER),
+    (200, 128, Rule(scale=0.1, spans=Spans((0, 100, 200), (0, 100, 298))), (9, 0), USUAL),
+    (200, 128, Rule(scale=0.1), (10, 0), USUAL), (200, 64, Rule(scale=0.1), (9, 0), USUAL),
+    (200, 128, Rule(scale=0.1, causal=False), (9, 0), USUAL), (200, 128, Rule(scale=0.1, window=199), (9, 0), USUAL),
+    (200, 128, Rule(scale=0.1, softcap=2.0), (9, 0), USUAL)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(kernel, tokens, size, rule, capability, tiles,
+                                                                   kv_heads, monkeypatch):
+    monkeypatch.setattr(flash4_tiles, "MANY", 100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    q, k, v, dout = random_qkv(1, 1, tokens, rule.spans.k[-1] if rule.spans else tokens, 2, kv_heads, size,
+                               torch.float64)
+    TILES.clear()
+    out, lse = kernel.forward(q, k, v, rule)
+    kernel.backward(dout, q, k, v, out, lse, rule)
+    assert tiles == TILES
+    kernel.add_backward(dout, q, k, v, out, lse, rule, torch.zeros_like(k), torch.zeros_like(v))
+    assert TILES[2:] == tiles[1:]
+    assert fa4_backward.__globals__["_tile_size_bwd_sm90"](128, 128, True, False) == Tile(64), "the package's own stays"
+
+
+def test_a_backward_function_that_chooses_otherwise_is_left_alone():
+    assert flash4_tiles.with_tiles(fa3_backward) is fa3_backward
+    assert flash4_tiles.with_tiles(print) is print
 
 
 @pytest.mark.parametrize("name", STAND_INS["torch"].__dict__)

@@ -15,8 +15,9 @@ it with the package's own result first (`FlashAttn4.add_backward`).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -59,10 +60,15 @@ class Sums:
 
 
 class SumsOf:
-    """Calls a module's backward function and keeps what it was about to round."""
+    """Calls the package's backward function and keeps what it was about to round.
 
-    def __init__(self, module: ModuleType) -> None:
-        self._backward, self._convert = module._flash_attn_bwd, getattr(module, CONVERT, None)
+    Args:
+        backward: `_flash_attn_bwd`.
+        convert: What it calls `CONVERT`; None where it has no such function.
+    """
+
+    def __init__(self, backward: Callable[..., Any], convert: Callable[..., Any] | None) -> None:
+        self._backward, self._convert = backward, convert
         code = getattr(self._backward, "__code__", None)
         names = () if code is None else code.co_names
         given = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

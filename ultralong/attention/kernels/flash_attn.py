@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultralong.attention.kernels import flash4_tiles
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel, Share
-from ultralong.attention.kernels.flash4_sums import Sums, SumsOf
+from ultralong.attention.kernels.flash4_sums import CONVERT, Sums, SumsOf
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule, Spans
 
 log = logging.getLogger(__name__)
 
+HOPPER = 9  # its major compute capability
 INSTALL = {
     "flash4": "pip install flash-attn-4",
     "flash3": "build it from the hopper folder of the flash-attention repository (python setup.py install)",
@@ -93,8 +95,12 @@ class FlashAttn4(_FlashAttn):
 
     def __init__(self) -> None:
         module = _import(self.name, "flash_attn.cute.interface")
-        self._forward, self._backward = module._flash_attn_fwd, module._flash_attn_bwd
-        self._sums, self._checked = SumsOf(module), set[tuple[int, bool, bool]]()
+        self._forward, self._takes_tiles = module._flash_attn_fwd, "tile_mn" in _parameters(module._flash_attn_fwd)
+        # The package's own backward function, and the one for calls whose queries see many keys.
+        self._backwards = [module._flash_attn_bwd, flash4_tiles.with_tiles(module._flash_attn_bwd)]
+        self._sums = [SumsOf(backward, getattr(module, CONVERT, None)) for backward in self._backwards]
+        self._sums_known = self._sums[0].possible
+        self._checked = set[tuple[int, bool, bool, bool]]()
 
     def _options(self, rule: Rule) -> dict[str, Any]:
         window = {} if rule.window is None else {"window_size_left": rule.window - 1}
@@ -103,15 +109,20 @@ class FlashAttn4(_FlashAttn):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """Lse is (B, H, T), or (H, T) packed."""
         tensors, edges = _layout(rule, q, k, v)
-        out, lse, *_ = self._forward(*tensors, return_lse=True, **edges, **self._options(rule))
+        tile = {"tile_mn": flash4_tiles.FORWARD} if self._takes_tiles and self._on_tiles(q, k, rule) else {}
+        out, lse, *_ = self._forward(*tensors, return_lse=True, **edges, **tile, **self._options(rule))
         out, lse = _batched(rule, out, lse)
         return out, lse
+
+    def _on_tiles(self, q: Tensor, k: Tensor, rule: Rule) -> bool:
+        return flash4_tiles.sees_many(q, k, rule) and torch.cuda.get_device_capability(q.device)[0] == HOPPER
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                  rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
+        function = self._backwards[self._on_tiles(q, k, rule)]
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
-        grads = self._backward(q, k, v, out, dout, lse.contiguous(), **edges, **self._options(rule))
+        grads = function(q, k, v, out, dout, lse.contiguous(), **edges, **self._options(rule))
         dq, dk, dv = _batched(rule, *grads[:3])
         return dq, dk, dv
 
@@ -144,24 +155,25 @@ class FlashAttn4(_FlashAttn):
         return *grads, shares
 
     def _has_sums(self, q: Tensor, k: Tensor) -> bool:
-        return self._sums.possible and q.shape[2] != k.shape[2]
+        return self._sums_known and q.shape[2] != k.shape[2]
 
     def _with_sums(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                    rule: Rule) -> tuple[Tensor, Tensor, Tensor, Sums | None]:
         """The gradient of q; those of k and v rounded (of one piece, only until its sums are trusted); the sums."""
-        kind = (q.shape[3], rule.causal, rule.spans is not None)
+        tiles = self._on_tiles(q, k, rule)
+        kind = (q.shape[3], rule.causal, rule.spans is not None, tiles)
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
         rounded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v)]
         new = kind not in self._checked
-        dq, sums = self._sums(*rounded, q, k, v, out, dout, lse.contiguous(), rounded=new or rule.spans is not None,
-                              **edges, **self._options(rule))
+        dq, sums = self._sums[tiles](*rounded, q, k, v, out, dout, lse.contiguous(),
+                                     rounded=new or rule.spans is not None, **edges, **self._options(rule))
         dq, *rounded = _batched(rule, dq, *rounded)
         if new and sums.there and not self._are_right(sums, rounded, rule):
             log.warning("flash-attn 4 keeps its sums in an order that is not known here: shares of dK and dV are "
                         "rounded one by one, which adds a fifth to their error")
-            self._sums.possible = False
+            self._sums_known = False
         self._checked.add(kind)
-        return dq, *rounded, sums if sums.there and self._sums.possible else None
+        return dq, *rounded, sums if sums.there and self._sums_known else None
 
     def _are_right(self, sums: Sums, rounded: list[Tensor], rule: Rule) -> bool:
         """Whether a call's sums, rounded, are the gradients that the package gave."""
