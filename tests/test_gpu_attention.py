@@ -12,6 +12,7 @@ from ultralong.attention.kernels import (
     attention_backward,
     attention_forward,
     choose_kernel,
+    flash4_tiles,
     get_kernel,
 )
 from ultralong.attention.kernels.adapt import head_groups
@@ -129,6 +130,15 @@ def test_shares_are_added_to_what_is_there(name, call, heads, kv_heads, size, ca
         for part, found, expected in zip(("dq", "dk", "dv"), (dq, *(row[:, :, 1:-2] - there)), wanted):
             assert rms(found, expected) <= (1e-5 if dtype == torch.float32 else 1e-2), part
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@marked(one_gpu)
+@pytest.mark.skipif("flash4" not in KERNELS, reason="needs flash-attn 4")
+@pytest.mark.parametrize("call", CALLS)
+def test_flash_attn_4_is_right_with_the_tiles_for_many_keys(call, monkeypatch, caplog):
+    monkeypatch.setattr(flash4_tiles, "MANY", 0)
+    test_a_kernel_equals_the_reference_in_float32("flash4", call, 8, 2, 128)
+    test_shares_are_added_to_what_is_there("flash4", call, 8, 2, 128, caplog)
 
 
 @marked(one_gpu)

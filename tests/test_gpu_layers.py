@@ -1,6 +1,7 @@
 """On a GPU: layers with their backward passes written out are as exact as transformers' own, in bfloat16."""
 
 import copy
+import logging
 import statistics
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ultralong.attention import make_context
+from ultralong.training import gated, lean, loss
 from ultralong.training.config import MemoryConfig
 from ultralong.training.lean import normed
 from ultralong.training.loss import LanguageModelLoss
@@ -33,6 +35,34 @@ def test_torchs_fused_norm_is_as_exact_as_transformers():
         found.append([y, *torch.autograd.grad(y, [leaf, norm.weight], dy)])
     for theirs, ours, right in zip(*found, exact, strict=True):
         assert (ours - right).norm() <= 1.05 * (theirs - right).norm() + 1e-6 * right.norm()
+
+
+def rows(count, *sizes, dtype=torch.bfloat16):
+    return [torch.randn(count, *size, device="cuda").to(dtype) for size in sizes]
+
+
+ONE_PASS = {"turn": (lean._turn, lambda: rows(9001, (32, 128), (128,), (128,))),
+            "gate": (gated._gate_at_once, lambda: rows(9001, (14336,), (14336,))),
+            "gate, back": (gated._gate_backward_at_once, lambda: rows(9001, (14336,), (14336,), (14336,))),
+            "normalise": (loss._normalise, lambda: rows(2050, (128256,), dtype=torch.float32)),
+            "loss, back": (loss._by_logits, lambda: [*rows(2050, (128256,), dtype=torch.float32), torch.full(
+                (2050, 1), 12.0, device="cuda"), torch.randint(128256, (2050, 1), device="cuda"), torch.bfloat16])}
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_what_runs_in_one_pass_is_compiled_and_rounds_no_worse(name, caplog):
+    way, made = ONE_PASS[name]
+    arguments = made()
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+    exact = way._function(*wide[:-1], torch.float64) if name == "loss, back" else way._function(*wide)
+    with caplog.at_level(logging.WARNING, "ultralong"):
+        found = way(*arguments)
+    assert not [record for record in caplog.records if record.name.startswith("ultralong")]
+    assert way._function not in way._fast.values()
+    usual = way._function(*arguments)
+    results = (found, usual, exact) if isinstance(found, tuple) else ((found,), (usual,), (exact,))
+    for ours, theirs, right in zip(*results, strict=True):
+        assert (ours - right).norm() <= 1.02 * (theirs - right).norm() + 1e-6 * right.norm()
 
 
 def gradients(model, memory):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from ultralong.plan.job import FLOAT, Job, layer_parameters
 from ultralong.plan.lines import Line
 
-# Bytes that the tiled loss moves for each logit: the product, its log-sum-exp, the softmax, the change of type.
-LOSS_BYTES_A_LOGIT = 42
-LOSS_OPERATIONS = 20  # of a tile
+# What the tiled loss moves beside its products: each logit for the log-sum-exp (read twice) and for the gradient (read,
+# and written in two bytes), and for each tile the head's gradient, float32, which the tile's own is added to.
+LOSS_BYTES_A_LOGIT = 14
+LOSS_BYTES_A_WEIGHT = 12
+LOSS_OPERATIONS = 12  # of a tile
 
 
 def step_lines(job: Job) -> list[Line]:
@@ -18,7 +20,8 @@ def step_lines(job: Job) -> list[Line]:
     again = forward * _again(job)
     head = 6.0 * job.share * shape.hidden * shape.vocabulary / machine.matmul_rate(shape.hidden)
     tiles = -(-job.share // job.config.memory.loss_tile)
-    head += machine.traffic_seconds(LOSS_OPERATIONS * tiles, LOSS_BYTES_A_LOGIT * job.share * shape.vocabulary)
+    moved = (LOSS_BYTES_A_LOGIT * job.share + LOSS_BYTES_A_WEIGHT * tiles * shape.hidden) * shape.vocabulary
+    head += machine.traffic_seconds(LOSS_OPERATIONS * tiles, moved)
     # The trace is of a whole micro-batch, whatever its rows.
     matmul = job.trace.multiplied / machine.matmul_rate(shape.hidden) * job.passes
     other = machine.traffic_seconds(job.trace.operations, job.trace.moved) * job.passes

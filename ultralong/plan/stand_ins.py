@@ -109,12 +109,10 @@ class _HeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, d)
         part = hidden[: min(tile, len(hidden))].to(compute)  # (m, d)
         logits = torch.empty(len(part), len(weight), dtype=torch.float32, device=hidden.device)  # (m, V)
-        before = torch.empty(len(part), len(weight), dtype=compute, device=hidden.device)  # of the tile before this one
-        shifted = torch.empty_like(logits)  # (m, V), inside of logsumexp
-        del before, shifted
         narrow = torch.empty(len(part), len(weight), dtype=compute, device=hidden.device)  # (m, V)
+        del logits
         product = torch.empty_like(d_weight)  # (V, d), of this tile
-        del head, part, logits, narrow, product
+        del head, part, narrow, product
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.kind = weight.dtype
         return losses.sum()

@@ -104,6 +104,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 d_hidden[index] = (d_logits @ head).to(hidden.dtype)
             if d_weight is not None:
                 d_weight += _product(d_logits.T, part, accumulate)
+            del d_logits  # before the next tile's logits
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
