@@ -2,6 +2,7 @@
 
 import pytest
 
+from ultralong import __version__
 from ultralong.bench.tables import training_table
 from ultralong.bench.training import TrainingCase, by_kind, measure
 from ultralong.cli.bench import _line
@@ -38,14 +39,16 @@ def test_kernels_are_told_apart_by_name():
 
 
 @pytest.mark.parametrize(("row", "wanted"), [
-    ({"versions": {"ultralong": "0.2.0"}, "seconds_per_step": 876.0, "tokens_per_second_per_gpu": 598.5,
+    ({"versions": {"ultralong": __version__}, "seconds_per_step": 876.0, "tokens_per_second_per_gpu": 598.5,
       "mfu_causal": 0.526, "peak_gpu_gib": 114.5, "planned_seconds_per_step": 861.9, "peak_host_gib": 212.0},
      "| M | 2 | 1,024 | ours | 876.0 (861.9) | 598 | 52.6% | 114.5 | 212 |"),
     ({"versions": {"torch": "2.11.0"}, "seconds_per_step": 1.0, "tokens_per_second_per_gpu": 5.0, "mfu_causal": 0.5,
       "peak_gpu_gib": 1.0}, "| M | 2 | 1,024 | ours, 0.1 | 1.0 | 5 | 50.0% | 1.0 |  |"),
+    ({"versions": {"ultralong": "0.2.0"}, "seconds_per_step": 1.0, "tokens_per_second_per_gpu": 5.0, "mfu_causal": 0.5,
+      "peak_gpu_gib": 1.0}, "| M | 2 | 1,024 | ours, 0.2 | 1.0 | 5 | 50.0% | 1.0 |  |"),
     ({"versions": {}, "peer": "other", "note": "CUDA out of memory. Tried"},
      "| M | 2 | 1,024 | other | out of memory | | | | |"),
     ({"versions": {}, "peer": "other", "note": "exit code 1"}, "| M | 2 | 1,024 | other | stopped | | | | |"),
-], ids=["ours", "older", "out of memory", "stopped"])
+], ids=["ours", "older", "old", "out of memory", "stopped"])
 def test_a_row_of_the_table(row, wanted):
     assert training_table([{"rows": [{"model": "M", "gpus": 2, "tokens": 1024} | row]}])[2:] == [wanted]

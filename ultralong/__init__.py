@@ -5,4 +5,4 @@ The rooms, in the order a document passes through them: `ultralong.data` (docume
 with the longer window) and `ultralong.evaluation`. Nothing is imported here, so that `import ultralong` stays instant.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

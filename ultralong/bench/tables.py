@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultralong import __version__
 from ultralong.files import read_json, write_text
 
 SCHEMES = ("single", "ulysses", "gathered", "ring")
@@ -82,8 +83,11 @@ def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _trainer(row: dict[str, Any]) -> str:
-    """Whose trainer; ours with its version where the row is older than 0.2, which began to name it."""
-    return str(row.get("peer", "ours" if "ultralong" in row["versions"] else "ours, 0.1"))
+    """Whose trainer; ours with its minor version where that is not today's (rows older than 0.2 don't name theirs)."""
+    if "peer" in row:
+        return str(row["peer"])
+    made, today = (version.rpartition(".")[0] for version in (row["versions"].get("ultralong", "0.1.0"), __version__))
+    return "ours" if made == today else f"ours, {made}"
 
 
 def _beside(row: dict[str, Any], key: str) -> str:
