@@ -24,7 +24,7 @@ from torch import Tensor
 from ultralong.attention.kernels.adapt import clipped, head_groups, joined, needs_split, packed_call, pieces_of
 from ultralong.attention.kernels.base import GQA, Kernel, Share
 from ultralong.attention.merge import accumulator
-from ultralong.attention.rule import Rule
+from ultralong.attention.rule import Rule, Spans
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Groups = list[tuple[tuple[int, int], tuple[int, int]]]
@@ -107,15 +107,12 @@ def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: 
         dq, dk, dv, and the shares. Where there is a share, dk and dv are not filled in: the sum of all calls' shares
         belongs there.
     """
-    spans, grouped = rule.spans, q.shape[2] != k.shape[2]
-    by_piece = spans is None or not packed_call(kernel, spans)
-    if (spans is None or spans.shared is None or q.shape[0] > 1 or len(head_groups(kernel, q, k)) > 1
-            or (q.device.type == "cpu" and q.dtype != accumulator(q.dtype))
-            or (not by_piece and grouped and (GQA not in kernel.features or (kernel.rounds_heads and spans.shared)))):
+    if _all_in_sums(kernel, q, k, rule.spans):
         wide = [torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (k, v)]
         dq = add_backward(kernel, dout, q, k, v, out, lse, rule, *wide)
         return dq, torch.empty_like(k), torch.empty_like(v), [(slice(0, k.shape[1]), *wide)]
-    if not by_piece:
+    spans = rule.spans
+    if packed_call(kernel, spans):
         return kernel.backward_with_shares(dout, q, k, v, out, lse, rule)
     (dq, dk, dv), shares = (torch.empty_like(x) for x in (q, k, v)), []
     for index, (rows, keys) in enumerate(pieces_of(spans)):
@@ -127,6 +124,18 @@ def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: 
         else:
             dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(kernel, *tensors, rule.one_piece())
     return dq, dk, dv, shares
+
+
+def _all_in_sums(kernel: Kernel, q: Tensor, k: Tensor, spans: Spans | None) -> bool:
+    """Whether all keys of a call get shares: where others may see any, or the call is not one of final gradients."""
+    if spans is None or spans.shared is None or q.shape[0] > 1:
+        return True
+    if len(head_groups(kernel, q, k)) > 1:  # several calls, whose sums of a kv head go across them
+        return True
+    if q.device.type == "cpu" and q.dtype != accumulator(q.dtype):  # computed in the wide type anyway
+        return True
+    grouped = packed_call(kernel, spans) and q.shape[2] != k.shape[2]
+    return grouped and (GQA not in kernel.features or bool(kernel.rounds_heads and spans.shared))
 
 
 def sums_at(shares: list[Share], place: slice) -> list[Tensor]:
