@@ -54,7 +54,7 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_fed_forward(x: Tensor, mlp: nn.Module, y: Tensor) -> None:
-    """X += mlp(y) in place, for x and y (B, t, d) without gradients."""
+    """Add mlp(y) to x in place, for x and y (B, t, d) without gradients."""
     if not _is_known(mlp):
         x += mlp(y)
         return

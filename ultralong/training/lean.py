@@ -167,14 +167,14 @@ def products(projects: Sequence[nn.Module], x: Tensor, seen: Sequence[bool]) -> 
 
 
 def added(x: Tensor, project: nn.Module, y: Tensor) -> Tensor:
-    """X + project(y), for x (B, t, d) and y (B, t, e), rounded once where one operation can do both."""
+    """The sum x + project(y), for x (B, t, d) and y (B, t, e), rounded once where one operation can do both."""
     if not _adds(x, project, y):
         return x + project(y)
     return torch.addmm(x.flatten(0, -2), y.flatten(0, -2), project.weight.T).view(x.shape)
 
 
 def add_product(x: Tensor, project: nn.Module, y: Tensor) -> None:
-    """The same in place, for x that is a part of a row (or of rows) and needs no gradient."""
+    """The same sum in place of x, which is a part of a row (or of rows) and needs no gradient."""
     if not _adds(x, project, y):
         x += project(y)
         return

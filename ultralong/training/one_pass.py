@@ -36,7 +36,7 @@ class OnePass:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
-        if not arguments[0].is_cuda:
+        if not arguments[0].is_cuda or len(arguments[0]) < 2:  # the compiler makes a kernel of its own for one row
             return self._function(*arguments)
         with torch.no_grad():
             arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
@@ -77,4 +77,5 @@ def _agree(found: Any, right: Any) -> bool:
     if isinstance(right, tuple):
         return all(map(_agree, found, right))
     tolerance = 4 * torch.finfo(right.dtype).eps
-    return torch.allclose(found, right, rtol=tolerance, atol=tolerance * float(right.abs().max()))
+    return torch.allclose(found, right, rtol=tolerance, atol=tolerance * float(right.abs().max()),
+                          equal_nan=True)
