@@ -1,9 +1,10 @@
 """Tiles with which flash-attn 4 is faster on Hopper where queries see many keys.
 
 Its own choice for heads of 128 under a causal mask (4.0.0b36), 128 queries by 128 keys forward and 64 by 128 backward,
-is good at short rows, where wide tiles compute more of what the mask hides. At 131,072 tokens the share that is hidden
-is small, and larger tiles load less: on an H100 (32 query and 8 kv heads, in turns, twice) 160 keys reached 675 TF/s
-against 666 forward, and 80 queries, the package's choice without a mask, 616 against 611 backward.
+is good at short rows, where wide tiles compute more of what the mask hides; at long ones larger tiles load less. On two
+H100s (32 query and 8 kv heads, variants in turns, TF/s): forward with 160 keys 675 against 666 at 131,072 tokens on the
+first; 676 against 665 at 65,536 and 680 against 676 at 262,144 on the second. Backward with 80 queries, the package's
+choice without a mask, and one buffer for dO instead of two 621 against 615 at 131,072.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ultralong.attention.rule import Rule, Spans
 HEAD = 128
 MANY = 32768  # keys that a query sees, in the mean, from which these tiles are used
 FORWARD = (128, 160)  # queries, keys
-BACKWARD = {"m_block_size": 80, "dQ_swapAB": True}  # 80 rows are no multiple of a warp group's 64, so dQ is transposed
+# 80 rows are no multiple of a warp group's 64, so dQ is computed transposed.
+BACKWARD = {"m_block_size": 80, "dQ_swapAB": True, "num_stages_dO": 1}
 CHOOSE = "_tile_size_bwd_sm90"
 
 
