@@ -465,6 +465,14 @@ def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(kernel, token
     assert fa4_backward.__globals__["_tile_size_bwd_sm90"](128, 128, True, False) == Tile(64), "the package's own stays"
 
 
+def test_the_larger_tiles_can_be_had_on_a_short_row():
+    q, k, _, _ = random_qkv(1, 1, 8, 8, 2, 1, 128)
+    with flash4_tiles.everywhere():
+        assert flash4_tiles.sees_many(q, k, Rule(scale=0.1))
+        assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1, window=4))
+    assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1))
+
+
 def test_a_backward_function_that_chooses_otherwise_is_left_alone():
     assert flash4_tiles.with_tiles(fa3_backward) is fa3_backward
     assert flash4_tiles.with_tiles(print) is print

@@ -68,7 +68,7 @@ def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         Lines of a Markdown table; models, GPUs and lengths rise.
     """
     rows = [row for file in recorded for row in file["rows"]]
-    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row))
+    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
     lines = ["| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
              "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -113,8 +113,7 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
 
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
-    "attention": (("attention_131k_check.json", "attention_131k_flash4.json", "attention_131k_cudnn.json",
-                   "attention_512k.json"), attention_table),
+    "attention": (("attention_131k.json", "attention_512k.json", "attention_512k_whole.json"), attention_table),
     "training": (("training_sharded_h200.json",), training_table),
     "prefill": (("prefill_1gpu_262144.json", "prefill_2gpu_262144.json", "prefill_1gpu_1m_4layers_fp8.json",
                  "prefill_2gpu_1m_4layers.json"), prefill_table),
