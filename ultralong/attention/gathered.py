@@ -9,9 +9,10 @@ one call, so nothing is merged and the error does not depend on P. Packed docume
 only sent what its own documents' tokens see: a document that lies on one rank is not sent at all.
 
 A round's computing begins when all of its keys have come, though the first call may need none of them. When they came
-beside it, a forward pass on cuDNN took 156 ms on busy GPUs and 125 ms on idle ones, where they are there first (131,072
-tokens, two H200s). Presumably a transfer that starts beside a kernel which fills the GPU gets in when that one ends, on
-every rank: where ranks' first calls differ in length, as zigzag's do, the others wait for the longest.
+beside it, a forward pass on cuDNN took 156 ms on busy GPUs (131,072 tokens, two H200s), and 123 ms since they come
+first. A transfer that starts beside a kernel which fills the GPU seems to get in when that one ends, on every rank:
+where ranks' first calls differ in length, as zigzag's do, the others wait for the longest. At 32,768 tokens, where
+computing takes as long as keys travel, it costs more than it gives (flash-attn 4: 82% of one GPU, 89% before).
 """
 
 from __future__ import annotations
