@@ -132,7 +132,7 @@ def test_a_model_class_that_renames_a_type_is_refused_before_copying_and_told(tm
     """transformers' Phi-3 config takes every yarn for a longrope, whichever way it is written."""
     source = make(tmp_path / "source", "phi3", window=4096, original_max_position_embeddings=4096)
     monkeypatch.setattr(extend_module, "_copy", lambda *arguments: pytest.fail("copied before checking"))
-    refused(source, 65_536, tmp_path / "out", "'yarn' scaling by config.*longrope.*Choose another method")
+    assert_refused(source, 65_536, tmp_path / "out", "'yarn' scaling by config.*longrope.*Choose another method")
     monkeypatch.undo()
     extend(source, 65_536, tmp_path / "out", "longrope", quiet=True, **LONGROPE)
     config = AutoConfig.from_pretrained(tmp_path / "out")
@@ -255,7 +255,7 @@ def test_a_licence_file_is_named(tmp_path, llama):
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def refused(source, to, out, match, **options):
+def assert_refused(source, to, out, match, **options):
     """Refused with a reason, and nothing left on the disk."""
     before = sorted(Path(out).parent.iterdir())
     with pytest.raises(ValueError, match=match):
@@ -275,7 +275,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("to", "options", "reason"), SETTINGS, ids=[f"{to} {options}" for to, options, _ in SETTINGS])
 def test_settings_that_cannot_work_are_refused(tmp_path, llama, to, options, reason):
-    refused(llama, to, tmp_path / "out", reason, **options)
+    assert_refused(llama, to, tmp_path / "out", reason, **options)
 
 
 @pytest.mark.parametrize(("kind", "sizes", "reason"), [
@@ -288,31 +288,31 @@ def test_settings_that_cannot_work_are_refused(tmp_path, llama, to, options, rea
 def test_models_without_one_rope_are_refused(tmp_path, kind, sizes, reason):
     config = AutoConfig.for_model(kind, **sizes | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    refused(tmp_path / "source", 1_048_576, tmp_path / "out", reason)
+    assert_refused(tmp_path / "source", 1_048_576, tmp_path / "out", reason)
 
 
 def test_an_output_in_use_is_refused_and_an_empty_one_taken(tmp_path, llama):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
-    refused(llama, 16_384, tmp_path / "full", "not an empty folder")
-    refused(llama, 16_384, tmp_path / "full/file", "not an empty folder")
-    refused(llama, 16_384, llama, "not an empty folder")
+    assert_refused(llama, 16_384, tmp_path / "full", "not an empty folder")
+    assert_refused(llama, 16_384, tmp_path / "full/file", "not an empty folder")
+    assert_refused(llama, 16_384, llama, "not an empty folder")
     (tmp_path / "empty").mkdir()
     extend(llama, 16_384, tmp_path / "empty", quiet=True)
     assert (tmp_path / "empty/config.json").exists()
 
 
 def test_sources_that_are_no_checkpoint_are_refused(tmp_path, llama, monkeypatch):
-    refused(tmp_path / "nowhere", 16_384, tmp_path / "out", "There is no folder")
-    refused(llama / "config.json", 16_384, tmp_path / "out", "is a file")
+    assert_refused(tmp_path / "nowhere", 16_384, tmp_path / "out", "There is no folder")
+    assert_refused(llama / "config.json", 16_384, tmp_path / "out", "is a file")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", 16_384, tmp_path / "out", "no config.json")
+    assert_refused(tmp_path / "empty", 16_384, tmp_path / "out", "no config.json")
     (tmp_path / "empty/adapter_config.json").write_text("{}")
-    refused(tmp_path / "empty", 16_384, tmp_path / "out", "holds an adapter: merge it")
+    assert_refused(tmp_path / "empty", 16_384, tmp_path / "out", "holds an adapter: merge it")
     (llama / "config.json").write_text("{not json")
-    refused(llama, 16_384, tmp_path / "out", "not valid JSON")
+    assert_refused(llama, 16_384, tmp_path / "out", "not valid JSON")
     write_json(llama / "config.json", {"model_type": "brand_new", "auto_map": {"AutoConfig": "code.Config"}})
-    refused(llama, 16_384, tmp_path / "out", "brand_new.*their own code")
+    assert_refused(llama, 16_384, tmp_path / "out", "brand_new.*their own code")
 
 
 @pytest.mark.parametrize(("names", "reason"), [
@@ -323,7 +323,7 @@ def test_weights_in_other_forms_are_refused_with_what_to_do(tmp_path, llama, nam
     (llama / "model.safetensors").unlink()
     for name in names:
         (llama / name).write_bytes(b"")
-    refused(llama, 16_384, tmp_path / "out", reason)
+    assert_refused(llama, 16_384, tmp_path / "out", reason)
 
 
 def test_damaged_weights_are_refused(tmp_path, llama):
@@ -333,7 +333,7 @@ def test_damaged_weights_are_refused(tmp_path, llama):
                            (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
                            (whole[:8] + b"\0" + whole[9:], "damaged safetensors header")):
         weights.write_bytes(broken)
-        refused(llama, 16_384, tmp_path / "out", reason)
+        assert_refused(llama, 16_384, tmp_path / "out", reason)
 
 
 def test_shards_that_do_not_fit_their_index_are_refused(tmp_path):
@@ -344,21 +344,21 @@ def test_shards_that_do_not_fit_their_index_are_refused(tmp_path):
 
     stray = source / "model-00099-of-00099.safetensors"
     save_file({"other": torch.zeros(1)}, stray)
-    refused(source, 16_384, tmp_path / "out", "doesn't list: model-00099")
+    assert_refused(source, 16_384, tmp_path / "out", "doesn't list: model-00099")
     stray.unlink()
 
     for change in ({"lm_head.weight": shards[0]}, {"not.there": shards[0]}):
         write_json(source / "model.safetensors.index.json", index | {"weight_map": index["weight_map"] | change})
-        refused(source, 16_384, tmp_path / "out", f"disagree about {next(iter(change))}")
+        assert_refused(source, 16_384, tmp_path / "out", f"disagree about {next(iter(change))}")
     shorter = dict(index["weight_map"])
     dropped = next(name for name in shorter if list(shorter.values()).count(shorter[name]) > 1)
     del shorter[dropped]
     write_json(source / "model.safetensors.index.json", index | {"weight_map": shorter})
-    refused(source, 16_384, tmp_path / "out", f"disagree about {dropped}")
+    assert_refused(source, 16_384, tmp_path / "out", f"disagree about {dropped}")
 
     write_json(source / "model.safetensors.index.json", index)
     (source / shards[1]).unlink()
-    refused(source, 16_384, tmp_path / "out", f"lists {len(shards)} shards, but {shards[1]}")
+    assert_refused(source, 16_384, tmp_path / "out", f"lists {len(shards)} shards, but {shards[1]}")
 
 
 # ------------------------------------------------------------------------------------------------ hub, crashes, memory
@@ -384,7 +384,7 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, monkeypatch):
         raise ConnectionError("no route\nlong trace")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    refused("someone/model", 16_384, tmp_path / "out", r"no model of that name \(no route\)")
+    assert_refused("someone/model", 16_384, tmp_path / "out", r"no model of that name \(no route\)")
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, llama, monkeypatch):
@@ -399,7 +399,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, llama, monkeypatch):
 
 def test_a_full_disk_is_noticed_before_anything_is_copied(tmp_path, llama, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    refused(llama, 16_384, tmp_path / "out", "GB are free")
+    assert_refused(llama, 16_384, tmp_path / "out", "GB are free")
 
 
 def test_what_a_killed_run_left_is_cleared_but_a_living_run_is_not_disturbed(tmp_path, llama):
@@ -423,7 +423,7 @@ def test_a_table_that_transformers_would_read_otherwise_is_never_written(tmp_pat
         return entries | {"rope_scaling": entries["rope_scaling"] | {"factor": 2 * scaling.factor}}
 
     monkeypatch.setattr(extend_module, "config_entries", multiplied)
-    refused(llama, 16_384, tmp_path / "out", "'factor': 16.0.*where .*'factor': 8.0.* was meant")
+    assert_refused(llama, 16_384, tmp_path / "out", "'factor': 16.0.*where .*'factor': 8.0.* was meant")
 
 
 MEASURE = """
