@@ -201,6 +201,19 @@ def test_each_size_of_a_row_has_a_function_of_its_own():
         assert torch.equal(way._fast[size](torch.ones(7, size)), torch.full((7, size), 2.0))
 
 
+def rows_doubled(x):
+    return 2 * x
+
+
+def test_a_gpu_that_is_full_is_no_fault_of_the_compilers(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        OnePass(rows_doubled).prepared(torch.ones(3, 4))
+
+
 def not_to_be_compiled(x):
     torch._dynamo.graph_break()
     return x + 1

@@ -56,6 +56,8 @@ class OnePass:
                 torch._dynamo.mark_dynamic(x, 0)
         try:
             found = compiled(*few)
+        except torch.OutOfMemoryError:  # no fault of the compiler's, and a RuntimeError too
+            raise
         except (RuntimeError, ImportError, OSError) as error:  # the compiler's own are RuntimeErrors
             log.warning("%s could not be compiled, which costs some memory traffic: %s: %s", name, type(error).__name__,
                         str(error).split("\n", 1)[0])
