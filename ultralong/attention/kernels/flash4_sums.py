@@ -59,6 +59,14 @@ class Sums:
         add_ordered(total, buffer[:, first * total.shape[2] :], scale)
 
 
+def with_names(function: Callable[..., Any], names: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of a function for which some of its module's names stand for something else; its module stays as it is."""
+    copy = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
+                        function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 class SumsOf:
     """Calls the package's backward function and keeps what it was about to round.
 
@@ -100,11 +108,7 @@ class SumsOf:
             if rounded or not name or not sums.readable:
                 convert(accum, output, scale, *rest, **named)
 
-        original = self._backward
-        copy = FunctionType(original.__code__, {**original.__globals__, CONVERT: listen}, original.__name__,
-                            original.__defaults__, original.__closure__)
-        copy.__kwdefaults__ = original.__kwdefaults__
-        return copy(*tensors, dk=dk, dv=dv, **options)[0], sums
+        return with_names(self._backward, {CONVERT: listen})(*tensors, dk=dk, dv=dv, **options)[0], sums
 
 
 def _is_known(facts: dict[str, Any]) -> bool:

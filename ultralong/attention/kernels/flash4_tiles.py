@@ -1,10 +1,13 @@
 """Tiles with which flash-attn 4 is faster on Hopper where queries see many keys.
 
+Legend: B batch, T tokens, H query heads, K kv heads, D head size.
+
 Its own choice for heads of 128 under a causal mask (4.0.0b36), 128 queries by 128 keys forward and 64 by 128 backward,
 is good at short rows, where wide tiles compute more of what the mask hides; at long ones larger tiles load less. On two
 H100s (32 query and 8 kv heads, variants in turns, TF/s): forward with 160 keys 675 against 666 at 131,072 tokens on the
 first; 676 against 665 at 65,536 and 680 against 676 at 262,144 on the second. Backward with 80 queries, the package's
-choice without a mask, and one buffer for dO instead of two 621 against 615 at 131,072. With both, one H200 reached 632
+choice without a mask, and one buffer for dO instead of two 621 against 615 at 131,072; with two buffers 80 queries were
+0.5% slower than 64 at 65,536, and with one that length was not tried. With both tiles, one H200 reached 632
 TF/s forward and backward at 131,072 and at 524,288 tokens, where another had reached 618 and 622 without; cuDNN was
 0.6% and 1% faster there too.
 """
@@ -15,11 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
+from ultralong.attention.kernels.flash4_sums import with_names
 from ultralong.attention.rule import Rule, Spans
 
 HEAD = 128
@@ -64,15 +67,11 @@ def with_tiles(backward: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         backward: `_flash_attn_bwd` of `flash_attn.cute.interface`, which takes no tiles on Hopper.
     """
-    names = getattr(backward, "__globals__", {})
-    choose = names.get(CHOOSE)
+    choose = getattr(backward, "__globals__", {}).get(CHOOSE)
     if choose is None or CHOOSE not in backward.__code__.co_names:
         return backward
 
     def chosen(*arguments: Any, **options: Any) -> Any:
         return replace(choose(*arguments, **options), **BACKWARD)
 
-    copy = FunctionType(backward.__code__, {**names, CHOOSE: chosen}, backward.__name__, backward.__defaults__,
-                        backward.__closure__)
-    copy.__kwdefaults__ = backward.__kwdefaults__
-    return copy
+    return with_names(backward, {CHOOSE: chosen})
