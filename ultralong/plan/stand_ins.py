@@ -99,7 +99,10 @@ def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`ultralong.training.loss` with every token a target: one tile's buffers, all of the gradients."""
+    """`ultralong.training.loss` with every token a target: one tile's buffers, all of the gradients.
+
+    As on a GPU, where the log-sum-exp is one pass; without torch's compiler it holds one more tile of logits.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tile: int, compute: torch.dtype) -> Tensor:
