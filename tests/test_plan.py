@@ -99,6 +99,20 @@ def test_known_shapes_have_the_sizes_in_their_names(name):
     assert abs(billions / expected - 1) < 0.25, "1B is 1.24 billion, as its makers count"
 
 
+WINDOWS = {"meta-llama/Llama-3.1-8B": 131_072, "meta-llama/Llama-3.2-1B": 131_072, "HuggingFaceTB/SmolLM2-135M": 8192}
+
+
+@pytest.mark.parametrize(("name", "window"), WINDOWS.items())
+def test_without_packed_rows_the_models_window_is_planned_for_and_that_is_said(tmp_path, name, window):
+    run = config(name, data=(DataSource(str(tmp_path / "rows")),))
+    made = plan(run)
+    assert made.tokens == window
+    assert f"No packed rows in {tmp_path / 'rows'}: planned for rows of the model's window" in str(made)
+    asked = plan(run, tokens=4096)
+    assert asked.tokens == 4096
+    assert "No packed rows" not in str(asked)
+
+
 def test_a_model_is_counted_as_it_is_built(tiny_model):
     shape = shape_of(tiny_model.config)
     assert shape.parameters == sum(parameter.numel() for parameter in tiny_model.parameters())

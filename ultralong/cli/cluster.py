@@ -34,7 +34,7 @@ def plan(
         config: Name of a preset, or a YAML file.
         gpus: GPUs of the run; by default as many as share one row.
         machine: The GPU: h200, h100, a100, or a file that python -m ultralong.bench.rates made on yours.
-        tokens: Tokens of a row; by default those of the packed rows.
+        tokens: Tokens of a row; by default those of the packed rows, or the model's window where there are none yet.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process.
         price: Of one GPU-hour, in any currency.

@@ -54,6 +54,7 @@ class Plan:
         mfu: Causal model FLOP/s over the datasheet's.
         longest: Most tokens of a row that fit into the GPUs' memory.
         advice: What to change, with the figure that would result; empty when everything fits.
+        assumed: What stands in for packed rows that are not there, and what to do about it; empty when they are.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Plan:
     mfu: float
     longest: int
     advice: tuple[str, ...]
+    assumed: str = ""
 
     def total(self, place: str) -> float:
         """Sum of a place's lines."""
@@ -107,6 +109,8 @@ class Plan:
         """The plan as text."""
         parts = [f"{self.model}: {self.parameters / 1e9:.2f} billion parameters, rows of {self.tokens:,} tokens, "
                  f"{self.gpus} x {self.machine}"]
+        if self.assumed:
+            parts.append(self.assumed)
         for place, title in PLACES.items():
             lines = [line for line in self.lines if line.place == place]
             if lines:

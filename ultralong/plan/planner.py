@@ -50,7 +50,8 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
     gpus = config.parallel.sequence if gpus is None else gpus
     _check_gpus(config, gpus)
     model = model_config(config.model)
-    tokens = tokens or _row_length(config) or model.get_text_config().max_position_embeddings
+    packed = tokens or _row_length(config)
+    tokens = packed or model.get_text_config().max_position_embeddings
     job = Job(config, model, shape_of(model), machine, tokens, gpus)
     budget = machine.memory if gpu_memory is None else gpu_memory * GIB
     host = None if host_memory is None else host_memory * GIB
@@ -65,7 +66,9 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
         model=Path(config.model).name, parameters=job.shape.parameters, tokens=tokens, gpus=gpus, machine=machine.name,
         gpu_memory=budget, host_memory=host, lines=lines, memory=to_mapping(job.config.memory),
         mfu=useful / seconds / gpus / machine.peak,
-        longest=growth.longest(budget), advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)))
+        longest=growth.longest(budget), advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)),
+        assumed="" if packed else f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
+                                  "For others pack them first, or pass --tokens N.")
 
 
 @dataclass(frozen=True)

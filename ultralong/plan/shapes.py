@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from ultralong.training.meter import pairs, step_flops
 
-_LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-_SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True}
+_LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
+_SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 # Shapes of models that are planned for before anyone has downloaded them.
 KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": _LLAMA_3 | {
