@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ultralong.plan import load_machine, plan
 from ultralong.plan.machine import SCALED
 from ultralong.plan.shapes import KNOWN, model_config, shape_of
-from ultralong.plan.stand_ins import NAME, head_loss
+from ultralong.plan.stand_ins import NAME, Context, head_loss
 from ultralong.plan.trace import _loss, recompute_layers, trace
 from ultralong.plan.tracker import Tracker
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
@@ -64,7 +64,7 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(checkpoint_laye
         recompute_layers(model)
     ids = torch.zeros(2, 256, dtype=torch.int64)
     with Tracker() as real:
-        _loss(model, ids, dtype, 64, False).backward()
+        _loss(model, ids, dtype, 64, Context(0, 1)).backward()
     followed = trace(TINY, 256, rows=2, dtype=dtype, checkpoint_layers=checkpoint_layers, loss_tile=64)
     assert (followed.peak, followed.multiplied, followed.moved) == (real.peak, real.multiplied, real.moved)
 

@@ -60,7 +60,7 @@ def test_measured_runs_are_planned_within_a_tenth(row, monkeypatch):
     said, version = plan(config, row["gpus"], tokens=row["tokens"]).to_dict(), row["versions"]
     assert row["planned_peak_gpu_gib"] == pytest.approx(row["peak_gpu_gib"], rel=0.11) or "ultralong" not in version
     if version.get("ultralong", "0.1") >= "0.3":
-        assert said["planned_peak_gpu_gib"] == pytest.approx(row["peak_gpu_gib"], rel=0.1)
+        assert said["planned_peak_gpu_gib"] == pytest.approx(row["peak_gpu_gib"], rel=0.02)
         assert said["planned_seconds_per_step"] == pytest.approx(row["seconds_per_step"], rel=0.1)
     else:  # layers did more beside attention, the loss too and held more: a plan of today is shorter and no larger
         assert 0.88 < said["planned_peak_gpu_gib"] / row["peak_gpu_gib"] < 1.1
@@ -95,9 +95,10 @@ def test_two_depths_stand_for_a_deep_model():
     """Tiles are followed in 3 and 5 layers only; for 8 that gives what following all of them gives."""
     shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
                         num_attention_heads=4, num_key_value_heads=2)
-    options = {"checkpoint_layers": True, "layer_tile": 64, "loss_tile": 64, "exchanged": 2, "sharded": True}
+    options = {"checkpoint_layers": True, "layer_tile": 64, "loss_tile": 64, "exchanged": 2, "ranks": 2,
+               "sharded": True}
     short = trace(shape, 512, **options)
-    whole = traced(shape, 512, 1, torch.bfloat16, True, 64, 64, 2, False, True)
+    whole = traced(shape, 512, 1, torch.bfloat16, True, 64, 64, 2, 2, False, True)
     assert short.peak == pytest.approx(whole.peak, rel=0.01)
     assert (short.multiplied, short.operations) == (whole.multiplied, whole.operations)
     assert short.moved == pytest.approx(whole.moved, rel=1e-6)

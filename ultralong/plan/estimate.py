@@ -3,15 +3,16 @@
 The trainer holds float32 parameters, gradients and two AdamW states, all of them on every GPU or shared out over
 `parallel.shard` of them (FSDP2), and shares a row between the `parallel.sequence` processes of a group. What a step
 needs beyond its states is not guessed from a formula: a step is followed on fake tensors through the model's own code
-(`ultralong.plan.trace`); what the memory plan keeps, moves or saves is then added and taken off.
+(`ultralong.plan.trace`); what the memory plan keeps, moves or saves is then added and taken off. Of sharded runs every
+layer's turn in the backward pass is looked at (`ultralong.plan.waiting`): inputs and results leave while gradients
+come, and where few inputs are kept and many made again the worst moment is not the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ultralong.plan.job import FLOAT, Job, layer_parameters, outside_parameters
 from ultralong.plan.lines import GIB, Line
+from ultralong.plan.waiting import Turn, at_the_loss, turns
 
 # Seen on H200s with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries, and what NCCL
 # takes beside it.
@@ -29,56 +30,77 @@ IN_FLIGHT = 2  # moved tensors that are on the device all the same: one on its w
 
 def gpu_lines(job: Job) -> list[Line]:
     """Bytes on each GPU at the worst moment of a step."""
-    def line(name: str, value: float, counts: bool = True) -> Line:
-        return Line("gpu", name, value, "estimated", "bytes", counts)
-
     count, states = job.shape.parameters / (job.shard or 1), job.config.optimizer.states
-    waiting = _waiting(job, line)
-    lines = [line("tensors: parameters, float32", FLOAT * count),
-             line(f"tensors: AdamW's two states, {states}", STATE_BYTES[states] * count)]
-    if job.shard is None:
-        lines.append(line("tensors: gradients and activations of a step", job.trace.peak))
-    else:
-        # The loss comes when no layer is gathered and none has gradients.
-        outside = job.dtype.itemsize * outside_parameters(job)
-        at_loss, later = outside + job.trace.loss_peak, _gathered_bytes(job) + job.trace.backward_peak
-        gathered = outside if at_loss > later else _gathered_bytes(job)
-        lines += [line("tensors: gathered parameters and a layer's gradients", gathered),
-                  line("tensors: activations of a step", max(at_loss, later) - gathered)]
-    if job.config.memory.checkpoint_layers:
-        stream = "float32" if job.stream_bytes == FLOAT else "bfloat16"
-        lines.append(line(f"layer inputs made for the backward pass, {stream}", job.shape.layers * job.input_bytes,
-                          counts=False))
-    lines += waiting
-    if job.shard is not None:
-        # A layer's gradients come when what it kept has gone: the first micro-batch needs room for the larger of both.
-        # At the very end, when no layer is at work, those outside of layers are there twice, as they are summed.
-        held = job.shape.layers * job.input_bytes * job.config.memory.checkpoint_layers
-        at_work = max(0.0, job.trace.backward_peak - held)
-        held += sum(each.value for each in waiting)
-        room = held if job.passes == 1 else 0.0
-        last = FLOAT * count + max(0.0, (job.dtype.itemsize + FLOAT) * outside_parameters(job) - at_work)
-        lines.append(line("tensors: gradients, float32, beyond what the layers left", max(0.0, last - room)))
+    lines = [_line("parameters, float32", FLOAT * count),
+             _line(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
+             *(_followed_lines(job) if job.shard is None else _worst_moment(job))]
     tensors = sum(each.value for each in lines if each.counts)
     context = CONTEXT_BYTES + (NCCL_BYTES if job.gpus > 1 else 0.0)
-    return [*lines, line("free but in pieces", FRAGMENTED * tensors), line("CUDA context and libraries", context)]
+    return [*lines, Line("gpu", "free but in pieces", FRAGMENTED * tensors, "estimated", "bytes"),
+            Line("gpu", "CUDA context and libraries", context, "estimated", "bytes")]
 
 
-def _waiting(job: Job, line: Callable[[str, float], Line]) -> list[Line]:
-    """What the memory plan adds to the followed step, which holds all inputs and no result but the one in use."""
-    kept, moved, away = job.placed
-    layers, every, lines = job.shape.layers, job.config.memory.inputs_every, []
+def _line(name: str, value: float) -> Line:
+    return Line("gpu", f"tensors: {name}", value, "estimated", "bytes")
+
+
+def _followed_lines(job: Job) -> list[Line]:
+    """A step whose gradients were followed too, with what the memory plan adds to it.
+
+    It held all inputs, and no result but the one in use.
+    """
+    (kept, moved, away), every, layers = job.placed, job.config.memory.inputs_every, job.shape.layers
+    lines = [_line("gradients and activations of a step", job.trace.peak)]
+    if job.config.memory.checkpoint_layers:
+        lines.append(Line("gpu", "layer inputs made for the backward pass", layers * job.input_bytes, "estimated",
+                          "bytes", counts=False))
     if every > 1:
         made = job.inputs + min(every, layers) - 1  # a group's own inputs are made again together
-        lines.append(line(f"tensors: inputs of {layers - made} layers made again later",
-                          -max(0, layers - made) * job.input_bytes))
+        lines.append(_line(f"inputs of {layers - made} layers made again later",
+                           -max(0, layers - made) * job.input_bytes))
     if away:
-        lines.append(line(f"tensors: inputs of {away} layers on the host", -max(0, away - IN_FLIGHT) * job.input_bytes))
+        lines.append(_line(f"inputs of {away} layers on the host", -max(0, away - IN_FLIGHT) * job.input_bytes))
     if kept or moved:
         held = kept + min(moved, IN_FLIGHT) - (1 if job.config.memory.layer_tile else 0)
-        lines.append(line(f"tensors: attention results of {kept} layers, log-sum-exp of {kept + moved}",
-                          held * job.result_bytes + (kept + moved) * job.statistic_bytes))
+        lines.append(_line(_results_of(kept, kept + moved),
+                           held * job.result_bytes + (kept + moved) * job.statistic_bytes))
     return lines
+
+
+def _worst_moment(job: Job) -> list[Line]:
+    """Of a sharded step: the loss, a layer's turn in the backward pass, or the end, when gradients are summed."""
+    memory, count = job.config.memory, job.shape.parameters / job.shard
+    outside = outside_parameters(job) * job.dtype.itemsize
+    inputs = job.shape.layers * job.input_bytes * memory.checkpoint_layers  # that the followed step held all the time
+    # A layer's gradients come when what it kept has gone; those of a second micro-batch are added to the first one's.
+    each = FLOAT * layer_parameters(job) / job.shard
+    early = job.passes > 1 or not memory.checkpoint_layers
+    moments = [_moment(job, "of the loss", outside, job.trace.loss_peak - inputs, at_the_loss(job),
+                       FLOAT * count * (job.passes > 1))]
+    moments += [_moment(job, "of the layer at work", _gathered_bytes(job), job.trace.backward_peak - inputs, turn,
+                        FLOAT * count if early else each * turn.done) for turn in turns(job)]
+    # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
+    ends = (job.dtype.itemsize + FLOAT) * outside_parameters(job)
+    moments.append([_line("gathered parameters and gradients outside of layers", outside + ends),
+                    _line("gradients, float32", FLOAT * count)])
+    return max(moments, key=lambda lines: sum(line.value for line in lines))
+
+
+def _moment(job: Job, of: str, gathered: float, activations: float, turn: Turn, gradients: float) -> list[Line]:
+    kept, moved, _ = job.placed
+    lines = [_line("gathered parameters and a layer's gradients", gathered), _line(f"activations {of}", activations)]
+    if job.config.memory.checkpoint_layers:
+        lines.append(_line(f"inputs of {turn.inputs} layers", turn.inputs * job.input_bytes))
+    if kept or moved:
+        lines.append(_line(_results_of(turn.results, kept + moved),
+                           turn.results * job.result_bytes + (kept + moved) * job.statistic_bytes))
+    if gradients:
+        lines.append(_line("gradients, float32", gradients))
+    return lines
+
+
+def _results_of(layers: int, statistics: int) -> str:
+    return f"attention results of {layers} layers, log-sum-exp of {statistics}"
 
 
 def _gathered_bytes(job: Job) -> float:

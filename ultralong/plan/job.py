@@ -65,7 +65,7 @@ class Job:
         memory = self.config.memory
         options = {"rows": self.config.rows_at_once, "dtype": self.dtype, "checkpoint_layers": memory.checkpoint_layers,
                    "loss_tile": memory.loss_tile, "layer_tile": memory.layer_tile,
-                   "exchanged": (self.config.parallel.stages or 1) if self.sequence > 1 else 0,
+                   "exchanged": (self.config.parallel.stages or 1) if self.sequence > 1 else 0, "ranks": self.sequence,
                    "gradients_kept": self.gpus > 1 or self.passes > 1, "sharded": self.shard is not None}
         key = (self.model.to_json_string(), self.share, *options.items())
         if key not in _followed:

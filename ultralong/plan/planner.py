@@ -88,6 +88,12 @@ class _Growth:
         """The longest row that fits, over the GPUs that share it."""
         fixed, slope = self._line
         share = int((budget - fixed) / slope) // STEP * STEP
+        if share > 0 and share != self.job.share:
+            # Another moment may be the worst one there, and the line bends: then once more, by the slope to there.
+            there = _total(_with_share(self.job, share))
+            if there > budget:
+                bent = (there - _total(self.job)) / (share - self.job.share)
+                share = int(share - (there - budget) / bent) // STEP * STEP
         return max(0, share) * self.job.sequence
 
     def sequence(self, budget: float) -> int | None:
@@ -100,6 +106,11 @@ class _Growth:
 
 def _with_memory(job: Job, memory: MemoryConfig) -> Job:
     return replace(job, config=replace(job.config, memory=memory))
+
+
+def _with_sequence(job: Job, sequence: int) -> Job:
+    parallel = replace(job.config.parallel, sequence=sequence)
+    return replace(job, config=replace(job.config, parallel=parallel), gpus=max(job.gpus, sequence))
 
 
 def _with_share(job: Job, share: int) -> Job:
@@ -153,9 +164,10 @@ def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
     together = replace(saving, gpus=max(2 * saving.sequence, saving.gpus))
     sequence = _Growth(together).sequence(budget)
     if sequence is not None and sequence > job.sequence:
-        parallel = replace(saving.config.parallel, sequence=sequence)
-        wider = replace(saving, config=replace(saving.config, parallel=parallel), gpus=max(job.gpus, sequence))
-        change += f"{' and ' if change else ''}parallel.sequence={sequence} on {wider.gpus} GPUs"
+        wider = _with_sequence(saving, sequence)
+        if _total(wider) > budget:  # more GPUs than kv heads repeat them, and the line is not quite straight
+            wider = _with_sequence(saving, 2 * sequence)
+        change += f"{' and ' if change else ''}parallel.sequence={wider.sequence} on {wider.gpus} GPUs"
         advice.append(_verdict(change, _total(wider), budget))
     if longest := growth.longest(budget):
         advice.append(f"Rows of {longest:,} tokens or fewer fit as it is.")

@@ -8,6 +8,8 @@ Legend: B batch, T tokens a rank holds, H query heads, K kv heads, D head size, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,44 +26,115 @@ class Attention:
 
     Attributes:
         stages: Head chunks that tokens are traded for; 0 where nothing is exchanged.
+        ranks: That share the row.
     """
 
     stages: int
+    ranks: int
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Any = None, sink: Any = None) -> tuple[Tensor, Tensor]:
         """Out (B, T, H, D) and lse (B, T, H)."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         if self.stages:
-            held = self._exchanged(q, k, v)
-            held += [self._part(out) for _ in range(2 if self.stages == 1 else 4)]  # of two stages on their way
-            del held
+            heads = Heads.of(q, k, self)
+            repeated = heads.repeated_keys(k)
+            self._exchange(heads, q, 1, lambda _: [_part(out, heads.queries)])
+            del repeated
         return out, lse
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Any = None,
                  sink: Any = None) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v."""
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        held = self._exchanged(q, k, v, out, dout)
-        # Kernels sum gradients over blocks in float32 and hold out * dout summed over D.
-        sums = [self._part(x, torch.float32) for x in (q, k, v)]
-        delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # (B, T, H)
-        if self.stages:
-            held += [self._part(x) for x in grads for _ in range(2 if self.stages == 1 else 4)]
-        del held, sums, delta
-        return (*grads, None)
-
-    def _exchanged(self, *tensors: Tensor) -> list[Tensor]:
-        """What has arrived for a stage; one stage's has left before, of several the next one's is under way."""
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         if not self.stages:
-            return []
-        arrived = [self._part(x) for _ in range(2) for x in tensors]
-        return arrived[: len(tensors)] if self.stages == 1 else arrived + [self._part(x) for x in tensors]
+            _sums(q, q.shape[2], k.shape[2])
+            return dq, dk, dv, None
+        heads = Heads.of(q, k, self)
+        repeated, totals = heads.repeated_keys(k), list[Tensor]()
+        wide = torch.float32 if repeated else k.dtype  # copies of a head add up
+        home = [_part(k, heads.all_keys, wide) for _ in repeated]
 
-    def _part(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of a stage's share of x's heads (B, T, H, D)."""
-        shape = (*x.shape[:2], -(-x.shape[2] // max(1, self.stages)), x.shape[3])
-        return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+        def compute(stage: int) -> list[Tensor]:
+            sums = _sums(q, heads.queries, heads.keys)
+            part = _part(q, heads.queries)
+            to_keys = [_part(k, heads.keys, torch.float32 if heads.shared > 1 else k.dtype) for _ in range(2)]
+            del sums
+            totals[:] = to_keys if heads.is_first(stage) else [torch.empty_like(x) for x in to_keys]
+            return [part, *(x.to(wide) for x in totals if heads.is_last(stage))]
+
+        self._exchange(heads, q, 3, compute)
+        del repeated, home
+        return dq, dk, dv, None
+
+    def _exchange(self, heads: Heads, q: Tensor, like_q: int, compute: Callable[[int], list[Tensor]]) -> None:
+        """A stage's tensors leave and arrive in one buffer each, while the stage before it computes."""
+        def trade(stage: int) -> list[Tensor]:
+            count = like_q * heads.queries + 2 * heads.keys * heads.is_first(stage)
+            return [_part(q, count) for _ in ("leaving", "arriving")] if stage < self.stages else []
+
+        coming, landing, held = trade(0), [], None
+        for stage in range(self.stages):
+            arrived = coming.pop()
+            held = arrived if heads.is_first(stage) else held  # the keys, with the queries they arrived beside
+            coming = trade(stage + 1)
+            results = compute(stage)
+            landing.append([*results, *map(torch.empty_like, results)])
+            del arrived, results
+            landing = landing[-1:]
+        del held
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How Ulysses trades heads. A rank's part of a stage, all tokens of a few heads, is its own tokens of more heads.
+
+    Attributes:
+        all_keys: Kv heads, each as often as there are ranks that need it.
+        queries: Query heads of a stage, of all ranks.
+        keys: Kv heads of a stage, of all ranks.
+        shared: Stages that have the same keys.
+    """
+
+    all_keys: int
+    queries: int
+    keys: int
+    shared: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, scheme: Attention) -> Heads:
+        """Those of q (B, T, H, D) and k (B, T, K, D).
+
+        Over more ranks than the heads can be split for, another scheme computes; it is taken to hold no more.
+        """
+        all_keys = math.lcm(k.shape[2], scheme.ranks)
+        if q.shape[2] % all_keys:
+            all_keys = k.shape[2]
+        blocks = min(scheme.stages, max(1, all_keys // scheme.ranks))
+        return cls(all_keys, -(-q.shape[2] // scheme.stages), all_keys // blocks, scheme.stages // blocks)
+
+    def is_first(self, stage: int) -> bool:
+        """Whether a stage is the first one with its keys."""
+        return stage % self.shared == 0
+
+    def is_last(self, stage: int) -> bool:
+        """Whether it is the last one."""
+        return stage % self.shared == self.shared - 1
+
+    def repeated_keys(self, k: Tensor) -> list[Tensor]:
+        """Keys and values as often as they are needed, if that is more than once."""
+        return [_part(k, self.all_keys) for _ in range(2 * (self.all_keys > k.shape[2]))]
+
+
+def _sums(q: Tensor, queries: int, keys: int) -> list[Tensor]:
+    """Kernels sum gradients over blocks in float32 and hold out * dout summed over D."""
+    return [*(_part(q, heads, torch.float32) for heads in (queries, keys, keys)),
+            torch.empty((*q.shape[:2], queries), dtype=torch.float32, device=q.device)]
+
+
+def _part(x: Tensor, heads: int, dtype: torch.dtype | None = None) -> Tensor:
+    """So many heads of x's tokens, (B, T, heads, D)."""
+    return torch.empty((*x.shape[:2], heads, x.shape[3]), dtype=dtype or x.dtype, device=x.device)
 
 
 @dataclass(frozen=True)
@@ -69,10 +142,11 @@ class Context:
     """What the trainer's own layers ask of an attention context."""
 
     stages: int
+    ranks: int
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Attention, None]:
         """The scheme, and no rule."""
-        return Attention(self.stages), None
+        return Attention(self.stages, self.ranks), None
 
 
 class _Attention(torch.autograd.Function):
@@ -94,7 +168,7 @@ def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    scheme = Attention(attention_context.stages)
+    scheme = Attention(attention_context.stages, attention_context.ranks)
     return _Attention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scheme), None
 
 

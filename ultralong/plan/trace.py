@@ -43,7 +43,7 @@ class Trace:
 
 def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
           checkpoint_layers: bool = False, loss_tile: int = 2048, layer_tile: int = 0, exchanged: int = 0,
-          gradients_kept: bool = False, sharded: bool = False) -> Trace:
+          ranks: int = 1, gradients_kept: bool = False, sharded: bool = False) -> Trace:
     """Follow one micro-batch of the trainer on fake tensors.
 
     Args:
@@ -55,13 +55,14 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
         loss_tile: As in `MemoryConfig`.
         layer_tile: As in `MemoryConfig`.
         exchanged: Attention trades tokens for heads with other ranks, in this many stages; 0 where it does not.
+        ranks: That share the row.
         gradients_kept: All gradients exist before the pass (a later micro-batch, or the buckets of several ranks).
         sharded: Parameters are shared out (FSDP2): computed with in `dtype`, their gradients given up layer by layer.
 
     Returns:
         Its memory and work.
     """
-    options = (rows, dtype, checkpoint_layers, loss_tile, layer_tile, exchanged, gradients_kept, sharded)
+    options = (rows, dtype, checkpoint_layers, loss_tile, layer_tile, exchanged, ranks, gradients_kept, sharded)
     layers = config.get_text_config().num_hidden_layers
     if not layer_tile or layers <= FOLLOWED[1]:
         return _traced(config, tokens, *options)
@@ -82,7 +83,7 @@ def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
 
 
 def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype, checkpoint_layers: bool,
-            loss_tile: int, layer_tile: int, exchanged: int, gradients_kept: bool, sharded: bool) -> Trace:
+            loss_tile: int, layer_tile: int, exchanged: int, ranks: int, gradients_kept: bool, sharded: bool) -> Trace:
     plain = _without_lengths(config)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         kept = dtype if sharded else torch.float32
@@ -99,7 +100,7 @@ def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype
             if gradients_kept and not sharded:
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter)
-            total = _loss(model, ids, dtype, loss_tile, exchanged, sharded)
+            total = _loss(model, ids, dtype, loss_tile, Context(exchanged, ranks), sharded)
             before, tracker.peak = tracker.peak, tracker.live
             total.backward()
             return Trace(max(before, tracker.peak), before, tracker.peak, tracker.multiplied, tracker.moved,
@@ -116,13 +117,13 @@ def _give_up(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _loss(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, exchanged: int,
+def _loss(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, context: Context,
           sharded: bool = False) -> torch.Tensor:
     narrow = dtype != torch.float32 and not sharded
     with torch.autocast("cpu", dtype=dtype) if narrow else contextlib.nullcontext():
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
         hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
-                                     attention_context=Context(exchanged)).last_hidden_state
+                                     attention_context=context).last_hidden_state
         return head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, loss_tile, dtype)
 
 
