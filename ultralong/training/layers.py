@@ -9,8 +9,8 @@ attention result and its input (see `ultralong.training.memory`). Even the input
 result at hand, a layer's output, the next one's input, is matrix products alone.
 
 For a million tokens on two GPUs this is the difference between 8 billion parameters fitting and not. Beside the inputs
-that wait, transformers' layer under checkpointing would hold 130 GiB there while its backward pass runs, this one 63,
-and 34 with Ulysses' heads in eight stages (Llama-3.1-8B's shape, 524,288 tokens a process, by `ultralong.plan.trace`).
+that wait, transformers' layer under checkpointing would hold 130 GiB there while its backward pass runs, this one 57,
+and 38 with Ulysses' heads in eight stages (Llama-3.1-8B's shape, 524,288 tokens a process, by `ultralong.plan.trace`).
 """
 
 from __future__ import annotations
