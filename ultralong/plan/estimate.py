@@ -75,10 +75,12 @@ def _worst_moment(job: Job) -> list[Line]:
     # A layer's gradients come when what it kept has gone; those of a second micro-batch are added to the first one's.
     each = FLOAT * layer_parameters(job) / job.shard
     early = job.passes > 1 or not memory.checkpoint_layers
-    moments = [_moment(job, "of the loss", outside, job.trace.loss_peak - inputs, at_the_loss(job),
-                       FLOAT * count * (job.passes > 1))]
-    moments += [_moment(job, "of the layer at work", _gathered_bytes(job), job.trace.backward_peak - inputs, turn,
-                        FLOAT * count if early else each * turn.done) for turn in turns(job)]
+    loss = [_line("gathered parameters outside of layers", outside),
+            _line("activations of the loss", job.trace.loss_peak - inputs)]
+    work = [_line("gathered parameters and a layer's gradients", _gathered_bytes(job)),
+            _line("activations of the layer at work", job.trace.backward_peak - inputs)]
+    moments = [[*loss, *_waiting(job, at_the_loss(job), FLOAT * count * (job.passes > 1))]]
+    moments += [[*work, *_waiting(job, turn, FLOAT * count if early else each * turn.done)] for turn in turns(job)]
     # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
     ends = (job.dtype.itemsize + FLOAT) * outside_parameters(job)
     moments.append([_line("gathered parameters and gradients outside of layers", outside + ends),
@@ -86,17 +88,14 @@ def _worst_moment(job: Job) -> list[Line]:
     return max(moments, key=lambda lines: sum(line.value for line in lines))
 
 
-def _moment(job: Job, of: str, gathered: float, activations: float, turn: Turn, gradients: float) -> list[Line]:
-    kept, moved, _ = job.placed
-    lines = [_line("gathered parameters and a layer's gradients", gathered), _line(f"activations {of}", activations)]
+def _waiting(job: Job, turn: Turn, gradients: float) -> list[Line]:
+    (kept, moved, _), lines = job.placed, []
     if job.config.memory.checkpoint_layers:
         lines.append(_line(f"inputs of {turn.inputs} layers", turn.inputs * job.input_bytes))
     if kept or moved:
         lines.append(_line(_results_of(turn.results, kept + moved),
                            turn.results * job.result_bytes + (kept + moved) * job.statistic_bytes))
-    if gradients:
-        lines.append(_line("gradients, float32", gradients))
-    return lines
+    return [*lines, _line("gradients, float32", gradients)] if gradients else lines
 
 
 def _results_of(layers: int, statistics: int) -> str:

@@ -29,7 +29,7 @@ class Turn:
 
 
 def at_the_loss(job: Job) -> Turn:
-    """What the forward pass has left."""
+    """What the forward pass has left; what goes to the host is taken to be there."""
     kept, _, away = job.placed
     return Turn(0, job.inputs - away, kept)
 
