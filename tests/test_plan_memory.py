@@ -92,7 +92,7 @@ def test_what_is_kept_is_chosen_from_the_budget():
 
 
 def test_two_depths_stand_for_a_deep_model():
-    """Tiles are followed in 3 and 5 layers only; for 8 that gives what following all of them gives."""
+    """Tiles are followed in 2 and 3 layers only; for 8 that gives what following all of them gives."""
     shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
                         num_attention_heads=4, num_key_value_heads=2)
     options = {"checkpoint_layers": True, "layer_tile": 64, "loss_tile": 64, "exchanged": 2, "ranks": 2,

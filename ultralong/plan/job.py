@@ -29,6 +29,7 @@ class Job:
         machine: The GPU.
         tokens: Tokens of a row.
         gpus: Processes of the run.
+        followed: Its step, if that is known; it is followed on fake tensors otherwise.
     """
 
     config: TrainConfig
@@ -37,6 +38,7 @@ class Job:
     machine: Machine
     tokens: int
     gpus: int
+    followed: Trace | None = None
 
     @property
     def sequence(self) -> int:
@@ -62,6 +64,8 @@ class Job:
     @cached_property
     def trace(self) -> Trace:
         """One micro-batch followed on fake tensors; some seconds, once for plans that differ in what waits where."""
+        if self.followed is not None:
+            return self.followed
         memory = self.config.memory
         options = {"rows": self.config.rows_at_once, "dtype": self.dtype, "checkpoint_layers": memory.checkpoint_layers,
                    "loss_tile": memory.loss_tile, "layer_tile": memory.layer_tile,

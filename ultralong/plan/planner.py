@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -73,35 +75,42 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
 
 @dataclass(frozen=True)
 class _Growth:
-    """A GPU's memory as a straight line over the tokens of a row that it holds."""
+    """A GPU's memory over the tokens of a row that it holds; what a step does is taken to grow in straight lines."""
 
     job: Job
 
     @cached_property
-    def _line(self) -> tuple[float, float]:
+    def _ends(self) -> tuple[Job, Job]:
         high = max(self.job.share, SHORT)
-        at_high, at_half = (_total(_with_share(self.job, share)) for share in (high, high // 2))
-        slope = (at_high - at_half) / (high - high // 2)
-        return at_high - slope * high, slope
+        return _with_share(self.job, high // 2), _with_share(self.job, high)
 
     def longest(self, budget: float) -> int:
         """The longest row that fits, over the GPUs that share it."""
-        fixed, slope = self._line
-        share = int((budget - fixed) / slope) // STEP * STEP
-        if share > 0 and share != self.job.share:
-            # Another moment may be the worst one there, and the line bends: then once more, by the slope to there.
-            there = _total(_with_share(self.job, share))
-            if there > budget:
-                bent = (there - _total(self.job)) / (share - self.job.share)
-                share = int(share - (there - budget) / bent) // STEP * STEP
-        return max(0, share) * self.job.sequence
+        low, high = self._ends
+        share = _longest(low, high, budget)
+        if share > high.share:  # the line bends where another moment becomes the worst one: once more, from nearer
+            share = _longest(high, _with_share(self.job, share), budget)
+        return share * self.job.sequence
 
     def sequence(self, budget: float) -> int | None:
         """The power of two of GPUs that have to share the row for it to fit, or None where none is enough."""
-        fixed, slope = self._line
-        if budget <= fixed:
-            return None
-        return 2 ** math.ceil(math.log2(slope * self.job.tokens / (budget - fixed)))
+        counts = (2**i for i in range(self.job.tokens.bit_length()))
+        return next((count for count in counts if _between(*self._ends, -(-self.job.tokens // count)) <= budget), None)
+
+
+def _longest(low: Job, high: Job, budget: float) -> int:
+    """Tokens of one GPU that fit, by what two jobs do."""
+    def total(steps: int) -> float:
+        return _between(low, high, steps * STEP)
+
+    most = next(steps for steps in (2**i for i in itertools.count()) if total(steps) > budget)
+    return max(0, bisect_right(range(most), budget, key=total) - 1) * STEP
+
+
+def _between(low: Job, high: Job, share: int) -> float:
+    """Bytes on a GPU with so many tokens of a row, on the line through two jobs."""
+    followed = low.trace.towards(high.trace, (share - low.share) / (high.share - low.share))
+    return _total(replace(_with_share(high, share), followed=followed))
 
 
 def _with_memory(job: Job, memory: MemoryConfig) -> Job:

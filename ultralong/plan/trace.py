@@ -17,7 +17,7 @@ from ultralong.plan.tracker import Tracker
 from ultralong.training.config import MemoryConfig
 from ultralong.training.memory import Memory
 
-FOLLOWED = (3, 5)  # layers that stand for a deep model's
+FOLLOWED = (2, 3)  # layers that stand for a deep model's
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Trace:
     multiplied: int
     moved: int
     operations: int
+
+    def towards(self, other: Trace, part: float) -> Trace:
+        """What lies so far on the straight line from this one (0) through another (1)."""
+        return Trace(*(round(a + part * (b - a)) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
@@ -68,8 +72,7 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
         return _traced(config, tokens, *options)
     # Tiles are many operations to follow, and layers are alike: two depths give the line through all.
     few, more = (_traced(_with_layers(config, count), tokens, *options) for count in FOLLOWED)
-    steps = (layers - FOLLOWED[1]) / (FOLLOWED[1] - FOLLOWED[0])
-    return Trace(*(round(b + steps * (b - a)) for a, b in zip(astuple(few), astuple(more), strict=True)))
+    return few.towards(more, (layers - FOLLOWED[0]) / (FOLLOWED[1] - FOLLOWED[0]))
 
 
 def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
