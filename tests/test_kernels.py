@@ -50,7 +50,7 @@ def cpu_kernels():
     return [*available_kernels("cpu").values(), Bare()]
 
 
-def compare(kernel, q, k, v, dout, rule, seen, tolerance):
+def assert_as_written_out(kernel, q, k, v, dout, rule, seen, tolerance):
     out, lse = attention_forward(kernel, q, k, v, rule)
     grads = attention_backward(kernel, dout, q, k, v, out, lse, rule)
     assert out.dtype == q.dtype
@@ -86,7 +86,7 @@ def test_a_kernel_equals_attention_written_out(kernel, dtype, call, causal):
     q, k, v, dout = random_qkv(seed, batch, edges_q[-1], edges_k[-1], heads, kv_heads, 8, dtype)
     seen = visible(edges_q[-1], edges_k[-1], causal=causal, edges_q=edges_q, edges_k=edges_k)
     rule = Rule(scale=0.4, causal=causal).with_spans(Spans(edges_q, edges_k))
-    compare(kernel, q, k, v, dout, rule, seen, TOLERANCE[dtype])
+    assert_as_written_out(kernel, q, k, v, dout, rule, seen, TOLERANCE[dtype])
 
 
 @settings(max_examples=25)
@@ -96,13 +96,13 @@ def test_windows_and_soft_caps(seed, tokens, before, window, softcap):
     q, k, v, dout = random_qkv(seed, 1, tokens, tokens + before, 4, 2, 8)
     seen = visible(tokens, tokens + before, window=window)
     rule = Rule(scale=1.0, window=window, softcap=softcap)
-    compare(Reference(), q, k, v, dout, rule, seen, 1e-12)
+    assert_as_written_out(Reference(), q, k, v, dout, rule, seen, 1e-12)
 
 
 def test_the_reference_works_in_tiles(monkeypatch):
     monkeypatch.setattr("ultralong.attention.kernels.reference.SCORES_AT_ONCE", 4 * 50 * 7)
     q, k, v, dout = random_qkv(0, 1, 33, 50, 4, 2, 8)
-    compare(Reference(), q, k, v, dout, Rule(scale=0.3, window=20), visible(33, 50, window=20), 1e-12)
+    assert_as_written_out(Reference(), q, k, v, dout, Rule(scale=0.3, window=20), visible(33, 50, window=20), 1e-12)
 
 
 @settings(max_examples=30)

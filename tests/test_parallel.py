@@ -34,7 +34,7 @@ def run(config, folder, processes, **changes):  # noqa: F811
     return changed
 
 
-def same(a, b, steps):
+def assert_same_curves(a, b, steps):
     assert len(curve(a)) == steps
     assert curve(a, "targets") == curve(b, "targets")
     assert curve(a) == pytest.approx(curve(b), rel=5e-5)
@@ -49,7 +49,7 @@ def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_
     train(one, quiet=True)
     many = run(one, tmp_path, processes, parallel=ParallelConfig(sequence=sequence, shard=shard),
                memory=PLANS["written out, on the host"] if sequence == 2 else MemoryConfig())
-    same(many, one, 20)
+    assert_same_curves(many, one, 20)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(many)[name], weight, rtol=2e-3, atol=2e-4)
 
@@ -61,7 +61,7 @@ def test_what_is_kept_moved_or_recomputed_changes_nothing(config, made, tmp_path
         planned = replace(plain, memory=PLANS[plan], out=str(tmp_path / f"{kind} planned"))
         train(plain, quiet=True)
         train(planned, quiet=True)
-        same(planned, plain, config.steps)
+        assert_same_curves(planned, plain, config.steps)
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
@@ -78,7 +78,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
             if number > step:
                 shutil.rmtree(folder)
         start(tmp_path / "after.yaml", processes=processes, resume=True, quiet=True)
-        same(after, whole, 9)
+        assert_same_curves(after, whole, 9)
         before = after
 
 

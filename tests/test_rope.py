@@ -53,7 +53,7 @@ def transformers_table(scaling: RopeScaling, length: int | None) -> tuple[torch.
     return ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=length)
 
 
-def check(table: torch.Tensor, factor: float, scaling: RopeScaling, length: int | None = None) -> None:
+def assert_is_transformers(table: torch.Tensor, factor: float, scaling: RopeScaling, length: int | None = None) -> None:
     """The one check that every table has to pass, and that a wrong table has to fail."""
     expected, expected_factor = transformers_table(scaling, length)
     assert torch.equal(table, expected), f"largest relative error {(table / expected - 1).abs().max():.2e}"
@@ -65,7 +65,7 @@ def check(table: torch.Tensor, factor: float, scaling: RopeScaling, length: int 
 def test_every_method_equals_transformers_to_the_last_bit(head_dim, theta):
     for factor, length in itertools.product((2.0, 4.0, 12.2, 128.0, 512.0), (None, 1000, 100_000)):
         for scaling in every_scaling(head_dim, theta, factor).values():
-            check(*inverse_frequencies(scaling, length), scaling, length)
+            assert_is_transformers(*inverse_frequencies(scaling, length), scaling, length)
 
 
 def paper_table(scaling: RopeScaling, length: int | None) -> np.ndarray:
@@ -118,7 +118,7 @@ def test_the_recipe_is_the_llama3_type_with_a_larger_factor(target, factor):
     assert rope_parameters(recipe) == {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": float(factor), "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": WINDOW}
-    check(*inverse_frequencies(recipe), recipe)
+    assert_is_transformers(*inverse_frequencies(recipe), recipe)
     llama3 = replace(recipe, method="llama3", ramp="dimension")
     assert torch.equal(inverse_frequencies(recipe)[0], inverse_frequencies(llama3)[0])
     assert pair_counts(recipe) == {"untouched": 29, "ramp": 6, "scaled": 29}
@@ -138,7 +138,7 @@ def test_wrong_tables_fail_the_check_that_right_ones_pass(head_dim, theta):
     for name in ("llama3", "yarn", "yarn, ramp in rotations", "yarn, fractional ramp ends"):
         scaling = every_scaling(head_dim, theta, 128.0)[name]
         right, factor = inverse_frequencies(scaling)
-        check(right, factor, scaling)
+        assert_is_transformers(right, factor, scaling)
         multiplied = inverse_frequencies(replace(scaling, factor=8.0 * scaling.factor))[0]
         other = "dimension" if scaling.method == "llama3" or scaling.ramp == "rotations" else "rotations"
         other_ramp = inverse_frequencies(replace(scaling, method="yarn", ramp=other, attention_factor=1.0))[0]
@@ -146,7 +146,7 @@ def test_wrong_tables_fail_the_check_that_right_ones_pass(head_dim, theta):
         one_bit[-1] = torch.nextafter(one_bit[-1], torch.tensor(1.0))
         for wrong in (wrong_way(scaling), multiplied, other_ramp, right.flip(0), one_bit):
             with pytest.raises(AssertionError, match="relative error"):
-                check(wrong, factor, scaling)
+                assert_is_transformers(wrong, factor, scaling)
 
 
 def test_how_far_the_two_ramps_are_apart():

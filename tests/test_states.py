@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_parallel import run, same
+from test_parallel import assert_same_curves, run
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -73,7 +73,7 @@ def test_eight_bit_states_go_on_on_another_mesh(narrow, made, make_tiny_model, t
     assert [step for step, _ in RunFolder(tmp_path / "four").checkpoints()] == [3]
     settings.save(four, tmp_path / "four.yaml")
     start(tmp_path / "four.yaml", processes=4, resume=True, quiet=True)
-    same(four, two, 6)
+    assert_same_curves(four, two, 6)
 
 
 @needs_torchao

@@ -105,7 +105,8 @@ class Heads:
     def of(cls, q: Tensor, k: Tensor, scheme: Attention) -> Heads:
         """Those of q (B, T, H, D) and k (B, T, K, D).
 
-        Over more ranks than the heads can be split for, another scheme computes; it is taken to hold no more.
+        Over ranks that the heads can't be split for, keys are gathered instead. That is counted as if ranks traded no
+        more than their own keys; a round of gathered keys (`gathered.BYTES_AT_ONCE`) and its gradients are not.
         """
         all_keys = math.lcm(k.shape[2], scheme.ranks)
         if q.shape[2] % all_keys:
