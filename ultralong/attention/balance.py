@@ -3,8 +3,10 @@
 Legend: T tokens, P ranks.
 
 A document that lies on one rank needs nothing from the others, so whole documents are dealt out, the heaviest first;
-those too heavy for that are cut in zigzag over all ranks, and the lightest are cut where a rank's tokens end. How heavy
-is too heavy is tried out, and so are layouts of equal chunks; what each costs decides.
+those too heavy for that are cut in zigzag over all ranks. Every rank holds as many tokens, so some of the lightest must
+end just where a rank's tokens do: sets of them that fill a rank to the last token are looked for (a subset sum), and
+where none is found the lightest are cut. How heavy is too heavy is tried out, and so are layouts of equal chunks; what
+each costs decides.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from ultralong.attention.needs import needs
 # TF/s and four query heads a kv head; a call's start and end take about 0.1 ms of a GPU that computes 32 heads.
 PAIRS_PER_TOKEN = 1000
 PAIRS_PER_CALL = 500_000
+PAIRS_PER_EXCHANGE = 5_000_000
 HEAVY = (1.0, 0.5, 0.25, 0.12)  # documents of more than this share of a rank's work are cut
 ORDERS = 6  # orders of the documents that are tried for each
+LIGHT = 14  # documents a rank, the lightest, that are left to fill the ranks with
+POOL = 26  # documents whose every subset is looked at
+MATCHES = 2**16  # subsets of the right length that are compared
 
 
 class Pairs:
@@ -63,18 +69,19 @@ def imbalance(layout: Layout, boundaries: Sequence[int]) -> float:
 
 
 def cost(layout: Layout, boundaries: Sequence[int]) -> int:
-    """What the busiest rank does, in query-key pairs: its work, the tokens sent to it and its calls."""
-    edges, worst = closed(boundaries, layout.padded), 0
+    """What the busiest rank does, in query-key pairs: its work, the tokens sent to it, its calls, an exchange."""
+    edges, worst, exchanged = closed(boundaries, layout.padded), 0, False
     pairs = Pairs(edges)
     for pieces in layout.owned:
         seen = needs(pieces, edges)
         extra = PAIRS_PER_TOKEN * (seen.tokens - layout.held) + PAIRS_PER_CALL * len(seen.calls)
         worst = max(worst, int(pairs.of(pieces).sum()) + extra)
-    return worst
+        exchanged = exchanged or seen.tokens > layout.held
+    return worst + PAIRS_PER_EXCHANGE * exchanged
 
 
 def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1, smallest: int = 1024,
-             good_enough: float = 1.01) -> Layout:
+             good_enough: float = 1.001) -> Layout:
     """The layout of least cost for packed documents that don't see each other.
 
     Args:
@@ -101,6 +108,9 @@ def _tried(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, small
     yield zigzag(tokens, ranks, inner)
     for heavy in HEAVY:
         for order in range(ORDERS):
+            yield by_documents(tokens, ranks, boundaries, inner, heavy, order, whole=True)
+    for heavy in HEAVY:
+        for order in range(ORDERS):
             yield by_documents(tokens, ranks, boundaries, inner, heavy, order)
     for each in (2, 4, 8, 16):
         if each == 2 or tokens >= ranks * each * smallest:
@@ -123,8 +133,8 @@ class Hand:
         self.pieces: list[Piece] = []
 
 
-def by_documents(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, heavy: float,
-                 order: int = 0) -> Layout:
+def by_documents(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, heavy: float, order: int = 0, *,
+                 whole: bool = False) -> Layout:
     """Whole documents to ranks, the heaviest first, to the rank with the least work so far that has room.
 
     Args:
@@ -134,24 +144,89 @@ def by_documents(tokens: int, ranks: int, boundaries: Sequence[int], inner: int,
         inner: Members of the second level.
         heavy: Documents of more than this share of a rank's work are cut in zigzag over all ranks.
         order: Another number is another order among documents of nearly the same length.
+        whole: Look for sets of the lightest documents that fill ranks to the last token, so that none is cut there.
     """
     room = chunk_size(tokens, ranks, 1, inner)
     edges = closed(boundaries, room * ranks)
-    limit = heavy * work(0, edges[-1], edges) / ranks
+    mean = work(0, edges[-1], edges) / ranks
     hands = [Hand(room) for _ in range(ranks)]
     make = random.Random(order)
     near = {piece: (piece[1] - piece[0]) * (1 + 0.5 * make.random() * (order > 0)) for piece in pairwise(edges)}
-    for start, stop in sorted(near, key=lambda piece: (-near[piece], piece[0])):
-        whole = (stop - start) * (stop - start + 1) // 2
-        if whole > limit and stop - start >= 2 * ranks:
-            cuts = [start + (stop - start) * i // (2 * ranks) for i in range(2 * ranks + 1)]
-            parts = [((a, b), hands[min(i, 2 * ranks - 1 - i)]) for i, (a, b) in enumerate(pairwise(cuts))]
-        else:
-            open_ = [hand for hand in hands if hand.room >= stop - start]
-            parts = [((start, stop), min(open_ or hands, key=lambda hand: hand.work))]
-        for (a, b), hand in parts:
-            _give(a, b, start, [hand, *sorted(hands, key=lambda other: -other.room)])
+    falling = sorted(near, key=lambda piece: (-near[piece], piece[0]))
+    cut = [piece for piece in falling if _pairs(piece) > heavy * mean and _length(piece) >= 2 * ranks]
+    for start, stop in cut:
+        cuts = [start + (stop - start) * i // (2 * ranks) for i in range(2 * ranks + 1)]
+        for i, (a, b) in enumerate(pairwise(cuts)):
+            _give(a, b, start, [hands[min(i, 2 * ranks - 1 - i)], *_roomy(hands)])
+    others = [piece for piece in falling if piece not in cut]
+    light = min(LIGHT * ranks, len(others)) if whole else 0
+    _deal(others[: len(others) - light], hands)
+    _deal(_filled(hands, others[len(others) - light :], mean, make), hands)
     return Layout(tokens, tuple(joined(hand.pieces) for hand in hands), inner)
+
+
+def _deal(documents: Sequence[Piece], hands: Sequence[Hand]) -> None:
+    """Documents to the hand with the least work that has room; where none has, they are cut."""
+    for start, stop in documents:
+        open_ = [hand for hand in hands if hand.room >= stop - start]
+        _give(start, stop, start, [min(open_ or hands, key=lambda hand: hand.work), *_roomy(hands)])
+
+
+def _filled(hands: Sequence[Hand], documents: Sequence[Piece], mean: float, make: random.Random) -> list[Piece]:
+    """Fill hands to the last token with whole documents, as near as that goes to the mean work; what is left over."""
+    left = list(documents)
+    for hand in sorted(hands, key=lambda hand: hand.room)[:-1]:  # the last one gets the rest
+        chosen = subset(make.sample(left, min(POOL, len(left))), hand.room, mean - hand.work)
+        if chosen is None:
+            break
+        for start, stop in chosen:
+            _give(start, stop, start, [hand])
+        left = [piece for piece in left if piece not in chosen]
+    return left
+
+
+def subset(documents: Sequence[Piece], tokens: int, pairs: float) -> list[Piece] | None:
+    """Of the sets of documents that have just so many tokens the one whose work is nearest to `pairs`; None without one.
+
+    Every subset of one half of the documents meets those of the other half that have the tokens it lacks (Horowitz and
+    Sahni 1974, for the subset sum).
+    """
+    halves = documents[::2], documents[1::2]
+    (one, one_pairs), (other, other_pairs) = ([_subset_sums([of(piece) for piece in half]) for of in (_length, _pairs)]
+                                              for half in halves)
+    order = np.argsort(other, kind="stable")
+    first, end = (np.searchsorted(other[order], tokens - one, side) for side in ("left", "right"))
+    counts = end - first
+    counts[counts.cumsum() > MATCHES] = 0  # documents of equal length make millions
+    if not counts.any():
+        return None
+    left = np.repeat(np.arange(one.size), counts)
+    right = order[np.arange(left.size) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(first, counts)]
+    best = int(np.abs(one_pairs[left] + other_pairs[right] - pairs).argmin())
+    return [piece for half, chosen in zip(halves, (left[best], right[best]), strict=True)
+            for bit, piece in enumerate(half) if int(chosen) >> bit & 1]
+
+
+def _subset_sums(values: Sequence[int]) -> np.ndarray:
+    """The sum of every subset; bit i of the index says whether value i is in it."""
+    sums = np.zeros(1, dtype=np.int64)
+    for value in values:
+        sums = np.concatenate([sums, sums + value])
+    return sums
+
+
+def _length(piece: Piece) -> int:
+    return piece[1] - piece[0]
+
+
+def _pairs(document: Piece) -> int:
+    """Query-key pairs of a whole document."""
+    return _length(document) * (_length(document) + 1) // 2
+
+
+def _roomy(hands: Sequence[Hand]) -> list[Hand]:
+    """Those with the most room first."""
+    return sorted(hands, key=lambda hand: -hand.room)
 
 
 def _give(start: int, stop: int, begin: int, hands: Sequence[Hand]) -> None:
