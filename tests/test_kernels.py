@@ -18,7 +18,7 @@ from ultralong.attention.kernels import (
     get_kernel,
 )
 from ultralong.attention.kernels.reference import Reference
-from ultralong.attention.merge import add_sink, merge_into, sink_gradient
+from ultralong.attention.merge import add_sink, merge_into, merged, sink_gradient
 from ultralong.attention.rule import Rule, Spans
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -123,6 +123,21 @@ def test_parts_join_to_the_whole_and_each_backward_is_its_share(seed, cuts):
     assert relative(sum(share[0] for share in shares), dq) <= 1e-12
     assert relative(torch.cat([share[1] for share in shares], 1), dk) <= 1e-12
     assert relative(torch.cat([share[2] for share in shares], 1), dv) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_new_tensor_of_two_parts_is_rounded_once(dtype):
+    """As when they are joined in float32 in place and rounded afterwards; float64 says what is right."""
+    out, part, *_ = (x.to(dtype) for x in random_qkv(0, 2, 17, 17, 4, 4, 8))
+    first, part_lse = torch.randn(2, 2, 4, 17, generator=torch.Generator().manual_seed(1))
+    wide, exact, lse, new_lse = out.float().clone(), out.double(), first.clone(), first.clone()
+    merge_into(wide, lse, part, part_lse)
+    merge_into(exact, first.double(), part, part_lse.double())
+    found = merged(out, new_lse, part, part_lse)
+    assert found.dtype == dtype
+    assert torch.equal(found, wide.to(dtype))
+    assert torch.equal(new_lse, lse)
+    assert relative(found.double(), exact) <= torch.finfo(dtype).eps
 
 
 def test_joining_survives_scores_that_overflow_exp():

@@ -9,10 +9,11 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
+from ultralong.attention import merge
+from ultralong.one_pass import OnePass
 from ultralong.training import gated, lean, loss
 from ultralong.training.gated import add_fed_forward, fed_forward_again
 from ultralong.training.lean import add_product, added, normed, products, rotated
-from ultralong.training.one_pass import OnePass
 
 
 def test_the_norms_gradients_are_those_of_finite_differences():
@@ -167,6 +168,7 @@ def rows(count, *sizes):
 
 
 EACH = {"turn": (lean._turn, lambda count: rows(count, (4, 8), (8,), (8,))),
+        "join": (merge._between, lambda count: rows(count, (4, 8), (4, 8), (4,))),
         "gate": (gated._gate_at_once, lambda count: rows(count, (10,), (10,))),
         "gate, back": (gated._gate_backward_at_once, lambda count: rows(count, (10,), (10,), (10,))),
         "normalise": (loss._normalise, lambda count: rows(count, (300,))),

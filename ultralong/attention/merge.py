@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ultralong.one_pass import OnePass
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type in which parts are added: float64 for float64, else float32."""
@@ -32,9 +34,39 @@ def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None
         part: (B, T, H, D) in any type.
         part_lse: (B, H, T), finite (each query of a part sees at least one key).
     """
-    weight = torch.sigmoid(part_lse - lse)  # (B, H, T); 1 where lse is -inf
+    weight = _weight(lse, part_lse)
     out.lerp_(part.to(out.dtype), per_token(weight).to(out.dtype))
+
+
+def merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
+    """The same with a new `out`, in one pass over memory on a GPU; `lse` is changed in place.
+
+    Args:
+        out: (B, T, H, D) in any type.
+        lse: (B, H, T) in the accumulating type.
+        part: (B, T, H, D) in any type.
+        part_lse: (B, H, T).
+
+    Returns:
+        (B, T, H, D) in out's type, computed in the accumulating type and rounded once.
+    """
+    weight = _weight(lse, part_lse).transpose(1, 2).flatten(0, 1)  # (B T, H)
+    return _between(out.flatten(0, 1), part.flatten(0, 1), weight).view(out.shape)
+
+
+def _weight(lse: Tensor, part_lse: Tensor) -> Tensor:
+    """How much of the joined result is the part's (B, H, T), 1 where lse is -inf; lse becomes that of both."""
+    weight = torch.sigmoid(part_lse - lse)
     lse.copy_(torch.logaddexp(lse, part_lse))
+    return weight
+
+
+def _mean(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Of a and b (N, H, D), b with `weight` (N, H) and in its type; rounded to a's."""
+    return torch.lerp(a.to(weight.dtype), b.to(weight.dtype), weight.unsqueeze(-1)).to(a.dtype)
+
+
+_between = OnePass(_mean)
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:

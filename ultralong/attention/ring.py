@@ -27,7 +27,8 @@ from torch import Tensor
 from ultralong.attention.collectives import Group, Pending, copy_rows, pass_on
 from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares, sums_at
 from ultralong.attention.layout import Layout, Piece
-from ultralong.attention.merge import accumulator, merge_into
+from ultralong.attention.merge import accumulator, merged
+from ultralong.attention.parts import Parts
 from ultralong.attention.rule import Rule, Spans
 from ultralong.attention.scheme import Gradients, Pair, Scheme
 
@@ -194,20 +195,37 @@ class Ring(Scheme):
         """The pair's lse is (B, H, T)."""
         coming = self._next(self._block(k, v), 1)
         out, lse = attention_forward(self.kernel, q, k, v, rule.with_spans(self.own))
-        sums, lse = Sums(out, self._rows, accumulator(q.dtype)), lse.contiguous()
+        sums, lse = Parts(self._rows, q.dtype if self._once else accumulator(q.dtype)), lse.contiguous()
+        sums.start(out)
         for hop, seen in enumerate(self.blocks, start=1):
             block = coming.wait()
             coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
             for rows, keys in seen:
                 part, part_lse = attention_forward(self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys],
                                                    rule.full())
-                merge_into(sums.at(rows), lse[:, :, rows], part, part_lse)
-        return sums.rounded(), lse
+                sums.put(rows, merged(sums.at(rows), lse[:, :, rows], part, part_lse))
+        return sums.write(out), lse
 
     def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
                         wide: bool = False) -> Gradients:
-        """The blocks go round once more; their gradients follow one hop behind."""
+        """The blocks go round once more; their gradients follow one hop behind.
+
+        A rank's own tokens come last: what the others add to their keys, in float32 twice as much as the keys, comes
+        home meanwhile.
+        """
         coming, behind = self._next(self._block(k, v), 1), None
+        sums = Parts(self._rows, q.dtype if self._once else accumulator(q.dtype))
+        for hop, seen in enumerate(self.blocks, start=1):
+            block = coming.wait()
+            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
+            share = torch.zeros_like(block, dtype=accumulator(k.dtype))
+            for rows, keys in seen:
+                sums.add(rows, add_backward(
+                    self.kernel, dout[:, rows], q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows],
+                    lse[:, :, rows], rule.full(), share[0][:, keys], share[1][:, keys]))
+            if behind is not None:
+                share += behind.wait()
+            behind = self._next(share, hop + 1, tag=1)
         own = rule.with_spans(self.own)
         if wide:
             dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
@@ -215,22 +233,11 @@ class Ring(Scheme):
             shares = [(slice(0, k.shape[1]), dk, dv)]
         else:
             dq, dk, dv, shares = backward_with_shares(self.kernel, dout, q, k, v, out, lse, own)
-        sums = Sums(dq, self._rows, q.dtype if self._once else accumulator(q.dtype))
-        for hop, seen in enumerate(self.blocks, start=1):
-            block = coming.wait()
-            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
-            share = torch.zeros_like(block, dtype=accumulator(k.dtype))
-            for rows, keys in seen:
-                sums.at(rows).add_(add_backward(
-                    self.kernel, dout[:, rows], q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows],
-                    lse[:, :, rows], rule.full(), share[0][:, keys], share[1][:, keys]))
-            if behind is not None:
-                share += behind.wait()
-            behind = self._next(share, hop + 1, tag=1)
+        sums.add_own(dq)
         self._take_home(behind.wait(), shares)
         for keys, to_keys, to_values in () if wide else shares:
             dk[:, keys], dv[:, keys] = to_keys, to_values
-        return sums.rounded(), dk, dv
+        return sums.write(dq), dk, dv
 
     def _take_home(self, share: Tensor, shares: list[Share]) -> None:
         """Add what the others add to this rank's own keys and values, (2, B, N, K, D)."""
@@ -239,33 +246,6 @@ class Ring(Scheme):
             for side, part in zip(sums_at(shares, at), share, strict=True):
                 side += part[:, offset : offset + at.stop - at.start]
             offset += at.stop - at.start
-
-
-class Sums:
-    """Rows of a tensor that several parts add up to, in the accumulating type; the other rows are left alone.
-
-    Args:
-        x: (B, T, H, D), changed in place in the end.
-        rows: Which rows, ranges apart.
-        dtype: The type to add in.
-    """
-
-    def __init__(self, x: Tensor, rows: Sequence[slice], dtype: torch.dtype) -> None:
-        self._x, self._parts = x, [(place, x[:, place].to(dtype)) for place in rows]
-
-    def at(self, rows: slice) -> Tensor:
-        """Some of those rows, to be changed in place."""
-        for place, part in self._parts:
-            if place.start <= rows.start and rows.stop <= place.stop:
-                return part[:, rows.start - place.start : rows.stop - place.start]
-        raise LookupError(f"rows {rows.start} to {rows.stop} are not among those that are added up")
-
-    def rounded(self) -> Tensor:
-        """The tensor with its sums in place."""
-        for place, part in self._parts:
-            if part.dtype != self._x.dtype:  # else it is a view
-                self._x[:, place] = part
-        return self._x
 
 
 def _length(pieces: Sequence[Piece]) -> int:

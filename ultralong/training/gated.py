@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ultralong.one_pass import OnePass
 from ultralong.training.lean import add_product, is_product, products, sum_of_products
-from ultralong.training.one_pass import OnePass
 from ultralong.training.tiled import autocast_now
 
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")

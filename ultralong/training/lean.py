@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ultralong.training.one_pass import OnePass
+from ultralong.one_pass import OnePass
 from ultralong.training.tiled import autocast_now
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultralong.training.one_pass import OnePass
+from ultralong.one_pass import OnePass
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 
