@@ -1,5 +1,7 @@
 """On GPUs: every kernel that is present against float32, at 2^32 elements too, and every scheme against its kernel."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from ultralong.attention.kernels import (
     add_backward,
     attention_backward,
     attention_forward,
+    backward_with_shares,
     choose_kernel,
     flash4_tiles,
     get_kernel,
@@ -139,6 +142,34 @@ def test_flash_attn_4_is_right_with_the_tiles_for_many_keys(call, monkeypatch, c
     monkeypatch.setattr(flash4_tiles, "MANY", 0)
     test_a_kernel_equals_the_reference_in_float32("flash4", call, 8, 2, 128)
     test_shares_are_added_to_what_is_there("flash4", call, 8, 2, 128, caplog)
+
+
+@marked(one_gpu)
+@pytest.mark.parametrize("turn", range(5))
+def test_short_pieces_beside_each_other_and_long_ones_change_nothing(turn):
+    """Of cuDNN, which takes pieces one by one; memory that streams of their own gave up is in use again each time."""
+    lengths = [9000, 1, 300, 2048, 77, 4096, 12000, 513, 1024, 3000]
+    lengths = lengths[turn:] + lengths[:turn]
+    edges = (0, *accumulate(lengths))
+    kernel, rule = get_kernel("cudnn"), Rule(128**-0.5)
+    q, k, v, dout = tensors(edges[-1], edges[-1], 32, 8, 128, torch.bfloat16, seed=turn)
+    packed = rule.with_spans(Spans(edges, edges, frozenset({1, 6})))
+    out, lse = attention_forward(kernel, q, k, v, packed)
+    grads = attention_backward(kernel, dout, q, k, v, out, lse, packed)
+    *finals, shares = backward_with_shares(kernel, dout, q, k, v, out, lse, packed)
+    torch.full((2**28,), float("nan"), device="cuda")  # whatever was given up too early is no longer there
+    shared = {keys.start: sides for keys, *sides in shares}
+    assert sorted(shared) == [edges[1], edges[6]]
+    for piece, (a, b) in enumerate(pairwise(edges)):
+        at = slice(a, b)
+        alone, alone_lse = attention_forward(kernel, q[:, at], k[:, at], v[:, at], rule)
+        assert torch.equal(out[:, at], alone)
+        assert torch.equal(lse[:, :, at], alone_lse)
+        one = attention_backward(kernel, dout[:, at], q[:, at], k[:, at], v[:, at], alone, alone_lse, rule)
+        wide = [finals[0][:, at], *(shared[a] if piece in {1, 6} else [grad[:, at] for grad in finals[1:]])]
+        for expected, *found in zip(one, [grad[:, at] for grad in grads], wide, strict=True):
+            most = 0.02 * expected.float().abs().max() + 1e-3  # of one token dq is nothing
+            assert all((x.float() - expected.float()).abs().max() < most for x in found)
 
 
 @marked(one_gpu)

@@ -186,7 +186,7 @@ def _filled(hands: Sequence[Hand], documents: Sequence[Piece], mean: float, make
 
 
 def subset(documents: Sequence[Piece], tokens: int, pairs: float) -> list[Piece] | None:
-    """Of the sets of documents that have just so many tokens the one whose work is nearest to `pairs`; None without one.
+    """Of the sets of documents with just so many tokens the one whose work is nearest to `pairs`; None without one.
 
     Every subset of one half of the documents meets those of the other half that have the tokens it lacks (Horowitz and
     Sahni 1974, for the subset sum).

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, Kernel
+from ultralong.attention.kernels.pieces import each_piece
 from ultralong.attention.merge import accumulator, merge_into
 from ultralong.attention.rule import Rule, Spans
 
@@ -89,16 +90,15 @@ def head_groups(kernel: Kernel, q: Tensor, k: Tensor) -> list[tuple[tuple[int, i
             for j in range(kv_heads) for i in range(j * group, (j + 1) * group, at_once)]
 
 
-def pieces_of(spans: Spans) -> list[tuple[slice, slice]]:
-    """Query and key ranges of every piece that has queries."""
-    edges = zip(spans.q, spans.q[1:], spans.k, spans.k[1:], strict=False)
-    return [(slice(a, b), slice(c, d)) for a, b, c, d in edges if b > a]
-
-
 def _forward_by_piece(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    parts = [attention_forward(kernel, q[:, rows], k[:, keys], v[:, keys], rule.one_piece())
-             for rows, keys in pieces_of(rule.spans)]
-    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 2)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
+
+    def work(_: int, rows: slice, keys: slice) -> None:
+        out[:, rows], lse[:, :, rows] = attention_forward(kernel, q[:, rows], k[:, keys], v[:, keys], rule.one_piece())
+
+    each_piece(rule.spans, q, work)
+    return out, lse
 
 
 def _forward_split(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels.adapt import clipped, head_groups, joined, needs_split, packed_call, pieces_of
+from ultralong.attention.kernels.adapt import clipped, head_groups, joined, needs_split, packed_call
 from ultralong.attention.kernels.base import GQA, Kernel, Share
+from ultralong.attention.kernels.pieces import each_piece
 from ultralong.attention.merge import accumulator
 from ultralong.attention.rule import Rule, Spans
 
@@ -115,7 +116,8 @@ def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: 
     if packed_call(kernel, spans):
         return kernel.backward_with_shares(dout, q, k, v, out, lse, rule)
     (dq, dk, dv), shares = (torch.empty_like(x) for x in (q, k, v)), []
-    for index, (rows, keys) in enumerate(pieces_of(spans)):
+
+    def work(index: int, rows: slice, keys: slice) -> None:
         tensors = (dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows])
         if spans.is_shared(index):
             wide = [torch.zeros_like(x[:, keys], dtype=accumulator(q.dtype)) for x in (k, v)]
@@ -123,6 +125,8 @@ def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: 
             shares.append((keys, *wide))
         else:
             dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(kernel, *tensors, rule.one_piece())
+
+    each_piece(spans, q, work)
     return dq, dk, dv, shares
 
 
@@ -163,9 +167,12 @@ def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
 def _backward_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        rule: Rule) -> Gradients:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys in pieces_of(rule.spans):
+
+    def work(_: int, rows: slice, keys: slice) -> None:
         dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(
             kernel, dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows], rule.one_piece())
+
+    each_piece(rule.spans, q, work)
     return dq, dk, dv
 
 
@@ -195,14 +202,17 @@ def _add_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
                   dk: Tensor, dv: Tensor) -> Tensor:
     """Piece by piece; keys that only this call's queries see have one share, which is rounded once either way."""
     dq, one = torch.empty_like(q), rule.one_piece()
-    for index, (rows, keys) in enumerate(pieces_of(rule.spans)):
+
+    def work(index: int, rows: slice, keys: slice) -> None:
         tensors = (dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows])
         if rule.spans.is_shared(index):
             dq[:, rows] = add_backward(kernel, *tensors, one, dk[:, keys], dv[:, keys])
-            continue
+            return
         dq[:, rows], to_keys, to_values = attention_backward(kernel, *tensors, one)
         dk[:, keys] += to_keys
         dv[:, keys] += to_values
+
+    each_piece(rule.spans, q, work)
     return dq
 
 

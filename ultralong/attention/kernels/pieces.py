@@ -1,0 +1,63 @@
+"""Pieces of a packed row one by one, for kernels without a packed call.
+
+Legend: T tokens, H query heads.
+
+A call of a few thousand tokens does not fill a GPU to its end: while its last blocks run, the rest of the GPU waits.
+So short pieces run on streams of their own beside the long ones and each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.rule import Spans
+
+STREAMS = 4
+SHORT = 2**18  # H T of a piece: 8,192 tokens of 32 heads are some 16 blocks of 128 queries for each of 132 processors
+
+
+def pieces_of(spans: Spans) -> list[tuple[slice, slice]]:
+    """Query and key ranges of every piece that has queries."""
+    edges = zip(spans.q, spans.q[1:], spans.k, spans.k[1:], strict=False)
+    return [(slice(a, b), slice(c, d)) for a, b, c, d in edges if b > a]
+
+
+def each_piece(spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None]) -> None:
+    """Do `work(index, rows, keys)` for every piece that has queries.
+
+    What it makes must be written to tensors that were there before. What it allocates itself it must give up, but for
+    shared pieces, which stay on the caller's stream: memory of the other streams is theirs again after this.
+
+    Args:
+        spans: The pieces.
+        q: (B, T, H, D), whose device and heads count.
+        work: Called in any order.
+    """
+    pieces = list(enumerate(pieces_of(spans)))
+    if q.device.type != "cuda":
+        for index, (rows, keys) in pieces:
+            work(index, rows, keys)
+        return
+    short = [(index, rows, keys) for index, (rows, keys) in pieces
+             if (keys.stop - keys.start) * q.shape[2] <= SHORT and not spans.is_shared(index)]
+    beside = {index for index, *_ in short} if len(short) > 1 else set()
+    caller, streams = torch.cuda.current_stream(q.device), _streams(q.device)
+    for stream in streams if beside else ():
+        stream.wait_stream(caller)  # also with what earlier calls left to the caller in these streams' memory
+    for index, (rows, keys) in pieces:
+        if index not in beside:
+            work(index, rows, keys)
+    for number, (index, rows, keys) in enumerate(short if beside else ()):
+        with torch.cuda.stream(streams[number % STREAMS]):
+            work(index, rows, keys)
+    for stream in streams if beside else ():
+        caller.wait_stream(stream)
+
+
+@cache
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(STREAMS)]
