@@ -438,14 +438,16 @@ def test_an_unknown_order_of_flash_attn_4s_sums_is_noticed(kernel, monkeypatch, 
 hopper_sums_before = hopper_sums
 
 USUAL, LARGER = [None, Tile(64)], [(128, 160), Tile(80, dQ_swapAB=True, num_stages_dO=1)]
+BETWEEN = [USUAL[0], LARGER[1]]
 HALVES = Spans((0, 100, 200), (0, 100, 300))  # as zigzag cuts a row: 50 and 150 keys in the mean
 
 
 @pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
 @pytest.mark.parametrize(("tokens", "size", "rule", "capability", "tiles"), [
-    (200, 128, Rule(scale=0.1), (9, 0), LARGER), (198, 128, Rule(scale=0.1), (9, 0), USUAL),
+    (200, 128, Rule(scale=0.1), (9, 0), LARGER), (198, 128, Rule(scale=0.1), (9, 0), BETWEEN),
+    (100, 128, Rule(scale=0.1), (9, 0), BETWEEN), (98, 128, Rule(scale=0.1), (9, 0), USUAL),
     (200, 128, Rule(scale=0.1, spans=HALVES), (9, 0), LARGER),
-    (200, 128, Rule(scale=0.1, spans=Spans((0, 100, 200), (0, 100, 298))), (9, 0), USUAL),
+    (200, 128, Rule(scale=0.1, spans=Spans((0, 100, 200), (0, 100, 298))), (9, 0), BETWEEN),
     (200, 128, Rule(scale=0.1), (10, 0), USUAL), (200, 64, Rule(scale=0.1), (9, 0), USUAL),
     (200, 128, Rule(scale=0.1, causal=False), (9, 0), USUAL), (200, 128, Rule(scale=0.1, window=199), (9, 0), USUAL),
     (200, 128, Rule(scale=0.1, softcap=2.0), (9, 0), USUAL)])
@@ -453,6 +455,7 @@ HALVES = Spans((0, 100, 200), (0, 100, 300))  # as zigzag cuts a row: 50 and 150
 def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(kernel, tokens, size, rule, capability, tiles,
                                                                    kv_heads, monkeypatch):
     monkeypatch.setattr(flash4_tiles, "MANY", 100)
+    monkeypatch.setattr(flash4_tiles, "SOME", 50)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     q, k, v, dout = random_qkv(1, 1, tokens, rule.spans.k[-1] if rule.spans else tokens, 2, kv_heads, size,
                                torch.float64)
@@ -468,9 +471,10 @@ def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(kernel, token
 def test_the_larger_tiles_can_be_had_on_a_short_row():
     q, k, _, _ = random_qkv(1, 1, 8, 8, 2, 1, 128)
     with flash4_tiles.everywhere():
-        assert flash4_tiles.sees_many(q, k, Rule(scale=0.1))
-        assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1, window=4))
-    assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1))
+        assert flash4_tiles.sees_many(q, k, Rule(scale=0.1), 5)
+        assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1, window=4), 4)
+    assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1), 5)
+    assert flash4_tiles.sees_many(q, k, Rule(scale=0.1), 4)
 
 
 def test_a_backward_function_that_chooses_otherwise_is_left_alone():

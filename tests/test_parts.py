@@ -1,4 +1,4 @@
-"""Rows that several parts add up to, against the same sums in a whole tensor."""
+"""Rows that come in several parts, against the same steps in a whole tensor."""
 
 import pytest
 import torch
@@ -23,39 +23,29 @@ def numbers(*sizes: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @settings(max_examples=200, deadline=None)
-@given(added=st.lists(inside(), max_size=6), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_parts_and_a_ranks_own_add_up(added, dtype):
-    own, parts = numbers(2, 20, 3, 4, dtype=torch.float32), Parts(ROWS, dtype)
-    total = own.clone()
-    for rows in added:
-        part = numbers(2, rows.stop - rows.start, 3, 4, dtype=torch.float32)
-        total[:, rows] += part
-        parts.add(rows, part)
-    parts.add_own(own.clone())
-    assert torch.equal(parts.write(own.clone()), total)
-
-
-@settings(max_examples=200, deadline=None)
-@given(put=st.lists(inside(), max_size=6), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_what_is_put_replaces_what_was_there(put, dtype):
-    own, parts = numbers(2, 20, 3, 4, dtype=torch.float32), Parts(ROWS, dtype)
-    total = own.clone()
-    parts.start(own)
-    for rows in put:
-        assert torch.equal(parts.at(rows), total[:, rows].to(dtype))
+@given(parts=st.lists(st.tuples(inside(), st.booleans()), max_size=6),
+       dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_what_is_added_or_put_is_in_the_whole(parts, dtype):
+    own = numbers(2, 20, 3, 4, dtype=torch.float32)
+    total, kept = own.clone(), Parts(own, ROWS, dtype)
+    for rows, put in parts:
         part = numbers(2, rows.stop - rows.start, 3, 4, dtype=dtype)
-        total[:, rows] = part
-        parts.put(rows, part)
-    assert torch.equal(parts.write(own), total)
+        assert torch.equal(kept.at(rows), total[:, rows].to(dtype))
+        if put:
+            kept.put(rows, part)
+            total[:, rows] = part
+        else:
+            kept.at(rows).add_(part)
+            total[:, rows] += part
+    assert torch.equal(kept.whole(), total)
 
 
-def test_parts_of_all_rows_need_no_copy():
-    parts, part = Parts([slice(0, 5)], torch.float32), torch.ones(1, 5, 1, 1)
-    parts.start(torch.zeros(1, 5, 1, 1))
+def test_a_part_of_all_rows_needs_no_copy():
+    parts, part = Parts(torch.zeros(1, 5, 1, 1), [slice(0, 5)], torch.float32), torch.ones(1, 5, 1, 1)
     parts.put(slice(0, 5), part)
-    assert parts.write(torch.zeros(1, 5, 1, 1)) is part
+    assert parts.whole() is part
 
 
 def test_rows_that_are_not_held_are_named():
     with pytest.raises(LookupError, match="rows 6 to 8 are not among"):
-        Parts(ROWS, torch.float32).at(slice(6, 8))
+        Parts(torch.zeros(1, 20, 1, 1), ROWS, torch.float32).at(slice(6, 8))

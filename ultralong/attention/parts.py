@@ -12,66 +12,43 @@ from torch import Tensor
 
 
 class Parts:
-    """Rows that several parts add up to or are joined to, (B, n, H, D) each, in one type until all have come.
+    """Rows of a tensor that several parts are added or joined to, in one type until all have come.
 
     Args:
-        rows: Which rows, ranges apart.
-        dtype: The type to add in.
+        x: (B, T, H, D), what the first parts gave; changed in the end or given up.
+        rows: Which rows more parts belong to, ranges apart; the others are left alone.
+        dtype: The type to work in.
     """
 
-    def __init__(self, rows: Sequence[slice], dtype: torch.dtype) -> None:
-        self._rows, self._dtype = rows, dtype
-        self._parts: list[Tensor | None] = [None] * len(rows)
-
-    def start(self, x: Tensor) -> None:
-        """Begin with the rows of x (B, T, H, D)."""
-        self._parts = [x[:, place].to(self._dtype) for place in self._rows]
+    def __init__(self, x: Tensor, rows: Sequence[slice], dtype: torch.dtype) -> None:
+        self._x, self._rows = x, rows
+        self._parts = [x[:, place].to(dtype) for place in rows]  # of x's own type: views
 
     def at(self, rows: slice) -> Tensor:
-        """Some of the rows."""
+        """Some of those rows (B, n, H, D), to be read or changed in place."""
         index, inside = self._find(rows)
         return self._parts[index][:, inside]
 
     def put(self, rows: slice, part: Tensor) -> None:
-        """Let some of the rows be `part`, which is in their type and may stay."""
+        """Let some of those rows be `part` (B, n, H, D), which is kept where it is all of a range."""
         index, inside = self._find(rows)
-        if inside == slice(0, _length_of(self._rows[index])):
+        if part.shape == self._parts[index].shape:
             self._parts[index] = part
         else:
             self._parts[index][:, inside] = part
 
-    def add(self, rows: slice, part: Tensor) -> None:
-        """Add to some of the rows, in place if there was something."""
-        index, inside = self._find(rows)
-        length = _length_of(self._rows[index])
-        if self._parts[index] is None and inside == slice(0, length):
-            self._parts[index] = part.to(self._dtype)
-            return
-        if self._parts[index] is None:
-            self._parts[index] = part.new_zeros((part.shape[0], length, *part.shape[2:]), dtype=self._dtype)
-        self._parts[index][:, inside] += part
-
-    def add_own(self, x: Tensor) -> None:
-        """Add the rows of x (B, T, H, D)."""
-        for place in self._rows:
-            self.add(place, x[:, place])
-
-    def write(self, x: Tensor) -> Tensor:
-        """The tensor x (B, T, H, D) with its rows in place, rounded to its type; x itself is changed or given up."""
+    def whole(self) -> Tensor:
+        """The tensor (B, T, H, D) with its rows in place, rounded to its type."""
         for place, part in zip(self._rows, self._parts, strict=True):
-            if part.shape == x.shape and part.dtype == x.dtype:
+            if part.shape == self._x.shape and part.dtype == self._x.dtype:
                 return part
-            if part.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():  # else it is in its place
-                x[:, place] = part
-        return x
+            if part.untyped_storage().data_ptr() != self._x.untyped_storage().data_ptr():  # else it is in its place
+                self._x[:, place] = part
+        return self._x
 
     def _find(self, rows: slice) -> tuple[int, slice]:
         """Which range holds some rows, and where in it."""
         for index, place in enumerate(self._rows):
             if place.start <= rows.start and rows.stop <= place.stop:
                 return index, slice(rows.start - place.start, rows.stop - place.start)
-        raise LookupError(f"rows {rows.start} to {rows.stop} are not among those that are added up")
-
-
-def _length_of(rows: slice) -> int:
-    return rows.stop - rows.start
+        raise LookupError(f"rows {rows.start} to {rows.stop} are not among those that come in parts")

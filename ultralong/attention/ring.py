@@ -151,9 +151,13 @@ class Ring(Scheme):
 
     @cached_property
     def _once(self) -> bool:
-        """Whether every query gradient is a sum of two parts at most: in their own type they round no more."""
+        """Whether every query's results are of two parts at most: joined in their own type they round no more."""
         rows = [rows for seen in self.blocks for rows, _ in seen]
         return self.layout.ranks == 2 and all(_apart(a, b) for a, b in combinations(rows, 2))
+
+    def _wide(self, q: Tensor) -> torch.dtype:
+        """The type in which results of several parts are kept until all have come."""
+        return q.dtype if self._once else accumulator(q.dtype)
 
     @cached_property
     def _sources(self) -> list[list[Piece]]:
@@ -195,8 +199,7 @@ class Ring(Scheme):
         """The pair's lse is (B, H, T)."""
         coming = self._next(self._block(k, v), 1)
         out, lse = attention_forward(self.kernel, q, k, v, rule.with_spans(self.own))
-        sums, lse = Parts(self._rows, q.dtype if self._once else accumulator(q.dtype)), lse.contiguous()
-        sums.start(out)
+        sums, lse = Parts(out, self._rows, self._wide(q)), lse.contiguous()
         for hop, seen in enumerate(self.blocks, start=1):
             block = coming.wait()
             coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
@@ -204,28 +207,12 @@ class Ring(Scheme):
                 part, part_lse = attention_forward(self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys],
                                                    rule.full())
                 sums.put(rows, merged(sums.at(rows), lse[:, :, rows], part, part_lse))
-        return sums.write(out), lse
+        return sums.whole(), lse
 
     def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
                         wide: bool = False) -> Gradients:
-        """The blocks go round once more; their gradients follow one hop behind.
-
-        A rank's own tokens come last: what the others add to their keys, in float32 twice as much as the keys, comes
-        home meanwhile.
-        """
+        """The blocks go round once more; their gradients follow one hop behind."""
         coming, behind = self._next(self._block(k, v), 1), None
-        sums = Parts(self._rows, q.dtype if self._once else accumulator(q.dtype))
-        for hop, seen in enumerate(self.blocks, start=1):
-            block = coming.wait()
-            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
-            share = torch.zeros_like(block, dtype=accumulator(k.dtype))
-            for rows, keys in seen:
-                sums.add(rows, add_backward(
-                    self.kernel, dout[:, rows], q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows],
-                    lse[:, :, rows], rule.full(), share[0][:, keys], share[1][:, keys]))
-            if behind is not None:
-                share += behind.wait()
-            behind = self._next(share, hop + 1, tag=1)
         own = rule.with_spans(self.own)
         if wide:
             dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
@@ -233,11 +220,22 @@ class Ring(Scheme):
             shares = [(slice(0, k.shape[1]), dk, dv)]
         else:
             dq, dk, dv, shares = backward_with_shares(self.kernel, dout, q, k, v, out, lse, own)
-        sums.add_own(dq)
+        sums = Parts(dq, self._rows, self._wide(q))
+        for hop, seen in enumerate(self.blocks, start=1):
+            block = coming.wait()
+            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
+            share = torch.zeros_like(block, dtype=accumulator(k.dtype))
+            for rows, keys in seen:
+                sums.at(rows).add_(add_backward(
+                    self.kernel, dout[:, rows], q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows],
+                    lse[:, :, rows], rule.full(), share[0][:, keys], share[1][:, keys]))
+            if behind is not None:
+                share += behind.wait()
+            behind = self._next(share, hop + 1, tag=1)
         self._take_home(behind.wait(), shares)
         for keys, to_keys, to_values in () if wide else shares:
             dk[:, keys], dv[:, keys] = to_keys, to_values
-        return sums.write(dq), dk, dv
+        return sums.whole(), dk, dv
 
     def _take_home(self, share: Tensor, shares: list[Share]) -> None:
         """Add what the others add to this rank's own keys and values, (2, B, N, K, D)."""

@@ -126,7 +126,7 @@ def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: 
         else:
             dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(kernel, *tensors, rule.one_piece())
 
-    each_piece(spans, q, work)
+    each_piece(spans, q, work, spans.is_shared)
     return dq, dk, dv, shares
 
 

@@ -3,13 +3,21 @@
 Legend: B batch, T tokens, H query heads, K kv heads, D head size.
 
 Its own choice for heads of 128 under a causal mask (4.0.0b36), 128 queries by 128 keys forward and 64 by 128 backward,
-is good at short rows, where wide tiles compute more of what the mask hides; at long ones larger tiles load less. On two
-H100s (32 query and 8 kv heads, variants in turns, TF/s): forward with 160 keys 675 against 666 at 131,072 tokens on the
-first; 676 against 665 at 65,536 and 680 against 676 at 262,144 on the second. Backward with 80 queries, the package's
-choice without a mask, and one buffer for dO instead of two 621 against 615 at 131,072; with two buffers 80 queries were
-0.5% slower than 64 at 65,536, and with one that length was not tried. With both tiles, one H200 reached 632
-TF/s forward and backward at 131,072 and at 524,288 tokens, where another had reached 618 and 622 without; cuDNN was
-0.6% and 1% faster there too.
+is good at short rows, where wide tiles compute more of what the mask hides; at long ones larger tiles load less. Rates
+in TF/s, variants in turns, 32 query and 8 kv heads, whole rows and packed ones of 32 documents of mixed length:
+
+| tokens | keys a query sees, in the mean | forward 128, 160 keys | backward 64, 80 queries | on |
+|---|---|---|---|---|
+| 131,072 | 65,536 | 666, 675 | 615, 621 | an H100 |
+| 65,536 | 32,768 | 643, 655 | 602, 605 | an H200 |
+| 32,768 | 16,384 | 641, 645 | 591, 595 | the same |
+| 16,384 | 8,192 | 627, 630 | 572, 574 | the same |
+| 524,288 packed | 17,500 | 634, 634 | 584, 605 | the same |
+| 131,072 packed | 4,378 | 602, 598 | 534, 551 | the same |
+| 65,536 packed | 2,189 | 546, 546 | 479, 487 | the same |
+
+80 queries, the package's choice without a mask, are taken with one buffer for dO instead of two: with two they were at
+most as good in all of these, and 0.5% slower than 64 at 65,536 on an H100. Of fewer keys neither was tried.
 
 Calls without a mask, the ring's rectangles, keep the package's own. With these tiles the ring's backward pass over two
 H200s took 321 ms at 131,072 tokens, 295 without (one dO buffer is what costs there); its forward pass took 106.5 and
@@ -30,7 +38,8 @@ from ultralong.attention.kernels.flash4_sums import with_names
 from ultralong.attention.rule import Rule, Spans
 
 HEAD = 128
-MANY = 32768  # keys that a query sees, in the mean, from which these tiles are used
+MANY = 16384  # keys that a query sees, in the mean, from which the forward tile is used
+SOME = 2048  # and the backward tile
 FORWARD = (128, 160)  # queries, keys
 # 80 rows are no multiple of a warp group's 64, so dQ is computed transposed.
 BACKWARD = {"m_block_size": 80, "dQ_swapAB": True, "num_stages_dO": 1}
@@ -48,13 +57,14 @@ def everywhere() -> Iterator[None]:
         _always.pop()
 
 
-def sees_many(q: Tensor, k: Tensor, rule: Rule) -> bool:
-    """Whether a call, q (B, T, H, D) against k (B, T, K, D), is one that these tiles are for.
+def sees_many(q: Tensor, k: Tensor, rule: Rule, many: int) -> bool:
+    """Whether a call, q (B, T, H, D) against k (B, T, K, D), is one that a tile is for.
 
     Args:
         q: Queries.
         k: Keys.
         rule: What they see.
+        many: Keys that a query must see in the mean.
     """
     if not rule.causal or rule.window is not None or rule.softcap is not None or q.shape[-1] != HEAD:
         return False
@@ -62,7 +72,7 @@ def sees_many(q: Tensor, k: Tensor, rule: Rule) -> bool:
         return True
     spans = rule.spans or Spans((0, q.shape[1]), (0, k.shape[1]))
     pairs = sum((b - a) * (d - c - (b - a) / 2) for (a, b), (c, d) in zip(pairwise(spans.q), pairwise(spans.k)))
-    return pairs >= MANY * q.shape[1]
+    return pairs >= many * q.shape[1]
 
 
 def with_tiles(backward: Callable[..., Any]) -> Callable[..., Any]:

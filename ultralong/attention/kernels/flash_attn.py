@@ -82,6 +82,10 @@ def _layout(rule: Rule, *tensors: Tensor) -> tuple[list[Tensor], dict[str, Any]]
                                      "max_seqlen_k": rule.spans.max_k}
 
 
+def _on_hopper(x: Tensor) -> bool:
+    return torch.cuda.get_device_capability(x.device)[0] == HOPPER
+
+
 def _batched(rule: Rule, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Undo `_layout`: a packed result has no batch dimension."""
     return tensors if rule.spans is None else tuple(x[None] for x in tensors)
@@ -96,7 +100,7 @@ class FlashAttn4(_FlashAttn):
     def __init__(self) -> None:
         module = _import(self.name, "flash_attn.cute.interface")
         self._forward, self._takes_tiles = module._flash_attn_fwd, "tile_mn" in _parameters(module._flash_attn_fwd)
-        # The package's own backward function, and the one for calls whose queries see many keys.
+        # The package's own backward function, and the one for calls whose queries see some more keys.
         self._backwards = [module._flash_attn_bwd, flash4_tiles.with_tiles(module._flash_attn_bwd)]
         self._sums = [SumsOf(backward, getattr(module, CONVERT, None)) for backward in self._backwards]
         self._sums_known = self._sums[0].possible
@@ -109,18 +113,21 @@ class FlashAttn4(_FlashAttn):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """Lse is (B, H, T), or (H, T) packed."""
         tensors, edges = _layout(rule, q, k, v)
-        tile = {"tile_mn": flash4_tiles.FORWARD} if self._takes_tiles and self._on_tiles(q, k, rule) else {}
+        tile = {"tile_mn": flash4_tiles.FORWARD} if self._on_tile(q, k, rule) else {}
         out, lse, *_ = self._forward(*tensors, return_lse=True, **edges, **tile, **self._options(rule))
         out, lse = _batched(rule, out, lse)
         return out, lse
 
-    def _on_tiles(self, q: Tensor, k: Tensor, rule: Rule) -> bool:
-        return flash4_tiles.sees_many(q, k, rule) and torch.cuda.get_device_capability(q.device)[0] == HOPPER
+    def _on_tile(self, q: Tensor, k: Tensor, rule: Rule) -> bool:
+        return self._takes_tiles and flash4_tiles.sees_many(q, k, rule, flash4_tiles.MANY) and _on_hopper(q)
+
+    def _backward_on_tile(self, q: Tensor, k: Tensor, rule: Rule) -> bool:
+        return flash4_tiles.sees_many(q, k, rule, flash4_tiles.SOME) and _on_hopper(q)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                  rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
-        function = self._backwards[self._on_tiles(q, k, rule)]
+        function = self._backwards[self._backward_on_tile(q, k, rule)]
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
         grads = function(q, k, v, out, dout, lse.contiguous(), **edges, **self._options(rule))
         dq, dk, dv = _batched(rule, *grads[:3])
@@ -160,12 +167,12 @@ class FlashAttn4(_FlashAttn):
     def _with_sums(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                    rule: Rule) -> tuple[Tensor, Tensor, Tensor, Sums | None]:
         """The gradient of q; those of k and v rounded (of one piece, only until its sums are trusted); the sums."""
-        tiles = self._on_tiles(q, k, rule)
-        kind = (q.shape[3], rule.causal, rule.spans is not None, tiles)
+        tile = self._backward_on_tile(q, k, rule)
+        kind = (q.shape[3], rule.causal, rule.spans is not None, tile)
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
         rounded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v)]
         new = kind not in self._checked
-        dq, sums = self._sums[tiles](*rounded, q, k, v, out, dout, lse.contiguous(),
+        dq, sums = self._sums[tile](*rounded, q, k, v, out, dout, lse.contiguous(),
                                      rounded=new or rule.spans is not None, **edges, **self._options(rule))
         dq, *rounded = _batched(rule, dq, *rounded)
         if new and sums.there and not self._are_right(sums, rounded, rule):

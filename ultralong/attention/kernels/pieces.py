@@ -26,16 +26,16 @@ def pieces_of(spans: Spans) -> list[tuple[slice, slice]]:
     return [(slice(a, b), slice(c, d)) for a, b, c, d in edges if b > a]
 
 
-def each_piece(spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None]) -> None:
+def each_piece(spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None],
+               keeps: Callable[[int], bool] | None = None) -> None:
     """Do `work(index, rows, keys)` for every piece that has queries.
-
-    What it makes must be written to tensors that were there before. What it allocates itself it must give up, but for
-    shared pieces, which stay on the caller's stream: memory of the other streams is theirs again after this.
 
     Args:
         spans: The pieces.
         q: (B, T, H, D), whose device and heads count.
-        work: Called in any order.
+        work: Called in any order. What it makes it must write to tensors that were there before: memory that it
+            allocates on another stream is that stream's again afterwards.
+        keeps: For which pieces it keeps what it allocates; they stay on the caller's stream. None: for none.
     """
     pieces = list(enumerate(pieces_of(spans)))
     if q.device.type != "cuda":
@@ -43,7 +43,7 @@ def each_piece(spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None
             work(index, rows, keys)
         return
     short = [(index, rows, keys) for index, (rows, keys) in pieces
-             if (keys.stop - keys.start) * q.shape[2] <= SHORT and not spans.is_shared(index)]
+             if (keys.stop - keys.start) * q.shape[2] <= SHORT and not (keeps and keeps(index))]
     beside = {index for index, *_ in short} if len(short) > 1 else set()
     caller, streams = torch.cuda.current_stream(q.device), _streams(q.device)
     for stream in streams if beside else ():
