@@ -1,6 +1,7 @@
 """The attention bench: its counting, its options, and a small run on this machine."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,8 @@ from ultralong.bench.accuracy import exact_row, relative_errors
 from ultralong.bench.attention import SCHEMES, AttentionBench, bench_attention, documents, main, options_from
 from ultralong.bench.options import described
 from ultralong.bench.peers import PEERS
-from ultralong.bench.timing import causal_flops
+from ultralong.bench.timing import causal_flops, measure
+from ultralong.ranks import run_ranks
 
 
 def test_useful_work_is_causal_and_counts_documents_one_by_one():
@@ -59,6 +61,37 @@ def test_errors_are_the_kernels_own():
     errors = relative_errors(context, row, exact)
     assert errors["dk"] == pytest.approx(0.01, rel=0.02)
     assert errors["dv"] < 1e-6
+
+
+class Slow(torch.autograd.Function):
+    """Takes the rank in its argument a while forward, and tells when it began and ended."""
+
+    @staticmethod
+    def forward(ctx, x, rank, events):
+        ctx.events = events
+        time.sleep(0.05 * (rank == 0))
+        events.append(("forward ended", time.monotonic()))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        ctx.events.append(("backward began", time.monotonic()))
+        return dout, None, None
+
+
+def passes(rank, _):
+    events = []
+    measure(lambda x: Slow.apply(x, rank, events), [torch.ones(2)], torch.ones(2), repeats=1)
+    return events
+
+
+def test_no_ranks_backward_pass_begins_before_every_ranks_forward_pass_has_ended():
+    """Else a rank waits for the others in what is timed as its backward pass."""
+    for slow, fast in zip(*run_ranks(passes, 2), strict=True):
+        if slow[0] == "forward ended":
+            ended = slow[1]
+        else:
+            assert fast[1] > ended
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs at full size where there is a GPU")

@@ -22,7 +22,8 @@ from ultralong.attention.needs import needs
 
 # What a token's keys and values from another rank cost, and a kernel call, as query-key pairs of one layer's passes: of
 # K kv heads of size D, 16 K D bytes at 300 GB/s and as much again in copies, against 14 H D operations a pair at 600
-# TF/s and four query heads a kv head; a call's start and end take about 0.1 ms of a GPU that computes 32 heads.
+# TF/s and four query heads a kv head; a call's start and end take about 0.1 ms of a GPU that computes 32 heads. Any
+# exchange at all, three small transfers and the copies that put keys in front of a rank, about 0.5 ms.
 PAIRS_PER_TOKEN = 1000
 PAIRS_PER_CALL = 500_000
 PAIRS_PER_EXCHANGE = 5_000_000

@@ -4,6 +4,9 @@ Two times are of interest, and they differ by what the host does before the firs
 training step a GPU is behind its host and never waits for it: there counts the time from one kernel to another. A call
 on its own, on an idle GPU, has to wait: that is its latency. `measure` can take either.
 
+All ranks begin each pass together: one that is done with its forward pass earlier would else wait for the others in
+what is timed as its backward pass, and the sum of the slowest rank's times would count the same wait twice.
+
 Legend: B batch, T tokens, H query heads, D head size, P ranks.
 """
 
@@ -115,7 +118,7 @@ def measure(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tenso
 
 def _once(attend: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor, ahead: Ahead | None = None,
           seconds: float = 0.0) -> tuple[float, float, float]:
-    """Seconds of one forward and one backward pass on this rank, begun together, and of the host to start both.
+    """Seconds of one forward and one backward pass on this rank, begun with the others', and of the host to start both.
 
     Args:
         attend: What is timed.
@@ -129,19 +132,20 @@ def _once(attend: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor,
     _arrive(dout.device)
     if ahead is not None:
         ahead.fill(seconds)
-        if dist.is_initialized():  # else GPUs that end this one after another wait for each other in what is timed
-            dist.all_reduce(torch.zeros(1, device=dout.device))
+        _meet(dout.device)
     began = time.perf_counter()
     marks = [_mark(dout.device)]
     out = attend(*leaves)
+    marks.append(_mark(dout.device))
+    _meet(dout.device)
     marks.append(_mark(dout.device))
     out.backward(dout)
     marks.append(_mark(dout.device))
     host = time.perf_counter() - began
     if dout.device.type != "cuda":
-        return marks[1] - marks[0], marks[2] - marks[1], host
+        return marks[1] - marks[0], marks[3] - marks[2], host
     torch.cuda.synchronize()
-    return marks[0].elapsed_time(marks[1]) / 1e3, marks[1].elapsed_time(marks[2]) / 1e3, host
+    return marks[0].elapsed_time(marks[1]) / 1e3, marks[2].elapsed_time(marks[3]) / 1e3, host
 
 
 def _mark(device: torch.device) -> float | torch.cuda.Event:
@@ -150,6 +154,12 @@ def _mark(device: torch.device) -> float | torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _meet(device: torch.device) -> None:
+    """Let ranks go on together; a GPU's host goes on at once."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1, device=device))
 
 
 def _arrive(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 Legend: T tokens, H query heads.
 
-A call of a few thousand tokens does not fill a GPU to its end: while its last blocks run, the rest of the GPU waits.
+A call of some thousand tokens does not fill a GPU to its end: while its last blocks run, the rest of the GPU waits.
 So short pieces run on streams of their own beside the long ones and each other.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ultralong.attention.rule import Spans
 
 STREAMS = 4
-SHORT = 2**18  # H T of a piece: 8,192 tokens of 32 heads are some 16 blocks of 128 queries for each of 132 processors
+SHORT = 2**19  # H T of a piece: 16,384 tokens of 32 heads, 128 queries a block, are some 31 for each of 132 processors
 
 
 def pieces_of(spans: Spans) -> list[tuple[slice, slice]]:
