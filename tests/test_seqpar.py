@@ -396,7 +396,9 @@ def bad_input(rank, world):
                                   (None, None, "ulysses")):
         made = make_context(2**17, group, "auto", boundaries=edges, heads=32, kv_heads=8, stages=stages)
         assert made.scheme == scheme, "documents stay on one rank where that balances"
-    assert make_context(2**13, group, "auto", boundaries=range(0, 2**13 + 1, 2**10), heads=8).scheme == "ulysses"
+    for edges, scheme in ((range(0, 2**13 + 1, 2**10), "gathered"), ((0, 2**13 - 5, 2**13), "ulysses"),
+                          (None, "ulysses")):
+        assert make_context(2**13, group, "auto", boundaries=edges, heads=8).scheme == scheme, "as on short rows"
     context = good(scheme="gathered")
     q, k = torch.zeros(1, 8, 8, 4), torch.zeros(1, 8, 2, 4)
     for tensors, message in (

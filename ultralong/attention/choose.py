@@ -12,10 +12,10 @@ from functools import cache, lru_cache
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ultralong.attention.balance import PAIRS_PER_EXCHANGE, balanced, cost, work
+from ultralong.attention.balance import PAIRS_PER_CALL, PAIRS_PER_EXCHANGE, balanced, cost, work
 from ultralong.attention.collectives import Group
 from ultralong.attention.layout import Layout, contiguous, zigzag
-from ultralong.attention.ulysses import LONG_ROW, default_stages, exchange_cost, head_split, stage_counts
+from ultralong.attention.ulysses import default_stages, exchange_cost, head_split, stage_counts
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +104,12 @@ def choose_scheme(scheme: str, outer: int, inner: int, row: Row) -> tuple[str, s
 
 def _documents_stay(row: Row, ranks: int) -> bool:
     """Whether sharing out documents costs less than trading tokens for heads, as it does where they are short."""
-    if row.boundaries is None or row.tokens < LONG_ROW:
+    if row.boundaries is None:
         return False
     if row.stages is not None and row.stages not in _counts("gathered", row, ranks):
         return False
     stages = choose_stages("ulysses", ranks, row)
-    traded = work(0, row.tokens, row.boundaries) / ranks + PAIRS_PER_EXCHANGE
+    traded = work(0, row.tokens, row.boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE
     traded += exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / stages  # the rest runs beside
     return cost(choose_layout(row, ranks, 1), row.boundaries) < WORTH_IT * traded
 

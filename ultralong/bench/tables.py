@@ -113,7 +113,8 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
 
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
-    "attention": (("attention_131k.json", "attention_512k.json", "attention_512k_whole.json"), attention_table),
+    "attention": (("attention_131k.json", "attention_512k_first.json", "attention_512k.json",
+                   "attention_512k_cudnn.json"), attention_table),
     "training": (("training_sharded_h200.json",), training_table),
     "prefill": (("prefill_1gpu_262144.json", "prefill_2gpu_262144.json", "prefill_1gpu_1m_4layers_fp8.json",
                  "prefill_2gpu_1m_4layers.json"), prefill_table),
