@@ -12,7 +12,8 @@ A round's computing begins when all of its keys have come, though the first call
 beside it, a forward pass on cuDNN took 156 ms on busy GPUs (131,072 tokens, two H200s), and 123 ms since they come
 first. A transfer that starts beside a kernel which fills the GPU seems to get in when that one ends, on every rank:
 where ranks' first calls differ in length, as zigzag's do, the others wait for the longest. At 32,768 tokens, where
-computing takes as long as keys travel, it costs more than it gives (flash-attn 4: 82% of one GPU, 89% before).
+computing takes as long as keys travel, it costs more than it gives (flash-attn 4: 81 to 89% of one GPU by machine, 89%
+before).
 """
 
 from __future__ import annotations
