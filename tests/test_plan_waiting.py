@@ -1,6 +1,7 @@
 """What the planner says waits on a GPU, against the trainer's layers, and its attention, against the real exchange."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ultralong.attention import make_context
+from ultralong.attention import gathered, make_context
+from ultralong.attention.kernels.reference import Reference
+from ultralong.attention.layout import zigzag
 from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Scheme
 from ultralong.attention.ulysses import Ulysses
+from ultralong.plan import gathered as stand_in
 from ultralong.plan.estimate import gpu_lines
 from ultralong.plan.job import Job
 from ultralong.plan.machine import load_machine
@@ -83,8 +87,25 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
     assert turns(job) == found
 
 
+class AllocatingKernel(Reference):
+    """Allocates what flash-attn 4 does and computes nothing."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], q.shape[2], q.shape[1])
+
+    def backward(self, dout, q, k, v, out, lse, rule):
+        sums = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+        delta = torch.empty_like(lse)
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        del sums, delta
+        return tuple(grads)
+
+    def add_backward(self, dout, q, k, v, out, lse, rule, dk, dv):
+        return self.backward(dout, q, k, v, out, lse, rule)[0]
+
+
 class Allocating(Scheme):
-    """A kernel that allocates what flash-attn 4 does and computes nothing."""
+    """The same as one rank's scheme."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], q.shape[2], q.shape[1])
@@ -126,6 +147,38 @@ def exchanged_peaks(rank: int, world: int, heads: tuple[int, int], stages: int) 
 def test_the_stand_in_for_attention_holds_as_much_as_the_exchange(heads, stages):
     real = run_ranks(exchanged_peaks, 2, heads, stages)[0]
     assert passes_peaks(Attention(stages, 2), *tensors(*heads)) == pytest.approx(real, rel=0.03)
+
+
+def gathered_peaks(rank: int, world: int, heads: tuple[int, int], stages: int, at_once: int) -> list[int]:
+    with patch.object(gathered, "BYTES_AT_ONCE", at_once):
+        layout = zigzag(64 * world, world)
+        scheme = gathered.Gathered(dist.group.WORLD, layout, AllocatingKernel(), stages=stages)
+        row = [x.float() for x in tensors(*heads)]
+        return [min(peaks) for peaks in zip(*(passes_peaks(scheme, *row) for _ in range(5)))]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("heads", "stages", "at_once"), [
+    ((9, 3), 1, 2**30), ((9, 3), 3, 2**30), ((9, 3), 1, 2**15), ((8, 4), 2, 2**30), ((8, 4), 1, 2**30)])
+def test_the_stand_in_for_gathered_keys_holds_as_much_as_they_do(world, heads, stages, at_once, monkeypatch):
+    real = run_ranks(gathered_peaks, world, heads, stages, at_once)[0]
+    monkeypatch.setattr(stand_in, "BYTES_AT_ONCE", at_once)
+    row = [x.float() for x in tensors(*heads)]
+    assert passes_peaks(stand_in.Gathered(stages, world), *row) == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize(("scheme", "gpus", "heads", "gathers"), [
+    ("auto", 1, (9, 3), False), ("auto", 2, (9, 3), True), ("auto", 3, (9, 3), False), ("auto", 4, (8, 2), False),
+    ("gathered", 4, (8, 8), True), ("ring", 2, (9, 3), False)])
+def test_keys_are_gathered_where_the_heads_do_not_split_or_it_is_asked_for(scheme, gpus, heads, gathers):
+    """Where it is asked for, with many kv heads, they and their gradients in float32 are more than what is traded."""
+    shape = LlamaConfig(vocab_size=64, hidden_size=8 * heads[0], intermediate_size=32, num_hidden_layers=2,
+                        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+    job = job_of(MemoryConfig(checkpoint_layers=True), shape, 4096, gpus)
+    asked = replace(job, config=replace(job.config, parallel=replace(job.config.parallel, scheme=scheme)))
+    assert asked.gathered == gathers
+    if scheme == "gathered":
+        assert asked.trace.peak > job.trace.peak
 
 
 def worst(job: Job) -> dict[str, float]:

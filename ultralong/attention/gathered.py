@@ -180,6 +180,7 @@ class Gathered(Scheme):
                 else:
                     copy_rows(out[:, call.rows, of_query], part)
                     lse[:, of_query, call.rows] = part_lse
+                del part, part_lse  # else they are there while the next call makes its own
         return out, lse
 
     def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
@@ -196,6 +197,7 @@ class Gathered(Scheme):
                 dq = part
             else:
                 copy_rows(dq[:, :, of_query], part)
+            del part
             under_way.append((shares, *self._share_out(shares, rule.window, number)))
             if len(under_way) > 1:
                 self._collect(*under_way.pop(0), (dk, dv), rule.window)
@@ -222,6 +224,7 @@ class Gathered(Scheme):
                 dq = part
             else:
                 copy_rows(dq[:, call.rows], part)
+            del part
         return dq, Shares(front.heads, None, [(slice(0, totals[0].shape[1]), *totals)])
 
     def _rounds(self, k: Tensor, v: Tensor, window: int | None) -> Iterator[Front]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from ultralong.attention.ulysses import head_split
 from ultralong.plan.machine import Machine
 from ultralong.plan.shapes import Shape
 from ultralong.plan.trace import Trace, trace
@@ -70,11 +71,23 @@ class Job:
         options = {"rows": self.config.rows_at_once, "dtype": self.dtype, "checkpoint_layers": memory.checkpoint_layers,
                    "loss_tile": memory.loss_tile, "layer_tile": memory.layer_tile,
                    "exchanged": (self.config.parallel.stages or 1) if self.sequence > 1 else 0, "ranks": self.sequence,
-                   "gradients_kept": self.gpus > 1 or self.passes > 1, "sharded": self.shard is not None}
+                   "gathered": self.gathered, "gradients_kept": self.gpus > 1 or self.passes > 1,
+                   "sharded": self.shard is not None}
         key = (self.model.to_json_string(), self.share, *options.items())
         if key not in _followed:
             _followed[key] = trace(self.model, self.share, **options)
         return _followed[key]
+
+    @cached_property
+    def gathered(self) -> bool:
+        """Whether GPUs that share a row gather its keys, asked to or because the heads don't split over them."""
+        scheme = self.config.parallel.scheme
+        if self.sequence > 1 and scheme == "auto":
+            try:
+                head_split(self.shape.heads, self.shape.kv_heads, self.sequence)
+            except ValueError:
+                return True
+        return self.sequence > 1 and scheme == "gathered"
 
     @property
     def shard(self) -> int | None:

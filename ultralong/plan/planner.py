@@ -173,9 +173,9 @@ def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
     together = replace(saving, gpus=max(2 * saving.sequence, saving.gpus))
     sequence = _Growth(together).sequence(budget)
     if sequence is not None and sequence > job.sequence:
-        wider = _with_sequence(saving, sequence)
-        if _total(wider) > budget:  # more GPUs than kv heads repeat them, and the line is not quite straight
-            wider = _with_sequence(saving, 2 * sequence)
+        # More GPUs than kv heads repeat them, more than heads gather them, and the line is not quite straight.
+        tried = [_with_sequence(saving, times * sequence) for times in (1, 2, 4)]
+        wider = next((job for job in tried if _total(job) <= budget), tried[-1])
         change += f"{' and ' if change else ''}parallel.sequence={wider.sequence} on {wider.gpus} GPUs"
         advice.append(_verdict(change, _total(wider), budget))
     if longest := growth.longest(budget):

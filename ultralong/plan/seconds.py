@@ -64,12 +64,15 @@ def _attention(job: Job) -> tuple[float, float]:
 
 
 def _exchange(job: Job) -> float:
-    """Seconds in which a row's tokens are traded for heads and back (Ulysses), in all layers."""
+    """Seconds in which a row's tokens are traded for heads and back, or its keys gathered, in all layers."""
     if job.sequence == 1:
         return 0.0
     wide, narrow = (count * job.shape.head_dim for count in (job.shape.heads, job.shape.kv_heads))
     forward = 2 * wide + 2 * narrow  # q, k, v there, out back
     backward = 4 * wide + 4 * narrow  # q, k, v, out and its gradient there, three gradients back
+    if job.gathered:  # of the other ranks' k and v; their gradients go back in float32
+        forward = 2 * narrow * job.sequence
+        backward = forward + 2 * forward
     again = forward * _again(job)
     size = (forward + again + backward) * 2 * job.share * job.shape.layers
     return size * (job.sequence - 1) / job.sequence / job.machine.exchange

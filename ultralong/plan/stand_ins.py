@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from ultralong.plan.gathered import Gathered
+
 NAME = "ultralong-plan"
 
 
@@ -103,14 +105,8 @@ class Heads:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, scheme: Attention) -> Heads:
-        """Those of q (B, T, H, D) and k (B, T, K, D).
-
-        Over ranks that the heads can't be split for, keys are gathered instead. That is counted as if ranks traded no
-        more than their own keys; a round of gathered keys (`gathered.BYTES_AT_ONCE`) and its gradients are not.
-        """
+        """Those of q (B, T, H, D) and k (B, T, K, D); the scheme's ranks must be some that the heads split over."""
         all_keys = math.lcm(k.shape[2], scheme.ranks)
-        if q.shape[2] % all_keys:
-            all_keys = k.shape[2]
         blocks = min(scheme.stages, max(1, all_keys // scheme.ranks))
         return cls(all_keys, -(-q.shape[2] // scheme.stages), all_keys // blocks, scheme.stages // blocks)
 
@@ -140,19 +136,31 @@ def _part(x: Tensor, heads: int, dtype: torch.dtype | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What the trainer's own layers ask of an attention context."""
+    """What the trainer's own layers ask of an attention context.
+
+    Attributes:
+        stages: As in `Attention`.
+        ranks: As in `Attention`.
+        gathered: Whether keys are gathered instead of trading tokens for heads.
+    """
 
     stages: int
     ranks: int
+    gathered: bool = False
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Attention, None]:
+    @property
+    def scheme(self) -> Attention | Gathered:
+        """Who attends."""
+        return (Gathered if self.gathered else Attention)(self.stages, self.ranks)
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Attention | Gathered, None]:
         """The scheme, and no rule."""
-        return Attention(self.stages, self.ranks), None
+        return self.scheme, None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scheme: Attention) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scheme: Attention | Gathered) -> Tensor:
         out, lse = scheme.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scheme = scheme
@@ -169,8 +177,7 @@ def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    scheme = Attention(attention_context.stages, attention_context.ranks)
-    return _Attention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scheme), None
+    return _Attention.apply(*(x.transpose(1, 2) for x in (query, key, value)), attention_context.scheme), None
 
 
 class _HeadLoss(torch.autograd.Function):

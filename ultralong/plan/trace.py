@@ -47,7 +47,7 @@ class Trace:
 
 def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
           checkpoint_layers: bool = False, loss_tile: int = 2048, layer_tile: int = 0, exchanged: int = 0,
-          ranks: int = 1, gradients_kept: bool = False, sharded: bool = False) -> Trace:
+          ranks: int = 1, gathered: bool = False, gradients_kept: bool = False, sharded: bool = False) -> Trace:
     """Follow one micro-batch of the trainer on fake tensors.
 
     Args:
@@ -60,13 +60,15 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
         layer_tile: As in `MemoryConfig`.
         exchanged: Attention trades tokens for heads with other ranks, in this many stages; 0 where it does not.
         ranks: That share the row.
+        gathered: They gather keys, in at least as many rounds as `exchanged`, instead of trading.
         gradients_kept: All gradients exist before the pass (a later micro-batch, or the buckets of several ranks).
         sharded: Parameters are shared out (FSDP2): computed with in `dtype`, their gradients given up layer by layer.
 
     Returns:
         Its memory and work.
     """
-    options = (rows, dtype, checkpoint_layers, loss_tile, layer_tile, exchanged, ranks, gradients_kept, sharded)
+    options = (rows, dtype, checkpoint_layers, loss_tile, layer_tile, exchanged, ranks, gathered, gradients_kept,
+               sharded)
     layers = config.get_text_config().num_hidden_layers
     if not layer_tile or layers <= FOLLOWED[1]:
         return _traced(config, tokens, *options)
@@ -86,7 +88,8 @@ def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
 
 
 def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype, checkpoint_layers: bool,
-            loss_tile: int, layer_tile: int, exchanged: int, ranks: int, gradients_kept: bool, sharded: bool) -> Trace:
+            loss_tile: int, layer_tile: int, exchanged: int, ranks: int, gathered: bool, gradients_kept: bool,
+            sharded: bool) -> Trace:
     plain = _without_lengths(config)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         kept = dtype if sharded else torch.float32
@@ -103,7 +106,7 @@ def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype
             if gradients_kept and not sharded:
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter)
-            total = _loss(model, ids, dtype, loss_tile, Context(exchanged, ranks), sharded)
+            total = _loss(model, ids, dtype, loss_tile, Context(exchanged, ranks, gathered), sharded)
             before, tracker.peak = tracker.peak, tracker.live
             total.backward()
             return Trace(max(before, tracker.peak), before, tracker.peak, tracker.multiplied, tracker.moved,
