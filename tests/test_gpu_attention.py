@@ -1,11 +1,14 @@
 """On GPUs: every kernel that is present against float32, at 2^32 elements too, and every scheme against its kernel."""
 
+from functools import partial
 from itertools import accumulate, pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from ultralong.attention import available_kernels, make_context
+from ultralong.attention import available_kernels, choose, make_context
+from ultralong.attention.balance import by_documents
 from ultralong.attention.kernels import (
     GQA,
     SOFTCAP,
@@ -245,7 +248,7 @@ def test_a_million_tokens_with_2_to_the_32_elements(name, shape):
 
 
 def scheme_errors(rank, world, name, lengths, dtype):
-    """Errors by length, packed or not, and scheme; `single` is the kernel on one GPU."""
+    """Errors by length, packed (documents are cut) or not, and scheme; `single` is the kernel on one GPU."""
     found = {}
     for tokens in lengths:
         row = tensors(tokens, tokens, 8, 2, 128, getattr(torch, dtype))
@@ -254,7 +257,11 @@ def scheme_errors(rank, world, name, lengths, dtype):
             exact = exact_row(alone, row)
             found[tokens, packed, "single"] = relative_errors(alone, row, exact)
             for scheme in SCHEMES:
-                context = make_context(tokens, torch.distributed.group.WORLD, scheme, name, edges, heads=8, kv_heads=2)
+                choose.choose_layout.cache_clear()
+                with patch.object(choose, "balanced", partial(by_documents, heavy=0.1, order=1)):
+                    context = make_context(tokens, torch.distributed.group.WORLD, scheme, name, edges, heads=8,
+                                           kv_heads=2)
+                assert context.exchanges
                 found[tokens, packed, scheme] = relative_errors(context, row, exact)
     return found
 

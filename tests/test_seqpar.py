@@ -4,6 +4,7 @@ import os
 import time
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import ultralong.attention as ua
-from ultralong.attention import PeerLost, gathered, make_context
+from ultralong.attention import PeerLost, choose, gathered, make_context
+from ultralong.attention.balance import balanced, by_documents
 from ultralong.attention.collectives import copy_rows
+from ultralong.attention.layout import zigzag
 from ultralong.attention.ulysses import stage_counts
 from ultralong.bench.error_curve import error_curve
 from ultralong.ranks import RankFailed, run_ranks
@@ -24,6 +27,16 @@ from ultralong.ranks import RankFailed, run_ranks
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 ONE_LEVEL = ("ulysses", "gathered", "ring")
 HEADS = ((8, 8), (8, 1), (24, 3), (9, 3), (16, 8), (4, 4))
+# Layouts of packed rows: the one of least cost, of short rows most often whole documents, and two that cut documents.
+LAYOUTS = {"chosen": balanced, "zigzag": lambda tokens, ranks, edges, inner: zigzag(tokens, ranks, inner),
+           "cut": partial(by_documents, heavy=0.0, order=1)}
+
+
+def context_with(layout, *arguments, **options):
+    """A context whose packed rows are shared out by one of `LAYOUTS`."""
+    choose.choose_layout.cache_clear()
+    with patch.object(choose, "balanced", LAYOUTS[layout]):
+        return make_context(*arguments, **options)
 
 
 def wanted(tokens, edges, window, heads, kv_heads, dtype, seed, batch, sink):
@@ -70,7 +83,8 @@ def cases(draw):
         tokens=edges[-1], edges=tuple(edges) if draw(st.booleans()) else None, heads=draw(st.sampled_from(HEADS)),
         scheme=draw(st.sampled_from(ONE_LEVEL)), seed=draw(st.integers(0, 2**20)),
         batch=draw(st.sampled_from([1, 1, 2])), window=draw(st.sampled_from([None, None, 1, 7])),
-        sink=draw(st.booleans()), stage=draw(st.integers(0, 5)), dtype=draw(st.sampled_from(list(TOLERANCE))))
+        sink=draw(st.booleans()), stage=draw(st.integers(0, 5)), dtype=draw(st.sampled_from(list(TOLERANCE))),
+        layout=draw(st.sampled_from(list(LAYOUTS))))
 
 
 def check_case(case, group, tried):
@@ -85,13 +99,14 @@ def check_case(case, group, tried):
                 make_context(case.tokens, group, "ulysses", heads=heads, kv_heads=kv_heads)
             return
         stages = counts[case.stage % len(counts)] if dist.get_world_size() > 1 else 1
-    context = make_context(case.tokens, group, case.scheme, boundaries=case.edges, heads=heads, kv_heads=kv_heads,
-                           stages=stages)
+    context = context_with(case.layout, case.tokens, group, case.scheme, boundaries=case.edges, heads=heads,
+                           kv_heads=kv_heads, stages=stages)
     inputs, expected, sink_grad = wanted(case.tokens, case.edges, window, heads, kv_heads, case.dtype, case.seed,
                                          case.batch, case.sink)
     sink = torch.linspace(-2, 2, heads, dtype=case.dtype) if case.sink else None
     error = error_of(context, inputs, expected, window, sink, sink_grad)
-    tried[case.scheme] = max(tried.get(case.scheme, 0.0), error / TOLERANCE[case.dtype])
+    kind = (case.scheme, case.edges is not None, context.exchanges)
+    tried[kind] = max(tried.get(kind, 0.0), error / TOLERANCE[case.dtype])
     assert error <= TOLERANCE[case.dtype], (case, error)
 
 
@@ -112,7 +127,32 @@ def many_cases(rank, world, examples):
 def test_every_scheme_equals_one_process(world, examples):
     """Random documents, lengths, heads, batches, windows and sinks; float64 to 1e-12, float32 to 1e-5."""
     tried = run_ranks(many_cases, world, examples)[0]
-    assert set(tried) == set(ONE_LEVEL)
+    exchanges = {1: [(False, False), (True, False)], 2: [(False, True), (True, True), (True, False)]}
+    needed = exchanges.get(world, [(False, True), (True, True)])  # few of these short rows are whole on more ranks
+    assert set(tried) >= {(scheme, *kind) for scheme in ONE_LEVEL for kind in needed}
+
+
+def whole(rank, world, shape):
+    """Errors of packed rows of whole documents, and the schemes' names."""
+    group = dist.group.WORLD if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=("hosts", "gpus"))
+    edges, found = (0, 5, 8, 13, 16, 21, 24, 29, 32), {}
+    for scheme in ("ulysses", "gathered", "ring") if shape is None else ("auto", "hybrid-gathered", "hybrid-ring"):
+        for tokens, stop in ((32, None), (31, 31)):  # one token of padding is a document too
+            context = make_context(tokens, group, scheme, boundaries=(*edges[:-1], stop or 32), heads=8, kv_heads=4)
+            inputs, expected, sinks = wanted(tokens, (*edges[:-1], stop or 32), None, 8, 4, torch.float64, 7, 2, True)
+            sink = torch.linspace(-2, 2, 8, dtype=torch.float64)
+            q, k, v = (context.shard(x).requires_grad_() for x in inputs[:3])
+            with patch.multiple(dist, batch_isend_irecv=None, all_to_all_single=None):
+                context.attend(q, k, v, sink=sink).backward(context.shard(inputs[3]))
+            found[scheme, tokens] = context.exchanges, error_of(context, inputs, expected, None, sink, sinks)
+    return found
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2)])
+def test_where_documents_are_whole_no_scheme_exchanges_anything(shape):
+    found = run_ranks(whole, 2 if shape is None else 4, shape)[0]
+    assert [exchanges for exchanges, _ in found.values()] == [False] * 6
+    assert max(error for _, error in found.values()) <= 1e-12
 
 
 def in_rounds(rank, world):

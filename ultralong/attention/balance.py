@@ -82,6 +82,12 @@ def cost(layout: Layout, boundaries: Sequence[int]) -> int:
     return worst + PAIRS_PER_EXCHANGE * exchanged
 
 
+def sends_nothing(layout: Layout, boundaries: Sequence[int]) -> bool:
+    """Whether every rank has all that its tokens see: each document lies on one rank."""
+    edges = closed(boundaries, layout.padded)
+    return all(needs(pieces, edges).tokens == layout.held for pieces in layout.owned)
+
+
 def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1, smallest: int = 1024,
              good_enough: float = 1.001) -> Layout:
     """The layout of least cost for packed documents that don't see each other.

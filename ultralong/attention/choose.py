@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ultralong.attention.balance import PAIRS_PER_CALL, PAIRS_PER_EXCHANGE, balanced, cost, work
+from ultralong.attention.balance import PAIRS_PER_CALL, PAIRS_PER_EXCHANGE, balanced, cost, sends_nothing, work
 from ultralong.attention.collectives import Group
 from ultralong.attention.layout import Layout, contiguous, zigzag
 from ultralong.attention.ulysses import default_stages, exchange_cost, head_split, stage_counts
@@ -108,10 +108,32 @@ def _documents_stay(row: Row, ranks: int) -> bool:
         return False
     if row.stages is not None and row.stages not in _counts("gathered", row, ranks):
         return False
-    stages = choose_stages("ulysses", ranks, row)
-    traded = work(0, row.tokens, row.boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE
-    traded += exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / stages  # the rest runs beside
+    traded = _traded(row, ranks, choose_stages("ulysses", ranks, row))
     return cost(choose_layout(row, ranks, 1), row.boundaries) < WORTH_IT * traded
+
+
+def _traded(row: Row, ranks: int, stages: int) -> float:
+    """What trading tokens for heads costs a rank, in query-key pairs: of `stages` all but one run beside the work."""
+    exchange = exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / stages
+    return work(0, row.tokens, row.boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE + exchange
+
+
+def whole_documents(row: Row, processes: int) -> Layout | None:
+    """The layout in which every document lies on one process, so that no scheme has anything to exchange.
+
+    Args:
+        row: The row.
+        processes: That share it, of all levels.
+
+    Returns:
+        None where documents see each other, can't be dealt out so, or only so unevenly that an exchange costs less.
+    """
+    if row.boundaries is None or processes == 1:
+        return None
+    layout = choose_layout(row, processes, 1)
+    if sends_nothing(layout, row.boundaries) and cost(layout, row.boundaries) < WORTH_IT * _traded(row, processes, 1):
+        return layout
+    return None
 
 
 def choose_stages(scheme: str, degree: int, row: Row) -> int:

@@ -13,13 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultralong.attention.balance import sends_nothing
 from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
-from ultralong.attention.choose import Groups, Row, choose_layout, choose_scheme, choose_stages, two_levels
+from ultralong.attention.choose import (
+    Groups,
+    Row,
+    choose_layout,
+    choose_scheme,
+    choose_stages,
+    two_levels,
+    whole_documents,
+)
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.attention.function import AttentionKeeper, attention
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
 from ultralong.attention.layout import Layout
+from ultralong.attention.needs import needs
 from ultralong.attention.ring import Ring
 from ultralong.attention.rule import Rule, Spans
 from ultralong.attention.scheme import Local, Scheme
@@ -45,7 +55,7 @@ class AttentionContext:
         inner: Group that trades tokens for heads (Ulysses; None without).
         stages: Head chunks of Ulysses and of gathered keys.
         keeper: Keeps attention results over recomputed forward passes.
-        reason: Why `auto` chose this scheme.
+        reason: Why `auto` chose this scheme, and whether there is anything for it to exchange.
     """
 
     tokens: int
@@ -158,12 +168,29 @@ class AttentionContext:
         return self._scheme(q, rule), rule
 
     @cached_property
+    def exchanges(self) -> bool:
+        """Whether processes exchange anything: not one alone, nor where each has whole documents that see no other."""
+        if self.boundaries is None or self.size == 1 or self.layout.inner > 1:
+            return self.size > 1
+        return not sends_nothing(self.layout, self.boundaries)
+
+    @cached_property
     def _spans(self) -> Spans | None:
-        return None if self.boundaries is None else Spans(self.boundaries, self.boundaries)
+        """The row's documents, or this process's where all of them are its own."""
+        if self.boundaries is None:
+            return None
+        if self.exchanges or self.size == 1:
+            return Spans(self.boundaries, self.boundaries)
+        (call,) = needs(self.layout.pieces(self.process), self.boundaries).calls
+        return call.spans
 
     def _scheme(self, q: Tensor, rule: Rule) -> Scheme:
-        kernel = choose_kernel(self.kernel, q, rule.with_spans(self._spans), clipped="gathered" in self.scheme)
+        clipped = self.exchanges and "gathered" in self.scheme
+        kernel = choose_kernel(self.kernel, q, rule.with_spans(self._spans), clipped=clipped)
         if kernel not in self._made:
+            if not self.exchanges:
+                self._made[kernel] = Local(kernel, self._spans)
+                return self._made[kernel]
             if self.outer is None:
                 core: Scheme = Local(kernel, self._spans)
             elif self.scheme.endswith("ring"):
@@ -187,7 +214,8 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
         scheme: "auto", or one of `SCHEMES`. The two hybrids run Ulysses inside the host, the named scheme across.
         kernel: "auto", or one of `ultralong.attention.kernels.KERNELS`.
         boundaries: (N+1,) cumulative document lengths from 0 to `tokens` when documents must not see each other; None
-            when every token sees all before it (the recipe's way).
+            when every token sees all before it (the recipe's way). Where they can be dealt out whole and evenly,
+            nothing is exchanged, whatever the scheme.
         heads: Query heads of the model.
         kv_heads: Kv heads of the model, as many as query heads by default.
         stages: Head chunks of Ulysses and of gathered keys: transfers of one run beside the computing of another, and
@@ -214,7 +242,10 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
     if inner is not None:
         head_split(heads, kv_heads, inner_size)
     stages = choose_stages(name, inner_size, row)
-    layout = choose_layout(row, outer_size, inner_size)
+    whole = whole_documents(row, outer_size * inner_size) if inner is not None else None
+    if whole is not None:
+        reason += "; whole documents on every process, nothing is exchanged"
+    layout = whole or choose_layout(row, outer_size, inner_size)
     outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
     if edges is not None and edges[-1] != layout.padded:
         edges = (*edges, layout.padded)
