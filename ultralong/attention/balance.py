@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def sends_nothing(layout: Layout, boundaries: Sequence[int]) -> bool:
 
 
 def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1, smallest: int = 1024,
-             good_enough: float = 1.001) -> Layout:
+             good_enough: float = 1.005) -> Layout:
     """The layout of least cost for packed documents that don't see each other.
 
     Args:
@@ -114,12 +114,10 @@ def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1,
 def _tried(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, smallest: int) -> Iterator[Layout]:
     """Layouts to choose from."""
     yield zigzag(tokens, ranks, inner)
-    for heavy in HEAVY:
-        for order in range(ORDERS):
-            yield by_documents(tokens, ranks, boundaries, inner, heavy, order, whole=True)
-    for heavy in HEAVY:
-        for order in range(ORDERS):
-            yield by_documents(tokens, ranks, boundaries, inner, heavy, order)
+    pairs = _triangle(np.diff(np.asarray(boundaries, dtype=np.int64)))
+    shares = {int((pairs > heavy * pairs.sum() / ranks).sum()): heavy for heavy in HEAVY}  # each cuts other documents
+    for whole, heavy, order in product((True, False), shares.values(), range(ORDERS)):
+        yield by_documents(tokens, ranks, boundaries, inner, heavy, order, whole=whole)
     for each in (2, 4, 8, 16):
         if each == 2 or tokens >= ranks * each * smallest:
             chunk = chunk_size(tokens, ranks * each, each, inner)

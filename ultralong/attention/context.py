@@ -188,17 +188,15 @@ class AttentionContext:
         clipped = self.exchanges and "gathered" in self.scheme
         kernel = choose_kernel(self.kernel, q, rule.with_spans(self._spans), clipped=clipped)
         if kernel not in self._made:
-            if not self.exchanges:
-                self._made[kernel] = Local(kernel, self._spans)
-                return self._made[kernel]
-            if self.outer is None:
+            if not self.exchanges or self.outer is None:
                 core: Scheme = Local(kernel, self._spans)
             elif self.scheme.endswith("ring"):
                 core = Ring(self.outer, self.layout, kernel, self.boundaries)
             else:
                 chunks = self.stages if self.inner is None else 1
                 core = Gathered(self.outer, self.layout, kernel, self.boundaries, chunks)
-            self._made[kernel] = core if self.inner is None else Ulysses(self.inner, core, self.stages)
+            trades = self.exchanges and self.inner is not None
+            self._made[kernel] = Ulysses(self.inner, core, self.stages) if trades else core
         return self._made[kernel]
 
 
