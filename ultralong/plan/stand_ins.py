@@ -105,8 +105,13 @@ class Heads:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, scheme: Attention) -> Heads:
-        """Those of q (B, T, H, D) and k (B, T, K, D); the scheme's ranks must be some that the heads split over."""
+        """Those of q (B, T, H, D) and k (B, T, K, D).
+
+        A ring, which is counted as if it traded too, needs no heads that split over its ranks and repeats none.
+        """
         all_keys = math.lcm(k.shape[2], scheme.ranks)
+        if q.shape[2] % all_keys:
+            all_keys = k.shape[2]
         blocks = min(scheme.stages, max(1, all_keys // scheme.ranks))
         return cls(all_keys, -(-q.shape[2] // scheme.stages), all_keys // blocks, scheme.stages // blocks)
 
