@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ultralong.data.joints import PackSettings
-from ultralong.evaluation.commands import default_lengths, measure, open_model, position_edges, read_haystack
+from ultralong.evaluation.commands import default_lengths, measure, open_model, position_edges, read_haystack, summary
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,24 @@ def test_needle_leaves_numbers_and_picture(checkpoint, tmp_path):
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
     assert result["window"] == 1024
     assert result["environment"]["torch"]
+
+
+def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
+    """Also without a file to write to: the numbers of a long measurement must not be lost."""
+    from ultralong.cli.measure import evaluate
+    from ultralong.evaluation import commands
+    cells = [{"length": length, "depth": depth, "n": 5, "correct": correct}
+             for length, depth, correct in ((131072, 0.0, 5), (131072, 0.5, 4), (1048576, 0.0, 0), (1048576, 0.5, 3))]
+    monkeypatch.setattr(commands, "needle_grid", lambda *_, **__: cells)
+    evaluate("needle", str(checkpoint), lengths=(512,))
+    assert capsys.readouterr().out.splitlines() == [
+        f"needles found by {checkpoint}, by length and depth", "     tokens       0%      50%",
+        "    131,072      5/5      4/5", "  1,048,576      0/5      3/5",
+        "For a picture and the numbers: --out FOLDER."]
+    bins = [{"start": 0, "end": 256, "perplexity": 9.2745, "low": 3.3, "high": 25.8}]
+    assert summary({"task": "perplexity", "model": "m", "rows": 2, "bins": bins}).splitlines() == [
+        "perplexity of m by position, 2 rows (95% interval)",
+        "          0 to         256       9.27  (3.30 to 25.80)"]
 
 
 def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):

@@ -46,7 +46,7 @@ def evaluate(
         out: Folder for a picture and the numbers.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.commands import measure
+    from ultralong.evaluation.commands import measure, summary
 
     result = measure(
         task,
@@ -62,6 +62,8 @@ def evaluate(
         out=out,
     )
     leave(json, result)
+    print(summary(result))
+    print(f"Picture and numbers are in {out}." if out else "For a picture and the numbers: --out FOLDER.")
 
 
 def loss(

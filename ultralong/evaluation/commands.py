@@ -127,6 +127,19 @@ def measure(task: str, model: str | os.PathLike[str], *, lengths: Sequence[int] 
     return result
 
 
+def summary(result: dict[str, Any]) -> str:
+    """What `measure` found, as a text table: needles by length and depth, or perplexity by position."""
+    if result["task"] == "perplexity":
+        lines = [f"perplexity of {result['model']} by position, {result['rows']} rows (95% interval)"]
+        return "\n".join([*lines, *(f"{bin['start']:>11,} to {bin['end']:>11,}  {bin['perplexity']:9.2f}  "
+                                    f"({bin['low']:.2f} to {bin['high']:.2f})" for bin in result["bins"])])
+    cells = {(cell["length"], cell["depth"]): f"{cell['correct']}/{cell['n']}" for cell in result["cells"]}
+    lengths, depths = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    head = "     tokens" + "".join(f"{depth:>9.0%}" for depth in depths)
+    rows = [f"{length:>11,}" + "".join(f"{cells[length, depth]:>9}" for depth in depths) for length in lengths]
+    return "\n".join([f"needles found by {result['model']}, by length and depth", head, *rows])
+
+
 def _chunk(length: int) -> int | None:
     """Prompts that fit into one pass go in one; longer ones in pieces, so that activations stay bounded."""
     return PREFILL_CHUNK if length > 2 * PREFILL_CHUNK else None
