@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralong import settings
+from ultralong.cli.make import train as command
 from ultralong.data.chat import ChatSettings, pack_chat
 from ultralong.data.documents import Document
 from ultralong.data.joints import PackSettings
@@ -89,6 +91,20 @@ def test_two_sequence_parallel_processes_train_as_one(config, made, tmp_path, ro
     assert curve(two, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=1e-4)
     for ours, theirs in zip(curve(two, "loss_by_position"), curve(one, "loss_by_position"), strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsys):
+    """Their own words go nowhere; the command's are the run's result, in its file too, or why there is none."""
+    settings.save(config, tmp_path / "run.yaml")
+    command(str(tmp_path / "run.yaml"), processes=2, quiet=True, json=tmp_path / "numbers.json")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert (numbers["steps"], numbers["tokens"], numbers["model"]) == (6, 6 * 2 * 128, f"{config.out}/model")
+    assert capsys.readouterr().out == (
+        f"{config.out}/model: 6 steps, 1,536 tokens, loss {numbers['loss']:.4f}. "
+        f"Next: ultralong eval needle {config.out}/model --lengths 4096 8192\n"
+    )
+    with pytest.raises(RuntimeError, match="exit code 1; its own message is above"):
+        command(str(tmp_path / "run.yaml"), processes=2, quiet=True)
 
 
 def test_micro_batches_do_not_change_a_step(config, tmp_path):

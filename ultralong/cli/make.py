@@ -131,6 +131,7 @@ def train(
     import dataclasses
 
     from ultralong import settings
+    from ultralong.files import read_json
     from ultralong.training.config import TrainConfig, preset
 
     resolved = settings.load(TrainConfig, preset(config), set)
@@ -142,15 +143,17 @@ def train(
         with tempfile.TemporaryDirectory() as scratch:
             settings.save(resolved, Path(scratch) / "config.yaml")
             start(Path(scratch) / "config.yaml", processes, resume, quiet)
-        return
-    from ultralong.training.loop import train as run
+        result = read_json(Path(resolved.out) / "result.json")
+    else:
+        from ultralong.training.loop import train as run
 
-    result = run(resolved, resume, quiet)
-    leave(json, dataclasses.asdict(result))
+        result = dataclasses.asdict(run(resolved, resume, quiet))
+    leave(json, result)
     if is_main():
+        loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"  # where no step was left to do
         print(
-            f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss {result.loss:.4f}. "
-            f"Next: ultralong eval needle {result.model} --lengths 4096 8192"
+            f"{result['model']}: {result['steps']:,} steps, {result['tokens']:,} tokens, loss {loss}. "
+            f"Next: ultralong eval needle {result['model']} --lengths 4096 8192"
         )
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 
 def start(config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False,
@@ -44,4 +43,4 @@ def start(config: str | os.PathLike[str], processes: int, resume: bool = False, 
         process.wait()
         raise
     if code:
-        raise RuntimeError(f"Training stopped with exit code {code}; see the messages above and {Path(config).parent}.")
+        raise RuntimeError(f"Training stopped with exit code {code}; its own message is above.")
