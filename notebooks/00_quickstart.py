@@ -40,9 +40,9 @@ from transformers.utils import logging
 from ultralong import figures
 from ultralong.attention import available_kernels
 from ultralong.demo import Demo, load
-from ultralong.evaluation.report import describe_environment
-from ultralong.files import read_json, read_jsonl
+from ultralong.evaluation.report.report import describe_environment
 from ultralong.notebook_tools import store
+from ultralong.utils.files import read_json, read_jsonl
 
 logging.set_verbosity_error()
 scratch = tempfile.TemporaryDirectory()

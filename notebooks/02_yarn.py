@@ -48,10 +48,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from ultralong import figures
-from ultralong.evaluation.perplexity import perplexity_by_position
-from ultralong.extend import extend
+from ultralong.checkpoints.extend import extend
+from ultralong.evaluation.measures.perplexity import perplexity_by_position
 from ultralong.notebook_tools import store
-from ultralong.rope import RopeScaling, attention_factor, from_config, inverse_frequencies, pair_counts, rope_parameters
+from ultralong.rope import (
+    RopeScaling,
+    attention_factor,
+    from_config,
+    inverse_frequencies,
+    pair_counts,
+    rope_parameters,
+)
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()

@@ -41,13 +41,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ultralong import figures
-from ultralong.data.documents import Document
-from ultralong.data.fetch import Package, unpack
-from ultralong.data.packing import PackSettings, RowStream, pack, resolve_joints
-from ultralong.data.peek import as_html, as_text, peek
-from ultralong.data.recipe import read_documents
-from ultralong.data.sampling import LengthCounts, LengthRule, sample
-from ultralong.data.tokens import tokenize_corpus
+from ultralong.data.read.documents import Document
+from ultralong.data.read.fetch import Package, unpack
+from ultralong.data.recipe.build import read_documents
+from ultralong.data.rows.inspect_rows import as_html, as_text, peek
+from ultralong.data.rows.packing import PackSettings, RowStream, pack, resolve_joints
+from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample
+from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.notebook_tools import store
 
 work = tempfile.TemporaryDirectory()
@@ -190,7 +190,7 @@ assert len(mine) == len(plain)
 for (inputs, labels), row in zip(mine, plain):
     assert inputs == row.input_ids.tolist(), "the library packs other tokens than the ten lines above"
     assert labels == row.labels.tolist(), "labels are the inputs moved by one: labels[t] is the token after inputs[t]"
-print(f"ok: {len(mine)} rows, equal token by token; from here on ultralong.data.packing does it")
+print(f"ok: {len(mine)} rows, equal token by token; from here on ultralong.data.rows.packing does it")
 
 # %% [markdown]
 # The library's version streams from disk, so memory stays flat; shuffles the documents by a seed; and remembers for

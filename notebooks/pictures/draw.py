@@ -13,8 +13,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ultralong.figures import PALETTE
-from ultralong.files import atomic_path
 from ultralong.rope import RopeScaling, inverse_frequencies, wavelengths
+from ultralong.utils.files import atomic_path
 
 RELEASED = RopeScaling(method="llama3", head_dim=128, theta=500_000.0, factor=8.0, original_window=8192)
 EXTENDED = replace(RELEASED, factor=128.0)

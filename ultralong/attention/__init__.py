@@ -4,10 +4,10 @@
 is shared out; the model is then called with this rank's tokens and `attention_context=`.
 """
 
+from ultralong.attention.autograd import AttentionKeeper
 from ultralong.attention.choose import SCHEMES
 from ultralong.attention.collectives import PeerLost
 from ultralong.attention.context import AttentionContext, make_context
-from ultralong.attention.function import AttentionKeeper
 from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
 from ultralong.attention.register import NAME
 from ultralong.attention.register import register as _register

@@ -17,8 +17,8 @@ from itertools import pairwise, product
 
 import numpy as np
 
+from ultralong.attention.kv_plan import needs
 from ultralong.attention.layout import Layout, Piece, chunk_size, in_chunks, joined, zigzag
-from ultralong.attention.needs import needs
 
 # What a token's keys and values from another rank cost, and a kernel call, as query-key pairs of one layer's passes: of
 # K kv heads of size D, 16 K D bytes at 300 GB/s and as much again in copies, against 14 H D operations a pair at 600

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultralong.attention.autograd import AttentionKeeper, attention
 from ultralong.attention.balance import sends_nothing
 from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
 from ultralong.attention.choose import (
@@ -25,14 +26,13 @@ from ultralong.attention.choose import (
     whole_documents,
 )
 from ultralong.attention.collectives import Group, all_gather
-from ultralong.attention.function import AttentionKeeper, attention
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
+from ultralong.attention.kv_plan import needs
 from ultralong.attention.layout import Layout
-from ultralong.attention.needs import needs
 from ultralong.attention.ring import Ring
-from ultralong.attention.rule import Rule, Spans
 from ultralong.attention.scheme import Local, Scheme
+from ultralong.attention.spec import Rule, Spans
 from ultralong.attention.ulysses import Ulysses, head_split
 
 

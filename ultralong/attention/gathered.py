@@ -28,11 +28,11 @@ from torch import Tensor
 
 from ultralong.attention.collectives import Exchange, Group, copy_rows, exchange
 from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares, sums_at
+from ultralong.attention.kv_plan import Needs, needs
 from ultralong.attention.layout import Layout
-from ultralong.attention.merge import accumulator
-from ultralong.attention.needs import Needs, needs
-from ultralong.attention.rule import Rule
+from ultralong.attention.lse_merge import accumulator
 from ultralong.attention.scheme import Gradients, Pair, Scheme
+from ultralong.attention.spec import Rule
 
 BYTES_AT_ONCE = 2**30  # K and V in front of a rank in one round of kv heads
 TAGS = 4096  # more than the tensors that two ranks send each other at once

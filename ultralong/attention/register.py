@@ -17,11 +17,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from ultralong.attention.autograd import attention
 from ultralong.attention.context import AttentionContext
-from ultralong.attention.function import attention
 from ultralong.attention.kernels import choose_kernel
-from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Local
+from ultralong.attention.spec import Rule
 
 NAME = "ultralong"
 

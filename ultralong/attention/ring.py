@@ -27,10 +27,10 @@ from torch import Tensor
 from ultralong.attention.collectives import Group, Pending, copy_rows, pass_on
 from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares, sums_at
 from ultralong.attention.layout import Layout, Piece
-from ultralong.attention.merge import accumulator, merged
-from ultralong.attention.parts import Parts
-from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.lse_merge import accumulator, merged
+from ultralong.attention.partial_rows import Parts
 from ultralong.attention.scheme import Gradients, Pair, Scheme
+from ultralong.attention.spec import Rule, Spans
 
 Rectangle = tuple[slice, slice]  # local query rows, keys of the block; every row sees every key
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ultralong.attention.kernels import Kernel, add_backward, attention_backward, attention_forward
-from ultralong.attention.merge import accumulator, add_sink, sink_gradient
-from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.lse_merge import accumulator, add_sink, sink_gradient
+from ultralong.attention.spec import Rule, Spans
 
 Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ultralong.attention.balance import PAIRS_PER_TOKEN, work
 from ultralong.attention.collectives import Group, Pending, all_to_all, copy_rows
-from ultralong.attention.merge import accumulator
-from ultralong.attention.rule import Rule
+from ultralong.attention.lse_merge import accumulator
 from ultralong.attention.scheme import Gradients, Pair, Scheme
+from ultralong.attention.spec import Rule
 
 LONG_ROW = 65536  # tokens from which a kernel's start is short beside its run even for a part of the heads
 

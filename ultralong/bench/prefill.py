@@ -1,7 +1,7 @@
 """Speed and memory of reading long prompts here: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
 
 The model has the shape asked for and random weights, made on the GPU; ids are random. A prompt is read as an evaluation
-reads it (`ultralong.evaluation.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
+reads it (`ultralong.inference.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
 for attention, and 2 for each token and parameter of the layers. Beside it stands the forward attention kernel alone, in
 one call over the same length on the same GPU, which is what long prompts can approach at best. With several GPUs rates
 are per GPU, and the kernel has each GPU's share of the heads. Kernels are compiled and chosen before anything is timed,
@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong import attention
 from ultralong.attention.kernels import attention_forward, choose_kernel
-from ultralong.attention.rule import Rule
-from ultralong.bench.machine import machine_facts
-from ultralong.evaluation.generate import prefill
-from ultralong.evaluation.long_reader import LongReader
-from ultralong.files import write_json
-from ultralong.plan.shapes import Shape, model_config, shape_of
-from ultralong.ranks import run_ranks
+from ultralong.attention.spec import Rule
+from ultralong.inference.generate import prefill
+from ultralong.inference.long_reader import LongReader
+from ultralong.planner.shapes import Shape, model_config, shape_of
+from ultralong.utils.environment import machine_facts
+from ultralong.utils.files import write_json
+from ultralong.utils.local_ranks import run_ranks
 
 GIB = 2**30
 WARM = 16384  # tokens of the prompt that is read before anything is timed
@@ -86,7 +86,7 @@ def bench_prefill(options: PrefillBench, path: Path | None = None) -> list[dict[
 
     Raises:
         ValueError: No such model, or fewer GPUs than asked for.
-        ultralong.ranks.RankFailed: A process failed, such as by running out of memory.
+        ultralong.utils.local_ranks.RankFailed: A process failed, such as by running out of memory.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and options.gpus > torch.cuda.device_count():

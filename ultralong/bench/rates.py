@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from ultralong.attention import available_kernels, make_context
 from ultralong.attention.kernels import get_kernel
-from ultralong.attention.rule import Rule
-from ultralong.bench.machine import machine_facts
-from ultralong.bench.timing import BACKWARD_WORK
-from ultralong.bench.timing import measure as measure_passes
-from ultralong.files import read_json, write_json
-from ultralong.progress import progress
-from ultralong.ranks import run_ranks
+from ultralong.attention.spec import Rule
+from ultralong.bench.attention.timing import BACKWARD_WORK
+from ultralong.bench.attention.timing import measure as measure_passes
+from ultralong.utils.environment import machine_facts
+from ultralong.utils.files import read_json, write_json
+from ultralong.utils.local_ranks import run_ranks
+from ultralong.utils.progress import progress
 
 WEIGHT_SIZES = (512, 1024, 2048, 4096, 8192)
 TRAFFIC_BYTES = (2**24, 2**26, 2**28, 2**30)

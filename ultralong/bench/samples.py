@@ -21,11 +21,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ultralong.bench.machine import machine_facts
-from ultralong.evaluation.groups import find_questions
-from ultralong.evaluation.samples import GENERATED, make_samples
-from ultralong.files import write_json
-from ultralong.progress import progress
+from ultralong.evaluation.tasks.groups import find_questions
+from ultralong.evaluation.tasks.samples import GENERATED, make_samples
+from ultralong.utils.environment import machine_facts
+from ultralong.utils.files import write_json
+from ultralong.utils.progress import progress
 
 LENGTHS = (4096, 32768, 131072, 1048576)
 GIB = 2**30

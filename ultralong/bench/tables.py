@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong import __version__
-from ultralong.files import read_json, write_text
+from ultralong.utils.files import read_json, write_text
 
 SCHEMES = ("single", "ulysses", "gathered", "ring")
 # Peers, and the column of the scheme that they use.

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 def bench_attention(words: Sequence[str]) -> None:
     """Time attention on this machine: every kernel, scheme and peer in one table, beside one GPU."""
-    from ultralong.bench.attention import main as run
+    from ultralong.bench.attention.measure import main as run
 
     run(words)
 
@@ -75,10 +75,10 @@ def bench_train(
     """
     import tempfile
 
-    from ultralong import settings
-    from ultralong.bench.training import TrainingCase, add_row, measure
-    from ultralong.bench.training_peers import PEERS, measure_peer
+    from ultralong.bench.training.measure import TrainingCase, add_row, measure
+    from ultralong.bench.training.peers import PEERS, measure_peer
     from ultralong.training.config import MemoryConfig
+    from ultralong.utils import settings
 
     plan = settings.from_mapping(MemoryConfig, settings.override({"checkpoint_layers": True}, memory), "--memory")
     with tempfile.TemporaryDirectory() as made:

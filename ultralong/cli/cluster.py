@@ -42,9 +42,9 @@ def plan(
         set: key=value, with dots for groups.
         json: Write the plan as JSON to this file.
     """
-    from ultralong import settings
-    from ultralong.plan import plan as estimate
+    from ultralong.planner import plan as estimate
     from ultralong.training.config import TrainConfig, preset
+    from ultralong.utils import settings
 
     made = estimate(
         settings.load(TrainConfig, preset(config), set),
@@ -87,9 +87,9 @@ def launch(
         set: key=value, with dots for groups.
         json: Write the list of files as JSON to this file.
     """
-    from ultralong import settings
     from ultralong.launch import launch as render
     from ultralong.training.config import TrainConfig, preset
+    from ultralong.utils import settings
 
     files = render(settings.load(TrainConfig, preset(config), set), nodes, gpus_per_node, scheduler, out)
     leave(json, {"files": [str(file) for file in files]})

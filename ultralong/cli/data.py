@@ -49,8 +49,8 @@ def build(
 
     from transformers import AutoTokenizer
 
-    from ultralong.data import stats
-    from ultralong.data.recipe import load_recipe, pack_recipe
+    from ultralong.data.recipe import stats
+    from ultralong.data.recipe.build import load_recipe, pack_recipe
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -91,8 +91,8 @@ def stats(
         quiet: No progress bars.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.data import stats as counting
-    from ultralong.data.recipe import load_recipe
+    from ultralong.data.recipe import stats as counting
+    from ultralong.data.recipe.build import load_recipe
 
     if (Path(target) / "report.json").is_file():
         counted = counting.folder_stats(target)
@@ -139,9 +139,9 @@ def show(
 
     from transformers import AutoTokenizer
 
-    from ultralong.data.peek import as_html, as_text, peek
-    from ultralong.data.rows import PackedRows
-    from ultralong.files import write_text
+    from ultralong.data.rows.inspect_rows import as_html, as_text, peek
+    from ultralong.data.rows.packed_rows import PackedRows
+    from ultralong.utils.files import write_text
 
     view = peek(PackedRows(rows), AutoTokenizer.from_pretrained(tokenizer), row, edge=edge, joints=joints)
     leave(json, asdict(view))

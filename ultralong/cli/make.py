@@ -46,7 +46,7 @@ def extend(
         revision: Branch, tag or commit of a hub model.
         json: Write the report as JSON to this file.
     """
-    from ultralong.extend import extend as run
+    from ultralong.checkpoints.extend import extend as run
 
     report = run(
         source,
@@ -93,7 +93,7 @@ def pack(
     """
     from transformers import AutoTokenizer
 
-    from ultralong.data.recipe import pack_recipe
+    from ultralong.data.recipe.build import pack_recipe
 
     report = pack_recipe(recipe, AutoTokenizer.from_pretrained(tokenizer), length, out, limit=limit)
     leave(json, report.to_dict())
@@ -130,15 +130,15 @@ def train(
     """
     import dataclasses
 
-    from ultralong import settings
-    from ultralong.files import read_json
     from ultralong.training.config import TrainConfig, preset
+    from ultralong.utils import settings
+    from ultralong.utils.files import read_json
 
     resolved = settings.load(TrainConfig, preset(config), set)
     if processes is not None:
         import tempfile
 
-        from ultralong.training.start import start
+        from ultralong.launch.local import start
 
         with tempfile.TemporaryDirectory() as scratch:
             settings.save(resolved, Path(scratch) / "config.yaml")
@@ -182,9 +182,9 @@ def sft(
         quiet: No progress bar.
         json: Write the result as JSON to this file.
     """
-    from ultralong import settings
-    from ultralong.data.rows import PackedRows
+    from ultralong.data.rows.packed_rows import PackedRows
     from ultralong.training.config import TrainConfig, preset
+    from ultralong.utils import settings
 
     for source in settings.load(TrainConfig, preset(config), set).data:
         if "template" not in PackedRows(source.rows).manifest:

@@ -46,7 +46,7 @@ def evaluate(
         out: Folder for a picture and the numbers.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.commands import measure, summary
+    from ultralong.evaluation.runs.commands import measure, summary
 
     result = measure(
         task,
@@ -95,7 +95,7 @@ def loss(
         device: auto, cpu or cuda.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.row_loss import measure_loss
+    from ultralong.evaluation.measures.row_loss import measure_loss
 
     result = measure_loss(model, rows, before=before, device=device, most=max_rows, rows_at_once=rows_at_once,
                           dtype=dtype)
@@ -144,8 +144,8 @@ def make_samples(
     """
     from transformers import AutoTokenizer
 
-    from ultralong.evaluation.commands import read_haystack
-    from ultralong.evaluation.records import write_samples
+    from ultralong.evaluation.runs.commands import read_haystack
+    from ultralong.evaluation.runs.records import write_samples
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     made = write_samples(
@@ -168,7 +168,7 @@ def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json
         predictions: File of JSON lines.
         json: Write the score as JSON to this file.
     """
-    from ultralong.evaluation.records import score_file
+    from ultralong.evaluation.runs.records import score_file
 
     result = score_file(task, predictions)
     leave(json, result)
@@ -215,8 +215,8 @@ def answer(
     """
     from functools import partial
 
-    from ultralong.evaluation.commands import answer as work
-    from ultralong.evaluation.long_engine import with_model
+    from ultralong.evaluation.runs.commands import answer as work
+    from ultralong.inference.long_engine import with_model
 
     result = with_model(
         partial(work, tasks, lengths, samples, seed, out, haystack, chunk, batch),
@@ -244,7 +244,7 @@ def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json 
         second: The same for the other.
         json: Write the differences as JSON to this file.
     """
-    from ultralong.evaluation.records import compare_answers
+    from ultralong.evaluation.runs.records import compare_answers
 
     rows = compare_answers(first, second)
     leave(json, rows)

@@ -85,8 +85,8 @@ def run(
         device: auto, cpu or cuda.
         json: Write the report's numbers as JSON to this file.
     """
-    from ultralong.evaluation.run import RunSettings
-    from ultralong.evaluation.run import run as measure
+    from ultralong.evaluation.runs.run import RunSettings
+    from ultralong.evaluation.runs.run import run as measure
 
     words = {"haystack": haystack, "data": data, "rows": rows}
     wanted = RunSettings(
@@ -129,7 +129,7 @@ def report(folder: Positional[Path], /, *, before: Path | None = None, json: Jso
         before: The same for the model before.
         json: Write the report's numbers as JSON to this file.
     """
-    from ultralong.evaluation.results import write_results
+    from ultralong.evaluation.runs.results import write_results
 
     result = write_results(folder, before)
     leave(json, result)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from ultralong.files import write_json
+from ultralong.utils.files import write_json
 
 Json = Annotated[Path | None, arg(metavar="FILE", help="Write the numbers as JSON to this file.")]
 

@@ -43,9 +43,9 @@ def decontaminate(
         quiet: No progress bars.
         json: Write the report as JSON to this file.
     """
-    from ultralong.data.clean_files import write_clean
-    from ultralong.data.decontaminate import Decontaminate, TestSet
-    from ultralong.data.recipe import load_recipe
+    from ultralong.data.recipe.build import load_recipe
+    from ultralong.data.recipe.clean_files import write_clean
+    from ultralong.data.select.decontaminate import Decontaminate, TestSet
 
     tests = tuple(TestSet(path.name, str(path), fields=fields) for path in against)
     report = write_clean(load_recipe(recipe), Decontaminate(tests, words, shortest, action), out, cache, quiet)
@@ -114,11 +114,11 @@ def refine(
     """
     from itertools import islice
 
-    from ultralong.data.clean_files import conversations
-    from ultralong.data.endpoint import Endpoint
-    from ultralong.data.recipe import load_recipe
-    from ultralong.data.refine import INSTRUCTION, RefineSettings
-    from ultralong.data.refine import refine as run
+    from ultralong.data.chat.endpoint import Endpoint
+    from ultralong.data.chat.refine import INSTRUCTION, RefineSettings
+    from ultralong.data.chat.refine import refine as run
+    from ultralong.data.recipe.build import load_recipe
+    from ultralong.data.recipe.clean_files import conversations
 
     settings = RefineSettings(
         Endpoint(url, model, key_variable, temperature, max_tokens, timeout=timeout, retries=retries),
@@ -182,8 +182,8 @@ def render(
         environment: With Slurm: a command that activates the environment.
         set: key=value changes of the recipe.
     """
-    from ultralong.data.trove_script import TroveSettings
-    from ultralong.data.trove_script import render as write
+    from ultralong.data.recipe.datatrove_script import TroveSettings
+    from ultralong.data.recipe.datatrove_script import render as write
 
     settings = TroveSettings(
         str(base.resolve()), str(Path(tokenizer).resolve()), executor, tasks, workers,
@@ -218,8 +218,8 @@ def merge(
         quiet: No progress bars.
         json: Write the report as JSON to this file.
     """
-    from ultralong.data import stats
-    from ultralong.data.merge import pack_merged
+    from ultralong.data.recipe import stats
+    from ultralong.data.tokens.merge import pack_merged
 
     report = pack_merged(base, recipe, tokenizer, length, out, quiet=quiet)
     leave(json, report.to_dict())

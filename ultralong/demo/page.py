@@ -6,10 +6,10 @@ import shlex
 import time
 from typing import Any
 
-from ultralong import settings
 from ultralong.demo.stages import Demo
-from ultralong.evaluation.report import ReportData, describe_environment, write_report
-from ultralong.files import read_json, read_jsonl
+from ultralong.evaluation.report.report import ReportData, describe_environment, write_report
+from ultralong.utils import settings
+from ultralong.utils.files import read_json, read_jsonl
 
 
 def report(demo: Demo) -> dict[str, Any]:

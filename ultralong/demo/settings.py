@@ -1,4 +1,4 @@
-"""What the demo does: `ultralong/recipes/demo-*.yaml` are of these."""
+"""What the demo does: `ultralong/presets/demo-*.yaml` are of these."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultralong import settings
 from ultralong.training.config import preset
+from ultralong.utils import settings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo does; `ultralong/recipes/demo-*.yaml` are of these.
+    """What the demo does; `ultralong/presets/demo-*.yaml` are of these.
 
     Attributes:
         model: `miniature`, `smollm2`, or a checkpoint's folder or hub id.

@@ -15,19 +15,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import ultralong.attention  # noqa: F401 - makes attn_implementation="ultralong" known
-from ultralong import miniature, settings
-from ultralong.data.chat import ChatSettings, pack_chat
-from ultralong.data.reading import reading_conversations
-from ultralong.data.recipe import find_recipe, pack_recipe, read_conversations, read_documents
-from ultralong.data.rows import PackedRows
+from ultralong import miniature
+from ultralong.checkpoints.extend import extend
+from ultralong.data.chat.pack import ChatSettings, pack_chat
+from ultralong.data.chat.synthetic_qa import reading_conversations
+from ultralong.data.recipe.build import find_recipe, pack_recipe, read_conversations, read_documents
+from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.demo.settings import DemoConfig, Stage
-from ultralong.evaluation.haystack import Haystack
-from ultralong.evaluation.needle import make_needle, needle_grid
-from ultralong.evaluation.perplexity import perplexity_by_position
-from ultralong.extend import extend
-from ultralong.files import read_json, write_json
+from ultralong.evaluation.measures.needle import make_needle, needle_grid
+from ultralong.evaluation.measures.perplexity import perplexity_by_position
+from ultralong.evaluation.tasks.haystack import Haystack
+from ultralong.launch.local import start
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
-from ultralong.training.start import start
+from ultralong.utils import settings
+from ultralong.utils.files import read_json, write_json
 
 PLAIN_CHECK = """
 import json, sys, torch
@@ -89,7 +90,7 @@ class Demo:
         if self.config.model == "miniature":
             return miniature.path()
         if self.config.model == "smollm2":
-            from ultralong.models import smollm2
+            from ultralong.demo.models import smollm2
 
             return smollm2(self.out / "base")
         return Path(self.config.model)

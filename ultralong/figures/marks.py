@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultralong.extras import require
 from ultralong.figures.theme import PALETTE
+from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

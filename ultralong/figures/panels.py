@@ -6,8 +6,8 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ultralong.extras import require
 from ultralong.figures.theme import style
+from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

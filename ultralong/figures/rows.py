@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ultralong.extras import require
+from ultralong.utils.extras import require
 
 
 def browse_rows(count: int, html_of: Callable[[int], str], text_of: Callable[[int], str], *,

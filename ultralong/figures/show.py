@@ -12,10 +12,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ultralong.extras import require
 from ultralong.figures.panels import side_by_side
 from ultralong.figures.static import draw
-from ultralong.files import atomic_path
+from ultralong.utils.extras import require
+from ultralong.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultralong.extras import require
 from ultralong.figures.marks import Panel, draw_trace, number_format, rgba
+from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

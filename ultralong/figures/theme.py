@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ultralong.extras import require
+from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ultralong import settings
 from ultralong.launch.check import check
 from ultralong.training.config import TrainConfig
+from ultralong.utils import settings
 
 
 def main(arguments: list[str] | None = None) -> int:

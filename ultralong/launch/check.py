@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.attention.ulysses import head_split
-from ultralong.data.rows import PackedRows
-from ultralong.files import read_json
+from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.training.config import TrainConfig
+from ultralong.utils.files import read_json
 
 # A checkpoint holds what AdamW needs: float32 parameters and two float32 states.
 CHECKPOINT_BYTES_A_PARAMETER = 12

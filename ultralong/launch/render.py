@@ -11,10 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from ultralong import __version__, settings
-from ultralong.files import atomic_path, write_text
+from ultralong import __version__
 from ultralong.launch.check import mesh_problem
 from ultralong.training.config import TrainConfig
+from ultralong.utils import settings
+from ultralong.utils.files import atomic_path, write_text
 
 SCHEDULERS = ("torchrun", "slurm", "accelerate")
 RESUME = "To go on after a stop, start it again: it resumes from the newest checkpoint."

@@ -35,7 +35,7 @@ def make(
     from ultralong.miniature import build
 
     if what == "prepare":
-        from ultralong.data.recipe import find_recipe, read_conversations, read_documents
+        from ultralong.data.recipe.build import find_recipe, read_conversations, read_documents
 
         documents = list(read_documents(find_recipe("miniature")))
         build.prepare(documents, list(read_conversations(find_recipe("sft-offline"))), folder)

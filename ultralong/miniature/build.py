@@ -1,8 +1,8 @@
 """Make the miniature from nothing: texts, tokenizer, rows, training. The trainer is the library's own.
 
 Three kinds of rows of 512 tokens, each kept to its own document: prose, conversations, and questions about a passage
-(`ultralong.data.reading`). No row of any kind is longer than the window, so nothing here practises what the extension
-is to show.
+(`ultralong.data.chat.synthetic_qa`). No row of any kind is longer than the window, so nothing here practises what
+the extension is to show.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from transformers import (
     set_seed,
 )
 
-from ultralong.data.chat import ChatSettings, pack_chat
-from ultralong.data.chat_template import Message
-from ultralong.data.documents import Document
-from ultralong.data.joints import PackSettings
-from ultralong.data.packing import pack
-from ultralong.data.reading import reading_conversations
-from ultralong.data.tokens import tokenize_corpus
-from ultralong.files import read_json, write_json, write_text
+from ultralong.data.chat.pack import ChatSettings, pack_chat
+from ultralong.data.chat.synthetic_qa import reading_conversations
+from ultralong.data.chat.template import Message
+from ultralong.data.read.documents import Document
+from ultralong.data.rows.packing import pack
+from ultralong.data.rows.separators import PackSettings
+from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.miniature import WINDOW
 from ultralong.miniature.tokenizer import train_tokenizer
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, TrainConfig
+from ultralong.utils.files import read_json, write_json, write_text
 
 SEED = 20_251
 ROPE_BASE = 10_000.0

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from ultralong.extras import require
 from ultralong.notebook_tools.rules import violations
 from ultralong.notebook_tools.run import chosen_parameters, execute, write_notebook
 from ultralong.notebook_tools.settings import Settings, load_settings, sources
+from ultralong.utils.extras import require
 
 
 def main(arguments: list[str] | None = None) -> int:

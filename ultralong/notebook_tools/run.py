@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ultralong.extras import require
-from ultralong.files import write_text
 from ultralong.notebook_tools.settings import Settings
+from ultralong.utils.extras import require
+from ultralong.utils.files import write_text
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 # papermill stops without kernelspec.language, and nbconvert writes .txt without language_info; no version, as the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ultralong.extras import require
+from ultralong.utils.extras import require
 
 MIME = "application/vnd.ultralong.values+json"
 

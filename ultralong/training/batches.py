@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultralong.data.order import permuted
-from ultralong.data.rows import PackedRows, Row
+from ultralong.data.rows.packed_rows import PackedRows, Row
+from ultralong.data.rows.permutation import permuted
 from ultralong.training.config import DataSource
 
 

@@ -30,11 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from ultralong import settings
-from ultralong.files import read_json, read_jsonl, write_json, write_text
 from ultralong.training.config import TrainConfig
+from ultralong.training.optimizer_8bit import plain_states
 from ultralong.training.parallel import Processes
-from ultralong.training.states import plain_states
+from ultralong.utils import settings
+from ultralong.utils.files import read_json, read_jsonl, write_json, write_text
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
 FREE_TO_CHANGE = ("out", "save_every", "keep", "trackers", "parallel", "memory", "rows_at_once", "compile",

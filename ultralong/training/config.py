@@ -1,6 +1,6 @@
 """What a training run is: one frozen dataclass, the same for continued pretraining and SFT, CPU and cluster.
 
-A preset is a YAML file of these (see `ultralong/recipes/`); every run writes the one it resolved to `config.yaml` in
+A preset is a YAML file of these (see `ultralong/presets/`); every run writes the one it resolved to `config.yaml` in
 its output folder, and that file alone repeats it.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-PRESETS = Path(__file__).parents[1] / "recipes"
+PRESETS = Path(__file__).parents[1] / "presets"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ultralong.files import write_text
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
+from ultralong.utils.files import write_text
 
 CARD = "README.md"
 

@@ -10,7 +10,8 @@ result at hand, a layer's output, the next one's input, is matrix products alone
 
 For a million tokens on two GPUs this is the difference between 8 billion parameters fitting and not. Beside the inputs
 that wait, transformers' layer under checkpointing would hold 130 GiB there while its backward pass runs, this one 57,
-and 38 with Ulysses' heads in eight stages (Llama-3.1-8B's shape, 524,288 tokens a process, by `ultralong.plan.trace`).
+and 38 with Ulysses' heads in eight stages (Llama-3.1-8B's shape, 524,288 tokens a process, by
+`ultralong.planner.trace`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ultralong.attention.rule import Rule
 from ultralong.attention.scheme import Pair, Scheme
-from ultralong.training.gated import add_fed_forward, fed_forward_again
-from ultralong.training.kept import Inputs, Keeper
-from ultralong.training.lean import add_product, added, normed, products, rotated
+from ultralong.attention.spec import Rule
+from ultralong.training.activation_store import Inputs, Keeper
+from ultralong.training.fused_ops import add_product, added, normed, products, rotated
+from ultralong.training.swiglu import add_fed_forward, fed_forward_again
 from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, tiles
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")

@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
-from ultralong.files import append_jsonl, read_jsonl, write_json
-from ultralong.progress import progress
 from ultralong.training import checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
@@ -23,6 +21,8 @@ from ultralong.training.export import export
 from ultralong.training.model import check_model, load_model
 from ultralong.training.parallel import Processes, connect
 from ultralong.training.step import RECENT, Run, assemble, reserve_host_memory, take_step
+from ultralong.utils.files import append_jsonl, read_jsonl, write_json
+from ultralong.utils.progress import progress
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultralong.one_pass import OnePass
+from ultralong.utils.compiled import OnePass
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ultralong.training.activation_store import CheckpointedInputs, Inputs, Keeper
 from ultralong.training.config import MemoryConfig, layers_meant
-from ultralong.training.kept import CheckpointedInputs, Inputs, Keeper
 from ultralong.training.layers import WrittenLayers
-from ultralong.training.moved import Mover
+from ultralong.training.offload import Mover
 from ultralong.training.tiled import tile_module
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
-from ultralong.training.states import check_shares, eight_bit_adamw
+from ultralong.training.optimizer_8bit import check_shares, eight_bit_adamw
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ultralong.ranks import nccl_options
 from ultralong.training.config import TrainConfig
+from ultralong.utils.local_ranks import nccl_options
 
 
 @dataclass(frozen=True)

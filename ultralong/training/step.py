@@ -22,9 +22,9 @@ from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory import Memory, decoder_layers
-from ultralong.training.meter import Meter, pairs
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, shard_parameters, whole
+from ultralong.training.throughput import Meter, pairs
 
 RECENT, FEWEST = 32, 8  # steps that a jump of the loss is measured against, and how few of them are too few
 

@@ -13,12 +13,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels.adapt import attention_forward
 from ultralong.attention.kernels.backward import add_backward, attention_backward, backward_with_shares, sums_at
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel, Share
+from ultralong.attention.kernels.fallbacks import attention_forward
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.kernels.torch_cpu import TorchCpu
-from ultralong.attention.rule import Rule
+from ultralong.attention.spec import Rule
 
 __all__ = ["BOTTOM_RIGHT", "GQA", "KERNELS", "SOFTCAP", "VARLEN", "WINDOW", "Kernel", "Share", "add_backward",
            "attention_backward", "attention_forward", "available_kernels", "backward_with_shares", "choose_kernel",

@@ -21,11 +21,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels.adapt import clipped, head_groups, joined, needs_split, packed_call
 from ultralong.attention.kernels.base import GQA, Kernel, Share
+from ultralong.attention.kernels.fallbacks import clipped, head_groups, joined, needs_split, packed_call
 from ultralong.attention.kernels.pieces import each_piece
-from ultralong.attention.merge import accumulator
-from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.lse_merge import accumulator
+from ultralong.attention.spec import Rule, Spans
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Groups = list[tuple[tuple[int, int], tuple[int, int]]]

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ultralong.attention.rule import Rule
+from ultralong.attention.spec import Rule
 
 GQA = "gqa"  # fewer kv heads than query heads, without copying them
 VARLEN = "varlen"  # pieces of a packed row in one call
@@ -34,7 +34,7 @@ class Kernel(ABC):
         name: What users ask for.
         device: "cpu" or "cuda".
         dtypes: Types it takes.
-        features: Which of the constants above it has; `ultralong.attention.kernels.adapt` makes up for a missing
+        features: Which of the constants above it has; `ultralong.attention.kernels.fallbacks` makes up for a missing
             GQA, VARLEN or BOTTOM_RIGHT, the others are refused.
         head_sizes: Largest head size, and what the size must be divisible by.
         max_elements: Largest tensor that it indexes rightly.

@@ -35,7 +35,7 @@ from typing import Any
 from torch import Tensor
 
 from ultralong.attention.kernels.flash4_sums import with_names
-from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.spec import Rule, Spans
 
 HEAD = 128
 MANY = 16384  # keys that a query sees, in the mean, from which the forward tile is used

@@ -25,8 +25,8 @@ from torch import Tensor
 from ultralong.attention.kernels import flash4_tiles
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel, Share
 from ultralong.attention.kernels.flash4_sums import CONVERT, Sums, SumsOf
-from ultralong.attention.merge import accumulator
-from ultralong.attention.rule import Rule, Spans
+from ultralong.attention.lse_merge import accumulator
+from ultralong.attention.spec import Rule, Spans
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ultralong.attention.rule import Spans
+from ultralong.attention.spec import Spans
 
 STREAMS = 4
 SHORT = 2**19  # H T of a piece: 16,384 tokens of 32 heads, 128 queries a block, are some 31 for each of 132 processors

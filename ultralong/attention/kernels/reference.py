@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, WINDOW, Kernel
-from ultralong.attention.merge import accumulator
-from ultralong.attention.rule import Rule
+from ultralong.attention.lse_merge import accumulator
+from ultralong.attention.spec import Rule
 
 SCORES_AT_ONCE = 2**25
 

@@ -1,7 +1,7 @@
 """PyTorch's blocked CPU kernel (the one under `scaled_dot_product_attention`), called so that it gives the log-sum-exp.
 
 Legend: B batch, T tokens, H query heads, K kv heads, D head size. The operator wants (B, H, T, D) and aligns a causal
-mask at the top left; `ultralong.attention.kernels.adapt` turns the calls it lacks into calls it has.
+mask at the top left; `ultralong.attention.kernels.fallbacks` turns the calls it lacks into calls it has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ultralong.attention.kernels.base import GQA, Kernel
-from ultralong.attention.rule import Rule
+from ultralong.attention.spec import Rule
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

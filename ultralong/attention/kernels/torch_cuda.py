@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, WINDOW, Kernel
 from ultralong.attention.kernels.reference import Reference
-from ultralong.attention.rule import Rule
+from ultralong.attention.spec import Rule
 
 log = logging.getLogger(__name__)
 _aten = torch.ops.aten

@@ -1,0 +1,183 @@
+"""Chat: the mask is the template's, token by token; nothing is guessed; rows hold whole examples."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from ultralong.data.chat.pack import ChatSettings, encode_chat, pack_chat
+from ultralong.data.read.documents import ReadReport
+from ultralong.data.rows.packed_rows import PackedRows
+
+# The shapes of the templates in the field, reduced to what matters here: where a turn ends, and what follows it.
+CHATML = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+MARKED = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+          "{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>"
+          "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+REWRITING = ("{% for m in messages %}<|start|>{{ m['role'] }}\n"
+             "{% if m['role'] == 'assistant' and loop.last %}think: {% endif %}"
+             "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+INSTRUCT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
+            "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}")
+
+TALK = [{"role": "system", "content": "Answer in short."}, {"role": "user", "content": "Where is the key?"},
+        {"role": "assistant", "content": "Under the stone."}, {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "The third one."}]
+
+
+def with_template(tokenizer, template):
+    copy = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301 - our own object
+    copy.chat_template = template
+    return copy
+
+
+def learned(tokenizer, ids, mask):
+    """The stretches of text under the mask."""
+    edges = np.flatnonzero(np.diff([0, *mask, 0]))
+    return [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|end|>"), (MARKED, "<|end|>"), (None, "<|turn|>"),
+                                               (INSTRUCT, "<|eos|>")])
+def test_only_answers_and_their_end_are_learned(tiny_tokenizer, template, end):
+    tokenizer = with_template(tiny_tokenizer, template or tiny_tokenizer.chat_template)
+    ids, mask = encode_chat(tokenizer, TALK)
+    assert ids == list(tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False))
+    assert learned(tokenizer, ids, mask) == [f"Under the stone.{end}", f"The third one.{end}"]
+
+
+TEXT = st.text(alphabet="abcdefg hij\n.", min_size=1, max_size=30).map(str.strip).filter(bool)
+
+
+@given(turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), system=st.none() | TEXT)
+def test_marks_and_prefixes_agree(tiny_tokenizer, turns, system):
+    """The same template with and without generation marks: two independent ways, one mask."""
+    talk = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        talk += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    ids, mask = encode_chat(with_template(tiny_tokenizer, MARKED), talk)
+    other_ids, other_mask = encode_chat(with_template(tiny_tokenizer, CHATML), talk)
+    assert ids == other_ids
+    assert mask == other_mask
+
+
+def test_a_template_that_rewrites_history_is_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        encode_chat(with_template(tiny_tokenizer, REWRITING), TALK)
+    ids, mask = encode_chat(with_template(tiny_tokenizer, REWRITING), TALK[:3])
+    assert learned(tiny_tokenizer, ids, mask) == ["think: Under the stone.<|end|>"]
+
+
+def test_an_answer_that_merges_with_the_prompt_is_refused(tiny_tokenizer):
+    """In ChatML the prompt ends in a line break; with one more at the answer's start, a tokenizer may join the two."""
+    core = Tokenizer(models.BPE({"\n": 0, "\n\n": 1, "<unk>": 2, "a": 3}, [("\n", "\n")], unk_token="<unk>"))
+    joining = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", chat_template=CHATML)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\na"}]
+    with pytest.raises(ValueError, match="merges with the template's text"):
+        encode_chat(joining, talk)
+    talk[1]["content"] = "a"
+    encode_chat(joining, talk)
+
+
+def test_what_the_template_refuses_is_a_reason_not_a_crash(tiny_tokenizer, tmp_path):
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    with pytest.raises(ValueError, match="refuses it: user first"):
+        encode_chat(with_template(tiny_tokenizer, strict), TALK)
+
+
+def test_no_template_is_refused(tiny_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_chat(with_template(tiny_tokenizer, None), TALK)
+    with pytest.raises(ValueError, match="no chat template"):
+        pack_chat([TALK], with_template(tiny_tokenizer, None), tmp_path, ChatSettings(64), quiet=True)
+
+
+@pytest.mark.parametrize(("messages", "reason"), [
+    ([], "no messages"), ("hello", "no messages"),
+    ([{"content": "a"}], "role"), ([{"role": "bot", "content": "a"}], "role"),
+    ([{"role": "user"}], "missing content"), ([{"role": "user", "content": None}], "missing content"),
+    ([{"role": "user", "content": "a"}], "no answer"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "empty answer"),
+    ([{"role": "user", "content": "a<|turn|>"}, {"role": "assistant", "content": "b"}], "control token")])
+def test_malformed_conversations_are_named(tiny_tokenizer, messages, reason):
+    with pytest.raises(ValueError, match=reason):
+        encode_chat(tiny_tokenizer, messages)
+
+
+def talk(words: int, name: str = "x") -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"say {name}"}, {"role": "assistant", "content": " ".join([name] * words)}]
+
+
+def test_rows_hold_whole_examples_once(tiny_tokenizer, tmp_path):
+    talks = [talk(1 + (7 * i) % 20, f"n{i}") for i in range(60)]
+    talks[5] = [{"role": "user", "content": "unanswered"}]
+    talks[9] = talk(300)
+    report = ReadReport()
+    rows = pack_chat(talks, tiny_tokenizer, tmp_path, ChatSettings(128, window_rows=3), report=report, rows_per_shard=4,
+                     quiet=True)
+    assert rows.mask_documents
+    assert report.skipped == {"no answer": 1, "longer than 128 tokens": 1}
+    assert report.examples["no answer"] == ["conversation 5"]
+    seen = []
+    for number in range(len(rows)):
+        row = rows[number]
+        assert row.input_ids.size == 128
+        for place, document in enumerate(row.document_ids):
+            begin, end = row.boundaries[place : place + 2]
+            assert np.array_equal(row.position_ids[begin:end], np.arange(end - begin))
+            if document == -1:
+                assert (row.labels[begin:end] == -100).all()
+                continue
+            seen.append(document)
+            ids, mask = encode_chat(tiny_tokenizer, talks[document])
+            assert row.input_ids[begin:end].tolist() == ids
+            targets = [token if learn else -100 for token, learn in zip(ids[1:], mask[1:], strict=True)]
+            assert row.labels[begin:end].tolist() == [*targets, -100]
+    assert sorted(seen) == [i for i in range(60) if i not in (5, 9)]
+    manifest = rows.manifest
+    assert manifest["target_tokens"] == sum((rows[i].labels != -100).sum() for i in range(len(rows)))
+    assert manifest["document_tokens"] + manifest["padding_tokens"] == 128 * len(rows)
+    assert manifest["padding_tokens"] < 0.1 * 128 * len(rows), "first fit, longest first, fills rows well"
+
+
+def test_chat_rows_resume_to_the_same_bytes(tiny_tokenizer, tmp_path):
+    talks = [talk(1 + i % 20, f"n{i}") for i in range(60)]
+    settings = ChatSettings(128, max_tokens=100)
+    pack_chat(talks, tiny_tokenizer, tmp_path / "a", settings, rows_per_shard=4, quiet=True)
+    pack_chat(talks, tiny_tokenizer, tmp_path / "b", settings, rows_per_shard=4, quiet=True)
+    for name in ("manifest.json", "rows-00002.json"):
+        (tmp_path / "b" / name).unlink()
+    pack_chat(talks, tiny_tokenizer, tmp_path / "b", settings, rows_per_shard=4, quiet=True)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.name != ".lock"} for n in "ab"]
+    assert files[0] == files[1]
+    assert len(PackedRows(tmp_path / "a")) > 8
+    with pytest.raises(ValueError, match="input_sha256"):
+        pack_chat(talks[:-1], tiny_tokenizer, tmp_path / "a", settings, rows_per_shard=4, quiet=True)
+
+
+def test_with_provenance_finished_rows_are_not_made_again(tiny_tokenizer, tmp_path):
+    def unreadable():
+        raise AssertionError("read again")
+        yield
+
+    pack_chat([talk(3)], tiny_tokenizer, tmp_path, ChatSettings(64), provenance={"a": 1}, quiet=True)
+    rows = pack_chat(unreadable(), tiny_tokenizer, tmp_path, ChatSettings(64), provenance={"a": 1}, quiet=True)
+    assert len(rows) == 1
+
+
+def test_nothing_left_is_an_error(tiny_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="no conversation could be used"):
+        pack_chat([talk(300)], tiny_tokenizer, tmp_path, ChatSettings(64), quiet=True)
+
+
+@pytest.mark.parametrize("wrong", [{"length": 1}, {"window_rows": 0}, {"max_tokens": 65}, {"max_tokens": 1}])
+def test_nonsense_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match="must"):
+        ChatSettings(**{"length": 64, **wrong})

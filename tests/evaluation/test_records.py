@@ -1,0 +1,118 @@
+"""Samples and answers in files: continued, not repeated; scored as made."""
+
+import json
+
+import pytest
+from induction import InductionModel
+
+from ultralong.evaluation.runs.records import (
+    answer_tasks,
+    compare_answers,
+    effective_length,
+    mean_by_length,
+    score_file,
+    write_samples,
+)
+from ultralong.utils.files import read_jsonl
+
+# Tests whose answer is a copy of a line of the prompt, which a model of repetition can give.
+TASKS = ("infinitebench_passkey", "infinitebench_number_string")
+
+
+def test_samples_go_on_where_they_stopped(tiny_tokenizer, tmp_path):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    told = write_samples("needle", tiny_tokenizer, 2048, 6, 1, whole, quiet=True)
+    assert told["samples"] == told["made"] == 6
+    assert told["longest"] <= 2048
+    write_samples("needle", tiny_tokenizer, 2048, 2, 1, stopped, quiet=True)
+    with open(stopped, "a") as stream:
+        stream.write('{"task": "needle", "ind')  # a crash in the middle of a line
+    told = write_samples("needle", tiny_tokenizer, 2048, 6, 1, stopped, quiet=True)
+    assert (told["samples"], told["made"]) == (6, 4)
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert write_samples("needle", tiny_tokenizer, 2048, 6, 1, stopped, quiet=True)["made"] == 0
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("length", "seed"), [(2048, 2), (4096, 1)])
+def test_a_file_of_another_run_is_left_alone(tiny_tokenizer, tmp_path, length, seed):
+    out = tmp_path / "samples.jsonl"
+    write_samples("needle", tiny_tokenizer, 2048, 1, 1, out, quiet=True)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="of another run"):
+        write_samples("needle", tiny_tokenizer, length, 3, seed, out, quiet=True)
+    assert out.read_bytes() == before
+
+
+def test_files_of_answers_are_scored(tiny_tokenizer, tmp_path):
+    out = tmp_path / "samples.jsonl"
+    write_samples("needle", tiny_tokenizer, 1024, 4, 1, out, quiet=True)
+    answers = tmp_path / "answers.jsonl"
+    records = read_jsonl(out)
+    answers.write_text("".join(json.dumps({**record, "prediction": f"It is {record['outputs'][0]}." if number else "?"})
+                               + "\n" for number, record in enumerate(records)))
+    assert score_file("needle", answers)["score"] == 75
+    with pytest.raises(ValueError, match="no file"):
+        score_file("needle", tmp_path / "missing.jsonl")
+
+
+def test_a_model_answers_within_its_window_and_a_stopped_run_goes_on(tiny_tokenizer, tmp_path, monkeypatch):
+    model = InductionModel(len(tiny_tokenizer), window=1500)
+    arguments = (model, tiny_tokenizer, TASKS, (1024, 4096), 8, 0)
+    whole = answer_tasks(*arguments, tmp_path / "whole", chat=False, quiet=True)
+    short = [item for item in whole["scores"] if item["length"] == 1024]
+    long = [item for item in whole["scores"] if item["length"] == 4096]
+    assert all(item["score"] == 100 for item in short), short
+    # Samples 0 to 7 put the key into the first eighth of the text, far outside of this model's window.
+    assert all(item["score"] == 0 for item in long), long
+    assert whole["means"] == [{"length": 1024, "tasks": 2, "score": 100.0}, {"length": 4096, "tasks": 2, "score": 0.0}]
+    assert json.loads((tmp_path / "whole" / "scores.json").read_text()) == whole
+    record = read_jsonl(tmp_path / "whole" / "infinitebench_passkey-1024.jsonl")[3]
+    assert "input" not in record
+    assert record["outputs"][0] in record["prediction"]
+
+    answered = []
+    forward = InductionModel.next_token
+
+    def stop_after_a_while(self, tokens):
+        answered.append(1)
+        if len(answered) == 20:
+            raise KeyboardInterrupt
+        return forward(self, tokens)
+
+    monkeypatch.setattr(InductionModel, "next_token", stop_after_a_while)
+    with pytest.raises(KeyboardInterrupt):
+        answer_tasks(*arguments, tmp_path / "stopped", chat=False, quiet=True)
+    first = (tmp_path / "stopped" / "infinitebench_passkey-1024.jsonl").read_bytes()
+    assert 0 < first.count(b"\n") < 8
+    monkeypatch.setattr(InductionModel, "next_token", forward)
+    again = answer_tasks(*arguments, tmp_path / "stopped", chat=False, quiet=True)
+    assert (tmp_path / "stopped" / "infinitebench_passkey-1024.jsonl").read_bytes().startswith(first)
+    assert [item["score"] for item in again["scores"]] == [item["score"] for item in whole["scores"]]
+
+
+def test_means_and_effective_length():
+    scores = [{"task": task, "length": length, "score": score} for task, length, score in
+              (("a", 4096, 100.0), ("b", 4096, 80.0), ("a", 8192, 90.0), ("b", 8192, 50.0), ("a", 16384, 100.0),
+               ("b", 16384, 100.0))]
+    means = mean_by_length(scores)
+    assert [mean["score"] for mean in means] == [90.0, 70.0, 100.0]
+    assert effective_length(means) == 4096, "a dip ends it, whatever comes after"
+    assert effective_length(means, bar=60.0) == 16384
+    assert effective_length(means, bar=95.0) is None
+
+
+def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
+    for name, window in (("short", 700), ("long", None)):
+        answer_tasks(InductionModel(len(tiny_tokenizer), window=window), tiny_tokenizer, TASKS[:1], (1024, 2048), 5, 0,
+                     tmp_path / name, chat=False, quiet=True)
+    one, two = compare_answers(tmp_path / "short", tmp_path / "long")
+    assert (one["task"], one["length"], two["length"], one["n"]) == (TASKS[0], 1024, 2048, 5)
+    assert (two["first"], two["second"], two["difference"], two["low"], two["high"]) == (0, 100, 100, 100, 100)
+    assert [item["difference"] for item in compare_answers(tmp_path / "long", tmp_path / "long")] == [0, 0]
+    answer_tasks(InductionModel(len(tiny_tokenizer)), tiny_tokenizer, TASKS[:1], (1024,), 5, 1, tmp_path / "other",
+                 chat=False, quiet=True)
+    with pytest.raises(ValueError, match="other samples"):
+        compare_answers(tmp_path / "long", tmp_path / "other")
+    with pytest.raises(ValueError, match="no answers to the same test"):
+        compare_answers(tmp_path / "long", tmp_path)

@@ -1,0 +1,82 @@
+"""Engines answer the same prompts alike; vLLM is called as its interface says, here played by the plain model."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ultralong.evaluation.runs.run import RunSettings, run
+from ultralong.inference.engines import OwnEngine, VllmEngine
+from ultralong.inference.generate import generate_greedy
+from ultralong.utils.files import read_jsonl
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model(max_position_embeddings=2048, vocab_size=len(tiny_tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+@pytest.fixture
+def vllm(checkpoint, monkeypatch):
+    """A module with the part of vLLM's interface (0.33) that is used, over the plain model."""
+    calls = []
+
+    class LLM:
+        def __init__(self, model, *, max_model_len, tensor_parallel_size, seed, kv_cache_dtype, max_num_seqs,
+                     enable_prefix_caching, max_num_batched_tokens=None):
+            calls.append({"model": model, "length": max_model_len, "gpus": tensor_parallel_size,
+                          "kv": kv_cache_dtype, "chunk": max_num_batched_tokens})
+
+        def generate(self, prompts, sampling, *, use_tqdm):
+            (prompt,) = prompts
+            ids = torch.tensor([prompt["prompt_token_ids"]])
+            said = generate_greedy(checkpoint[1], ids, sampling.max_tokens)[0]
+            assert sampling.temperature == 0
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=said)], num_cached_tokens=None)]
+
+    module = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return calls
+
+
+def test_both_engines_fill_the_same_records(checkpoint, vllm, tmp_path):
+    tests = ("infinitebench_passkey", "infinitebench_kv_retrieval")
+    wanted = RunSettings(str(checkpoint[0]), tests, (1024,), samples=2)
+    run(wanted, tmp_path / "own", device="cpu", quiet=True)
+    run(replace(wanted, engine="vllm", gpus=2, kv_dtype="fp8", chunk=512), tmp_path / "vllm", quiet=True)
+    assert vllm == [{"model": str(checkpoint[0]), "length": 1024, "gpus": 2, "kv": "fp8", "chunk": 512}]
+    for name in ("infinitebench_passkey-1024.jsonl", "infinitebench_kv_retrieval-1024.jsonl"):
+        own, other = (read_jsonl(tmp_path / folder / name) for folder in ("own", "vllm"))
+        assert [record["prediction"] for record in own] == [record["prediction"] for record in other]
+        assert {record["engine"] for record in own} == {"transformers"}
+        assert {record["engine"] for record in other} == {"vllm"}
+        assert own[0].keys() == other[0].keys()
+    with pytest.raises(ValueError, match="holds a run with engine transformers"):
+        run(replace(wanted, engine="vllm"), tmp_path / "own", quiet=True)
+
+
+def test_vllm_does_not_measure_what_it_cannot(vllm, tmp_path):
+    with pytest.raises(ValueError, match="own forward pass, which vllm does not give"):
+        RunSettings("model", ("needle", "ruler"), engine="vllm")
+    with pytest.raises(ValueError, match="cannot be opened as a checkpoint"):
+        run(RunSettings(str(tmp_path / "missing"), ("ruler_vt",), engine="vllm"), tmp_path / "x", quiet=True)
+
+
+def test_without_vllm_the_error_says_what_to_do(tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"pip install vllm.*--engine"):
+        VllmEngine("model", tiny_tokenizer, 1024)
+
+
+def test_buffers_are_kept_for_one_length_and_made_anew_for_another(make_tiny_model, tiny_tokenizer):
+    engine = OwnEngine(make_tiny_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer)
+    ids = list(range(5, 65))
+    first = engine.answer(ids, 4, 100)
+    assert first[1] == 0
+    assert engine.answer(ids, 4, 100) == (first[0], 59)
+    assert engine.answer(ids, 4, 200) == (first[0], 0)

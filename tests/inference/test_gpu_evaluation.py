@@ -1,0 +1,57 @@
+"""On GPUs: prompts read over one or two of them, from 8 bits too, and prompts answered together, on the miniature."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ultralong import miniature
+from ultralong.attention import NAME
+from ultralong.evaluation.measures.needle import make_needle
+from ultralong.inference.batched import generate_together
+from ultralong.inference.generate import prefill
+from ultralong.inference.long_reader import LongReader
+from ultralong.utils.local_ranks import run_ranks
+
+HAVE = torch.cuda.device_count()
+RANKS = [pytest.param(1, marks=[pytest.mark.gpu, pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")]),
+         pytest.param(2, marks=[pytest.mark.multigpu, pytest.mark.skipif(HAVE < 2, reason="needs two CUDA GPUs")])]
+
+
+def opened():
+    model = AutoModelForCausalLM.from_pretrained(miniature.path(), dtype=torch.bfloat16, attn_implementation=NAME)
+    tokenizer = AutoTokenizer.from_pretrained(miniature.path())
+    return model.cuda().eval(), [make_needle(tokenizer, length, (index + 0.5) / 8, 0, sample=index)
+                                 for index, length in enumerate((512, 500, 431, 512, 256, 300, 512, 477))]
+
+
+def ids_of(needle):
+    return torch.from_numpy(needle.input_ids.astype("int64"))[None].cuda()
+
+
+def read(rank, world, kv):
+    """Needles found, and how far the first prompt's logits are from a plain pass's, in spreads."""
+    model, needles = opened()
+    reader = LongReader(model, 600, dist.group.WORLD if world > 1 else None, kv=kv, chunk=96, quiet=True)
+    logits = reader.prefill(ids_of(needles[0])).float()
+    plain = prefill(model, ids_of(needles[0]))[:, -1].float()
+    found = [reader.generate(ids_of(needle), len(needle.answer_ids), stop=set())[0] == list(needle.answer_ids)
+             for needle in needles]
+    return sum(found), float((logits - plain).abs().mean() / plain.std())
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+@pytest.mark.parametrize("world", RANKS)
+def test_long_prompts_are_read_as_plain_ones(world, kv):
+    for found, apart in run_ranks(read, world, kv, device="cuda"):
+        assert found == 8
+        assert apart < (0.2 if kv == "fp8" else 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")
+def test_prompts_answered_together_are_found():
+    model, needles = opened()
+    said = generate_together(model, [needle.input_ids.tolist() for needle in needles],
+                             [len(needle.answer_ids) for needle in needles], stop=set(), packed=1200)
+    assert said == [list(needle.answer_ids) for needle in needles]

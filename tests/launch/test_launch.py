@@ -1,0 +1,334 @@
+"""Rendered scripts: the same bytes each time, clean bash, values quoted, and runs that survive the loss of a host."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import make_run
+
+from ultralong import __version__
+from ultralong.launch import SCHEDULERS, check, launch
+from ultralong.launch.render import run_name
+from ultralong.training.config import DataSource, ParallelConfig, TrainConfig
+from ultralong.utils import settings
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
+HOSTILE = "runs/it's; a \"$(touch gone)\" `run` \\ *\n#SBATCH --nodes=99"
+
+
+def config(out: str = "runs/llama-1m", **changes) -> TrainConfig:
+    values = {"model": "llama-1m", "data": (DataSource("rows"),), "steps": 120, "rows_per_step": 8, "save_every": 10,
+              "parallel": ParallelConfig(sequence=8)}
+    return TrainConfig(out=out, **(values | changes))
+
+
+def scripts(folder: Path) -> list[Path]:
+    return sorted([*folder.rglob("*.sh"), *folder.rglob("*.sbatch")])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_rendered_files_are_the_golden_ones(tmp_path, scheduler):
+    written = launch(config(), 2, 8, scheduler, tmp_path)
+    golden = {path.name: path.read_text() for path in (GOLDEN / scheduler).iterdir()}
+    found = {path.name: path.read_text().replace(__version__, "VERSION") for path in written}
+    if os.environ.get("ULTRALONG_WRITE_GOLDEN"):
+        for name, text in found.items():
+            (GOLDEN / scheduler / name).write_text(text)
+    assert found == golden, "if the change is meant: ULTRALONG_WRITE_GOLDEN=1 pytest tests/test_launch.py, and read it"
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("out", ["runs/plain", HOSTILE])
+def test_scripts_are_clean(tmp_path, scheduler, nodes, out):
+    launch(config(out), nodes, 8, scheduler, tmp_path)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    for path in scripts(tmp_path):
+        assert os.access(path, os.X_OK)
+        subprocess.run(["bash", "-n", path], check=True)
+        done = subprocess.run([shellcheck, "--severity=style", path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+# Without the control characters that PyYAML itself does not bring back, but with those that end a line.
+PATHS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n\t\r"),
+                min_size=1)
+
+
+@given(out=PATHS)
+def test_values_reach_bash_unchanged(tmp_path_factory, out):
+    folder = tmp_path_factory.mktemp("launch")
+    launch(config(out), 1, 8, "torchrun", folder)
+    text = (folder / "run.sh").read_bytes().decode()
+    values = text[text.index("# ---- Values"):text.index("# ---- Facts")]
+    done = subprocess.run(["bash", "-c", values + '\nprintf "%s" "$run_folder"'], capture_output=True, cwd=folder,
+                          check=True)
+    assert done.stdout.decode() == out
+    assert settings.load(TrainConfig, folder / "config.yaml") == config(out)
+
+
+def test_no_value_of_the_user_becomes_a_directive(tmp_path):
+    launch(config(HOSTILE), 2, 8, "slurm", tmp_path)
+    lines = [line for line in (tmp_path / "job.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    before = (tmp_path / "job.sbatch").read_text().split("set -euo pipefail")[0]
+    assert "#SBATCH --nodes=2" in lines
+    # Slurm stops reading directives at the first command, which comes before any value.
+    assert "nodes=99" not in before
+    assert run_name(config(HOSTILE)) == "it-s-a-touch-gone-run-SBATCH---nodes-99"
+
+
+@pytest.mark.parametrize(("changes", "nodes", "gpus", "scheduler", "message"), [
+    ({}, 2, 8, "lsf", "scheduler 'lsf' is unknown. Use one of: torchrun, slurm, accelerate"),
+    ({}, 0, 8, "slurm", "nodes and gpus_per_node must be 1 or more"),
+    ({}, 3, 4, "slurm", r"12 processes are not a multiple of parallel.sequence \(8\)"),
+    ({"rows_per_step": 3}, 2, 8, "slurm", r"rows_per_step \(3\) is not a multiple of 2 groups.*multiple of 2"),
+])
+def test_what_cannot_run_is_refused_here(tmp_path, changes, nodes, gpus, scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        launch(config(**changes), nodes, gpus, scheduler, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["PYTHON", "WORKDIR", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+                                     "NCCL_SOCKET_IFNAME"])
+def test_a_missing_fact_of_the_site_is_named(tmp_path, missing):
+    launch(config(), 2, 8, "torchrun", tmp_path)
+    facts = {"PYTHON": "python", "WORKDIR": str(tmp_path), "NODE_RANK": "0", "MASTER_ADDR": "host", "MASTER_PORT": "1",
+             "NCCL_SOCKET_IFNAME": "eth0", "PATH": os.environ["PATH"]}
+    del facts[missing]
+    done = subprocess.run([tmp_path / "run.sh"], env=facts, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"{missing}: is " in done.stderr
+
+
+# ---- The check that --dry-run makes.
+
+@pytest.fixture
+def run(tmp_path, tiny_model, tiny_tokenizer):
+    return make_run(tmp_path, tiny_model, tiny_tokenizer)
+
+
+def found(folder: Path, config: TrainConfig, nodes: int = 1, gpus: int = 1) -> dict[str, tuple[bool, str]]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return {finding.name: (finding.good, finding.text) for finding in check(config, nodes, gpus)}
+    finally:
+        os.chdir(before)
+
+
+def test_a_sound_run_passes_every_check(tmp_path, run):
+    findings = found(tmp_path, run)
+    assert all(good for good, _ in findings.values()), findings
+    assert list(findings) == ["mesh", "model", "rows", "sequence", "disk", "resume"]
+    assert "the run reads 8" in findings["rows"][1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("break_it", "name", "message"), [
+    (lambda folder: shutil.rmtree(folder / "model"), "model", "no config.json"),
+    (lambda folder: (folder / "model" / "model.safetensors").unlink(), "model", "lacks 1 of its 1 weight files"),
+    (lambda folder: (folder / "rows" / "manifest.json").unlink(), "rows", "no finished rows"),
+])
+def test_what_is_missing_is_found(tmp_path, run, break_it, name, message):
+    break_it(tmp_path)
+    good, text = found(tmp_path, run)[name]
+    assert not good
+    assert message in text
+
+
+def test_a_window_that_is_too_short_is_found(tmp_path, run):
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 32}))
+    good, text = found(tmp_path, run)["rows"]
+    assert (good, "rows have 64 tokens and the model's window is 32" in text) == (False, True)
+
+
+def test_heads_that_do_not_split_are_found(tmp_path, run):
+    odd = settings.from_mapping(TrainConfig, settings.to_mapping(run) | {
+        "parallel": {"sequence": 3, "scheme": "ulysses"}, "rows_per_step": 3})
+    good, text = found(tmp_path, odd, 1, 3)["sequence"]
+    assert (good, "can't split 4 query and 2 kv heads over 3" in text) == (False, True)
+
+
+def test_a_full_disk_is_found(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    good, text = found(tmp_path, run)["disk"]
+    assert (good, "Free some" in text) == (False, True)
+
+
+def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run):
+    launch(run, 1, 2, "torchrun", tmp_path / "scripts")
+    facts = {"PYTHON": sys.executable, "WORKDIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run([tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ok   ") == 6
+    assert not (tmp_path / "run").exists()
+    shutil.rmtree(tmp_path / "rows")
+    done = subprocess.run([tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, "WRONG rows" in done.stdout) == (1, True)
+
+
+# ---- Slurm, played by small programs on the PATH.
+
+SBATCH = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$SEEN/sbatch"\n'
+SCONTROL = """#!/usr/bin/env bash
+if [[ "$1" == show ]]; then echo host-a; echo host-b; else echo "$*" >> "$SEEN/scontrol"; fi
+"""
+SQUEUE = '#!/usr/bin/env bash\necho "${JOB_STATE:-RUNNING}"\n'
+SRUN = """#!/usr/bin/env bash
+printf "%s\\n" "$@" > "$SEEN/srun"
+env | grep -E '^(MASTER|RUN_ID)' | sort >> "$SEEN/srun"
+if [[ -n "${NEW_CHECKPOINT:-}" ]]; then mkdir -p "$NEW_CHECKPOINT"; fi
+trap 'exit 143' TERM
+if [[ -n "${WAIT:-}" ]]; then touch "$SEEN/waiting"; sleep "$WAIT" & wait $!; fi
+exit "${CODE:-0}"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A launched folder and an environment in which Slurm's commands only write down what they were asked."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "seen").mkdir()
+    for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    launch(config(), 2, 8, "slurm", tmp_path / "scripts")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "PARTITION": "gpu",
+        "ACCOUNT": "an account", "TIME_LIMIT": "24:00:00", "PYTHON": sys.executable, "WORKDIR": str(tmp_path),
+        "NCCL_SOCKET_IFNAME": "eth0", "LAUNCH_DIR": str(tmp_path / "scripts"), "SLURM_JOB_ID": "40007",
+        "SLURM_JOB_NODELIST": "host-[a-b]", "SLURM_CPUS_ON_NODE": "96",
+    }
+    return tmp_path, environment
+
+
+def start_job(folder: Path, environment: dict[str, str], **more: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["bash", folder / "scripts" / "job.sbatch"], env=environment | more, cwd=folder,
+                            stdout=subprocess.DEVNULL)
+
+
+def requeued(folder: Path) -> bool:
+    seen = folder / "seen" / "scontrol"
+    return seen.exists() and "requeue 40007" in seen.read_text()
+
+
+def test_submit_passes_the_facts_of_the_site(slurm):
+    folder, environment = slurm
+    subprocess.run([folder / "scripts" / "submit.sh", "--nice"], env=environment, check=True)
+    seen = (folder / "seen" / "sbatch").read_text().splitlines()
+    pairs = dict(itertools.pairwise(seen))
+    assert (pairs["--partition"], pairs["--account"], pairs["--time"]) == ("gpu", "an account", "24:00:00")
+    assert seen[-2:] == ["--nice", str(folder / "scripts" / "job.sbatch")]
+
+
+def test_a_job_starts_one_agent_a_host_at_one_meeting_place(slurm):
+    folder, environment = slurm
+    assert start_job(folder, environment).wait() == 0
+    seen = (folder / "seen" / "srun").read_text()
+    assert "--ntasks-per-node\n1\n--cpus-per-task\n96\n--cpu-bind\nnone" in seen
+    assert "MASTER_ADDR=host-a\nMASTER_PORT=20007\nRUN_ID=llama-1m-40007-0" in seen
+    assert not requeued(folder)
+
+
+@pytest.mark.parametrize(("more", "expected"), [
+    ({"CODE": "1"}, (1, False)),
+    ({"CODE": "1", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010"}, (0, True)),
+    ({"CODE": "1", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010", "JOB_STATE": "CANCELLED"}, (1, False)),
+    ({"CODE": "0", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010"}, (0, False)),
+])
+def test_a_failed_job_goes_back_only_when_it_got_further(slurm, more, expected):
+    folder, environment = slurm
+    code = start_job(folder, environment, **more).wait()
+    assert (code, requeued(folder)) == expected
+
+
+def test_a_job_near_its_end_stops_its_processes_and_goes_back(slurm):
+    folder, environment = slurm
+    job = start_job(folder, environment, WAIT="120")
+    wait_for(lambda: (folder / "seen" / "waiting").exists(), 60)
+    started = time.perf_counter()
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=100) == 0
+    assert time.perf_counter() - started < 90
+    assert requeued(folder)
+
+
+# ---- Two hosts, played by two agents on this machine.
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_host(folder: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
+    """Start the exported script as host `rank`, at the head of its own process group."""
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(folder), "PYTHON": sys.executable, "WORKDIR": str(folder),
+        "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_ADDR": "127.0.0.1",
+        "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RESTART_DELAY": "1",
+    }
+    with open(folder / f"host-{rank}.log", "ab") as log:
+        return subprocess.Popen([folder / "scripts" / "run.sh"], env=environment, stdout=log, stderr=log,
+                                start_new_session=True)
+
+
+def kill_host(host: subprocess.Popen[bytes]) -> None:
+    """What a host that loses power does: every process of it is gone at once."""
+    found = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True, check=True).stdout
+    for pid, session in (line.split() for line in found.splitlines()):
+        if int(session) == host.pid:
+            os.kill(int(pid), signal.SIGKILL)
+    host.wait()
+
+
+def logged(folder: Path) -> list[dict]:
+    path = folder / "run" / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [1, 0])
+def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_tokenizer, lost):
+    run = make_run(tmp_path, tiny_model, tiny_tokenizer, steps=300, save_every=5, parallel=ParallelConfig(sequence=2))
+    launch(run, 2, 1, "torchrun", tmp_path / "scripts")
+    port = free_port()
+    hosts = [start_host(tmp_path, rank, port) for rank in range(2)]
+    try:
+        wait_for(lambda: len(logged(tmp_path)) >= 8, 120)
+        kill_host(hosts[lost])
+        saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+        assert "step-0000005" <= saved[-1] < "step-0000300", "a host was to be lost in the middle"
+        hosts[lost] = start_host(tmp_path, lost, port)
+        assert [host.wait(timeout=240) for host in hosts] == [0, 0], (tmp_path / f"host-{1 - lost}.log").read_text()
+    finally:
+        for host in hosts:
+            if host.poll() is None:
+                kill_host(host)
+    records = logged(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, run.steps + 1))
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    written = {path.relative_to(tmp_path / "scripts" / "logs").parts[0]
+               for path in (tmp_path / "scripts" / "logs").rglob("stderr.log")}
+    assert written == {"node-0", "node-1"}

@@ -1,0 +1,272 @@
+"""The planner: counted exactly where it counts, and right within a tenth of what a GPU was measured to do."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import LENGTH, make_run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ultralong.planner import load_machine, plan
+from ultralong.planner.fake_attention import NAME, Context, head_loss
+from ultralong.planner.machine import SCALED
+from ultralong.planner.shapes import KNOWN, model_config, shape_of
+from ultralong.planner.trace import _loss, recompute_layers, trace
+from ultralong.planner.tracker import Tracker
+from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
+from ultralong.training.loss import tiled_cross_entropy
+
+RECORDED = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "training_h200.json"
+ROWS = json.loads(RECORDED.read_text())["rows"]
+TINY = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True)
+GIB = 2**30
+
+
+def config(model: str = "HuggingFaceTB/SmolLM2-135M", **changes) -> TrainConfig:
+    values = {"out": "run", "data": (DataSource("rows"),), "steps": 100, "memory": MemoryConfig(checkpoint_layers=True)}
+    return TrainConfig(model=model, **(values | changes))
+
+
+# ---- What is followed.
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_the_tracker_counts_storages_work_and_traffic(fake):
+    mode = FakeTensorMode() if fake else torch.no_grad()
+    with mode, Tracker() as tracker:
+        a = torch.ones(1000, 1000)  # 4 MB written
+        b = a @ a  # two GFLOP
+        view = a.t()[:10]
+        assert (tracker.live, tracker.peak) == (8_000_000, 8_000_000)
+        del a
+        assert tracker.live == 8_000_000, "a view keeps its storage"
+        del view
+        assert tracker.live == 4_000_000
+        b.add_(1.0)  # 4 MB read, 4 MB written, nothing made
+        c = b + b[:1]  # 4 MB and 4 kB read, 4 MB written
+        assert (tracker.live, tracker.peak) == (8_000_000, 8_000_000)
+    assert tracker.multiplied == 2 * 1000**3
+    assert tracker.moved == 4_000_000 + 8_000_000 + 8_004_000
+    assert tracker.operations == 4
+    assert c.shape == (1000, 1000)
+
+
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(checkpoint_layers, dtype):
+    model = AutoModelForCausalLM.from_config(TINY, dtype=torch.float32, attn_implementation=NAME).train()
+    if checkpoint_layers:
+        recompute_layers(model)
+    ids = torch.zeros(2, 256, dtype=torch.int64)
+    with Tracker() as real:
+        _loss(model, ids, dtype, 64, Context(0, 1)).backward()
+    followed = trace(TINY, 256, rows=2, dtype=dtype, checkpoint_layers=checkpoint_layers, loss_tile=64)
+    assert (followed.peak, followed.multiplied, followed.moved) == (real.peak, real.multiplied, real.moved)
+
+
+def test_the_stand_in_for_the_loss_holds_as_much_as_the_loss():
+    peaks = []
+    for loss in (lambda *x: tiled_cross_entropy(x[0], x[1], torch.ones(1024, dtype=torch.int64), 256)[0],
+                 lambda *x: head_loss(x[0], x[1], 256, torch.float32)):
+        hidden = torch.randn(1024, 64, requires_grad=True)
+        weight = torch.randn(8192, 64, requires_grad=True)
+        with Tracker() as tracker:
+            loss(hidden, weight).backward()
+        peaks.append(tracker.peak)
+    tile = 256 * 8192 * 4
+    assert peaks[0] <= peaks[1] <= peaks[0] + 1.1 * tile  # in float32 a CPU's softmax is its gradient: no second tile
+
+
+def test_recomputation_trades_memory_for_products():
+    kept, again = (trace(TINY, 4096, checkpoint_layers=choice, loss_tile=64) for choice in (False, True))
+    assert again.peak < kept.peak / 2
+    # A fourth pass through the layers beside three.
+    assert kept.multiplied < again.multiplied <= kept.multiplied * 4 / 3
+
+
+# ---- What is counted.
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_shapes_have_the_sizes_in_their_names(name):
+    billions = shape_of(model_config(f"{name}-Instruct")).parameters / 1e9
+    said = name.rsplit("-", maxsplit=1)[-1]
+    expected = float(said[:-1]) / (1000 if said.endswith("M") else 1)
+    assert abs(billions / expected - 1) < 0.25, "1B is 1.24 billion, as its makers count"
+
+
+WINDOWS = {"meta-llama/Llama-3.1-8B": 131_072, "meta-llama/Llama-3.2-1B": 131_072, "HuggingFaceTB/SmolLM2-135M": 8192}
+
+
+@pytest.mark.parametrize(("name", "window"), WINDOWS.items())
+def test_without_packed_rows_the_models_window_is_planned_for_and_that_is_said(tmp_path, name, window):
+    run = config(name, data=(DataSource(str(tmp_path / "rows")),))
+    made = plan(run)
+    assert made.tokens == window
+    assert f"No packed rows in {tmp_path / 'rows'}: planned for rows of the model's window" in str(made)
+    asked = plan(run, tokens=4096)
+    assert asked.tokens == 4096
+    assert "No packed rows" not in str(asked)
+
+
+def test_a_model_is_counted_as_it_is_built(tiny_model):
+    shape = shape_of(tiny_model.config)
+    assert shape.parameters == sum(parameter.numel() for parameter in tiny_model.parameters())
+    assert shape.multiplied == shape.parameters, "a tied head is multiplied with"
+    untied = shape_of(model_config("meta-llama/Llama-3.1-8B"))
+    assert untied.parameters - untied.multiplied == 128256 * 4096
+
+
+def test_flops_are_the_ones_that_others_count():
+    shape = shape_of(model_config("meta-llama/Llama-3.1-8B"))
+    # 0.045 TFLOP a token for 7.5 billion parameters, 0.825 for causal attention at 2^20 tokens.
+    assert shape.model_flops(2**20) / 2**20 == pytest.approx(0.870e12, rel=2e-3)
+
+
+# ---- What is said of a run.
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']} at {row['tokens']}")
+def test_the_plan_is_within_a_tenth_of_what_was_measured(row, tmp_path):
+    name = row["model"].split(",")[0]
+    model = model_config(next(known for known in KNOWN if known.endswith(name)))
+    if "layers" in row["model"]:
+        model.num_hidden_layers = int(row["model"].split(",")[1].split()[0])
+    model.save_pretrained(tmp_path)
+    run = config(str(tmp_path), memory=MemoryConfig(checkpoint_layers=row["checkpoint_layers"]),
+                 parallel=ParallelConfig(sequence=row["gpus"]))
+    said = plan(run, row["gpus"], tokens=row["tokens"]).to_dict()
+    assert said["parameters"] == row["parameters"]
+    assert row["planned_peak_gpu_gib"] == pytest.approx(row["peak_gpu_gib"], rel=0.03)
+    assert row["planned_seconds_per_step"] == pytest.approx(row["seconds_per_step"], rel=0.1)
+    # Measured before 0.3, whose loss holds one tile less and moves less: a plan of today is no larger, and little less.
+    assert 0.88 < said["planned_peak_gpu_gib"] / row["peak_gpu_gib"] < 1.03
+    assert said["planned_seconds_per_step"] == pytest.approx(row["seconds_per_step"], rel=0.1)
+    assert said["planned_peak_host_gib"] == pytest.approx(row["peak_host_gib"], rel=0.1)
+    assert said["planned_total_gpu_gib"] >= 0.88 * row["reserved_gpu_gib"]
+
+
+def test_each_line_says_whether_it_was_measured(tmp_path, tiny_model, tiny_tokenizer):
+    run = make_run(tmp_path, tiny_model, tiny_tokenizer, dtype="bfloat16")
+    run = replace(run, model=str(tmp_path / "model"), data=(DataSource(str(tmp_path / "rows")),))
+    made = plan(run, price=2.5)
+    assert made.tokens == LENGTH, "the packed rows say how long they are"
+    assert {line.basis for line in made.lines if line.place == "step"} == {"measured"}
+    for line in made.lines:
+        assert str(line).rstrip().endswith(("measured", "estimated"))
+        assert str(line) in str(made)
+    said = json.loads(json.dumps(made.to_dict()))
+    assert said["planned_total_gpu_gib"] == pytest.approx(sum(
+        line["value"] for line in said["lines"] if line["place"] == "gpu" and line["counts"]) / GIB, abs=1e-3)
+    values = {line.name.split(",")[0]: line.value for line in made.lines}
+    assert values["cost"] == pytest.approx(2.5 * values["GPU time"])
+    assert plan(run, machine="h100").lines[-1].basis == "estimated"
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    TINY.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("sequence", [1, 4])
+def test_the_longest_row_fits_and_a_longer_one_does_not(tiny_folder, sequence):
+    run = config(tiny_folder, parallel=ParallelConfig(sequence=sequence))
+    longest = plan(run, tokens=4096, gpu_memory=4.0).longest
+    assert longest % (1024 * sequence) == 0
+    assert plan(run, tokens=longest, gpu_memory=4.0).fits
+    assert not plan(run, tokens=int(longest * 1.02), gpu_memory=4.0).fits
+
+
+def test_what_does_not_fit_says_what_would(tiny_folder):
+    run = config(tiny_folder, memory=MemoryConfig())
+    tokens = 2 * plan(run, tokens=4096, gpu_memory=2.0).longest
+    refused = plan(run, tokens=tokens, gpu_memory=2.0)
+    assert not refused.fits
+    short, recompute, *_, rows = refused.advice
+    assert "short by" in short
+    assert recompute.startswith("memory.checkpoint_layers=true")
+    assert recompute.endswith("which fits.")
+    assert rows == f"Rows of {refused.longest:,} tokens or fewer fit as it is."
+    assert plan(config(tiny_folder), tokens=tokens, gpu_memory=2.0).fits, "as it was told"
+
+
+def test_gpus_that_share_a_row_are_told_and_are_enough(tiny_folder):
+    run = config(tiny_folder)
+    tokens = 3 * plan(run, tokens=4096, gpu_memory=5.0).longest
+    advice = next(text for text in plan(run, tokens=tokens, gpu_memory=5.0).advice if "parallel.sequence" in text)
+    sequence = int(advice.split("parallel.sequence=")[1].split()[0])
+    assert "fits" in advice
+    assert plan(replace(run, parallel=ParallelConfig(sequence=sequence)), tokens=tokens, gpu_memory=5.0).fits
+
+
+def test_states_that_are_too_much_are_named():
+    advice = plan(config("meta-llama/Llama-3.1-8B"), tokens=8192, gpu_memory=80, host_memory=64).advice
+    assert "Parameters and optimizer states alone take 89.7 GiB" in advice[1]
+    assert "The host's memory is short by 44.2 GiB" in advice[-1]
+
+
+def test_more_gpus_take_less_time_and_attention_goes_with_the_square(tiny_folder):
+    def seconds(name: str, tokens: int, gpus: int = 1) -> float:
+        run = config(tiny_folder, parallel=ParallelConfig(sequence=gpus))
+        return next(line.value for line in plan(run, tokens=tokens).lines if line.name == name)
+
+    name = "attention, backward"
+    assert seconds(name, 2**20) == pytest.approx(4 * seconds(name, 2**19), rel=0.1)
+    assert seconds(name, 2**20, 4) == pytest.approx(seconds(name, 2**20) / 4)
+    assert seconds("exchange between GPUs", 2**20, 4) > 0
+
+
+@pytest.mark.parametrize(("run", "gpus", "message"), [
+    (config(parallel=ParallelConfig(sequence=2)), 3, "3 GPUs are not a multiple of parallel.sequence"),
+    (config(), 2, r"rows_per_step \(1\) is not a multiple of 2 groups"),
+    (config("no/such-model"), 1, "'no/such-model' is neither a model folder"),
+    (config(parallel=ParallelConfig(kernel="flash3")), 1, "No rates of the attention kernel 'flash3' on NVIDIA H200"),
+])
+def test_what_cannot_be_planned_is_refused(run, gpus, message):
+    with pytest.raises(ValueError, match=message):
+        plan(run, gpus, tokens=4096)
+
+
+# ---- Machines.
+
+@pytest.mark.parametrize("name", ["h200", *SCALED])
+def test_machines_have_sane_rates(name):
+    machine = load_machine(name)
+    assert machine.basis == ("measured" if name == "h200" else "estimated")
+    assert machine.peak / 4 < machine.matmul_rate(2048) < machine.peak
+    assert 1e12 < machine.bandwidth < 5e12
+    assert 0 < machine.latency < 2e-5
+    for head_dim in (64, 128):
+        assert all(0 < rate < machine.peak for rate in machine.attention_rates("auto", head_dim, 2**20))
+
+
+@given(st.floats(min_value=1.0, max_value=1e12))
+def test_rates_lie_between_those_that_were_measured(size):
+    machine = load_machine("h200")
+    rates = [rate for _, rate in machine.matmul]
+    assert min(rates) <= machine.matmul_rate(size) <= max(rates)
+    for at, rate in machine.matmul:
+        assert machine.matmul_rate(at) == pytest.approx(rate)
+
+
+def test_a_file_without_rates_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"other\.json holds no rates"):
+        load_machine(str(tmp_path / "other.json"))
+    with pytest.raises(ValueError, match="'h9000' is neither a known machine"):
+        load_machine("h9000")
+
+
+def test_a_machine_measured_here_can_be_planned_with(tmp_path, tiny_folder):
+    from ultralong.bench.rates import main
+
+    main(["--lengths", "64", "--json", str(tmp_path / "here.json")])
+    made = plan(config(tiny_folder, dtype="float32"), machine=str(tmp_path / "here.json"), tokens=1024, gpu_memory=1.0)
+    assert made.seconds_per_step > 0
+    assert {line.basis for line in made.lines if line.place == "step"} == {"measured"}

@@ -1,0 +1,99 @@
+"""Sharded parameters (FSDP2) and the memory plan: the same run, whoever holds what."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import config, curve, made, weights  # noqa: F401 - fixtures
+
+from ultralong.launch.local import start
+from ultralong.training.checkpoint import RunFolder
+from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
+from ultralong.training.loop import train
+from ultralong.utils import settings
+
+PLANS = {
+    "recomputed": MemoryConfig(checkpoint_layers=True),
+    "attention kept": MemoryConfig(checkpoint_layers=True, attention_kept=-1),
+    "attention on the host, inputs too": MemoryConfig(checkpoint_layers=True, attention_kept=1, attention_host=-1,
+                                                      inputs_host=-1, loss_tile=50),
+    "written out, recomputed": MemoryConfig(checkpoint_layers=True, layer_tile=48),
+    "written out, kept": MemoryConfig(checkpoint_layers=True, layer_tile=48, attention_kept=-1, inputs_every=2),
+    "written out, on the host": MemoryConfig(checkpoint_layers=True, layer_tile=48, attention_kept=1, attention_host=1,
+                                             inputs_host=1, inputs_every=3, loss_tile=50),
+}
+
+
+def run(config, folder, processes, **changes):  # noqa: F811
+    changed = replace(config, out=str(folder / "run"), **changes)
+    settings.save(changed, folder / "run.yaml")
+    start(folder / "run.yaml", processes=processes, quiet=True)
+    return changed
+
+
+def assert_same_curves(a, b, steps):
+    assert len(curve(a)) == steps
+    assert curve(a, "targets") == curve(b, "targets")
+    assert curve(a) == pytest.approx(curve(b), rel=5e-5)
+    assert curve(a, "grad_norm") == pytest.approx(curve(b, "grad_norm"), rel=5e-4)
+
+
+@pytest.mark.parametrize(("processes", "sequence", "shard"), [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4), (4, 2, 2)])
+def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_path, processes, sequence, shard):  # noqa: F811
+    """Sequence-parallel 1, 2, 4 and FSDP2 over 1, 2, 4 processes, replicated too: one curve of losses and norms."""
+    kind = "masked" if processes == 4 else "rows"
+    one = replace(config, steps=20, save_every=0, data=(DataSource(str(made / kind)),), out=str(tmp_path / "one"))
+    train(one, quiet=True)
+    many = run(one, tmp_path, processes, parallel=ParallelConfig(sequence=sequence, shard=shard),
+               memory=PLANS["written out, on the host"] if sequence == 2 else MemoryConfig())
+    assert_same_curves(many, one, 20)
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weights(many)[name], weight, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_is_kept_moved_or_recomputed_changes_nothing(config, made, tmp_path, plan):  # noqa: F811
+    for kind in ("rows", "masked"):
+        plain = replace(config, data=(DataSource(str(made / kind)),), out=str(tmp_path / kind))
+        planned = replace(plain, memory=PLANS[plan], out=str(tmp_path / f"{kind} planned"))
+        train(plain, quiet=True)
+        train(planned, quiet=True)
+        assert_same_curves(planned, plain, config.steps)
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
+    """Saved by one process, loaded by two that share the row and the parameters, then by four."""
+    whole = replace(config, out=str(tmp_path / "whole"), steps=9, keep=9)
+    train(whole, quiet=True)
+    meshes = ((3, 2, ParallelConfig(sequence=2, shard=2)), (6, 4, ParallelConfig(sequence=2, shard=4)))
+    before = whole
+    for step, processes, parallel in meshes:
+        after = replace(whole, out=str(tmp_path / f"from {step}"), parallel=parallel)
+        shutil.copytree(before.out, after.out, ignore=shutil.ignore_patterns("model", "result.json"))
+        settings.save(after, tmp_path / "after.yaml")
+        for number, folder in RunFolder(tmp_path / f"from {step}").checkpoints():
+            if number > step:
+                shutil.rmtree(folder)
+        start(tmp_path / "after.yaml", processes=processes, resume=True, quiet=True)
+        assert_same_curves(after, whole, 9)
+        before = after
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"parallel": ParallelConfig(shard=2)}, "parallel.shard is 2, but this run has 1 process"),
+])
+def test_runs_that_cannot_be_are_refused(config, change, said):  # noqa: F811
+    with pytest.raises(ValueError, match=said):
+        train(replace(config, **change), quiet=True)
+
+
+@pytest.mark.parametrize(("plan", "said"), [
+    ({"attention_kept": 1}, "set memory.checkpoint_layers to true"),
+    ({"checkpoint_layers": True, "inputs_every": 4}, "set memory.layer_tile"),
+])
+def test_plans_that_cannot_be_are_refused(plan, said):
+    with pytest.raises(ValueError, match=said):
+        MemoryConfig(**plan)

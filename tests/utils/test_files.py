@@ -1,0 +1,121 @@
+"""Files: whole or not there, readable by others as the umask says, and a log that survives its last line."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultralong.utils.files import TAIL, append_jsonl, atomic_path, read_json, read_jsonl, sha256, write_json, write_text
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                      | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "result.json"
+    write_text(path, "old")
+
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("ne")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_the_new_file_is_not_seen_before_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "folder" / "result.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("all of it")
+        assert not path.exists()
+        assert temporary.parent == path.parent
+    assert path.read_text() == "all of it"
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.txt"
+    write_text(path, "old")
+    script = textwrap.dedent(f"""
+        import os, signal
+        from ultralong.utils.files import atomic_path
+        with atomic_path({str(path)!r}) as temporary:
+            temporary.write_text("n" * 100_000)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "file", "text")
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+@given(VALUES)
+def test_json_comes_back_as_it_went(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"loss": -float("inf")}])
+def test_json_refuses_what_json_cannot_say(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "value.json", value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_broken_json_names_the_file(tmp_path):
+    (tmp_path / "half.json").write_text('{"a": 1')
+    with pytest.raises(ValueError, match=r"half\.json is not valid JSON"):
+        read_json(tmp_path / "half.json")
+
+
+@given(st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=5), st.binary(max_size=12))
+def test_a_log_survives_a_cut_last_line(tmp_path_factory, records, cut):
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    path.touch()
+    for record in records:
+        append_jsonl(path, record)
+    assert read_jsonl(path) == records
+    with open(path, "ab") as stream:
+        stream.write(cut.replace(b"\n", b""))
+    assert read_jsonl(path) == records
+    append_jsonl(path, {"resumed": True})
+    assert read_jsonl(path) == [*records, {"resumed": True}]
+
+
+@pytest.mark.parametrize("length", [TAIL - 1, TAIL, TAIL + 1, 2 * TAIL + 3])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_long_unfinished_line_is_cut_whole(tmp_path, length, before):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"a": 1}\n' * before + b"x" * length)
+    append_jsonl(path, {"b": 2})
+    assert read_jsonl(path) == [{"a": 1}] * before + [{"b": 2}]
+
+
+def test_a_broken_line_inside_a_log_is_an_error(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a":\n{"a": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2"):
+        read_jsonl(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 7])
+def test_sha256_reads_all_of_a_file(tmp_path, size):
+    content = bytes(index % 251 for index in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

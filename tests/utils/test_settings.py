@@ -1,0 +1,83 @@
+"""Settings: strict about keys and types, and a file that is written reads back equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from ultralong.training.config import DataSource, OptimizerConfig, TrainConfig, preset
+from ultralong.utils import settings
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 1.0
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    count: int = 3
+    inner: Inner = field(default_factory=Inner)
+    items: tuple[Inner, ...] = ()
+    maybe: int | None = None
+
+
+def test_reads_nested_values_and_overrides(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("name: x\ninner: {rate: 3e-5}\nitems: [{kind: b}]\n")
+    found = settings.load(Outer, path, ["inner.kind=b", "maybe=7", "count=5"])
+    assert found == Outer("x", 5, Inner(3e-5, "b"), (Inner(1.0, "b"),), 7)
+
+
+def test_what_is_saved_reads_back_equal(tmp_path):
+    config = TrainConfig("m", "o", (DataSource("rows", 0.5),), 7, optimizer=OptimizerConfig(lr=1e-5, betas=(0.8, 0.9)))
+    settings.save(config, tmp_path / "c.yaml", "a header\nof two lines")
+    assert (tmp_path / "c.yaml").read_text().startswith("# a header\n# of two lines\n")
+    assert settings.load(TrainConfig, tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nme: x", "did you mean 'name'"),
+        ("count: 1", "name must be given"),
+        ("name: x\ncount: many", "count must be of type int, found 'many'"),
+        ("name: x\ncount: true", "count must be of type int, found True"),
+        ("name: x\ninner: {kind: c}", "inner: kind must be one of 'a', 'b', found 'c'"),
+        ("name: x\nitems: [{rate: fast}]", r"items\[0\]: rate must be of type float"),
+        ("name: x\nmaybe: soon", "maybe must be of type int, found 'soon'"),
+        ("- a list", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_with_file_and_key(tmp_path, text, said):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        settings.load(Outer, path)
+    assert "bad.yaml" in str(error.value)
+
+
+def test_overrides_need_an_equals_sign_and_groups():
+    with pytest.raises(ValueError, match="key=value"):
+        settings.override({}, ["lr"])
+    with pytest.raises(ValueError, match="not a group"):
+        settings.override({"name": "x"}, ["name.first=y"])
+
+
+def test_a_refusal_of_the_dataclass_itself_names_the_place():
+    with pytest.raises(ValueError, match="where: optimizer: lr must be above 0"):
+        settings.from_mapping(
+            TrainConfig,
+            {"model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "optimizer": {"lr": 0.0}},
+            "where",
+        )
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="neither a settings file nor a preset"):
+        preset("no-such-preset")

@@ -1,0 +1,113 @@
+"""Calls that a kernel lacks, made of calls that it has; every other module computes attention through here.
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size.
+
+In this order: rows of a packed batch are laid end to end; heads are taken in groups where a tensor would outgrow the
+kernel's index; pieces are walked one by one where the kernel has no packed call; a causal rectangle becomes a full
+rectangle and a causal square, joined by their log-sum-exp; kv heads are repeated where the kernel wants as many as
+query heads. Each step only runs when the kernel needs it. The way back is in
+`ultralong.attention.kernels.backward`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, Kernel
+from ultralong.attention.kernels.pieces import each_piece
+from ultralong.attention.lse_merge import accumulator, merge_into
+from ultralong.attention.spec import Rule, Spans
+
+
+def attention_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Attention by one kernel, whatever it lacks.
+
+    Args:
+        kernel: Who computes.
+        q: (B, T_q, H, D).
+        k: (B, T_k, K, D).
+        v: (B, T_k, K, D).
+        rule: Which keys are seen; its pieces, if any, hold for every row of the batch.
+
+    Returns:
+        out (B, T_q, H, D) in q's type and lse (B, H, T_q) in float32 (float64 for float64 input).
+    """
+    if rule.spans is not None and q.shape[0] > 1:
+        rows = q.shape[0]
+        pieces = rule.with_spans(rule.spans.repeat(rows))
+        out, lse = attention_forward(kernel, joined(q), joined(k), joined(v), pieces)
+        return out.unflatten(1, (rows, -1)).squeeze(0), _split_rows(lse, rows)
+    groups = head_groups(kernel, q, k)
+    if len(groups) > 1:
+        parts = [attention_forward(kernel, q[:, :, a:b].contiguous(), k[:, :, c:d].contiguous(),
+                                   v[:, :, c:d].contiguous(), rule) for (a, b), (c, d) in groups]
+        return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 1)
+    if rule.spans is not None and not packed_call(kernel, rule.spans):
+        return _forward_by_piece(kernel, q, k, v, rule)
+    if needs_split(kernel, q, k, rule):
+        return _forward_split(kernel, q, k, v, rule)
+    if q.shape[2] != k.shape[2] and GQA not in kernel.features:
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    return kernel.forward(q, k, v, rule)
+
+
+def joined(x: Tensor) -> Tensor:
+    """Rows of a batch laid end to end."""
+    return x.reshape(1, -1, *x.shape[2:])  # (B, T, H, D) -> (1, B T, H, D)
+
+
+def _split_rows(lse: Tensor, rows: int) -> Tensor:
+    return lse[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (1, H, B T) -> (B, H, T)
+
+
+def packed_call(kernel: Kernel, spans: Spans) -> bool:
+    """Whether a kernel has one call for these pieces."""
+    return VARLEN in kernel.features and (spans.square or BOTTOM_RIGHT in kernel.features)
+
+
+def needs_split(kernel: Kernel, q: Tensor, k: Tensor, rule: Rule) -> bool:
+    """Whether a causal call must become a square and a full rectangle."""
+    return rule.causal and rule.spans is None and q.shape[1] != k.shape[1] and BOTTOM_RIGHT not in kernel.features
+
+
+def clipped(q: Tensor, k: Tensor, rule: Rule) -> bool:
+    """Whether a causal call has keys before its first query."""
+    return rule.causal and rule.window is None and rule.spans is None and q.shape[1] < k.shape[1]
+
+
+def head_groups(kernel: Kernel, q: Tensor, k: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of query heads and of their kv heads, each small enough for the kernel's index."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    most = max(q.numel() // heads, k.numel() // kv_heads)  # elements of one head
+    at_once = max(1, min(heads, kernel.max_elements // max(1, most)))
+    group = heads // kv_heads
+    if at_once >= group:
+        step = at_once // group
+        return [((i * group, min(i + step, kv_heads) * group), (i, min(i + step, kv_heads)))
+                for i in range(0, kv_heads, step)]
+    return [((i, min(i + at_once, (i // group + 1) * group)), (i // group, i // group + 1))
+            for j in range(kv_heads) for i in range(j * group, (j + 1) * group, at_once)]
+
+
+def _forward_by_piece(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
+
+    def work(_: int, rows: slice, keys: slice) -> None:
+        out[:, rows], lse[:, :, rows] = attention_forward(kernel, q[:, rows], k[:, keys], v[:, keys], rule.one_piece())
+
+    each_piece(rule.spans, q, work)
+    return out, lse
+
+
+def _forward_split(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Keys before the first query, all seen, and the causal square after them."""
+    before, dtype = k.shape[1] - q.shape[1], q.dtype
+    if q.device.type == "cpu":  # 16-bit types are no faster there: keep the parts unrounded
+        q, k, v = (x.to(accumulator(dtype)) for x in (q, k, v))
+    square, lse = attention_forward(kernel, q, k[:, before:], v[:, before:], rule)
+    past, past_lse = attention_forward(kernel, q, k[:, :before], v[:, :before], rule.full())
+    out, lse = square.to(accumulator(dtype)), lse.clone()
+    merge_into(out, lse, past, past_lse)
+    return out.to(dtype), lse

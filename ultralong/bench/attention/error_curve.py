@@ -1,0 +1,128 @@
+"""Error of each scheme against exact attention by ranks: `python -m ultralong.bench.attention.error_curve --json FILE`.
+
+Legend: B batch, T tokens, H query heads, K kv heads, D head size, P ranks.
+
+The measure is the root mean square of the error over that of the exact value, which is computed in float64 from the
+same rounded inputs. Ulysses and gathered keys do what one process does, so their curves are flat. A ring joins P
+partial results: in float32 that costs nothing that can be seen; in bfloat16 each partial result comes rounded from its
+kernel, and the curve rises with P and levels off, since each part's weight shrinks as parts are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultralong.attention import make_context
+from ultralong.utils.files import write_json
+from ultralong.utils.local_ranks import run_ranks
+from ultralong.utils.progress import progress
+
+SCHEMES = ("ulysses", "gathered", "ring")
+HEADS, KV_HEADS, HEAD_SIZE = 16, 16, 16
+
+
+@dataclass(frozen=True)
+class ErrorPoint:
+    """Relative root-mean-square error of one scheme, type and number of ranks."""
+
+    scheme: str
+    dtype: str
+    ranks: int
+    out: float
+    dq: float
+    dk: float
+    dv: float
+
+
+def error_curve(ranks: Sequence[int] = (1, 2, 4, 8, 16), *, tokens: int = 512,
+                dtypes: Sequence[str] = ("float32", "bfloat16"), schemes: Sequence[str] = SCHEMES, seeds: int = 3,
+                timeout: float = 600.0) -> list[ErrorPoint]:
+    """Measure on this machine's CPU, with as many processes as ranks.
+
+    Args:
+        ranks: Numbers of ranks; 1 is one process without a scheme.
+        tokens: Length of the row.
+        dtypes: Names of torch types.
+        schemes: Which schemes.
+        seeds: Random inputs whose squared errors are averaged.
+        timeout: Seconds for each number of ranks.
+
+    Returns:
+        A point for every combination; for one rank the scheme is `single`.
+    """
+    points: list[ErrorPoint] = []
+    for world in progress(ranks, desc="error curve", unit="world"):
+        points += run_ranks(_measure, world, tokens, tuple(dtypes), tuple(schemes), seeds, timeout=timeout)[0]
+    return points
+
+
+def _measure(_rank: int, world: int, tokens: int, dtypes: Sequence[str], schemes: Sequence[str],
+             seeds: int) -> list[ErrorPoint]:
+    """One rank's part: every type and scheme at this number of ranks."""
+    points = []
+    for name in dtypes:
+        rows = [_row(seed, tokens, getattr(torch, name)) for seed in range(seeds)]
+        exact = [_whole_row(row) for row in rows]
+        for scheme in schemes if world > 1 else ("single",):
+            errors = torch.stack([_errors(row, wanted, scheme) for row, wanted in zip(rows, exact)])
+            points.append(ErrorPoint(scheme, name, world, *errors.square().mean(0).sqrt().tolist()))
+    return points
+
+
+def _row(seed: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and an output gradient (1, T, heads, D)."""
+    make = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, tokens, heads, HEAD_SIZE, generator=make).to(dtype)
+            for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+
+
+def _whole_row(row: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of one process in float64."""
+    *leaves, dout = (x.double() for x in row)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = make_context(leaves[0].shape[1], kernel="reference", heads=HEADS, kv_heads=KV_HEADS).attend(*leaves)
+    out.backward(dout)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _errors(row: list[Tensor], exact: list[Tensor], scheme: str) -> Tensor:
+    """Relative errors (4,) of output, dq, dk, dv."""
+    group = dist.group.WORLD if dist.get_world_size() > 1 else None
+    context = make_context(row[0].shape[1], group, scheme, heads=HEADS, kv_heads=KV_HEADS)
+    *leaves, dout = (context.shard(x).clone() for x in row)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = context.attend(*leaves)
+    out.backward(dout)
+    found = [context.unshard(x.detach()).double() for x in (out, *(leaf.grad for leaf in leaves))]
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="1,2,4,8,16", help="numbers of ranks (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="length of the row (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the points to this file")
+    arguments = parser.parse_args()
+    points = error_curve([int(part) for part in arguments.ranks.split(",")], tokens=arguments.tokens)
+    names = [field.name for field in fields(ErrorPoint)]
+    print("  ".join(f"{name:>9}" for name in names))
+    for point in points:
+        values = asdict(point).values()
+        print("  ".join(f"{value:9.2e}" if isinstance(value, float) else f"{value:>9}" for value in values))
+    if arguments.json:
+        write_json(arguments.json, {"tokens": arguments.tokens, "torch": torch.__version__,
+                                    "points": [asdict(point) for point in points]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The table and the result file of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultralong.utils.environment import machine_facts
+from ultralong.utils.files import write_json
+
+if TYPE_CHECKING:
+    from ultralong.bench.attention.options import AttentionBench, AttentionResult
+
+HEAD = ("length", "rows", "attention", "kernel", "GPUs", "fwd ms", "bwd ms", "TF/s/GPU", "of one", "overhead ms", "GiB")
+
+
+def table(results: Sequence[AttentionResult]) -> str:
+    """The results as a text table, followed by what could not run and by the errors, where checked."""
+    lines = [HEAD]
+    for r in results:
+        numbers = (r.forward_ms, r.backward_ms, r.tflops, r.of_one, r.overhead_ms, r.peak_gib)
+        shown = ["-" if x is None else f"{x:.3g}" if abs(x) < 10 else f"{x:.1f}" for x in numbers]
+        lines.append((f"{r.tokens:,}", "packed" if r.packed else "whole", r.name, r.kernel, str(r.ranks), *shown))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+    for r in results:
+        where = f"{r.name} {r.kernel} at {r.tokens:,}{' packed' if r.packed else ''}"
+        if r.note:
+            text.append(f"{where}: {r.note}")
+        if r.errors:
+            errors = ", ".join(f"{key} {value:.2e}" for key, value in r.errors.items())
+            text.append(f"{where}: relative error {errors}")
+    return "\n".join(text)
+
+
+def save(path: Path, options: AttentionBench, results: Sequence[AttentionResult]) -> None:
+    """Write machine, options and results as JSON."""
+    write_json(path, {"machine": machine_facts(), "options": asdict(options),
+                      "flop_rule": "causal, 3.5 x 2 n^2 H D for each document, no recomputation counted",
+                      "results": [asdict(result) for result in results]})

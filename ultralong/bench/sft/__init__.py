@@ -1,0 +1,1 @@
+"""What SFT teaches and what it leaves alone."""

@@ -1,0 +1,195 @@
+"""Time and memory of training steps here: `ultralong bench train MODEL --lengths N --json FILE`.
+
+Each case is a real run of the trainer on a model with random weights and rows of random text, in processes of its own,
+so that one that runs out of memory leaves no trace in the next. A step on a short row, which compiles, fills caches and
+makes the optimizer's states, comes before the measured ones. Useful work is causal work without recomputation
+(`ultralong.planner.shapes.Shape.model_flops`), against the 989 TF/s that the datasheet of H100 and H200 gives for
+bfloat16. Beside what is measured stands what `ultralong plan` says of the same config.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ultralong.bench.training.work import WARM, prepare
+from ultralong.planner import plan
+from ultralong.planner.shapes import model_config, shape_of
+from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from ultralong.utils import settings
+from ultralong.utils.environment import machine_facts
+from ultralong.utils.files import read_json, read_jsonl, write_json
+
+DATASHEET_FLOPS = 989e12
+SHOWN = 40  # kernels of a profile that a row keeps
+# Parts of kernels' names; what comes first counts, as attention is made of products too.
+KINDS = {"attention": ("flash", "fmha", "attention", "sdpa"), "exchange between GPUs": ("nccl",),
+         "copies": ("memcpy", "memset"),
+         "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm")}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One run to measure.
+
+    Attributes:
+        model: A model folder, a hub id, or a shape that the planner knows.
+        tokens: Tokens of a row.
+        layers: Decoder layers to keep; None keeps all. A model cut short is named so in its result.
+        gpus: Processes, all of which share a row.
+        sharded: Share the parameters out as well (FSDP2).
+        states: As in `OptimizerConfig`.
+        kernel: As in `ParallelConfig`.
+        stages: As in `ParallelConfig`.
+        memory: As in `MemoryConfig`.
+        fit: Let the planner choose what waits where, within these GiB of a GPU and of host memory for a process.
+        gpu_memory: See `fit`; None is the machine's.
+        host_memory: See `fit`; None moves nothing.
+        steps: Measured steps.
+        profile: Follow one more step and say what its kernels took.
+    """
+
+    model: str
+    tokens: int
+    layers: int | None = None
+    gpus: int = 1
+    sharded: bool = False
+    states: str = "float32"
+    kernel: str = "auto"
+    stages: int | None = None
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(checkpoint_layers=True))
+    fit: bool = False
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+    steps: int = 2
+    profile: bool = False
+
+    @property
+    def name(self) -> str:
+        """The model, and whether it was cut short."""
+        return Path(self.model).name + (f", {self.layers} layers" if self.layers is not None else "")
+
+
+def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = None) -> dict[str, Any]:
+    """Train for some steps and say what they took.
+
+    Args:
+        case: What to train.
+        machine: The planner's machine.
+        folder: Where models and rows are kept for the next case; by default they are made anew and removed.
+
+    Returns:
+        A row with `model`, `parameters`, `tokens`, `gpus`, `gpu`, `seconds_per_step` (the median),
+        `tokens_per_second_per_gpu`, `mfu_causal`, `peak_gpu_gib`, `peak_host_gib`, the planner's of the same, `memory`
+        (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
+        also `kernels`, what they took on the first GPU in one more step, and `kinds`, the same by kind.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        facts = other.submit(machine_facts).result()  # not here: this process must hold no GPU memory beside the run
+    shape = shape_of(_config(case))
+    row = {"model": case.name, "parameters": shape.parameters, "tokens": case.tokens, "gpus": case.gpus,
+           "gpu": facts["device"], "date": facts["date"], "versions": facts["packages"]}
+    with _kept(folder) as place:
+        made = prepare(place, case.model, case.layers, case.tokens)
+        with tempfile.TemporaryDirectory(dir=place) as run:
+            config = _train_config(case, made, Path(run))
+            config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config
+            settings.save(config, Path(run) / "config.yaml")
+            row |= {"sharded": case.sharded, "states": case.states, "kernel": case.kernel, "stages": case.stages,
+                    "memory": settings.to_mapping(config.memory)}
+            with ThreadPoolExecutor(1) as beside:
+                running = beside.submit(_run, case, Path(run), made, shape.model_flops(case.tokens))
+                row |= _planned(config, case, machine)
+                return row | running.result()
+
+
+def _config(case: TrainingCase) -> Any:
+    config = model_config(case.model)
+    if case.layers is not None:
+        config.num_hidden_layers = case.layers
+    return config
+
+
+@contextmanager
+def _kept(folder: Path | None) -> Iterator[Path]:
+    if folder is None:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def _train_config(case: TrainingCase, made: dict[str, str], run: Path) -> TrainConfig:
+    return TrainConfig(
+        model=made["model"], out=str(run / "run"), data=(DataSource(made["rows"]),), steps=case.steps,
+        optimizer=OptimizerConfig(states=case.states), memory=case.memory,
+        parallel=ParallelConfig(sequence=case.gpus, shard=case.gpus if case.sharded else None, kernel=case.kernel,
+                                stages=case.stages))
+
+
+def _fitted(config: TrainConfig, case: TrainingCase, machine: str) -> MemoryConfig:
+    """What the planner chooses."""
+    said = plan(config, case.gpus, machine=machine, fit=True, gpu_memory=case.gpu_memory, host_memory=case.host_memory)
+    return settings.from_mapping(MemoryConfig, said.memory)
+
+
+def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str, float]:
+    """What the plan says of the run, under the names of what is measured."""
+    said = plan(config, case.gpus, machine=machine).to_dict()
+    # Nothing is saved here, which is what would take the rest of the host's memory.
+    saving = sum(line["value"] for line in said["lines"] if line["name"].startswith("copies of model and states"))
+    said["planned_peak_host_gib"] = round(said["planned_peak_host_gib"] - saving / GIB, 3)
+    return {key: value for key, value in said.items() if key.startswith("planned_") and key != "planned_longest_row"}
+
+
+def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> dict[str, Any]:
+    """Start the processes, wait, and read what they left."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
+               "-m", "ultralong.bench.training.work", str(run), made["short"], *(["profile"] if case.profile else [])]
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * case.gpus)))
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return {"note": lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}",
+                "messages": done.stderr[-4000:]}
+    ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
+    seconds = median(record["seconds"] for record in log)
+    kernels = read_json(run / "kernels.json") if case.profile else []
+    return {
+        "seconds_per_step": round(seconds, 4),
+        "tokens_per_second_per_gpu": round(case.tokens / seconds / case.gpus, 1),
+        "mfu_causal": round(flops / seconds / case.gpus / DATASHEET_FLOPS, 4),
+        **{key: round(max(rank[key] for rank in ranks) / GIB, 3) for key in ranks[0]},
+        "steps": [record["seconds"] for record in log], "loss": log[-1]["loss"], "grad_norm": log[-1]["grad_norm"],
+        "warm_up_tokens": WARM, **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
+    }
+
+
+def by_kind(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of kernels by what they are for, told from their names; the most first."""
+    found: dict[str, float] = {}
+    for kernel in kernels:
+        name = kernel["name"].lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "all else")
+        found[kind] = found.get(kind, 0.0) + kernel["seconds"]
+    return {kind: round(took, 4) for kind, took in sorted(found.items(), key=lambda each: -each[1])}
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a file of results; the rows before it stay."""
+    before = read_json(path) if path.exists() else {"rows": []}
+    write_json(path, {**before, "rows": [*before["rows"], row]})

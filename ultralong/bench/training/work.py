@@ -1,0 +1,159 @@
+"""What the processes of a training case do: `python -m ultralong.bench.training.work FOLDER SHORT [profile]`.
+
+The models have random weights and rows of random letters; how long a step takes depends on neither.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ultralong.attention.kernels import flash4_tiles
+from ultralong.data.read.documents import Document
+from ultralong.data.rows.packing import PackSettings, pack
+from ultralong.data.tokens.tokenize import tokenize_corpus
+from ultralong.miniature.tokenizer import train_tokenizer
+from ultralong.planner.shapes import model_config
+from ultralong.training.batches import RowOrder
+from ultralong.training.checkpoint import RunFolder
+from ultralong.training.config import TrainConfig
+from ultralong.training.parallel import connect
+from ultralong.training.step import Run, assemble, reserve_host_memory, take_step
+from ultralong.utils import settings
+from ultralong.utils.files import append_jsonl, write_json
+
+WARM = 2048  # tokens of the row that is trained on first
+WINDOW = 2**24  # of the made models: no row is too long
+
+
+def prepare(folder: Path, model: str, layers: int | None, tokens: int) -> dict[str, str]:
+    """Write a model's config and tokenizer, and rows of random letters, unless they are there.
+
+    Args:
+        folder: Where.
+        model: A model folder, a hub id, or a shape that the planner knows.
+        layers: Decoder layers to keep; None keeps all.
+        tokens: Tokens of a row.
+
+    Returns:
+        The paths of `model`, `rows` and `short` rows.
+    """
+    name = f"{Path(model).name}-{layers or 'all'}"
+    made = {"model": folder / name, "rows": folder / f"rows-{tokens}", "short": folder / f"rows-{WARM}"}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
+        if not (made["model"] / "config.json").exists():
+            other.submit(_make_model, made["model"], model, layers).result()
+        for key, length in (("rows", tokens), ("short", WARM)):
+            if not (made[key] / "manifest.json").exists():
+                other.submit(_make_rows, made[key], made["model"], length).result()
+    return {key: str(path) for key, path in made.items()}
+
+
+def _make_model(folder: Path, model: str, layers: int | None) -> None:
+    config = model_config(model)
+    config.max_position_embeddings = WINDOW
+    if layers is not None:
+        config.num_hidden_layers = layers
+    train_tokenizer(["a b c"], WINDOW).save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def _make_rows(folder: Path, model: Path, length: int) -> None:
+    """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has learnt nothing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, size=2 * length + 16, dtype=np.uint8)
+    letters[::64] = ord("\n")  # words of a length that tokenizers are made for
+    documents = [Document("noise", letters.tobytes().decode("ascii"), "synthetic", "CC0-1.0")]
+    store = tokenize_corpus(documents, tokenizer, folder.with_name(f"{folder.name}-tokens"), quiet=True)
+    pack(store, tokenizer, folder, PackSettings(length=length), quiet=True)
+
+
+def random_model(folder: str, device: torch.device, attention: str = "ultralong",
+                 dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model of a folder's config with random weights, the same in every process, made where it will be used."""
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype,
+                                                attn_implementation=attention).train()
+
+
+def work(folder: Path, short: str, profile: bool = False) -> None:
+    """Train as `folder/config.yaml` says, a short row first; leave the log and this process's peaks in bytes.
+
+    With `profile`, one more step follows, and the first process leaves what its kernels took (`kernels.json`).
+    """
+    config = settings.load(TrainConfig, folder / "config.yaml")
+    with connect(config) as processes:
+        set_seed(config.seed)
+        order = RowOrder(config.data, config.seed, config.steps * config.rows_per_step)
+        warm_data = (replace(config.data[0], rows=short),)
+        warm = RowOrder(warm_data, config.seed, config.rows_per_step)
+        dtype = torch.float32 if config.parallel.shard is None else torch.bfloat16  # as the trainer loads it
+        model = random_model(config.model, processes.accelerator.device, dtype=dtype)
+        run = assemble(config, processes, RunFolder(Path(config.out)), order, model)
+        reserve_host_memory(run)
+        take_step(replace(run, order=warm), 0)
+        with flash4_tiles.everywhere():  # a long row's kernels, compiled here and not in what is timed
+            take_step(replace(run, order=warm), 0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(config.steps):
+            processes.wait()
+            begin = time.perf_counter()
+            record = take_step(run, step)  # ends with numbers read back, so the device is done
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if processes.is_main:
+                append_jsonl(folder / "log.jsonl", {**record, "seconds": round(time.perf_counter() - begin, 4)})
+            _leave_peaks(folder, run.memory.host_bytes)
+        if profile:
+            _leave_kernels(folder, run, config.steps - 1)
+
+
+def _leave_kernels(folder: Path, run: Run, step: int) -> None:
+    """One more step under torch's profiler; seconds by kernel (by operation, without a GPU), the most first."""
+    on_gpu = torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    run.processes.wait()
+    with torch.profiler.profile(activities=[kind]) as found:
+        take_step(run, step)
+        if on_gpu:
+            torch.cuda.synchronize()
+    if not run.processes.is_main:
+        return
+    took = [(each.key, each.count, each.self_device_time_total if on_gpu else each.self_cpu_time_total)
+            for each in found.key_averages()]
+    write_json(folder / "kernels.json", [
+        {"name": name[:200], "calls": calls, "seconds": round(microseconds / 1e6, 6)}
+        for name, calls, microseconds in sorted(took, key=lambda each: -each[2]) if microseconds > 0])
+
+
+def _leave_peaks(folder: Path, pinned: int) -> None:
+    peaks = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "pinned_host_gib": pinned}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        # Whatever the driver counts and the allocator does not is the context, the kernels and the libraries.
+        context = total - free - torch.cuda.memory_reserved()
+        peaks |= {"peak_gpu_gib": torch.cuda.max_memory_allocated(),
+                  "reserved_gpu_gib": torch.cuda.max_memory_reserved(), "context_gpu_gib": context}
+    write_json(folder / f"rank-{os.environ.get('RANK', '0')}.json", peaks)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:])

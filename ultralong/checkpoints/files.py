@@ -1,0 +1,191 @@
+"""The files of a checkpoint folder: which belong to the model, whether they are whole, and how to copy them.
+
+Nothing here loads a tensor. A safetensors file says in its header which tensors it holds and how long it is, which is
+enough to tell a whole file from a cut one and an index that fits its shards from one that doesn't.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralong.utils.files import read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PIECE = 64 << 20  # bytes copied between two movements of the progress bar
+CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+# What a tokenizer, a chat template or a licence lives in. Files of a past training run are no part of the model.
+COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+LEGAL_NAME = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
+TRAINING_LEFTOVERS = re.compile(r"(trainer_state|all_results|(train|eval)_results|extend)\.json")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
+                "USE_POLICY*", "README.md"]
+
+
+def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one as it is, a hub id (`owner/name`) downloaded into the hub's cache.
+
+    Raises:
+        ValueError: There is no such folder and no such model within reach.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{source} is a file. Pass the folder of a checkpoint (the one that holds config.json).")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+        raise ValueError(f"There is no folder {source}. Pass a checkpoint folder or a hub id such as 'owner/name'.")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS,
+                                                      ignore_patterns=["original/*", "consolidated*"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"There is no folder {source}, and the hub gave no model of that name ({reason}). Check the "
+                         "name, log in with `hf auth login` if it is gated, or pass a local folder.") from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the weights, the index of a sharded checkpoint included, after checking them.
+
+    Raises:
+        ValueError: The weights are missing, cut short, in another format, or don't fit their index.
+    """
+    if (folder / SINGLE).exists():
+        _tensors(folder / SINGLE)
+        return [SINGLE]
+    if not (folder / INDEX).exists():
+        raise ValueError(_why_no_weights(folder))
+    weight_map: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+    if missing or not shards:
+        raise ValueError(f"{INDEX} lists {len(shards)} shards, but {_some(missing) or 'none'} "
+                         f"of them can't be found in {folder}. Complete the download.")
+    names = {path.name for path in folder.iterdir()}
+    stray = sorted(name for name in names - set(shards) if SHARD_NAME.fullmatch(name))
+    if stray:
+        raise ValueError(f"{folder} holds shards that {INDEX} doesn't list: {_some(stray)}. Two checkpoints seem to be "
+                         "mixed, or the index is of an older save; save the model again into an empty folder.")
+    held = {(tensor, name) for name in shards for tensor in _tensors(folder / name)}
+    apart = sorted(tensor for tensor, _ in held ^ set(weight_map.items()))
+    if apart:
+        raise ValueError(f"{INDEX} and the shards disagree about {_some(apart)}. Save the model again, so that its "
+                         "index fits its files.")
+    return [INDEX, *shards]
+
+
+def companion_files(folder: Path) -> tuple[list[str], list[str]]:
+    """What goes along with the weights (tokenizer, templates, code, licence), and what is left behind.
+
+    Returns:
+        Two sorted lists of names relative to `folder`. Weights and the model card are in neither.
+    """
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    visible = [name for name in names if not name.startswith(".") and "/." not in name]
+    taken = [name for name in visible if _goes_along(name)]
+    own = {SINGLE, INDEX, "README.md"}
+    left = [name for name in visible if name not in taken and name not in own and not SHARD_NAME.fullmatch(name)]
+    return sorted(taken), sorted(left)
+
+
+def copy_file(source: Path, target: Path, moved: Callable[[int], Any]) -> None:
+    """Copy one file in pieces, within the kernel where it can, and put it on the disk before returning.
+
+    Args:
+        source: File, or link to one (the hub's cache consists of links).
+        target: Its folder is created when missing.
+        moved: Called with the bytes of each piece.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        left = os.fstat(reader.fileno()).st_size
+        while left > 0:
+            count = _copy_piece(reader.fileno(), writer.fileno(), min(PIECE, left))
+            if count == 0:
+                raise ValueError(f"{source} became shorter while being copied. Try again when nothing writes to it.")
+            left -= count
+            moved(count)
+        os.fsync(writer.fileno())
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start a copy that can't end.
+
+    Raises:
+        ValueError: The disk of `folder` has fewer than `needed` bytes left.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"The checkpoint needs {needed / 1e9:.2f} GB at {folder}, where {free / 1e9:.2f} GB are free.")
+
+
+def _copy_piece(reader: int, writer: int, count: int) -> int:
+    try:
+        return os.copy_file_range(reader, writer, count)
+    except OSError as error:
+        if error.errno not in CANNOT_COPY_IN_KERNEL:
+            raise
+    piece = os.read(reader, min(count, 8 << 20))
+    left = memoryview(piece)
+    while left:
+        left = left[os.write(writer, left):]
+    return len(piece)
+
+
+def _goes_along(name: str) -> bool:
+    path = Path(name)
+    if path.parent != Path(".") and path.parts[0] != "additional_chat_templates":
+        return False
+    if TRAINING_LEFTOVERS.fullmatch(name) or name.endswith(".index.json"):
+        return False
+    return path.suffix in COMPANION_SUFFIXES or bool(LEGAL_NAME.match(path.name))
+
+
+def _tensors(path: Path) -> Sequence[str]:
+    """Names of the tensors in a safetensors file, from its header; checks that the file is as long as that says."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_size > min(size - 8, 100 << 20):
+            raise ValueError(f"{path} is not a safetensors file, or was cut off in its header ({size} bytes). If it is "
+                             "a Git LFS pointer, run `git lfs pull`; otherwise download it again.")
+        try:
+            header = json.loads(stream.read(header_size))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} has a damaged safetensors header ({error}). Download it again.") from error
+    header.pop("__metadata__", None)
+    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, but its header describes {expected}: download it again.")
+    return list(header)
+
+
+def _why_no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    convert = "AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(NEW) in transformers writes safetensors"
+    if any(SHARD_NAME.fullmatch(name) for name in names):
+        return f"{folder} holds shards but no {INDEX}. Complete the download: transformers can't open it either."
+    pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
+    if pickled:
+        return (f"The weights in {folder} are pickled ({_some(pickled)}), which can run code when opened. Convert them "
+                f"once: {convert}.")
+    if any(name.endswith(".gguf") for name in names):
+        return f"The weights in {folder} are a GGUF file. Convert them once (pass gguf_file=NAME): {convert}."
+    if "adapter_config.json" in names:
+        return f"{folder} holds an adapter, not a model. Merge it into its base first (peft: merge_and_unload)."
+    return f"{folder} holds no {SINGLE} and no {INDEX}, so it is not a whole checkpoint."
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,155 @@
+"""From a model's config and a target window to the scaling that reaches it, and to the config entries that carry it.
+
+The recipe's rule: a model whose config has the `llama3` type (Llama 3.1 and later) keeps it with a larger factor, which
+is the recipe's YaRN (alpha 1, beta 4) to the last bit; any other model gets transformers' `yarn` type with the same
+alpha and beta. The factor is the target over the window of the *unscaled* pretraining (8,192 for Llama 3.1, although it
+serves 131,072), and replaces a factor that is already there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ultralong.rope import METHODS, RopeScaling, from_config, rope_parameters, window_of
+from ultralong.rope.config import reader
+from ultralong.rope.scaling import require
+
+# vLLM takes the original window times the factor as the longest input of these types.
+SERVED_BY_FACTOR = ("yarn", "linear", "dynamic")
+# In these types transformers (dynamic) and vLLM (both) read max_position_embeddings as the window before scaling.
+KEEPS_OLD_WINDOW = ("linear", "dynamic")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a longer window is asked for with; None leaves the choice to the recipe or to the model's config.
+
+    Attributes:
+        to: Tokens of the new window.
+        method: "auto" for the recipe's rule, or one of `ultralong.rope.METHODS`.
+        factor: Scaling factor; None for `to` over the original window.
+        attention_factor: 1.0 turns YaRN's temperature off; None keeps the method's own, which every server knows.
+        original_window: Tokens of the unscaled pretraining, where the config doesn't tell or tells wrong.
+        theta: A new RoPE base; None keeps the model's.
+        ramp: For "yarn", as in RopeScaling. Only "dimension" can be written with a temperature.
+        alpha: End of the ramp on the slow side, in turns; None for the model's own llama3 value or the recipe's 1.
+        beta: End of the ramp on the fast side, in turns; None for the model's own llama3 value or the recipe's 4.
+        short_factors: For "longrope", as in RopeScaling.
+        long_factors: For "longrope", as in RopeScaling.
+    """
+
+    to: int
+    method: str = "auto"
+    factor: float | None = None
+    attention_factor: float | None = None
+    original_window: int | None = None
+    theta: float | None = None
+    ramp: str = "dimension"
+    alpha: float | None = None
+    beta: float | None = None
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
+
+
+def choose_scaling(config: Any, wish: Extension) -> RopeScaling:
+    """The scaling that gives a model of this config the window asked for.
+
+    Args:
+        config: What `ultralong.rope.from_config` reads.
+        wish: The window, and what is not to be left to the recipe.
+
+    Raises:
+        ValueError: The window is not longer than the one there is, the model has no RoPE that can be rescaled, or the
+            settings contradict each other; the message says which and what to do.
+    """
+    old = from_config(config)
+    require(wish.method == "auto" or wish.method in METHODS,
+            f"RoPE method {wish.method!r} is unknown. Use 'auto' or one of: {', '.join(METHODS)}.")
+    original = wish.original_window or old.original_window
+    if original is None:
+        raise ValueError("the model's linear scaling doesn't record the window of its pretraining. Pass it as "
+                         f"original_window: the {window_of(config):,} tokens in its config may be before or after it.")
+    window = max(window_of(config), int(original * old.factor) if old.method == "linear" else 0)
+    require(wish.to > window, f"the target window of {wish.to:,} tokens is not longer than the {window:,} that the "
+                              "model has already: nothing needs extending.")
+    method = wish.method if wish.method != "auto" else "llama3" if old.method == "llama3" else "yarn"
+    alpha, beta = (old.alpha, old.beta) if method == old.method == "llama3" else (1.0, 4.0)
+    factor = 1.0 if method == "default" else _given(wish.factor, _factor(wish.to, original))
+    scaling = RopeScaling(
+        method=method, head_dim=old.head_dim, theta=_given(wish.theta, old.theta), factor=factor,
+        original_window=original, alpha=_given(wish.alpha, alpha), beta=_given(wish.beta, beta), ramp=wish.ramp,
+        attention_factor=wish.attention_factor, short_factors=wish.short_factors, long_factors=wish.long_factors,
+        partial_rotary_factor=old.partial_rotary_factor)
+    _check_reach(scaling, old, wish)
+    return scaling
+
+
+def config_entries(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]:
+    """What changes in a model's config.json.
+
+    `rope_parameters` is what transformers 5 reads; `rope_theta` and `rope_scaling` say the same to transformers 4 and
+    to servers built on it, which would otherwise fall back to an unscaled table without a word.
+    """
+    written = rope_parameters(scaling)
+    older = {key: value for key, value in written.items() if key != "rope_theta"}
+    unscaled = written["rope_type"] == "default"
+    window_key = getattr(config, "attribute_map", {}).get("max_position_embeddings", "max_position_embeddings")
+    entries = {
+        window_key: scaling.original_window if scaling.method in KEEPS_OLD_WINDOW else to,
+        "rope_parameters": written, "rope_theta": written["rope_theta"], "rope_scaling": None if unscaled else older,
+    }
+    read = reader(config)
+    for key, value in (("rotary_emb_base", written["rope_theta"]),
+                       ("original_max_position_embeddings", scaling.original_window)):
+        if read(key) is not None:
+            entries[key] = value
+    return entries
+
+
+def caveats(config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
+    """What a user of the extended model should know beyond its scaling: one sentence each."""
+    read, old = reader(config), from_config(config)
+    kind, reach = rope_parameters(scaling)["rope_type"], int((scaling.original_window or 0) * scaling.factor)
+    sliding = read("sliding_window") if read("use_sliding_window") is not False else None
+    notes = []
+    if sliding and sliding < to:
+        notes.append(f"Layers attend over a sliding window of {sliding:,} tokens, which rescaling RoPE does not widen.")
+    if scaling.method in KEEPS_OLD_WINDOW:
+        notes.append(f"max_position_embeddings stays at {scaling.original_window:,}: for the {scaling.method} type, "
+                     "transformers and vLLM read it as the window before scaling.")
+    if kind == "yarn" and scaling.attention_factor is not None:
+        notes.append("Older vLLM releases ignore attention_factor and apply YaRN's own temperature instead.")
+    if kind in SERVED_BY_FACTOR and reach > to:
+        notes.append(f"The factor of {scaling.factor:g} is larger than the window needs: vLLM will offer {reach:,} "
+                     "tokens, and transformers warns about it once.")
+    if old.method not in ("default", scaling.method):
+        notes.append(f"The {old.method} scaling that the weights were trained with is replaced by {scaling.method}.")
+    if read("quantization_config"):
+        notes.append("The weights are quantized and copied as they are: they can be served, but not trained in full.")
+    return tuple(notes)
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _factor(to: int, original: int) -> float:
+    """`to / original`, rounded so that the product, cut to whole tokens, reaches `to`: vLLM computes it like that."""
+    factor = to / original
+    while int(original * factor) < to:
+        factor = math.nextafter(factor, math.inf)
+    return factor
+
+
+def _check_reach(scaling: RopeScaling, old: RopeScaling, wish: Extension) -> None:
+    kind = rope_parameters(scaling)["rope_type"]  # raises where transformers can't express the scaling
+    if scaling.method == "default":
+        require(scaling.theta > old.theta and wish.factor is None, "method 'default' extends a window by a larger base "
+                f"alone: pass theta above the model's {old.theta:g}, and no factor.")
+    if kind in SERVED_BY_FACTOR:
+        original = scaling.original_window or 0
+        reach = int(original * scaling.factor)
+        require(reach >= wish.to, f"a factor of {scaling.factor:g} on a window of {original:,} reaches {reach:,}, "
+                f"not the {wish.to:,} tokens asked for. Leave the factor out, or use {wish.to / original:g} or more.")

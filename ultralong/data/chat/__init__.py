@@ -1,0 +1,1 @@
+"""Conversations to tokens and a loss mask, packed into rows."""

@@ -1,0 +1,170 @@
+"""Conversations encoded, counted and, where a recipe says so, sub-sampled: what `chat` packs into rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ultralong.data.chat.subsample import Chosen, Subsample
+from ultralong.data.chat.template import Message, encode_chat
+from ultralong.data.read.conversations import Conversation
+from ultralong.data.read.documents import ReadReport
+from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts
+from ultralong.data.tokens.encoding import token_dtype
+from ultralong.utils.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPOSED = 4  # characters that Unicode's normal form C makes one of at most, as some tokenizers normalise first
+EDGES = (256, 512, 1024, 2048, 4096, 8192)  # of examples, which are far shorter than documents
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded conversation.
+
+    Attributes:
+        number: Its place among the conversations.
+        ids: (tokens,).
+        mask: (tokens,) bool, what is to be learned.
+        conversation: Where it is from.
+    """
+
+    number: int
+    ids: np.ndarray
+    mask: np.ndarray
+    conversation: Conversation
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All examples that will be packed.
+
+    Attributes:
+        examples: In the order of reading.
+        sha256: Over all their ids and masks.
+        sources: For every source: examples, tokens, tokens with a loss, characters, tokens by licence, lengths before
+            and after sub-sampling (at 3.68 characters a token, as those left out are not encoded).
+        subsampled: For every category: seen, wanted, taken; None without sub-sampling.
+    """
+
+    examples: list[Example]
+    sha256: str
+    sources: dict[str, dict[str, Any]]
+    subsampled: dict[str, dict[str, int]] | None
+
+
+def encode_all(
+    conversations: Iterable[Conversation | list[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    report: ReadReport,
+    seed: int,
+    subsample: Subsample | None = None,
+    quiet: bool = False,
+) -> Encoded:
+    """Encode what can be encoded and choose among it.
+
+    Args:
+        conversations: As for `pack_chat`.
+        tokenizer: Has the chat template.
+        limit: Longer examples are left out and counted.
+        report: Where counts go.
+        seed: Decides on sub-sampling.
+        subsample: How many are taken; None takes all.
+        quiet: True shows no progress bar.
+
+    Raises:
+        ValueError: The tokenizer has no template, a category has no share, or nothing is left.
+    """
+    chosen: Chosen[Example] | None = None if subsample is None else Chosen(subsample, seed)
+    lengths: dict[str, LengthCounts] = {}
+    examples: list[Example] = []
+    dtype = token_dtype(len(tokenizer))
+    most = limit * COMPOSED * max(map(len, tokenizer.get_vocab()))
+    for number, item in enumerate(progress(conversations, desc="chat", unit="example", quiet=quiet)):
+        plain = isinstance(item, Conversation)
+        talk = item if plain else Conversation(f"conversation {number}", item)
+        if plain:
+            lengths.setdefault(talk.source, LengthCounts(EDGES)).add(talk.characters / FU_CHARACTERS_PER_TOKEN, 0)
+        if chosen is not None and not chosen.wanted(talk.id, talk.category):
+            continue
+        if sum(len(message["content"].strip()) for message in _turns(talk)) > most:
+            # Ten million characters take minutes to render and to encode, and cannot fit: no token is that long.
+            report.skip(f"longer than {limit} tokens by its characters alone", talk.id)
+            continue
+        example = _encode(talk, number, tokenizer, limit, report, dtype)
+        if example is None:
+            continue
+        if chosen is not None:
+            chosen.add(talk.id, talk.category, number, example)
+        else:
+            examples.append(example)
+    if chosen is not None:
+        examples = chosen.taken()
+    if not examples:
+        raise ValueError(f"no conversation could be used: {report}. Examples: {report.examples}")
+    return Encoded(examples, _digest(examples), _count(examples, lengths, report),
+                   None if chosen is None else chosen.as_json())
+
+
+def _turns(talk: Conversation) -> list[Message]:
+    """The turns that are well formed; `encode_chat` says what is wrong with the others."""
+    turns = talk.messages if isinstance(talk.messages, list) else []
+    return [turn for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
+
+
+def _encode(
+    talk: Conversation, number: int, tokenizer: PreTrainedTokenizerBase, limit: int, report: ReadReport,
+    dtype: np.dtype,
+) -> Example | None:
+    try:
+        ids, mask = encode_chat(tokenizer, talk.messages)
+    except ValueError as error:
+        if tokenizer.chat_template is None:
+            raise
+        report.skip(str(error), talk.id)
+        return None
+    if len(ids) > limit:
+        report.skip(f"longer than {limit} tokens", f"{talk.id} ({len(ids)} tokens)")
+        return None
+    return Example(number, np.array(ids, dtype), np.array(mask, dtype=bool), talk)
+
+
+def _digest(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.number.to_bytes(8, "little") + example.ids.size.to_bytes(8, "little"))
+        digest.update(example.ids.data)
+        digest.update(example.mask.data)
+    return digest.hexdigest()
+
+
+def _count(
+    examples: list[Example], lengths: dict[str, LengthCounts], report: ReadReport
+) -> dict[str, dict[str, Any]]:
+    """What was taken of each source; the report counts it too."""
+    sources: dict[str, dict[str, Any]] = {}
+    for example in examples:
+        talk, tokens = example.conversation, int(example.ids.size)
+        report.documents += 1
+        report.characters += talk.characters
+        row = sources.setdefault(
+            talk.source, {"documents": 0, "tokens": 0, "target_tokens": 0, "characters": 0, "licenses": {}})
+        row["documents"] += 1
+        row["tokens"] += tokens
+        row["target_tokens"] += int(example.mask[1:].sum())
+        row["characters"] += talk.characters
+        row["licenses"][talk.license] = row["licenses"].get(talk.license, 0) + tokens
+        counts = lengths.get(talk.source)
+        if counts is not None:
+            counts.add(talk.characters / FU_CHARACTERS_PER_TOKEN, 1, read=0)
+    for name, counts in lengths.items():
+        sources.setdefault(name, {"documents": 0, "tokens": 0, "target_tokens": 0, "characters": 0, "licenses": {}})
+        sources[name]["lengths"] = counts.as_json()
+    return dict(sorted(sources.items()))

@@ -1,0 +1,1 @@
+"""Documents and conversations from files, archives, registries and data sets."""

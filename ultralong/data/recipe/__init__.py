@@ -1,0 +1,1 @@
+"""From one recipe file to packed rows."""

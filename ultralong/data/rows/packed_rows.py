@@ -1,0 +1,226 @@
+"""Packed rows on disk and how to read them: the one format that training, evaluation and SFT share.
+
+T tokens per row, N documents (or parts of one) in a row.
+
+A folder holds, for every shard of rows, `rows-NNNNN.npy` of shape (rows, T + 1): T inputs and, as the last column, the
+token that follows the row in the stream, so that the row's last input has a target too. The type's largest value means
+"no token". `rows-NNNNN.segments.npy` of shape (segments, 3) lists row, first token and document of every segment; where
+only some tokens are targets (SFT), `rows-NNNNN.targets.npy` of shape (rows, ceil(T / 8)) holds one bit for each input.
+Labels and positions follow from these, so they are made when a row is read and cost no disk.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ultralong.data.tokens.shards import ShardFolder
+from ultralong.utils.files import read_json
+
+FORMAT = "ultralong-rows-1"
+IGNORE = -100  # the label PyTorch's cross entropy leaves out
+PADDING = -1  # the document id of a row's padding
+NPY_HEADER_BYTES = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One packed row as numpy arrays, ready for a model that does not shift labels itself.
+
+    Attributes:
+        input_ids: (T,) int64.
+        labels: (T,) int64; `labels[t]` is the token to predict from `input_ids[: t + 1]`, -100 where there is none.
+        position_ids: (T,) int64; 0..T-1, or starting again at every segment.
+        boundaries: (N + 1,) int32, where segments start, from 0 to T: cumulative lengths as variable-length attention
+            wants them. A separator belongs to the segment before it.
+        document_ids: (N,) int64, the token store's document of each segment (for chat, the example); -1 for padding.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    boundaries: np.ndarray
+    document_ids: np.ndarray
+
+    def document_of_token(self) -> np.ndarray:
+        """(T,) int64: the document id of every token."""
+        return np.repeat(self.document_ids, np.diff(self.boundaries))
+
+
+class PackedRows:
+    """Rows in a folder, read one at a time. `len(rows)`, `rows[i]`; safe to hand to DataLoader workers.
+
+    Args:
+        folder: What `pack` or `pack_chat` wrote.
+
+    Attributes:
+        manifest: Settings, counts, sources and licences.
+        length: Tokens per row, T.
+        mask_documents: True when attention must not cross `row.boundaries`.
+
+    Raises:
+        ValueError: The folder holds no finished rows.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            raise ValueError(
+                f"{folder} holds no finished rows (no manifest.json). Run the packing step again: it "
+                "goes on where it stopped."
+            )
+        self.manifest: dict[str, Any] = read_json(path)
+        if self.manifest.get("format") != FORMAT:
+            raise ValueError(f"{path} is of format {self.manifest.get('format')!r}, expected {FORMAT!r}.")
+        self.length: int = self.manifest["length"]
+        self.mask_documents: bool = self.manifest["mask_documents"]
+        self.restart_positions: bool = self.manifest["positions"] == "document"
+        self._first = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.manifest["rows"]
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._row(self._map(shard), int(index - self._first[shard]))
+
+    def release(self) -> None:
+        """Unmap the shards; they are mapped again when touched."""
+        self._maps.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled as its whole content.
+        return {**self.__dict__, "_maps": {}}
+
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
+        if shard not in self._maps:
+            record = self.manifest["shards"][shard]
+            endings = [name.removeprefix(f"{record['shard']}.").removesuffix("npy") for name in record["files"]]
+            self._maps[shard] = {
+                ending.rstrip("."): np.load(self.folder / f"{record['shard']}.{ending}npy", mmap_mode="r")
+                for ending in endings
+            }
+        return self._maps[shard]
+
+    def _row(self, maps: dict[str, np.ndarray], local: int) -> Row:
+        stored = np.asarray(maps[""][local])  # (T + 1,)
+        low, high = np.searchsorted(maps["segments"][:, 0], [local, local + 1])
+        segments = np.asarray(maps["segments"][low:high])  # (N, 3)
+        starts, documents = segments[:, 1], segments[:, 2].astype(np.int64)
+        boundaries = np.append(starts, self.length).astype(np.int32)
+        labels = stored[1:].astype(np.int64)
+        labels[stored[1:] == np.iinfo(stored.dtype).max] = IGNORE
+        if self.mask_documents:
+            labels[boundaries[1:-1] - 1] = IGNORE
+        if "targets" in maps:
+            labels[np.unpackbits(maps["targets"][local], count=self.length) == 0] = IGNORE
+        if documents[-1] == PADDING:
+            labels[max(0, boundaries[-2] - 1) :] = IGNORE
+        positions = np.arange(self.length, dtype=np.int64)
+        if self.restart_positions:
+            positions -= np.repeat(boundaries[:-1], np.diff(boundaries))
+        return Row(stored[:-1].astype(np.int64), labels, positions, boundaries, documents)
+
+
+class RowWriter:
+    """Writes rows shard by shard through a `ShardFolder`, inside a `with`; only a shard's segment list is in memory.
+
+    Args:
+        folder: Where they go.
+        length: T.
+        dtype: Type of a token id on disk.
+        rows_per_shard: A shard ends after this many rows.
+        number: Number of the first shard to write.
+        targets: True when `append` is given target bits.
+    """
+
+    def __init__(
+        self,
+        folder: ShardFolder,
+        length: int,
+        dtype: np.dtype,
+        rows_per_shard: int,
+        number: int = 0,
+        targets: bool = False,
+    ) -> None:
+        self.folder, self.length, self.dtype = folder, length, dtype
+        self.rows_per_shard, self.number, self.targets = rows_per_shard, number, targets
+        self.stream: BinaryIO | None = None
+        self._reset()
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.folder.partial(self.number, "npy").unlink(missing_ok=True)
+
+    @property
+    def full(self) -> bool:
+        """True when the shard holds all its rows and wants `commit`."""
+        return self.rows == self.rows_per_shard
+
+    def append(
+        self, ids: np.ndarray, starts: list[int], documents: list[int], targets: np.ndarray | None = None
+    ) -> None:
+        """Add one row.
+
+        Args:
+            ids: (T + 1,) of the writer's dtype.
+            starts: First token of each segment; the first is 0.
+            documents: Document of each segment.
+            targets: (T,) bool, which inputs have a target, when the writer was made with `targets`.
+        """
+        assert (ids.shape, ids.dtype, starts[0]) == ((self.length + 1,), self.dtype, 0)
+        if self.stream is None:
+            self.stream = open(self.folder.partial(self.number, "npy"), "wb")  # noqa: SIM115 - closed by commit or exit
+            self.stream.write(bytes(NPY_HEADER_BYTES))
+        self.stream.write(ids.data)
+        self.segments.extend((self.rows, start, document) for start, document in zip(starts, documents, strict=True))
+        if self.targets:
+            assert targets is not None
+            self.bits.append(np.packbits(targets))
+        self.rows += 1
+
+    def commit(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Make the shard whole; the next row opens a new one."""
+        assert self.stream is not None
+        self.stream.seek(0)
+        self.stream.write(_npy_header((self.rows, self.length + 1), self.dtype))
+        self.stream.close()
+        arrays = {"segments.npy": np.array(self.segments, dtype="<i8").reshape(-1, 3)}
+        if self.targets:
+            arrays["targets.npy"] = np.array(self.bits, dtype=np.uint8)
+        for ending, array in arrays.items():
+            with open(self.folder.partial(self.number, ending), "wb") as stream:
+                np.save(stream, array)
+        partials = {ending: self.folder.partial(self.number, ending) for ending in ("npy", *arrays)}
+        record = self.folder.commit(self.number, partials, {"rows": self.rows, **record})
+        self.number += 1
+        self._reset()
+        return record
+
+    def _reset(self) -> None:
+        self.rows = 0
+        self.stream = None
+        self.segments: list[tuple[int, int, int]] = []
+        self.bits: list[np.ndarray] = []
+
+
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """A .npy header of fixed size, so that the number of rows can be filled in after the rows were written."""
+    text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
+    start = b"\x93NUMPY\x01\x00" + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")
+    header = start + text.encode().ljust(NPY_HEADER_BYTES - len(start) - 1) + b"\n"
+    assert len(header) == NPY_HEADER_BYTES
+    return header

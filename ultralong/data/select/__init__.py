@@ -1,0 +1,1 @@
+"""Which documents are kept: length rule, cleaning, overlap with tests."""

@@ -1,0 +1,1 @@
+"""Documents tokenised in parallel into shards with a manifest."""

@@ -1,0 +1,158 @@
+"""Perplexity by position: does the model still gain from what lies far back, or does it break past its old window?
+
+B batch, T tokens, R rows, C bins, d hidden size, V vocabulary.
+
+A mean over a whole document hides the failure it should show: most tokens lie early. Here every position counts in its
+own bin, with an interval over documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ultralong.evaluation.measures.intervals import bootstrap_ratio
+from ultralong.inference.generate import make_cache
+from ultralong.utils.progress import progress
+
+IGNORED = -100
+TILE_LOGITS = 1 << 25  # logits of one tile: 128 MiB in float32
+
+
+def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The model below its head, and the head, checked to give the model's own logits together.
+
+    Raises:
+        ValueError: They do not, as in models that cap or scale their logits.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    probe = torch.arange(1, 5, device=model.device)[None]  # not 0: often padding, whose embedding is 0
+    whole = model(input_ids=probe, use_cache=False).logits
+    parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
+    if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
+        raise ValueError(f"{type(model).__name__} changes its logits after the head, which tiled perplexity would "
+                         "miss. Measure it with the model's own forward pass.")
+    return decoder, head
+
+
+def _tile_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Losses (N,) of hidden states (N, d) against labels (N,), a tile of logits at a time; 0 where ignored."""
+    losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
+    tile = max(1, TILE_LOGITS // head.weight.shape[0])
+    for start in range(0, len(labels), tile):
+        part = slice(start, start + tile)
+        logits = head(hidden[part]).float()  # (tile, V)
+        losses[part] = nn.functional.cross_entropy(logits, labels[part], ignore_index=IGNORED, reduction="none")
+    return losses
+
+
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Loss of every token in nats; logits never exist for more than a tile of tokens.
+
+    Args:
+        model: A causal language model in eval mode.
+        input_ids: (B, T) token ids.
+        labels: (B, T) the token that follows each input, already shifted; -100 where there is none.
+        chunk: Tokens of one pass with a key-value cache; None runs all T at once.
+
+    Returns:
+        (B, T) float32 losses, 0 where the label is -100.
+
+    Raises:
+        ValueError: Shapes that differ, or a model that changes its logits after the head.
+    """
+    if input_ids.shape != labels.shape or input_ids.ndim != 2:
+        raise ValueError(f"Inputs and labels must both be (batch, tokens), got {tuple(input_ids.shape)} and "
+                         f"{tuple(labels.shape)}.")
+    decoder, head = _decoder_and_head(model)
+    batch, tokens = input_ids.shape
+    chunk = tokens if chunk is None else min(chunk, tokens)
+    cache = make_cache(model, tokens) if chunk < tokens else None
+    losses = torch.zeros(batch, tokens, dtype=torch.float32, device=model.device)
+    for start in range(0, tokens, chunk):
+        part = slice(start, start + chunk)
+        options = {} if cache is None else {"past_key_values": cache}
+        hidden = decoder(input_ids=input_ids[:, part].to(model.device), use_cache=cache is not None,
+                         **options).last_hidden_state  # (B, chunk, d)
+        target = labels[:, part].to(model.device)
+        losses[:, part] = _tile_losses(head, hidden.flatten(0, 1), target.flatten()).view(target.shape)
+    return losses
+
+
+def _as_row(row: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Inputs, shifted labels and boundaries of a packed row, or of a plain sequence of token ids."""
+    if hasattr(row, "labels"):
+        return np.asarray(row.input_ids), np.asarray(row.labels), getattr(row, "boundaries", None)
+    tokens = np.asarray(row)
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(f"A row must be a sequence of at least two token ids, got shape {tokens.shape}.")
+    return tokens[:-1], tokens[1:], None
+
+
+def _positions(length: int, boundaries: np.ndarray | None, by: str) -> np.ndarray:
+    """Place of each token in the row, or in its own document."""
+    places = np.arange(length)
+    if by == "row":
+        return places
+    starts = np.asarray([0] if boundaries is None else boundaries[:-1])
+    return places - starts[np.searchsorted(starts, places, side="right") - 1]
+
+
+def perplexity_by_position(model: PreTrainedModel, rows: Sequence[Any], edges: Sequence[int], *, by: str = "row",
+                           chunk: int | None = None, seed: int = 0, level: float = 0.95,
+                           quiet: bool = False) -> list[dict[str, Any]]:
+    """Perplexity in bins of position, with a bootstrap interval over rows.
+
+    A loss counts at the position of the token that predicts, counted from 0: position p is predicted from p + 1 tokens.
+
+    Args:
+        model: A causal language model; it is put into eval mode.
+        rows: Token id sequences (documents), or packed rows with `input_ids` and shifted `labels`.
+        edges: Borders of the bins in tokens, rising; bin i holds positions edges[i] to edges[i + 1] - 1.
+        by: `"row"` counts from the start of the row, `"document"` from the start of the token's own document.
+        chunk: Tokens of one pass; None runs a row at once.
+        seed: Seed of the bootstrap.
+        level: Confidence of the interval, two-sided.
+        quiet: True draws no progress bar.
+
+    Returns:
+        One dictionary a bin that holds tokens: `start`, `end` (tokens, end excluded), `n` (tokens), `rows`, `nll` (mean
+        loss, nats), `perplexity`, and `low` and `high` of the perplexity (None where fewer than two rows reach).
+
+    Raises:
+        ValueError: No rows, edges that do not rise, or another `by`.
+    """
+    borders = np.asarray(edges)
+    if len(borders) < 2 or (np.diff(borders) <= 0).any():
+        raise ValueError(f"edges must rise and hold at least two positions, got {list(edges)[:8]}.")
+    if by not in ("row", "document"):
+        raise ValueError(f"by must be 'row' or 'document', got {by!r}.")
+    if not len(rows):
+        raise ValueError("There are no rows to measure perplexity on.")
+    model.eval()
+    sums, counts = np.zeros((2, len(rows), len(borders) - 1))
+    for index in progress(range(len(rows)), desc="perplexity", unit="row", quiet=quiet):
+        inputs, labels, boundaries = _as_row(rows[index])
+        tensors = [torch.from_numpy(array.astype(np.int64))[None] for array in (inputs, labels)]
+        losses = token_losses(model, *tensors, chunk=chunk)[0].double().cpu().numpy()
+        bins = np.searchsorted(borders, _positions(len(inputs), boundaries, by), side="right") - 1
+        used = (labels != IGNORED) & (bins >= 0) & (bins < sums.shape[1])
+        sums[index] = np.bincount(bins[used], losses[used], minlength=sums.shape[1])
+        counts[index] = np.bincount(bins[used], minlength=sums.shape[1])
+    low, high = bootstrap_ratio(sums, counts, seed=seed, level=level)
+    return [_describe(borders[i], borders[i + 1], sums[:, i], counts[:, i], low[i], high[i])
+            for i in range(sums.shape[1]) if counts[:, i].sum()]
+
+
+def _describe(start: int, end: int, sums: np.ndarray, counts: np.ndarray, low: float, high: float) -> dict[str, Any]:
+    mean = float(sums.sum() / counts.sum())
+    return {"start": int(start), "end": int(end), "n": int(counts.sum()), "rows": int((counts > 0).sum()), "nll": mean,
+            "perplexity": math.exp(mean), "low": None if math.isnan(low) else math.exp(low),
+            "high": None if math.isnan(high) else math.exp(high)}

@@ -1,0 +1,1 @@
+"""Many tests in one resumable run."""

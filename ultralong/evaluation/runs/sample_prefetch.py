@@ -1,0 +1,71 @@
+"""Samples made ahead by other processes, so that a model does not wait for its prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ultralong.evaluation.tasks.samples import make_samples
+
+Pair = tuple[str, int]
+
+
+class Making:
+    """Samples of several tests at several lengths: made here when they are asked for, or ahead by other processes.
+
+    Use it in a `with` block. Ahead, all samples of a run are held in memory (about 5 bytes a token).
+
+    Args:
+        tokenizer: As for `make_samples`.
+        wanted: For each test and length the first sample's number and how many are wanted.
+        seed: As for `make_samples`.
+        workers: Processes; 0 makes samples one by one where they are asked for.
+        questions: For tests on published questions: name of the test to its file.
+        **options: `chat` and `haystack` of `make_samples`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: Mapping[Pair, tuple[int, int]], seed: int, *,
+                 workers: int = 0, questions: Mapping[str, Any] | None = None, **options: Any) -> None:
+        self._wanted = {pair: (first, count) for pair, (first, count) in wanted.items() if count > 0}
+        self._make = functools.partial(_make, tokenizer, seed, dict(questions or {}), options)
+        self._pool: ProcessPoolExecutor | None = None
+        self._futures: dict[Pair, Future[list[dict[str, Any]]]] = {}
+        if workers > 0 and self._wanted:
+            # Not forked: this process may hold a GPU, which a fork could not use or let go.
+            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+            self._futures = {pair: self._pool.submit(_make_list, self._make, pair, *place)
+                             for pair, place in self._wanted.items()}
+
+    def __enter__(self) -> Making:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def of(self, pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
+        """The samples of these tests and lengths, one after the other.
+
+        Raises:
+            ValueError: As for `make_samples`.
+        """
+        for pair in pairs:
+            if pair in self._futures:
+                yield from self._futures.pop(pair).result()
+            elif pair in self._wanted:
+                yield from self._make(pair, *self._wanted[pair])
+
+
+def _make(tokenizer: PreTrainedTokenizerBase, seed: int, questions: Mapping[str, Any], options: Mapping[str, Any],
+          pair: Pair, first: int, count: int) -> Iterator[dict[str, Any]]:
+    task, length = pair
+    return make_samples(task, tokenizer, length, count, seed, first=first, questions=questions.get(task), **options)
+
+
+def _make_list(make: Any, pair: Pair, first: int, count: int) -> list[dict[str, Any]]:
+    return list(make(pair, first, count))

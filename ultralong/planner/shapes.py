@@ -1,0 +1,109 @@
+"""What the planner needs to know about a model: its config, and numbers that follow from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from ultralong.training.throughput import pairs, step_flops
+
+_LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
+_SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
+# Shapes of models that are planned for before anyone has downloaded them.
+KNOWN: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.1-8B": _LLAMA_3 | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "head_dim": 128, "tie_word_embeddings": False},
+    "meta-llama/Llama-3.1-70B": _LLAMA_3 | {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "head_dim": 128, "tie_word_embeddings": False},
+    "meta-llama/Llama-3.2-1B": _LLAMA_3 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "head_dim": 64, "tie_word_embeddings": True},
+    "meta-llama/Llama-3.2-3B": _LLAMA_3 | {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "head_dim": 128, "tie_word_embeddings": True},
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2 | {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64},
+    "HuggingFaceTB/SmolLM2-1.7B": _SMOLLM2 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 64},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model in numbers.
+
+    Attributes:
+        layers: Decoder layers.
+        hidden: Size of the hidden states.
+        heads: Query heads.
+        kv_heads: Kv heads.
+        head_dim: Size of a head.
+        vocabulary: Rows of the head.
+        parameters: All of them, a tied head counted once.
+        multiplied: Parameters that each token is multiplied with: all but an input embedding that is only looked up.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    parameters: int
+    multiplied: int
+
+    def model_flops(self, tokens: int) -> float:
+        """Causal FLOP of a training step on one row of `tokens`, recomputation not counted.
+
+        The rule is the log's (`ultralong.training.throughput`).
+        """
+        return step_flops(self.multiplied, self.layers, self.heads * self.head_dim, tokens, pairs(tokens, None))
+
+
+def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a folder, of a known shape (also with `-Instruct`), or of a hub id.
+
+    Raises:
+        ValueError: There is none to be had.
+    """
+    name = str(model)
+    if (Path(name) / "config.json").is_file():
+        return AutoConfig.from_pretrained(name)
+    if (known := KNOWN.get(name.removesuffix("-Instruct"))) is not None:
+        return LlamaConfig(**known)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"{name!r} is neither a model folder, nor a hub id that can be reached, nor a shape that the "
+                         f"planner knows: {', '.join(KNOWN)}.") from error
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """Count a model from its config, by building it without memory.
+
+    Raises:
+        ValueError: It is not a decoder with attention heads.
+    """
+    text = config.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:
+        raise ValueError(f"{type(config).__name__} has no attention heads; the planner is for transformer decoders.")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Shape(
+        layers=text.num_hidden_layers, hidden=text.hidden_size, heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocabulary=head.shape[0], parameters=parameters,
+        multiplied=parameters if head is embedding else parameters - embedding.numel(),
+    )

@@ -1,0 +1,16 @@
+"""Rotary position scaling: each method as one pure function, and what a model's config says of it."""
+
+from ultralong.rope.frequencies import (
+    METHODS,
+    RopeScaling,
+    attention_factor,
+    from_config,
+    inverse_frequencies,
+    pair_counts,
+    rope_parameters,
+    wavelengths,
+    window_of,
+)
+
+__all__ = ["METHODS", "RopeScaling", "attention_factor", "from_config", "inverse_frequencies", "pair_counts",
+           "rope_parameters", "wavelengths", "window_of"]

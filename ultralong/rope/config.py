@@ -1,0 +1,115 @@
+"""Read the rotary scaling of a model from its config, or say why it can't be read.
+
+A scaling is only returned when `ultralong.rope` reproduces the model's own table from it; everything else is refused by
+name, because a checkpoint written from a misread scaling would open without complaint and answer nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ultralong.rope.scaling import METHODS, RopeScaling, require
+
+READABLE = tuple(method for method in METHODS if method != "ntk")  # a changed base looks like any other base
+# transformers' own defaults where a config leaves them out.
+RAMP_KEYS = {"yarn": (("beta_slow", 1.0), ("beta_fast", 32.0)),
+             "llama3": (("low_freq_factor", 1.0), ("high_freq_factor", 4.0))}
+
+
+def from_config(config: Any) -> RopeScaling:
+    """Read the scaling of a model config.
+
+    Args:
+        config: A transformers config (version 5's `rope_parameters`, or the older `rope_scaling` with `rope_theta`), or
+            a mapping with the same entries.
+
+    Returns:
+        The scaling, with transformers' defaults filled in. The original window is None for "linear", whose configs
+        don't say whether the window they give is the one before or after scaling.
+
+    Raises:
+        ValueError: The model has no RoPE, or one that this library can't reproduce; the message names it.
+    """
+    read = reader(config)
+    entry = _rope_entry(read)
+    found = entry.get("rope_type") or entry.get("type") or "default"
+    method = {"su": "longrope"}.get(found, found)
+    require(method in READABLE, f"RoPE type {found!r} can't be rescaled here. Known types: {', '.join(READABLE)}.")
+    scaling = {"method": method, "head_dim": _head_size(read), "theta": entry["rope_theta"],
+               "partial_rotary_factor": entry["partial_rotary_factor"]}
+    return RopeScaling(**scaling, **_settings(method, entry, read))
+
+
+def window_of(config: Any) -> int:
+    """Tokens that a model with this config is declared to read, as serving programs (vLLM) derive it.
+
+    It is `max_position_embeddings`, but for two methods: "dynamic" keeps the unscaled window there and grows by its
+    factor, and "yarn" counts from its original window, which some configs leave as the only one.
+    """
+    scaling = from_config(config)
+    window = reader(config)("max_position_embeddings")
+    if scaling.method == "dynamic":
+        return int(window * scaling.factor)
+    if scaling.method == "yarn":
+        return max(window, int((scaling.original_window or window) * scaling.factor))
+    return int(window)
+
+
+def reader(config: Any) -> Callable[[str], Any]:
+    """One way to read an entry (None when absent) from a config object and from a mapping."""
+    return config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+
+
+def _settings(method: str, entry: dict[str, Any], read: Callable[[str], Any]) -> dict[str, Any]:
+    """The arguments of RopeScaling that are particular to a method."""
+    window = read("max_position_embeddings")
+    require(window is not None, "the config has no max_position_embeddings, so its window is unknown.")
+    if method == "default":
+        return {"original_window": window}
+    if method == "linear":
+        return {"factor": _entry(entry, "factor", method)}
+    if method == "dynamic":
+        return {"factor": _entry(entry, "factor", method), "original_window": window}
+    # Phi-3 keeps the original window beside its rope entry, and transformers lets that one win.
+    original = read("original_max_position_embeddings") or entry.get("original_max_position_embeddings") or window
+    settings: dict[str, Any] = {"original_window": original, "factor": entry.get("factor") or window / original}
+    if method in RAMP_KEYS:
+        (slow, alpha), (fast, beta) = RAMP_KEYS[method]
+        settings |= {"alpha": entry.get(slow) or alpha, "beta": entry.get(fast) or beta}
+    if method == "yarn":
+        settings |= {"truncate": entry.get("truncate", True), "attention_factor": entry.get("attention_factor")}
+    if method == "longrope":
+        settings |= {"short_factors": tuple(_entry(entry, "short_factor", method)),
+                     "long_factors": tuple(_entry(entry, "long_factor", method)),
+                     "attention_factor": entry.get("attention_factor")}
+    return settings
+
+
+def _rope_entry(read: Callable[[str], Any]) -> dict[str, Any]:
+    """The rope dictionary with its base and rotated share filled in; refuses what is not one table for all layers."""
+    name = f"a model of type {read('model_type')!r}"
+    entry = dict(read("rope_parameters") or read("rope_scaling") or {})
+    layers = [key for key, value in entry.items() if isinstance(value, Mapping)]
+    local = [key for key in ("rope_local_base_freq", "local_rope_theta") if read(key)]
+    require(not layers and not local, f"{name} has more than one RoPE ({', '.join(layers + local)}): its local layers "
+            "must keep their table while the others are scaled, which is not supported.")
+    theta = entry.get("rope_theta") or read("rope_theta") or read("rotary_emb_base")
+    hint = " Its language model is in 'text_config': save that as a model of its own." if read("text_config") else ""
+    require(theta is not None and not read("alibi"), f"{name} has no rotary position embedding (RoPE) in its config, "
+            f"so there is nothing to rescale.{hint}")
+    for key in ("mrope_section", "mscale", "mscale_all_dim"):
+        require(not entry.get(key), f"{name} sets {key} in its RoPE, which changes more than the rotary table; such a "
+                "model is not supported.")
+    share = entry.get("partial_rotary_factor") or read("partial_rotary_factor") or read("rotary_pct") or 1.0
+    return entry | {"rope_theta": float(theta), "partial_rotary_factor": float(share)}
+
+
+def _entry(entry: dict[str, Any], key: str, method: str) -> Any:
+    require(entry.get(key) is not None, f"the config's RoPE type {method!r} lacks {key!r}.")
+    return entry[key]
+
+
+def _head_size(read: Callable[[str], Any]) -> int:
+    # Multi-head latent attention rotates only a part of its head, which its configs call qk_rope_head_dim.
+    return read("qk_rope_head_dim") or read("head_dim") or read("hidden_size") // read("num_attention_heads")

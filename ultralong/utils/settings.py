@@ -1,0 +1,175 @@
+"""Settings: frozen dataclasses read from YAML, changed by `key=value`, written back as the file that repeats a run.
+
+The dataclass is the schema. A key that it does not have, or a value of another type, is an error that names the place
+and what was meant; nothing is guessed and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ultralong.utils.files import write_text
+
+T = TypeVar("T")
+
+
+def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> T:
+    """Read a YAML file into the dataclass `cls`.
+
+    Args:
+        cls: A dataclass, whose fields may be dataclasses.
+        path: The YAML file; it holds a mapping.
+        overrides: `"key=value"` or `"part.key=value"`, applied on top. Values are read as YAML.
+
+    Raises:
+        ValueError: The file is missing or not a mapping, a key is unknown, or a value is of the wrong type or refused
+            by the dataclass itself; the message starts with the file and the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such settings file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, found {type(values).__name__}.")
+    return from_mapping(cls, override(values, overrides), str(path))
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of nested `values` with `"a.b=value"` strings applied.
+
+    Raises:
+        ValueError: A string without `=`, or a path that goes through something that is not a mapping.
+    """
+    changed = _copy(values)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, found {text!r}.")
+        *parents, last = key.split(".")
+        place = changed
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {text}: {parent!r} is not a group of settings.")
+        place[last] = yaml.safe_load(value)
+    return changed
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
+    """Build the dataclass `cls` from nested mappings, checking every key and type.
+
+    Raises:
+        ValueError: See `load`.
+    """
+    hints = get_type_hints(cls)
+    names = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    missing = [name for name, field in names.items() if name not in values and _required(field)]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given.")
+    arguments = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """The nested plain values of a dataclass, as `from_mapping` reads them back."""
+    return _plain(dataclasses.asdict(settings))
+
+
+def save(settings: Any, path: str | os.PathLike[str], header: str = "") -> None:
+    """Write every setting, defaults included, as YAML; `load` reads back an equal dataclass."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    write_text(path, comment + yaml.safe_dump(to_mapping(settings), sort_keys=False, allow_unicode=True))
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}.")
+        return value
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, found {value!r}.")
+        kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} values, found {value!r}.")
+        items = [_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+        return origin(items)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, found {value!r}.")
+        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a group of settings, found {value!r}.")
+        return from_mapping(hint, value, where)
+    return _convert_plain(hint, value, where)
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    errors = []
+    for kind in (kind for kind in kinds if kind is not type(None)):
+        try:
+            return _convert(kind, value, where)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(" Or: ".join(errors))
+
+
+def _convert_plain(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    # YAML 1.1 reads 3e-5 (no dot) as a string, which is how people write learning rates.
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}.")
