@@ -25,9 +25,14 @@ settings.load_profile("ultralong")
 BOS, EOS, START, END, TURN = "<|bos|>", "<|eos|>", "<|start|>", "<|end|>", "<|turn|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    f"{START}" "{{ message['role'] }}" f"{END}\n"
-    "{{ message['content'] | trim }}" f"{TURN}"
-    "{% endfor %}{% if add_generation_prompt %}" f"{START}assistant{END}\n" "{% endif %}"
+    f"{START}"
+    "{{ message['role'] }}"
+    f"{END}\n"
+    "{{ message['content'] | trim }}"
+    f"{TURN}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    f"{START}assistant{END}\n"
+    "{% endif %}"
 )
 TRAINING_TEXT = (
     "The lighthouse keeper wrote in his log that the tide came in at dawn, and that no ship had passed.",
@@ -46,14 +51,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(TRAINING_TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[BOS, EOS, START, END, TURN], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.train_from_iterator(
+        TRAINING_TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=[BOS, EOS, START, END, TURN],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS,
-                                   additional_special_tokens=[START, END, TURN], chat_template=CHAT_TEMPLATE,
-                                   clean_up_tokenization_spaces=False, model_max_length=256)
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[START, END, TURN],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +88,18 @@ def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
 
     def make(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         settings = {
-            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
-            "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": None,
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

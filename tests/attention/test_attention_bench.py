@@ -35,8 +35,21 @@ def test_documents_are_of_mixed_length_and_the_same_each_time(tokens):
 
 
 def test_options_come_from_the_command_line(capsys):
-    options, path = options_from(["--lengths", "131072,524288", "--schemes", "all", "--kernels", "auto,cudnn,flash",
-                                  "--peers", "--json", "out.json", "--budget", "8"])
+    options, path = options_from(
+        [
+            "--lengths",
+            "131072,524288",
+            "--schemes",
+            "all",
+            "--kernels",
+            "auto,cudnn,flash",
+            "--peers",
+            "--json",
+            "out.json",
+            "--budget",
+            "8",
+        ]
+    )
     assert options == AttentionBench(kernels=("auto", "cudnn", "flash"), peers=True, budget=8.0)
     assert path.name == "out.json"
     with pytest.raises(SystemExit):
@@ -107,7 +120,8 @@ def test_a_small_run_on_a_cpu(tmp_path, capsys):
     assert {(r["name"], r["packed"]) for r in measured} == {(n, p) for n in ("single", *SCHEMES) for p in (True, False)}
     assert all(r["forward_ms"] > 0 and r["backward_ms"] > 0 and max(r["errors"].values()) < 1e-6 for r in measured)
     assert {r["name"]: r["note"] for r in results if r["note"]} == dict.fromkeys(
-        PEERS, "peers are measured on two CUDA GPUs or more")
+        PEERS, "peers are measured on two CUDA GPUs or more"
+    )
     for r in measured:
         edges = documents(r["tokens"], 8) if r["packed"] else None
         rate = causal_flops(r["tokens"], 8, 32, edges) / r["ranks"] / (r["forward_ms"] + r["backward_ms"]) / 1e9

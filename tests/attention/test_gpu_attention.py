@@ -39,6 +39,7 @@ def marked(marks):
         for each in marks:
             test = each(test)
         return test
+
     return mark
 
 
@@ -60,8 +61,11 @@ CALLS = {
     "packed": (Rule(scale=0.1, spans=Spans((0, 1, 2, 500, 513, 1000), (0, 1, 2, 500, 513, 1000))), 1000, 1000),
     "packed and clipped": (Rule(scale=0.1, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))), 600, 1000),
     "window": (Rule(scale=0.1, window=100), 1000, 1000),
-    "window, packed and clipped": (Rule(scale=0.1, window=64, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))),
-                                   600, 1000),
+    "window, packed and clipped": (
+        Rule(scale=0.1, window=64, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))),
+        600,
+        1000,
+    ),
     "soft cap": (Rule(scale=0.1, softcap=2.0), 1000, 1000),
 }
 
@@ -98,8 +102,10 @@ def test_backward_takes_a_pair_that_was_merged(name):
     q, k, v, dout = tensors(512, 1024, 8, 2, 128, torch.bfloat16)
     out, lse = attention_forward(kernel, q, k, v, rule)
     dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, rule)
-    a, b = (attention_backward(kernel, dout, q, k[:, part], v[:, part], out, lse, rule)
-            for part in (slice(0, 256), slice(256, 1024)))
+    a, b = (
+        attention_backward(kernel, dout, q, k[:, part], v[:, part], out, lse, rule)
+        for part in (slice(0, 256), slice(256, 1024))
+    )
     assert rms(a[0].float() + b[0].float(), dq) <= 1e-2
     assert rms(torch.cat([a[1], b[1]], 1), dk) <= 1e-3
     assert rms(torch.cat([a[2], b[2]], 1), dv) <= 1e-3
@@ -190,10 +196,21 @@ def test_shares_of_two_calls_are_as_exact_as_one_call(name, size):
     out, lse = attention_forward(kernel, q, k, v, whole)
     once = attention_backward(kernel, dout, q, k, v, out, lse, whole)[1:]
     half, total = 2048, torch.zeros(2, *k.shape, device="cuda")
-    for rows, keys, rule in ((slice(0, half), slice(0, half), whole), (slice(half, None), slice(half, None), whole),
-                             (slice(half, None), slice(0, half), full)):
-        add_backward(kernel, *(x[:, rows].contiguous() for x in (dout, q)), k[:, keys], v[:, keys],
-                     out[:, rows].contiguous(), lse[:, :, rows].contiguous(), rule, *total[:, :, keys])
+    for rows, keys, rule in (
+        (slice(0, half), slice(0, half), whole),
+        (slice(half, None), slice(half, None), whole),
+        (slice(half, None), slice(0, half), full),
+    ):
+        add_backward(
+            kernel,
+            *(x[:, rows].contiguous() for x in (dout, q)),
+            k[:, keys],
+            v[:, keys],
+            out[:, rows].contiguous(),
+            lse[:, :, rows].contiguous(),
+            rule,
+            *total[:, :, keys],
+        )
     ratios = [rms(found.to(torch.bfloat16), right) / rms(one, right) for found, one, right in zip(total, once, wanted)]
     print(name, size, *(f"{ratio:.3f}" for ratio in ratios))
     assert max(ratios) <= (1.3 if name == "flash3" else 1.1)
@@ -226,10 +243,12 @@ def errors_of_some_rows(kernel, tokens, heads, kv_heads):
         p, grad = scores.softmax(-1), grad.float()
         exact = torch.einsum("rgt,td->rgd", p, values)
         ds = p * (torch.einsum("rgd,td->rgt", grad, values) - (grad * exact).sum(-1, keepdim=True)) * rule.scale
-        for part, found, right in (("out", out[0, rows, of], exact),
-                                   ("dq", dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)),
-                                   ("dk", dk[0, :, kv], torch.einsum("rgt,rgd->td", ds, queries)),
-                                   ("dv", dv[0, :, kv], torch.einsum("rgt,rgd->td", p, grad))):
+        for part, found, right in (
+            ("out", out[0, rows, of], exact),
+            ("dq", dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)),
+            ("dk", dk[0, :, kv], torch.einsum("rgt,rgd->td", ds, queries)),
+            ("dv", dv[0, :, kv], torch.einsum("rgt,rgd->td", p, grad)),
+        ):
             worst[part] = max(worst.get(part, 0.0), rms(found, right))
     return worst | {"planted": rms(out[0, -1, ::group], v[0, planted])}
 
@@ -259,8 +278,9 @@ def scheme_errors(rank, world, name, lengths, dtype):
             for scheme in SCHEMES:
                 choose.choose_layout.cache_clear()
                 with patch.object(choose, "balanced", partial(by_documents, heavy=0.1, order=1)):
-                    context = make_context(tokens, torch.distributed.group.WORLD, scheme, name, edges, heads=8,
-                                           kv_heads=2)
+                    context = make_context(
+                        tokens, torch.distributed.group.WORLD, scheme, name, edges, heads=8, kv_heads=2
+                    )
                 assert context.exchanges
                 found[tokens, packed, scheme] = relative_errors(context, row, exact)
     return found
@@ -272,8 +292,11 @@ def scheme_errors(rank, world, name, lengths, dtype):
 def test_schemes_are_as_exact_as_their_kernel(name, lengths):
     """Error against float32 at most 1.1 times the kernel's own; flash-attn 3 rounds each call's dk and dv once more."""
     found = run_ranks(scheme_errors, 2, name, lengths, "bfloat16", device="cuda", timeout=300)[0]
-    ratios = {(*key, part): error / found[*key[:2], "single"][part]
-              for key, errors in found.items() for part, error in errors.items()}
+    ratios = {
+        (*key, part): error / found[*key[:2], "single"][part]
+        for key, errors in found.items()
+        for part, error in errors.items()
+    }
     print(name, *(f"{key}: {ratio:.3f}" for key, ratio in ratios.items()), sep="\n")
     limit = {key: 1.3 if name == "flash3" and key[3] in ("dk", "dv") and key[2] != "ulysses" else 1.1 for key in ratios}
     assert {key: ratio for key, ratio in ratios.items() if ratio > limit[key]} == {}
@@ -290,8 +313,9 @@ def leak(rank, world, name, masked):
     """For every scheme: whether document B's output is the same to the last bit after document A has changed."""
     same = {}
     for scheme in SCHEMES:
-        context = make_context(3000, torch.distributed.group.WORLD, scheme, name, (0, 1100, 3000) if masked else None,
-                               heads=8, kv_heads=2)
+        context = make_context(
+            3000, torch.distributed.group.WORLD, scheme, name, (0, 1100, 3000) if masked else None, heads=8, kv_heads=2
+        )
         outs = []
         for change in (0.0, 1.0):
             q, k, v, _ = tensors(3000, 3000, 8, 2, 128, torch.bfloat16)

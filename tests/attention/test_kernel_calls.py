@@ -51,8 +51,12 @@ def backward(dout, q, k, v, out, lse, rule, edges=None):
     assert all(x.is_contiguous() for x in (dout, out, lse))
     if edges is None:
         return PLAIN.backward(dout, q, k, v, out, lse, rule)
-    parts = each_piece(lambda x, at, r: PLAIN.backward(*x, lse[None, :, slice(*at)], r),
-                       [(dout, 0), (q, 0), (k, 1), (v, 1), (out, 0)], edges, rule)
+    parts = each_piece(
+        lambda x, at, r: PLAIN.backward(*x, lse[None, :, slice(*at)], r),
+        [(dout, 0), (q, 0), (k, 1), (v, 1), (out, 0)],
+        edges,
+        rule,
+    )
     return tuple(torch.cat([grads[i][0] for grads in parts]) for i in range(3))
 
 
@@ -74,10 +78,27 @@ def edges_of(cu_q, cu_k, max_q, max_k):
 # --- flash-attn 4 ---
 
 
-def fa4_forward(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
-                max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
-                causal=False, softcap=None, window_size_left=None, window_size_right=None, tile_mn=None,
-                return_lse=False):
+def fa4_forward(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    softcap=None,
+    window_size_left=None,
+    window_size_right=None,
+    tile_mn=None,
+    return_lse=False,
+):
     TILES.append(tile_mn)
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, lse = forward(q, k, v, rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
@@ -99,9 +120,26 @@ def _tile_size_bwd_sm90(head_dim, head_dim_v, causal, local, sparse_block_size_q
     return Tile(64)
 
 
-def fa4_backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-                 window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                 dq=None, dk=None, dv=None):
+def fa4_backward(
+    q,
+    k,
+    v,
+    out,
+    dout,
+    lse,
+    softmax_scale=None,
+    causal=False,
+    softcap=0.0,
+    window_size_left=None,
+    window_size_right=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    dq=None,
+    dk=None,
+    dv=None,
+):
     """With grouped heads dK and dV go through buffers of sums, as in the package."""
     TILES.append(_tile_size_bwd_sm90(q.shape[-1], v.shape[-1], causal, False, sparse_block_size_q=None))
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -114,8 +152,9 @@ def fa4_backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, soft
     _bwd_postprocess_convert(grads[0], dq, 1.0, cu_seqlens_q, None, 90, None, 64, 64, 256, 1, False)
     for place, grad, scale in ((dk, grads[1], softmax_scale), (dv, grads[2], 1.0)):
         sums = hopper_sums(grad / scale, cu_seqlens_k)
-        _bwd_postprocess_convert(sums, place, scale, cu_seqlens_k, None, 90, None, q.shape[-1], 128, 256, 2, False,
-                                 cluster_size=1)
+        _bwd_postprocess_convert(
+            sums, place, scale, cu_seqlens_k, None, 90, None, q.shape[-1], 128, 256, 2, False, cluster_size=1
+        )
     return dq, dk, dv
 
 
@@ -142,8 +181,22 @@ def hopper_sums(grad, cu_seqlens):
     return buffer
 
 
-def _bwd_postprocess_convert(accum, output, scale, cu_seqlens, seqused, arch, dtype, hdim, block_size, num_threads,
-                             atom_layout, swap_ab, use_2cta_instrs=False, cluster_size=1):
+def _bwd_postprocess_convert(
+    accum,
+    output,
+    scale,
+    cu_seqlens,
+    seqused,
+    arch,
+    dtype,
+    hdim,
+    block_size,
+    num_threads,
+    atom_layout,
+    swap_ab,
+    use_2cta_instrs=False,
+    cluster_size=1,
+):
     """Scales, rounds and puts in order: looked up, where the buffer is one of sums."""
     if block_size != 128:
         output.copy_(accum)
@@ -161,32 +214,107 @@ def _bwd_postprocess_convert(accum, output, scale, cu_seqlens, seqused, arch, dt
 # --- flash-attn 3 ---
 
 
-def fa3_forward(q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
-                cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0):
+def fa3_forward(
+    q,
+    k,
+    v,
+    k_new=None,
+    v_new=None,
+    qv=None,
+    out_=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    cu_seqlens_k_new=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    softmax_scale=None,
+    causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    softcap=0.0,
+):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, lse = forward(q, k, v, rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
     return out, lse, torch.empty(0), torch.empty(0)
 
 
-def fa3_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
-                 max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-                 window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
+def fa3_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    sequed_q=None,
+    sequed_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    dq=None,
+    dk=None,
+    dv=None,
+    softmax_scale=None,
+    is_causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    softcap=0.0,
+    deterministic=False,
+    sm_margin=0,
+):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = rule_of(softmax_scale, is_causal, window_size_left, window_size_right, softcap)
     for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule, edges)):
         place.copy_(grad)
 
 
-def fa3_old_forward(q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
-                    max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, causal=False, window_size=(-1, -1),
-                    softcap=0.0):
+def fa3_old_forward(
+    q,
+    k,
+    v,
+    k_new,
+    v_new,
+    qv,
+    out,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    cu_seqlens_k_new,
+    seqused_q,
+    seqused_k,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return forward(q, k, v, rule_of(softmax_scale, causal, *window_size, softcap), edges)
 
 
-def fa3_old_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q,
-                     max_seqlen_k, dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0):
+def fa3_old_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    sequed_q,
+    sequed_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dq,
+    dk,
+    dv,
+    softmax_scale,
+    causal,
+    window_size=(-1, -1),
+    softcap=0.0,
+):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = rule_of(softmax_scale, causal, *window_size, softcap)
     for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule, edges)):
@@ -196,32 +324,96 @@ def fa3_old_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k
 # --- flash-attn 2 ---
 
 
-def fa2_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-                return_softmax):
+def fa2_forward(
+    q,
+    k,
+    v,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    alibi_slopes,
+    return_softmax,
+):
     assert dropout_p == 0.0
     assert alibi_slopes is None
     rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
     return *forward(q, k, v, rule), torch.empty(0), None
 
 
-def fa2_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                       causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
-                       return_softmax=False):
+def fa2_varlen_forward(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size_left=-1,
+    window_size_right=-1,
+    softcap=0.0,
+    alibi_slopes=None,
+    return_softmax=False,
+):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
     return *forward(q, k, v, rule, edges), torch.empty(0), None
 
 
-def fa2_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-                 window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
+def fa2_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    dq,
+    dk,
+    dv,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    alibi_slopes,
+    deterministic,
+    rng_state=None,
+):
     rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
     for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule)):
         place.copy_(grad)
 
 
-def fa2_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-                        alibi_slopes, deterministic, rng_state=None):
+def fa2_varlen_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    dq,
+    dk,
+    dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    alibi_slopes,
+    deterministic,
+    rng_state=None,
+):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
     for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule, edges)):
@@ -231,32 +423,91 @@ def fa2_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_
 # --- torch ---
 
 
-def torch_flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
-                        *, scale=None, window_size_left=None, window_size_right=None):
+def torch_flash_forward(
+    query,
+    key,
+    value,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    return_debug_mask,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+):
     assert (dropout_p, return_debug_mask) == (0.0, False)
     edges = edges_of(cum_seq_q, cum_seq_k, max_q, max_k)
     rule = rule_of(scale, is_causal, window_size_left, window_size_right)
     return *forward(query, key, value, rule, edges), None, None, None
 
 
-def torch_flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
-                         is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):
+def torch_flash_backward(
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    logsumexp,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    rng_state,
+    unused,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+):
     assert dropout_p == 0.0
     edges = edges_of(cum_seq_q, cum_seq_k, max_q, max_k)
     rule = rule_of(scale, is_causal, window_size_left, window_size_right)
     return backward(grad_out, query, key, value, out, logsumexp, rule, edges)
 
 
-def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
-                  return_debug_mask=False, *, scale=None):
+def cudnn_forward(
+    query,
+    key,
+    value,
+    attn_bias,
+    compute_log_sumexp,
+    dropout_p=0.0,
+    is_causal=False,
+    return_debug_mask=False,
+    *,
+    scale=None,
+):
     assert (attn_bias, compute_log_sumexp, dropout_p, return_debug_mask) == (None, True, 0.0, False)
     assert not is_causal or query.shape[2] == key.shape[2], "cuDNN's causal mask is aligned at the top left"
     out, lse = forward(*(x.transpose(1, 2) for x in (query, key, value)), rule_of(scale, is_causal))
     return out.transpose(1, 2), lse.unsqueeze(-1), *[None] * 7
 
 
-def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
-                   cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
+def cudnn_backward(
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    logsumexp,
+    philox_seed,
+    philox_offset,
+    attn_bias,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    *,
+    scale=None,
+):
     assert (attn_bias, cum_seq_q, cum_seq_k, dropout_p) == (None, None, None, 0.0)
     assert (max_q, max_k) == (query.shape[2], key.shape[2])
     assert logsumexp.shape == (*query.shape[:3], 1)
@@ -264,41 +515,83 @@ def cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, phi
     return tuple(x.transpose(1, 2) for x in backward(*tensors, logsumexp.squeeze(-1), rule_of(scale, is_causal)))
 
 
-def efficient_forward(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-                      custom_mask_type, compute_log_sumexp=False, *, scale=None):
+def efficient_forward(
+    query,
+    key,
+    value,
+    bias,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p,
+    custom_mask_type,
+    compute_log_sumexp=False,
+    *,
+    scale=None,
+):
     assert (bias, cu_seqlens_q, cu_seqlens_k, dropout_p, compute_log_sumexp) == (None, None, None, 0.0, True)
     assert query.shape[2] == key.shape[2], "this kernel wants as many kv heads"
     out, lse = forward(query, key, value, rule_of(scale, custom_mask_type == 2))
     return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=float("nan")), None, None, None, None
 
 
-def efficient_backward(grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                       logsumexp, dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *,
-                       scale=None):
+def efficient_backward(
+    grad_out_,
+    query,
+    key,
+    value,
+    bias,
+    out,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    logsumexp,
+    dropout_p,
+    philox_seed,
+    philox_offset,
+    custom_mask_type,
+    bias_requires_grad,
+    *,
+    scale=None,
+):
     assert logsumexp.shape[2] % 32 == 0
-    assert logsumexp[:, :, query.shape[1]:].isinf().all()
+    assert logsumexp[:, :, query.shape[1] :].isinf().all()
     lse = logsumexp[:, :, : query.shape[1]].contiguous()
     return *backward(grad_out_, query, key, value, out, lse, rule_of(scale, custom_mask_type == 2)), None
 
 
 STAND_INS = {
-    "flash4": SimpleNamespace(_flash_attn_fwd=fa4_forward, _flash_attn_bwd=fa4_backward,
-                              _bwd_postprocess_convert=_bwd_postprocess_convert),
+    "flash4": SimpleNamespace(
+        _flash_attn_fwd=fa4_forward, _flash_attn_bwd=fa4_backward, _bwd_postprocess_convert=_bwd_postprocess_convert
+    ),
     "flash3": SimpleNamespace(_flash_attn_forward=fa3_forward, _flash_attn_backward=fa3_backward),
     "flash3-old": SimpleNamespace(_flash_attn_forward=fa3_old_forward, _flash_attn_backward=fa3_old_backward),
-    "flash2": SimpleNamespace(_flash_attn_forward=fa2_forward, _flash_attn_backward=fa2_backward,
-                              _flash_attn_varlen_forward=fa2_varlen_forward,
-                              _flash_attn_varlen_backward=fa2_varlen_backward),
-    "torch": SimpleNamespace(_flash_attention_forward=torch_flash_forward,
-                             _flash_attention_backward=torch_flash_backward,
-                             _scaled_dot_product_cudnn_attention=cudnn_forward,
-                             _scaled_dot_product_cudnn_attention_backward=cudnn_backward,
-                             _efficient_attention_forward=efficient_forward,
-                             _efficient_attention_backward=efficient_backward),
+    "flash2": SimpleNamespace(
+        _flash_attn_forward=fa2_forward,
+        _flash_attn_backward=fa2_backward,
+        _flash_attn_varlen_forward=fa2_varlen_forward,
+        _flash_attn_varlen_backward=fa2_varlen_backward,
+    ),
+    "torch": SimpleNamespace(
+        _flash_attention_forward=torch_flash_forward,
+        _flash_attention_backward=torch_flash_backward,
+        _scaled_dot_product_cudnn_attention=cudnn_forward,
+        _scaled_dot_product_cudnn_attention_backward=cudnn_backward,
+        _efficient_attention_forward=efficient_forward,
+        _efficient_attention_backward=efficient_backward,
+    ),
 }
-CLASSES = {"flash4": flash_attn.FlashAttn4, "flash3": flash_attn.FlashAttn3, "flash3-old": flash_attn.FlashAttn3,
-           "flash2": flash_attn.FlashAttn2, "flash": torch_cuda.TorchFlash, "cudnn": torch_cuda.TorchCudnn,
-           "efficient": torch_cuda.TorchEfficient}
+CLASSES = {
+    "flash4": flash_attn.FlashAttn4,
+    "flash3": flash_attn.FlashAttn3,
+    "flash3-old": flash_attn.FlashAttn3,
+    "flash2": flash_attn.FlashAttn2,
+    "flash": torch_cuda.TorchFlash,
+    "cudnn": torch_cuda.TorchCudnn,
+    "efficient": torch_cuda.TorchEfficient,
+}
 
 
 @pytest.fixture(params=CLASSES)
@@ -348,8 +641,10 @@ def compare(kernel, causal, edges_q, edges_k, batch, window, softcap):
 LONG = ((0, 1, 130, 300), (0, 1, 200, 460))
 
 
-@pytest.mark.parametrize(("edges", "batch", "heads"), [(((0, 300), (0, 460)), 2, (4, 2)), (LONG, 1, (4, 2)),
-                                                       (LONG, 2, (6, 2)), (((0, 300), (0, 460)), 1, (4, 4))])
+@pytest.mark.parametrize(
+    ("edges", "batch", "heads"),
+    [(((0, 300), (0, 460)), 2, (4, 2)), (LONG, 1, (4, 2)), (LONG, 2, (6, 2)), (((0, 300), (0, 460)), 1, (4, 4))],
+)
 def test_shares_of_several_calls_add_up(kernel, edges, batch, heads):
     """What is there already stays, and what is added is the gradient."""
     q, k, v, dout = random_qkv(0, batch, edges[0][-1], edges[1][-1], *heads, 32)
@@ -365,8 +660,10 @@ def test_shares_of_several_calls_add_up(kernel, edges, batch, heads):
             assert relative(found, right) <= 1e-12
 
 
-@pytest.mark.parametrize(("shared", "batch", "heads"), [(None, 1, (4, 2)), ((), 1, (4, 2)), ((1,), 1, (4, 2)),
-                                                        ((0, 2), 1, (4, 4)), ((1,), 2, (4, 2))])
+@pytest.mark.parametrize(
+    ("shared", "batch", "heads"),
+    [(None, 1, (4, 2)), ((), 1, (4, 2)), ((1,), 1, (4, 2)), ((0, 2), 1, (4, 4)), ((1,), 2, (4, 2))],
+)
 def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
     """Keys of shared pieces have a share, the others their gradient; the two fill dK and dV."""
     q, k, v, dout = random_qkv(0, batch, LONG[0][-1], LONG[1][-1], *heads, 32)
@@ -378,10 +675,14 @@ def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
     if shared == ():
         assert not shares
     if batch == 1 and not kernel.rounds_heads:
-        assert all(relative(found[:, keys], right[:, keys]) <= 1e-12 for found, right in zip((dk, dv), wanted[1:])
-                   for keys in own)
-        of_shares, settled = ({key for keys in places for key in range(460)[keys]}
-                              for places in ([keys for keys, *_ in shares], own))
+        assert all(
+            relative(found[:, keys], right[:, keys]) <= 1e-12
+            for found, right in zip((dk, dv), wanted[1:])
+            for keys in own
+        )
+        of_shares, settled = (
+            {key for keys in places for key in range(460)[keys]} for places in ([keys for keys, *_ in shares], own)
+        )
         assert not of_shares & settled
     for keys, *sums in shares:
         one_key = slice(keys.stop - 1, keys.stop)
@@ -400,8 +701,12 @@ def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
 def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, caplog):
     """With grouped heads and shared pieces the sum of two calls is as near as float32 makes it; else it is not."""
     errors = {}
-    for name, heads, shared in (("grouped", (4, 2), None), ("shared", (4, 2), frozenset({0, 1, 2})),
-                                ("own", (4, 2), frozenset()), ("alone", (2, 2), None)):
+    for name, heads, shared in (
+        ("grouped", (4, 2), None),
+        ("shared", (4, 2), frozenset({0, 1, 2})),
+        ("own", (4, 2), frozenset()),
+        ("alone", (2, 2), None),
+    ):
         q, k, v, dout = random_qkv(1, 1, 300, 460, *heads, size, torch.bfloat16)
         rule = Rule(scale=0.1) if name in ("grouped", "alone") else Rule(scale=0.1, spans=Spans(*LONG, shared))
         cuts = [Rule(scale=r.scale, spans=r.spans, softcap=c) for r, c in ((rule, None), (rule, 2.0))]
@@ -412,8 +717,12 @@ def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, capl
             kernel.add_backward(*low, lse.float(), cut, *total)
             kernel.add_backward(*(x.double() for x in low), lse, cut, *exact)
             if name == "shared":
-                apart += torch.stack([torch.cat(side, 1) for side in list(zip(*kernel.backward_with_shares(
-                    *low, lse.float(), cut)[3]))[1:]])
+                apart += torch.stack(
+                    [
+                        torch.cat(side, 1)
+                        for side in list(zip(*kernel.backward_with_shares(*low, lse.float(), cut)[3]))[1:]
+                    ]
+                )
         errors[name] = ((total - exact).norm() / exact.norm()).item()
         assert name != "shared" or relative(apart, exact) < 1e-6
     assert max(errors["grouped"], errors["shared"]) < 1e-6
@@ -443,22 +752,32 @@ HALVES = Spans((0, 100, 200), (0, 100, 300))  # as zigzag cuts a row: 50 and 150
 
 
 @pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
-@pytest.mark.parametrize(("tokens", "size", "rule", "capability", "tiles"), [
-    (200, 128, Rule(scale=0.1), (9, 0), LARGER), (198, 128, Rule(scale=0.1), (9, 0), BETWEEN),
-    (100, 128, Rule(scale=0.1), (9, 0), BETWEEN), (98, 128, Rule(scale=0.1), (9, 0), USUAL),
-    (200, 128, Rule(scale=0.1, spans=HALVES), (9, 0), LARGER),
-    (200, 128, Rule(scale=0.1, spans=Spans((0, 100, 200), (0, 100, 298))), (9, 0), BETWEEN),
-    (200, 128, Rule(scale=0.1), (10, 0), USUAL), (200, 64, Rule(scale=0.1), (9, 0), USUAL),
-    (200, 128, Rule(scale=0.1, causal=False), (9, 0), USUAL), (200, 128, Rule(scale=0.1, window=199), (9, 0), USUAL),
-    (200, 128, Rule(scale=0.1, softcap=2.0), (9, 0), USUAL)])
+@pytest.mark.parametrize(
+    ("tokens", "size", "rule", "capability", "tiles"),
+    [
+        (200, 128, Rule(scale=0.1), (9, 0), LARGER),
+        (198, 128, Rule(scale=0.1), (9, 0), BETWEEN),
+        (100, 128, Rule(scale=0.1), (9, 0), BETWEEN),
+        (98, 128, Rule(scale=0.1), (9, 0), USUAL),
+        (200, 128, Rule(scale=0.1, spans=HALVES), (9, 0), LARGER),
+        (200, 128, Rule(scale=0.1, spans=Spans((0, 100, 200), (0, 100, 298))), (9, 0), BETWEEN),
+        (200, 128, Rule(scale=0.1), (10, 0), USUAL),
+        (200, 64, Rule(scale=0.1), (9, 0), USUAL),
+        (200, 128, Rule(scale=0.1, causal=False), (9, 0), USUAL),
+        (200, 128, Rule(scale=0.1, window=199), (9, 0), USUAL),
+        (200, 128, Rule(scale=0.1, softcap=2.0), (9, 0), USUAL),
+    ],
+)
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(kernel, tokens, size, rule, capability, tiles,
-                                                                   kv_heads, monkeypatch):
+def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(
+    kernel, tokens, size, rule, capability, tiles, kv_heads, monkeypatch
+):
     monkeypatch.setattr(flash4_tiles, "MANY", 100)
     monkeypatch.setattr(flash4_tiles, "SOME", 50)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    q, k, v, dout = random_qkv(1, 1, tokens, rule.spans.k[-1] if rule.spans else tokens, 2, kv_heads, size,
-                               torch.float64)
+    q, k, v, dout = random_qkv(
+        1, 1, tokens, rule.spans.k[-1] if rule.spans else tokens, 2, kv_heads, size, torch.float64
+    )
     TILES.clear()
     out, lse = kernel.forward(q, k, v, rule)
     kernel.backward(dout, q, k, v, out, lse, rule)

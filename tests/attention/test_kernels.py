@@ -90,8 +90,13 @@ def test_a_kernel_equals_attention_written_out(kernel, dtype, call, causal):
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 2**20), tokens=st.integers(1, 40), before=st.integers(0, 20),
-       window=st.one_of(st.none(), st.integers(1, 30)), softcap=st.one_of(st.none(), st.floats(0.5, 5)))
+@given(
+    seed=st.integers(0, 2**20),
+    tokens=st.integers(1, 40),
+    before=st.integers(0, 20),
+    window=st.one_of(st.none(), st.integers(1, 30)),
+    softcap=st.one_of(st.none(), st.floats(0.5, 5)),
+)
 def test_windows_and_soft_caps(seed, tokens, before, window, softcap):
     q, k, v, dout = random_qkv(seed, 1, tokens, tokens + before, 4, 2, 8)
     seen = visible(tokens, tokens + before, window=window)
@@ -166,6 +171,7 @@ def test_a_sink_and_its_gradient():
 
 def test_auto_takes_the_fast_kernel_and_says_so_once(caplog):
     from ultralong.attention.kernels import _auto
+
     _auto.cache_clear()
     q = torch.zeros(1, 4, 2, 16)
     with caplog.at_level("INFO", logger="ultralong"):
@@ -195,10 +201,12 @@ def test_a_kernel_without_a_gpu_is_an_error_that_says_so(name):
         get_kernel(name)
 
 
-@pytest.mark.parametrize(("name", "module"), [("flash4", "FlashAttn4"), ("flash3", "FlashAttn3"),
-                                              ("flash2", "FlashAttn2")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("flash4", "FlashAttn4"), ("flash3", "FlashAttn3"), ("flash2", "FlashAttn2")]
+)
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch, name, module):
     from ultralong.attention.kernels import flash_attn
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flash_attn.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=re.escape(flash_attn.INSTALL[name])):

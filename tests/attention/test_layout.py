@@ -40,10 +40,15 @@ def rows(draw):
 
 
 def layouts(tokens, ranks, inner, edges):
-    return [contiguous(tokens, ranks, inner), zigzag(tokens, ranks, inner),
-            balanced(tokens, ranks, edges, inner, smallest=1, good_enough=0.0),
-            *(by_documents(tokens, ranks, edges, inner, heavy, order, whole=whole)
-              for heavy, order, whole in ((HEAVY[0], 0, False), (0.0, 1, False), (1.0, 1, True)))]
+    return [
+        contiguous(tokens, ranks, inner),
+        zigzag(tokens, ranks, inner),
+        balanced(tokens, ranks, edges, inner, smallest=1, good_enough=0.0),
+        *(
+            by_documents(tokens, ranks, edges, inner, heavy, order, whole=whole)
+            for heavy, order, whole in ((HEAVY[0], 0, False), (0.0, 1, False), (1.0, 1, True))
+        ),
+    ]
 
 
 def closed(edges, padded):
@@ -253,7 +258,7 @@ def test_an_unpacked_ring_step_is_one_rectangle():
     layout = zigzag(64, 4)
     for rank in range(4):
         for other in set(range(4)) - {rank}:
-            (rows_, keys), = rectangles(layout.pieces(rank), layout.pieces(other), None)
+            ((rows_, keys),) = rectangles(layout.pieces(rank), layout.pieces(other), None)
             area = (rows_.stop - rows_.start) * (keys.stop - keys.start)
             assert area == layout.local**2 // 2, "every hop is half a square of work, for every rank"
 

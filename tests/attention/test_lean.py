@@ -38,8 +38,9 @@ def test_the_norm_is_as_exact_as_transformers(dtype):
         found[name] = [y, *torch.autograd.grad(y, [leaf, norm.weight], dy)]
     leaf, weight = (x.double().requires_grad_(), norm.weight.detach().double().requires_grad_())
     y = functional.rms_norm(leaf, (512,), weight, norm.variance_epsilon)
-    for ours, theirs, exact in zip(found["ours"], found["theirs"],
-                                   [y, *torch.autograd.grad(y, [leaf, weight], dy.double())], strict=True):
+    for ours, theirs, exact in zip(
+        found["ours"], found["theirs"], [y, *torch.autograd.grad(y, [leaf, weight], dy.double())], strict=True
+    ):
         assert ours.dtype == dtype
         assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm() + 1e-7 * exact.norm()
 
@@ -61,7 +62,7 @@ def test_heads_are_turned_as_transformers_turns_them_and_back_as_its_gradient(dt
     q = torch.randn(2, 7, 4, 12, dtype=dtype, requires_grad=True)
     dy = torch.randn_like(q)
     theirs = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)[0]
-    dq, = torch.autograd.grad(theirs, [q], dy)
+    (dq,) = torch.autograd.grad(theirs, [q], dy)
     tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(rotated(q, cos, sin), theirs, **tolerance)
     torch.testing.assert_close(rotated(dy, cos, -sin), dq, **tolerance)
@@ -121,8 +122,9 @@ def test_a_product_is_added_in_place_and_with_gradients(dtype):
     tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(found, right, **tolerance)
     tensors = [x, y, project.weight]
-    for ours, theirs in zip(torch.autograd.grad(found, tensors, dy), torch.autograd.grad(right, tensors, dy),
-                            strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(found, tensors, dy), torch.autograd.grad(right, tensors, dy), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, **tolerance)
     before = row.clone()
     with torch.no_grad():
@@ -132,12 +134,15 @@ def test_a_product_is_added_in_place_and_with_gradients(dtype):
     assert torch.equal(row[:, 7:], before[:, 7:])
 
 
-@pytest.mark.parametrize(("activation", "narrow", "bias"), [("silu", None, False), ("silu", torch.bfloat16, False),
-                                                           ("silu", None, True), ("gelu", None, False)])
+@pytest.mark.parametrize(
+    ("activation", "narrow", "bias"),
+    [("silu", None, False), ("silu", torch.bfloat16, False), ("silu", None, True), ("gelu", None, False)],
+)
 def test_a_feed_forward_layer_has_transformers_result_and_gradients(activation, narrow, bias):
     torch.manual_seed(0)
-    mlp = LlamaMLP(LlamaConfig(hidden_size=6, num_attention_heads=2, intermediate_size=10, hidden_act=activation,
-                               mlp_bias=bias))
+    mlp = LlamaMLP(
+        LlamaConfig(hidden_size=6, num_attention_heads=2, intermediate_size=10, hidden_act=activation, mlp_bias=bias)
+    )
     dtype = torch.float64 if narrow is None else torch.float32  # autocast leaves float64 alone
     mlp, x, dy = mlp.to(dtype), torch.randn(2, 7, 6, dtype=dtype, requires_grad=True), torch.randn(2, 7, 6, dtype=dtype)
     tensors, found = [x, *mlp.parameters()], []
@@ -169,13 +174,17 @@ def rows(count, *sizes):
     return [torch.randn(count, *size, dtype=torch.float64) for size in sizes]
 
 
-EACH = {"turn": (lean._turn, lambda count: rows(count, (4, 8), (8,), (8,))),
-        "join": (merge._between, lambda count: rows(count, (4, 8), (4, 8), (4,))),
-        "gate": (gated._gate_at_once, lambda count: rows(count, (10,), (10,))),
-        "gate, back": (gated._gate_backward_at_once, lambda count: rows(count, (10,), (10,), (10,))),
-        "normalise": (loss._normalise, lambda count: rows(count, (300,))),
-        "loss, back": (loss._by_logits, lambda count: [*rows(count, (300,), (1,)), torch.randint(300, (count, 1)),
-                                                       torch.float64])}
+EACH = {
+    "turn": (lean._turn, lambda count: rows(count, (4, 8), (8,), (8,))),
+    "join": (merge._between, lambda count: rows(count, (4, 8), (4, 8), (4,))),
+    "gate": (gated._gate_at_once, lambda count: rows(count, (10,), (10,))),
+    "gate, back": (gated._gate_backward_at_once, lambda count: rows(count, (10,), (10,), (10,))),
+    "normalise": (loss._normalise, lambda count: rows(count, (300,))),
+    "loss, back": (
+        loss._by_logits,
+        lambda count: [*rows(count, (300,), (1,)), torch.randint(300, (count, 1)), torch.float64],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -195,6 +204,7 @@ def test_what_is_compiled_gives_what_the_function_gives(name, caplog):
 
 def test_each_size_of_a_row_has_a_function_of_its_own():
     """torch compiles one function for eight sizes at most, and then no more."""
+
     def double(x):
         return 2 * x
 
@@ -223,8 +233,9 @@ def not_to_be_compiled(x):
     return x + 1
 
 
-@pytest.mark.parametrize(("compiled", "said"), [(lambda x: x + 1.01, "gives other results"),
-                                                (not_to_be_compiled, "could not be compiled")])
+@pytest.mark.parametrize(
+    ("compiled", "said"), [(lambda x: x + 1.01, "gives other results"), (not_to_be_compiled, "could not be compiled")]
+)
 def test_what_compiles_wrongly_or_not_at_all_runs_as_it_is_written(compiled, said, caplog):
     def plus_one(x):
         return x + 1

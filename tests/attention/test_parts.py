@@ -23,8 +23,10 @@ def numbers(*sizes: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.tuples(inside(), st.booleans()), max_size=6),
-       dtype=st.sampled_from([torch.float64, torch.float32]))
+@given(
+    parts=st.lists(st.tuples(inside(), st.booleans()), max_size=6),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
 def test_what_is_added_or_put_is_in_the_whole(parts, dtype):
     own = numbers(2, 20, 3, 4, dtype=torch.float32)
     total, kept = own.clone(), Parts(own, ROWS, dtype)

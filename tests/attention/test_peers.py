@@ -70,18 +70,27 @@ def test_a_peer_that_is_not_there_is_named():
 
 
 def test_peers_stand_in_the_column_of_their_scheme():
-    results = [{"name": name, "kernel": "torch's flash-attn 2", "tokens": 4096, "packed": False, "tflops": 5.2}
-               for name in ("torch-cp-cudnn", "ring-flash-attn-zigzag")]
+    results = [
+        {"name": name, "kernel": "torch's flash-attn 2", "tokens": 4096, "packed": False, "tflops": 5.2}
+        for name in ("torch-cp-cudnn", "ring-flash-attn-zigzag")
+    ]
     assert attention_table([{"options": {"lengths": [4096]}, "results": results}])[2:] == [
         "| 4,096 | whole | torch context_parallel, cuDNN | | | 5 | |",
-        "| 4,096 | whole | ring-flash-attn on torch's flash-attn 2 | | | | 5 |"]
+        "| 4,096 | whole | ring-flash-attn on torch's flash-attn 2 | | | | 5 |",
+    ]
 
 
 def test_deepspeeds_training_runs_or_says_what_is_missing(tmp_path, monkeypatch):
     """Two processes on a CPU; with DeepSpeed installed its losses are those of one process."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2).save_pretrained(tmp_path / "model")
+    LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path / "model")
     row = measure_peer("deepspeed-alst", TrainingCase(str(tmp_path / "model"), 256, None, gpus=2), tmp_path)
     assert (row["peer"], row["tokens"], row["gpus"]) == ("deepspeed-alst", 256, 2)
     if importlib.util.find_spec("deepspeed") is None:

@@ -8,11 +8,23 @@ from attention_yardstick import relative
 from ultralong.attention import NAME, make_context
 from ultralong.attention.register import DeferredMask, register
 
-SIZE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": None}
+SIZE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 FAMILIES = {
-    "Llama": {"head_dim": 8}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {"head_dim": 8, "sliding_window": 9},
+    "Llama": {"head_dim": 8},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Mistral": {"head_dim": 8, "sliding_window": 9},
     "Gemma2": {"head_dim": 8, "sliding_window": 9, "attn_logit_softcapping": 2.0},
     "GptOss": {"head_dim": 8, "sliding_window": 9, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
@@ -135,6 +147,7 @@ def test_autocast_computes_attention_in_its_type(family, ids):
 
 def test_a_mask_is_built_once_for_all_layers(ids, monkeypatch):
     from ultralong.attention import register as module
+
     built = []
     monkeypatch.setattr(module, "sdpa_mask", lambda **kwargs: built.append(1) or tf.masking_utils.sdpa_mask(**kwargs))
     mask = torch.ones_like(ids)

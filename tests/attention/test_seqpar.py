@@ -28,8 +28,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 ONE_LEVEL = ("ulysses", "gathered", "ring")
 HEADS = ((8, 8), (8, 1), (24, 3), (9, 3), (16, 8), (4, 4))
 # Layouts of packed rows: the one of least cost, of short rows most often whole documents, and two that cut documents.
-LAYOUTS = {"chosen": balanced, "zigzag": lambda tokens, ranks, edges, inner: zigzag(tokens, ranks, inner),
-           "cut": partial(by_documents, heavy=0.0, order=1)}
+LAYOUTS = {
+    "chosen": balanced,
+    "zigzag": lambda tokens, ranks, edges, inner: zigzag(tokens, ranks, inner),
+    "cut": partial(by_documents, heavy=0.0, order=1),
+}
 
 
 def context_with(layout, *arguments, **options):
@@ -80,11 +83,18 @@ def cases(draw):
     for length in lengths:
         edges.append(edges[-1] + length)
     return SimpleNamespace(
-        tokens=edges[-1], edges=tuple(edges) if draw(st.booleans()) else None, heads=draw(st.sampled_from(HEADS)),
-        scheme=draw(st.sampled_from(ONE_LEVEL)), seed=draw(st.integers(0, 2**20)),
-        batch=draw(st.sampled_from([1, 1, 2])), window=draw(st.sampled_from([None, None, 1, 7])),
-        sink=draw(st.booleans()), stage=draw(st.integers(0, 5)), dtype=draw(st.sampled_from(list(TOLERANCE))),
-        layout=draw(st.sampled_from(list(LAYOUTS))))
+        tokens=edges[-1],
+        edges=tuple(edges) if draw(st.booleans()) else None,
+        heads=draw(st.sampled_from(HEADS)),
+        scheme=draw(st.sampled_from(ONE_LEVEL)),
+        seed=draw(st.integers(0, 2**20)),
+        batch=draw(st.sampled_from([1, 1, 2])),
+        window=draw(st.sampled_from([None, None, 1, 7])),
+        sink=draw(st.booleans()),
+        stage=draw(st.integers(0, 5)),
+        dtype=draw(st.sampled_from(list(TOLERANCE))),
+        layout=draw(st.sampled_from(list(LAYOUTS))),
+    )
 
 
 def check_case(case, group, tried):
@@ -99,10 +109,19 @@ def check_case(case, group, tried):
                 make_context(case.tokens, group, "ulysses", heads=heads, kv_heads=kv_heads)
             return
         stages = counts[case.stage % len(counts)] if dist.get_world_size() > 1 else 1
-    context = context_with(case.layout, case.tokens, group, case.scheme, boundaries=case.edges, heads=heads,
-                           kv_heads=kv_heads, stages=stages)
-    inputs, expected, sink_grad = wanted(case.tokens, case.edges, window, heads, kv_heads, case.dtype, case.seed,
-                                         case.batch, case.sink)
+    context = context_with(
+        case.layout,
+        case.tokens,
+        group,
+        case.scheme,
+        boundaries=case.edges,
+        heads=heads,
+        kv_heads=kv_heads,
+        stages=stages,
+    )
+    inputs, expected, sink_grad = wanted(
+        case.tokens, case.edges, window, heads, kv_heads, case.dtype, case.seed, case.batch, case.sink
+    )
     sink = torch.linspace(-2, 2, heads, dtype=case.dtype) if case.sink else None
     error = error_of(context, inputs, expected, window, sink, sink_grad)
     kind = (case.scheme, case.edges is not None, context.exchanges)
@@ -122,8 +141,9 @@ def many_cases(rank, world, examples):
     return tried
 
 
-@pytest.mark.parametrize(("world", "examples"), [(1, 40), (2, 120), (4, 60),
-                                                 pytest.param(8, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "examples"), [(1, 40), (2, 120), (4, 60), pytest.param(8, 60, marks=pytest.mark.slow)]
+)
 def test_every_scheme_equals_one_process(world, examples):
     """Random documents, lengths, heads, batches, windows and sinks; float64 to 1e-12, float32 to 1e-5."""
     tried = run_ranks(many_cases, world, examples)[0]
@@ -178,8 +198,9 @@ def two_levels(rank, world, shape):
         for edges in (None, (0, 1, 17, 18, 50, 61)):
             for heads, kv_heads in ((8, 8), (8, 1), (24, 3)):
                 for stages in stage_counts(heads, kv_heads, shape[1])[:2]:
-                    context = make_context(61, mesh, scheme, boundaries=edges, heads=heads, kv_heads=kv_heads,
-                                           stages=stages)
+                    context = make_context(
+                        61, mesh, scheme, boundaries=edges, heads=heads, kv_heads=kv_heads, stages=stages
+                    )
                     assert context.size == world
                     window = 9 if scheme == "hybrid-gathered" else None
                     inputs, expected, sink_grad = wanted(61, edges, window, heads, kv_heads, torch.float64, 5, 1, True)
@@ -188,8 +209,9 @@ def two_levels(rank, world, shape):
     return worst
 
 
-@pytest.mark.parametrize("shape", [(2, 2), pytest.param((2, 4), marks=pytest.mark.slow),
-                                   pytest.param((4, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2), pytest.param((2, 4), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.slow)]
+)
 def test_two_levels_equal_one_process(shape):
     assert max(run_ranks(two_levels, shape[0] * shape[1], shape)) <= 1e-12
 
@@ -218,9 +240,20 @@ def test_documents_leak_exactly_when_they_are_meant_to(world, masked):
 def tiny(family, implementation="ultralong"):
     """A tiny random model of a family, in float64."""
     import transformers as tf
-    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0,
-            "eos_token_id": 1, "pad_token_id": None}
+
+    size = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
     extra = {"Mistral": {"sliding_window": 9}, "Qwen2": {"layer_types": ["full_attention"] * 2}}.get(family, {})
     if family == "Qwen2":
         size.pop("head_dim")
@@ -241,8 +274,9 @@ def model_error(rank, world, family, scheme, edges, tokens=45):
     labels = torch.where(torch.rand(1, tokens, generator=make) < 0.2, -100, ids.roll(-1, 1))
     model = tiny(family)
     context = make_context(tokens, dist.group.WORLD, scheme, boundaries=edges, heads=4, kv_heads=2)
-    loss = summed_loss(model, context.shard(ids), context.shard(labels, pad=-100), context.positions(),
-                       attention_context=context)
+    loss = summed_loss(
+        model, context.shard(ids), context.shard(labels, pad=-100), context.positions(), attention_context=context
+    )
     loss.backward()
     loss = loss.detach()
     for x in (loss, *(p.grad for p in model.parameters())):
@@ -261,9 +295,13 @@ def model_error(rank, world, family, scheme, edges, tokens=45):
 
 
 def models(rank, world, families):
-    return {(family, scheme, masked): model_error(rank, world, family, scheme, (0, 3, 4, 30, 45) if masked else None)
-            for family in families for masked in (False, True)
-            for scheme in ONE_LEVEL if (family, scheme) != ("Mistral", "ring")}
+    return {
+        (family, scheme, masked): model_error(rank, world, family, scheme, (0, 3, 4, 30, 45) if masked else None)
+        for family in families
+        for masked in (False, True)
+        for scheme in ONE_LEVEL
+        if (family, scheme) != ("Mistral", "ring")
+    }
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
@@ -386,15 +424,15 @@ def test_the_harness_reports_errors_and_results():
 def test_copying_in_wide_blocks_is_copying(dtype, size):
     source = torch.randn(3, 4, 6, size + 8).to(dtype)
     for start in (0, 1, 8):
-        taken = source[:, 1:, ::2, start:start + size].permute(2, 0, 1, 3)
+        taken = source[:, 1:, ::2, start : start + size].permute(2, 0, 1, 3)
         target = torch.zeros(taken.shape, dtype=dtype)
         copy_rows(target, taken)
         assert torch.equal(target, taken)
         wide = torch.full((*taken.shape[:-1], size + 8), 7.0, dtype=dtype)
-        copy_rows(wide[..., start:start + size], taken)
-        assert torch.equal(wide[..., start:start + size], taken)
+        copy_rows(wide[..., start : start + size], taken)
+        assert torch.equal(wide[..., start : start + size], taken)
         assert (wide[..., :start] == 7).all()
-        assert (wide[..., start + size:] == 7).all()
+        assert (wide[..., start + size :] == 7).all()
 
 
 def bad_input(rank, world):
@@ -427,17 +465,30 @@ def bad_input(rank, world):
     assert make_context(16, mesh, "auto", heads=8).scheme == "ulysses"
     short, long = range(0, 2**17 + 1, 2**12), (0, 2**16, 2**17)
     for edges, tokens, heads, kv_heads, stages in (
-            (short, 2**17, 32, 8, 4), (short, 2**17, 32, 4, 2), (short, 2**17, 32, 1, 1), (long, 2**17, 32, 8, 1),
-            (None, 2**17, 32, 8, 1), (range(0, 2**14 + 1, 2**10), 2**14, 32, 8, 1)):
+        (short, 2**17, 32, 8, 4),
+        (short, 2**17, 32, 4, 2),
+        (short, 2**17, 32, 1, 1),
+        (long, 2**17, 32, 8, 1),
+        (None, 2**17, 32, 8, 1),
+        (range(0, 2**14 + 1, 2**10), 2**14, 32, 8, 1),
+    ):
         assert make_context(tokens, group, "ulysses", boundaries=edges, heads=heads, kv_heads=kv_heads).stages == stages
     assert make_context(16, group, "auto", heads=9, kv_heads=3).scheme == "gathered"
-    for edges, stages, scheme in ((short, None, "gathered"), (short, 4, "gathered"), (short, 16, "ulysses"),
-                                  (long, None, "gathered"), ((0, 2**17 - 5, 2**17), None, "ulysses"),
-                                  (None, None, "ulysses")):
+    for edges, stages, scheme in (
+        (short, None, "gathered"),
+        (short, 4, "gathered"),
+        (short, 16, "ulysses"),
+        (long, None, "gathered"),
+        ((0, 2**17 - 5, 2**17), None, "ulysses"),
+        (None, None, "ulysses"),
+    ):
         made = make_context(2**17, group, "auto", boundaries=edges, heads=32, kv_heads=8, stages=stages)
         assert made.scheme == scheme, "documents stay on one rank where that balances"
-    for edges, scheme in ((range(0, 2**13 + 1, 2**10), "gathered"), ((0, 2**13 - 5, 2**13), "ulysses"),
-                          (None, "ulysses")):
+    for edges, scheme in (
+        (range(0, 2**13 + 1, 2**10), "gathered"),
+        ((0, 2**13 - 5, 2**13), "ulysses"),
+        (None, "ulysses"),
+    ):
         assert make_context(2**13, group, "auto", boundaries=edges, heads=8).scheme == scheme, "as on short rows"
     context = good(scheme="gathered")
     q, k = torch.zeros(1, 8, 8, 4), torch.zeros(1, 8, 2, 4)

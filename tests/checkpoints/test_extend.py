@@ -20,15 +20,31 @@ from ultralong.checkpoints.extend import extend
 from ultralong.rope import RopeScaling, from_config, inverse_frequencies, rope_parameters, window_of
 from ultralong.utils.files import read_json, sha256, write_json
 
-SIZES = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 16, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": 2}
-LLAMA31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 8192}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
-def make(folder: Path, kind: str = "llama", window: int = 2048, rope: dict | None = None, shard: str = "5GB",
-         **changes) -> Path:
+def make(
+    folder: Path, kind: str = "llama", window: int = 2048, rope: dict | None = None, shard: str = "5GB", **changes
+) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SIZES | {"max_position_embeddings": window} | changes)
     if rope is not None:
@@ -36,8 +52,9 @@ def make(folder: Path, kind: str = "llama", window: int = 2048, rope: dict | Non
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", model_max_length=window,
-                            chat_template="{{ messages }}").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", model_max_length=window, chat_template="{{ messages }}"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -61,8 +78,9 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "made", "to", "method", "factor"), CHECKPOINTS,
-                         ids=[f"{kind}-{to}" for kind, _, to, _, _ in CHECKPOINTS])
+@pytest.mark.parametrize(
+    ("kind", "made", "to", "method", "factor"), CHECKPOINTS, ids=[f"{kind}-{to}" for kind, _, to, _, _ in CHECKPOINTS]
+)
 def test_extended_models_open_with_our_table_and_the_same_weights(tmp_path, kind, made, to, method, factor):
     source = make(tmp_path / "source", kind, **made)
     report = extend(source, to, tmp_path / "out", quiet=True)
@@ -105,9 +123,12 @@ def test_older_programs_read_the_same_scaling(tmp_path, llama):
 
 LONGROPE = {"short_factors": (1.0,) * 32, "long_factors": tuple(1 + i / 4 for i in range(32))}
 METHODS = [
-    ("linear", {}, 2048), ("ntk", {}, 16_384), ("dynamic", {}, 2048),
+    ("linear", {}, 2048),
+    ("ntk", {}, 16_384),
+    ("dynamic", {}, 2048),
     ("yarn", {"ramp": "rotations", "attention_factor": 1.0}, 16_384),
-    ("yarn", {"attention_factor": 1.0, "beta": 32.0}, 16_384), ("llama3", {}, 16_384),
+    ("yarn", {"attention_factor": 1.0, "beta": 32.0}, 16_384),
+    ("llama3", {}, 16_384),
     ("default", {"theta": 8e6}, 16_384),
     ("longrope", LONGROPE, 16_384),
 ]
@@ -119,9 +140,17 @@ def test_every_method_is_written_so_that_transformers_reads_it_back(tmp_path, ll
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.max_position_embeddings == declared
     lists = {key: value for key, value in options.items() if key in ("short_factors", "long_factors")}
-    meant = RopeScaling(method, 64, options.get("theta", 1e4), 1.0 if method == "default" else 8.0, 2048,
-                        beta=options.get("beta", 4.0), ramp=options.get("ramp", "dimension"),
-                        attention_factor=options.get("attention_factor"), **lists)
+    meant = RopeScaling(
+        method,
+        64,
+        options.get("theta", 1e4),
+        1.0 if method == "default" else 8.0,
+        2048,
+        beta=options.get("beta", 4.0),
+        ramp=options.get("ramp", "dimension"),
+        attention_factor=options.get("attention_factor"),
+        **lists,
+    )
     table, factor = table_in(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert torch.equal(table, inverse_frequencies(meant)[0])
     assert factor == inverse_frequencies(meant)[1]
@@ -201,11 +230,29 @@ def test_the_folder_holds_the_model_and_no_training_leftovers(tmp_path, llama):
     (llama / "LICENSE").write_text("Apache")
     report = extend(llama, 16_384, tmp_path / "out", quiet=True)
     there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert there == set(report.files) == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "additional_chat_templates/tools.jinja", "LICENSE", "README.md", "extend.json"}
-    assert set(report.left_out) == {"optimizer.pt", "trainer_state.json", "pytorch_model.bin", "model.gguf",
-                                    "original/params.json"}
+    assert (
+        there
+        == set(report.files)
+        == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "additional_chat_templates/tools.jinja",
+            "LICENSE",
+            "README.md",
+            "extend.json",
+        }
+    )
+    assert set(report.left_out) == {
+        "optimizer.pt",
+        "trainer_state.json",
+        "pytorch_model.bin",
+        "model.gguf",
+        "original/params.json",
+    }
     sizes = [(tmp_path / "out" / name).stat().st_size for name in there - {"README.md", "extend.json"}]
     assert report.bytes == sum(sizes)
     assert read_json(tmp_path / "out/extend.json") == report.to_dict() == json.loads(json.dumps(report.to_dict()))
@@ -227,14 +274,21 @@ def test_links_are_followed_as_the_hub_cache_needs(tmp_path, llama):
 
 
 def test_the_card_carries_the_licence_and_says_what_is_untrained(tmp_path, llama):
-    (llama / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\n"
-                                     "tags: [chat]\n---\n# A model\n")
+    (llama / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\ntags: [chat]\n---\n# A model\n"
+    )
     report = extend(llama, 16_384, tmp_path / "out", quiet=True)
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\nlibrary_name: ")
     assert report.licence == "llama3.1"
-    for words in ("Not trained at this length yet", "16,384 / 2,048", "| window (tokens) | 2,048 | 16,384 |",
-                  "vllm serve FOLDER --max-model-len 16384", '"rope_type": "yarn"', "0.5 KiB a token"):
+    for words in (
+        "Not trained at this length yet",
+        "16,384 / 2,048",
+        "| window (tokens) | 2,048 | 16,384 |",
+        "vllm serve FOLDER --max-model-len 16384",
+        '"rope_type": "yarn"',
+        "0.5 KiB a token",
+    ):
         assert words in card, words
 
 
@@ -264,12 +318,16 @@ def assert_refused(source, to, out, match, **options):
 
 
 SETTINGS = [
-    (2048, {}, "2,048 tokens is not longer than the 2,048"), (512, {}, "512 tokens is not longer"),
+    (2048, {}, "2,048 tokens is not longer than the 2,048"),
+    (512, {}, "512 tokens is not longer"),
     (16_384, {"factor": 4.0}, r"reaches 8,192, not the 16,384.*use 8 or more"),
     (16_384, {"method": "llama3", "attention_factor": 1.2}, "has no attention factor"),
-    (16_384, {"method": "alibi"}, "unknown"), (16_384, {"ramp": "rotations"}, "ramp='dimension'"),
-    (16_384, {"method": "default"}, "pass theta above"), (16_384, {"method": "longrope"}, "short_factors"),
-    (16_384, {"original_window": 32_768}, "at least 1"), (16_384, {"alpha": 8.0}, "0 < alpha < beta"),
+    (16_384, {"method": "alibi"}, "unknown"),
+    (16_384, {"ramp": "rotations"}, "ramp='dimension'"),
+    (16_384, {"method": "default"}, "pass theta above"),
+    (16_384, {"method": "longrope"}, "short_factors"),
+    (16_384, {"original_window": 32_768}, "at least 1"),
+    (16_384, {"alpha": 8.0}, "0 < alpha < beta"),
 ]
 
 
@@ -278,13 +336,35 @@ def test_settings_that_cannot_work_are_refused(tmp_path, llama, to, options, rea
     assert_refused(llama, to, tmp_path / "out", reason, **options)
 
 
-@pytest.mark.parametrize(("kind", "sizes", "reason"), [
-    ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 16}, "gpt2.*no rotary position embedding"),
-    ("opt", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "vocab_size": 16,
-             "word_embed_proj_dim": 32}, "opt.*no rotary position embedding"),
-    ("gemma3_text", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16,
-                     "intermediate_size": 16}, "gemma3_text.*more than one RoPE"),
-])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "reason"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 16}, "gpt2.*no rotary position embedding"),
+        (
+            "opt",
+            {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "ffn_dim": 16,
+                "vocab_size": 16,
+                "word_embed_proj_dim": 32,
+            },
+            "opt.*no rotary position embedding",
+        ),
+        (
+            "gemma3_text",
+            {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vocab_size": 16,
+                "intermediate_size": 16,
+            },
+            "gemma3_text.*more than one RoPE",
+        ),
+    ],
+)
 def test_models_without_one_rope_are_refused(tmp_path, kind, sizes, reason):
     config = AutoConfig.for_model(kind, **sizes | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
@@ -315,10 +395,15 @@ def test_sources_that_are_no_checkpoint_are_refused(tmp_path, llama, monkeypatch
     assert_refused(llama, 16_384, tmp_path / "out", "brand_new.*their own code")
 
 
-@pytest.mark.parametrize(("names", "reason"), [
-    (["pytorch_model.bin"], "pickled.*save_pretrained"), (["model.gguf"], "GGUF.*gguf_file"),
-    (["model-00001-of-00002.safetensors"], "no model.safetensors.index.json"), ([], "not a whole checkpoint"),
-])
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["pytorch_model.bin"], "pickled.*save_pretrained"),
+        (["model.gguf"], "GGUF.*gguf_file"),
+        (["model-00001-of-00002.safetensors"], "no model.safetensors.index.json"),
+        ([], "not a whole checkpoint"),
+    ],
+)
 def test_weights_in_other_forms_are_refused_with_what_to_do(tmp_path, llama, names, reason):
     (llama / "model.safetensors").unlink()
     for name in names:
@@ -329,9 +414,13 @@ def test_weights_in_other_forms_are_refused_with_what_to_do(tmp_path, llama, nam
 def test_damaged_weights_are_refused(tmp_path, llama):
     weights = llama / "model.safetensors"
     whole = weights.read_bytes()
-    for broken, reason in ((whole[:-1], "header describes"), (whole + b"x", "header describes"), (b"", "cut off"),
-                           (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-                           (whole[:8] + b"\0" + whole[9:], "damaged safetensors header")):
+    for broken, reason in (
+        (whole[:-1], "header describes"),
+        (whole + b"x", "header describes"),
+        (b"", "cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (whole[:8] + b"\0" + whole[9:], "damaged safetensors header"),
+    ):
         weights.write_bytes(broken)
         assert_refused(llama, 16_384, tmp_path / "out", reason)
 
@@ -448,12 +537,21 @@ def test_memory_does_not_grow_with_the_weights(tmp_path, llama, in_kernel):
         stream.truncate(8 + len(header) + size)
         stream.seek(-1, os.SEEK_END)
         stream.write(b"!")
-    code = MEASURE if in_kernel else f"""import os, errno
+    code = (
+        MEASURE
+        if in_kernel
+        else f"""import os, errno
 def refuse(*a): raise OSError(errno.EXDEV, "across file systems")
 os.copy_file_range = refuse
 {MEASURE}"""
-    done = subprocess.run([sys.executable, "-c", code, str(llama), str(tmp_path / "out")], capture_output=True,
-                          text=True, check=True, cwd=Path(__file__).parents[2])
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert int(done.stdout) < 64, "megabytes"
     assert sha256(tmp_path / "out/model.safetensors") == sha256(llama / "model.safetensors")
 

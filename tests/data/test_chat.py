@@ -16,20 +16,32 @@ from ultralong.data.read.documents import ReadReport
 from ultralong.data.rows.packed_rows import PackedRows
 
 # The shapes of the templates in the field, reduced to what matters here: where a turn ends, and what follows it.
-CHATML = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
-MARKED = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-          "{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>"
-          "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
-REWRITING = ("{% for m in messages %}<|start|>{{ m['role'] }}\n"
-             "{% if m['role'] == 'assistant' and loop.last %}think: {% endif %}"
-             "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
-INSTRUCT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
-            "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}")
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+REWRITING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}think: {% endif %}"
+    "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}"
+    "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+)
 
-TALK = [{"role": "system", "content": "Answer in short."}, {"role": "user", "content": "Where is the key?"},
-        {"role": "assistant", "content": "Under the stone."}, {"role": "user", "content": "Which?"},
-        {"role": "assistant", "content": "The third one."}]
+TALK = [
+    {"role": "system", "content": "Answer in short."},
+    {"role": "user", "content": "Where is the key?"},
+    {"role": "assistant", "content": "Under the stone."},
+    {"role": "user", "content": "Which?"},
+    {"role": "assistant", "content": "The third one."},
+]
 
 
 def with_template(tokenizer, template):
@@ -44,8 +56,9 @@ def learned(tokenizer, ids, mask):
     return [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
-@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|end|>"), (MARKED, "<|end|>"), (None, "<|turn|>"),
-                                               (INSTRUCT, "<|eos|>")])
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|end|>"), (MARKED, "<|end|>"), (None, "<|turn|>"), (INSTRUCT, "<|eos|>")]
+)
 def test_only_answers_and_their_end_are_learned(tiny_tokenizer, template, end):
     tokenizer = with_template(tiny_tokenizer, template or tiny_tokenizer.chat_template)
     ids, mask = encode_chat(tokenizer, TALK)
@@ -99,13 +112,20 @@ def test_no_template_is_refused(tiny_tokenizer, tmp_path):
         pack_chat([TALK], with_template(tiny_tokenizer, None), tmp_path, ChatSettings(64), quiet=True)
 
 
-@pytest.mark.parametrize(("messages", "reason"), [
-    ([], "no messages"), ("hello", "no messages"),
-    ([{"content": "a"}], "role"), ([{"role": "bot", "content": "a"}], "role"),
-    ([{"role": "user"}], "missing content"), ([{"role": "user", "content": None}], "missing content"),
-    ([{"role": "user", "content": "a"}], "no answer"),
-    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "empty answer"),
-    ([{"role": "user", "content": "a<|turn|>"}, {"role": "assistant", "content": "b"}], "control token")])
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no messages"),
+        ("hello", "no messages"),
+        ([{"content": "a"}], "role"),
+        ([{"role": "bot", "content": "a"}], "role"),
+        ([{"role": "user"}], "missing content"),
+        ([{"role": "user", "content": None}], "missing content"),
+        ([{"role": "user", "content": "a"}], "no answer"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "empty answer"),
+        ([{"role": "user", "content": "a<|turn|>"}, {"role": "assistant", "content": "b"}], "control token"),
+    ],
+)
 def test_malformed_conversations_are_named(tiny_tokenizer, messages, reason):
     with pytest.raises(ValueError, match=reason):
         encode_chat(tiny_tokenizer, messages)
@@ -120,8 +140,9 @@ def test_rows_hold_whole_examples_once(tiny_tokenizer, tmp_path):
     talks[5] = [{"role": "user", "content": "unanswered"}]
     talks[9] = talk(300)
     report = ReadReport()
-    rows = pack_chat(talks, tiny_tokenizer, tmp_path, ChatSettings(128, window_rows=3), report=report, rows_per_shard=4,
-                     quiet=True)
+    rows = pack_chat(
+        talks, tiny_tokenizer, tmp_path, ChatSettings(128, window_rows=3), report=report, rows_per_shard=4, quiet=True
+    )
     assert rows.mask_documents
     assert report.skipped == {"no answer": 1, "longer than 128 tokens": 1}
     assert report.examples["no answer"] == ["conversation 5"]

@@ -23,21 +23,35 @@ ASK, SAY = {"role": "user", "content": "Where?"}, {"role": "assistant", "content
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-@pytest.mark.parametrize(("record", "expected"), [
-    ([ASK, SAY], [ASK, SAY]),
-    ({"messages": [SYSTEM, ASK, SAY], "source": "x"}, [SYSTEM, ASK, SAY]),
-    ({"messages": [ASK], "answer": "There."}, [ASK, SAY]),
-    ({"conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]}, [ASK, SAY]),
-    ({"conversations": [{"from": "system", "value": "Be brief.", "weight": None}, {"from": "human", "value": "Where?"},
-                        {"from": "gpt", "value": "There.", "weight": 1}]}, [SYSTEM, ASK, SAY]),
-    ({"instruction": "Where?", "input": "", "output": "There.", "text": "all of it"}, [ASK, SAY]),
-    ({"instruction": "Where", "input": "The key.", "response": "There."},
-     [{"role": "user", "content": "Where\n\nThe key."}, SAY]),
-    ({"type": "GSM_Rephrased", "query": "Where?", "original_question": "W?", "response": "There."}, [ASK, SAY]),
-    ({"question": "Where?", "answer": "There."}, [ASK, SAY]),
-    ({"lang": "python", "problem": "Where?", "solution": "There."}, [ASK, SAY]),
-    ({"system_prompt": "Be brief.", "question": "Where?", "response": "There."}, [SYSTEM, ASK, SAY]),
-    ({"input": "Where?", "output": "There."}, [ASK, SAY])])
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ([ASK, SAY], [ASK, SAY]),
+        ({"messages": [SYSTEM, ASK, SAY], "source": "x"}, [SYSTEM, ASK, SAY]),
+        ({"messages": [ASK], "answer": "There."}, [ASK, SAY]),
+        ({"conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There."}]}, [ASK, SAY]),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief.", "weight": None},
+                    {"from": "human", "value": "Where?"},
+                    {"from": "gpt", "value": "There.", "weight": 1},
+                ]
+            },
+            [SYSTEM, ASK, SAY],
+        ),
+        ({"instruction": "Where?", "input": "", "output": "There.", "text": "all of it"}, [ASK, SAY]),
+        (
+            {"instruction": "Where", "input": "The key.", "response": "There."},
+            [{"role": "user", "content": "Where\n\nThe key."}, SAY],
+        ),
+        ({"type": "GSM_Rephrased", "query": "Where?", "original_question": "W?", "response": "There."}, [ASK, SAY]),
+        ({"question": "Where?", "answer": "There."}, [ASK, SAY]),
+        ({"lang": "python", "problem": "Where?", "solution": "There."}, [ASK, SAY]),
+        ({"system_prompt": "Be brief.", "question": "Where?", "response": "There."}, [SYSTEM, ASK, SAY]),
+        ({"input": "Where?", "output": "There."}, [ASK, SAY]),
+    ],
+)
 def test_every_shape_comes_to_the_same(record, expected):
     assert to_messages(record) == expected
 
@@ -52,17 +66,26 @@ def test_named_fields_and_named_styles():
 TURN = {"from": "human", "value": "a"}
 
 
-@pytest.mark.parametrize(("record", "kind"), [
-    ({}, "no known fields"), ({"instruction": "a"}, "no known fields"), (7, "no messages"),
-    ({"messages": []}, "no messages"), ({"conversations": ["a"]}, "a turn is not an object"),
-    ({"conversations": [{"value": "a"}]}, "missing or unknown role"),
-    ({"conversations": [TURN, {"from": "narrator", "value": "b"}]}, "missing or unknown role"),
-    ({"conversations": [TURN, {"from": "gpt", "value": None}]}, "missing content"),
-    ({"conversations": [TURN, {"from": "gpt", "value": " "}]}, "empty answer"),
-    ({"conversations": [TURN]}, "no answer"),
-    ({"messages": [SAY]}, "no question"), ({"question": " ", "answer": "b"}, "no question"),
-    ({"question": "a", "answer": None}, "missing content"), ({"question": "a", "answer": ""}, "empty answer"),
-    ({"question": "a\ud800", "answer": "b"}, "not valid Unicode")])
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ({}, "no known fields"),
+        ({"instruction": "a"}, "no known fields"),
+        (7, "no messages"),
+        ({"messages": []}, "no messages"),
+        ({"conversations": ["a"]}, "a turn is not an object"),
+        ({"conversations": [{"value": "a"}]}, "missing or unknown role"),
+        ({"conversations": [TURN, {"from": "narrator", "value": "b"}]}, "missing or unknown role"),
+        ({"conversations": [TURN, {"from": "gpt", "value": None}]}, "missing content"),
+        ({"conversations": [TURN, {"from": "gpt", "value": " "}]}, "empty answer"),
+        ({"conversations": [TURN]}, "no answer"),
+        ({"messages": [SAY]}, "no question"),
+        ({"question": " ", "answer": "b"}, "no question"),
+        ({"question": "a", "answer": None}, "missing content"),
+        ({"question": "a", "answer": ""}, "empty answer"),
+        ({"question": "a\ud800", "answer": "b"}, "not valid Unicode"),
+    ],
+)
 def test_what_is_malformed_has_a_short_name(record, kind):
     with pytest.raises(ValueError, match=f"^{kind}$"):
         to_messages(record)
@@ -81,9 +104,16 @@ def line(number: int, answer: str = "There.", **more) -> bytes:
 
 
 def bad_lines() -> list[bytes]:
-    broken = [b'{"id": "x", "question": ', b"[1, 2]", b'{"id": "x"}', line(90, ""),
-              b'{"id": "x", "messages": [{"content": "a"}]}', '{"id": "x", "question": "Köln", "answer": "b"}'
-              .encode("latin-1"), b'{"id": "x", "question": "a\\ud800", "answer": "b"}', line(91, "y " * 5_000_000)]
+    broken = [
+        b'{"id": "x", "question": ',
+        b"[1, 2]",
+        b'{"id": "x"}',
+        line(90, ""),
+        b'{"id": "x", "messages": [{"content": "a"}]}',
+        '{"id": "x", "question": "Köln", "answer": "b"}'.encode("latin-1"),
+        b'{"id": "x", "question": "a\\ud800", "answer": "b"}',
+        line(91, "y " * 5_000_000),
+    ]
     return [*map(line, range(5)), *broken, *map(line, range(3, 8))]
 
 
@@ -92,9 +122,15 @@ def test_malformed_records_are_counted_named_and_cost_nothing_else(tmp_path, tin
     path = recipe(tmp_path, lines)
     report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     assert report.skipped == {
-        "not JSON": 1, "not an object": 2, "no known fields": 1, "empty answer": 1, "missing or unknown role": 1,
-        "not UTF-8": 1, "not valid Unicode": 1,
-        "longer than 256 tokens by its characters alone": 1}
+        "not JSON": 1,
+        "not an object": 2,
+        "no known fields": 1,
+        "empty answer": 1,
+        "missing or unknown role": 1,
+        "not UTF-8": 1,
+        "not valid Unicode": 1,
+        "longer than 256 tokens by its characters alone": 1,
+    }
     # A line with a list of two is two records, neither an object.
     assert report.counts["documents"] + sum(report.skipped.values()) == len(lines) + 1
     named = read_jsonl(tmp_path / "rows" / "left_out.jsonl")
@@ -121,8 +157,11 @@ def test_an_answer_that_nobody_asked_for_is_left_off_and_noted(tmp_path, tiny_to
     assert roles == [["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"]]
     report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     assert report.skipped == {"no answer": 1, "no question": 1}
-    named = [entry["where"] for entry in read_jsonl(tmp_path / "rows" / "left_out.jsonl")
-             if "before the first question" in entry["reason"]]
+    named = [
+        entry["where"]
+        for entry in read_jsonl(tmp_path / "rows" / "left_out.jsonl")
+        if "before the first question" in entry["reason"]
+    ]
     assert named == ["a/c0", "a/c1"]
     with pytest.raises(ValueError, match="begins with an answer"):
         encode_chat(tiny_tokenizer, [{"role": "assistant", "content": "As I said."}])
@@ -141,8 +180,10 @@ def test_a_budget_is_met_within_one_conversation(tmp_path, tiny_tokenizer, budge
     assert again.counts == report.counts
 
 
-@pytest.mark.parametrize(("bad", "message"), [(b"{broken", "not JSON"), (line(1, ""), "empty answer"),
-                                              (b'{"messages": [{"content": "a"}]}', "role")])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(b"{broken", "not JSON"), (line(1, ""), "empty answer"), (b'{"messages": [{"content": "a"}]}', "role")],
+)
 def test_strict_stops(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message):
         list(read_conversations(recipe(tmp_path, [line(0), bad], read={"strict": True})))
@@ -154,28 +195,52 @@ def test_documents_that_are_too_long_badly_encoded_or_named_twice(tmp_path):
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     long = f"{word}\n" * 50_000
-    (tmp_path / "d.jsonl").write_bytes(b"\n".join([
-        json.dumps({"id": "long", "text": long}).encode(), b'{"id": "b", "text": "a\\ud800b"}',
-        b'{"id": "same", "text": "one"}', b'{"id": "same", "text": "two"}', b'{"id": "same", "text": "two"}', b"{"]))
-    (tmp_path / "mine.yaml").write_text(json.dumps({"name": "mine", "description": "d", "sources": [
-        {"name": "a", "license": "MIT", "path": "d.jsonl", "read": {"id_field": "id"}}]}))
+    (tmp_path / "d.jsonl").write_bytes(
+        b"\n".join(
+            [
+                json.dumps({"id": "long", "text": long}).encode(),
+                b'{"id": "b", "text": "a\\ud800b"}',
+                b'{"id": "same", "text": "one"}',
+                b'{"id": "same", "text": "two"}',
+                b'{"id": "same", "text": "two"}',
+                b"{",
+            ]
+        )
+    )
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "sources": [{"name": "a", "license": "MIT", "path": "d.jsonl", "read": {"id_field": "id"}}],
+            }
+        )
+    )
     report = pack_recipe(tmp_path / "mine.yaml", tokenizer, 4096, tmp_path / "rows", quiet=True)
     assert len(long) > 10_000_000
     read = report.sources["a"]["read"]
     assert (read["documents"], read["skipped"], read["noted"]) == (
-        4, {"not JSON": 1, "not valid Unicode": 1}, {"repeated id": 2})
+        4,
+        {"not JSON": 1, "not valid Unicode": 1},
+        {"repeated id": 2},
+    )
     assert [d.id for d in read_documents(tmp_path / "mine.yaml")] == ["a/long", "a/same", "a/same~2", "a/same~3"]
     store = TokenStore(tmp_path / "rows" / "tokens")
     assert store.length(0) == 50_000
     assert {*store[0].tolist()} == {1}
-    strict = load_recipe(tmp_path / "mine.yaml", ("sources=[{name: a, license: MIT, path: d.jsonl, read: "
-                                                  "{id_field: text, strict: true}}]",))
+    strict = load_recipe(
+        tmp_path / "mine.yaml",
+        ("sources=[{name: a, license: MIT, path: d.jsonl, read: {id_field: text, strict: true}}]",),
+    )
     with pytest.raises(ValueError, match="not valid Unicode"):
         list(read_documents(strict))
 
 
-@given(total=st.integers(1, 500), seen=st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 1000), min_size=1),
-       given_shares=st.booleans())
+@given(
+    total=st.integers(1, 500),
+    seen=st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 1000), min_size=1),
+    given_shares=st.booleans(),
+)
 def test_quotas_add_up_and_are_within_one_of_the_share(total, seen, given_shares):
     every = sum(seen.values())
     shares = {name: count / every for name, count in seen.items()}
@@ -184,8 +249,10 @@ def test_quotas_add_up_and_are_within_one_of_the_share(total, seen, given_shares
     assert all(abs(quotas[name] - shares[name] * total) < 1 for name in seen)
 
 
-TALKS = [Conversation(f"t{i}", [{"role": "user", "content": f"Where is {i}?"}, SAY], "s", "MIT", "abc"[i % 7 % 3])
-         for i in range(300)]
+TALKS = [
+    Conversation(f"t{i}", [{"role": "user", "content": f"Where is {i}?"}, SAY], "s", "MIT", "abc"[i % 7 % 3])
+    for i in range(300)
+]
 
 
 @given(order=st.permutations(range(60)), seed=st.integers(0, 50), total=st.integers(1, 40))
@@ -198,8 +265,10 @@ def test_the_choice_hangs_on_seed_and_id_alone(order, seed, total):
             chosen.add(talk.id, talk.category, number, place)
     expected = set()
     for name, quota in Subsample(total, shares).quotas({}).items():
-        ids = sorted((place for place in range(60) if TALKS[place].category == name),
-                     key=lambda place: uniform(seed, TALKS[place].id))
+        ids = sorted(
+            (place for place in range(60) if TALKS[place].category == name),
+            key=lambda place: uniform(seed, TALKS[place].id),
+        )
         expected |= {*ids[:quota]}
     taken = chosen.taken()
     assert {*taken} == expected
@@ -223,8 +292,10 @@ def test_rows_hold_the_sample_and_say_where_it_fell_short(tiny_tokenizer, tmp_pa
 
 
 def test_what_cannot_be_encoded_does_not_take_a_place(tiny_tokenizer, tmp_path):
-    talks = [*TALKS[:20], *(Conversation(f"x{i}", [ASK, {"role": "assistant", "content": "y " * 300}])
-                            for i in range(20))]
+    talks = [
+        *TALKS[:20],
+        *(Conversation(f"x{i}", [ASK, {"role": "assistant", "content": "y " * 300}]) for i in range(20)),
+    ]
     plain = [Conversation(t.id, t.messages) for t in talks]
     rows = pack_chat(plain, tiny_tokenizer, tmp_path, ChatSettings(128), subsample=Subsample(20), quiet=True)
     assert rows.manifest["documents"] == 20
@@ -234,8 +305,15 @@ def test_what_cannot_be_encoded_does_not_take_a_place(tiny_tokenizer, tmp_path):
 def test_a_recipe_of_categories(tmp_path, tiny_tokenizer):
     for name, count in (("math", 40), ("code", 10)):
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(line(i) for i in range(count)))
-    values = {"name": "mine", "description": "d", "kind": "chat", "subsample": {"total": 20}, "sources": [
-        {"name": name, "license": "MIT", "path": f"{name}.jsonl", "category": name} for name in ("math", "code")]}
+    values = {
+        "name": "mine",
+        "description": "d",
+        "kind": "chat",
+        "subsample": {"total": 20},
+        "sources": [
+            {"name": name, "license": "MIT", "path": f"{name}.jsonl", "category": name} for name in ("math", "code")
+        ],
+    }
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
     report = pack_recipe(tmp_path / "mine.yaml", tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     assert {name: row["taken"] for name, row in report.subsampled.items()} == {"math": 16, "code": 4}
@@ -251,9 +329,14 @@ def test_a_recipe_of_categories(tmp_path, tiny_tokenizer):
         load_recipe(tmp_path / "mine.yaml")
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"total": 0}, "total"), ({"total": 5, "shares": {"a": 0.5}}, "add up to 1"),
-    ({"total": 5, "shares": {"a": 1.5, "b": -0.5}}, "0 or more")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"total": 0}, "total"),
+        ({"total": 5, "shares": {"a": 0.5}}, "add up to 1"),
+        ({"total": 5, "shares": {"a": 1.5, "b": -0.5}}, "0 or more"),
+    ],
+)
 def test_nonsense_samples_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Subsample(**wrong)
@@ -271,6 +354,14 @@ def test_a_json_list_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path):
     for place, count in places.items():
         (tmp_path / "talks.json").write_bytes(whole[:place])
         path = tmp_path / "mine.yaml"
-        path.write_text(json.dumps({"name": "mine", "description": "d", "kind": "chat", "sources": [
-            {"name": "a", "license": "MIT", "path": "talks.json"}]}))
+        path.write_text(
+            json.dumps(
+                {
+                    "name": "mine",
+                    "description": "d",
+                    "kind": "chat",
+                    "sources": [{"name": "a", "license": "MIT", "path": "talks.json"}],
+                }
+            )
+        )
         assert len(list(read_conversations(path))) == count

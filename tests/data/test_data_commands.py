@@ -32,8 +32,16 @@ def recipe(tmp_path):
             (tmp_path / name / f"{number}.txt").write_text(f"{name} {number}. " + "The tide came in at dawn. " * repeat)
     (tmp_path / "short" / "bad.txt").write_bytes(b"\xff\xfe")
     path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({"name": "mine", "description": "d", "lengths": RULE, "sources": [
-        {"name": name, "license": "CC0-1.0", "path": name} for name in ("short", "long")]}))
+    path.write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "lengths": RULE,
+                "sources": [{"name": name, "license": "CC0-1.0", "path": name} for name in ("short", "long")],
+            }
+        )
+    )
     return path
 
 
@@ -45,8 +53,20 @@ def rows(recipe, tmp_path, tiny_tokenizer):
 
 def test_build_stats_and_show_by_command(recipe, tmp_path, tiny_tokenizer, capsys):
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    build = ["data", "build", str(recipe), "--tokenizer", str(tmp_path / "model"), "--length", "1500",
-             "--out", str(tmp_path / "rows"), "--quiet", "--json", str(tmp_path / "build.json")]
+    build = [
+        "data",
+        "build",
+        str(recipe),
+        "--tokenizer",
+        str(tmp_path / "model"),
+        "--length",
+        "1500",
+        "--out",
+        str(tmp_path / "rows"),
+        "--quiet",
+        "--json",
+        str(tmp_path / "build.json"),
+    ]
     cli.main(build)
     built = read_json(tmp_path / "build.json")
     assert built["rows"] == len(PackedRows(tmp_path / "rows"))
@@ -56,8 +76,21 @@ def test_build_stats_and_show_by_command(recipe, tmp_path, tiny_tokenizer, capsy
     shown = capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "short: left out 1 not UTF-8" in shown
-    cli.main(["data", "show", str(tmp_path / "rows"), "--tokenizer", str(tmp_path / "model"), "--colour", "always",
-              "--html", str(tmp_path / "row.html"), "--json", str(tmp_path / "row.json")])
+    cli.main(
+        [
+            "data",
+            "show",
+            str(tmp_path / "rows"),
+            "--tokenizer",
+            str(tmp_path / "model"),
+            "--colour",
+            "always",
+            "--html",
+            str(tmp_path / "row.html"),
+            "--json",
+            str(tmp_path / "row.json"),
+        ]
+    )
     assert "\x1b[1;97;45m<s>\x1b[0m" in capsys.readouterr().out
     assert "<table>" in (tmp_path / "row.html").read_text()
     assert read_json(tmp_path / "row.json")["length"] == 1500
@@ -67,8 +100,9 @@ def test_limit_and_overrides_reach_the_recipe(recipe, tmp_path, capsys):
     cli.main(["data", "stats", str(recipe), "--limit", "700", "--quiet", "--json", str(tmp_path / "a.json")])
     one = read_json(tmp_path / "a.json")["sources"]["long"]["lengths"]["after"]
     assert 700 <= sum(one["tokens"]) < 1500
-    cli.main(["data", "stats", str(recipe), "--set", "lengths.long_copies=3", "--quiet", "--json",
-              str(tmp_path / "b.json")])
+    cli.main(
+        ["data", "stats", str(recipe), "--set", "lengths.long_copies=3", "--quiet", "--json", str(tmp_path / "b.json")]
+    )
     three = read_json(tmp_path / "b.json")["sources"]["long"]["lengths"]
     assert sum(three["after"]["documents"]) == 3 * sum(three["before"]["documents"]) == 18
     capsys.readouterr()
@@ -102,7 +136,7 @@ def test_a_view_is_the_row(rows, tiny_tokenizer):
         for segment in view.segments:
             assert segment.facts == store.describe(segment.document)
             if segment.separator:
-                assert row.input_ids[segment.end - len(between):segment.end].tolist() == between
+                assert row.input_ids[segment.end - len(between) : segment.end].tolist() == between
         assert view.checks["joints_with_separator"] == view.checks["joints"] == len(view.segments) - 1
         assert view.checks["labels_that_are_the_next_input"] == 1499
         for joint in view.joints:
@@ -114,8 +148,9 @@ def test_a_view_is_the_row(rows, tiny_tokenizer):
 
 def test_masked_padded_and_broken_rows_are_told_apart(rows, tmp_path, tiny_tokenizer):
     store = TokenStore(rows.folder / "tokens")
-    masked = pack(store, tiny_tokenizer, tmp_path / "masked", PackSettings(4096, mask_documents=True, tail="pad"),
-                  quiet=True)
+    masked = pack(
+        store, tiny_tokenizer, tmp_path / "masked", PackSettings(4096, mask_documents=True, tail="pad"), quiet=True
+    )
     view = peek(masked, tiny_tokenizer, -1)
     assert view.segments[-1].name == "padding"
     assert view.segments[-1].targets == 0
@@ -150,8 +185,9 @@ def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
     slider.value = len(rows) - 1
     assert table.value != first
     assert f"Row {len(rows) - 1}:" in table.value
-    browse_rows(len(rows), lambda n: as_html(peek(rows, tiny_tokenizer, n)),
-                lambda n: as_text(peek(rows, tiny_tokenizer, n)))
+    browse_rows(
+        len(rows), lambda n: as_html(peek(rows, tiny_tokenizer, n)), lambda n: as_text(peek(rows, tiny_tokenizer, n))
+    )
     assert capsys.readouterr().out.startswith("row 0:")
     with pytest.raises(ValueError, match="no row 99"):
         browse_rows(3, str, str, first=99)
@@ -165,12 +201,32 @@ def test_what_cannot_be_shown_is_refused(rows, tiny_tokenizer):
 def test_conversations_are_counted_and_shown_too(tmp_path, tiny_tokenizer, capsys):
     rows = [{"question": f"Where is {n}?", "answer": "There. " * (1 + n % 3)} for n in range(12)]
     (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(json.dumps({
-        "name": "mine", "description": "d", "kind": "chat", "subsample": {"total": 6},
-        "sources": [{"name": "a", "license": "MIT", "path": "talks.jsonl"}]}))
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "kind": "chat",
+                "subsample": {"total": 6},
+                "sources": [{"name": "a", "license": "MIT", "path": "talks.jsonl"}],
+            }
+        )
+    )
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    cli.main(["data", "build", str(tmp_path / "mine.yaml"), "--tokenizer", str(tmp_path / "model"), "--length", "256",
-              "--out", str(tmp_path / "rows"), "--quiet"])
+    cli.main(
+        [
+            "data",
+            "build",
+            str(tmp_path / "mine.yaml"),
+            "--tokenizer",
+            str(tmp_path / "model"),
+            "--length",
+            "256",
+            "--out",
+            str(tmp_path / "rows"),
+            "--quiet",
+        ]
+    )
     assert "taken: general 6 of 12" in capsys.readouterr().out
     table = stats.folder_stats(tmp_path / "rows")["sources"]["a"]["lengths"]
     assert (sum(table["before"]["documents"]), sum(table["after"]["documents"])) == (12, 6)
@@ -187,8 +243,11 @@ def test_conversations_are_counted_and_shown_too(tmp_path, tiny_tokenizer, capsy
 def contents(folder):
     """Every file but the report, which holds seconds, and the lock."""
     left = ("report.json", ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name not in left}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in left
+    }
 
 
 def test_one_and_two_workers_write_the_same_bytes(recipe, tmp_path, tiny_tokenizer):
@@ -203,8 +262,9 @@ def test_a_build_killed_at_any_stage_ends_in_the_same_bytes(recipe, tmp_path, ti
     words = ["data", "build", str(recipe), "--tokenizer", str(tmp_path / "model"), "--length", "500", "--quiet"]
     pack_recipe(recipe, tmp_path / "model", 500, tmp_path / "whole", quiet=True)
     killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "ultralong", *words, "--out", str(killed)],
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ultralong", *words, "--out", str(killed)], stdout=subprocess.DEVNULL
+    )
     while not (killed / sign).exists() and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

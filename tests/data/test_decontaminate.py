@@ -30,8 +30,8 @@ def plain_hits(text: str, items: list[str], most: int, least: int) -> set[tuple[
         if len(asked) < least:
             continue
         size = min(most, len(asked))
-        grams = {tuple(asked[i:i + size]) for i in range(len(asked) - size + 1)}
-        found |= {(i, size) for i in range(len(words) - size + 1) if tuple(words[i:i + size]) in grams}
+        grams = {tuple(asked[i : i + size]) for i in range(len(asked) - size + 1)}
+        found |= {(i, size) for i in range(len(words) - size + 1) if tuple(words[i : i + size]) in grams}
     return found
 
 
@@ -85,8 +85,9 @@ def text_around(gram: str, before: int, after: int) -> str:
     return "p" * before + " " + gram + " " + "s" * after
 
 
-@pytest.mark.parametrize(("before", "after", "expected"), [
-    (1000, 1000, [801, 801]), (1000, 300, [801]), (100, 398, []), (100, 399, [200])])
+@pytest.mark.parametrize(
+    ("before", "after", "expected"), [(1000, 1000, [801, 801]), (1000, 300, [801]), (100, 398, []), (100, 399, [200])]
+)
 def test_cutting_takes_the_words_and_two_hundred_characters(before, after, expected):
     grams = Grams([("t", "q", QUESTION)])
     text = text_around(QUESTION, before, after)
@@ -104,9 +105,15 @@ def test_a_document_full_of_tests_is_dropped():
 
 @pytest.fixture
 def tests(tmp_path):
-    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [
-        {"question": QUESTION, "answer": "#### 9", "choices": ["too short to count", "another one"]},
-        {"question": "What is two and two and two and two and two and two and two less five?", "answer": "9"}]))
+    (tmp_path / "math.jsonl").write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in [
+                {"question": QUESTION, "answer": "#### 9", "choices": ["too short to count", "another one"]},
+                {"question": "What is two and two and two and two and two and two and two less five?", "answer": "9"},
+            ]
+        )
+    )
     (tmp_path / "book.txt").write_text("Only the keeper knew how many ships had passed that night without a sound.")
     return Decontaminate((TestSet("math", str(tmp_path / "math.jsonl")), TestSet("book", str(tmp_path / "book.txt"))))
 
@@ -125,8 +132,9 @@ def test_test_sets_are_files_and_a_broken_one_stops(tests, tmp_path):
 
 def test_conversations_with_a_test_question_are_dropped_and_named(tests):
     def talk(number, question):
-        return Conversation(f"t{number}", [{"role": "user", "content": question},
-                                           {"role": "assistant", "content": "At dawn."}])
+        return Conversation(
+            f"t{number}", [{"role": "user", "content": question}, {"role": "assistant", "content": "At dawn."}]
+        )
 
     report = ReadReport()
     clean = Filter(tests, read_tests(tests), report)
@@ -147,9 +155,16 @@ def test_documents_of_a_recipe(tests, tmp_path, tiny_tokenizer, action):
     dirty = "The lamp was lit. " * 60 + QUESTION + " The ship went by. " * 60
     (tmp_path / "texts" / "dirty.txt").write_text(dirty)
     path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({
-        "name": "mine", "description": "d", "sources": [{"name": "a", "license": "MIT", "path": "texts"}],
-        "decontaminate": {"action": action, "against": [{"name": "math", "path": "math.jsonl"}]}}))
+    path.write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "sources": [{"name": "a", "license": "MIT", "path": "texts"}],
+                "decontaminate": {"action": action, "against": [{"name": "math", "path": "math.jsonl"}]},
+            }
+        )
+    )
     report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     told = report.sources["a"]["decontaminated"]
     assert (told["checked"], told["dropped"], told["cut"]) == (9, *((1, 0) if action == "drop" else (0, 1)))
@@ -157,7 +172,8 @@ def test_documents_of_a_recipe(tests, tmp_path, tiny_tokenizer, action):
     assert [id for id in ids if "dirty" in id] == ([] if action == "drop" else ["a/dirty.txt!1", "a/dirty.txt!2"])
     listed = read_jsonl(tmp_path / "rows" / "contaminated.jsonl")
     assert [(entry["id"], entry["action"]) for entry in listed] == [
-        ("a/dirty.txt", "dropped" if action == "drop" else "cut")]
+        ("a/dirty.txt", "dropped" if action == "drop" else "cut")
+    ]
     assert listed[0]["shared"][0]["words"] in " ".join(words_of(QUESTION))
     grams = read_tests(tests)
     assert not any(grams.hits(document.text) for document in read_documents(path))
@@ -169,14 +185,22 @@ def test_documents_of_a_recipe(tests, tmp_path, tiny_tokenizer, action):
 
 
 def test_a_recipe_of_conversations_keeps_its_report(tests, tmp_path, tiny_tokenizer):
-    rows = [{"question": f"Where is {n}?", "answer": "There."} for n in range(20)] + [{"question": QUESTION,
-                                                                                      "answer": "At dawn."}]
+    rows = [{"question": f"Where is {n}?", "answer": "There."} for n in range(20)] + [
+        {"question": QUESTION, "answer": "At dawn."}
+    ]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({
-        "name": "mine", "description": "d", "kind": "chat",
-        "sources": [{"name": "a", "license": "MIT", "path": "talks.jsonl"}],
-        "decontaminate": {"against": [{"name": "math", "path": "math.jsonl", "fields": ["question"]}]}}))
+    path.write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "kind": "chat",
+                "sources": [{"name": "a", "license": "MIT", "path": "talks.jsonl"}],
+                "decontaminate": {"against": [{"name": "math", "path": "math.jsonl", "fields": ["question"]}]},
+            }
+        )
+    )
     report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     assert report.skipped == {"overlaps with a test": 1}
     assert report.sources["a"]["decontaminated"]["dropped"] == 1
@@ -200,15 +224,34 @@ def test_nonsense_settings_are_refused(wrong, message):
 
 @pytest.mark.parametrize("kind", ["documents", "chat"])
 def test_clean_files_by_command(tests, tmp_path, kind, capsys):
-    lines = [{"question": f"Where is {n}?", "answer": "There."} for n in range(5)] + [{"question": QUESTION,
-                                                                                      "answer": "At dawn."}]
+    lines = [{"question": f"Where is {n}?", "answer": "There."} for n in range(5)] + [
+        {"question": QUESTION, "answer": "At dawn."}
+    ]
     texts = [{"text": line["question"]} for line in lines]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (lines if kind == "chat" else texts)))
     path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({"name": "mine", "description": "d", "kind": kind,
-                                "sources": [{"name": "a", "license": "MIT", "path": "in.jsonl"}]}))
-    main(["data", "decontaminate", str(path), "--against", str(tmp_path / "math.jsonl"), "--out",
-          str(tmp_path / "clean"), "--quiet"])
+    path.write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "kind": kind,
+                "sources": [{"name": "a", "license": "MIT", "path": "in.jsonl"}],
+            }
+        )
+    )
+    main(
+        [
+            "data",
+            "decontaminate",
+            str(path),
+            "--against",
+            str(tmp_path / "math.jsonl"),
+            "--out",
+            str(tmp_path / "clean"),
+            "--quiet",
+        ]
+    )
     assert "a: 6 checked, 1 dropped" in capsys.readouterr().out
     kept = read_jsonl(tmp_path / "clean" / "clean.jsonl")
     assert [row["id"] for row in kept] == [f"a/in.jsonl:{n}" for n in range(1, 6)]

@@ -17,8 +17,13 @@ from ultralong.data.select.clean import strip_gutenberg, strip_rfc
 
 pyarrow = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-            ".zst": zstandard.ZstdCompressor(level=1).compress}
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(level=1).compress,
+}
 LINES = b"".join(json.dumps({"text": f"text number {i}", "n": i}).encode() + b"\n" for i in range(2000))
 
 
@@ -70,14 +75,25 @@ def test_a_truncated_file_gives_what_it_holds_and_is_counted(tmp_path, ending):
         read(tmp_path, strict=True)
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), [
-    ("a.txt", "Köln".encode("latin-1"), "not UTF-8"), ("a.txt", b"", "empty"), ("a.txt", b" \n\t ", "empty"),
-    ("a.txt", b"ELF\0\0", "binary"), ("a.txt.gz", b"no gzip at all", "truncated or damaged file"),
-    ("a.txt.gz", b"", "truncated or damaged file"), ("a.jsonl", b'{"text": \n', "not JSON"),
-    ("a.jsonl", b'{"body": "x"}\n', "no field 'text'"), ("a.jsonl", b'{"text": 7}\n', "text is not a string"),
-    ("a.jsonl", b'"text"\n', "not an object"), ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
-    ("a.json", b"[1, 2", "not JSON"), ("a.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
-    ("a.parquet", b"PAR1 and then nothing", "truncated or damaged file")])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", "Köln".encode("latin-1"), "not UTF-8"),
+        ("a.txt", b"", "empty"),
+        ("a.txt", b" \n\t ", "empty"),
+        ("a.txt", b"ELF\0\0", "binary"),
+        ("a.txt.gz", b"no gzip at all", "truncated or damaged file"),
+        ("a.txt.gz", b"", "truncated or damaged file"),
+        ("a.jsonl", b'{"text": \n', "not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "no field 'text'"),
+        ("a.jsonl", b'{"text": 7}\n', "text is not a string"),
+        ("a.jsonl", b'"text"\n', "not an object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
+        ("a.json", b"[1, 2", "not JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
+        ("a.parquet", b"PAR1 and then nothing", "truncated or damaged file"),
+    ],
+)
 def test_bad_input_is_a_counted_skip_or_an_error(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "z-good.txt").write_text("good")
@@ -136,8 +152,10 @@ def test_a_dataset_saved_on_disk(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     rows.remove_columns("id").save_to_disk(tmp_path / "plain")
     rows.remove_columns("id").save_to_disk(tmp_path / "elsewhere" / "plain")
-    names = [[name for name, _ in Reader().dataset_rows(Dataset(str(folder / "plain")))]
-             for folder in (tmp_path, tmp_path / "elsewhere")]
+    names = [
+        [name for name, _ in Reader().dataset_rows(Dataset(str(folder / "plain")))]
+        for folder in (tmp_path, tmp_path / "elsewhere")
+    ]
     assert names == [["plain:0", "plain:1"]] * 2, "a folder that is moved gives the same corpus"
 
 
@@ -173,8 +191,10 @@ def test_the_report_keeps_a_few_examples():
 
 
 def test_gutenberg_notices_go():
-    text = ("The Project Gutenberg eBook of X\n\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\nCall me Ishmael.\n"
-            "*** END OF THE PROJECT GUTENBERG EBOOK X ***\nlicence\n")
+    text = (
+        "The Project Gutenberg eBook of X\n\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\nCall me Ishmael.\n"
+        "*** END OF THE PROJECT GUTENBERG EBOOK X ***\nlicence\n"
+    )
     assert strip_gutenberg(text) == "Call me Ishmael.\n"
     assert strip_gutenberg("Call me Ishmael.\n") == "Call me Ishmael.\n"
 
@@ -209,7 +229,9 @@ RFC 9999                      A Title                       January 2023
 
 
 def test_rfc_page_furniture_goes_and_text_stays():
-    assert strip_rfc(RFC) == """\
+    assert (
+        strip_rfc(RFC)
+        == """\
 Network Working Group                                          A. Author
 Request for Comments: 9999                                  January 2023
 
@@ -221,10 +243,13 @@ Request for Comments: 9999                                  January 2023
 
 2.  The RFC 793 of September 1981 is text and stays.
 """
+    )
 
 
 def test_the_oldest_rfcs_headers_go_too():
-    text = "one.\n\n[page 2]                 Postel\n\f\n28 Aug 1980\nRFC 768      UDP\n       Fields\n\ntwo.\n\n" \
-           "                [Page i]\n\f\n\nSeptember 1981\n      Internet Protocol\n\nthree"
+    text = (
+        "one.\n\n[page 2]                 Postel\n\f\n28 Aug 1980\nRFC 768      UDP\n       Fields\n\ntwo.\n\n"
+        "                [Page i]\n\f\n\nSeptember 1981\n      Internet Protocol\n\nthree"
+    )
     assert strip_rfc(text) == "one.\n\ntwo.\n\nthree\n"
     assert strip_rfc("no pages\nat all\n") == "no pages\nat all\n"

@@ -73,8 +73,10 @@ class Index(http.server.SimpleHTTPRequestHandler):
 def index(tmp_path, monkeypatch):
     """A package index on loopback that pip is told to use; it holds one source distribution."""
     (tmp_path / "www" / "files").mkdir(parents=True)
-    archive = tar_of(tmp_path / "www" / "files" / "texts-1.0.tar.gz",
-                     {"texts-1.0/a.txt": b"one", "texts-1.0/b.txt": b"two", "texts-1.0/setup.py": b"raise SystemExit"})
+    archive = tar_of(
+        tmp_path / "www" / "files" / "texts-1.0.tar.gz",
+        {"texts-1.0/a.txt": b"one", "texts-1.0/b.txt": b"two", "texts-1.0/setup.py": b"raise SystemExit"},
+    )
     handler = functools.partial(Index, directory=str(tmp_path / "www"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -90,8 +92,17 @@ def index(tmp_path, monkeypatch):
 
 
 def pypi(archive: Path, **changes) -> Package:
-    return Package(**{"registry": "pypi", "name": "Texts", "version": "1.0", "sha256": sha256(archive),
-                      "file": "texts-1.0.tar.gz", "members": ("*.txt",), **changes})
+    return Package(
+        **{
+            "registry": "pypi",
+            "name": "Texts",
+            "version": "1.0",
+            "sha256": sha256(archive),
+            "file": "texts-1.0.tar.gz",
+            "members": ("*.txt",),
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("kind", ["json", "html"])
@@ -147,12 +158,16 @@ def test_unpacking_keeps_the_chosen_members_only_and_once(index, tmp_path):
 def test_npm_pack_runs_no_scripts(tmp_path, monkeypatch):
     archive = tar_of(tmp_path / "scope-texts-1.0.0.tgz", {"package/a.txt": b"one"})
     (tmp_path / "bin").mkdir()
-    script(tmp_path / "bin", "npm", f"""
+    script(
+        tmp_path / "bin",
+        "npm",
+        f"""
 import json, shutil, sys
 assert sys.argv[1:3] == ["pack", "@scope/texts@1.0.0"] and "--ignore-scripts" in sys.argv
 shutil.copy({str(archive)!r}, sys.argv[sys.argv.index("--pack-destination") + 1])
 print(json.dumps([{{"filename": "scope-texts-1.0.0.tgz"}}]))
-""")
+""",
+    )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     package = Package("npm", "@scope/texts", "1.0.0", sha256(archive), members=("package/*.txt",))
     assert (unpack(package, tmp_path / "cache", quiet=True) / "package" / "a.txt").read_bytes() == b"one"
@@ -171,8 +186,9 @@ def deb(tmp_path):
         pytest.skip("dpkg-deb is not on this machine")
     root = tmp_path / "root"
     (root / "DEBIAN").mkdir(parents=True)
-    (root / "DEBIAN" / "control").write_text("Package: texts\nVersion: 1.0\nArchitecture: all\nMaintainer: a\n"
-                                             "Description: texts\n")
+    (root / "DEBIAN" / "control").write_text(
+        "Package: texts\nVersion: 1.0\nArchitecture: all\nMaintainer: a\nDescription: texts\n"
+    )
     (root / "usr" / "src").mkdir(parents=True)
     (root / "usr" / "src" / "a.txt").write_text("one")
     tar_of(root / "usr" / "src" / "tree.tar.xz", {"tree/x.c": b"int x;", "tree/y.h": b"int y;"})
@@ -182,7 +198,10 @@ def deb(tmp_path):
 
 def test_deb_through_apt(deb, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
-    script(tmp_path / "bin", "apt-get", f"""
+    script(
+        tmp_path / "bin",
+        "apt-get",
+        f"""
 import shutil, sys
 assert sys.argv[1] == "download"
 if "--print-uris" in sys.argv:
@@ -191,7 +210,8 @@ elif sys.argv[2] in ("texts", "texts=1.0"):
     shutil.copy({str(deb)!r}, ".")
 else:
     sys.exit("E: Unable to locate package " + sys.argv[2])
-""")
+""",
+    )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     loose = Package("deb", "texts", members=("usr/src/*.txt",))
     assert (unpack(loose, tmp_path / "cache", quiet=True) / "usr/src/a.txt").read_text() == "one"
@@ -256,11 +276,15 @@ def test_patterns():
     assert not wanted("a/b/c.txt", ("*.txt",), ("a/b/*",))
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"registry": "pypi", "name": "a", "sha256": "0", "file": "a"}, "version"),
-    ({"registry": "npm", "name": "a", "version": "1"}, "sha256"),
-    ({"registry": "pypi", "name": "a", "version": "1", "sha256": "0"}, "file"),
-    ({"registry": "deb", "name": "a", "version": "1"}, "sha256")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"registry": "pypi", "name": "a", "sha256": "0", "file": "a"}, "version"),
+        ({"registry": "npm", "name": "a", "version": "1"}, "sha256"),
+        ({"registry": "pypi", "name": "a", "version": "1", "sha256": "0"}, "file"),
+        ({"registry": "deb", "name": "a", "version": "1"}, "sha256"),
+    ],
+)
 def test_what_is_not_pinned_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Package(**wrong)

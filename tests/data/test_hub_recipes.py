@@ -19,19 +19,36 @@ from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample_p
 # A record of each data set, with the fields of its card; Q and A are put in.
 CHAT = {
     "sharegpt": {"id": "x", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-    "slimorca": {"conversations": [{"from": "system", "value": "S", "weight": None},
-                                   {"from": "human", "value": "Q", "weight": 0.0},
-                                   {"from": "gpt", "value": "A", "weight": 1.0}]},
+    "slimorca": {
+        "conversations": [
+            {"from": "system", "value": "S", "weight": None},
+            {"from": "human", "value": "Q", "weight": 0.0},
+            {"from": "gpt", "value": "A", "weight": 1.0},
+        ]
+    },
     "evol-instruct": {"idx": "1", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
     "gpteacher": {"instruction": "Q", "input": "", "response": "A"},
     "alpaca-gpt4": {"instruction": "Q", "input": "", "output": "A", "text": "Below is an instruction"},
-    "ultrainteract": {"task": "Math_CoT", "dataset": "gsm8k", "instruction": "Q", "response": "A", "id": "1",
-                      "parent_id": ""},
+    "ultrainteract": {
+        "task": "Math_CoT",
+        "dataset": "gsm8k",
+        "instruction": "Q",
+        "response": "A",
+        "id": "1",
+        "parent_id": "",
+    },
     "orca-math": {"question": "Q", "answer": "A"},
     "mathinstruct": {"source": "data/CoT/gsm", "output": "A", "instruction": "Q"},
     "metamath": {"type": "GSM_AnsAug", "query": "Q", "original_question": "O", "response": "A"},
-    "magicoder": {"lang": "python", "raw_index": 1, "index": 1, "seed": "s", "openai_fingerprint": None, "problem": "Q",
-                  "solution": "A"},
+    "magicoder": {
+        "lang": "python",
+        "raw_index": 1,
+        "index": 1,
+        "seed": "s",
+        "openai_fingerprint": None,
+        "problem": "Q",
+        "solution": "A",
+    },
     "wizardcoder": {"instruction": "Q", "output": "A"},
     "glaive-code": {"question": "Q", "answer": "A"},
     "acemath-general": {"messages": [{"role": "user", "content": "Q"}], "answer": "A"},
@@ -72,18 +89,21 @@ def test_instruction_blends(name, tmp_path, tiny_tokenizer):
     pytest.importorskip("datasets")
     loaded = load_recipe(name)
     assert loaded.subsample.total == 100_000
-    recipe = stand_in(loaded, lambda source: [
-        filled(CHAT[source], f"Question {n} of {source}?", f"Answer {n}.") for n in range(20)])
+    recipe = stand_in(
+        loaded, lambda source: [filled(CHAT[source], f"Question {n} of {source}?", f"Answer {n}.") for n in range(20)]
+    )
     talks = list(read_conversations(recipe, quiet=True))
     assert len(talks) == 20 * len(recipe.sources)
     assert {len(talk) for talk in talks} <= {2, 3}
-    assert all(talk[-2]["content"].startswith("Question") and talk[-1]["content"].startswith("Answer")
-               for talk in talks)
+    assert all(
+        talk[-2]["content"].startswith("Question") and talk[-1]["content"].startswith("Answer") for talk in talks
+    )
     few = replace(recipe, subsample=replace(recipe.subsample, total=len(recipe.sources) * 10))
     report = pack_recipe(few, tiny_tokenizer, 512, tmp_path / "rows", quiet=True)
     categories = Counter(source.category for source in recipe.sources)
     assert {key: row["taken"] for key, row in report.subsampled.items()} == {
-        key: 10 * count for key, count in categories.items()}
+        key: 10 * count for key, count in categories.items()
+    }
     assert sum(row["documents"] for row in report.sources.values()) == len(recipe.sources) * 10
     for source in recipe.sources:
         row = report.sources[source.name]
@@ -97,8 +117,13 @@ def test_instruction_blends(name, tmp_path, tiny_tokenizer):
 def part_rows(count):
     draw = random.Random(0)
     names = ["CommonCrawl", "C4", "Github", "ArXiv", "Book", "Wikipedia", "StackExchange"]
-    return [{"text": "w" * draw.choice([300, 900, 5000, 20_000, 60_000]),
-             "meta": {"redpajama_set_name": f"RedPajama{draw.choice([*names, 'Other'])}"}} for _ in range(count)]
+    return [
+        {
+            "text": "w" * draw.choice([300, 900, 5000, 20_000, 60_000]),
+            "meta": {"redpajama_set_name": f"RedPajama{draw.choice([*names, 'Other'])}"},
+        }
+        for _ in range(count)
+    ]
 
 
 def test_slimpajama_by_source(tmp_path):
@@ -129,8 +154,13 @@ def test_slimpajama_by_source(tmp_path):
 def test_parts_reach_the_report_of_the_rows(tmp_path, tiny_tokenizer):
     rows = [{"text": f"Document {n}. " * 20, "kind": {"name": "ab"[n % 2]}} for n in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = Source("mix", "CC0-1.0", path=str(tmp_path / "in.jsonl"), characters_per_token=1.0,
-                    parts=Parts("kind.name", {"a": 0.25, "b": 0.75}))
+    source = Source(
+        "mix",
+        "CC0-1.0",
+        path=str(tmp_path / "in.jsonl"),
+        characters_per_token=1.0,
+        parts=Parts("kind.name", {"a": 0.25, "b": 0.75}),
+    )
     recipe = Recipe("m", "d", (source,), tokens=4000)
     report = pack_recipe(recipe, tiny_tokenizer, 128, tmp_path / "rows", quiet=True)
     # Texts of 240 characters below number 10 and of 260 from there: five of the one, five and seven of the other.
@@ -145,9 +175,15 @@ def test_web_books_and_code(tmp_path):
     loaded = load_recipe("fineweb-books-code")
     assert sum(source.share for source in loaded.sources) == pytest.approx(1.0)
     draw = random.Random(1)
-    recipe = replace(stand_in(loaded, lambda source: [
-        {"id": f"{source}-{n}", "text": f"{source} " * draw.choice([100, 4000, 9000])} for n in range(300)]),
-        tokens=1_000_000)
+    recipe = replace(
+        stand_in(
+            loaded,
+            lambda source: [
+                {"id": f"{source}-{n}", "text": f"{source} " * draw.choice([100, 4000, 9000])} for n in range(300)
+            ],
+        ),
+        tokens=1_000_000,
+    )
     taken = Counter()
     for document in read_documents(recipe, quiet=True):
         taken[document.source] += len(document.text) / 3.68
@@ -163,15 +199,23 @@ def test_a_stream_of_parts_ends_when_all_have_theirs():
             number += 1
 
     counts = {"a": LengthCounts(), "b": LengthCounts()}
-    got = list(sample_parts(endless(), {"a": 100, "b": 30}, rule=LengthRule(0, 1, 5, 1.0), characters_per_token=1.0,
-                            counts=counts))
+    got = list(
+        sample_parts(
+            endless(), {"a": 100, "b": 30}, rule=LengthRule(0, 1, 5, 1.0), characters_per_token=1.0, counts=counts
+        )
+    )
     assert Counter(document.source for document in got) == {"a": 10, "b": 3}
     assert counts["b"].as_json()["before"]["documents"][0] == 3, "what is passed over is not counted"
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"share": 0.5}, "tokens: a takes a share"), ({"parts": Parts("k", {"x": 1.0}), "share": 0.5}, "their own shares"),
-    ({"share": -1.0}, "share must be positive")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share": 0.5}, "tokens: a takes a share"),
+        ({"parts": Parts("k", {"x": 1.0}), "share": 0.5}, "their own shares"),
+        ({"share": -1.0}, "share must be positive"),
+    ],
+)
 def test_nonsense_shares_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe("m", "d", (Source("a", "x", path="p", **changes),))

@@ -18,8 +18,10 @@ LENGTH, SHORT = 128, 40
 
 
 def talks(words, count):
-    return [[{"role": "user", "content": f"Is {n} a number?"},
-             {"role": "assistant", "content": " ".join(["yes"] * words)}] for n in range(count)]
+    return [
+        [{"role": "user", "content": f"Is {n} a number?"}, {"role": "assistant", "content": " ".join(["yes"] * words)}]
+        for n in range(count)
+    ]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_sft_trains_on_the_mixture_and_the_card_states_it(mixed, monkeypatch, ma
     monkeypatch.chdir(mixed)
     run = make_run(mixed, make_tiny_model(), tiny_tokenizer)
     data = (DataSource("short", 0.75), DataSource("long", 0.25))
-    train(replace(run, data=data, steps=3, rows_per_step=4, rows_at_once=2), quiet=True)
+    train(replace(run, data=data, steps=3, global_batch_size=4, micro_batch_size=2), quiet=True)
     card = (mixed / "run" / "model" / "README.md").read_text()
     assert "rows: short" in card
     assert "weight 0.75" in card

@@ -19,10 +19,16 @@ from ultralong.data.tokens.tokenize import tokenize_corpus
 
 DOCUMENTS = st.lists(st.text(alphabet="abc the\n", min_size=1, max_size=40), min_size=1, max_size=12)
 SETTINGS = st.builds(
-    PackSettings, length=st.integers(2, 40), join=st.sampled_from(["separator", "none", "bos_eos"]),
-    mask_documents=st.booleans(), positions=st.sampled_from(["auto", "row", "document"]),
-    long_documents=st.sampled_from(["split", "drop"]), tail=st.sampled_from(["drop", "pad"]),
-    shuffle=st.booleans(), seed=st.integers(0, 5))
+    PackSettings,
+    length=st.integers(2, 40),
+    join=st.sampled_from(["separator", "none", "bos_eos"]),
+    mask_documents=st.booleans(),
+    positions=st.sampled_from(["auto", "row", "document"]),
+    long_documents=st.sampled_from(["split", "drop"]),
+    tail=st.sampled_from(["drop", "pad"]),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 5),
+)
 
 
 def make_store(tokenizer, folder, texts, **options):
@@ -161,8 +167,10 @@ def test_the_separator_is_encoded_alone(tiny_tokenizer):
 
 def test_same_seed_same_rows_other_seed_other_rows(tiny_tokenizer, tmp_path):
     store = make_store(tiny_tokenizer, tmp_path / "store", [f"document {i}" for i in range(50)])
-    rows = [pack(store, tiny_tokenizer, tmp_path / f"rows{i}", PackSettings(32, seed=seed), quiet=True)
-            for i, seed in enumerate((0, 0, 1))]
+    rows = [
+        pack(store, tiny_tokenizer, tmp_path / f"rows{i}", PackSettings(32, seed=seed), quiet=True)
+        for i, seed in enumerate((0, 0, 1))
+    ]
     tokens = [np.stack([row[i].input_ids for i in range(len(row))]) for row in rows]
     assert np.array_equal(tokens[0], tokens[1])
     assert not np.array_equal(tokens[0], tokens[2])
@@ -194,9 +202,16 @@ def test_other_settings_or_tokenizer_are_refused(tiny_tokenizer, tmp_path):
         pack(store, other, tmp_path / "elsewhere", PackSettings(8), quiet=True)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"length": 1}, "at least 2"), ({"join": "comma"}, "join must be one of"), ({"tail": "keep"}, "tail must be"),
-    ({"positions": "x"}, "positions must be"), ({"long_documents": "x"}, "long_documents must be")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"length": 1}, "at least 2"),
+        ({"join": "comma"}, "join must be one of"),
+        ({"tail": "keep"}, "tail must be"),
+        ({"positions": "x"}, "positions must be"),
+        ({"long_documents": "x"}, "long_documents must be"),
+    ],
+)
 def test_nonsense_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         PackSettings(**{"length": 8, **wrong})

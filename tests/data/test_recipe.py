@@ -33,8 +33,13 @@ def texts(tmp_path):
 
 
 def recipe_file(tmp_path, **changes):
-    values = {"name": "mine", "description": "d", "packing": {"join": "separator"},
-              "sources": [{"name": "a", "license": "CC0-1.0", "path": "texts"}], **changes}
+    values = {
+        "name": "mine",
+        "description": "d",
+        "packing": {"join": "separator"},
+        "sources": [{"name": "a", "license": "CC0-1.0", "path": "texts"}],
+        **changes,
+    }
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
     return tmp_path / "mine.yaml"
 
@@ -64,26 +69,48 @@ def test_the_heldout_works_are_not_in_the_training_recipe():
     assert train.sha256 == held.sha256
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"sorces": []}, "unknown key 'sorces'; did you mean 'sources'"),
-    ({"sources": [{"name": "a", "license": "x"}]}, r"sources\[0\]: source 'a' needs one of packages, path and dataset"),
-    ({"sources": [{"name": "a", "license": "x", "path": "p", "dataset": {"id": "q"}}]}, "needs one of"),
-    ({"sources": [{"name": "a", "path": "p"}]}, r"sources\[0\]: license must be given"),
-    ({"sources": [{"name": "a", "license": "x", "path": "p", "clean": ["html"]}]}, "clean: html is not known"),
-    ({"sources": [{"name": "a", "license": "x", "path": "p", "read": {"format": "pdf"}}]},
-     "read: format must be one of"),
-    ({"sources": [{"name": "a", "license": "x", "path": "p", "budget": 0}]}, "budget must be positive"),
-    ({"sources": [{"name": "a", "license": "x", "packages": [{"registry": "pypi", "name": "b", "version": "1"}]}]},
-     r"packages\[0\]: sha256"),
-    ({"sources": []}, "one or more"),
-    ({"sources": [{"name": "a", "license": "x", "path": "p"}] * 2}, "different names"),
-    ({"lengths": {"short_keep": 2}}, "lengths: short_keep"),
-    ({"packing": {"joint": "none"}}, "unknown key 'joint'; did you mean 'join'"),
-    ({"packing": {"join": "comma"}}, "packing: join must be one of"),
-    ({"packing": {"seed": 1}}, "seed does not belong here"),
-    ({"kind": "chat", "packing": {}, "lengths": {}}, "lengths: the length rule is for documents"),
-    ({"kind": "chat", "packing": {}, "tokens": 9, "sources": [{"name": "a", "license": "x", "path": "p", "parts": {
-        "field": "f", "shares": {"b": 1.0}}}]}, "parts: they are for documents; a is of conversations")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sorces": []}, "unknown key 'sorces'; did you mean 'sources'"),
+        (
+            {"sources": [{"name": "a", "license": "x"}]},
+            r"sources\[0\]: source 'a' needs one of packages, path and dataset",
+        ),
+        ({"sources": [{"name": "a", "license": "x", "path": "p", "dataset": {"id": "q"}}]}, "needs one of"),
+        ({"sources": [{"name": "a", "path": "p"}]}, r"sources\[0\]: license must be given"),
+        ({"sources": [{"name": "a", "license": "x", "path": "p", "clean": ["html"]}]}, "clean: html is not known"),
+        (
+            {"sources": [{"name": "a", "license": "x", "path": "p", "read": {"format": "pdf"}}]},
+            "read: format must be one of",
+        ),
+        ({"sources": [{"name": "a", "license": "x", "path": "p", "budget": 0}]}, "budget must be positive"),
+        (
+            {
+                "sources": [
+                    {"name": "a", "license": "x", "packages": [{"registry": "pypi", "name": "b", "version": "1"}]}
+                ]
+            },
+            r"packages\[0\]: sha256",
+        ),
+        ({"sources": []}, "one or more"),
+        ({"sources": [{"name": "a", "license": "x", "path": "p"}] * 2}, "different names"),
+        ({"lengths": {"short_keep": 2}}, "lengths: short_keep"),
+        ({"packing": {"joint": "none"}}, "unknown key 'joint'; did you mean 'join'"),
+        ({"packing": {"join": "comma"}}, "packing: join must be one of"),
+        ({"packing": {"seed": 1}}, "seed does not belong here"),
+        ({"kind": "chat", "packing": {}, "lengths": {}}, "lengths: the length rule is for documents"),
+        (
+            {
+                "kind": "chat",
+                "packing": {},
+                "tokens": 9,
+                "sources": [{"name": "a", "license": "x", "path": "p", "parts": {"field": "f", "shares": {"b": 1.0}}}],
+            },
+            "parts: they are for documents; a is of conversations",
+        ),
+    ],
+)
 def test_a_wrong_recipe_names_the_key(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(recipe_file(tmp_path, **changes))
@@ -137,8 +164,10 @@ def test_the_same_command_again_does_nothing_and_changes_are_refused(tmp_path, t
         pack_recipe(path, tiny_tokenizer, 64, tmp_path / "rows", quiet=True)
 
 
-@pytest.mark.parametrize("lost", [("tokens/sources.json", "manifest.json"), ("report.json",),
-                                  ("tokens/manifest.json", "tokens/sources.json")])
+@pytest.mark.parametrize(
+    "lost",
+    [("tokens/sources.json", "manifest.json"), ("report.json",), ("tokens/manifest.json", "tokens/sources.json")],
+)
 def test_a_run_cut_anywhere_goes_on_to_the_same_rows_and_report(tmp_path, texts, tiny_tokenizer, lost):
     path = recipe_file(tmp_path)
     first = pack_recipe(path, tiny_tokenizer, 64, tmp_path / "rows", quiet=True).to_dict()
@@ -178,8 +207,9 @@ def test_a_budget_does_not_undo_the_length_rule(tmp_path):
     for number in range(400):
         (tmp_path / f"{number}.txt").write_text("x" * 100)
     rule = LengthRule(short_below=1000, short_keep=0.1, long_above=1000)
-    recipe = Recipe("m", "d", (Source("a", "x", path=str(tmp_path), budget=1000, characters_per_token=1.0),),
-                    lengths=rule)
+    recipe = Recipe(
+        "m", "d", (Source("a", "x", path=str(tmp_path), budget=1000, characters_per_token=1.0),), lengths=rule
+    )
     opened = OpenSource(recipe.sources[0], recipe, None)
     kept = list(opened.documents())
     counts = opened.counts["a"].as_json()
@@ -206,8 +236,9 @@ def test_sampling_copies_are_tokenised_like_the_first(tmp_path, texts, tiny_toke
     report = pack_recipe(recipe_file(tmp_path, lengths=rule), tiny_tokenizer, 64, tmp_path / "rows", quiet=True)
     lengths = report.sources["a"]["lengths"]
     assert lengths["before"]["documents"][0] == 12
-    documents = list(read_documents(Recipe("m", "d", load_recipe(recipe_file(tmp_path)).sources,
-                                           lengths=LengthRule(**rule))))
+    documents = list(
+        read_documents(Recipe("m", "d", load_recipe(recipe_file(tmp_path)).sources, lengths=LengthRule(**rule)))
+    )
     assert len([d for d in documents if d.id.endswith("#3")]) > 3
     from ultralong.data.tokens.store import TokenStore
 
@@ -240,20 +271,34 @@ def test_a_dataset_is_a_source_too(tmp_path, tiny_tokenizer):
     assert report.sources["a"]["read"]["skipped"] == {"empty": 1}
 
 
-TALKS = [{"messages": [{"role": "system", "content": "You are Bob."}, {"role": "user", "content": f"Say {i}"},
-                       {"role": "assistant", "content": f"{i}"}]} for i in range(20)]
+TALKS = [
+    {
+        "messages": [
+            {"role": "system", "content": "You are Bob."},
+            {"role": "user", "content": f"Say {i}"},
+            {"role": "assistant", "content": f"{i}"},
+        ]
+    }
+    for i in range(20)
+]
 
 
 def chat_recipe(tmp_path, system):
     lines = [json.dumps(talk) for talk in TALKS] + ['{"messages": [{"role": "user", "content": "?"}]}', "{broken"]
     (tmp_path / "talks.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    source = {"name": "a", "license": "Apache-2.0", "path": "talks.jsonl.gz", "read": {"field": "messages"},
-              "system": system}
+    source = {
+        "name": "a",
+        "license": "Apache-2.0",
+        "path": "talks.jsonl.gz",
+        "read": {"field": "messages"},
+        "system": system,
+    }
     return recipe_file(tmp_path, kind="chat", sources=[source], packing={"max_tokens": 8192})
 
 
-@pytest.mark.parametrize(("system", "first"), [
-    (None, "system:You are Bob."), ("", "user:Say 0"), ("Be brief.", "system:Be brief.")])
+@pytest.mark.parametrize(
+    ("system", "first"), [(None, "system:You are Bob."), ("", "user:Say 0"), ("Be brief.", "system:Be brief.")]
+)
 def test_conversations_to_rows(tmp_path, tiny_tokenizer, system, first):
     path = chat_recipe(tmp_path, system)
     talks = list(read_conversations(path))
@@ -263,7 +308,8 @@ def test_conversations_to_rows(tmp_path, tiny_tokenizer, system, first):
     assert report.counts["documents"] == 20
     assert report.skipped == {"no answer": 1, "not JSON": 1}
     assert report.counts["target_tokens"] == sum(
-        int((PackedRows(tmp_path / "rows")[i].labels != -100).sum()) for i in range(report.rows))
+        int((PackedRows(tmp_path / "rows")[i].labels != -100).sum()) for i in range(report.rows)
+    )
     again = pack_recipe(path, tiny_tokenizer, 128, tmp_path / "rows", quiet=True)
     assert {**again.to_dict(), **UNTIMED} == {**report.to_dict(), **UNTIMED}
     with pytest.raises(ValueError, match="of documents"):

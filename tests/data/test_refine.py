@@ -67,18 +67,27 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if step.isdigit():
-            self.answer(int(step), f"no, {self.headers.get('Authorization', 'nobody')}".encode(),
-                        {"Retry-After": "0.01"} if step == "429" else {})
+            self.answer(
+                int(step),
+                f"no, {self.headers.get('Authorization', 'nobody')}".encode(),
+                {"Retry-After": "0.01"} if step == "429" else {},
+            )
             return
         time.sleep(self.server.delay)
         if step in ("junk", "empty", "shape"):
-            body = {"junk": b"<html>", "shape": b'{"choices": []}',
-                    "empty": b'{"choices": [{"message": {"content": " "}}]}'}[step]
+            body = {
+                "junk": b"<html>",
+                "shape": b'{"choices": []}',
+                "empty": b'{"choices": [{"message": {"content": " "}}]}',
+            }[step]
             self.answer(200, body)
             return
         draft = asked.split("The draft of the answer:\n\n")[1]
-        value = {"choices": [{"message": {"content": f"Refined: {draft}"},
-                              "finish_reason": "length" if step == "length" else "stop"}]}
+        value = {
+            "choices": [
+                {"message": {"content": f"Refined: {draft}"}, "finish_reason": "length" if step == "length" else "stop"}
+            ]
+        }
         if self.server.usage:
             value["usage"] = {"prompt_tokens": 40, "completion_tokens": 10, "total_tokens": 50}
         self.answer(200, json.dumps(value).encode())
@@ -118,8 +127,10 @@ def server(monkeypatch):
 def talk(name, question="Where?", answers=("There.",)):
     messages = [{"role": "system", "content": "Be brief."}]
     for number, answer in enumerate(answers):
-        messages += [{"role": "user", "content": f"{question} {name}.{number}"},
-                     {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": f"{question} {name}.{number}"},
+            {"role": "assistant", "content": answer},
+        ]
     return Conversation(name, messages, "s", "MIT", "math")
 
 
@@ -146,12 +157,21 @@ def test_each_refinement_stands_beside_its_original(server, tmp_path):
     assert sum(server.seen.values()) == 20, "what is done is not asked again"
 
 
-@pytest.mark.parametrize(("script", "tries", "status", "reason"), [
-    ("429 429", 3, "refined", None), ("500 503", 3, "refined", None), ("cut", 2, "refined", None),
-    ("junk shape empty", 4, "refined", None), ("slow", 2, "refined", None),
-    ("500 500 500 500", 4, "failed", "HTTP 500: no, nobody, after 4 requests"),
-    ("400", 1, "failed", "HTTP 400: no, nobody"), ("401", 1, "failed", "HTTP 401"), ("302", 1, "failed", "HTTP 302"),
-    ("length", 1, "failed", "cut at max_tokens")])
+@pytest.mark.parametrize(
+    ("script", "tries", "status", "reason"),
+    [
+        ("429 429", 3, "refined", None),
+        ("500 503", 3, "refined", None),
+        ("cut", 2, "refined", None),
+        ("junk shape empty", 4, "refined", None),
+        ("slow", 2, "refined", None),
+        ("500 500 500 500", 4, "failed", "HTTP 500: no, nobody, after 4 requests"),
+        ("400", 1, "failed", "HTTP 400: no, nobody"),
+        ("401", 1, "failed", "HTTP 401"),
+        ("302", 1, "failed", "HTTP 302"),
+        ("length", 1, "failed", "cut at max_tokens"),
+    ],
+)
 def test_what_goes_wrong_is_repeated_or_recorded(server, tmp_path, script, tries, status, reason):
     talks = [talk("a", f"Where [{script}]?"), talk("b")]
     report = refine(talks, tmp_path, settings(server, timeout=1.0 if "slow" in script else 5.0), quiet=True)
@@ -179,7 +199,7 @@ def test_backoff_doubles_and_a_server_may_ask_for_more(server, tmp_path):
 
 def test_all_turns_build_on_the_refined_ones(server, tmp_path):
     refine([talk("a", answers=("One.", "Two."))], tmp_path, settings(server, turns="all"), quiet=True)
-    record, = read_jsonl(tmp_path / "refined.jsonl")
+    (record,) = read_jsonl(tmp_path / "refined.jsonl")
     assert [m["content"] for m in record["messages"] if m["role"] == "assistant"] == ["Refined: One.", "Refined: Two."]
     assert [m["content"] for m in record["original"] if m["role"] == "assistant"] == ["One.", "Two."]
     sent = prompt(INSTRUCTION, record["messages"])[1]["content"]
@@ -187,8 +207,9 @@ def test_all_turns_build_on_the_refined_ones(server, tmp_path):
     assert record["usage"] == {"prompt_tokens": 80, "answer_tokens": 20}
 
 
-@pytest.mark.parametrize("limit", [{"budget_tokens": 3000}, {"budget_money": 0.3, "prompt_price": 100.0,
-                                                            "answer_price": 100.0}])
+@pytest.mark.parametrize(
+    "limit", [{"budget_tokens": 3000}, {"budget_money": 0.3, "prompt_price": 100.0, "answer_price": 100.0}]
+)
 def test_a_budget_is_never_exceeded_and_lasts_over_runs(server, tmp_path, limit):
     talks = [talk(f"t{n}") for n in range(80)]
     report = refine(talks, tmp_path, settings(server, concurrency=8, **limit), quiet=True)
@@ -211,7 +232,8 @@ def test_what_may_have_been_billed_counts(server, tmp_path):
     assert (report.prompt_tokens, report.answer_tokens) == (2 * most, 60), "a time-out and an answer without a count"
     tight = settings(server, timeout=1.0, budget_tokens=most + 31)
     assert refine([talk("b", "Where [slow]?")], tmp_path / "b", tight, quiet=True).reasons == {
-        "no answer in 1 s, and the budget allows no repetition": 1}
+        "no answer in 1 s, and the budget allows no repetition": 1
+    }
 
 
 def test_many_threads_cannot_overdraw():
@@ -250,17 +272,39 @@ def test_the_key_goes_into_the_header_and_nowhere_else(server, tmp_path, monkeyp
 def recipe(tmp_path, count):
     lines = [json.dumps({"id": f"t{n}", "question": f"Where? {n}", "answer": "There."}) for n in range(count)]
     (tmp_path / "talks.jsonl").write_text("\n".join(lines))
-    (tmp_path / "mine.yaml").write_text(json.dumps({
-        "name": "mine", "description": "d", "kind": "chat", "sources": [
-            {"name": "a", "license": "MIT", "path": "talks.jsonl", "read": {"id_field": "id"}}]}))
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "kind": "chat",
+                "sources": [{"name": "a", "license": "MIT", "path": "talks.jsonl", "read": {"id_field": "id"}}],
+            }
+        )
+    )
     return tmp_path / "mine.yaml"
 
 
 def test_killed_and_resumed_by_command(server, tmp_path):
     server.delay = 0.1
     path = recipe(tmp_path, 30)
-    command = [sys.executable, "-m", "ultralong", "data", "refine", str(path), "--url", server.url, "--model", "m",
-               "--out", str(tmp_path / "out"), "--concurrency", "2", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "ultralong",
+        "data",
+        "refine",
+        str(path),
+        "--url",
+        server.url,
+        "--model",
+        "m",
+        "--out",
+        str(tmp_path / "out"),
+        "--concurrency",
+        "2",
+        "--quiet",
+    ]
     log = tmp_path / "out" / "refined.jsonl"
     process = subprocess.Popen(command, env={**os.environ, "no_proxy": "*"})
     while not (log.exists() and log.read_bytes().count(b"\n") >= 6):
@@ -281,9 +325,18 @@ def test_killed_and_resumed_by_command(server, tmp_path):
         if f"a/t{n}" in done:
             assert server.seen[f"Where? {n}"] == before[f"Where? {n}"] == 1, "what was finished is not paid for twice"
     assert sum(count > 1 for count in server.seen.values()) <= 2, "only what was under way is asked again"
-    (tmp_path / "read.yaml").write_text(json.dumps({
-        "name": "read", "description": "d", "kind": "chat", "sources": [
-            {"name": "a", "license": "MIT", "path": "out/refined.jsonl", "read": {"field": "messages"}}]}))
+    (tmp_path / "read.yaml").write_text(
+        json.dumps(
+            {
+                "name": "read",
+                "description": "d",
+                "kind": "chat",
+                "sources": [
+                    {"name": "a", "license": "MIT", "path": "out/refined.jsonl", "read": {"field": "messages"}}
+                ],
+            }
+        )
+    )
     assert all(talk[-1]["content"] == "Refined: There." for talk in read_conversations(tmp_path / "read.yaml"))
 
 
@@ -293,10 +346,16 @@ def test_another_question_is_another_folder(server, tmp_path):
         refine([talk("a")], tmp_path, settings(server, instruction="Be rude."), quiet=True)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"url": "localhost:8000"}, "must be like"), ({"url": "https://me:secret@host/v1"}, "does not belong"),
-    ({"url": "http://example.org/v1", "key_variable": "K"}, "in the clear"), ({"retries": -1}, "retries"),
-    ({"timeout": 0}, "positive")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"url": "localhost:8000"}, "must be like"),
+        ({"url": "https://me:secret@host/v1"}, "does not belong"),
+        ({"url": "http://example.org/v1", "key_variable": "K"}, "in the clear"),
+        ({"retries": -1}, "retries"),
+        ({"timeout": 0}, "positive"),
+    ],
+)
 def test_nonsense_endpoints_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Endpoint(**{"url": "http://localhost/v1", "model": "m", **wrong})

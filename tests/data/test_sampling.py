@@ -39,8 +39,11 @@ def test_fate_depends_on_seed_and_id_alone(seed, order, cut):
     documents = [Document(f"d{i}", "x" * (1 + i % 12)) for i in range(30)]
     whole = Counter(d.id for d in sample(documents, rule=rule, seed=seed, characters_per_token=1.0))
     shuffled = [documents[i] for i in order]
-    parts = Counter(d.id for part in (shuffled[:cut], shuffled[cut:])
-                    for d in sample(part, rule=rule, seed=seed, characters_per_token=1.0))
+    parts = Counter(
+        d.id
+        for part in (shuffled[:cut], shuffled[cut:])
+        for d in sample(part, rule=rule, seed=seed, characters_per_token=1.0)
+    )
     assert whole == parts
 
 
@@ -51,8 +54,11 @@ def test_another_seed_takes_others():
     assert 60 < len(ids[0] & ids[1]) + len(ids[0] - ids[1]) < 140
 
 
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), budget=st.integers(1, 600),
-       copy=st.floats(1, 3, allow_nan=False))
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    budget=st.integers(1, 600),
+    copy=st.floats(1, 3, allow_nan=False),
+)
 def test_budgets_are_met_within_one_document(lengths, budget, copy):
     documents = [Document(f"d{i}", "x" * n) for i, n in enumerate(lengths)]
     rule = LengthRule(0, 1, 10, copy)
@@ -100,9 +106,15 @@ def test_uniform_is_uniform_and_fixed():
     assert round(uniform(0, "a"), 6) == 0.897922
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"short_below": -1}, "short_below"), ({"short_below": 9000}, "short_below"), ({"short_keep": 1.1}, "short_keep"),
-    ({"long_copies": -1.0}, "long_copies")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"short_below": -1}, "short_below"),
+        ({"short_below": 9000}, "short_below"),
+        ({"short_keep": 1.1}, "short_keep"),
+        ({"long_copies": -1.0}, "long_copies"),
+    ],
+)
 def test_nonsense_rules_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         LengthRule(**wrong)

@@ -23,8 +23,10 @@ from ultralong.utils.files import read_json
 
 
 def corpus(count: int = 30) -> list[Document]:
-    return [Document(f"d{i}", f"Document {i}: " + "the tide came in at dawn. " * (i % 7), f"s{i % 2}", "CC0-1.0")
-            for i in range(count)]
+    return [
+        Document(f"d{i}", f"Document {i}: " + "the tide came in at dawn. " * (i % 7), f"s{i % 2}", "CC0-1.0")
+        for i in range(count)
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,8 +71,9 @@ def test_manifest_adds_up_and_hashes_hold(tiny_tokenizer, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_and_workers_do_not_change_the_bytes(tiny_tokenizer, tmp_path, workers):
     tokenize_corpus(corpus(), tiny_tokenizer, tmp_path / "a", shard_tokens=100, quiet=True)
-    tokenize_corpus(corpus(), tiny_tokenizer, tmp_path / "b", shard_tokens=100, batch_characters=40, workers=workers,
-                    quiet=True)
+    tokenize_corpus(
+        corpus(), tiny_tokenizer, tmp_path / "b", shard_tokens=100, batch_characters=40, workers=workers, quiet=True
+    )
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

@@ -37,8 +37,11 @@ WORDS = ["".join(letters) for letters in itertools.product("bdkt", "aeo", "lmnr"
 
 def prose(draw: random.Random, words: int) -> str:
     """Words without sense, but with the small words that a quality filter wants to see."""
-    return " ".join(itertools.chain.from_iterable((*draw.choices(WORDS, k=4), draw.choice(["the", "of", "and", "that"]))
-                                                  for _ in range(words // 5)))
+    return " ".join(
+        itertools.chain.from_iterable(
+            (*draw.choices(WORDS, k=4), draw.choice(["the", "of", "and", "that"])) for _ in range(words // 5)
+        )
+    )
 
 
 @pytest.fixture
@@ -51,23 +54,33 @@ def corpus(tmp_path, tiny_tokenizer):
     for name, text in texts.items():
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
     rule = {"short_below": 100, "short_keep": 0.5, "long_above": 400, "long_copies": 2.0}
-    (tmp_path / "mine.yaml").write_text(json.dumps({
-        "name": "mine", "description": "d", "seed": 3, "lengths": rule,
-        "sources": [{"name": "a", "license": "CC0-1.0", "path": "texts"}]}))
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "description": "d",
+                "seed": 3,
+                "lengths": rule,
+                "sources": [{"name": "a", "license": "CC0-1.0", "path": "texts"}],
+            }
+        )
+    )
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path
 
 
 def trove(folder, **changes):
-    return TroveSettings(**{"base": str(folder / "run"), "tokenizer": str(folder / "model"), "tasks": 3, "workers": 1,
-                            **changes})
+    return TroveSettings(
+        **{"base": str(folder / "run"), "tokenizer": str(folder / "model"), "tasks": 3, "workers": 1, **changes}
+    )
 
 
 EVERY = {"filters": ("language", "quality", "repetition"), "executor": "slurm", "partition": "cpu"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"dedup": ()}, {"dedup": ("minhash",)}, EVERY,
-                                     {"filters": ("quality",), "cache": "/a b/c'd"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dedup": ()}, {"dedup": ("minhash",)}, EVERY, {"filters": ("quality",), "cache": "/a b/c'd"}]
+)
 def test_the_program_compiles_and_names_what_it_uses(corpus, changes):
     path = render(str(corpus / "mine.yaml"), trove(corpus, **changes), corpus / "scripts")
     text = path.read_text()
@@ -79,21 +92,29 @@ def test_the_program_compiles_and_names_what_it_uses(corpus, changes):
     assert {"Prepare", "Read", "Tokenise"} <= imported
     for name, sign in (("exact", "ExactDedupFilter"), ("minhash", "MinhashDedupFilter")):
         assert (sign in imported) == (name in changes.get("dedup", ("exact", "minhash")))
-    for name, sign in (("language", "language_filter"), ("quality", "GopherQualityFilter"),
-                       ("repetition", "GopherRepetitionFilter")):
+    for name, sign in (
+        ("language", "language_filter"),
+        ("quality", "GopherQualityFilter"),
+        ("repetition", "GopherRepetitionFilter"),
+    ):
         assert (sign in imported) == (name in changes.get("filters", ()))
     assert ("SlurmPipelineExecutor" in imported) == (changes.get("executor") == "slurm")
     assert load_recipe(corpus / "scripts" / "recipe.yaml").lengths.short_keep == 0.5
 
 
-@pytest.mark.parametrize(("language", "changes", "code"), [
-    ("eng", {}, "en"), ("spa", {}, "es"), ("jpn", {}, "ja"), ("yue", {"language_code": "yue"}, "yue")])
+@pytest.mark.parametrize(
+    ("language", "changes", "code"),
+    [("eng", {}, "en"), ("spa", {}, "es"), ("jpn", {}, "ja"), ("yue", {"language_code": "yue"}, "yue")],
+)
 def test_a_language_has_the_name_that_the_model_gives_it(corpus, language, changes, code):
     """Their first two letters would be `sp` and `jp`, which the model never says: every text would be thrown out."""
     made = trove(corpus, filters=("language",), language=language, language_model="/models/it's.bin", **changes)
     text = render(str(corpus / "mine.yaml"), made, corpus / "scripts").read_text()
-    values = {node.targets[0].id: node.value.value for node in ast.parse(text).body
-              if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+    values = {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
     assert (values["LANGUAGE_CODE"], values["LANGUAGE_MODEL"]) == (code, "/models/it's.bin")
 
 
@@ -102,8 +123,12 @@ def test_a_language_has_the_name_that_the_model_gives_it(corpus, language, chang
 def test_every_argument_is_one_that_datatrove_takes(corpus, executor):
     path = render(str(corpus / "mine.yaml"), trove(corpus, **{**EVERY, "executor": executor}), corpus / "scripts")
     tree = ast.parse(path.read_text())
-    named = {alias.name: getattr(importlib.import_module(node.module), alias.name)
-             for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    named = {
+        alias.name: getattr(importlib.import_module(node.module), alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in named]
     assert len(calls) > 15
     for call in calls:
@@ -149,26 +174,67 @@ def test_all_filters_and_both_deduplications_from_the_command_to_the_rows(corpus
     for n in range(4):
         (corpus / "texts" / f"german-{n}.txt").write_text(" ".join(draw.choices(GERMAN, k=200)))
     monkeypatch.setenv("HF_HOME", str(corpus / "cache"))
-    words = ["data", "render", str(corpus / "mine.yaml"), "--tokenizer", str(corpus / "model"), "--base",
-             str(corpus / "run"), "--out", str(corpus / "scripts"), "--tasks", "3", "--workers", "2", "--filters",
-             "language", "quality", "repetition", "--language-model", str(language_model), "--set",
-             "lengths.short_keep=1.0"]
+    words = [
+        "data",
+        "render",
+        str(corpus / "mine.yaml"),
+        "--tokenizer",
+        str(corpus / "model"),
+        "--base",
+        str(corpus / "run"),
+        "--out",
+        str(corpus / "scripts"),
+        "--tasks",
+        "3",
+        "--workers",
+        "2",
+        "--filters",
+        "language",
+        "quality",
+        "repetition",
+        "--language-model",
+        str(language_model),
+        "--set",
+        "lengths.short_keep=1.0",
+    ]
     main(words)
-    done = subprocess.run([sys.executable, corpus / "scripts" / "pipeline.py"], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, corpus / "scripts" / "pipeline.py"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    main(["data", "merge", str(corpus / "run"), "--recipe", str(corpus / "scripts" / "recipe.yaml"), "--tokenizer",
-          str(corpus / "model"), "--length", "512", "--out", str(corpus / "rows"), "--quiet"])
+    main(
+        [
+            "data",
+            "merge",
+            str(corpus / "run"),
+            "--recipe",
+            str(corpus / "scripts" / "recipe.yaml"),
+            "--tokenizer",
+            str(corpus / "model"),
+            "--length",
+            "512",
+            "--out",
+            str(corpus / "rows"),
+            "--quiet",
+        ]
+    )
     store = TokenStore(corpus / "rows" / "tokens")
     names = {store.describe(n)["id"].split("#")[0] for n in range(len(store))}
     every = {f"a/{path.name}" for path in (corpus / "texts").iterdir()}
-    assert every - names == ({f"a/german-{n}.txt" for n in range(4)} | {"a/short.txt"}
-                             | ({"a/07.txt", "a/same.txt"} - names) | ({"a/08.txt", "a/near.txt"} - names))
+    assert every - names == (
+        {f"a/german-{n}.txt" for n in range(4)}
+        | {"a/short.txt"}
+        | ({"a/07.txt", "a/same.txt"} - names)
+        | ({"a/08.txt", "a/near.txt"} - names)
+    )
     assert len(names & {"a/07.txt", "a/same.txt"}) == len(names & {"a/08.txt", "a/near.txt"}) == 1
     steps = read_json(corpus / "run" / "logs" / "read" / "stats.json")
     counted = {step["name"].rsplit(" ", 1)[-1]: step["stats"] for step in steps}
-    left = {name: stats["dropped"] if isinstance(stats["dropped"], int) else stats["dropped"]["total"]
-            for name, stats in counted.items() if "dropped" in stats}
+    left = {
+        name: stats["dropped"] if isinstance(stats["dropped"], int) else stats["dropped"]["total"]
+        for name, stats in counted.items()
+        if "dropped" in stats
+    }
     assert left == {"ID": 4, "Quality": 1}, "each was left out by the filter that is for it"
 
 
@@ -183,16 +249,45 @@ def test_a_language_model_that_is_not_there_is_said_before_anything_runs(tmp_pat
 @needs_datatrove
 @pytest.mark.slow
 def test_the_local_executor_gives_the_corpus_of_one_machine_without_its_duplicates(corpus, tiny_tokenizer):
-    words = ["data", "render", str(corpus / "mine.yaml"), "--tokenizer", str(corpus / "model"), "--base",
-             str(corpus / "run"), "--out", str(corpus / "scripts"), "--tasks", "3", "--workers", "1", "--filters",
-             "quality"]
+    words = [
+        "data",
+        "render",
+        str(corpus / "mine.yaml"),
+        "--tokenizer",
+        str(corpus / "model"),
+        "--base",
+        str(corpus / "run"),
+        "--out",
+        str(corpus / "scripts"),
+        "--tasks",
+        "3",
+        "--workers",
+        "1",
+        "--filters",
+        "quality",
+    ]
     main(words)
     for _ in range(2):  # the second run has nothing left to do
-        done = subprocess.run([sys.executable, corpus / "scripts" / "pipeline.py"], capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(
+            [sys.executable, corpus / "scripts" / "pipeline.py"], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-    main(["data", "merge", str(corpus / "run"), "--recipe", str(corpus / "scripts" / "recipe.yaml"), "--tokenizer",
-          str(corpus / "model"), "--length", "512", "--out", str(corpus / "rows"), "--quiet"])
+    main(
+        [
+            "data",
+            "merge",
+            str(corpus / "run"),
+            "--recipe",
+            str(corpus / "scripts" / "recipe.yaml"),
+            "--tokenizer",
+            str(corpus / "model"),
+            "--length",
+            "512",
+            "--out",
+            str(corpus / "rows"),
+            "--quiet",
+        ]
+    )
     pack_recipe(corpus / "mine.yaml", tiny_tokenizer, 512, corpus / "one", quiet=True)
     merged, one = TokenStore(corpus / "rows" / "tokens"), TokenStore(corpus / "one" / "tokens")
     here = {merged.describe(n)["id"]: merged[n].tolist() for n in range(len(merged))}
@@ -237,16 +332,25 @@ def test_streams_are_parted_too(tmp_path):
 
 def write_recipe(tmp_path):
     path = tmp_path / "stream.yaml"
-    path.write_text(json.dumps({"name": "s", "description": "d", "sources": [
-        {"name": "a", "license": "x", "dataset": {"id": str(tmp_path / "in")}}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "name": "s",
+                "description": "d",
+                "sources": [{"name": "a", "license": "x", "dataset": {"id": str(tmp_path / "in")}}],
+            }
+        )
+    )
     return path
 
 
 def stores(tmp_path, tokenizer, counts):
     number = itertools.count()
     for place, count in enumerate(counts):
-        documents = [Document(f"d{next(number)}", f"The tide came in at dawn {n}. " * 3, f"s{n % 2}", "MIT")
-                     for n in range(count)]
+        documents = [
+            Document(f"d{next(number)}", f"The tide came in at dawn {n}. " * 3, f"s{n % 2}", "MIT")
+            for n in range(count)
+        ]
         yield tokenize_corpus(documents, tokenizer, tmp_path / f"part{place}", shard_tokens=60, quiet=True).folder
 
 
@@ -292,8 +396,10 @@ def test_the_steps_by_hand(corpus, tiny_tokenizer):
     ratio = read_json(corpus / "run" / "characters_per_token.json")["a"]
     for rank in range(3):
         opened = OpenSource(recipe.sources[0], recipe, None, part=(rank, 3))
-        items = [SimpleNamespace(text=d.text, id=d.id, metadata={"source": d.source, "license": d.license})
-                 for d in opened.texts()]
+        items = [
+            SimpleNamespace(text=d.text, id=d.id, metadata={"source": d.source, "license": d.license})
+            for d in opened.texts()
+        ]
         write_json(corpus / "run" / "read" / f"{rank:05d}" / "a.json", opened.report.as_json())
         Tokenise(**step)(iter(items), rank, 3)
         if rank == 1:
@@ -309,10 +415,16 @@ def test_the_steps_by_hand(corpus, tiny_tokenizer):
     assert merged.counts["document_tokens"] == one.counts["document_tokens"]
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"filters": ("speed",)}, "speed is not known"), ({"dedup": ("fuzzy",)}, "fuzzy is not known"),
-    ({"filters": ("language",), "language": "yue"}, "language-code"),
-    ({"tasks": 0}, "tasks"), ({"executor": "slurm"}, "partition")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"filters": ("speed",)}, "speed is not known"),
+        ({"dedup": ("fuzzy",)}, "fuzzy is not known"),
+        ({"filters": ("language",), "language": "yue"}, "language-code"),
+        ({"tasks": 0}, "tasks"),
+        ({"executor": "slurm"}, "partition"),
+    ],
+)
 def test_nonsense_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TroveSettings("b", "t", **wrong)

@@ -16,9 +16,30 @@ def checkpoint(tmp_path, make_tiny_model, tiny_tokenizer):
 
 
 def test_a_baseline_is_run_and_collected(checkpoint, tmp_path, capsys):
-    words = ["run", str(checkpoint), "--tests", "needle", "infinitebench_passkey", "ruler_qa_hotpot", "--lengths",
-             "1024", "2048", "--samples", "3", "--grid", "2", "2", "--grid-samples", "1", "--device", "cpu",
-             "--batch", "4", "--data", str(tmp_path / "small")]
+    words = [
+        "run",
+        str(checkpoint),
+        "--tests",
+        "needle",
+        "infinitebench_passkey",
+        "ruler_qa_hotpot",
+        "--lengths",
+        "1024",
+        "2048",
+        "--samples",
+        "3",
+        "--grid",
+        "2",
+        "2",
+        "--grid-samples",
+        "1",
+        "--device",
+        "cpu",
+        "--batch",
+        "4",
+        "--data",
+        str(tmp_path / "small"),
+    ]
     with pytest.warns(UserWarning, match="beyond the model's window"):
         main([*words, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")])
     assert "left out: ruler_qa_hotpot" in capsys.readouterr().out
@@ -33,8 +54,9 @@ def test_a_baseline_is_run_and_collected(checkpoint, tmp_path, capsys):
     held = read_json(tmp_path / "all.json")
     assert held["model"] == "A tiny model."
     assert held["runs"]["gpu"] == made
-    assert [{**row, "each": found["each"]} for row, found in zip(
-        held["runs"]["cpu"]["scores"], made["scores"], strict=True)] == made["scores"]
+    assert [
+        {**row, "each": found["each"]} for row, found in zip(held["runs"]["cpu"]["scores"], made["scores"], strict=True)
+    ] == made["scores"]
     assert all(len(row["each"]) == row["n"] for row in made["scores"])
     assert str(tmp_path) not in json.dumps(held)
 

@@ -15,9 +15,14 @@ from ultralong.evaluation.tasks.samples import make_samples, score_predictions
 from ultralong.evaluation.tasks.texts import Essays
 
 HAYSTACK = prose()
-IDLE = set(re.findall(r"\w+", """a an and the of in on to for so that is was were be been has have had do does not no
+IDLE = set(
+    re.findall(
+        r"\w+",
+        """a an and the of in on to for so that is was were be been has have had do does not no
     nor who whom which when it its they them their he she his her as at by with from but or up only there this will
-    would must can cannot"""))
+    would must can cannot""",
+    )
+)
 
 
 def make(task, tokenizer, length=4096, samples=1, seed=0, **options):
@@ -54,17 +59,27 @@ def test_facts_stand_in_order_where_they_are_said(tokenizer_of_words):
     for seed in range(120):
         draft = builder.build(random.Random(seed), 3000, 0)
         assert list(draft.gold) == sorted(draft.gold)
-        assert all(re.match(r"[A-Z]\w+ (took|picked|walked|went|hurried|made)", draft.input[place:])
-                   for place in draft.gold)
+        assert all(
+            re.match(r"[A-Z]\w+ (took|picked|walked|went|hurried|made)", draft.input[place:]) for place in draft.gold
+        )
         depths += [place / len(draft.input) for place in draft.gold]
     counts, _ = np.histogram(depths, bins=4, range=(0, 1))
     assert counts.min() > 0.1 * len(depths), "facts are needed from every quarter of the text"
 
 
-@pytest.mark.parametrize(("answer", "right"), [
-    ("granary", True), (" The Granary.", True), ("It is in the granary. Then the orchard.", True), ("", False),
-    ("the granary or the orchard", False), ("before the quarry it was in the granary", True), ("granaries", False),
-    ("the quarry", False)])
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("granary", True),
+        (" The Granary.", True),
+        ("It is in the granary. Then the orchard.", True),
+        ("", False),
+        ("the granary or the orchard", False),
+        ("before the quarry it was in the granary", True),
+        ("granaries", False),
+        ("the quarry", False),
+    ],
+)
 def test_an_answer_names_one_place_and_may_repeat_the_question(answer, right):
     assert only_named(answer, ["granary"], kind="places", named=["quarry"]) == right
     assert name_alone("Ottilie.", ["Ottilie"]) == 1

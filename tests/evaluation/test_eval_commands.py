@@ -26,8 +26,9 @@ def checkpoint(tmp_path_factory, make_tiny_model, tiny_tokenizer):
 
 def test_needle_leaves_numbers_and_picture(checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
-    result = measure("needle", checkpoint, lengths=(600, 1024), depths=(0.0, 1.0), samples=1, device="cpu",
-                     out=tmp_path)
+    result = measure(
+        "needle", checkpoint, lengths=(600, 1024), depths=(0.0, 1.0), samples=1, device="cpu", out=tmp_path
+    )
     assert [(cell["length"], cell["n"]) for cell in result["cells"]] == [(600, 1), (600, 1), (1024, 1), (1024, 1)]
     assert json.loads((tmp_path / "needle.json").read_text()) == result
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
@@ -39,24 +40,32 @@ def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
     """Also without a file to write to: the numbers of a long measurement must not be lost."""
     from ultralong.cli.measure import evaluate
     from ultralong.evaluation.runs import commands
-    cells = [{"length": length, "depth": depth, "n": 5, "correct": correct}
-             for length, depth, correct in ((131072, 0.0, 5), (131072, 0.5, 4), (1048576, 0.0, 0), (1048576, 0.5, 3))]
+
+    cells = [
+        {"length": length, "depth": depth, "n": 5, "correct": correct}
+        for length, depth, correct in ((131072, 0.0, 5), (131072, 0.5, 4), (1048576, 0.0, 0), (1048576, 0.5, 3))
+    ]
     monkeypatch.setattr(commands, "needle_grid", lambda *_, **__: cells)
     evaluate("needle", str(checkpoint), lengths=(512,))
     assert capsys.readouterr().out.splitlines() == [
-        f"needles found by {checkpoint}, by length and depth", "     tokens       0%      50%",
-        "    131,072      5/5      4/5", "  1,048,576      0/5      3/5",
-        "For a picture and the numbers: --out FOLDER."]
+        f"needles found by {checkpoint}, by length and depth",
+        "     tokens       0%      50%",
+        "    131,072      5/5      4/5",
+        "  1,048,576      0/5      3/5",
+        "For a picture and the numbers: --out FOLDER.",
+    ]
     bins = [{"start": 0, "end": 256, "perplexity": 9.2745, "low": 3.3, "high": 25.8}]
     assert summary({"task": "perplexity", "model": "m", "rows": 2, "bins": bins}).splitlines() == [
         "perplexity of m by position, 2 rows (95% interval)",
-        "          0 to         256       9.27  (3.30 to 25.80)"]
+        "          0 to         256       9.27  (3.30 to 25.80)",
+    ]
 
 
 def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):
     from ultralong.data.read.documents import Document
     from ultralong.data.rows.packing import pack
     from ultralong.data.tokens.tokenize import tokenize_corpus
+
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(["sea", "wall", "boat", "night", "stone"], 400)) for _ in range(6)]
     documents = [Document(str(index), text, "made here", "CC0") for index, text in enumerate(texts)]
@@ -75,6 +84,7 @@ def test_the_whole_path_equals_the_plain_model(checkpoint):
     from transformers import AutoModelForCausalLM
 
     from ultralong.inference.generate import prefill
+
     ours, _ = open_model(checkpoint, "cpu")
     plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     ids = torch.randint(5, 400, (2, 100), generator=torch.Generator().manual_seed(0))
@@ -103,10 +113,14 @@ def test_haystacks_come_from_files_and_folders(tmp_path):
         read_haystack(tmp_path / "empty")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("poetry", "x"), "no evaluation 'poetry'"), (("perplexity", "x"), "needs packed rows"),
-    (("needle", "/nowhere/at/all"), "cannot be opened"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("poetry", "x"), "no evaluation 'poetry'"),
+        (("perplexity", "x"), "needs packed rows"),
+        (("needle", "/nowhere/at/all"), "cannot be opened"),
+    ],
+)
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         measure(*arguments, device="cpu")

@@ -18,15 +18,23 @@ from ultralong.evaluation.measures.intervals import (
 
 def test_wilson_against_published_values():
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-                                  (1, 29, 0.0061, 0.1718)):
+    for correct, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_clopper_pearson_against_published_values():
     # Newcombe (1998), table I, method 5.
-    for correct, n, low, high in ((81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684),
-                                  (1, 29, 0.0009, 0.1776)):
+    for correct, n, low, high in (
+        (81, 263, 0.2527, 0.3676),
+        (15, 148, 0.0578, 0.1617),
+        (0, 20, 0.0, 0.1684),
+        (1, 29, 0.0009, 0.1776),
+    ):
         assert clopper_pearson(correct, n) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -44,7 +52,8 @@ def test_clopper_pearson_ends_are_binomial_tails():
     low, high = clopper_pearson(7, 25, 0.9)
 
     def tail(p, values):
-        return sum(math.comb(25, k) * p ** k * (1 - p) ** (25 - k) for k in values)
+        return sum(math.comb(25, k) * p**k * (1 - p) ** (25 - k) for k in values)
+
     assert tail(low, range(7, 26)) == pytest.approx(0.05, abs=1e-9)
     assert tail(high, range(8)) == pytest.approx(0.05, abs=1e-9)
 

@@ -24,8 +24,28 @@ from ultralong.evaluation.tasks.haystack import NOISE_LINE, Haystack, sentence_l
 from ultralong.evaluation.tasks.prompts import encode, encode_continuation, make_frame
 
 COPY = NeedleFormat(answer_prefix=" One of the special magic numbers for {key} is:", digits=5)
-WORDS = ["the", "sea", "rose", "over", "a", "grey", "wall", "while", "nine", "boats", "of", "a", "fleet", "kept", "to",
-         "their", "moorings", "all", "night", "long"]
+WORDS = [
+    "the",
+    "sea",
+    "rose",
+    "over",
+    "a",
+    "grey",
+    "wall",
+    "while",
+    "nine",
+    "boats",
+    "of",
+    "a",
+    "fleet",
+    "kept",
+    "to",
+    "their",
+    "moorings",
+    "all",
+    "night",
+    "long",
+]
 
 
 def documents(count=6, seed=0):
@@ -36,8 +56,11 @@ def documents(count=6, seed=0):
 def spaced_tokenizer():
     """A word-piece vocabulary that, like SentencePiece, puts a space in front of every text."""
     letters = [chr(code) for code in range(33, 127)]
-    core = Tokenizer(models.BPE({token: index for index, token in enumerate(["<unk>", "\u2581", "\n", *letters])}, [],
-                                unk_token="<unk>"))
+    core = Tokenizer(
+        models.BPE(
+            {token: index for index, token in enumerate(["<unk>", "\u2581", "\n", *letters])}, [], unk_token="<unk>"
+        )
+    )
     core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     core.pre_tokenizer = None
     core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -60,7 +83,7 @@ def test_length_is_exact_and_the_needle_stands_where_asked(tokenizer, hay, chat)
             prompt = tokenizer.decode(needle.input_ids)
             assert prompt.count(needle.answer) == 1, "the number must stand in the needle and nowhere else"
             assert f"One of the special magic numbers for {needle.key} is: {needle.answer}." in prompt
-            tail = tokenizer.decode(needle.input_ids[needle.position:needle.position + 8]).strip()
+            tail = tokenizer.decode(needle.input_ids[needle.position : needle.position + 8]).strip()
             assert tail.startswith("O")
             assert prompt.endswith(f"number for {needle.key} mentioned in the provided text is")
             room = length - 400
@@ -71,7 +94,7 @@ def test_length_is_exact_and_the_needle_stands_where_asked(tokenizer, hay, chat)
 def test_needle_splits_no_sentence(tiny_tokenizer):
     for seed in range(20):
         needle = make_needle(tiny_tokenizer, 3000, 0.37, seed, documents(), chat=False)
-        before = tiny_tokenizer.decode(needle.input_ids[:needle.position]).rstrip()
+        before = tiny_tokenizer.decode(needle.input_ids[: needle.position]).rstrip()
         assert before[-1] in ".\n", before[-40:]
 
 
@@ -83,7 +106,7 @@ def test_depth_is_even_over_a_long_prompt(tiny_tokenizer):
         assert (needle.position - empty) / 20000 == pytest.approx(depth, abs=0.02)
 
 
-@given(length=st.integers(400, 3000), depth=st.floats(0, 1), seed=st.integers(0, 10 ** 6), sample=st.integers(0, 50))
+@given(length=st.integers(400, 3000), depth=st.floats(0, 1), seed=st.integers(0, 10**6), sample=st.integers(0, 50))
 def test_any_prompt_is_exact_and_repeats_alone(tiny_tokenizer, length, depth, seed, sample):
     arguments = (tiny_tokenizer, length, depth, seed)
     first = make_needle(*arguments, sample=sample)
@@ -157,8 +180,10 @@ def test_grid_shows_exactly_what_the_window_reaches(tiny_tokenizer):
     assert [(cell["length"], cell["depth"]) for cell in cells] == list(itertools.product(lengths, depths))
     for cell in cells:
         # The window of the test model reaches its last 900 tokens.
-        needles = [make_needle(tiny_tokenizer, cell["length"], cell["depth"], 0, documents(), form=COPY, sample=sample)
-                   for sample in range(2)]
+        needles = [
+            make_needle(tiny_tokenizer, cell["length"], cell["depth"], 0, documents(), form=COPY, sample=sample)
+            for sample in range(2)
+        ]
         reached = sum(needle.position >= cell["length"] - 880 for needle in needles)
         assert cell["n"] == 2
         assert cell["correct"] == reached, cell
@@ -195,8 +220,10 @@ def test_both_methods_read_a_real_model_alike(tiny_tokenizer, make_tiny_model, c
         return replace(needle, answer_ids=tuple(ids), answer=tiny_tokenizer.decode(ids).strip(), length=596)
 
     right = [with_answer(needle, ids) for needle, ids in zip(base, said, strict=True)]
-    wrong = [with_answer(needle, [*ids[:3], digits[0] if ids[3] != digits[0] else digits[1], *ids[4:]])
-             for needle, ids in zip(base, said, strict=True)]
+    wrong = [
+        with_answer(needle, [*ids[:3], digits[0] if ids[3] != digits[0] else digits[1], *ids[4:]])
+        for needle, ids in zip(base, said, strict=True)
+    ]
     for needles, expected in ((right, True), (wrong, False)):
         assert [ok for ok, _ in answer_forward(model, tiny_tokenizer, needles, chunk=chunk)] == [expected] * 2
         assert [ok for ok, _ in answer_generate(model, tiny_tokenizer, needles, chunk=chunk, spare=0)] == [expected] * 2
@@ -204,25 +231,37 @@ def test_both_methods_read_a_real_model_alike(tiny_tokenizer, make_tiny_model, c
 
 def test_batches_do_not_change_the_outcome(tiny_tokenizer):
     model = InductionModel(tiny_tokenizer.vocab_size, window=700)
-    one, many = (needle_grid(model, tiny_tokenizer, (400, 900), (0.0, 1.0), 3, 0, form=COPY, batch_tokens=tokens,
-                             quiet=True) for tokens in (1, 100_000))
+    one, many = (
+        needle_grid(model, tiny_tokenizer, (400, 900), (0.0, 1.0), 3, 0, form=COPY, batch_tokens=tokens, quiet=True)
+        for tokens in (1, 100_000)
+    )
     assert one == many
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"depth": 50}, "fraction from 0"), ({"length": 60}, r"the words alone take \d+"),
-    ({"chat": True}, "no chat template"), ({"haystack": ["", " "]}, "haystack is empty"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 50}, "fraction from 0"),
+        ({"length": 60}, r"the words alone take \d+"),
+        ({"chat": True}, "no chat template"),
+        ({"haystack": ["", " "]}, "haystack is empty"),
+    ],
+)
 def test_bad_input_is_named(tiny_tokenizer, arguments, message):
     tokenizer = spaced_tokenizer() if arguments.get("chat") else tiny_tokenizer
     with pytest.raises(ValueError, match=message):
         make_needle(tokenizer, **({"length": 900, "depth": 0.5, "seed": 0} | arguments))
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"prompt": "no place"}, "context"), ({"needle": "nothing"}, "value"), ({"digits": 0}, "digits"),
-    ({"keys": ()}, "key"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "no place"}, "context"),
+        ({"needle": "nothing"}, "value"),
+        ({"digits": 0}, "digits"),
+        ({"keys": ()}, "key"),
+    ],
+)
 def test_bad_formats_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         NeedleFormat(**fields)

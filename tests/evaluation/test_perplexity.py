@@ -44,10 +44,13 @@ def test_bins_hold_the_means_of_their_positions(tiny_model):
     tokens = rows()
     expected = plain_losses(tiny_model, tokens)
     bins = perplexity_by_position(tiny_model, list(tokens), [0, 1, 16, 64], quiet=True)
-    assert [(item["start"], item["end"], item["n"], item["rows"]) for item in bins] == \
-        [(0, 1, 5, 5), (1, 16, 75, 5), (16, 64, 240, 5)]
+    assert [(item["start"], item["end"], item["n"], item["rows"]) for item in bins] == [
+        (0, 1, 5, 5),
+        (1, 16, 75, 5),
+        (16, 64, 240, 5),
+    ]
     for item in bins:
-        assert item["nll"] == pytest.approx(expected[:, item["start"]:item["end"]].mean(), rel=1e-5)
+        assert item["nll"] == pytest.approx(expected[:, item["start"] : item["end"]].mean(), rel=1e-5)
         assert item["perplexity"] == pytest.approx(math.exp(item["nll"]))
         assert item["low"] <= item["perplexity"] <= item["high"]
 
@@ -64,8 +67,10 @@ def test_packed_rows_keep_their_labels_and_count_by_document(tiny_model):
     tokens = rows(2)
     labels = tokens[:, 1:].copy()
     labels[:, 9] = -100  # the end of the first document
-    packed = [SimpleNamespace(input_ids=row[:-1], labels=label, boundaries=np.array([0, 10, 64]))
-              for row, label in zip(tokens, labels, strict=True)]
+    packed = [
+        SimpleNamespace(input_ids=row[:-1], labels=label, boundaries=np.array([0, 10, 64]))
+        for row, label in zip(tokens, labels, strict=True)
+    ]
     expected = plain_losses(tiny_model, tokens)
     first, rest = perplexity_by_position(tiny_model, packed, [0, 5, 64], by="document", quiet=True)
     # Five tokens of each of two documents in each of two rows.
@@ -81,17 +86,31 @@ def test_interval_repeats_with_its_seed(tiny_model):
 
 def test_models_that_cap_their_logits_are_refused():
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.01)).eval()
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=0.01,
+        )
+    ).eval()
     with pytest.raises(ValueError, match="changes its logits"):
         token_losses(model, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (([[1, 2, 3]], [0]), "edges must rise"), (([[1, 2, 3]], [0, 4, 4]), "edges must rise"),
-    (([], [0, 4]), "no rows"), (([[1]], [0, 4]), "at least two"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[1, 2, 3]], [0]), "edges must rise"),
+        (([[1, 2, 3]], [0, 4, 4]), "edges must rise"),
+        (([], [0, 4]), "no rows"),
+        (([[1]], [0, 4]), "at least two"),
+    ],
+)
 def test_bad_input_is_named(tiny_model, arguments, message):
     with pytest.raises(ValueError, match=message):
         perplexity_by_position(tiny_model, *arguments, quiet=True)

@@ -49,8 +49,12 @@ def test_files_of_answers_are_scored(tiny_tokenizer, tmp_path):
     write_samples("needle", tiny_tokenizer, 1024, 4, 1, out, quiet=True)
     answers = tmp_path / "answers.jsonl"
     records = read_jsonl(out)
-    answers.write_text("".join(json.dumps({**record, "prediction": f"It is {record['outputs'][0]}." if number else "?"})
-                               + "\n" for number, record in enumerate(records)))
+    answers.write_text(
+        "".join(
+            json.dumps({**record, "prediction": f"It is {record['outputs'][0]}." if number else "?"}) + "\n"
+            for number, record in enumerate(records)
+        )
+    )
     assert score_file("needle", answers)["score"] == 75
     with pytest.raises(ValueError, match="no file"):
         score_file("needle", tmp_path / "missing.jsonl")
@@ -92,9 +96,17 @@ def test_a_model_answers_within_its_window_and_a_stopped_run_goes_on(tiny_tokeni
 
 
 def test_means_and_effective_length():
-    scores = [{"task": task, "length": length, "score": score} for task, length, score in
-              (("a", 4096, 100.0), ("b", 4096, 80.0), ("a", 8192, 90.0), ("b", 8192, 50.0), ("a", 16384, 100.0),
-               ("b", 16384, 100.0))]
+    scores = [
+        {"task": task, "length": length, "score": score}
+        for task, length, score in (
+            ("a", 4096, 100.0),
+            ("b", 4096, 80.0),
+            ("a", 8192, 90.0),
+            ("b", 8192, 50.0),
+            ("a", 16384, 100.0),
+            ("b", 16384, 100.0),
+        )
+    ]
     means = mean_by_length(scores)
     assert [mean["score"] for mean in means] == [90.0, 70.0, 100.0]
     assert effective_length(means) == 4096, "a dip ends it, whatever comes after"
@@ -104,14 +116,32 @@ def test_means_and_effective_length():
 
 def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
     for name, window in (("short", 700), ("long", None)):
-        answer_tasks(InductionModel(len(tiny_tokenizer), window=window), tiny_tokenizer, TASKS[:1], (1024, 2048), 5, 0,
-                     tmp_path / name, chat=False, quiet=True)
+        answer_tasks(
+            InductionModel(len(tiny_tokenizer), window=window),
+            tiny_tokenizer,
+            TASKS[:1],
+            (1024, 2048),
+            5,
+            0,
+            tmp_path / name,
+            chat=False,
+            quiet=True,
+        )
     one, two = compare_answers(tmp_path / "short", tmp_path / "long")
     assert (one["task"], one["length"], two["length"], one["n"]) == (TASKS[0], 1024, 2048, 5)
     assert (two["first"], two["second"], two["difference"], two["low"], two["high"]) == (0, 100, 100, 100, 100)
     assert [item["difference"] for item in compare_answers(tmp_path / "long", tmp_path / "long")] == [0, 0]
-    answer_tasks(InductionModel(len(tiny_tokenizer)), tiny_tokenizer, TASKS[:1], (1024,), 5, 1, tmp_path / "other",
-                 chat=False, quiet=True)
+    answer_tasks(
+        InductionModel(len(tiny_tokenizer)),
+        tiny_tokenizer,
+        TASKS[:1],
+        (1024,),
+        5,
+        1,
+        tmp_path / "other",
+        chat=False,
+        quiet=True,
+    )
     with pytest.raises(ValueError, match="other samples"):
         compare_answers(tmp_path / "long", tmp_path / "other")
     with pytest.raises(ValueError, match="no answers to the same test"):

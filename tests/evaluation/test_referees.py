@@ -36,15 +36,23 @@ def test_needle_prompts_are_byte_equal(task, size, monkeypatch):
     theirs, utils = referee("prepare_niah"), referee("niah_utils")
     kind = NIAH[task]
     text = Text([f"Sentence {number} of the text stands here." for number in range(400)])
-    monkeypatch.setattr(theirs, "cached_sent_tokenize",
-                        lambda whole: [f"{sentence}." for sentence in whole.rstrip(".").split(". ")])
+    monkeypatch.setattr(
+        theirs, "cached_sent_tokenize", lambda whole: [f"{sentence}." for sentence in whole.rstrip(".").split(". ")]
+    )
     haystack = text.words if kind.haystack == "essay" else theirs.get_haystack(NOISE_NAMES[kind.haystack])
     for seed in (42, 7):
         random.seed(seed)
         expected, answers, query = theirs.generate_input_output(
-            size, haystack, type_haystack=NOISE_NAMES[kind.haystack], num_needle_k=kind.key_count,
-            type_needle_k=kind.keys, num_needle_v=kind.value_count, type_needle_v=kind.values, template=utils.TEMPLATE,
-            num_needle_q=kind.query_count)
+            size,
+            haystack,
+            type_haystack=NOISE_NAMES[kind.haystack],
+            num_needle_k=kind.key_count,
+            type_needle_k=kind.keys,
+            num_needle_v=kind.value_count,
+            type_needle_v=kind.values,
+            template=utils.TEMPLATE,
+            num_needle_q=kind.query_count,
+        )
         ours = NiahBuilder(kind, text).build(random.Random(seed), size, 0)
         assert ours.input == expected
         assert list(ours.outputs) == answers
@@ -60,8 +68,9 @@ def test_coded_words_are_byte_equal(length, size, tiny_tokenizer):
     theirs = referee("fwe_utils")
     for seed in (42, 7):
         random.seed(seed)
-        expected, answers, _ = theirs.generate_input_output(10 ** 9, tiny_tokenizer, num_words=size,
-                                                            vocab_size=length // 50)
+        expected, answers, _ = theirs.generate_input_output(
+            10**9, tiny_tokenizer, num_words=size, vocab_size=length // 50
+        )
         ours = CodedBuilder(length // 50).build(random.Random(seed), size, 0)
         assert ours.input + ours.answer_prefix == expected
         assert list(ours.outputs) == answers

@@ -41,22 +41,43 @@ class Page(HTMLParser):
 
 
 def cells(found):
-    return [{"length": length, "depth": depth, "n": 4, "correct": found(length), "low": 0.0, "high": 1.0,
-             "wrong": [{"sample": 0, "expected": "1234567", "got": "<b>7</b> & 8"}] * (found(length) < 4)}
-            for length in (256, 512, 2048, 4096) for depth in (0.0, 1.0)]
+    return [
+        {
+            "length": length,
+            "depth": depth,
+            "n": 4,
+            "correct": found(length),
+            "low": 0.0,
+            "high": 1.0,
+            "wrong": [{"sample": 0, "expected": "1234567", "got": "<b>7</b> & 8"}] * (found(length) < 4),
+        }
+        for length in (256, 512, 2048, 4096)
+        for depth in (0.0, 1.0)
+    ]
 
 
 @pytest.fixture
 def data():
-    bins = [{"start": 0, "end": 512, "n": 4096, "rows": 8, "nll": 3.0, "perplexity": 20.1, "low": 18.0, "high": 22.0},
-            {"start": 512, "end": 4096, "n": 9, "rows": 1, "nll": 3.0, "perplexity": 19.0, "low": None, "high": None}]
+    bins = [
+        {"start": 0, "end": 512, "n": 4096, "rows": 8, "nll": 3.0, "perplexity": 20.1, "low": 18.0, "high": 22.0},
+        {"start": 512, "end": 4096, "n": 9, "rows": 1, "nll": 3.0, "perplexity": 19.0, "low": None, "high": None},
+    ]
     return ReportData(
-        title="512 to 4,096 <tokens>", base_window=512, target_window=4096, seconds=187.4, checkpoint="runs/demo/model",
-        needle_before=cells(lambda length: 4 if length <= 512 else 0), needle_after=cells(lambda length: 3),
-        perplexity={"before": bins, "after": bins}, losses={"continued pretraining": [(0, 4.0), (10, 2.0)]},
-        packed_rows=[[0, 100, 4096]], facts={"trained on": "1.2 M tokens"},
+        title="512 to 4,096 <tokens>",
+        base_window=512,
+        target_window=4096,
+        seconds=187.4,
+        checkpoint="runs/demo/model",
+        needle_before=cells(lambda length: 4 if length <= 512 else 0),
+        needle_after=cells(lambda length: 3),
+        perplexity={"before": bins, "after": bins},
+        losses={"continued pretraining": [(0, 4.0), (10, 2.0)]},
+        packed_rows=[[0, 100, 4096]],
+        facts={"trained on": "1.2 M tokens"},
         settings={"seed": 1, "train": {"steps": 10}},
-        commands={"ultralong demo --seed 2": "Another seed:"}, notes=["A needle is an easy test."])
+        commands={"ultralong demo --seed 2": "Another seed:"},
+        notes=["A needle is an easy test."],
+    )
 
 
 def test_json_holds_what_others_read(tmp_path, data):
@@ -95,8 +116,17 @@ def test_page_tells_counts_intervals_and_failures(tmp_path, data):
 
 
 def test_empty_parts_are_left_out(tmp_path, data):
-    bare = replace(data, needle_before=(), needle_after=(), perplexity={}, losses={}, packed_rows=(), notes=(),
-                   commands={}, settings={})
+    bare = replace(
+        data,
+        needle_before=(),
+        needle_after=(),
+        perplexity={},
+        losses={},
+        packed_rows=(),
+        notes=(),
+        commands={},
+        settings={},
+    )
     page = Page(write_report(tmp_path, bare, interactive=False).read_text(encoding="utf-8"))
     assert "img" not in dict(page.tags)
     assert "Needle" not in " ".join(page.text)
@@ -121,16 +151,19 @@ def test_counts_respect_the_old_window(data):
     assert set(summarise(data)) == {"before_inside", "before_beyond", "after_inside", "after_beyond"}
 
 
-@pytest.mark.parametrize(("change", "message"), [({"base_window": 9000}, "base_window"),
-                                                 ({"seconds": -1.0}, "seconds")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"base_window": 9000}, "base_window"), ({"seconds": -1.0}, "seconds")]
+)
 def test_what_cannot_be_is_refused(tmp_path, data, change, message):
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path, replace(data, **change))
     assert not (tmp_path / "report.json").exists()
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(4.26, "4.3 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (245, "4 min 5 s"),
-                                               (7800, "2 h 10 min")])
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(4.26, "4.3 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (245, "4 min 5 s"), (7800, "2 h 10 min")],
+)
 def test_durations(seconds, said):
     assert duration(seconds) == said
 

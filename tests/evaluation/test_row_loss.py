@@ -20,25 +20,36 @@ from ultralong.utils.files import read_jsonl
 
 
 def chat_rows(folder, tokenizer, count=24, length=128):
-    talks = [[{"role": "user", "content": f"Is {n} a number?"},
-              {"role": "assistant", "content": "Yes. " * (1 + n % 3)}] for n in range(count)]
+    talks = [
+        [{"role": "user", "content": f"Is {n} a number?"}, {"role": "assistant", "content": "Yes. " * (1 + n % 3)}]
+        for n in range(count)
+    ]
     return pack_chat(talks, tokenizer, folder, ChatSettings(length=length), quiet=True)
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("rows_at_once", [1, 2])
-def test_it_is_the_loss_that_a_training_step_logs(tmp_path, monkeypatch, make_tiny_model, tiny_tokenizer, chat,
-                                                  rows_at_once):
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_it_is_the_loss_that_a_training_step_logs(
+    tmp_path, monkeypatch, make_tiny_model, tiny_tokenizer, chat, micro_batch_size
+):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path, make_tiny_model(), tiny_tokenizer)
     if chat:
         chat_rows(tmp_path / "chat", tiny_tokenizer)
     rows = PackedRows(tmp_path / ("chat" if chat else "rows"))
     # One step over every row: its loss is that of the untouched model.
-    train(replace(run, data=(DataSource(str(rows.folder)),), steps=1, rows_per_step=len(rows),
-                  optimizer=OptimizerConfig(lr=1e-9)), quiet=True)
+    train(
+        replace(
+            run,
+            data=(DataSource(str(rows.folder)),),
+            steps=1,
+            global_batch_size=len(rows),
+            optimizer=OptimizerConfig(lr=1e-9),
+        ),
+        quiet=True,
+    )
     logged = read_jsonl(tmp_path / "run" / "log.jsonl")[0]
-    found = row_loss(open_for_loss(tmp_path / "model"), rows, rows_at_once=rows_at_once, quiet=True)
+    found = row_loss(open_for_loss(tmp_path / "model"), rows, micro_batch_size=micro_batch_size, quiet=True)
     assert found.mean == pytest.approx(logged["loss"], abs=2e-6)
     assert found.counts.sum() == logged["targets"]
     assert found.summary()["loss_by_position"] == pytest.approx(logged["loss_by_position"], abs=1e-4)
@@ -78,8 +89,18 @@ def test_the_command_says_it_and_compares(tmp_path, make_tiny_model, tiny_tokeni
     make_run(tmp_path, make_tiny_model(), tiny_tokenizer)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "other")
     chat_rows(tmp_path / "chat", tiny_tokenizer)
-    main(["eval", "loss", str(tmp_path / "model"), str(tmp_path / "chat"), "--before", str(tmp_path / "other"),
-          "--json", str(tmp_path / "out.json")])
+    main(
+        [
+            "eval",
+            "loss",
+            str(tmp_path / "model"),
+            str(tmp_path / "chat"),
+            "--before",
+            str(tmp_path / "other"),
+            "--json",
+            str(tmp_path / "out.json"),
+        ]
+    )
     said, kept = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert re.search(rf"model: {kept['loss']:.4f} \[.*\] nats per target, 192 targets of 24 documents", said)
     assert f"{kept['change']:+.4f}" in said

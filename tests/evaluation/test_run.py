@@ -29,8 +29,16 @@ pytest.importorskip("matplotlib")
 def wanted(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(prose(count=2)))
-    return RunSettings("reader", ("needle", "infinitebench_passkey", "nonliteral_world"), (1024, 2048), samples=3,
-                       grid=(2, 3), grid_samples=1, chat=False, haystack=str(text))
+    return RunSettings(
+        "reader",
+        ("needle", "infinitebench_passkey", "nonliteral_world"),
+        (1024, 2048),
+        samples=3,
+        grid=(2, 3),
+        grid_samples=1,
+        chat=False,
+        haystack=str(text),
+    )
 
 
 def model(tokenizer, window=None):
@@ -45,17 +53,22 @@ def test_a_run_leaves_scores_maps_and_a_page_and_goes_on_after_a_stop(wanted, ti
     whole = run(wanted, tmp_path / "whole", opened=model(tiny_tokenizer), quiet=True)
     assert json.loads((tmp_path / "whole" / "report.json").read_text()) == whole
     assert {(item["task"], item["length"]): item["n"] for item in whole["scores"]} == {
-        (task, length): 3 for task in wanted.tasks[1:] for length in wanted.lengths}
+        (task, length): 3 for task in wanted.tasks[1:] for length in wanted.lengths
+    }
     passkeys = [item for item in whole["scores"] if item["task"] == "infinitebench_passkey"]
     assert all(item["score"] == 100 and 40 < item["low"] < 100 and item["high"] == 100 for item in passkeys)
     nonliteral = [item for item in whole["scores"] if item["task"] == "nonliteral_world"]
-    assert all(item["score"] == 0 and item["low"] == 0 and 0 < item["high"] < 60 for item in nonliteral), \
+    assert all(item["score"] == 0 and item["low"] == 0 and 0 < item["high"] < 60 for item in nonliteral), (
         "a model that only repeats cannot see a meaning"
+    )
     assert [(cell["length"], cell["depth"]) for cell in whole["needle"]] == [
-        (length, depth) for length in (1024, 2048) for depth in (0.0, 0.5, 1.0)]
+        (length, depth) for length in (1024, 2048) for depth in (0.0, 0.5, 1.0)
+    ]
     # RULER's wording repeats all but the needle's colon: the reader gets every digit but the first.
-    assert all(cell["n"] == 1 and cell["wrong"][0]["got"].endswith(cell["wrong"][0]["expected"][1:])
-               for cell in whole["needle"])
+    assert all(
+        cell["n"] == 1 and cell["wrong"][0]["got"].endswith(cell["wrong"][0]["expected"][1:])
+        for cell in whole["needle"]
+    )
     assert sum(cell["n"] for cell in whole["depths"]) == 12, "passkeys and names stand at one depth each"
     assert whole["failures"][0]["task"] == "nonliteral_world"
     assert whole["failures"][0]["expected"]
@@ -64,9 +77,16 @@ def test_a_run_leaves_scores_maps_and_a_page_and_goes_on_after_a_stop(wanted, ti
     page = page_of(tmp_path / "whole")
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     text = " ".join(page.text)
-    for said in ("Needle in a haystack", "non-literal needle", f"{passkeys[0]['low']:.1f} to 100.0", "(published)",
-                 "What it got wrong", "haystack:", whole["failures"][0]["expected"],
-                 whole["needle"][0]["wrong"][0]["got"]):
+    for said in (
+        "Needle in a haystack",
+        "non-literal needle",
+        f"{passkeys[0]['low']:.1f} to 100.0",
+        "(published)",
+        "What it got wrong",
+        "haystack:",
+        whole["failures"][0]["expected"],
+        whole["needle"][0]["wrong"][0]["got"],
+    ):
         assert said in text
 
     answered = []
@@ -220,23 +240,38 @@ def fabricate(folder, right):
     for task in RULER_TASKS:
         for length, share in right.items():
             for index in range(10):
-                append_jsonl(folder / f"{task}-{length}.jsonl", {
-                    "task": task, "index": index, "seed": 0, "max_length": length, "outputs": ["yes"], "seconds": 1.0,
-                    "prediction": "yes" if index < 10 * share else "no", "source": "made up", "depth": None})
+                append_jsonl(
+                    folder / f"{task}-{length}.jsonl",
+                    {
+                        "task": task,
+                        "index": index,
+                        "seed": 0,
+                        "max_length": length,
+                        "outputs": ["yes"],
+                        "seconds": 1.0,
+                        "prediction": "yes" if index < 10 * share else "no",
+                        "source": "made up",
+                        "depth": None,
+                    },
+                )
 
 
 def test_effective_length_and_the_papers_means_come_from_all_thirteen(tmp_path):
-    right = {1024 << power: share for power, share in zip(range(2, 10), (1, 1, .9, .9, .8, .9, .5, .1), strict=True)}
+    right = {
+        1024 << power: share for power, share in zip(range(2, 10), (1, 1, 0.9, 0.9, 0.8, 0.9, 0.5, 0.1), strict=True)
+    }
     fabricate(tmp_path, right)
     result = summarise(tmp_path)
     assert result["effective"] == {"length": 32768, "bar": 85.6, "tasks": 13}
-    assert result["paper_means"] == {"RULER to 128K": pytest.approx(100 * 5.5 / 6),
-                                     "RULER to 512K": pytest.approx(100 * 6.1 / 8)}
+    assert result["paper_means"] == {
+        "RULER to 128K": pytest.approx(100 * 5.5 / 6),
+        "RULER to 512K": pytest.approx(100 * 6.1 / 8),
+    }
     assert paper_means([]) == {}
     text = " ".join(Page(render_run(result, interactive=False)).text)
     assert "32K" in text
     assert "made up (measured here) 91.7 76.2" in re.sub(r"\s+", " ", text)
-    assert len(result["failures"]) == 3 * sum(share <= .7 for share in right.values()) * 13 + 13 * (1 * 3 + 2)
+    assert len(result["failures"]) == 3 * sum(share <= 0.7 for share in right.values()) * 13 + 13 * (1 * 3 + 2)
 
 
 def test_intervals_of_means_shrink_with_the_number_of_tests():
@@ -268,8 +303,25 @@ def test_the_command_line_runs_and_reports(tmp_path, make_tiny_model, tiny_token
     make_tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "run"
-    words = ["infinitebench_passkey,needle", str(tmp_path / "model"), "--lengths", "1024", "--samples", "2", "--grid",
-             "1", "2", "--grid-samples", "1", "--device", "cpu", "--out", str(out), "--json", str(tmp_path / "r.json")]
+    words = [
+        "infinitebench_passkey,needle",
+        str(tmp_path / "model"),
+        "--lengths",
+        "1024",
+        "--samples",
+        "2",
+        "--grid",
+        "1",
+        "2",
+        "--grid-samples",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     for start in (["eval"], ["eval", "run"]):
         cli.main([*start, *words])
         assert "InfiniteBench" in capsys.readouterr().out

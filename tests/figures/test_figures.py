@@ -19,8 +19,11 @@ LENGTHS, DEPTHS = (256, 512, 1024, 4096), (0.0, 0.5, 1.0)
 
 
 def cells(found=lambda length, depth: 2):
-    return [{"length": length, "depth": depth, "n": 4, "correct": found(length, depth)}
-            for length in LENGTHS for depth in DEPTHS]
+    return [
+        {"length": length, "depth": depth, "n": 4, "correct": found(length, depth)}
+        for length in LENGTHS
+        for depth in DEPTHS
+    ]
 
 
 def pixels(figure, **size):
@@ -29,8 +32,19 @@ def pixels(figure, **size):
     return np.asarray(image.open(io.BytesIO(figures.png_bytes(figure, **size))).convert("RGB"))
 
 
-@pytest.mark.parametrize(("tokens", "label"), [(512, "512"), (1024, "1K"), (1536, "1.5K"), (8192, "8K"),
-                                               (131072, "128K"), (1 << 20, "1M"), (1 << 22, "4M"), (26887, "26.3K")])
+@pytest.mark.parametrize(
+    ("tokens", "label"),
+    [
+        (512, "512"),
+        (1024, "1K"),
+        (1536, "1.5K"),
+        (8192, "8K"),
+        (131072, "128K"),
+        (1 << 20, "1M"),
+        (1 << 22, "4M"),
+        (26887, "26.3K"),
+    ],
+)
 def test_tokens_label(tokens, label):
     assert tokens_label(tokens) == label
 
@@ -107,8 +121,9 @@ def test_explore_draws_stills_first_and_asks_for_values(capsys):
 
 def test_side_by_side_keeps_traces_axes_and_marks():
     left = figures.needle_heatmap(cells(), base_window=512)
-    right = figures.perplexity_curve({"a": [{"start": 0, "end": 8, "perplexity": 3.0, "low": 2.0, "high": 4.0}]},
-                                     base_window=4)
+    right = figures.perplexity_curve(
+        {"a": [{"start": 0, "end": 8, "perplexity": 3.0, "low": 2.0, "high": 4.0}]}, base_window=4
+    )
     joined = figures.side_by_side([left, right], ["left", "right"])
     assert [trace.xaxis for trace in joined.data] == ["x", "x2", "x2"]
     assert [shape.xref for shape in joined.layout.shapes] == ["x", "x2"]
@@ -128,8 +143,11 @@ def test_before_after_has_one_colour_bar():
 
 def test_perplexity_turns_logarithmic_only_for_wide_ranges():
     def curve(value):
-        return [{"start": 0, "end": 8, "perplexity": 3.0, "low": 2.0, "high": 4.0},
-                {"start": 8, "end": 16, "perplexity": value, "low": value, "high": value}]
+        return [
+            {"start": 0, "end": 8, "perplexity": 3.0, "low": 2.0, "high": 4.0},
+            {"start": 8, "end": 16, "perplexity": value, "low": value, "high": value},
+        ]
+
     assert figures.perplexity_curve({"a": curve(5.0)}).layout.yaxis.type is None
     assert figures.perplexity_curve({"a": curve(500.0)}).layout.yaxis.type == "log"
 
@@ -195,8 +213,11 @@ def test_colours_and_formats():
 
 
 def test_score_curves_hold_every_test_with_its_interval():
-    scores = [{"task": task, "length": length, "score": 80.0, "low": low, "high": 90.0 if low else None}
-              for task in ("a", "b") for length, low in ((8192, None), (4096, 60.0))]
+    scores = [
+        {"task": task, "length": length, "score": 80.0, "low": low, "high": 90.0 if low else None}
+        for task in ("a", "b")
+        for length, low in ((8192, None), (4096, 60.0))
+    ]
     figure = figures.score_curves(scores, base_window=4096)
     assert [trace.name for trace in figure.data] == ["a", "b"]
     assert list(figure.data[0].x) == [4096, 8192]

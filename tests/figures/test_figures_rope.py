@@ -42,9 +42,20 @@ def test_speed_kept_ends_its_axis_at_the_slowest():
 
 
 def test_lines_and_marks_draw_as_still_pictures():
-    figure = figures.lines({"one": ([1, 10], [0.5, 2.0]), "two": ([1, 10], [1.0, 1.5])}, "title", x="x", y="y",
-                           log_x=True, log_y=True, markers=True)
+    figure = figures.lines(
+        {"one": ([1, 10], [0.5, 2.0]), "two": ([1, 10], [1.0, 1.5])},
+        "title",
+        x="x",
+        y="y",
+        log_x=True,
+        log_y=True,
+        markers=True,
+    )
     mark_height(figure, 1.2, "here", log=True)
-    for drawn in (figure, figures.wavelengths({"a": TABLE}), figures.circle_seen([0.5], [1.0]),
-                  figures.speed_kept({"a": [1.0, 0.25]})):
+    for drawn in (
+        figure,
+        figures.wavelengths({"a": TABLE}),
+        figures.circle_seen([0.5], [1.0]),
+        figures.speed_kept({"a": [1.0, 0.25]}),
+    ):
         assert bundle(drawn, "A sentence about it.")["image/png"].startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ from ultralong.notebook_tools.rules import MOST_KILOBYTES, violations
 from ultralong.notebook_tools.run import chosen_parameters, execute, parameter_names, read_source, write_notebook
 from ultralong.notebook_tools.settings import Settings, load_settings, sources
 
-SOURCE = '''\
+SOURCE = """\
 # ---
 # jupyter:
 #   jupytext:
@@ -65,7 +65,7 @@ store(points=POINTS)
 
 # %%
 POINTS + 1
-'''
+"""
 
 
 @pytest.fixture
@@ -76,8 +76,10 @@ def folder(tmp_path) -> Path:
     for name in ("01_one", "03_three"):
         (notebooks / f"{name}.py").write_text("# %%\n1 + 1\n")
     (notebooks / "02_two.py").write_text(SOURCE)
-    (notebooks / "ci.yml").write_text("defaults: {timeout: 60, parameters: {INTERACTIVE: false, ABSENT: 1}}\n"
-                                      "02_two: {parameters: {POINTS: 5}, expect: {points: [5, 5]}}\n")
+    (notebooks / "ci.yml").write_text(
+        "defaults: {timeout: 60, parameters: {INTERACTIVE: false, ABSENT: 1}}\n"
+        "02_two: {parameters: {POINTS: 5}, expect: {points: [5, 5]}}\n"
+    )
     return notebooks
 
 
@@ -146,14 +148,16 @@ def stream(name: str, text: str):
 FAULTS = {
     "is not what its percent source says": lambda book: book.cells[0].update(source="# Other"),
     "holds an error, ValueError": lambda book: code_cell(book, "still").outputs.append(
-        nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])),
+        nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])
+    ),
     "standard error": lambda book: code_cell(book, "still").outputs.append(stream("stderr", "FutureWarning: old")),
     "without a still picture": lambda book: figure(book).pop("image/png"),
     "without a sentence": lambda book: figure(book).update({"text/plain": "Figure({'data': []})"}),
     "holds a widget": lambda book: figure(book).update({"application/vnd.jupyter.widget-view+json": {}}),
     "belongs to one session: widgets": lambda book: book.metadata.update(widgets={}),
     "shows something of the machine": lambda book: code_cell(book, "still").outputs.append(
-        stream("stdout", "saved to /mnt/disk/model")),
+        stream("stdout", "saved to /mnt/disk/model")
+    ),
     "was not executed": lambda book: code_cell(book, "still").update(execution_count=None),
     "kB; at most": lambda book: figure(book).update({"image/png": "A" * MOST_KILOBYTES * 1000}),
     "another kernelspec": lambda book: book.metadata.kernelspec.pop("language"),
@@ -175,24 +179,27 @@ def test_a_stored_value_outside_its_bounds_is_found(executed):
     assert wrong == ["stored points = 5; ci.yml expects 6 to 9."]
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("# # Waves", "# Waves", "has 0 titles"),
-    ("**At a glance**", "Times", "no 'At a glance' table"),
-    ("What you should see", "Look", "never says 'What you should see'"),
-    ("(01_one.ipynb)", "(missing.ipynb)", "links to missing.ipynb, which does not exist"),
-    ("(01_one.ipynb)", "(03_three.ipynb)", "does not link to the previous notebook, 01_one.ipynb"),
-    ("(03_three.ipynb)", "(01_one.ipynb)", "does not link to the next notebook, 03_three.ipynb"),
-    ('tags=["parameters"]', "", "has 0 cells with the tag `parameters`"),
-    ("  # how many points to draw", "", "has a parameter without a comment: POINTS"),
-    ("POINTS: int = 3", "POINTS = 3", "is not `NAME: type = value  # meaning`"),
-    ("POINTS: int = 3", "points: int = 3", "not in upper case: points"),
-    ("POINTS: int = 3", "POINTS: int = len('abc')", "derives a parameter"),
-    ("INTERACTIVE: bool = True", "LIVE: bool = True", "no parameter INTERACTIVE"),
-    ('tags=["check"]', "", "no cell with the tag `check`"),
-    ("assert POINTS > 0", "print(POINTS > 0)", "a check cell without an assert"),
-    ("POINTS + 1", "!pip install something", "installs packages"),
-    ("POINTS + 1", "POINTS\n" * 40, "has a cell of 40 lines"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("# # Waves", "# Waves", "has 0 titles"),
+        ("**At a glance**", "Times", "no 'At a glance' table"),
+        ("What you should see", "Look", "never says 'What you should see'"),
+        ("(01_one.ipynb)", "(missing.ipynb)", "links to missing.ipynb, which does not exist"),
+        ("(01_one.ipynb)", "(03_three.ipynb)", "does not link to the previous notebook, 01_one.ipynb"),
+        ("(03_three.ipynb)", "(01_one.ipynb)", "does not link to the next notebook, 03_three.ipynb"),
+        ('tags=["parameters"]', "", "has 0 cells with the tag `parameters`"),
+        ("  # how many points to draw", "", "has a parameter without a comment: POINTS"),
+        ("POINTS: int = 3", "POINTS = 3", "is not `NAME: type = value  # meaning`"),
+        ("POINTS: int = 3", "points: int = 3", "not in upper case: points"),
+        ("POINTS: int = 3", "POINTS: int = len('abc')", "derives a parameter"),
+        ("INTERACTIVE: bool = True", "LIVE: bool = True", "no parameter INTERACTIVE"),
+        ('tags=["check"]', "", "no cell with the tag `check`"),
+        ("assert POINTS > 0", "print(POINTS > 0)", "a check cell without an assert"),
+        ("POINTS + 1", "!pip install something", "installs packages"),
+        ("POINTS + 1", "POINTS\n" * 40, "has a cell of 40 lines"),
+    ],
+)
 def test_each_fault_of_a_source_is_found(folder, old, new, message):
     path = folder / "02_two.py"
     path.write_text(SOURCE.replace(old, new))
@@ -219,13 +226,16 @@ def test_a_misspelt_parameter_is_an_error(folder):
         chosen_parameters(folder / "02_two.py", Settings(timeout=60, parameters={"POINT": 5}))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("02_two: {timeouts: 5}", "unknown key 'timeouts'"),
-    ("02_two: {}", "needs `timeout`"),
-    ("02_two: {timeout: 5, needs: tpu}", "`needs` is one of cpu, gpu"),
-    ("02_two: {timeout: 5, expect: {loss: [2, 1]}}", r"`expect` of loss is \[lowest, highest\]"),
-    ("- 02_two", "has to be a mapping"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("02_two: {timeouts: 5}", "unknown key 'timeouts'"),
+        ("02_two: {}", "needs `timeout`"),
+        ("02_two: {timeout: 5, needs: tpu}", "`needs` is one of cpu, gpu"),
+        ("02_two: {timeout: 5, expect: {loss: [2, 1]}}", r"`expect` of loss is \[lowest, highest\]"),
+        ("- 02_two", "has to be a mapping"),
+    ],
+)
 def test_wrong_settings_are_named(folder, text, message):
     (folder / "ci.yml").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -243,8 +253,13 @@ def test_a_failing_cell_or_a_slow_one_stops_the_notebook(folder):
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ultralong.notebook_tools", "run", *arguments], cwd=folder.parent,
-                          capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "ultralong.notebook_tools", "run", *arguments],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.notebooks

@@ -7,7 +7,7 @@ import torch
 from test_long_reader import make_model
 from transformers import MistralConfig, MistralForCausalLM
 
-from ultralong.inference.batched import generate_together, rows_at_once
+from ultralong.inference.batched import batch_that_fits, generate_together
 from ultralong.inference.generate import generate_greedy
 
 
@@ -21,8 +21,10 @@ def make_prompts(lengths, seed=0):
 def test_each_row_says_what_it_says_alone(kind, packed):
     model, lengths = make_model(kind), (5, 77, 1, 130, 64, 63, 20, 65)
     prompts, budgets = make_prompts(lengths), (10, 3, 20, 1, 12, 8, 20, 15)
-    alone = [generate_greedy(model, torch.tensor([prompt]), budget, stop=set())[0]
-             for prompt, budget in zip(prompts, budgets, strict=True)]
+    alone = [
+        generate_greedy(model, torch.tensor([prompt]), budget, stop=set())[0]
+        for prompt, budget in zip(prompts, budgets, strict=True)
+    ]
     assert generate_together(model, prompts, budgets, stop=set(), packed=packed) == alone
     assert generate_together(model, prompts[3:4], [1], stop=set()) == alone[3:4]
 
@@ -38,10 +40,10 @@ def test_each_row_ends_by_itself():
 
 def test_how_many_at_once():
     model = make_model("llama")
-    assert rows_at_once(model, 100, 7) == 7
-    assert rows_at_once(model, 100, None) == 1, "on a CPU one at a time, unless asked for more"
+    assert batch_that_fits(model, 100, 7) == 7
+    assert batch_that_fits(model, 100, None) == 1, "on a CPU one at a time, unless asked for more"
     with pytest.raises(ValueError, match="at least one prompt, got 0"):
-        rows_at_once(model, 100, 0)
+        batch_that_fits(model, 100, 0)
 
 
 def test_what_cannot_be_is_refused():
@@ -49,8 +51,16 @@ def test_what_cannot_be_is_refused():
     for prompts, budgets in (([], []), ([[1], []], [1, 1]), ([[1]], [0]), ([[1]], [1, 1])):
         with pytest.raises(ValueError, match=r"at least one prompt|empty"):
             generate_together(model, prompts, budgets)
-    windowed = MistralForCausalLM(MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32,
-                                                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                                                sliding_window=8))
+    windowed = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=8,
+        )
+    )
     with pytest.raises(ValueError, match="sliding window of 8"):
         generate_together(windowed, [[1, 2]], [3])

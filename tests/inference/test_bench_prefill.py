@@ -40,9 +40,14 @@ def test_rows_fit_together(folder, tmp_path, gpus, kv, capsys):
         assert rows[0]["cache_gib"] == pytest.approx(2 * 2 * 309 * 2 * (16 + 2) / 2**30, abs=1e-3)
 
 
-@pytest.mark.parametrize(("words", "said"), [(["nowhere/model"], "neither a model folder"),
-                                             (["meta-llama/Llama-3.1-8B", "--kv", "int4"], "bf16 or fp8"),
-                                             (["meta-llama/Llama-3.1-8B", "--lengths", "1"], "two tokens or more")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere/model"], "neither a model folder"),
+        (["meta-llama/Llama-3.1-8B", "--kv", "int4"], "bf16 or fp8"),
+        (["meta-llama/Llama-3.1-8B", "--lengths", "1"], "two tokens or more"),
+    ],
+)
 def test_bad_input_is_a_sentence(words, said, capsys):
     with pytest.raises(SystemExit):
         main(words)

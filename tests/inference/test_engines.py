@@ -27,10 +27,27 @@ def vllm(checkpoint, monkeypatch):
     calls = []
 
     class LLM:
-        def __init__(self, model, *, max_model_len, tensor_parallel_size, seed, kv_cache_dtype, max_num_seqs,
-                     enable_prefix_caching, max_num_batched_tokens=None):
-            calls.append({"model": model, "length": max_model_len, "gpus": tensor_parallel_size,
-                          "kv": kv_cache_dtype, "chunk": max_num_batched_tokens})
+        def __init__(
+            self,
+            model,
+            *,
+            max_model_len,
+            tensor_parallel_size,
+            seed,
+            kv_cache_dtype,
+            max_num_seqs,
+            enable_prefix_caching,
+            max_num_batched_tokens=None,
+        ):
+            calls.append(
+                {
+                    "model": model,
+                    "length": max_model_len,
+                    "gpus": tensor_parallel_size,
+                    "kv": kv_cache_dtype,
+                    "chunk": max_num_batched_tokens,
+                }
+            )
 
         def generate(self, prompts, sampling, *, use_tqdm):
             (prompt,) = prompts

@@ -69,8 +69,16 @@ def test_preallocated_cache_equals_a_growing_one_and_keeps_its_memory(tiny_model
 
 
 def test_sliding_window_models_keep_their_own_cache():
-    config = MistralConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, sliding_window=8, eos_token_id=None)
+    config = MistralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval().double()
     assert isinstance(make_cache(model, 64), DynamicCache)
@@ -86,8 +94,10 @@ def test_end_tokens_come_from_the_generation_config_first(tiny_model):
     assert end_tokens(tiny_model) == {tiny_model.config.eos_token_id}
 
 
-@pytest.mark.parametrize(("options", "message"), [({"keep": 0}, "0 positions"), ({"keep": 99}, "99 positions"),
-                                                  ({"chunk": 0}, "at least one token")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"keep": 0}, "0 positions"), ({"keep": 99}, "99 positions"), ({"chunk": 0}, "at least one token")],
+)
 def test_prefill_refuses_what_cannot_be(tiny_model, options, message):
     with pytest.raises(ValueError, match=message):
         prefill(tiny_model, prompts(), **options)

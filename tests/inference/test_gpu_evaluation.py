@@ -14,15 +14,19 @@ from ultralong.inference.long_reader import LongReader
 from ultralong.utils.local_ranks import run_ranks
 
 HAVE = torch.cuda.device_count()
-RANKS = [pytest.param(1, marks=[pytest.mark.gpu, pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")]),
-         pytest.param(2, marks=[pytest.mark.multigpu, pytest.mark.skipif(HAVE < 2, reason="needs two CUDA GPUs")])]
+RANKS = [
+    pytest.param(1, marks=[pytest.mark.gpu, pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")]),
+    pytest.param(2, marks=[pytest.mark.multigpu, pytest.mark.skipif(HAVE < 2, reason="needs two CUDA GPUs")]),
+]
 
 
 def opened():
     model = AutoModelForCausalLM.from_pretrained(miniature.path(), dtype=torch.bfloat16, attn_implementation=NAME)
     tokenizer = AutoTokenizer.from_pretrained(miniature.path())
-    return model.cuda().eval(), [make_needle(tokenizer, length, (index + 0.5) / 8, 0, sample=index)
-                                 for index, length in enumerate((512, 500, 431, 512, 256, 300, 512, 477))]
+    return model.cuda().eval(), [
+        make_needle(tokenizer, length, (index + 0.5) / 8, 0, sample=index)
+        for index, length in enumerate((512, 500, 431, 512, 256, 300, 512, 477))
+    ]
 
 
 def ids_of(needle):
@@ -35,8 +39,10 @@ def read(rank, world, kv):
     reader = LongReader(model, 600, dist.group.WORLD if world > 1 else None, kv=kv, chunk=96, quiet=True)
     logits = reader.prefill(ids_of(needles[0])).float()
     plain = prefill(model, ids_of(needles[0]))[:, -1].float()
-    found = [reader.generate(ids_of(needle), len(needle.answer_ids), stop=set())[0] == list(needle.answer_ids)
-             for needle in needles]
+    found = [
+        reader.generate(ids_of(needle), len(needle.answer_ids), stop=set())[0] == list(needle.answer_ids)
+        for needle in needles
+    ]
     return sum(found), float((logits - plain).abs().mean() / plain.std())
 
 
@@ -52,6 +58,11 @@ def test_long_prompts_are_read_as_plain_ones(world, kv):
 @pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")
 def test_prompts_answered_together_are_found():
     model, needles = opened()
-    said = generate_together(model, [needle.input_ids.tolist() for needle in needles],
-                             [len(needle.answer_ids) for needle in needles], stop=set(), packed=1200)
+    said = generate_together(
+        model,
+        [needle.input_ids.tolist() for needle in needles],
+        [len(needle.answer_ids) for needle in needles],
+        stop=set(),
+        packed=1200,
+    )
     assert said == [list(needle.answer_ids) for needle in needles]

@@ -22,13 +22,22 @@ def checkpoint(tmp_path, make_tiny_model, tiny_tokenizer):
 
 
 def answers(folder):
-    return {path.name: [(record["index"], record["prediction"], record["outputs"]) for record in read_jsonl(path)]
-            for path in sorted(folder.glob("*-*.jsonl"))}
+    return {
+        path.name: [(record["index"], record["prediction"], record["outputs"]) for record in read_jsonl(path)]
+        for path in sorted(folder.glob("*-*.jsonl"))
+    }
 
 
 def test_two_processes_and_batches_answer_as_one_does(checkpoint, tmp_path):
-    settings = {"model": checkpoint, "tasks": (*TASKS, "needle"), "lengths": (1024, 2048), "samples": 3, "grid": (2, 2),
-                "grid_samples": 1, "chat": False}
+    settings = {
+        "model": checkpoint,
+        "tasks": (*TASKS, "needle"),
+        "lengths": (1024, 2048),
+        "samples": 3,
+        "grid": (2, 2),
+        "grid_samples": 1,
+        "chat": False,
+    }
     plain = run(RunSettings(**settings, batch=1), tmp_path / "plain", device="cpu", quiet=True)
     two = run(RunSettings(**settings, gpus=2, chunk=300), tmp_path / "two", device="cpu", quiet=True)
     many = run(RunSettings(**settings, batch=5, workers=1), tmp_path / "many", device="cpu", quiet=True)
@@ -38,7 +47,11 @@ def test_two_processes_and_batches_answer_as_one_does(checkpoint, tmp_path):
     assert engines == {"transformers, 2 processes"}
     for one, other in zip(plain["needle"], two["needle"], strict=True):
         assert (one["length"], one["depth"], one["n"], one["correct"]) == (
-            other["length"], other["depth"], other["n"], other["correct"])
+            other["length"],
+            other["depth"],
+            other["n"],
+            other["correct"],
+        )
     assert {item["task"] for item in many["scores"]} == set(TASKS)
 
 
@@ -64,8 +77,19 @@ def test_a_run_stopped_in_a_batch_goes_on(checkpoint, tmp_path, monkeypatch):
 
 
 def test_the_command_line(checkpoint, tmp_path, capsys):
-    words = ["eval", "answer", checkpoint, "--tasks", TASKS[0], "--lengths", "1024", "--samples", "2",
-             "--device", "cpu"]
+    words = [
+        "eval",
+        "answer",
+        checkpoint,
+        "--tasks",
+        TASKS[0],
+        "--lengths",
+        "1024",
+        "--samples",
+        "2",
+        "--device",
+        "cpu",
+    ]
     cli.main([*words, "--out", str(tmp_path / "one"), "--json", str(tmp_path / "one.json")])
     cli.main([*words, "--out", str(tmp_path / "two"), "--gpus", "2", "--kv", "fp8", "--chunk", "256"])
     assert "infinitebench_passkey" in capsys.readouterr().out
@@ -86,10 +110,16 @@ def test_what_the_first_process_refuses_is_said_and_nobody_waits(checkpoint, gpu
         with_model(fail, checkpoint + "x", gpus=gpus, device="cpu", quiet=True)
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"gpus": 2, "tasks": ("perplexity",)}, "run on one GPU"),
-    ({"kv_dtype": "fp8", "batch": 4}, "one prompt at a time"),
-    ({"kv_dtype": "int4"}, "auto or fp8"), ({"gpus": 0}, "gpus at least 1"), ({"workers": -1}, "not negative")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gpus": 2, "tasks": ("perplexity",)}, "run on one GPU"),
+        ({"kv_dtype": "fp8", "batch": 4}, "one prompt at a time"),
+        ({"kv_dtype": "int4"}, "auto or fp8"),
+        ({"gpus": 0}, "gpus at least 1"),
+        ({"workers": -1}, "not negative"),
+    ],
+)
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         RunSettings(**{"model": "model", "tasks": ("ruler",)} | options)

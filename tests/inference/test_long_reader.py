@@ -23,16 +23,27 @@ from ultralong.inference.kv_store import EIGHT_BITS, KvStore, to_eight_bits
 from ultralong.inference.long_reader import LongReader
 from ultralong.utils.local_ranks import run_ranks
 
-SHAPE = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
-         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 512,
-         "eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 
 
 def make_model(kind, attention="ultralong"):
     torch.manual_seed(1)
     config = LlamaConfig(**SHAPE) if kind == "llama" else Qwen3Config(**SHAPE)
-    model = (LlamaForCausalLM if kind == "llama" else Qwen3ForCausalLM)._from_config(config,
-                                                                                     attn_implementation=attention)
+    model = (LlamaForCausalLM if kind == "llama" else Qwen3ForCausalLM)._from_config(
+        config, attn_implementation=attention
+    )
     for parameter in model.parameters():
         parameter.data.mul_(3)  # sharper attention: mistakes in it show
     return model.eval()
@@ -122,8 +133,9 @@ def answer_in(rank, world, kv):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_eight_bit_cache_takes_half_and_changes_little(world):
-    (plain, plain_steps, size), (eight, eight_steps, small) = (run_ranks(answer_in, world, kv)[0]
-                                                               for kv in ("auto", "fp8"))
+    (plain, plain_steps, size), (eight, eight_steps, small) = (
+        run_ranks(answer_in, world, kv)[0] for kv in ("auto", "fp8")
+    )
     model, ids = make_model("llama", "sdpa").bfloat16(), torch.cat([prompts(2, 200, 5), prompts(2, 8, 6)], 1)
     with torch.no_grad():
         half = model(ids).logits[:, 199:].float().numpy()
@@ -165,9 +177,17 @@ def test_wide_caches_are_read_a_few_heads_at_a_time(monkeypatch):
 
 
 def test_what_cannot_be_is_refused():
-    windowed = MistralForCausalLM(MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32,
-                                                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                                                sliding_window=8))
+    windowed = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=8,
+        )
+    )
     with pytest.raises(ValueError, match="sliding window of 8"):
         LongReader(windowed, 100)
     model = make_model("llama")

@@ -80,8 +80,15 @@ def test_a_stopped_prefill_is_not_taken_for_a_whole_one(make_tiny_model, monkeyp
 
 
 def test_models_with_special_layers_start_anew():
-    config = MistralConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    config = MistralConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+    )
     model, ids = MistralForCausalLM(config).eval(), prompts(1, 30)
     shared = SharedPrefix(model)
     expected = generate_greedy(model, ids, 5, stop=set())

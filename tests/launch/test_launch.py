@@ -23,12 +23,18 @@ from ultralong.training.config import DataSource, ParallelConfig, TrainConfig
 from ultralong.utils import settings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
-HOSTILE = "runs/it's; a \"$(touch gone)\" `run` \\ *\n#SBATCH --nodes=99"
+HOSTILE = 'runs/it\'s; a "$(touch gone)" `run` \\ *\n#SBATCH --nodes=99'
 
 
 def config(out: str = "runs/llama-1m", **changes) -> TrainConfig:
-    values = {"model": "llama-1m", "data": (DataSource("rows"),), "steps": 120, "rows_per_step": 8, "save_every": 10,
-              "parallel": ParallelConfig(sequence=8)}
+    values = {
+        "model": "llama-1m",
+        "data": (DataSource("rows"),),
+        "steps": 120,
+        "global_batch_size": 8,
+        "save_every": 10,
+        "parallel": ParallelConfig(context_parallel_size=8),
+    }
     return TrainConfig(out=out, **(values | changes))
 
 
@@ -61,8 +67,9 @@ def test_scripts_are_clean(tmp_path, scheduler, nodes, out):
 
 
 # Without the control characters that PyYAML itself does not bring back, but with those that end a line.
-PATHS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n\t\r"),
-                min_size=1)
+PATHS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zl", "Zp"]) | st.sampled_from("\n\t\r"), min_size=1
+)
 
 
 @given(out=PATHS)
@@ -70,9 +77,10 @@ def test_values_reach_bash_unchanged(tmp_path_factory, out):
     folder = tmp_path_factory.mktemp("launch")
     launch(config(out), 1, 8, "torchrun", folder)
     text = (folder / "run.sh").read_bytes().decode()
-    values = text[text.index("# ---- Values"):text.index("# ---- Facts")]
-    done = subprocess.run(["bash", "-c", values + '\nprintf "%s" "$run_folder"'], capture_output=True, cwd=folder,
-                          check=True)
+    values = text[text.index("# ---- Values") : text.index("# ---- Facts")]
+    done = subprocess.run(
+        ["bash", "-c", values + '\nprintf "%s" "$run_folder"'], capture_output=True, cwd=folder, check=True
+    )
     assert done.stdout.decode() == out
     assert settings.load(TrainConfig, folder / "config.yaml") == config(out)
 
@@ -87,24 +95,41 @@ def test_no_value_of_the_user_becomes_a_directive(tmp_path):
     assert run_name(config(HOSTILE)) == "it-s-a-touch-gone-run-SBATCH---nodes-99"
 
 
-@pytest.mark.parametrize(("changes", "nodes", "gpus", "scheduler", "message"), [
-    ({}, 2, 8, "lsf", "scheduler 'lsf' is unknown. Use one of: torchrun, slurm, accelerate"),
-    ({}, 0, 8, "slurm", "nodes and gpus_per_node must be 1 or more"),
-    ({}, 3, 4, "slurm", r"12 processes are not a multiple of parallel.sequence \(8\)"),
-    ({"rows_per_step": 3}, 2, 8, "slurm", r"rows_per_step \(3\) is not a multiple of 2 groups.*multiple of 2"),
-])
+@pytest.mark.parametrize(
+    ("changes", "nodes", "gpus", "scheduler", "message"),
+    [
+        ({}, 2, 8, "lsf", "scheduler 'lsf' is unknown. Use one of: torchrun, slurm, accelerate"),
+        ({}, 0, 8, "slurm", "nodes and gpus_per_node must be 1 or more"),
+        ({}, 3, 4, "slurm", r"12 processes are not a multiple of parallel.context_parallel_size \(8\)"),
+        (
+            {"global_batch_size": 3},
+            2,
+            8,
+            "slurm",
+            r"global_batch_size \(3\) is not a multiple of 2 groups.*multiple of 2",
+        ),
+    ],
+)
 def test_what_cannot_run_is_refused_here(tmp_path, changes, nodes, gpus, scheduler, message):
     with pytest.raises(ValueError, match=message):
         launch(config(**changes), nodes, gpus, scheduler, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("missing", ["PYTHON", "WORKDIR", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
-                                     "NCCL_SOCKET_IFNAME"])
+@pytest.mark.parametrize(
+    "missing", ["PYTHON", "WORKDIR", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME"]
+)
 def test_a_missing_fact_of_the_site_is_named(tmp_path, missing):
     launch(config(), 2, 8, "torchrun", tmp_path)
-    facts = {"PYTHON": "python", "WORKDIR": str(tmp_path), "NODE_RANK": "0", "MASTER_ADDR": "host", "MASTER_PORT": "1",
-             "NCCL_SOCKET_IFNAME": "eth0", "PATH": os.environ["PATH"]}
+    facts = {
+        "PYTHON": "python",
+        "WORKDIR": str(tmp_path),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "host",
+        "MASTER_PORT": "1",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "PATH": os.environ["PATH"],
+    }
     del facts[missing]
     done = subprocess.run([tmp_path / "run.sh"], env=facts, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -112,6 +137,7 @@ def test_a_missing_fact_of_the_site_is_named(tmp_path, missing):
 
 
 # ---- The check that --dry-run makes.
+
 
 @pytest.fixture
 def run(tmp_path, tiny_model, tiny_tokenizer):
@@ -135,11 +161,14 @@ def test_a_sound_run_passes_every_check(tmp_path, run):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("break_it", "name", "message"), [
-    (lambda folder: shutil.rmtree(folder / "model"), "model", "no config.json"),
-    (lambda folder: (folder / "model" / "model.safetensors").unlink(), "model", "lacks 1 of its 1 weight files"),
-    (lambda folder: (folder / "rows" / "manifest.json").unlink(), "rows", "no finished rows"),
-])
+@pytest.mark.parametrize(
+    ("break_it", "name", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "model"), "model", "no config.json"),
+        (lambda folder: (folder / "model" / "model.safetensors").unlink(), "model", "lacks 1 of its 1 weight files"),
+        (lambda folder: (folder / "rows" / "manifest.json").unlink(), "rows", "no finished rows"),
+    ],
+)
 def test_what_is_missing_is_found(tmp_path, run, break_it, name, message):
     break_it(tmp_path)
     good, text = found(tmp_path, run)[name]
@@ -155,8 +184,11 @@ def test_a_window_that_is_too_short_is_found(tmp_path, run):
 
 
 def test_heads_that_do_not_split_are_found(tmp_path, run):
-    odd = settings.from_mapping(TrainConfig, settings.to_mapping(run) | {
-        "parallel": {"sequence": 3, "scheme": "ulysses"}, "rows_per_step": 3})
+    odd = settings.from_mapping(
+        TrainConfig,
+        settings.to_mapping(run)
+        | {"parallel": {"context_parallel_size": 3, "scheme": "ulysses"}, "global_batch_size": 3},
+    )
     good, text = found(tmp_path, odd, 1, 3)["sequence"]
     assert (good, "can't split 4 query and 2 kv heads over 3" in text) == (False, True)
 
@@ -170,14 +202,16 @@ def test_a_full_disk_is_found(tmp_path, run, monkeypatch):
 def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run):
     launch(run, 1, 2, "torchrun", tmp_path / "scripts")
     facts = {"PYTHON": sys.executable, "WORKDIR": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run([tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok   ") == 6
     assert not (tmp_path / "run").exists()
     shutil.rmtree(tmp_path / "rows")
-    done = subprocess.run([tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, "WRONG rows" in done.stdout) == (1, True)
 
 
@@ -208,17 +242,26 @@ def slurm(tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     launch(config(), 2, 8, "slurm", tmp_path / "scripts")
     environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "PARTITION": "gpu",
-        "ACCOUNT": "an account", "TIME_LIMIT": "24:00:00", "PYTHON": sys.executable, "WORKDIR": str(tmp_path),
-        "NCCL_SOCKET_IFNAME": "eth0", "LAUNCH_DIR": str(tmp_path / "scripts"), "SLURM_JOB_ID": "40007",
-        "SLURM_JOB_NODELIST": "host-[a-b]", "SLURM_CPUS_ON_NODE": "96",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SEEN": str(tmp_path / "seen"),
+        "PARTITION": "gpu",
+        "ACCOUNT": "an account",
+        "TIME_LIMIT": "24:00:00",
+        "PYTHON": sys.executable,
+        "WORKDIR": str(tmp_path),
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "LAUNCH_DIR": str(tmp_path / "scripts"),
+        "SLURM_JOB_ID": "40007",
+        "SLURM_JOB_NODELIST": "host-[a-b]",
+        "SLURM_CPUS_ON_NODE": "96",
     }
     return tmp_path, environment
 
 
 def start_job(folder: Path, environment: dict[str, str], **more: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["bash", folder / "scripts" / "job.sbatch"], env=environment | more, cwd=folder,
-                            stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        ["bash", folder / "scripts" / "job.sbatch"], env=environment | more, cwd=folder, stdout=subprocess.DEVNULL
+    )
 
 
 def requeued(folder: Path) -> bool:
@@ -244,12 +287,18 @@ def test_a_job_starts_one_agent_a_host_at_one_meeting_place(slurm):
     assert not requeued(folder)
 
 
-@pytest.mark.parametrize(("more", "expected"), [
-    ({"CODE": "1"}, (1, False)),
-    ({"CODE": "1", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010"}, (0, True)),
-    ({"CODE": "1", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010", "JOB_STATE": "CANCELLED"}, (1, False)),
-    ({"CODE": "0", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010"}, (0, False)),
-])
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"CODE": "1"}, (1, False)),
+        ({"CODE": "1", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010"}, (0, True)),
+        (
+            {"CODE": "1", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010", "JOB_STATE": "CANCELLED"},
+            (1, False),
+        ),
+        ({"CODE": "0", "NEW_CHECKPOINT": "runs/llama-1m/checkpoints/step-0000010"}, (0, False)),
+    ],
+)
 def test_a_failed_job_goes_back_only_when_it_got_further(slurm, more, expected):
     folder, environment = slurm
     code = start_job(folder, environment, **more).wait()
@@ -269,6 +318,7 @@ def test_a_job_near_its_end_stops_its_processes_and_goes_back(slurm):
 
 # ---- Two hosts, played by two agents on this machine.
 
+
 def wait_for(condition, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -285,13 +335,22 @@ def free_port() -> int:
 def start_host(folder: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
     """Start the exported script as host `rank`, at the head of its own process group."""
     environment = {
-        "PATH": os.environ["PATH"], "HOME": str(folder), "PYTHON": sys.executable, "WORKDIR": str(folder),
-        "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_ADDR": "127.0.0.1",
-        "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RESTART_DELAY": "1",
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHON": sys.executable,
+        "WORKDIR": str(folder),
+        "NODE_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_ADDR": "127.0.0.1",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "RESTART_DELAY": "1",
     }
     with open(folder / f"host-{rank}.log", "ab") as log:
-        return subprocess.Popen([folder / "scripts" / "run.sh"], env=environment, stdout=log, stderr=log,
-                                start_new_session=True)
+        return subprocess.Popen(
+            [folder / "scripts" / "run.sh"], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def kill_host(host: subprocess.Popen[bytes]) -> None:
@@ -311,7 +370,9 @@ def logged(folder: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_tokenizer, lost):
-    run = make_run(tmp_path, tiny_model, tiny_tokenizer, steps=300, save_every=5, parallel=ParallelConfig(sequence=2))
+    run = make_run(
+        tmp_path, tiny_model, tiny_tokenizer, steps=300, save_every=5, parallel=ParallelConfig(context_parallel_size=2)
+    )
     launch(run, 2, 1, "torchrun", tmp_path / "scripts")
     port = free_port()
     hosts = [start_host(tmp_path, rank, port) for rank in range(2)]
@@ -329,6 +390,8 @@ def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_
     records = logged(tmp_path)
     assert [record["step"] for record in records] == list(range(1, run.steps + 1))
     assert (tmp_path / "run" / "model" / "config.json").exists()
-    written = {path.relative_to(tmp_path / "scripts" / "logs").parts[0]
-               for path in (tmp_path / "scripts" / "logs").rglob("stderr.log")}
+    written = {
+        path.relative_to(tmp_path / "scripts" / "logs").parts[0]
+        for path in (tmp_path / "scripts" / "logs").rglob("stderr.log")
+    }
     assert written == {"node-0", "node-1"}

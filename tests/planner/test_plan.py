@@ -23,17 +23,32 @@ from ultralong.training.loss import tiled_cross_entropy
 
 RECORDED = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "training_h200.json"
 ROWS = json.loads(RECORDED.read_text())["rows"]
-TINY = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True)
+TINY = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
 GIB = 2**30
 
 
 def config(model: str = "HuggingFaceTB/SmolLM2-135M", **changes) -> TrainConfig:
-    values = {"out": "run", "data": (DataSource("rows"),), "steps": 100, "memory": MemoryConfig(checkpoint_layers=True)}
+    values = {
+        "out": "run",
+        "data": (DataSource("rows"),),
+        "steps": 100,
+        "memory": MemoryConfig(activation_checkpointing=True),
+    }
     return TrainConfig(model=model, **(values | changes))
 
 
 # ---- What is followed.
+
 
 @pytest.mark.parametrize("fake", [False, True])
 def test_the_tracker_counts_storages_work_and_traffic(fake):
@@ -56,23 +71,25 @@ def test_the_tracker_counts_storages_work_and_traffic(fake):
     assert c.shape == (1000, 1000)
 
 
-@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(checkpoint_layers, dtype):
+def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(activation_checkpointing, dtype):
     model = AutoModelForCausalLM.from_config(TINY, dtype=torch.float32, attn_implementation=NAME).train()
-    if checkpoint_layers:
+    if activation_checkpointing:
         recompute_layers(model)
     ids = torch.zeros(2, 256, dtype=torch.int64)
     with Tracker() as real:
         _loss(model, ids, dtype, 64, Context(0, 1)).backward()
-    followed = trace(TINY, 256, rows=2, dtype=dtype, checkpoint_layers=checkpoint_layers, loss_tile=64)
+    followed = trace(TINY, 256, rows=2, dtype=dtype, activation_checkpointing=activation_checkpointing, loss_tile=64)
     assert (followed.peak, followed.multiplied, followed.moved) == (real.peak, real.multiplied, real.moved)
 
 
 def test_the_stand_in_for_the_loss_holds_as_much_as_the_loss():
     peaks = []
-    for loss in (lambda *x: tiled_cross_entropy(x[0], x[1], torch.ones(1024, dtype=torch.int64), 256)[0],
-                 lambda *x: head_loss(x[0], x[1], 256, torch.float32)):
+    for loss in (
+        lambda *x: tiled_cross_entropy(x[0], x[1], torch.ones(1024, dtype=torch.int64), 256)[0],
+        lambda *x: head_loss(x[0], x[1], 256, torch.float32),
+    ):
         hidden = torch.randn(1024, 64, requires_grad=True)
         weight = torch.randn(8192, 64, requires_grad=True)
         with Tracker() as tracker:
@@ -83,13 +100,14 @@ def test_the_stand_in_for_the_loss_holds_as_much_as_the_loss():
 
 
 def test_recomputation_trades_memory_for_products():
-    kept, again = (trace(TINY, 4096, checkpoint_layers=choice, loss_tile=64) for choice in (False, True))
+    kept, again = (trace(TINY, 4096, activation_checkpointing=choice, loss_tile=64) for choice in (False, True))
     assert again.peak < kept.peak / 2
     # A fourth pass through the layers beside three.
     assert kept.multiplied < again.multiplied <= kept.multiplied * 4 / 3
 
 
 # ---- What is counted.
+
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_shapes_have_the_sizes_in_their_names(name):
@@ -129,6 +147,7 @@ def test_flops_are_the_ones_that_others_count():
 
 # ---- What is said of a run.
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']} at {row['tokens']}")
 def test_the_plan_is_within_a_tenth_of_what_was_measured(row, tmp_path):
@@ -137,8 +156,11 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(row, tmp_path):
     if "layers" in row["model"]:
         model.num_hidden_layers = int(row["model"].split(",")[1].split()[0])
     model.save_pretrained(tmp_path)
-    run = config(str(tmp_path), memory=MemoryConfig(checkpoint_layers=row["checkpoint_layers"]),
-                 parallel=ParallelConfig(sequence=row["gpus"]))
+    run = config(
+        str(tmp_path),
+        memory=MemoryConfig(activation_checkpointing=row["activation_checkpointing"]),
+        parallel=ParallelConfig(context_parallel_size=row["gpus"]),
+    )
     said = plan(run, row["gpus"], tokens=row["tokens"]).to_dict()
     assert said["parameters"] == row["parameters"]
     assert row["planned_peak_gpu_gib"] == pytest.approx(row["peak_gpu_gib"], rel=0.03)
@@ -160,8 +182,9 @@ def test_each_line_says_whether_it_was_measured(tmp_path, tiny_model, tiny_token
         assert str(line).rstrip().endswith(("measured", "estimated"))
         assert str(line) in str(made)
     said = json.loads(json.dumps(made.to_dict()))
-    assert said["planned_total_gpu_gib"] == pytest.approx(sum(
-        line["value"] for line in said["lines"] if line["place"] == "gpu" and line["counts"]) / GIB, abs=1e-3)
+    assert said["planned_total_gpu_gib"] == pytest.approx(
+        sum(line["value"] for line in said["lines"] if line["place"] == "gpu" and line["counts"]) / GIB, abs=1e-3
+    )
     values = {line.name.split(",")[0]: line.value for line in made.lines}
     assert values["cost"] == pytest.approx(2.5 * values["GPU time"])
     assert plan(run, machine="h100").lines[-1].basis == "estimated"
@@ -176,7 +199,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("sequence", [1, 4])
 def test_the_longest_row_fits_and_a_longer_one_does_not(tiny_folder, sequence):
-    run = config(tiny_folder, parallel=ParallelConfig(sequence=sequence))
+    run = config(tiny_folder, parallel=ParallelConfig(context_parallel_size=sequence))
     longest = plan(run, tokens=4096, gpu_memory=4.0).longest
     assert longest % (1024 * sequence) == 0
     assert plan(run, tokens=longest, gpu_memory=4.0).fits
@@ -190,7 +213,7 @@ def test_what_does_not_fit_says_what_would(tiny_folder):
     assert not refused.fits
     short, recompute, *_, rows = refused.advice
     assert "short by" in short
-    assert recompute.startswith("memory.checkpoint_layers=true")
+    assert recompute.startswith("memory.activation_checkpointing=true")
     assert recompute.endswith("which fits.")
     assert rows == f"Rows of {refused.longest:,} tokens or fewer fit as it is."
     assert plan(config(tiny_folder), tokens=tokens, gpu_memory=2.0).fits, "as it was told"
@@ -199,10 +222,14 @@ def test_what_does_not_fit_says_what_would(tiny_folder):
 def test_gpus_that_share_a_row_are_told_and_are_enough(tiny_folder):
     run = config(tiny_folder)
     tokens = 3 * plan(run, tokens=4096, gpu_memory=5.0).longest
-    advice = next(text for text in plan(run, tokens=tokens, gpu_memory=5.0).advice if "parallel.sequence" in text)
-    sequence = int(advice.split("parallel.sequence=")[1].split()[0])
+    advice = next(
+        text for text in plan(run, tokens=tokens, gpu_memory=5.0).advice if "parallel.context_parallel_size" in text
+    )
+    sequence = int(advice.split("parallel.context_parallel_size=")[1].split()[0])
     assert "fits" in advice
-    assert plan(replace(run, parallel=ParallelConfig(sequence=sequence)), tokens=tokens, gpu_memory=5.0).fits
+    assert plan(
+        replace(run, parallel=ParallelConfig(context_parallel_size=sequence)), tokens=tokens, gpu_memory=5.0
+    ).fits
 
 
 def test_states_that_are_too_much_are_named():
@@ -213,7 +240,7 @@ def test_states_that_are_too_much_are_named():
 
 def test_more_gpus_take_less_time_and_attention_goes_with_the_square(tiny_folder):
     def seconds(name: str, tokens: int, gpus: int = 1) -> float:
-        run = config(tiny_folder, parallel=ParallelConfig(sequence=gpus))
+        run = config(tiny_folder, parallel=ParallelConfig(context_parallel_size=gpus))
         return next(line.value for line in plan(run, tokens=tokens).lines if line.name == name)
 
     name = "attention, backward"
@@ -222,18 +249,30 @@ def test_more_gpus_take_less_time_and_attention_goes_with_the_square(tiny_folder
     assert seconds("exchange between GPUs", 2**20, 4) > 0
 
 
-@pytest.mark.parametrize(("run", "gpus", "message"), [
-    (config(parallel=ParallelConfig(sequence=2)), 3, "3 GPUs are not a multiple of parallel.sequence"),
-    (config(), 2, r"rows_per_step \(1\) is not a multiple of 2 groups"),
-    (config("no/such-model"), 1, "'no/such-model' is neither a model folder"),
-    (config(parallel=ParallelConfig(kernel="flash3")), 1, "No rates of the attention kernel 'flash3' on NVIDIA H200"),
-])
+@pytest.mark.parametrize(
+    ("run", "gpus", "message"),
+    [
+        (
+            config(parallel=ParallelConfig(context_parallel_size=2)),
+            3,
+            "3 GPUs are not a multiple of parallel.context_parallel_size",
+        ),
+        (config(), 2, r"global_batch_size \(1\) is not a multiple of 2 groups"),
+        (config("no/such-model"), 1, "'no/such-model' is neither a model folder"),
+        (
+            config(parallel=ParallelConfig(kernel="flash3")),
+            1,
+            "No rates of the attention kernel 'flash3' on NVIDIA H200",
+        ),
+    ],
+)
 def test_what_cannot_be_planned_is_refused(run, gpus, message):
     with pytest.raises(ValueError, match=message):
         plan(run, gpus, tokens=4096)
 
 
 # ---- Machines.
+
 
 @pytest.mark.parametrize("name", ["h200", *SCALED])
 def test_machines_have_sane_rates(name):

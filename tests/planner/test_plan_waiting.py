@@ -35,34 +35,66 @@ from ultralong.training.offload import Moved
 from ultralong.utils.local_ranks import run_ranks
 
 LAYERS, TOKENS = 7, 24
-SMALL = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=LAYERS,
-                    num_attention_heads=2, num_key_value_heads=1)
+SMALL = LlamaConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 PLANS = {
-    "all kept": {"attention_kept": -1},
+    "all kept": {"attention_outputs_on_gpu": -1},
     "nothing kept": {},
-    "results on the host": {"attention_host": -1},
-    "results in three places": {"attention_kept": 2, "attention_host": 3},
-    "inputs on the host": {"attention_kept": 1, "attention_host": -1, "inputs_host": -1},
-    "some inputs on the host": {"attention_kept": 3, "attention_host": 1, "inputs_host": 4},
-    "every third input": {"attention_kept": 2, "attention_host": -1, "inputs_every": 3},
-    "every third input, on the host": {"attention_kept": 2, "attention_host": -1, "inputs_every": 3, "inputs_host": 2},
-    "every fourth input, first results computed again": {"attention_kept": 1, "attention_host": 2, "inputs_every": 4},
-    "one input, nothing else": {"inputs_every": LAYERS},
+    "results on the host": {"attention_outputs_offloaded": -1},
+    "results in three places": {"attention_outputs_on_gpu": 2, "attention_outputs_offloaded": 3},
+    "inputs on the host": {
+        "attention_outputs_on_gpu": 1,
+        "attention_outputs_offloaded": -1,
+        "layer_inputs_offloaded": -1,
+    },
+    "some inputs on the host": {
+        "attention_outputs_on_gpu": 3,
+        "attention_outputs_offloaded": 1,
+        "layer_inputs_offloaded": 4,
+    },
+    "every third input": {"attention_outputs_on_gpu": 2, "attention_outputs_offloaded": -1, "checkpoint_every": 3},
+    "every third input, on the host": {
+        "attention_outputs_on_gpu": 2,
+        "attention_outputs_offloaded": -1,
+        "checkpoint_every": 3,
+        "layer_inputs_offloaded": 2,
+    },
+    "every fourth input, first results computed again": {
+        "attention_outputs_on_gpu": 1,
+        "attention_outputs_offloaded": 2,
+        "checkpoint_every": 4,
+    },
+    "one input, nothing else": {"checkpoint_every": LAYERS},
 }
 
 
-def job_of(memory: MemoryConfig, shape: LlamaConfig = SMALL, tokens: int = TOKENS, gpus: int = 1,
-           stages: int | None = None) -> Job:
-    config = TrainConfig(model="none", out="run", data=(DataSource("rows"),), steps=1, memory=memory,
-                         optimizer=OptimizerConfig(states="8bit"),
-                         parallel=ParallelConfig(sequence=gpus, shard=gpus, kernel="flash4", stages=stages))
+def job_of(
+    memory: MemoryConfig, shape: LlamaConfig = SMALL, tokens: int = TOKENS, gpus: int = 1, stages: int | None = None
+) -> Job:
+    config = TrainConfig(
+        model="none",
+        out="run",
+        data=(DataSource("rows"),),
+        steps=1,
+        memory=memory,
+        optimizer=OptimizerConfig(states="8bit"),
+        parallel=ParallelConfig(
+            context_parallel_size=gpus, fsdp_shard_degree=gpus, kernel="flash4", head_chunks=stages
+        ),
+    )
     return Job(config, shape, shape_of(shape), load_machine("h200"), tokens, gpus)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_each_turn_holds_what_the_trainers_layers_hold(name):
     """Counted in a real pass, when a layer's attention result has been taken and its own passes begin."""
-    config = MemoryConfig(checkpoint_layers=True, layer_tile=8, **PLANS[name])
+    config = MemoryConfig(activation_checkpointing=True, layer_tile=8, **PLANS[name])
     model = AutoModelForCausalLM.from_config(SMALL, dtype=torch.float32, attn_implementation="ultralong").train()
     memory, found = Memory(model, config), []
     take = memory.keeper.take
@@ -81,8 +113,9 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
     ids, places = torch.zeros(1, TOKENS, dtype=torch.int64), torch.arange(TOKENS)[None]
     logits = model(input_ids=ids, position_ids=places, use_cache=False, attention_context=context).logits
     job = job_of(config)
-    assert at_the_loss(job) == Turn(0, on_device(memory._inputs._kept.values()),
-                                    on_device(out for out, _ in memory.keeper._kept.values()))
+    assert at_the_loss(job) == Turn(
+        0, on_device(memory._inputs._kept.values()), on_device(out for out, _ in memory.keeper._kept.values())
+    )
     logits.sum().backward()
     assert turns(job) == found
 
@@ -142,8 +175,9 @@ def exchanged_peaks(rank: int, world: int, heads: tuple[int, int], stages: int) 
     return [min(peaks) for peaks in zip(*(passes_peaks(scheme, *tensors(*heads)) for _ in range(5)))]
 
 
-@pytest.mark.parametrize(("heads", "stages"), [((8, 4), 1), ((8, 4), 2), ((8, 2), 2), ((8, 2), 4), ((8, 1), 1),
-                                               ((8, 1), 2)])
+@pytest.mark.parametrize(
+    ("heads", "stages"), [((8, 4), 1), ((8, 4), 2), ((8, 2), 2), ((8, 2), 4), ((8, 1), 1), ((8, 1), 2)]
+)
 def test_the_stand_in_for_attention_holds_as_much_as_the_exchange(heads, stages):
     real = run_ranks(exchanged_peaks, 2, heads, stages)[0]
     assert passes_peaks(Attention(stages, 2), *tensors(*heads)) == pytest.approx(real, rel=0.03)
@@ -158,8 +192,10 @@ def gathered_peaks(rank: int, world: int, heads: tuple[int, int], stages: int, a
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(("heads", "stages", "at_once"), [
-    ((9, 3), 1, 2**30), ((9, 3), 3, 2**30), ((9, 3), 1, 2**15), ((8, 4), 2, 2**30), ((8, 4), 1, 2**30)])
+@pytest.mark.parametrize(
+    ("heads", "stages", "at_once"),
+    [((9, 3), 1, 2**30), ((9, 3), 3, 2**30), ((9, 3), 1, 2**15), ((8, 4), 2, 2**30), ((8, 4), 1, 2**30)],
+)
 def test_the_stand_in_for_gathered_keys_holds_as_much_as_they_do(world, heads, stages, at_once, monkeypatch):
     real = run_ranks(gathered_peaks, world, heads, stages, at_once)[0]
     monkeypatch.setattr(stand_in, "BYTES_AT_ONCE", at_once)
@@ -167,14 +203,29 @@ def test_the_stand_in_for_gathered_keys_holds_as_much_as_they_do(world, heads, s
     assert passes_peaks(stand_in.Gathered(stages, world), *row) == pytest.approx(real, rel=0.03)
 
 
-@pytest.mark.parametrize(("scheme", "gpus", "heads", "gathers"), [
-    ("auto", 1, (9, 3), False), ("auto", 2, (9, 3), True), ("auto", 3, (9, 3), False), ("auto", 4, (8, 2), False),
-    ("gathered", 4, (8, 8), True), ("ring", 2, (9, 3), False)])
+@pytest.mark.parametrize(
+    ("scheme", "gpus", "heads", "gathers"),
+    [
+        ("auto", 1, (9, 3), False),
+        ("auto", 2, (9, 3), True),
+        ("auto", 3, (9, 3), False),
+        ("auto", 4, (8, 2), False),
+        ("gathered", 4, (8, 8), True),
+        ("ring", 2, (9, 3), False),
+    ],
+)
 def test_keys_are_gathered_where_the_heads_do_not_split_or_it_is_asked_for(scheme, gpus, heads, gathers):
     """Where it is asked for, with many kv heads, they and their gradients in float32 are more than what is traded."""
-    shape = LlamaConfig(vocab_size=64, hidden_size=8 * heads[0], intermediate_size=32, num_hidden_layers=2,
-                        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
-    job = job_of(MemoryConfig(checkpoint_layers=True), shape, 4096, gpus)
+    shape = LlamaConfig(
+        vocab_size=64,
+        hidden_size=8 * heads[0],
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=8,
+    )
+    job = job_of(MemoryConfig(activation_checkpointing=True), shape, 4096, gpus)
     asked = replace(job, config=replace(job.config, parallel=replace(job.config.parallel, scheme=scheme)))
     assert asked.gathered == gathers
     if scheme == "gathered":
@@ -188,8 +239,14 @@ def worst(job: Job) -> dict[str, float]:
 def test_the_worst_moment_is_the_first_turn_or_a_later_one_with_more_gradients():
     """Llama-3.1-8B on one GPU: with every eighth input kept, groups made again weigh the same, and gradients come."""
     shape = model_config("meta-llama/Llama-3.1-8B")
-    plan = MemoryConfig(checkpoint_layers=True, loss_tile=8192, layer_tile=32768, attention_kept=2, attention_host=30)
-    first, later = (worst(job_of(replace(plan, inputs_every=every), shape, 7 * 2**16)) for every in (1, 8))
+    plan = MemoryConfig(
+        activation_checkpointing=True,
+        loss_tile=8192,
+        layer_tile=32768,
+        attention_outputs_on_gpu=2,
+        attention_outputs_offloaded=30,
+    )
+    first, later = (worst(job_of(replace(plan, checkpoint_every=every), shape, 7 * 2**16)) for every in (1, 8))
     assert "tensors: inputs of 32 layers" in first
     assert "tensors: gradients, float32" not in first
     assert "tensors: inputs of 8 layers" in later

@@ -69,7 +69,8 @@ def test_documents_to_a_trained_model_by_commands_alone(tmp_path):
         ("extend", miniature.path(), "--to", 1024, "--out", "long", "--json", "extend.json"),
         ("pack", "texts", "--tokenizer", "long", "--length", 1024, "--out", "rows", "--json", "pack.json"),
         ("train", preset("tiny-cpu"), "--json", "train.json",
-         "--set", "model=long", "out=run", "steps=2", "save_every=0", "data=[{rows: rows}]", "parallel.sequence=1"),
+         "--set", "model=long", "out=run", "steps=2", "save_every=0", "data=[{rows: rows}]",
+         "parallel.context_parallel_size=1"),
         ("eval", "needle", "run/model", "--lengths", 256, "--depths", 0.5, "--samples", 1, "--json", "needle.json"),
     ):  # fmt: skip
         done = run(*words, cwd=tmp_path, env=environment)

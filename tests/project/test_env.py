@@ -18,8 +18,24 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CORE = ("torch", "transformers", "accelerate", "numpy", "safetensors", "yaml", "tqdm", "huggingface_hub", "tokenizers")
 # Left for those who want them; tyro is a dependency, but only of the command line.
-OPTIONAL = ("datasets", "pyarrow", "pandas", "zstandard", "gguf", "plotly", "matplotlib", "ipywidgets", "IPython",
-            "papermill", "jupytext", "nbformat", "lm_eval", "jieba", "flash_attn", "tyro")
+OPTIONAL = (
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "zstandard",
+    "gguf",
+    "plotly",
+    "matplotlib",
+    "ipywidgets",
+    "IPython",
+    "papermill",
+    "jupytext",
+    "nbformat",
+    "lm_eval",
+    "jieba",
+    "flash_attn",
+    "tyro",
+)
 IN_THE_CLI = re.compile(r"^ultralong\.(cli(\.|$)|.*__main__$)")
 
 
@@ -141,8 +157,13 @@ def modules() -> list[str]:
 
 def test_every_module_imports_with_the_core_packages_alone():
     skipped = [name for name in modules() if IN_THE_CLI.match(name)]
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, json.dumps(OPTIONAL), json.dumps(skipped)], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, json.dumps(OPTIONAL), json.dumps(skipped)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     names, failed = json.loads(done.stdout.splitlines()[-1])
     assert failed == {}
@@ -178,8 +199,12 @@ def test_a_module_names_only_core_packages_on_top(name):
 
 def test_importing_the_package_imports_nothing_heavy():
     script = "import sys, ultralong; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not {"torch", "transformers", "numpy", "accelerate", "yaml", "tqdm"} & set(done.stdout.split())
 
 

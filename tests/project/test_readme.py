@@ -32,8 +32,14 @@ COMMANDS = command_lines()
 @cache
 def help_of(*words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run([sys.executable, "-m", "ultralong", *words, "--help"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "ultralong", *words, "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def words_of(line: str) -> list[str]:
@@ -44,13 +50,15 @@ def words_of(line: str) -> list[str]:
 
 
 def test_the_first_screen_is_one_sentence_one_picture_and_two_commands():
-    screen = README[:README.index("\n## ")]
+    screen = README[: README.index("\n## ")]
     assert "<picture>" in screen
     assert "prefers-color-scheme: dark" in screen
     assert re.search(r'<img [^>]*alt="[^"]{30,}"', screen)
     blocks = [text for _, text in re.findall(r"^```(\w*)\n(.*?)^```", screen, re.MULTILINE | re.DOTALL)]
-    assert [words_of(line)[:2] for block in blocks for line in block.splitlines()] == [["make", "demo"],
-                                                                                      ["make", "test"]]
+    assert [words_of(line)[:2] for block in blocks for line in block.splitlines()] == [
+        ["make", "demo"],
+        ["make", "test"],
+    ]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -78,8 +86,11 @@ def test_each_command_of_the_cli_is_in_the_readme():
 
 def test_links_and_pictures_resolve():
     targets = re.findall(r"\]\(([^)\s]+)\)", README) + re.findall(r'(?:src|srcset|href)="([^"]+)"', README)
-    headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                for line in README.splitlines() if line.startswith("#")}
+    headings = {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in README.splitlines()
+        if line.startswith("#")
+    }
     local = [target for target in targets if not re.match(r"https?:", target)]
     assert local, "a README without a link to anything here helps nobody"
     for target in local:
@@ -96,7 +107,7 @@ def tree_paths() -> list[str]:
     paths, folders = [], []
     for line in block.splitlines():
         indent, entry = re.fullmatch(r"( *)(\S+).*", line).groups()
-        folders = folders[:len(indent) // 2]
+        folders = folders[: len(indent) // 2]
         paths.append("".join(folders) + entry)
         if entry.endswith("/"):
             folders.append(entry)

@@ -42,18 +42,24 @@ def every_scaling(head_dim: int, theta: float, factor: float) -> dict[str, RopeS
         "yarn, ramp in rotations": RopeScaling("yarn", **common, ramp="rotations", attention_factor=1.0),
         "llama3": RopeScaling("llama3", **common),
         "llama3, other ramp": RopeScaling("llama3", **common, alpha=0.5, beta=20.0),
-        "longrope": RopeScaling("longrope", **common, short_factors=tuple(1 + 0.01 * i for i in range(pairs)),
-                                long_factors=tuple(1 + 0.9 * i for i in range(pairs))),
+        "longrope": RopeScaling(
+            "longrope",
+            **common,
+            short_factors=tuple(1 + 0.01 * i for i in range(pairs)),
+            long_factors=tuple(1 + 0.9 * i for i in range(pairs)),
+        ),
         "longrope, set attention factor": RopeScaling(
-            "longrope", **common, attention_factor=1.19, short_factors=(1.0,) * pairs, long_factors=(factor,) * pairs),
+            "longrope", **common, attention_factor=1.19, short_factors=(1.0,) * pairs, long_factors=(factor,) * pairs
+        ),
     }
 
 
 def transformers_table(scaling: RopeScaling, length: int | None) -> tuple[torch.Tensor, float]:
     """The table that an unmodified transformers builds from the config that we write."""
     window = WINDOW if scaling.method == "dynamic" else int(WINDOW * scaling.factor)
-    config = LlamaConfig(head_dim=scaling.head_dim, max_position_embeddings=window,
-                         rope_parameters=rope_parameters(scaling))
+    config = LlamaConfig(
+        head_dim=scaling.head_dim, max_position_embeddings=window, rope_parameters=rope_parameters(scaling)
+    )
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -79,8 +85,10 @@ def paper_table(scaling: RopeScaling, length: int | None) -> np.ndarray:
     """The published formulas, pair by pair in float64, written without any of the library's code."""
     size, theta, factor = scaling.head_dim, scaling.theta, scaling.factor
     frequencies = []
-    ends = [size * math.log(WINDOW / (turns * 2 * math.pi)) / (2 * math.log(theta))
-            for turns in (scaling.beta, scaling.alpha)]
+    ends = [
+        size * math.log(WINDOW / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta, scaling.alpha)
+    ]
     if scaling.truncate:
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     for pair in range(size // 2):
@@ -90,11 +98,16 @@ def paper_table(scaling: RopeScaling, length: int | None) -> np.ndarray:
         by_dimension = 1 - min(max((pair - ends[0]) / (ends[1] - ends[0]), 0), 1)
         stretch = max(factor * max(length or 0, WINDOW) / WINDOW - (factor - 1), 1)
         keep = by_rotations if scaling.method == "llama3" or scaling.ramp == "rotations" else by_dimension
-        frequencies.append({
-            "default": plain, "linear": plain / factor, "ntk": plain * factor ** (-2 * pair / (size - 2)),
-            "dynamic": plain * stretch ** (-2 * pair / (size - 2)),
-            "yarn": keep * plain + (1 - keep) * plain / factor, "llama3": keep * plain + (1 - keep) * plain / factor,
-        }[scaling.method])
+        frequencies.append(
+            {
+                "default": plain,
+                "linear": plain / factor,
+                "ntk": plain * factor ** (-2 * pair / (size - 2)),
+                "dynamic": plain * stretch ** (-2 * pair / (size - 2)),
+                "yarn": keep * plain + (1 - keep) * plain / factor,
+                "llama3": keep * plain + (1 - keep) * plain / factor,
+            }[scaling.method]
+        )
     return np.array(frequencies)
 
 
@@ -113,8 +126,9 @@ def test_longrope_divides_by_the_list_for_the_input_length():
     plain = inverse_frequencies(RopeScaling("default", 128, 1e4), dtype=torch.float64)[0]
     for length, divisors in ((None, "short_factors"), (WINDOW, "short_factors"), (WINDOW + 1, "long_factors")):
         table, factor = inverse_frequencies(scaling, length, torch.float64)
-        torch.testing.assert_close(plain / table, torch.tensor(getattr(scaling, divisors), dtype=torch.float64),
-                                   rtol=1e-7, atol=0)
+        torch.testing.assert_close(
+            plain / table, torch.tensor(getattr(scaling, divisors), dtype=torch.float64), rtol=1e-7, atol=0
+        )
         assert factor == math.sqrt(1 + math.log(32) / math.log(WINDOW))
 
 
@@ -123,8 +137,13 @@ def test_the_recipe_is_the_llama3_type_with_a_larger_factor(target, factor):
     assert target / WINDOW == factor
     recipe = RopeScaling("yarn", 128, 5e5, factor, WINDOW, alpha=1.0, beta=4.0, ramp="rotations", attention_factor=1.0)
     assert rope_parameters(recipe) == {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": float(factor), "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": WINDOW}
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": float(factor),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": WINDOW,
+    }
     assert_is_transformers(*inverse_frequencies(recipe), recipe)
     llama3 = replace(recipe, method="llama3", ramp="dimension")
     assert torch.equal(inverse_frequencies(recipe)[0], inverse_frequencies(llama3)[0])
@@ -169,7 +188,12 @@ def test_how_far_the_two_ramps_are_apart():
 def test_attention_factors():
     yarn = RopeScaling("yarn", 128, 5e5, 128.0, WINDOW)
     assert [round(attention_factor(replace(yarn, factor=s)), 4) for s in (1.0, 8.0, 128.0, 256.0, 512.0)] == [
-        1.0, 1.2079, 1.4852, 1.5545, 1.6238]
+        1.0,
+        1.2079,
+        1.4852,
+        1.5545,
+        1.6238,
+    ]
     assert attention_factor(replace(yarn, attention_factor=1.0)) == 1.0
     assert attention_factor(replace(yarn, attention_factor=1.25)) == 1.25
     assert attention_factor(replace(yarn, method="llama3")) == 1.0
@@ -187,10 +211,16 @@ def test_ntk_bases_and_longest_wavelength():
 
 scalings = st.builds(
     lambda method, head_dim, theta, factor, window, ramp, beta: RopeScaling(
-        method, head_dim, theta, factor, window, beta=beta, ramp=ramp, attention_factor=1.0),
+        method, head_dim, theta, factor, window, beta=beta, ramp=ramp, attention_factor=1.0
+    ),
     method=st.sampled_from(["default", "linear", "ntk", "dynamic", "yarn", "llama3"]),
-    head_dim=st.sampled_from([16, 48, 64, 80, 96, 128, 256]), theta=st.floats(1e3, 1e8), factor=st.floats(1.0, 1024.0),
-    window=st.integers(64, 262_144), ramp=st.sampled_from(["rotations", "dimension"]), beta=st.floats(1.5, 64.0))
+    head_dim=st.sampled_from([16, 48, 64, 80, 96, 128, 256]),
+    theta=st.floats(1e3, 1e8),
+    factor=st.floats(1.0, 1024.0),
+    window=st.integers(64, 262_144),
+    ramp=st.sampled_from(["rotations", "dimension"]),
+    beta=st.floats(1.5, 64.0),
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -42,8 +42,14 @@ def test_the_older_form_reads_the_same(scaling):
     new["type"] = {"longrope": "su"}.get(new["rope_type"], new.pop("rope_type"))
     new.pop("rope_type", None)
     window = llama(scaling).max_position_embeddings
-    old = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": window,
-           "rope_theta": theta, "rope_scaling": None if scaling.method == "default" else new}
+    old = {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "max_position_embeddings": window,
+        "rope_theta": theta,
+        "rope_scaling": None if scaling.method == "default" else new,
+    }
     assert from_config(old) == scaling
     assert from_config(SimpleNamespace(**old)) == scaling
 
@@ -61,12 +67,37 @@ def test_window_of_a_yarn_config_that_kept_its_old_window():
     assert window_of({"head_dim": 128, "max_position_embeddings": 32_768, "rope_parameters": entry}) == 131_072
 
 
-TINY = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 256, "pad_token_id": 0}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "stablelm",
-                                  "gpt_neox", "cohere", "nemotron", "glm", "granite", "starcoder2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "olmo2",
+        "smollm3",
+        "stablelm",
+        "gpt_neox",
+        "cohere",
+        "nemotron",
+        "glm",
+        "granite",
+        "starcoder2",
+    ],
+)
 def test_tables_equal_those_inside_real_model_classes(kind):
     """Also where only a part of the head is rotated: StableLM, GPT-NeoX, Nemotron, GLM."""
     model = AutoModel.from_config(AutoConfig.for_model(kind, **TINY))
@@ -82,8 +113,13 @@ def test_tables_equal_those_inside_real_model_classes(kind):
 def test_partial_rotary_is_written_and_read_back():
     scaling = RopeScaling("yarn", 64, 1e4, 4.0, 4096, partial_rotary_factor=0.25)
     assert inverse_frequencies(scaling)[0].shape == (8,)
-    config = AutoConfig.for_model("stablelm", hidden_size=512, num_attention_heads=8, max_position_embeddings=16_384,
-                                  rope_parameters=rope_parameters(scaling))
+    config = AutoConfig.for_model(
+        "stablelm",
+        hidden_size=512,
+        num_attention_heads=8,
+        max_position_embeddings=16_384,
+        rope_parameters=rope_parameters(scaling),
+    )
     assert from_config(config) == scaling
 
 
@@ -119,10 +155,16 @@ def test_a_missing_window_is_named():
 
 GOOD = RopeScaling("yarn", 64, 1e4, 4.0, 4096)
 BAD_SETTINGS = [
-    ({"method": "alibi"}, "unknown"), ({"ramp": "sideways"}, "unknown"), ({"head_dim": 63}, "even number"),
-    ({"head_dim": 2}, "even number"), ({"theta": 1.0}, "above 1"), ({"factor": 0.5}, "at least 1"),
-    ({"alpha": 4.0}, "0 < alpha < beta"), ({"alpha": 0.0}, "0 < alpha < beta"),
-    ({"original_window": None}, "original_window"), ({"attention_factor": 0.0}, "1.0 turns it off"),
+    ({"method": "alibi"}, "unknown"),
+    ({"ramp": "sideways"}, "unknown"),
+    ({"head_dim": 63}, "even number"),
+    ({"head_dim": 2}, "even number"),
+    ({"theta": 1.0}, "above 1"),
+    ({"factor": 0.5}, "at least 1"),
+    ({"alpha": 4.0}, "0 < alpha < beta"),
+    ({"alpha": 0.0}, "0 < alpha < beta"),
+    ({"original_window": None}, "original_window"),
+    ({"attention_factor": 0.0}, "1.0 turns it off"),
     ({"method": "llama3", "attention_factor": 1.4}, "has no attention"),
     ({"method": "longrope"}, "32 positive numbers"),
     ({"method": "longrope", "short_factors": (1.0,) * 32, "long_factors": (1.0,) * 31}, "found 31 numbers"),

@@ -13,8 +13,11 @@ def visible(tokens_q, tokens_k, *, causal=True, window=None, edges_q=None, edges
         columns = torch.bucketize(torch.arange(tokens_k), torch.tensor(edges_k[1:]), right=True)
         seen = rows[:, None] == columns[None]
         # Inside piece i the last query lines up with the last key.
-        back = torch.tensor(edges_k)[rows + 1][:, None] - torch.tensor(edges_q)[rows + 1][:, None] + (
-            torch.arange(tokens_q)[:, None] - torch.arange(tokens_k)[None])
+        back = (
+            torch.tensor(edges_k)[rows + 1][:, None]
+            - torch.tensor(edges_q)[rows + 1][:, None]
+            + (torch.arange(tokens_q)[:, None] - torch.arange(tokens_k)[None])
+        )
     if causal:
         seen = seen & (back >= 0)
     if window is not None:

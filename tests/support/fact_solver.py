@@ -7,8 +7,10 @@ def solve(text):
     """Reads the facts in order and keeps the state of the world, as a careful reader would."""
     question = re.search(r"Question: (.*\?) Answer with one word", text).group(1)
     where, held, before, given, lies = {}, {}, {}, {}, {}
-    lines = re.findall(r"((?:The )?\b\w+ (?:walked|went|hurried|made|picked|took|gave|handed|lies) .*?)\.",
-                       text[:text.index("Question: ")])
+    lines = re.findall(
+        r"((?:The )?\b\w+ (?:walked|went|hurried|made|picked|took|gave|handed|lies) .*?)\.",
+        text[: text.index("Question: ")],
+    )
     for line in lines:
         if (found := re.match(r"(\w+) (?:walked|went over|hurried|made the way) to the (\w+)", line)) is not None:
             person, place = found.groups()

@@ -38,10 +38,10 @@ class InductionModel:
     __call__ = forward
 
     def next_token(self, tokens: list[int]) -> int:
-        tokens = tokens if self.window is None else tokens[-self.window:]
+        tokens = tokens if self.window is None else tokens[-self.window :]
         for order in range(self.order, 0, -1):
             last = tokens[-order:]
             for start in range(len(tokens) - order - 1, -1, -1):
-                if tokens[start:start + order] == last:
+                if tokens[start : start + order] == last:
                     return tokens[start + order]
         return 0

@@ -33,12 +33,25 @@ from ultralong.utils.files import append_jsonl, read_json, read_jsonl, write_jso
 from ultralong.utils.progress import progress
 
 LENGTH = 4096
-TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-         "niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe")
+TASKS = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+)
 # Where theirs is known to differ from NVIDIA's (read in both sources), so that agreement is not expected.
-KNOWN = {"ruler_cwe": "lm-eval leaves out the worked example that NVIDIA's prompt and ours hold",
-         "ruler_fwe": "lm-eval does not keep room for the answer, so its prompts are a step longer",
-         "ruler_vt": "lm-eval joins the lines by spaces instead of line ends"}
+KNOWN = {
+    "ruler_cwe": "lm-eval leaves out the worked example that NVIDIA's prompt and ours hold",
+    "ruler_fwe": "lm-eval does not keep room for the answer, so its prompts are a step longer",
+    "ruler_vt": "lm-eval joins the lines by spaces instead of line ends",
+}
 
 
 def write_requests(model: str, tasks: Sequence[str], samples: int, out: Path) -> None:
@@ -63,8 +76,16 @@ def write_requests(model: str, tasks: Sequence[str], samples: int, out: Path) ->
         for instance in task.instances:
             prompt, options = instance.args
             doc = {key: instance.doc[key] for key in ("outputs", "max_length")}
-            append_jsonl(out, {"task": name, "index": instance.doc_id, "prompt": prompt, "doc": doc,
-                               "max_new_tokens": options["max_gen_toks"]})
+            append_jsonl(
+                out,
+                {
+                    "task": name,
+                    "index": instance.doc_id,
+                    "prompt": prompt,
+                    "doc": doc,
+                    "max_new_tokens": options["max_gen_toks"],
+                },
+            )
 
 
 @torch.inference_mode()
@@ -84,15 +105,15 @@ def answer(model: str, requests: Path, out: Path, batch: int, device: str, ours:
         while asked:
             budget = asked[0]["max_new_tokens"]
             group = [record for record in asked[:batch] if record["max_new_tokens"] == budget]
-            group = group if group == asked[:len(group)] else asked[:1]
-            asked = asked[len(group):]
+            group = group if group == asked[: len(group)] else asked[:1]
+            asked = asked[len(group) :]
             prompts = [record["prompt"] for record in group]
             if ours:
                 listed = tokenizer(prompts, add_special_tokens=False)["input_ids"]
                 ids = generate_together(loaded, listed, [budget] * len(group))
             else:
                 inputs = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
-                ids = loaded.generate(**inputs, max_new_tokens=budget, do_sample=False)[:, inputs.input_ids.shape[1]:]
+                ids = loaded.generate(**inputs, max_new_tokens=budget, do_sample=False)[:, inputs.input_ids.shape[1] :]
             for record, said in zip(group, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 append_jsonl(out, {key: record[key] for key in ("task", "index", "doc")} | {"answer": said})
             bar.update(len(group))
@@ -106,12 +127,19 @@ def count_same(answers: Path, same: Path) -> dict[str, Any]:
 
     theirs = {(record["task"], record["index"]): record for record in read_jsonl(answers)}
     found = [(record, theirs[record["task"], record["index"]]) for record in read_jsonl(same)]
-    scores = [(process_results(other["doc"], [other["answer"]])[str(LENGTH)],
-               score_predictions(mine["task"], [{"outputs": mine["doc"]["outputs"], "prediction": mine["answer"]}]))
-              for mine, other in found]
-    return {"tasks": sorted({mine["task"] for mine, _ in found}), "prompts": len(found),
-            "same_text": sum(mine["answer"] == other["answer"] for mine, other in found),
-            "same_score": sum(abs(100 * one - ours["score"]) < 1e-6 for one, ours in scores)}
+    scores = [
+        (
+            process_results(other["doc"], [other["answer"]])[str(LENGTH)],
+            score_predictions(mine["task"], [{"outputs": mine["doc"]["outputs"], "prediction": mine["answer"]}]),
+        )
+        for mine, other in found
+    ]
+    return {
+        "tasks": sorted({mine["task"] for mine, _ in found}),
+        "prompts": len(found),
+        "same_text": sum(mine["answer"] == other["answer"] for mine, other in found),
+        "same_score": sum(abs(100 * one - ours["score"]) < 1e-6 for one, ours in scores),
+    }
 
 
 def score(answers: Path, ours: Path, model: str) -> dict[str, Any]:
@@ -121,26 +149,55 @@ def score(answers: Path, ours: Path, model: str) -> dict[str, Any]:
     kept = read_json(ours)
     rows = []
     for name in TASKS:
-        theirs = [100 * process_results(record["doc"], [record["answer"]])[str(LENGTH)]
-                  for record in read_jsonl(answers) if record["task"] == name]
-        own = next((100 * np.asarray(item["each"]) for item in kept["scores"]
-                    if (item["task"], item["length"]) == (name, LENGTH)), None)
+        theirs = [
+            100 * process_results(record["doc"], [record["answer"]])[str(LENGTH)]
+            for record in read_jsonl(answers)
+            if record["task"] == name
+        ]
+        own = next(
+            (
+                100 * np.asarray(item["each"])
+                for item in kept["scores"]
+                if (item["task"], item["length"]) == (name, LENGTH)
+            ),
+            None,
+        )
         if not theirs or own is None:
             continue
-        pooled = math.sqrt((np.var(theirs, ddof=1) * (len(theirs) - 1) + np.var(own, ddof=1) * (len(own) - 1))
-                           / (len(theirs) + len(own) - 2) * (1 / len(theirs) + 1 / len(own)))
+        pooled = math.sqrt(
+            (np.var(theirs, ddof=1) * (len(theirs) - 1) + np.var(own, ddof=1) * (len(own) - 1))
+            / (len(theirs) + len(own) - 2)
+            * (1 / len(theirs) + 1 / len(own))
+        )
         difference = float(np.mean(own) - np.mean(theirs))
-        rows.append({"task": name, "lm_eval": float(np.mean(theirs)), "lm_eval_n": len(theirs),
-                     "lm_eval_se": float(np.std(theirs, ddof=1) / math.sqrt(len(theirs))),
-                     "ours": float(np.mean(own)), "ours_n": len(own),
-                     "ours_se": float(np.std(own, ddof=1) / math.sqrt(len(own))), "difference": difference,
-                     "se_of_difference": pooled, "within_two": abs(difference) <= 2 * pooled + 1e-9,
-                     "known_difference": KNOWN.get(name)})
-    return {"model": model, "length": LENGTH, "chat_template": False,
-            "how": "lm-eval's prompts and scorer with transformers' generate, and ours from end to end",
-            "machine": kept["machine"], "rows": rows, "agree": sum(row["within_two"] for row in rows),
-            "of": len(rows), "apart_without_known_reason": [row["task"] for row in rows if not row["within_two"]
-                                                            and row["known_difference"] is None]}
+        rows.append(
+            {
+                "task": name,
+                "lm_eval": float(np.mean(theirs)),
+                "lm_eval_n": len(theirs),
+                "lm_eval_se": float(np.std(theirs, ddof=1) / math.sqrt(len(theirs))),
+                "ours": float(np.mean(own)),
+                "ours_n": len(own),
+                "ours_se": float(np.std(own, ddof=1) / math.sqrt(len(own))),
+                "difference": difference,
+                "se_of_difference": pooled,
+                "within_two": abs(difference) <= 2 * pooled + 1e-9,
+                "known_difference": KNOWN.get(name),
+            }
+        )
+    return {
+        "model": model,
+        "length": LENGTH,
+        "chat_template": False,
+        "how": "lm-eval's prompts and scorer with transformers' generate, and ours from end to end",
+        "machine": kept["machine"],
+        "rows": rows,
+        "agree": sum(row["within_two"] for row in rows),
+        "of": len(rows),
+        "apart_without_known_reason": [
+            row["task"] for row in rows if not row["within_two"] and row["known_difference"] is None
+        ],
+    }
 
 
 def main() -> None:

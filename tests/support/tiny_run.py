@@ -22,6 +22,13 @@ def make_run(folder: Path, model: Any, tokenizer: Any, **changes: Any) -> TrainC
     documents = [Document(f"d{i}", text.format(i) * 6, "test", "CC0-1.0") for i in range(40)]
     store = tokenize_corpus(documents, tokenizer, folder / "tokens", quiet=True)
     pack(store, tokenizer, folder / "rows", PackSettings(length=LENGTH), quiet=True)
-    config = TrainConfig(model="model", out="run", data=(DataSource("rows"),), steps=4, rows_per_step=2,
-                         dtype="float32", optimizer=OptimizerConfig(lr=1e-3))
+    config = TrainConfig(
+        model="model",
+        out="run",
+        data=(DataSource("rows"),),
+        steps=4,
+        global_batch_size=2,
+        dtype="float32",
+        optimizer=OptimizerConfig(lr=1e-3),
+    )
     return replace(config, **changes)

@@ -12,8 +12,9 @@ from ultralong.training.config import MemoryConfig
 def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model):
     model = make_tiny_model()
     model.save_pretrained(tmp_path / "tiny")
-    case = TrainingCase(str(tmp_path / "tiny"), 96, steps=2, profile=True,
-                        memory=MemoryConfig(checkpoint_layers=True))
+    case = TrainingCase(
+        str(tmp_path / "tiny"), 96, steps=2, profile=True, memory=MemoryConfig(activation_checkpointing=True)
+    )
     row = measure(case, folder=tmp_path / "made")
     assert "note" not in row, row
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
@@ -29,26 +30,62 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model):
 
 
 def test_kernels_are_told_apart_by_name():
-    names = {"kernel_cutlass_kernel_flash_attn_cute_flash_bwd_sm90FlashAttentionBackwardSm90": "attention",
-             "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
-             "nvjet_sm90_tst_128x256_64x4": "matrix products", "ncclDevKernel_SendRecv": "exchange between GPUs",
-             "Memcpy DtoH (Device -> Pinned)": "copies", "aten::addmm": "matrix products",
-             "void at::native::GammaBetaBackwardCUDAKernel": "all else"}
+    names = {
+        "kernel_cutlass_kernel_flash_attn_cute_flash_bwd_sm90FlashAttentionBackwardSm90": "attention",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
+        "nvjet_sm90_tst_128x256_64x4": "matrix products",
+        "ncclDevKernel_SendRecv": "exchange between GPUs",
+        "Memcpy DtoH (Device -> Pinned)": "copies",
+        "aten::addmm": "matrix products",
+        "void at::native::GammaBetaBackwardCUDAKernel": "all else",
+    }
     assert by_kind([{"name": name, "seconds": 1.0} for name in names]) == dict.fromkeys(
-        dict.fromkeys(names.values()), 1.0) | {"attention": 2.0, "matrix products": 2.0}
+        dict.fromkeys(names.values()), 1.0
+    ) | {"attention": 2.0, "matrix products": 2.0}
 
 
-@pytest.mark.parametrize(("row", "wanted"), [
-    ({"versions": {"ultralong": __version__}, "seconds_per_step": 876.0, "tokens_per_second_per_gpu": 598.5,
-      "mfu_causal": 0.526, "peak_gpu_gib": 114.5, "planned_seconds_per_step": 861.9, "peak_host_gib": 212.0},
-     "| M | 2 | 1,024 | ours | 876.0 (861.9) | 598 | 52.6% | 114.5 | 212 |"),
-    ({"versions": {"torch": "2.11.0"}, "seconds_per_step": 1.0, "tokens_per_second_per_gpu": 5.0, "mfu_causal": 0.5,
-      "peak_gpu_gib": 1.0}, "| M | 2 | 1,024 | ours, 0.1 | 1.0 | 5 | 50.0% | 1.0 |  |"),
-    ({"versions": {"ultralong": "0.2.0"}, "seconds_per_step": 1.0, "tokens_per_second_per_gpu": 5.0, "mfu_causal": 0.5,
-      "peak_gpu_gib": 1.0}, "| M | 2 | 1,024 | ours, 0.2 | 1.0 | 5 | 50.0% | 1.0 |  |"),
-    ({"versions": {}, "peer": "other", "note": "CUDA out of memory. Tried"},
-     "| M | 2 | 1,024 | other | out of memory | | | | |"),
-    ({"versions": {}, "peer": "other", "note": "exit code 1"}, "| M | 2 | 1,024 | other | stopped | | | | |"),
-], ids=["ours", "older", "old", "out of memory", "stopped"])
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (
+            {
+                "versions": {"ultralong": __version__},
+                "seconds_per_step": 876.0,
+                "tokens_per_second_per_gpu": 598.5,
+                "mfu_causal": 0.526,
+                "peak_gpu_gib": 114.5,
+                "planned_seconds_per_step": 861.9,
+                "peak_host_gib": 212.0,
+            },
+            "| M | 2 | 1,024 | ours | 876.0 (861.9) | 598 | 52.6% | 114.5 | 212 |",
+        ),
+        (
+            {
+                "versions": {"torch": "2.11.0"},
+                "seconds_per_step": 1.0,
+                "tokens_per_second_per_gpu": 5.0,
+                "mfu_causal": 0.5,
+                "peak_gpu_gib": 1.0,
+            },
+            "| M | 2 | 1,024 | ours, 0.1 | 1.0 | 5 | 50.0% | 1.0 |  |",
+        ),
+        (
+            {
+                "versions": {"ultralong": "0.2.0"},
+                "seconds_per_step": 1.0,
+                "tokens_per_second_per_gpu": 5.0,
+                "mfu_causal": 0.5,
+                "peak_gpu_gib": 1.0,
+            },
+            "| M | 2 | 1,024 | ours, 0.2 | 1.0 | 5 | 50.0% | 1.0 |  |",
+        ),
+        (
+            {"versions": {}, "peer": "other", "note": "CUDA out of memory. Tried"},
+            "| M | 2 | 1,024 | other | out of memory | | | | |",
+        ),
+        ({"versions": {}, "peer": "other", "note": "exit code 1"}, "| M | 2 | 1,024 | other | stopped | | | | |"),
+    ],
+    ids=["ours", "older", "old", "out of memory", "stopped"],
+)
 def test_a_row_of_the_table(row, wanted):
     assert training_table([{"rows": [{"model": "M", "gpus": 2, "tokens": 1024} | row]}])[2:] == [wanted]

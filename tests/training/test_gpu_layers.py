@@ -43,12 +43,21 @@ def rows(count, *sizes, dtype=torch.bfloat16):
     return [torch.randn(count, *size, device="cuda").to(dtype) for size in sizes]
 
 
-ONE_PASS = {"turn": (lean._turn, lambda: rows(9001, (32, 128), (128,), (128,))),
-            "gate": (gated._gate_at_once, lambda: rows(9001, (14336,), (14336,))),
-            "gate, back": (gated._gate_backward_at_once, lambda: rows(9001, (14336,), (14336,), (14336,))),
-            "normalise": (loss._normalise, lambda: rows(2050, (128256,), dtype=torch.float32)),
-            "loss, back": (loss._by_logits, lambda: [*rows(2050, (128256,), dtype=torch.float32), torch.full(
-                (2050, 1), 12.0, device="cuda"), torch.randint(128256, (2050, 1), device="cuda"), torch.bfloat16])}
+ONE_PASS = {
+    "turn": (lean._turn, lambda: rows(9001, (32, 128), (128,), (128,))),
+    "gate": (gated._gate_at_once, lambda: rows(9001, (14336,), (14336,))),
+    "gate, back": (gated._gate_backward_at_once, lambda: rows(9001, (14336,), (14336,), (14336,))),
+    "normalise": (loss._normalise, lambda: rows(2050, (128256,), dtype=torch.float32)),
+    "loss, back": (
+        loss._by_logits,
+        lambda: [
+            *rows(2050, (128256,), dtype=torch.float32),
+            torch.full((2050, 1), 12.0, device="cuda"),
+            torch.randint(128256, (2050, 1), device="cuda"),
+            torch.bfloat16,
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
@@ -70,23 +79,39 @@ def test_what_runs_in_one_pass_is_compiled_and_rounds_no_worse(name, caplog):
 def gradients(model, memory):
     ids = torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(3)).cuda()
     context = make_context(TOKENS, heads=8, kv_heads=2, keeper=memory.keeper if memory else None)
-    total, _ = LanguageModelLoss(model, 1024)(input_ids=ids, labels=ids.roll(-1, 1), attention_context=context,
-                                              position_ids=torch.arange(TOKENS, device="cuda")[None])
+    total, _ = LanguageModelLoss(model, 1024)(
+        input_ids=ids,
+        labels=ids.roll(-1, 1),
+        attention_context=context,
+        position_ids=torch.arange(TOKENS, device="cuda")[None],
+    )
     total.backward()
     return {name: p.grad.double() for name, p in model.named_parameters()}
 
 
 def test_written_layers_round_no_worse_than_transformers():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6,
-                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="ultralong").cuda()
     theirs = copy.deepcopy(exact).bfloat16()
     ours = copy.deepcopy(theirs)
     for parameter, narrow in zip(exact.parameters(), theirs.parameters(), strict=True):
         parameter.data.copy_(narrow)
-    plan = {"attention_kept": 2, "attention_host": 3, "inputs_every": 3, "inputs_host": 1}
-    memory = Memory(ours, MemoryConfig(checkpoint_layers=True, layer_tile=2048, **plan))
+    plan = {
+        "attention_outputs_on_gpu": 2,
+        "attention_outputs_offloaded": 3,
+        "checkpoint_every": 3,
+        "layer_inputs_offloaded": 1,
+    }
+    memory = Memory(ours, MemoryConfig(activation_checkpointing=True, layer_tile=2048, **plan))
     right, usual, found = gradients(exact, None), gradients(theirs, None), gradients(ours, memory)
     ratios = {name: float((found[name] - grad).norm() / (usual[name] - grad).norm()) for name, grad in right.items()}
     assert max(ratios.values()) <= 1.3, "two ways to round differ by chance"

@@ -19,24 +19,45 @@ from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory import Memory
 from ultralong.training.tiled import tiled
 
-SMALL = {"vocab_size": 160, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 7, "head_dim": 12,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-         "tie_word_embeddings": False}
+SMALL = {
+    "vocab_size": 160,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 7,
+    "head_dim": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
 SHAPES = {
     "llama": LlamaConfig(**SMALL),
     "mistral, window": MistralConfig(**SMALL, sliding_window=20),
     "qwen2, biases": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
-    "qwen2, windows in upper layers": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"},
-                                                  use_sliding_window=True, sliding_window=20, max_window_layers=3),
+    "qwen2, windows in upper layers": Qwen2Config(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"},
+        use_sliding_window=True,
+        sliding_window=20,
+        max_window_layers=3,
+    ),
     "qwen3, normed heads": Qwen3Config(**SMALL),
 }
 PLANS = {
-    "all kept": {"attention_kept": -1},
+    "all kept": {"attention_outputs_on_gpu": -1},
     "all computed again": {},
-    "some on the host": {"attention_kept": 2, "attention_host": 3, "inputs_host": 4},
-    "every third input": {"attention_kept": 2, "attention_host": -1, "inputs_every": 3, "inputs_host": 2},
-    "every fifth input, first results computed again": {"attention_kept": 1, "attention_host": 3, "inputs_every": 5},
-    "one input, nothing else": {"inputs_every": 7},
+    "some on the host": {"attention_outputs_on_gpu": 2, "attention_outputs_offloaded": 3, "layer_inputs_offloaded": 4},
+    "every third input": {
+        "attention_outputs_on_gpu": 2,
+        "attention_outputs_offloaded": -1,
+        "checkpoint_every": 3,
+        "layer_inputs_offloaded": 2,
+    },
+    "every fifth input, first results computed again": {
+        "attention_outputs_on_gpu": 1,
+        "attention_outputs_offloaded": 3,
+        "checkpoint_every": 5,
+    },
+    "one input, nothing else": {"checkpoint_every": 7},
 }
 TOKENS = 61  # no multiple of the tile
 
@@ -44,15 +65,21 @@ TOKENS = 61  # no multiple of the tile
 def gradients(model, boundaries, tile, **plan):
     """Loss and gradients of one pass; `tile` 0 is transformers' own layers."""
     model = copy.deepcopy(model)
-    memory = Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=tile, **plan)) if tile else None
+    memory = Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=tile, **plan)) if tile else None
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 160, (2, TOKENS), generator=generator)
     labels = torch.randint(0, 160, (2, TOKENS), generator=generator)
     text = model.config
-    context = make_context(TOKENS, boundaries=boundaries, heads=text.num_attention_heads,
-                           kv_heads=text.num_key_value_heads, keeper=memory.keeper if memory else None)
-    total, _ = LanguageModelLoss(model, 16)(input_ids=ids, labels=labels, attention_context=context,
-                                            position_ids=torch.arange(TOKENS)[None])
+    context = make_context(
+        TOKENS,
+        boundaries=boundaries,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        keeper=memory.keeper if memory else None,
+    )
+    total, _ = LanguageModelLoss(model, 16)(
+        input_ids=ids, labels=labels, attention_context=context, position_ids=torch.arange(TOKENS)[None]
+    )
     total.backward()
     if memory:
         assert not memory.keeper._kept, "everything kept has been given up"
@@ -81,7 +108,9 @@ def test_a_row_shorter_than_a_tile_is_one_tile():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPES["llama"], dtype=torch.float64, attn_implementation="ultralong")
     _, expected = gradients(model, None, 0)
-    _, found = gradients(model, None, 2 * TOKENS, attention_kept=2, attention_host=3, inputs_every=4)
+    _, found = gradients(
+        model, None, 2 * TOKENS, attention_outputs_on_gpu=2, attention_outputs_offloaded=3, checkpoint_every=4
+    )
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name
 
@@ -93,7 +122,7 @@ def test_under_autocast_the_layers_round_as_transformers_do():
     _, exact = gradients(model, None, 0)
     with torch.autocast("cpu", torch.bfloat16):
         _, theirs = gradients(model, None, 0)
-        _, ours = gradients(model, None, 16, attention_kept=3, inputs_every=3)
+        _, ours = gradients(model, None, 16, attention_outputs_on_gpu=3, checkpoint_every=3)
     for name, grad in exact.items():
         error = (theirs[name] - grad).norm()
         assert ours[name].dtype == torch.float32
@@ -104,32 +133,35 @@ def test_without_a_context_the_layers_are_transformers_own(make_tiny_model):
     model = make_tiny_model()
     ids = torch.arange(20)[None]
     before = model.generate(ids, max_new_tokens=5, do_sample=False)
-    Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=8))
+    Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
 
 
 def test_a_pass_without_gradients_keeps_nothing(make_tiny_model):
     model = make_tiny_model()
-    memory = Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=8, attention_kept=-1))
+    memory = Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8, attention_outputs_on_gpu=-1))
     context = make_context(20, heads=4, kv_heads=2, keeper=memory.keeper)
     with torch.no_grad():
         model(torch.arange(20)[None], attention_context=context, use_cache=False)
     assert not memory.keeper._kept
 
 
-@pytest.mark.parametrize(("config", "said"), [
-    (Gemma2Config(**SMALL), "Gemma2DecoderLayer is not known to it: set memory.layer_tile to 0"),
-    (LlamaConfig(**SMALL, attention_dropout=0.1), "without dropout, found attention_dropout=0.1"),
-])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Gemma2Config(**SMALL), "Gemma2DecoderLayer is not known to it: set memory.layer_tile to 0"),
+        (LlamaConfig(**SMALL, attention_dropout=0.1), "without dropout, found attention_dropout=0.1"),
+    ],
+)
 def test_layers_that_are_not_known_are_refused(config, said):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=said):
-        Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=8))
+        Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
 
 
 def test_hidden_tokens_and_caches_are_refused(make_tiny_model):
     model = make_tiny_model()
-    Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=8))
+    Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
     context = make_context(20, heads=4, kv_heads=2)
     with pytest.raises(ValueError, match="pass boundaries to make_context"):
         model(torch.arange(20)[None], attention_context=context, use_cache=True)
@@ -160,6 +192,6 @@ def test_modules_that_were_replaced_are_computed(place):
         owner = layer.get_submodule(parent)
         setattr(owner, name, Bent(getattr(owner, name)))
     _, expected = gradients(model, None, 0)
-    _, found = gradients(model, None, 16, attention_kept=3, inputs_every=2)
+    _, found = gradients(model, None, 16, attention_outputs_on_gpu=3, checkpoint_every=2)
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name

@@ -16,14 +16,28 @@ from ultralong.training.loop import train
 from ultralong.utils import settings
 
 PLANS = {
-    "recomputed": MemoryConfig(checkpoint_layers=True),
-    "attention kept": MemoryConfig(checkpoint_layers=True, attention_kept=-1),
-    "attention on the host, inputs too": MemoryConfig(checkpoint_layers=True, attention_kept=1, attention_host=-1,
-                                                      inputs_host=-1, loss_tile=50),
-    "written out, recomputed": MemoryConfig(checkpoint_layers=True, layer_tile=48),
-    "written out, kept": MemoryConfig(checkpoint_layers=True, layer_tile=48, attention_kept=-1, inputs_every=2),
-    "written out, on the host": MemoryConfig(checkpoint_layers=True, layer_tile=48, attention_kept=1, attention_host=1,
-                                             inputs_host=1, inputs_every=3, loss_tile=50),
+    "recomputed": MemoryConfig(activation_checkpointing=True),
+    "attention kept": MemoryConfig(activation_checkpointing=True, attention_outputs_on_gpu=-1),
+    "attention on the host, inputs too": MemoryConfig(
+        activation_checkpointing=True,
+        attention_outputs_on_gpu=1,
+        attention_outputs_offloaded=-1,
+        layer_inputs_offloaded=-1,
+        loss_tile=50,
+    ),
+    "written out, recomputed": MemoryConfig(activation_checkpointing=True, layer_tile=48),
+    "written out, kept": MemoryConfig(
+        activation_checkpointing=True, layer_tile=48, attention_outputs_on_gpu=-1, checkpoint_every=2
+    ),
+    "written out, on the host": MemoryConfig(
+        activation_checkpointing=True,
+        layer_tile=48,
+        attention_outputs_on_gpu=1,
+        attention_outputs_offloaded=1,
+        layer_inputs_offloaded=1,
+        checkpoint_every=3,
+        loss_tile=50,
+    ),
 }
 
 
@@ -47,8 +61,13 @@ def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_
     kind = "masked" if processes == 4 else "rows"
     one = replace(config, steps=20, save_every=0, data=(DataSource(str(made / kind)),), out=str(tmp_path / "one"))
     train(one, quiet=True)
-    many = run(one, tmp_path, processes, parallel=ParallelConfig(sequence=sequence, shard=shard),
-               memory=PLANS["written out, on the host"] if sequence == 2 else MemoryConfig())
+    many = run(
+        one,
+        tmp_path,
+        processes,
+        parallel=ParallelConfig(context_parallel_size=sequence, fsdp_shard_degree=shard),
+        memory=PLANS["written out, on the host"] if sequence == 2 else MemoryConfig(),
+    )
     assert_same_curves(many, one, 20)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(many)[name], weight, rtol=2e-3, atol=2e-4)
@@ -68,7 +87,10 @@ def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
     """Saved by one process, loaded by two that share the row and the parameters, then by four."""
     whole = replace(config, out=str(tmp_path / "whole"), steps=9, keep=9)
     train(whole, quiet=True)
-    meshes = ((3, 2, ParallelConfig(sequence=2, shard=2)), (6, 4, ParallelConfig(sequence=2, shard=4)))
+    meshes = (
+        (3, 2, ParallelConfig(context_parallel_size=2, fsdp_shard_degree=2)),
+        (6, 4, ParallelConfig(context_parallel_size=2, fsdp_shard_degree=4)),
+    )
     before = whole
     for step, processes, parallel in meshes:
         after = replace(whole, out=str(tmp_path / f"from {step}"), parallel=parallel)
@@ -82,18 +104,27 @@ def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
         before = after
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"parallel": ParallelConfig(shard=2)}, "parallel.shard is 2, but this run has 1 process"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"parallel": ParallelConfig(fsdp_shard_degree=2)},
+            "parallel.fsdp_shard_degree is 2, but this run has 1 process",
+        ),
+    ],
+)
 def test_runs_that_cannot_be_are_refused(config, change, said):  # noqa: F811
     with pytest.raises(ValueError, match=said):
         train(replace(config, **change), quiet=True)
 
 
-@pytest.mark.parametrize(("plan", "said"), [
-    ({"attention_kept": 1}, "set memory.checkpoint_layers to true"),
-    ({"checkpoint_layers": True, "inputs_every": 4}, "set memory.layer_tile"),
-])
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"attention_outputs_on_gpu": 1}, "set memory.activation_checkpointing to true"),
+        ({"activation_checkpointing": True, "checkpoint_every": 4}, "set memory.layer_tile"),
+    ],
+)
 def test_plans_that_cannot_be_are_refused(plan, said):
     with pytest.raises(ValueError, match=said):
         MemoryConfig(**plan)

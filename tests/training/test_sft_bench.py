@@ -73,12 +73,24 @@ def settings(tmp_path):
         "conversations": recipe(tmp_path, "talks", {"name": "talks", "license": "MIT", "path": "talks.jsonl"}, "chat"),
     }
     path = tmp_path / "settings.yaml"
-    path.write_text(json.dumps({
-        "model": "miniature", "target": 1024, "factor": 4, "method": "yarn", "processes": 1,
-        "pretraining": {"steps": 1, "rows_per_step": 1, "lr": 1e-4},
-        "tuning": {"steps": 3, "rows_per_step": 2, "rows_at_once": 2, "lr": 1e-3},
-        "lengths": [384, 768], "depths": [0.5], "samples": 1, "perplexity_rows": 1,
-        **{key: str(value) for key, value in named.items()}}))
+    path.write_text(
+        json.dumps(
+            {
+                "model": "miniature",
+                "target": 1024,
+                "factor": 4,
+                "method": "yarn",
+                "processes": 1,
+                "pretraining": {"steps": 1, "global_batch_size": 1, "lr": 1e-4},
+                "tuning": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 2, "lr": 1e-3},
+                "lengths": [384, 768],
+                "depths": [0.5],
+                "samples": 1,
+                "perplexity_rows": 1,
+                **{key: str(value) for key, value in named.items()},
+            }
+        )
+    )
     return path
 
 
@@ -113,10 +125,15 @@ def test_the_measurement_from_recipes_to_its_table(settings, tmp_path, capsys):
 
 
 def test_needles_are_counted_on_either_side_of_the_old_window():
-    cells = [{"length": 512, "correct": 3, "n": 4}, {"length": 1024, "correct": 1, "n": 4},
-             {"length": 2048, "correct": 0, "n": 4}]
+    cells = [
+        {"length": 512, "correct": 3, "n": 4},
+        {"length": 1024, "correct": 1, "n": 4},
+        {"length": 2048, "correct": 0, "n": 4},
+    ]
     counted = found(cells, 1024)
-    assert {name: (value["correct"], value["n"]) for name, value in counted.items()} == {"within": (4, 8),
-                                                                                         "beyond": (0, 4)}
+    assert {name: (value["correct"], value["n"]) for name, value in counted.items()} == {
+        "within": (4, 8),
+        "beyond": (0, 4),
+    }
     assert counted["beyond"]["low"] == 0 < counted["beyond"]["high"]
     assert "beyond" not in found(cells[:2], 1024)

@@ -25,8 +25,9 @@ from ultralong.training.optimizer_8bit import check_shares, plain_states
 from ultralong.utils import settings
 from ultralong.utils.local_ranks import run_ranks
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None,
-                                   reason="torchao is not installed: pip install 'ultralong[optim]'")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed: pip install 'ultralong[optim]'"
+)
 
 
 @pytest.fixture
@@ -67,8 +68,15 @@ def test_eight_bit_states_go_on_on_another_mesh(narrow, made, make_tiny_model, t
     model = make_tiny_model(vocab_size=len(tiny_tokenizer), max_position_embeddings=128, intermediate_size=256)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    two = run(replace(narrow, model=str(tmp_path / "model")), tmp_path, 2, parallel=ParallelConfig(sequence=2, shard=2))
-    four = replace(two, out=str(tmp_path / "four"), parallel=ParallelConfig(sequence=2, shard=4))
+    two = run(
+        replace(narrow, model=str(tmp_path / "model")),
+        tmp_path,
+        2,
+        parallel=ParallelConfig(context_parallel_size=2, fsdp_shard_degree=2),
+    )
+    four = replace(
+        two, out=str(tmp_path / "four"), parallel=ParallelConfig(context_parallel_size=2, fsdp_shard_degree=4)
+    )
     shutil.copytree(two.out, four.out, ignore=shutil.ignore_patterns("model", "result.json", "step-0000006"))
     assert [step for step, _ in RunFolder(tmp_path / "four").checkpoints()] == [3]
     settings.save(four, tmp_path / "four.yaml")

@@ -51,7 +51,7 @@ def made(tmp_path_factory, make_tiny_model, tiny_tokenizer):
 def config(made, tmp_path):
     return TrainConfig(
         model=str(made / "model"), out=str(tmp_path / "run"), data=(DataSource(str(made / "rows")),), steps=6,
-        rows_per_step=2, dtype="float32", save_every=3, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+        global_batch_size=2, dtype="float32", save_every=3, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_learns_and_leaves_a_plain_checkpoint(config):
 @pytest.mark.parametrize("rows", ["rows", "masked", "chat"])
 def test_two_sequence_parallel_processes_train_as_one(config, made, tmp_path, rows):
     one = replace(config, data=(DataSource(str(made / rows)),), out=str(tmp_path / "one"))
-    two = replace(one, out=str(tmp_path / "two"), parallel=ParallelConfig(sequence=2))
+    two = replace(one, out=str(tmp_path / "two"), parallel=ParallelConfig(context_parallel_size=2))
     train(one, quiet=True)
     settings.save(two, tmp_path / "two.yaml")
     start(tmp_path / "two.yaml", processes=2)
@@ -109,7 +109,7 @@ def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsy
 
 def test_micro_batches_do_not_change_a_step(config, tmp_path):
     whole, parts = (
-        replace(config, rows_per_step=4, rows_at_once=size, out=str(tmp_path / str(size))) for size in (4, 1)
+        replace(config, global_batch_size=4, micro_batch_size=size, out=str(tmp_path / str(size))) for size in (4, 1)
     )
     train(whole, quiet=True)
     train(parts, quiet=True)
@@ -209,8 +209,8 @@ def test_a_jump_of_the_loss_stops_before_the_update(config, monkeypatch):
     monkeypatch.setattr(RowOrder, "batch", batch)
     said = r"Step 11: the loss is .* above the mean of the 10 steps before.*step-0000010"
     with pytest.raises(FloatingPointError, match=said):
-        train(replace(quiet, out=quiet.out + "-jump", largest_jump=0.05), quiet=True)
-    train(replace(quiet, out=quiet.out + "-off", largest_jump=0), quiet=True)
+        train(replace(quiet, out=quiet.out + "-jump", loss_spike_threshold=0.05), quiet=True)
+    train(replace(quiet, out=quiet.out + "-off", loss_spike_threshold=0), quiet=True)
 
 
 def test_the_log_says_what_a_step_was_worth(config, made):
@@ -233,7 +233,7 @@ def test_useful_work_is_causal_and_by_document():
     ("change", "said"),
     [
         ({"model": "no-such-model"}, "No model could be loaded"),
-        ({"parallel": ParallelConfig(sequence=2)}, "this run has 1 process. Start a multiple of 2"),
+        ({"parallel": ParallelConfig(context_parallel_size=2)}, "this run has 1 process. Start a multiple of 2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(config, change, said):

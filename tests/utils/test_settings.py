@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from ultralong.training.config import DataSource, OptimizerConfig, TrainConfig, preset
+from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig, preset
 from ultralong.utils import settings
 
 
@@ -81,3 +81,27 @@ def test_a_refusal_of_the_dataclass_itself_names_the_place():
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="neither a settings file nor a preset"):
         preset("no-such-preset")
+
+
+def test_keys_of_the_version_before_are_read_with_a_note(capsys):
+    old = {
+        "model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "rows_per_step": 4, "rows_at_once": 2,
+        "largest_jump": 2.0, "parallel": {"sequence": 2, "shard": 4, "reshard": False, "stages": 2},
+        "memory": {"checkpoint_layers": True, "layer_tile": 64, "attention_kept": 1, "attention_host": 2,
+                   "inputs_host": 3, "inputs_every": 4},
+    }  # fmt: skip
+    found = settings.from_mapping(TrainConfig, old, "old.yaml")
+    assert (found.global_batch_size, found.micro_batch_size, found.loss_spike_threshold) == (4, 2, 2.0)
+    assert found.parallel == ParallelConfig(2, 4, False, head_chunks=2)
+    assert found.memory == MemoryConfig(True, 2048, 64, 1, 2, 3, 4)
+    notes = capsys.readouterr().err
+    assert "old.yaml: 'rows_per_step' is now called 'global_batch_size'" in notes
+    assert "old.yaml: parallel: 'sequence' is now called 'context_parallel_size'" in notes
+
+
+def test_old_keys_work_in_overrides_and_never_beside_the_new_ones(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("{model: m, out: o, data: [{rows: r}], steps: 1, parallel: {context_parallel_size: 2}}")
+    assert settings.load(TrainConfig, path, ["parallel.sequence=4"]).parallel.context_parallel_size == 4
+    with pytest.raises(ValueError, match="'sequence' is the old name of 'context_parallel_size', and both are there"):
+        settings.from_mapping(ParallelConfig, {"sequence": 2, "context_parallel_size": 2})

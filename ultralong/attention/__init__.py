@@ -12,7 +12,16 @@ from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
 from ultralong.attention.register import NAME
 from ultralong.attention.register import register as _register
 
-__all__ = ["KERNELS", "NAME", "SCHEMES", "AttentionContext", "AttentionKeeper", "PeerLost", "available_kernels",
-           "get_kernel", "make_context"]
+__all__ = [
+    "KERNELS",
+    "NAME",
+    "SCHEMES",
+    "AttentionContext",
+    "AttentionKeeper",
+    "PeerLost",
+    "available_kernels",
+    "get_kernel",
+    "make_context",
+]
 
 _register()

@@ -31,8 +31,9 @@ class AttentionKeeper(Protocol):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scheme: Scheme, rule: Rule,
-                kept: Pair | None) -> Pair:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scheme: Scheme, rule: Rule, kept: Pair | None
+    ) -> Pair:
         with torch.autocast(q.device.type, enabled=False):
             out, lse = scheme.forward(q, k, v, rule, sink) if kept is None else kept
         ctx.save_for_backward(q, k, v, sink, out, lse)
@@ -48,8 +49,17 @@ class _Attention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, rule: Rule, *, sink: Tensor | None = None,
-              keeper: AttentionKeeper | None = None, layer: int = 0) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scheme: Scheme,
+    rule: Rule,
+    *,
+    sink: Tensor | None = None,
+    keeper: AttentionKeeper | None = None,
+    layer: int = 0,
+) -> Tensor:
     """Differentiable attention of this rank's tokens.
 
     Args:

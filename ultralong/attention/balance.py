@@ -88,8 +88,9 @@ def sends_nothing(layout: Layout, boundaries: Sequence[int]) -> bool:
     return all(needs(pieces, edges).tokens == layout.held for pieces in layout.owned)
 
 
-def balanced(tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1, smallest: int = 1024,
-             good_enough: float = 1.005) -> Layout:
+def balanced(
+    tokens: int, ranks: int, boundaries: Sequence[int], inner: int = 1, smallest: int = 1024, good_enough: float = 1.005
+) -> Layout:
     """The layout of least cost for packed documents that don't see each other.
 
     Args:
@@ -139,8 +140,9 @@ class Hand:
         self.pieces: list[Piece] = []
 
 
-def by_documents(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, heavy: float, order: int = 0, *,
-                 whole: bool = False) -> Layout:
+def by_documents(
+    tokens: int, ranks: int, boundaries: Sequence[int], inner: int, heavy: float, order: int = 0, *, whole: bool = False
+) -> Layout:
     """Whole documents to ranks, the heaviest first, to the rank with the least work so far that has room.
 
     Args:
@@ -198,8 +200,9 @@ def subset(documents: Sequence[Piece], tokens: int, pairs: float) -> list[Piece]
     Sahni 1974, for the subset sum).
     """
     halves = documents[::2], documents[1::2]
-    (one, one_pairs), (other, other_pairs) = ([_subset_sums([of(piece) for piece in half]) for of in (_length, _pairs)]
-                                              for half in halves)
+    (one, one_pairs), (other, other_pairs) = (
+        [_subset_sums([of(piece) for piece in half]) for of in (_length, _pairs)] for half in halves
+    )
     order = np.argsort(other, kind="stable")
     first, end = (np.searchsorted(other[order], tokens - one, side) for side in ("left", "right"))
     counts = end - first
@@ -209,8 +212,12 @@ def subset(documents: Sequence[Piece], tokens: int, pairs: float) -> list[Piece]
     left = np.repeat(np.arange(one.size), counts)
     right = order[np.arange(left.size) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(first, counts)]
     best = int(np.abs(one_pairs[left] + other_pairs[right] - pairs).argmin())
-    return [piece for half, chosen in zip(halves, (left[best], right[best]), strict=True)
-            for bit, piece in enumerate(half) if int(chosen) >> bit & 1]
+    return [
+        piece
+        for half, chosen in zip(halves, (left[best], right[best]), strict=True)
+        for bit, piece in enumerate(half)
+        if int(chosen) >> bit & 1
+    ]
 
 
 def _subset_sums(values: Sequence[int]) -> np.ndarray:

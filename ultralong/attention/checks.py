@@ -26,8 +26,10 @@ def check_boundaries(boundaries: Tensor | Sequence[int], tokens: int) -> tuple[i
     values = boundaries
     if isinstance(boundaries, Tensor):
         if boundaries.dim() != 1 or boundaries.dtype not in (torch.int32, torch.int64):
-            raise ValueError("boundaries must be a 1-dimensional int32 or int64 tensor, "
-                             f"found {boundaries.dtype} of shape {tuple(boundaries.shape)}")
+            raise ValueError(
+                "boundaries must be a 1-dimensional int32 or int64 tensor, "
+                f"found {boundaries.dtype} of shape {tuple(boundaries.shape)}"
+            )
         values = boundaries.tolist()
     edges = tuple(int(value) for value in values)
     if edges != tuple(values):
@@ -57,8 +59,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, tokens: int, heads: int, kv_h
     """
     for name, x, count in (("query", q, heads), ("key", k, kv_heads), ("value", v, kv_heads)):
         if x.dim() != 4 or x.shape[1:3] != (tokens, count):
-            raise ValueError(f"{name} must be (batch, {tokens} local tokens, {count} heads, head size) for this "
-                             f"attention context, found {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be (batch, {tokens} local tokens, {count} heads, head size) for this "
+                f"attention context, found {tuple(x.shape)}"
+            )
         if x.dtype not in FLOATING:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, found {x.dtype}")
         if x.dtype != q.dtype:
@@ -66,5 +70,6 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, tokens: int, heads: int, kv_h
         if x.device != q.device:
             raise ValueError(f"query, key and value must be on one device, found {q.device} and {x.device} ({name})")
         if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
-            raise ValueError(f"{name} must have the query's batch {q.shape[0]} and head size {q.shape[3]}, found "
-                             f"{tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have the query's batch {q.shape[0]} and head size {q.shape[3]}, found {tuple(x.shape)}"
+            )

@@ -49,8 +49,9 @@ def two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
         return None, None
     if isinstance(group, DeviceMesh):
         if group.ndim > 2:
-            raise ValueError("group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found "
-                             f"{group.ndim}")
+            raise ValueError(
+                f"group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found {group.ndim}"
+            )
         group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
     outer, inner = group if isinstance(group, tuple) else (group, None)
     for member in (outer, inner):
@@ -78,16 +79,20 @@ def choose_scheme(scheme: str, outer: int, inner: int, row: Row) -> tuple[str, s
         return "single", "one process"
     if inner > 1:
         if scheme not in ("auto", "hybrid-gathered", "hybrid-ring"):
-            raise ValueError(f"scheme {scheme!r} takes one level of ranks, found {outer} x {inner}: use "
-                             "'hybrid-gathered' or 'hybrid-ring', or pass a group with all ranks")
+            raise ValueError(
+                f"scheme {scheme!r} takes one level of ranks, found {outer} x {inner}: use "
+                "'hybrid-gathered' or 'hybrid-ring', or pass a group with all ranks"
+            )
         if scheme != "auto":
             return scheme, "asked for"
         if row.boundaries is not None:
             return _logged("hybrid-gathered", outer * inner, f"{outer} hosts of {inner}; exact for packed documents")
         return _logged("hybrid-ring", outer * inner, f"{outer} hosts of {inner}; transfers between hosts are hidden")
     if scheme.startswith("hybrid"):
-        raise ValueError(f"scheme {scheme!r} takes two levels of ranks (a 2-dimensional mesh, or a pair of groups), "
-                         f"found one of {outer}")
+        raise ValueError(
+            f"scheme {scheme!r} takes two levels of ranks (a 2-dimensional mesh, or a pair of groups), "
+            f"found one of {outer}"
+        )
     if scheme not in ("auto", "single"):
         return scheme, "asked for"
     if scheme == "single":
@@ -95,8 +100,9 @@ def choose_scheme(scheme: str, outer: int, inner: int, row: Row) -> tuple[str, s
     try:
         head_split(row.heads, row.kv_heads, outer)
     except ValueError:
-        return _logged("gathered", outer,
-                       f"{row.heads} query and {row.kv_heads} kv heads can't be split over {outer} ranks")
+        return _logged(
+            "gathered", outer, f"{row.heads} query and {row.kv_heads} kv heads can't be split over {outer} ranks"
+        )
     if _documents_stay(row, outer):
         return _logged("gathered", outer, "whole documents on one rank each: less to send than all tokens' heads")
     return _logged("ulysses", outer, f"the heads split over {outer} ranks: equal work for any documents")
@@ -147,8 +153,10 @@ def choose_stages(scheme: str, degree: int, row: Row) -> int:
         few = row.kv_heads // degree
         return default_stages(counts, row.tokens, row.boundaries, few) if scheme == "ulysses" else 1
     if row.stages not in counts:
-        raise ValueError(f"stages must be one of {counts} for {row.heads} query and {row.kv_heads} kv heads under "
-                         f"scheme {scheme!r}, found {row.stages}")
+        raise ValueError(
+            f"stages must be one of {counts} for {row.heads} query and {row.kv_heads} kv heads under "
+            f"scheme {scheme!r}, found {row.stages}"
+        )
     return row.stages
 
 

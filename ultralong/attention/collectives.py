@@ -30,7 +30,8 @@ def _lost(what: str, group: Group, error: Exception) -> PeerLost:
     return PeerLost(
         f"{what} failed on rank {rank} of {size} in sequence-parallel attention: a peer has died, or did not arrive "
         "before the process group's timeout. Look for the first error in the other ranks' logs. "
-        f"({type(error).__name__}: {error})")
+        f"({type(error).__name__}: {error})"
+    )
 
 
 @dataclass
@@ -89,8 +90,9 @@ def all_gather(x: Tensor, group: Group) -> Pending:
     result = x.new_empty((size, *x.shape))
     if x.device.type == "cuda" and size <= DIRECT_RANKS:
         peers = [((rank + step) % size, (rank - step) % size) for step in range(1, size)]
-        pending = _send_and_receive("all-gather", [(x, after, result[before], before) for after, before in peers],
-                                    group, 0, result)
+        pending = _send_and_receive(
+            "all-gather", [(x, after, result[before], before) for after, before in peers], group, 0, result
+        )
         result[rank].copy_(x)
         return pending
     try:
@@ -100,8 +102,9 @@ def all_gather(x: Tensor, group: Group) -> Pending:
     return Pending("all-gather", group, [handle], result, (x,))
 
 
-def exchange(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], group: Group,
-             tag: int = 0) -> Exchange:
+def exchange(
+    outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], group: Group, tag: int = 0
+) -> Exchange:
     """Send each rank its tensors and receive from each, without copies where they are contiguous.
 
     Args:
@@ -140,12 +143,14 @@ def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None 
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     result = x.new_empty(x.shape if coming is None else coming)
-    return _send_and_receive("ring send and receive", [(x, (rank + 1) % size, result, (rank - 1) % size)], group, tag,
-                             result)
+    return _send_and_receive(
+        "ring send and receive", [(x, (rank + 1) % size, result, (rank - 1) % size)], group, tag, result
+    )
 
 
-def _send_and_receive(what: str, pairs: list[tuple[Tensor, int, Tensor, int]], group: Group, tag: int,
-                      result: Tensor) -> Pending:
+def _send_and_receive(
+    what: str, pairs: list[tuple[Tensor, int, Tensor, int]], group: Group, tag: int, result: Tensor
+) -> Pending:
     """Start sends and receives together: (what to send, to whom, where to receive, from whom), ranks of the group."""
     _introduce(group)
     operations = []
@@ -187,5 +192,11 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
 def _in_blocks(x: Tensor) -> bool:
     """Whether a tensor can be seen as one of `BLOCK`s."""
     each = BLOCK.itemsize // x.element_size()
-    return (x.dim() > 0 and x.stride(-1) == 1 and x.shape[-1] % each == 0 and x.storage_offset() % each == 0
-            and x.data_ptr() % BLOCK.itemsize == 0 and all(stride % each == 0 for stride in x.stride()[:-1]))
+    return (
+        x.dim() > 0
+        and x.stride(-1) == 1
+        and x.shape[-1] % each == 0
+        and x.storage_offset() % each == 0
+        and x.data_ptr() % BLOCK.itemsize == 0
+        and all(stride % each == 0 for stride in x.stride()[:-1])
+    )

@@ -119,8 +119,9 @@ class AttentionContext:
             ValueError: `x` has another length along `dim`, or would need a gradient through the gathering.
         """
         if x.shape[dim] != self.local_tokens:
-            raise ValueError(f"unshard needs {self.local_tokens} local tokens along dimension {dim}, found "
-                             f"{x.shape[dim]}")
+            raise ValueError(
+                f"unshard needs {self.local_tokens} local tokens along dimension {dim}, found {x.shape[dim]}"
+            )
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("unshard has no gradient: call it on x.detach(), or compute the loss on local tokens")
         dim = dim % x.dim()
@@ -130,8 +131,18 @@ class AttentionContext:
                 x = torch.cat(list(all_gather(x, group).wait()), dim)
         return self.layout.restore(x, dim)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None,
-               softcap: float | None = None, sink: Tensor | None = None, layer: int = 0) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """Causal attention of this process's tokens, equal to one process's on the whole row. Differentiable.
 
         Args:
@@ -153,8 +164,16 @@ class AttentionContext:
         scheme, rule = self.call(q, k, v, scale=scale, window=window, softcap=softcap)
         return attention(q, k, v, scheme, rule, sink=sink, keeper=self.keeper, layer=layer)
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None,
-             softcap: float | None = None) -> tuple[Scheme, Rule]:
+    def call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Scheme, Rule]:
         """The scheme and the rule that `attend` computes with, for callers that keep the pair (out, lse) themselves.
 
         Args and errors as `attend`'s.
@@ -163,8 +182,9 @@ class AttentionContext:
         window = None if window is None or window >= self.tokens else window
         rule = Rule(scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None)
         if window is not None and self.scheme.endswith("ring"):
-            raise ValueError(f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or "
-                             "'gathered'")
+            raise ValueError(
+                f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or 'gathered'"
+            )
         return self._scheme(q, rule), rule
 
     @cached_property
@@ -200,9 +220,18 @@ class AttentionContext:
         return self._made[kernel]
 
 
-def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto", kernel: str = "auto",
-                 boundaries: Tensor | Sequence[int] | None = None, *, heads: int, kv_heads: int | None = None,
-                 stages: int | None = None, keeper: AttentionKeeper | None = None) -> AttentionContext:
+def make_context(
+    tokens: int,
+    group: Groups | None = None,
+    scheme: str = "auto",
+    kernel: str = "auto",
+    boundaries: Tensor | Sequence[int] | None = None,
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    stages: int | None = None,
+    keeper: AttentionKeeper | None = None,
+) -> AttentionContext:
     """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
 
     Args:
@@ -248,5 +277,6 @@ def make_context(tokens: int, group: Groups | None = None, scheme: str = "auto",
     if edges is not None and edges[-1] != layout.padded:
         edges = (*edges, layout.padded)
     process = outer_rank * inner_size + inner_rank
-    return AttentionContext(tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, stages, keeper,
-                            reason)
+    return AttentionContext(
+        tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, stages, keeper, reason
+    )

@@ -62,8 +62,11 @@ class Traffic:
     @cached_property
     def alone(self) -> bool:
         """Whether what this rank holds is just what it needs: it stands in front of it as it is."""
-        return (all(held == front for held, front in self.own) and not any(self.coming)
-                and sum(held.stop - held.start for held, _ in self.own) == self.needs.tokens)
+        return (
+            all(held == front for held, front in self.own)
+            and not any(self.coming)
+            and sum(held.stop - held.start for held, _ in self.own) == self.needs.tokens
+        )
 
 
 def traffic(layout: Layout, rank: int, boundaries: tuple[int, ...] | None, window: int | None) -> Traffic:
@@ -173,8 +176,9 @@ class Gathered(Scheme):
         for front in self._rounds(k, v, rule.window):
             of_query = slice(front.heads.start * group, front.heads.stop * group)
             for call in self.traffic(rule.window).needs.calls:
-                part, part_lse = attention_forward(self.kernel, q[:, call.rows, of_query], *front.of(call.keys),
-                                                   rule.with_spans(call.spans))
+                part, part_lse = attention_forward(
+                    self.kernel, q[:, call.rows, of_query], *front.of(call.keys), rule.with_spans(call.spans)
+                )
                 if part.shape == out.shape:
                     out, lse = part, part_lse
                 else:
@@ -183,12 +187,15 @@ class Gathered(Scheme):
                 del part, part_lse  # else they are there while the next call makes its own
         return out, lse
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
-                        wide: bool = False) -> Gradients:
+    def attend_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+    ) -> Gradients:
         """Gathers again; each rank's share of dK and dV is added by the owner in wide precision."""
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (torch.empty_like(x, dtype=accumulator(x.dtype) if wide else x.dtype,
-                                   memory_format=torch.contiguous_format) for x in (k, v))
+        dk, dv = (
+            torch.empty_like(x, dtype=accumulator(x.dtype) if wide else x.dtype, memory_format=torch.contiguous_format)
+            for x in (k, v)
+        )
         group, under_way = q.shape[2] // k.shape[2], []
         for number, front in enumerate(self._rounds(k, v, rule.window)):
             of_query = slice(front.heads.start * group, front.heads.stop * group)
@@ -204,22 +211,35 @@ class Gathered(Scheme):
         dk, dv = self._collect(*under_way.pop(), (dk, dv), rule.window)
         return dq, dk, dv
 
-    def _round_backward(self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, front: Front, of_query: slice,
-                        rule: Rule, wide: bool) -> tuple[Tensor, Shares]:
+    def _round_backward(
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, front: Front, of_query: slice, rule: Rule, wide: bool
+    ) -> tuple[Tensor, Shares]:
         """The gradient (B, T, h, D) of some query heads, and the shares of their kv heads."""
         calls = self.traffic(rule.window).needs.calls
         if len(calls) == 1 and not wide:
             call = calls[0]
             dq, *final, sums = backward_with_shares(
-                self.kernel, dout[:, :, of_query], q[:, :, of_query], *front.of(call.keys), out[:, :, of_query],
-                lse[:, of_query], rule.with_spans(call.spans))
+                self.kernel,
+                dout[:, :, of_query],
+                q[:, :, of_query],
+                *front.of(call.keys),
+                out[:, :, of_query],
+                lse[:, of_query],
+                rule.with_spans(call.spans),
+            )
             return dq, Shares(front.heads, tuple(final), sums)
         totals = [torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in front.pair]
         dq = torch.empty_like(q[:, :, of_query], memory_format=torch.contiguous_format)
         for call in calls:
-            part = add_backward(self.kernel, *(x[:, call.rows, of_query] for x in (dout, q)), *front.of(call.keys),
-                                out[:, call.rows, of_query], lse[:, of_query, call.rows],
-                                rule.with_spans(call.spans), *(total[:, call.keys] for total in totals))
+            part = add_backward(
+                self.kernel,
+                *(x[:, call.rows, of_query] for x in (dout, q)),
+                *front.of(call.keys),
+                out[:, call.rows, of_query],
+                lse[:, of_query, call.rows],
+                rule.with_spans(call.spans),
+                *(total[:, call.keys] for total in totals),
+            )
             if part.shape == dq.shape:
                 dq = part
             else:
@@ -258,12 +278,24 @@ class Gathered(Scheme):
         """Start sending the owners their parts, and receiving what others have for this rank."""
         found = self.traffic(window)
         sent = [[part for side in zip(*map(shares.at, places)) for part in side] for places in found.coming]
-        received = [[torch.empty_like(part, memory_format=torch.contiguous_format)
-                     for side in zip(*map(shares.at, places)) for part in side] for places in found.landing]
+        received = [
+            [
+                torch.empty_like(part, memory_format=torch.contiguous_format)
+                for side in zip(*map(shares.at, places))
+                for part in side
+            ]
+            for places in found.landing
+        ]
         return received, exchange(sent, received, self.group, TAGS * (2**16 + number))
 
-    def _collect(self, shares: Shares, received: list[list[Tensor]], arriving: Exchange, grads: tuple[Tensor, Tensor],
-                 window: int | None) -> tuple[Tensor, Tensor]:
+    def _collect(
+        self,
+        shares: Shares,
+        received: list[list[Tensor]],
+        arriving: Exchange,
+        grads: tuple[Tensor, Tensor],
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:
         """Add everyone's shares of this rank's dK and dV, in rank order so that timing does not matter."""
         arriving.wait()
         found = self.traffic(window)

@@ -69,10 +69,18 @@ def mask_function(**arguments: Any) -> DeferredMask:
     return DeferredMask(arguments)
 
 
-def attention_function(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                       attention_mask: Tensor | DeferredMask | None, dropout: float = 0.0, scaling: float | None = None,
-                       is_causal: bool | None = None, attention_context: AttentionContext | None = None,
-                       **kwargs: Any) -> tuple[Tensor, None]:
+def attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | DeferredMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    attention_context: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
     Args:
@@ -98,9 +106,16 @@ def attention_function(module: torch.nn.Module, query: Tensor, key: Tensor, valu
     if attention_context is not None:
         _refuse(module, key, query, attention_mask, dropout, causal, kwargs)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, D)
-        out = attention_context.attend(q, k, v, scale=scaling, window=kwargs.get("sliding_window"),
-                                       softcap=kwargs.get("softcap"), sink=kwargs.get("s_aux"),
-                                       layer=getattr(module, "layer_idx", 0))
+        out = attention_context.attend(
+            q,
+            k,
+            v,
+            scale=scaling,
+            window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
+            sink=kwargs.get("s_aux"),
+            layer=getattr(module, "layer_idx", 0),
+        )
         return out, None
     return _ordinary(module, query, key, value, attention_mask, dropout, scaling, causal, kwargs)
 
@@ -113,36 +128,60 @@ def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) if x.dtype == torch.float32 else x for x in tensors)
 
 
-def _refuse(module: torch.nn.Module, key: Tensor, query: Tensor, mask: Tensor | DeferredMask | None, dropout: float,
-            causal: bool, kwargs: dict[str, Any]) -> None:
+def _refuse(
+    module: torch.nn.Module,
+    key: Tensor,
+    query: Tensor,
+    mask: Tensor | DeferredMask | None,
+    dropout: float,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> None:
     """Raise on whatever a context would otherwise silently leave out."""
     name = type(module).__name__
     hidden = mask.hides if isinstance(mask, DeferredMask) else mask is not None
     if hidden:
-        raise ValueError(f"{name}: an attention_mask with hidden tokens can't be used with an attention context; pass "
-                         "boundaries to make_context instead (padding at the end of the row needs no mask)")
+        raise ValueError(
+            f"{name}: an attention_mask with hidden tokens can't be used with an attention context; pass "
+            "boundaries to make_context instead (padding at the end of the row needs no mask)"
+        )
     if dropout:
-        raise ValueError(f"{name}: attention dropout {dropout} is not supported with an attention context; set the "
-                         "config's attention_dropout to 0")
+        raise ValueError(
+            f"{name}: attention dropout {dropout} is not supported with an attention context; set the "
+            "config's attention_dropout to 0"
+        )
     if not causal:
         raise ValueError(f"{name}: only causal attention can be shared out, this layer is not causal")
     if key.shape[2] != query.shape[2]:
-        raise ValueError(f"{name}: a key-value cache can't be used with an attention context (found {key.shape[2]} "
-                         f"keys for {query.shape[2]} queries); pass use_cache=False")
+        raise ValueError(
+            f"{name}: a key-value cache can't be used with an attention context (found {key.shape[2]} "
+            f"keys for {query.shape[2]} queries); pass use_cache=False"
+        )
     for option in ("position_bias", "cache"):
         if kwargs.get(option) is not None:
             raise ValueError(f"{name}: {option} is not supported with an attention context")
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else "full_attention"
     if kind not in ("full_attention", "sliding_attention"):
-        raise ValueError(f"{name}: layer type {kind!r} is not supported with an attention context; full_attention and "
-                         "sliding_attention are")
+        raise ValueError(
+            f"{name}: layer type {kind!r} is not supported with an attention context; full_attention and "
+            "sliding_attention are"
+        )
     if kind == "sliding_attention" and kwargs.get("sliding_window") is None:
         raise ValueError(f"{name}: a sliding_attention layer that passes no sliding_window can't be honoured")
 
 
-def _ordinary(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | DeferredMask | None,
-              dropout: float, scaling: float | None, causal: bool, kwargs: dict[str, Any]) -> tuple[Tensor, None]:
+def _ordinary(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | DeferredMask | None,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
     """One process's attention: a kernel where the mask is plain causal, else transformers' sdpa with the mask built."""
     window = kwargs.get("sliding_window")
     plain = mask is None if not isinstance(mask, DeferredMask) else mask.plain(window)
@@ -150,16 +189,22 @@ def _ordinary(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
     scores = any(kwargs.get(option) is not None for option in ("softcap", "s_aux"))
     if plain and causal and not dropout and not special and (scores or query.shape[2] > 1):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        rule = Rule(scale=q.shape[-1] ** -0.5 if scaling is None else scaling, softcap=kwargs.get("softcap") or None,
-                    window=None if window is None or window >= k.shape[1] else window)
+        rule = Rule(
+            scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap") or None,
+            window=None if window is None or window >= k.shape[1] else window,
+        )
         kernel = choose_kernel("auto", q, rule, clipped=q.shape[1] != k.shape[1])
         return attention(q, k, v, Local(kernel), rule, sink=kwargs.get("s_aux")), None
     if scores:
-        raise ValueError(f"{type(module).__name__}: soft caps and sinks together with padding, dropout or a static "
-                         "cache are not supported by 'ultralong' attention; use attn_implementation='eager' instead")
+        raise ValueError(
+            f"{type(module).__name__}: soft caps and sinks together with padding, dropout or a static "
+            "cache are not supported by 'ultralong' attention; use attn_implementation='eager' instead"
+        )
     built = mask.build() if isinstance(mask, DeferredMask) else mask
-    return sdpa_attention_forward(module, query, key, value, built, dropout=dropout, scaling=scaling, is_causal=causal,
-                                  **kwargs)
+    return sdpa_attention_forward(
+        module, query, key, value, built, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+    )
 
 
 def register() -> None:

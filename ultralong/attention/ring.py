@@ -82,8 +82,9 @@ def rectangles(mine: Sequence[Piece], theirs: Sequence[Piece], boundaries: Seque
             if first < start:
                 begin, finish = (0, stop) if boundaries is None else _document(boundaries, end - 1)
                 if finish > start:
-                    found.append((row, row + min(stop, finish) - start, column + max(first, begin) - first,
-                                  column + end - first))
+                    found.append(
+                        (row, row + min(stop, finish) - start, column + max(first, begin) - first, column + end - first)
+                    )
             column += end - first
         row += stop - start
     return [(slice(a, b), slice(c, d)) for a, b, c, d in _joined(found)]
@@ -204,13 +205,15 @@ class Ring(Scheme):
             block = coming.wait()
             coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
             for rows, keys in seen:
-                part, part_lse = attention_forward(self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys],
-                                                   rule.full())
+                part, part_lse = attention_forward(
+                    self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys], rule.full()
+                )
                 sums.put(rows, merged(sums.at(rows), lse[:, :, rows], part, part_lse))
         return sums.whole(), lse
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
-                        wide: bool = False) -> Gradients:
+    def attend_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+    ) -> Gradients:
         """The blocks go round once more; their gradients follow one hop behind."""
         coming, behind = self._next(self._block(k, v), 1), None
         own = rule.with_spans(self.own)
@@ -226,9 +229,20 @@ class Ring(Scheme):
             coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
             share = torch.zeros_like(block, dtype=accumulator(k.dtype))
             for rows, keys in seen:
-                sums.at(rows).add_(add_backward(
-                    self.kernel, dout[:, rows], q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows],
-                    lse[:, :, rows], rule.full(), share[0][:, keys], share[1][:, keys]))
+                sums.at(rows).add_(
+                    add_backward(
+                        self.kernel,
+                        dout[:, rows],
+                        q[:, rows],
+                        block[0][:, keys],
+                        block[1][:, keys],
+                        out[:, rows],
+                        lse[:, :, rows],
+                        rule.full(),
+                        share[0][:, keys],
+                        share[1][:, keys],
+                    )
+                )
             if behind is not None:
                 share += behind.wait()
             behind = self._next(share, hop + 1, tag=1)

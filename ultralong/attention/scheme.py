@@ -30,8 +30,9 @@ class Scheme(ABC):
         """(out, lse) of this rank's tokens. q (B, T, H, D); k, v (B, T, K, D)."""
 
     @abstractmethod
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
-                        wide: bool = False) -> Gradients:
+    def attend_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+    ) -> Gradients:
         """Gradients of this rank's q, k and v; where `wide`, those of k and v unrounded, to be added up."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink: Tensor | None = None) -> Pair:
@@ -39,8 +40,19 @@ class Scheme(ABC):
         out, lse = self.attend(q, k, v, rule)
         return (out, lse) if sink is None else add_sink(out, lse, sink)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                 sink: Tensor | None = None, *, wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rule: Rule,
+        sink: Tensor | None = None,
+        *,
+        wide: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and of the sink: this rank's share of it, as for any replicated parameter."""
         grads = self.attend_backward(dout, q, k, v, out, lse, rule, wide=wide)
         return *grads, None if sink is None else sink_gradient(dout, out, lse, sink)
@@ -62,8 +74,9 @@ class Local(Scheme):
         """One kernel call."""
         return attention_forward(self.kernel, q, k, v, rule.with_spans(self.spans))
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
-                        wide: bool = False) -> Gradients:
+    def attend_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+    ) -> Gradients:
         """One kernel call."""
         if not wide:
             return attention_backward(self.kernel, dout, q, k, v, out, lse, rule.with_spans(self.spans))

@@ -41,7 +41,8 @@ def head_split(heads: int, kv_heads: int, degree: int) -> tuple[int, int]:
     if heads % repeated:
         raise ValueError(
             f"Ulysses can't split {heads} query and {kv_heads} kv heads over {degree} ranks: the query heads must be "
-            f"a multiple of lcm({kv_heads}, {degree}) = {repeated}. Use scheme='gathered' or 'ring': they take any")
+            f"a multiple of lcm({kv_heads}, {degree}) = {repeated}. Use scheme='gathered' or 'ring': they take any"
+        )
     return repeated // degree, heads // repeated
 
 
@@ -110,8 +111,9 @@ class Ulysses(Scheme):
         """`forward` without a sink."""
         return self.forward(q, k, v, rule)
 
-    def attend_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *,
-                        wide: bool = False) -> Gradients:
+    def attend_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+    ) -> Gradients:
         """`backward` without a sink."""
         return self.backward(dout, q, k, v, out, lse, rule, wide=wide)[:3]
 
@@ -123,8 +125,10 @@ class Ulysses(Scheme):
         outs, lses, held = split(out), [], []
 
         def outgoing(stage: Stage) -> list[Tensor]:
-            return [queries[:, :, :, stage.kv, stage.group],
-                    *((x[:, :, :, stage.kv] for x in (keys, values)) if stage.first else ())]
+            return [
+                queries[:, :, :, stage.kv, stage.group],
+                *((x[:, :, :, stage.kv] for x in (keys, values)) if stage.first else ()),
+            ]
 
         def compute(stage: Stage, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
             held[:] = arrived[1:] or held
@@ -136,29 +140,51 @@ class Ulysses(Scheme):
         self._pipeline(split.stages(self.stages), outgoing, compute)
         return out, torch.cat(lses, 1)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                 sink: Tensor | None = None, *, wide: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rule: Rule,
+        sink: Tensor | None = None,
+        *,
+        wide: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Exchanges q, out, dout, k and v again, stage by stage, and the gradients back."""
         split, stages = self._split(q, k), self._split(q, k).stages(self.stages)
         by_query, by_key = [split(x) for x in (q, out, dout)], [split(k), split(v)]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         home_type = accumulator(k.dtype) if wide or split.copies > 1 else k.dtype
-        dk, dv = (torch.empty_like(x, dtype=home_type, memory_format=torch.contiguous_format)
-                  for x in by_key)  # (B, T, P, N, 1, D)
+        dk, dv = (
+            torch.empty_like(x, dtype=home_type, memory_format=torch.contiguous_format) for x in by_key
+        )  # (B, T, P, N, 1, D)
         dsink = None if sink is None else torch.zeros_like(sink)
         dqs, statistics, held, sums = split(dq), iter(lse.chunk(self.stages, 1)), [], []
         unrounded = home_type != k.dtype or not all(stage.first for stage in stages)  # several add up to one
 
         def outgoing(stage: Stage) -> list[Tensor]:
-            return [*(x[:, :, :, stage.kv, stage.group] for x in by_query),
-                    *((x[:, :, :, stage.kv] for x in by_key) if stage.first else ())]
+            return [
+                *(x[:, :, :, stage.kv, stage.group] for x in by_query),
+                *((x[:, :, :, stage.kv] for x in by_key) if stage.first else ()),
+            ]
 
         def compute(stage: Stage, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
             held[:] = arrived[3:] or held
             own = self._own(split, sink, stage)
             query, attended, grad = arrived[:3]
-            part, *to_keys, to_sink = self.inner.backward(grad, query, *held, attended, next(statistics), rule,
-                                                          None if own is None else own.flatten(), wide=unrounded)
+            part, *to_keys, to_sink = self.inner.backward(
+                grad,
+                query,
+                *held,
+                attended,
+                next(statistics),
+                rule,
+                None if own is None else own.flatten(),
+                wide=unrounded,
+            )
             if to_sink is not None:
                 self._own(split, dsink, stage).copy_(to_sink.view_as(own))
             sums[:] = to_keys if stage.first else [a + b for a, b in zip(sums, to_keys, strict=True)]
@@ -182,8 +208,12 @@ class Ulysses(Scheme):
         rank = dist.get_rank(self.group)
         return per_head.unflatten(0, (split.degree, split.kv, split.group))[rank, stage.kv, stage.group]
 
-    def _pipeline(self, stages: list[Stage], outgoing: Callable[[Stage], list[Tensor]],
-                  compute: Callable[[Stage, list[Tensor]], list[tuple[Tensor, Tensor]]]) -> None:
+    def _pipeline(
+        self,
+        stages: list[Stage],
+        outgoing: Callable[[Stage], list[Tensor]],
+        compute: Callable[[Stage, list[Tensor]], list[tuple[Tensor, Tensor]]],
+    ) -> None:
         """Send each stage's tensors out, compute, send the results home; exchanges run beside the computing.
 
         Args:
@@ -236,8 +266,11 @@ class Split:
         blocks = min(count, self.kv)
         parts = count // blocks
         kv, group = self.kv // blocks, self.group // parts
-        return [Stage(slice(i * kv, (i + 1) * kv), slice(j * group, (j + 1) * group), j == 0, j == parts - 1)
-                for i in range(blocks) for j in range(parts)]
+        return [
+            Stage(slice(i * kv, (i + 1) * kv), slice(j * group, (j + 1) * group), j == 0, j == parts - 1)
+            for i in range(blocks)
+            for j in range(parts)
+        ]
 
 
 @dataclass

@@ -39,8 +39,9 @@ from ultralong.utils.local_ranks import run_ranks
 GIB = 2**30
 WARM = 16384  # tokens of the prompt that is read before anything is timed
 DECODED = 8
-RULE = ("causal: 2 T^2 H D a layer for attention, 2 for each token and parameter of the layers, the head for one token "
-        "only")
+RULE = (
+    "causal: 2 T^2 H D a layer for attention, 2 for each token and parameter of the layers, the head for one token only"
+)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def _measure_all(rank: int, world: int, options: PrefillBench, device: str, path
         if rank == 0:
             print(json.dumps(rows[-1]), flush=True)
             if path is not None:
-                write_json(path, {"machine": machine_facts(), "options": asdict(options), "flop_rule": RULE,
-                                  "rows": rows})
+                write_json(
+                    path, {"machine": machine_facts(), "options": asdict(options), "flop_rule": RULE, "rows": rows}
+                )
     return rows
 
 
@@ -147,9 +149,15 @@ def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int
     cache, chunk = reader.context.store.bytes / GIB, reader.chunk
     del reader, logits
     _clear(model.device)
-    return {"seconds": _slowest(read, model.device), "seconds_per_token": _slowest(step, model.device),
-            "peak_gib": _slowest(peak, model.device), "cache_gib": _slowest(cache, model.device), "chunk": chunk,
-            "apart": _slowest(apart, model.device), "finite": finite}
+    return {
+        "seconds": _slowest(read, model.device),
+        "seconds_per_token": _slowest(step, model.device),
+        "peak_gib": _slowest(peak, model.device),
+        "cache_gib": _slowest(cache, model.device),
+        "chunk": chunk,
+        "apart": _slowest(apart, model.device),
+        "finite": finite,
+    }
 
 
 def _warm_up(model: PreTrainedModel, ids: Tensor, reader: LongReader) -> float:
@@ -165,8 +173,10 @@ def kernel_rate(name: str, tokens: int, shape: Shape, world: int, model: PreTrai
     kv_heads = max(1, shape.kv_heads // world)
     heads = shape.heads // shape.kv_heads * kv_heads
     make = torch.Generator(model.device).manual_seed(0)
-    q, k, v = (torch.randn(1, tokens, count, shape.head_dim, generator=make, device=model.device, dtype=model.dtype)
-               for count in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(1, tokens, count, shape.head_dim, generator=make, device=model.device, dtype=model.dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
     rule = Rule(scale=shape.head_dim**-0.5)
     kernel = choose_kernel(name, q, rule)
     short = slice(min(tokens, WARM))
@@ -186,20 +196,33 @@ def prefill_flops(shape: Shape, tokens: int) -> tuple[float, float]:
     return attended, 2.0 * (shape.multiplied - head) * tokens + 2.0 * head
 
 
-def _row(options: PrefillBench, shape: Shape, whole: int, tokens: int, world: int, measured: dict[str, float],
-         rate: float) -> dict[str, Any]:
+def _row(
+    options: PrefillBench, shape: Shape, whole: int, tokens: int, world: int, measured: dict[str, float], rate: float
+) -> dict[str, Any]:
     """What one length gave; rates in TF/s per GPU, memory of the GPU that needs most."""
     attended, multiplied = prefill_flops(shape, tokens)
     achieved = (attended + multiplied) / world / measured["seconds"]
     cut = "" if shape.layers == whole else f", cut to {shape.layers} of {whole} layers"
-    return {"model": Path(options.model).name + cut, "layers": shape.layers, "of_layers": whole, "tokens": tokens,
-            "gpus": world, "kv": options.kv, "chunk": int(measured["chunk"]), "seconds": round(measured["seconds"], 3),
-            "tokens_per_second": round(tokens / measured["seconds"], 1), "tflops": round(achieved / 1e12, 6),
-            "kernel_tflops": round(rate / 1e12, 6), "of_kernel": round(achieved / rate, 4),
-            "attention_share_of_work": round(attended / (attended + multiplied), 4),
-            "peak_gib": round(measured["peak_gib"], 2), "cache_gib": round(measured["cache_gib"], 3),
-            "decode_seconds_per_token": round(measured["seconds_per_token"], 4),
-            "apart_from_plain": float(f"{measured['apart']:.2g}"), "finite": bool(measured["finite"])}
+    return {
+        "model": Path(options.model).name + cut,
+        "layers": shape.layers,
+        "of_layers": whole,
+        "tokens": tokens,
+        "gpus": world,
+        "kv": options.kv,
+        "chunk": int(measured["chunk"]),
+        "seconds": round(measured["seconds"], 3),
+        "tokens_per_second": round(tokens / measured["seconds"], 1),
+        "tflops": round(achieved / 1e12, 6),
+        "kernel_tflops": round(rate / 1e12, 6),
+        "of_kernel": round(achieved / rate, 4),
+        "attention_share_of_work": round(attended / (attended + multiplied), 4),
+        "peak_gib": round(measured["peak_gib"], 2),
+        "cache_gib": round(measured["cache_gib"], 3),
+        "decode_seconds_per_token": round(measured["seconds_per_token"], 4),
+        "apart_from_plain": float(f"{measured['apart']:.2g}"),
+        "finite": bool(measured["finite"]),
+    }
 
 
 def _now(device: torch.device) -> float:

@@ -36,8 +36,9 @@ SLOW = ("efficient", "reference")  # kernels that are there to be right, not to 
 Cases = list[tuple[str, Callable[[], dict[str, Any]]]]
 
 
-def rates(device: str, lengths: tuple[int, ...] = LENGTHS,
-          only: Collection[str] = ()) -> dict[str, list[dict[str, Any]]]:
+def rates(
+    device: str, lengths: tuple[int, ...] = LENGTHS, only: Collection[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
     """Measure every rate on a device.
 
     Args:
@@ -55,8 +56,12 @@ def rates(device: str, lengths: tuple[int, ...] = LENGTHS,
     cases: Cases = [("matmul", lambda size=size: _matmul(size, device)) for size in WEIGHT_SIZES[:most]]
     cases += [("traffic", lambda size=size: _traffic(size, device)) for size in TRAFFIC_BYTES[:most]]
     kernels = ["auto"] if small else [name for name in available_kernels(device) if name not in SLOW]
-    cases += [("attention", lambda kernel=kernel, head=head, tokens=tokens: _attention(kernel, head, tokens, device))
-              for kernel in kernels for head in HEAD_SIZES for tokens in lengths]
+    cases += [
+        ("attention", lambda kernel=kernel, head=head, tokens=tokens: _attention(kernel, head, tokens, device))
+        for kernel in kernels
+        for head in HEAD_SIZES
+        for tokens in lengths
+    ]
     cases += [("launch", lambda: _launch(device)), ("update", lambda: _update(device))]
     if not small:
         cases.append(("link", _link))
@@ -129,8 +134,10 @@ def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[st
     context = make_context(tokens, kernel=kernel, heads=heads, kv_heads=kv_heads)
     times = measure_passes(context.attend, (q, k, v), dout, repeats=3, budget=6.0)
     flops = 2.0 * tokens**2 * heads * head_size
-    return row | {"forward_tflops": flops / times.forward / 1e12,
-                  "backward_tflops": BACKWARD_WORK * flops / times.backward / 1e12}
+    return row | {
+        "forward_tflops": flops / times.forward / 1e12,
+        "backward_tflops": BACKWARD_WORK * flops / times.backward / 1e12,
+    }
 
 
 def _launch(device: str) -> dict[str, Any]:
@@ -188,8 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
     found = rates(device, lengths, options.only)
     for name, rows in found.items():
         for row in rows:
-            print(name, ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                                  for key, value in row.items()))
+            print(
+                name,
+                ", ".join(
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                ),
+            )
     if options.json is not None:
         before = read_json(options.json)["rates"] if options.only and options.json.exists() else {}
         write_json(options.json, {"machine": machine_facts(), "rates": before | found})

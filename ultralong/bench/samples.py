@@ -57,11 +57,17 @@ def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None 
         except ValueError as error:
             reason = str(error).splitlines()[0].replace(data or "\0", "the folder of data")[:200]
             return [*rows, {"task": task, "length": length, "note": reason}]
-        rows.append({"task": task, "length": length, "tokens": sample["length"],
-                     "filled": round(sample["length"] / length, 4),
-                     "seconds": round(time.perf_counter() - start, 2),
-                     "cpu_seconds": round(time.process_time() - cpu, 2),
-                     "peak_gib": round(_peak_gib(), 2)})
+        rows.append(
+            {
+                "task": task,
+                "length": length,
+                "tokens": sample["length"],
+                "filled": round(sample["length"] / length, 4),
+                "seconds": round(time.perf_counter() - start, 2),
+                "cpu_seconds": round(time.process_time() - cpu, 2),
+                "peak_gib": round(_peak_gib(), 2),
+            }
+        )
     return rows
 
 
@@ -91,8 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A process for each test, so that its peak is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             rows += other.submit(measure, task, asked.tokenizer, sorted(asked.lengths), asked.data).result()
-        write_json(asked.json, {"machine": machine_facts(), "load_average": _load(),
-                                "tokenizer": Path(asked.tokenizer).name, "rows": rows})
+        write_json(
+            asked.json,
+            {
+                "machine": machine_facts(),
+                "load_average": _load(),
+                "tokenizer": Path(asked.tokenizer).name,
+                "rows": rows,
+            },
+        )
         print(rows[-1], flush=True)
 
 

@@ -16,9 +16,11 @@ from ultralong.utils.files import read_json, write_text
 
 SCHEMES = ("single", "ulysses", "gathered", "ring")
 # Peers, and the column of the scheme that they use.
-PEERS = {"torch-cp-cudnn": ("torch context_parallel, cuDNN", "gathered"),
-         "torch-cp-flash": ("torch context_parallel, flash", "gathered"),
-         "ring-flash-attn-zigzag": ("ring-flash-attn on {kernel}", "ring")}
+PEERS = {
+    "torch-cp-cudnn": ("torch context_parallel, cuDNN", "gathered"),
+    "torch-cp-flash": ("torch context_parallel, flash", "gathered"),
+    "ring-flash-attn-zigzag": ("ring-flash-attn on {kernel}", "ring"),
+}
 KERNELS = {"flash4": "flash-attn 4", "cudnn": "cuDNN", "flash": "torch flash"}
 
 
@@ -69,16 +71,20 @@ def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     """
     rows = [row for file in recorded for row in file["rows"]]
     rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
-    lines = ["| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         before = f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {_trainer(row)} | "
         if "seconds_per_step" not in row:
             lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | | |")
             continue
         host = f"{row['peak_host_gib']:.0f}" if "peak_host_gib" in row else ""
-        lines.append(f"{before}{_beside(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
-                     f"{100 * row['mfu_causal']:.1f}% | {_beside(row, 'peak_gpu_gib')} | {host} |")
+        lines.append(
+            f"{before}{_beside(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
+            f"{100 * row['mfu_causal']:.1f}% | {_beside(row, 'peak_gpu_gib')} | {host} |"
+        )
     return lines
 
 
@@ -105,19 +111,33 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         Lines of a Markdown table.
     """
     rows = sorted((row for file in recorded for row in file["rows"]), key=lambda row: (row["tokens"], row["gpus"]))
-    lines = ["| model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU |",
-             "|---|---|---|---|---|---|---|---|"]
-    return lines + [f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {row['kv']} | {row['seconds']:.1f} | "
-                    f"{row['tflops']:.0f} | {100 * row['of_kernel']:.0f}% | {row['peak_gib']:.1f} |" for row in rows]
+    lines = [
+        "| model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {row['kv']} | {row['seconds']:.1f} | "
+        f"{row['tflops']:.0f} | {100 * row['of_kernel']:.0f}% | {row['peak_gib']:.1f} |"
+        for row in rows
+    ]
 
 
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
-    "attention": (("attention_131k.json", "attention_512k_first.json", "attention_512k.json",
-                   "attention_512k_cudnn.json"), attention_table),
+    "attention": (
+        ("attention_131k.json", "attention_512k_first.json", "attention_512k.json", "attention_512k_cudnn.json"),
+        attention_table,
+    ),
     "training": (("training_sharded_h200.json",), training_table),
-    "prefill": (("prefill_1gpu_262144.json", "prefill_2gpu_262144.json", "prefill_1gpu_1m_4layers_fp8.json",
-                 "prefill_2gpu_1m_4layers.json"), prefill_table),
+    "prefill": (
+        (
+            "prefill_1gpu_262144.json",
+            "prefill_2gpu_262144.json",
+            "prefill_1gpu_1m_4layers_fp8.json",
+            "prefill_2gpu_1m_4layers.json",
+        ),
+        prefill_table,
+    ),
 }
 
 

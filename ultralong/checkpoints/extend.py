@@ -95,11 +95,24 @@ class ExtendReport:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-def extend(source: str | os.PathLike[str], to: int, out: str | os.PathLike[str], method: str = "auto", *,
-           factor: float | None = None, attention_factor: float | None = None, original_window: int | None = None,
-           theta: float | None = None, ramp: str = "dimension", alpha: float | None = None, beta: float | None = None,
-           short_factors: tuple[float, ...] | None = None, long_factors: tuple[float, ...] | None = None,
-           revision: str | None = None, quiet: bool = False) -> ExtendReport:
+def extend(
+    source: str | os.PathLike[str],
+    to: int,
+    out: str | os.PathLike[str],
+    method: str = "auto",
+    *,
+    factor: float | None = None,
+    attention_factor: float | None = None,
+    original_window: int | None = None,
+    theta: float | None = None,
+    ramp: str = "dimension",
+    alpha: float | None = None,
+    beta: float | None = None,
+    short_factors: tuple[float, ...] | None = None,
+    long_factors: tuple[float, ...] | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+) -> ExtendReport:
     """Write a copy of a checkpoint whose declared window is `to` tokens, without training or loading it.
 
     Args:
@@ -123,8 +136,9 @@ def extend(source: str | os.PathLike[str], to: int, out: str | os.PathLike[str],
         ValueError: The source is no whole checkpoint, its RoPE can't be rescaled, the target is not longer than its
             window, the settings contradict each other, or `out` is in use. Nothing is written then.
     """
-    wish = Extension(to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors,
-                     long_factors)
+    wish = Extension(
+        to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors, long_factors
+    )
     target = Path(out).expanduser().absolute()
     _check_free(target)
     folder = locate(source, revision)
@@ -139,10 +153,18 @@ def extend(source: str | os.PathLike[str], to: int, out: str | os.PathLike[str],
         _copy(folder, temporary, copied, quiet)
         licence = read_licence(folder)
         report = ExtendReport(
-            source=str(source), hub_id=None if folder == Path(source).expanduser() else str(source),
-            base_model=_short_name(source), out=str(out), files=_names(temporary), bytes=_size(temporary),
-            factor_by_rule=factor is None and scaling.method != "default", left_out=tuple(left_out), notes=notes,
-            licence=licence.get("license_name") or licence.get("license"), **_facts(config, scaling, to))
+            source=str(source),
+            hub_id=None if folder == Path(source).expanduser() else str(source),
+            base_model=_short_name(source),
+            out=str(out),
+            files=_names(temporary),
+            bytes=_size(temporary),
+            factor_by_rule=factor is None and scaling.method != "default",
+            left_out=tuple(left_out),
+            notes=notes,
+            licence=licence.get("license_name") or licence.get("license"),
+            **_facts(config, scaling, to),
+        )
         write_text(temporary / CARD, model_card(report, licence, cache_bytes_per_token(config)))
         write_json(temporary / REPORT, report.to_dict())
     return report
@@ -156,14 +178,18 @@ def _check_free(target: Path) -> None:
 def _load_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
-        raise ValueError(f"{folder} is not a checkpoint: it has no config.json."
-                         f"{' It holds an adapter: merge it into its base first.' if adapter else ''}")
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no config.json."
+            f"{' It holds an adapter: merge it into its base first.' if adapter else ''}"
+        )
     kind = read_json(folder / "config.json").get("model_type")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"transformers {transformers_version} can't read the config in {folder} (type {kind!r}). "
-                         "Models that bring their own code are not supported.") from error
+        raise ValueError(
+            f"transformers {transformers_version} can't read the config in {folder} (type {kind!r}). "
+            "Models that bring their own code are not supported."
+        ) from error
 
 
 @contextmanager
@@ -229,17 +255,27 @@ def _check_opens(folder: Path, scaling: RopeScaling, to: int) -> None:
     for length in (None, to):
         meant, read = inverse_frequencies(scaling, length), inverse_frequencies(written, length)
         if not torch.equal(meant[0], read[0]) or meant[1] != read[1]:
-            raise ValueError(f"{trouble}: it reads {rope_parameters(written)} where {rope_parameters(scaling)} was "
-                             "meant. Choose another method.")
+            raise ValueError(
+                f"{trouble}: it reads {rope_parameters(written)} where {rope_parameters(scaling)} was "
+                "meant. Choose another method."
+            )
 
 
 def _facts(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]:
     old, new_rope = from_config(config), rope_parameters(scaling)
     return {
-        "model_type": config.model_type, "method": scaling.method, "old_window": window_of(config), "new_window": to,
-        "original_window": scaling.original_window, "factor": scaling.factor, "theta": new_rope["rope_theta"],
-        "attention_factor": attention_factor_of(scaling), "old_attention_factor": attention_factor_of(old),
-        "old_rope": rope_parameters(old), "new_rope": new_rope, "pairs": pair_counts(scaling, to, old.theta),
+        "model_type": config.model_type,
+        "method": scaling.method,
+        "old_window": window_of(config),
+        "new_window": to,
+        "original_window": scaling.original_window,
+        "factor": scaling.factor,
+        "theta": new_rope["rope_theta"],
+        "attention_factor": attention_factor_of(scaling),
+        "old_attention_factor": attention_factor_of(old),
+        "old_rope": rope_parameters(old),
+        "new_rope": new_rope,
+        "pairs": pair_counts(scaling, to, old.theta),
     }
 
 

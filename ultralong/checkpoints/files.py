@@ -26,8 +26,19 @@ CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSU
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 LEGAL_NAME = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 TRAINING_LEFTOVERS = re.compile(r"(trainer_state|all_results|(train|eval)_results|extend)\.json")
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
-                "USE_POLICY*", "README.md"]
+HUB_PATTERNS = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+]
 
 
 def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -46,12 +57,20 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS,
-                                                      ignore_patterns=["original/*", "consolidated*"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=HUB_PATTERNS,
+                ignore_patterns=["original/*", "consolidated*"],
+            )
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"There is no folder {source}, and the hub gave no model of that name ({reason}). Check the "
-                         "name, log in with `hf auth login` if it is gated, or pass a local folder.") from error
+        raise ValueError(
+            f"There is no folder {source}, and the hub gave no model of that name ({reason}). Check the "
+            "name, log in with `hf auth login` if it is gated, or pass a local folder."
+        ) from error
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -69,18 +88,24 @@ def weight_files(folder: Path) -> list[str]:
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing or not shards:
-        raise ValueError(f"{INDEX} lists {len(shards)} shards, but {_some(missing) or 'none'} "
-                         f"of them can't be found in {folder}. Complete the download.")
+        raise ValueError(
+            f"{INDEX} lists {len(shards)} shards, but {_some(missing) or 'none'} "
+            f"of them can't be found in {folder}. Complete the download."
+        )
     names = {path.name for path in folder.iterdir()}
     stray = sorted(name for name in names - set(shards) if SHARD_NAME.fullmatch(name))
     if stray:
-        raise ValueError(f"{folder} holds shards that {INDEX} doesn't list: {_some(stray)}. Two checkpoints seem to be "
-                         "mixed, or the index is of an older save; save the model again into an empty folder.")
+        raise ValueError(
+            f"{folder} holds shards that {INDEX} doesn't list: {_some(stray)}. Two checkpoints seem to be "
+            "mixed, or the index is of an older save; save the model again into an empty folder."
+        )
     held = {(tensor, name) for name in shards for tensor in _tensors(folder / name)}
     apart = sorted(tensor for tensor, _ in held ^ set(weight_map.items()))
     if apart:
-        raise ValueError(f"{INDEX} and the shards disagree about {_some(apart)}. Save the model again, so that its "
-                         "index fits its files.")
+        raise ValueError(
+            f"{INDEX} and the shards disagree about {_some(apart)}. Save the model again, so that its "
+            "index fits its files."
+        )
     return [INDEX, *shards]
 
 
@@ -138,7 +163,7 @@ def _copy_piece(reader: int, writer: int, count: int) -> int:
     piece = os.read(reader, min(count, 8 << 20))
     left = memoryview(piece)
     while left:
-        left = left[os.write(writer, left):]
+        left = left[os.write(writer, left) :]
     return len(piece)
 
 
@@ -157,8 +182,10 @@ def _tensors(path: Path) -> Sequence[str]:
     with open(path, "rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > min(size - 8, 100 << 20):
-            raise ValueError(f"{path} is not a safetensors file, or was cut off in its header ({size} bytes). If it is "
-                             "a Git LFS pointer, run `git lfs pull`; otherwise download it again.")
+            raise ValueError(
+                f"{path} is not a safetensors file, or was cut off in its header ({size} bytes). If it is "
+                "a Git LFS pointer, run `git lfs pull`; otherwise download it again."
+            )
         try:
             header = json.loads(stream.read(header_size))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -177,8 +204,10 @@ def _why_no_weights(folder: Path) -> str:
         return f"{folder} holds shards but no {INDEX}. Complete the download: transformers can't open it either."
     pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt"))]
     if pickled:
-        return (f"The weights in {folder} are pickled ({_some(pickled)}), which can run code when opened. Convert them "
-                f"once: {convert}.")
+        return (
+            f"The weights in {folder} are pickled ({_some(pickled)}), which can run code when opened. Convert them "
+            f"once: {convert}."
+        )
     if any(name.endswith(".gguf") for name in names):
         return f"The weights in {folder} are a GGUF file. Convert them once (pass gguf_file=NAME): {convert}."
     if "adapter_config.json" in names:

@@ -69,48 +69,68 @@ def model_card(report: ExtendReport, licence: dict[str, Any], cache_per_token: i
     ]
     if report.notes:
         parts.append("## To know\n\n" + "\n".join(f"* {note}" for note in report.notes) + "\n")
-    parts += [_opening(report, cache_per_token), _terms(report, licence),
-              f"Made by ultralong {__version__}; `extend.json` beside this card holds the same facts for programs.\n"]
+    parts += [
+        _opening(report, cache_per_token),
+        _terms(report, licence),
+        f"Made by ultralong {__version__}; `extend.json` beside this card holds the same facts for programs.\n",
+    ]
     return "\n".join(parts)
 
 
 def _table(report: ExtendReport) -> str:
-    rows = [("", "before", "after"), ("---", "---", "---"),
-            ("window (tokens)", f"{report.old_window:,}", f"{report.new_window:,}"),
-            ("RoPE type", report.old_rope["rope_type"], report.new_rope["rope_type"]),
-            ("RoPE base", f"{report.old_rope['rope_theta']:,.0f}", f"{report.new_rope['rope_theta']:,.0f}"),
-            ("factor", f"{report.old_rope.get('factor', 1.0):g}", f"{report.factor:g}"),
-            ("attention factor", f"{report.old_attention_factor:.4f}", f"{report.attention_factor:.4f}")]
+    rows = [
+        ("", "before", "after"),
+        ("---", "---", "---"),
+        ("window (tokens)", f"{report.old_window:,}", f"{report.new_window:,}"),
+        ("RoPE type", report.old_rope["rope_type"], report.new_rope["rope_type"]),
+        ("RoPE base", f"{report.old_rope['rope_theta']:,.0f}", f"{report.new_rope['rope_theta']:,.0f}"),
+        ("factor", f"{report.old_rope.get('factor', 1.0):g}", f"{report.factor:g}"),
+        ("attention factor", f"{report.old_attention_factor:.4f}", f"{report.attention_factor:.4f}"),
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _rule(report: ExtendReport) -> str:
     pairs = report.pairs
-    counts = (f"Of {sum(pairs.values())} rotary pairs, {pairs['untouched']} keep their speed, {pairs['scaled']} are "
-              f"slowed down by the whole factor and {pairs['ramp']} lie in between.")
+    counts = (
+        f"Of {sum(pairs.values())} rotary pairs, {pairs['untouched']} keep their speed, {pairs['scaled']} are "
+        f"slowed down by the whole factor and {pairs['ramp']} lie in between."
+    )
     rule = "The window grows by its base alone."
     if report.factor_by_rule:
-        rule = (f"The factor is {report.new_window:,} / {report.original_window:,}: the new window over the one of the "
-                "unscaled pretraining. It replaces any earlier factor.")
+        rule = (
+            f"The factor is {report.new_window:,} / {report.original_window:,}: the new window over the one of the "
+            "unscaled pretraining. It replaces any earlier factor."
+        )
     elif report.factor != 1.0:
         rule = f"The factor of {report.factor:g} was set by hand."
     return f"{rule} {counts}\n\n```json\n{json.dumps({'rope_parameters': report.new_rope}, indent=2)}\n```"
 
 
 def _opening(report: ExtendReport, cache_per_token: int | None) -> str:
-    memory = "" if cache_per_token is None else (
-        f"\nKeys and values take {cache_per_token / 1024:,.4g} KiB a token at 16 bits: "
-        f"{cache_per_token * report.new_window / 2**30:,.1f} GiB for one full window.\n")
-    return ("## How to open it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")\n'
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n\n"
-            f"```sh\nvllm serve FOLDER --max-model-len {report.new_window}\n```\n{memory}")
+    memory = (
+        ""
+        if cache_per_token is None
+        else (
+            f"\nKeys and values take {cache_per_token / 1024:,.4g} KiB a token at 16 bits: "
+            f"{cache_per_token * report.new_window / 2**30:,.1f} GiB for one full window.\n"
+        )
+    )
+    return (
+        "## How to open it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n\n"
+        f"```sh\nvllm serve FOLDER --max-model-len {report.new_window}\n```\n{memory}"
+    )
 
 
 def _terms(report: ExtendReport, licence: dict[str, Any]) -> str:
     if licence:
         return f"## Licence\n\nThat of the base model: {licence.get('license_name') or licence['license']}.\n"
     legal = [name for name in report.files if re.match(r"(?i)(licen[cs]e|copying|use_policy)", name)]
-    where = f"That of the base model, see {', '.join(legal)}." if legal else (
-        "The base model's folder states none. Find out the terms it came under before passing this on.")
+    where = (
+        f"That of the base model, see {', '.join(legal)}."
+        if legal
+        else ("The base model's folder states none. Find out the terms it came under before passing this on.")
+    )
     return f"## Licence\n\n{where}\n"

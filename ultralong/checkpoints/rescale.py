@@ -65,23 +65,39 @@ def choose_scaling(config: Any, wish: Extension) -> RopeScaling:
             settings contradict each other; the message says which and what to do.
     """
     old = from_config(config)
-    require(wish.method == "auto" or wish.method in METHODS,
-            f"RoPE method {wish.method!r} is unknown. Use 'auto' or one of: {', '.join(METHODS)}.")
+    require(
+        wish.method == "auto" or wish.method in METHODS,
+        f"RoPE method {wish.method!r} is unknown. Use 'auto' or one of: {', '.join(METHODS)}.",
+    )
     original = wish.original_window or old.original_window
     if original is None:
-        raise ValueError("the model's linear scaling doesn't record the window of its pretraining. Pass it as "
-                         f"original_window: the {window_of(config):,} tokens in its config may be before or after it.")
+        raise ValueError(
+            "the model's linear scaling doesn't record the window of its pretraining. Pass it as "
+            f"original_window: the {window_of(config):,} tokens in its config may be before or after it."
+        )
     window = max(window_of(config), int(original * old.factor) if old.method == "linear" else 0)
-    require(wish.to > window, f"the target window of {wish.to:,} tokens is not longer than the {window:,} that the "
-                              "model has already: nothing needs extending.")
+    require(
+        wish.to > window,
+        f"the target window of {wish.to:,} tokens is not longer than the {window:,} that the "
+        "model has already: nothing needs extending.",
+    )
     method = wish.method if wish.method != "auto" else "llama3" if old.method == "llama3" else "yarn"
     alpha, beta = (old.alpha, old.beta) if method == old.method == "llama3" else (1.0, 4.0)
     factor = 1.0 if method == "default" else _given(wish.factor, _factor(wish.to, original))
     scaling = RopeScaling(
-        method=method, head_dim=old.head_dim, theta=_given(wish.theta, old.theta), factor=factor,
-        original_window=original, alpha=_given(wish.alpha, alpha), beta=_given(wish.beta, beta), ramp=wish.ramp,
-        attention_factor=wish.attention_factor, short_factors=wish.short_factors, long_factors=wish.long_factors,
-        partial_rotary_factor=old.partial_rotary_factor)
+        method=method,
+        head_dim=old.head_dim,
+        theta=_given(wish.theta, old.theta),
+        factor=factor,
+        original_window=original,
+        alpha=_given(wish.alpha, alpha),
+        beta=_given(wish.beta, beta),
+        ramp=wish.ramp,
+        attention_factor=wish.attention_factor,
+        short_factors=wish.short_factors,
+        long_factors=wish.long_factors,
+        partial_rotary_factor=old.partial_rotary_factor,
+    )
     _check_reach(scaling, old, wish)
     return scaling
 
@@ -98,11 +114,15 @@ def config_entries(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]
     window_key = getattr(config, "attribute_map", {}).get("max_position_embeddings", "max_position_embeddings")
     entries = {
         window_key: scaling.original_window if scaling.method in KEEPS_OLD_WINDOW else to,
-        "rope_parameters": written, "rope_theta": written["rope_theta"], "rope_scaling": None if unscaled else older,
+        "rope_parameters": written,
+        "rope_theta": written["rope_theta"],
+        "rope_scaling": None if unscaled else older,
     }
     read = reader(config)
-    for key, value in (("rotary_emb_base", written["rope_theta"]),
-                       ("original_max_position_embeddings", scaling.original_window)):
+    for key, value in (
+        ("rotary_emb_base", written["rope_theta"]),
+        ("original_max_position_embeddings", scaling.original_window),
+    ):
         if read(key) is not None:
             entries[key] = value
     return entries
@@ -117,13 +137,17 @@ def caveats(config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
     if sliding and sliding < to:
         notes.append(f"Layers attend over a sliding window of {sliding:,} tokens, which rescaling RoPE does not widen.")
     if scaling.method in KEEPS_OLD_WINDOW:
-        notes.append(f"max_position_embeddings stays at {scaling.original_window:,}: for the {scaling.method} type, "
-                     "transformers and vLLM read it as the window before scaling.")
+        notes.append(
+            f"max_position_embeddings stays at {scaling.original_window:,}: for the {scaling.method} type, "
+            "transformers and vLLM read it as the window before scaling."
+        )
     if kind == "yarn" and scaling.attention_factor is not None:
         notes.append("Older vLLM releases ignore attention_factor and apply YaRN's own temperature instead.")
     if kind in SERVED_BY_FACTOR and reach > to:
-        notes.append(f"The factor of {scaling.factor:g} is larger than the window needs: vLLM will offer {reach:,} "
-                     "tokens, and transformers warns about it once.")
+        notes.append(
+            f"The factor of {scaling.factor:g} is larger than the window needs: vLLM will offer {reach:,} "
+            "tokens, and transformers warns about it once."
+        )
     if old.method not in ("default", scaling.method):
         notes.append(f"The {old.method} scaling that the weights were trained with is replaced by {scaling.method}.")
     if read("quantization_config"):
@@ -146,10 +170,16 @@ def _factor(to: int, original: int) -> float:
 def _check_reach(scaling: RopeScaling, old: RopeScaling, wish: Extension) -> None:
     kind = rope_parameters(scaling)["rope_type"]  # raises where transformers can't express the scaling
     if scaling.method == "default":
-        require(scaling.theta > old.theta and wish.factor is None, "method 'default' extends a window by a larger base "
-                f"alone: pass theta above the model's {old.theta:g}, and no factor.")
+        require(
+            scaling.theta > old.theta and wish.factor is None,
+            "method 'default' extends a window by a larger base "
+            f"alone: pass theta above the model's {old.theta:g}, and no factor.",
+        )
     if kind in SERVED_BY_FACTOR:
         original = scaling.original_window or 0
         reach = int(original * scaling.factor)
-        require(reach >= wish.to, f"a factor of {scaling.factor:g} on a window of {original:,} reaches {reach:,}, "
-                f"not the {wish.to:,} tokens asked for. Leave the factor out, or use {wish.to / original:g} or more.")
+        require(
+            reach >= wish.to,
+            f"a factor of {scaling.factor:g} on a window of {original:,} reaches {reach:,}, "
+            f"not the {wish.to:,} tokens asked for. Leave the factor out, or use {wish.to / original:g} or more.",
+        )

@@ -35,7 +35,7 @@ def bench_train(
     states: Literal["float32", "8bit"] = "float32",
     kernel: str = "auto",
     stages: int | None = None,
-    memory: tuple[str, ...] = ("checkpoint_layers=true",),
+    memory: tuple[str, ...] = ("activation_checkpointing=true",),
     fit: bool = False,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
@@ -80,12 +80,28 @@ def bench_train(
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
 
-    plan = settings.from_mapping(MemoryConfig, settings.override({"checkpoint_layers": True}, memory), "--memory")
+    plan = settings.from_mapping(
+        MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
+    )
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         for tokens in lengths:
-            case = TrainingCase(model, tokens, layers, gpus, sharded, states, kernel, stages, plan, fit, gpu_memory,
-                                host_memory, steps, profile)
+            case = TrainingCase(
+                model,
+                tokens,
+                layers,
+                gpus,
+                sharded,
+                states,
+                kernel,
+                stages,
+                plan,
+                fit,
+                gpu_memory,
+                host_memory,
+                steps,
+                profile,
+            )
             names = PEERS if peers and gpus > 1 else ()
             for row in (measure(case, machine, place), *(measure_peer(name, case, place) for name in names)):
                 if json is not None:
@@ -100,8 +116,10 @@ def _line(row: dict) -> str:
     name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {row['tokens']:,} tokens, {row['gpus']} x {row['gpu']}: "
     if "note" in row:
         return name + row["note"] + ("\n" + row["messages"][-1500:] if "messages" in row else "")
-    text = f"{row['seconds_per_step']:.1f} s a step, {row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU " \
-           f"{row['mfu_causal']:.1%} (causal, nothing recomputed, of 989 TF/s), {row.get('peak_gpu_gib', 0):.1f} GiB"
+    text = (
+        f"{row['seconds_per_step']:.1f} s a step, {row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU "
+        f"{row['mfu_causal']:.1%} (causal, nothing recomputed, of 989 TF/s), {row.get('peak_gpu_gib', 0):.1f} GiB"
+    )
     if "planned_seconds_per_step" in row:
         text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
     for kind, took in row.get("kinds", {}).items():

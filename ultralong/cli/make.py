@@ -118,7 +118,7 @@ def train(
     Examples:
       ultralong train tiny-cpu --set model=extended data='[{rows: rows}]' out=runs/cpt
       ultralong train runs/cpt/config.yaml --resume
-      torchrun --nproc-per-node 8 -m ultralong train my.yaml --set parallel.sequence=8
+      torchrun --nproc-per-node 8 -m ultralong train my.yaml --set parallel.context_parallel_size=8
 
     Args:
         config: Name of a preset, or a YAML file.

@@ -73,7 +73,7 @@ def loss(
     *,
     before: str | None = None,
     max_rows: int | None = None,
-    rows_at_once: int = 1,
+    micro_batch_size: int = 1,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     device: str = "auto",
     json: Json = None,
@@ -90,21 +90,23 @@ def loss(
         rows: Folder of packed rows, best of conversations that were kept apart.
         before: Another model to compare with.
         max_rows: Read only this many rows.
-        rows_at_once: Rows of one forward pass.
+        micro_batch_size: Rows of one forward pass.
         dtype: What is computed in; auto is bfloat16 on a GPU, as in training.
         device: auto, cpu or cuda.
         json: Write the numbers as JSON to this file.
     """
     from ultralong.evaluation.measures.row_loss import measure_loss
 
-    result = measure_loss(model, rows, before=before, device=device, most=max_rows, rows_at_once=rows_at_once,
-                          dtype=dtype)
+    result = measure_loss(
+        model, rows, before=before, device=device, most=max_rows, micro_batch_size=micro_batch_size, dtype=dtype
+    )
     leave(json, result)
     print(f"{model}: {_loss_line(result)}")
     if before is not None:
         print(f"{before}: {_loss_line(result['before'])}")
-        between = "" if result["change_low"] is None else \
-            f" [{result['change_low']:+.4f}, {result['change_high']:+.4f}]"
+        between = (
+            "" if result["change_low"] is None else f" [{result['change_low']:+.4f}, {result['change_high']:+.4f}]"
+        )
         print(f"change {result['change']:+.4f}{between}; the loss fell for {result['better']:.0%} of the documents")
 
 

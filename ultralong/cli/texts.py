@@ -53,8 +53,10 @@ def decontaminate(
     for name, told in report["sources"].items():
         print(f"{name}: {told['checked']:,} checked, {told['dropped']:,} dropped, {told['cut']:,} cut")
         for test, row in told["tests"].items():
-            print(f"  {test}: {row['texts_hit']:,} texts overlap with {row['items_found']:,} of {row['items']:,} items "
-                  f"({row['too_short']:,} more are too short to look for)")
+            print(
+                f"  {test}: {row['texts_hit']:,} texts overlap with {row['items_found']:,} of {row['items']:,} items "
+                f"({row['too_short']:,} more are too short to look for)"
+            )
     print(f"Next: ultralong pack {out / 'clean.jsonl'} ..., after a look at {out / 'contaminated.jsonl'}")
 
 
@@ -123,7 +125,12 @@ def refine(
     settings = RefineSettings(
         Endpoint(url, model, key_variable, temperature, max_tokens, timeout=timeout, retries=retries),
         instruction.read_text(encoding="utf-8") if instruction is not None else INSTRUCTION,
-        turns, concurrency, budget_tokens, budget_money, prompt_price, answer_price,
+        turns,
+        concurrency,
+        budget_tokens,
+        budget_money,
+        prompt_price,
+        answer_price,
     )
     report = run(islice(conversations(load_recipe(recipe), cache, quiet), limit), out, settings, quiet=quiet)
     leave(json, report.to_dict())
@@ -186,9 +193,22 @@ def render(
     from ultralong.data.recipe.datatrove_script import render as write
 
     settings = TroveSettings(
-        str(base.resolve()), str(Path(tokenizer).resolve()), executor, tasks, workers,
-        str(cache.resolve()) if cache is not None else None, tuple(filters), language, tuple(dedup), longest, partition,
-        time, memory, environment, language_code, str(language_model.resolve()) if language_model is not None else None,
+        str(base.resolve()),
+        str(Path(tokenizer).resolve()),
+        executor,
+        tasks,
+        workers,
+        str(cache.resolve()) if cache is not None else None,
+        tuple(filters),
+        language,
+        tuple(dedup),
+        longest,
+        partition,
+        time,
+        memory,
+        environment,
+        language_code,
+        str(language_model.resolve()) if language_model is not None else None,
     )
     path = write(recipe, settings, out, set)
     print(f"{path}: run it with python, which needs datatrove: pip install 'ultralong[cluster]'")

@@ -16,15 +16,15 @@ class Stage:
 
     Attributes:
         steps: Optimizer steps.
-        rows_per_step: Rows of a step.
+        global_batch_size: Rows of a step.
         lr: Peak learning rate; warm-up over a tenth of the steps, then a linear fall.
-        rows_at_once: Rows of one forward pass.
+        micro_batch_size: Rows of one forward pass.
     """
 
     steps: int
-    rows_per_step: int
+    global_batch_size: int
     lr: float
-    rows_at_once: int = 1
+    micro_batch_size: int = 1
 
 
 @dataclass(frozen=True)

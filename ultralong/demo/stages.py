@@ -220,9 +220,7 @@ class Demo:
             self.device
         )
 
-    def _train(
-        self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train"
-    ) -> Path:
+    def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train") -> Path:
         out = self.out / name
         if (out / "result.json").exists():
             return out / "model"
@@ -232,14 +230,14 @@ class Demo:
             out=str(out),
             data=(DataSource(str(rows)),),
             steps=stage.steps,
-            rows_per_step=stage.rows_per_step,
-            rows_at_once=stage.rows_at_once,
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
             seed=self.config.seed,
             dtype="bfloat16" if self.config.dtype == "bfloat16" else "float32",
             save_every=max(1, stage.steps // 2),
             keep=1,
             optimizer=optimizer,
-            parallel=ParallelConfig(sequence=processes),
+            parallel=ParallelConfig(context_parallel_size=processes),
         )
         settings.save(config, self.out / f"{name}.yaml")
         resume = (out / "config.yaml").exists()

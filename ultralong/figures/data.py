@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-def packed_row(rows: Sequence[Sequence[int]], title: str = "", *,
-               names: Sequence[Sequence[str]] | None = None) -> Figure:
+def packed_row(
+    rows: Sequence[Sequence[int]], title: str = "", *, names: Sequence[Sequence[str]] | None = None
+) -> Figure:
     """Packed rows as bars: each block is one document, or the part of it that fell into this row.
 
     Args:
@@ -32,13 +33,26 @@ def packed_row(rows: Sequence[Sequence[int]], title: str = "", *,
             raise ValueError(f"Row {index}: boundaries must rise from 0, got {cuts[:8]}.")
         lengths = [end - start for start, end in pairwise(cuts)]
         labels = list(names[index]) if names is not None else [f"document {block + 1}" for block in range(len(lengths))]
-        figure.add_trace(bar(
-            orientation="h", y=[f"row {index + 1}"] * len(lengths), x=lengths, base=cuts[:-1], width=0.7,
-            showlegend=False,
-            # Two hues by turns, each light and full: neighbours always differ, however many documents there are.
-            marker={"color": [translucent(PALETTE[block % 2], (0.9, 0.9, 0.45, 0.45)[block % 4])
-                              for block in range(len(lengths))], "line": {"color": "#ffffff", "width": 1}},
-            customdata=labels, hovertemplate="%{customdata}: %{x:,} tokens from %{base:,}<extra></extra>"))
+        figure.add_trace(
+            bar(
+                orientation="h",
+                y=[f"row {index + 1}"] * len(lengths),
+                x=lengths,
+                base=cuts[:-1],
+                width=0.7,
+                showlegend=False,
+                # Two hues by turns, each light and full: neighbours always differ, however many documents there are.
+                marker={
+                    "color": [
+                        translucent(PALETTE[block % 2], (0.9, 0.9, 0.45, 0.45)[block % 4])
+                        for block in range(len(lengths))
+                    ],
+                    "line": {"color": "#ffffff", "width": 1},
+                },
+                customdata=labels,
+                hovertemplate="%{customdata}: %{x:,} tokens from %{base:,}<extra></extra>",
+            )
+        )
     figure.update_layout(barmode="overlay", bargap=0.3)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
@@ -62,11 +76,22 @@ def token_table(lines: Mapping[str, Sequence[str]], owners: Mapping[str, Sequenc
     order = {document: number for number, document in enumerate(dict.fromkeys(kinds))}
     shade = [[0.5 if owner < 0 else order[owner] % 2 for owner in owners[name]] for name in lines]
     figure = new_figure(title, "token", "", height=96 + 44 * len(lines))
-    figure.add_trace(graph_objects().Heatmap(
-        z=shade, y=list(lines), text=[list(tokens) for tokens in lines.values()], texttemplate="%{text}",
-        textfont={"size": 11}, zmin=0, zmax=1, showscale=False, xgap=1, ygap=1,
-        colorscale=[[0.0, "#9CC7E3"], [0.5, "#E3E3E3"], [1.0, "#F2C29B"]],
-        hovertemplate="%{y}: %{text}<extra></extra>"))
+    figure.add_trace(
+        graph_objects().Heatmap(
+            z=shade,
+            y=list(lines),
+            text=[list(tokens) for tokens in lines.values()],
+            texttemplate="%{text}",
+            textfont={"size": 11},
+            zmin=0,
+            zmax=1,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            colorscale=[[0.0, "#9CC7E3"], [0.5, "#E3E3E3"], [1.0, "#F2C29B"]],
+            hovertemplate="%{y}: %{text}<extra></extra>",
+        )
+    )
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     figure.update_xaxes(showgrid=False, tickvals=list(range(0, len(shade[0]), 5)))
     return _room_for_names(figure, lines)
@@ -88,16 +113,28 @@ def attention_mask(boundaries: Sequence[int], masked: bool, title: str = "") -> 
         raise ValueError(f"boundaries must rise from 0, got {cuts[:8]}.")
     owner = [document for document, (start, end) in enumerate(pairwise(cuts)) for _ in range(end - start)]
     places = range(cuts[-1])
-    cells = [[0.0 if key > query else 1.0 if owner[key] == owner[query] else 0.0 if masked else 0.5 for key in places]
-             for query in places]
+    cells = [
+        [0.0 if key > query else 1.0 if owner[key] == owner[query] else 0.0 if masked else 0.5 for key in places]
+        for query in places
+    ]
     figure = new_figure(title, "key (the token looked at)", "query (the token that looks)", height=360)
-    figure.add_trace(graph_objects().Heatmap(
-        z=cells, zmin=0, zmax=1, showscale=False, xgap=1, ygap=1,
-        colorscale=[[0.0, "#F4F4F4"], [0.5, "#E69F00"], [1.0, "#0072B2"]],
-        hovertemplate="query %{y}, key %{x}<extra></extra>"))
+    figure.add_trace(
+        graph_objects().Heatmap(
+            z=cells,
+            zmin=0,
+            zmax=1,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            colorscale=[[0.0, "#F4F4F4"], [0.5, "#E69F00"], [1.0, "#0072B2"]],
+            hovertemplate="query %{y}, key %{x}<extra></extra>",
+        )
+    )
     for cut in cuts[1:-1]:
-        for line in ({"x0": cut - 0.5, "x1": cut - 0.5, "y0": -0.5, "y1": cuts[-1] - 0.5},
-                     {"y0": cut - 0.5, "y1": cut - 0.5, "x0": -0.5, "x1": cuts[-1] - 0.5}):
+        for line in (
+            {"x0": cut - 0.5, "x1": cut - 0.5, "y0": -0.5, "y1": cuts[-1] - 0.5},
+            {"y0": cut - 0.5, "y1": cut - 0.5, "x0": -0.5, "x1": cuts[-1] - 0.5},
+        ):
             figure.add_shape(type="line", line={"color": "#333333", "width": 1, "dash": "dot"}, **line)
     ticks = list(range(0, cuts[-1], 5))
     figure.update_yaxes(range=[cuts[-1] - 0.5, -0.5], showgrid=False, tickvals=ticks)
@@ -105,8 +142,9 @@ def attention_mask(boundaries: Sequence[int], masked: bool, title: str = "") -> 
     return figure
 
 
-def length_buckets(edges: Sequence[int], tables: Mapping[str, Sequence[float]], title: str = "",
-                   y: str = "share of tokens") -> Figure:
+def length_buckets(
+    edges: Sequence[int], tables: Mapping[str, Sequence[float]], title: str = "", y: str = "share of tokens"
+) -> Figure:
     """Bars by length bucket, one colour for each table, such as before and after sampling.
 
     Args:
@@ -118,14 +156,18 @@ def length_buckets(edges: Sequence[int], tables: Mapping[str, Sequence[float]], 
     Raises:
         ValueError: A table without one number for each bucket.
     """
-    names = [f"< {tokens_label(edges[0])}", *(f"{tokens_label(a)} - {tokens_label(b)}" for a, b in pairwise(edges)),
-             f"> {tokens_label(edges[-1])}"]
+    names = [
+        f"< {tokens_label(edges[0])}",
+        *(f"{tokens_label(a)} - {tokens_label(b)}" for a, b in pairwise(edges)),
+        f"> {tokens_label(edges[-1])}",
+    ]
     figure = new_figure(title, "length of the document (tokens)", y)
     for number, (name, values) in enumerate(tables.items()):
         if len(values) != len(names):
             raise ValueError(f"{name!r} has {len(values)} numbers for {len(names)} buckets.")
-        figure.add_trace(graph_objects().Bar(
-            x=names, y=list(values), name=name, marker={"color": translucent(PALETTE[number], 0.9)}))
+        figure.add_trace(
+            graph_objects().Bar(x=names, y=list(values), name=name, marker={"color": translucent(PALETTE[number], 0.9)})
+        )
     if y.startswith("share"):
         figure.update_yaxes(tickformat=".0%")
     return figure
@@ -142,9 +184,17 @@ def shares(bars: Mapping[str, Mapping[str, float]], title: str = "", x: str = "t
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
     figure = new_figure(title, x, "", height=150 + 40 * len(bars))
     for number, part in enumerate(parts):
-        figure.add_trace(graph_objects().Bar(
-            orientation="h", y=list(bars), x=[bar.get(part, 0.0) for bar in bars.values()], name=part, width=0.6,
-            marker={"color": translucent(PALETTE[number], 0.9)}, hovertemplate=f"{part}: %{{x:,}}<extra></extra>"))
+        figure.add_trace(
+            graph_objects().Bar(
+                orientation="h",
+                y=list(bars),
+                x=[bar.get(part, 0.0) for bar in bars.values()],
+                name=part,
+                width=0.6,
+                marker={"color": translucent(PALETTE[number], 0.9)},
+                hovertemplate=f"{part}: %{{x:,}}<extra></extra>",
+            )
+        )
     figure.update_layout(barmode="stack")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(tickformat=",")

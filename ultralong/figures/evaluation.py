@@ -27,8 +27,13 @@ MOST_LABELLED = 12
 WIDE_RANGE = 20  # beyond this ratio a linear axis flattens the lower curve
 
 
-def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None,
-                   window_name: str = "old window") -> Figure:
+def needle_heatmap(
+    cells: Sequence[Mapping[str, Any]],
+    title: str = "",
+    *,
+    base_window: int | None = None,
+    window_name: str = "old window",
+) -> Figure:
     """Retrieval by prompt length and needle depth: blue found, orange lost.
 
     Small grids carry the counts in their cells, so that colour is not the only sign. A grey line marks the window the
@@ -58,14 +63,30 @@ def needle_heatmap(cells: Sequence[Mapping[str, Any]], title: str = "", *, base_
         text[row, column] = f"{cell['correct']:g}/{cell['n']}"
     figure = new_figure(title, "prompt and answer (tokens)", "needle depth", height=340)
     labelled = len(lengths) <= MOST_LABELLED and len(depths) <= MOST_LABELLED
-    figure.add_trace(graph_objects().Heatmap(
-        z=score, x=list(range(len(lengths))), y=list(range(len(depths))), zmin=0.0, zmax=1.0, xgap=1, ygap=1,
-        colorscale=[list(stop) for stop in SCORE_SCALE], text=text,
-        texttemplate="%{text}" if labelled else None, textfont={"size": 11},
-        customdata=[[f"{tokens_label(length)} tokens, depth {depth:.0%}" for length in lengths] for depth in depths],
-        hovertemplate="%{customdata}: %{text} found<extra></extra>",
-        colorbar={"title": {"text": "found", "side": "right", "font": {"size": 13}}, "tickformat": ".0%",
-                  "thickness": 12}))
+    figure.add_trace(
+        graph_objects().Heatmap(
+            z=score,
+            x=list(range(len(lengths))),
+            y=list(range(len(depths))),
+            zmin=0.0,
+            zmax=1.0,
+            xgap=1,
+            ygap=1,
+            colorscale=[list(stop) for stop in SCORE_SCALE],
+            text=text,
+            texttemplate="%{text}" if labelled else None,
+            textfont={"size": 11},
+            customdata=[
+                [f"{tokens_label(length)} tokens, depth {depth:.0%}" for length in lengths] for depth in depths
+            ],
+            hovertemplate="%{customdata}: %{text} found<extra></extra>",
+            colorbar={
+                "title": {"text": "found", "side": "right", "font": {"size": 13}},
+                "tickformat": ".0%",
+                "thickness": 12,
+            },
+        )
+    )
     _tick(figure.update_xaxes, [tokens_label(length) for length in lengths])
     _tick(figure.update_yaxes, [f"{depth:.0%}" for depth in depths])
     # Pinned ranges keep the half cells at the borders, and put the shallowest needle on top as a page is read.
@@ -84,15 +105,23 @@ def _tick(update: Any, labels: list[str]) -> None:
 
 
 def _mark_window(figure: Figure, at: float, name: str) -> None:
-    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, xref="x", yref="y domain",
-                     line={"color": GREY, "width": 4})
-    figure.add_annotation(x=at, y=1, xref="x", yref="y domain", text=name,
-                          showarrow=False, xanchor="left" if at <= 0.5 else "center", yanchor="bottom",
-                          font={"size": 11, "color": GREY})
+    figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, xref="x", yref="y domain", line={"color": GREY, "width": 4})
+    figure.add_annotation(
+        x=at,
+        y=1,
+        xref="x",
+        yref="y domain",
+        text=name,
+        showarrow=False,
+        xanchor="left" if at <= 0.5 else "center",
+        yanchor="bottom",
+        font={"size": 11, "color": GREY},
+    )
 
 
-def needle_before_after(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, base_window: int,
-                        title: str = "") -> Figure:
+def needle_before_after(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, base_window: int, title: str = ""
+) -> Figure:
     """Two needle maps side by side: the model before and after its window was extended.
 
     Args:
@@ -101,12 +130,21 @@ def needle_before_after(before: Sequence[Mapping[str, Any]], after: Sequence[Map
         base_window: The old window in tokens.
         title: Title of the whole.
     """
-    return side_by_side([needle_heatmap(cells, base_window=base_window) for cells in (before, after)],
-                        ["before", "after"], title=title, height=380)
+    return side_by_side(
+        [needle_heatmap(cells, base_window=base_window) for cells in (before, after)],
+        ["before", "after"],
+        title=title,
+        height=380,
+    )
 
 
-def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", *,
-                     base_window: int | None = None, window_name: str = "old window") -> Figure:
+def perplexity_curve(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str = "",
+    *,
+    base_window: int | None = None,
+    window_name: str = "old window",
+) -> Figure:
     """Perplexity by position in the document, one line a model, with its interval as a band.
 
     Args:
@@ -122,29 +160,65 @@ def perplexity_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: s
         colour = PALETTE[index % len(PALETTE)]
         x = [(item["start"] + item["end"]) / 2 for item in bins]
         known = [(place, item) for place, item in zip(x, bins, strict=True) if item["low"] is not None]
-        figure.add_trace(scatter(x=[place for place, _ in known] + [place for place, _ in reversed(known)],
-                                 y=[item["high"] for _, item in known] + [item["low"] for _, item in reversed(known)],
-                                 fill="toself", fillcolor=translucent(colour, 0.2), line={"width": 0, "color": colour},
-                                 mode="lines", showlegend=False, hoverinfo="skip"))
-        figure.add_trace(scatter(x=x, y=[item["perplexity"] for item in bins], name=name, mode="lines+markers",
-                                 line={"color": colour, "dash": DASHES[index % len(DASHES)]},
-                                 marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
-                                 customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
-                                 hovertemplate="%{customdata}: %{y:.2f}<extra>" + name + "</extra>"))
+        figure.add_trace(
+            scatter(
+                x=[place for place, _ in known] + [place for place, _ in reversed(known)],
+                y=[item["high"] for _, item in known] + [item["low"] for _, item in reversed(known)],
+                fill="toself",
+                fillcolor=translucent(colour, 0.2),
+                line={"width": 0, "color": colour},
+                mode="lines",
+                showlegend=False,
+                hoverinfo="skip",
+            )
+        )
+        figure.add_trace(
+            scatter(
+                x=x,
+                y=[item["perplexity"] for item in bins],
+                name=name,
+                mode="lines+markers",
+                line={"color": colour, "dash": DASHES[index % len(DASHES)]},
+                marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+                customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
+                hovertemplate="%{customdata}: %{y:.2f}<extra>" + name + "</extra>",
+            )
+        )
     figure.update_layout(showlegend=True)
     values = [item["perplexity"] for bins in curves.values() for item in bins]
     if max(values) > WIDE_RANGE * min(values):
         figure.update_yaxes(type="log", dtick=1)
     if base_window is not None:
-        figure.add_shape(type="line", x0=base_window, x1=base_window, y0=0, y1=1, xref="x", yref="y domain",
-                         line={"color": GREY, "width": 2, "dash": "dash"})
-        figure.add_annotation(x=base_window, y=1, xref="x", yref="y domain", showarrow=False, yanchor="bottom",
-                              text=f"{window_name} {tokens_label(base_window)}", font={"size": 11, "color": GREY})
+        figure.add_shape(
+            type="line",
+            x0=base_window,
+            x1=base_window,
+            y0=0,
+            y1=1,
+            xref="x",
+            yref="y domain",
+            line={"color": GREY, "width": 2, "dash": "dash"},
+        )
+        figure.add_annotation(
+            x=base_window,
+            y=1,
+            xref="x",
+            yref="y domain",
+            showarrow=False,
+            yanchor="bottom",
+            text=f"{window_name} {tokens_label(base_window)}",
+            font={"size": 11, "color": GREY},
+        )
     return figure
 
 
-def score_curves(scores: Sequence[Mapping[str, Any]], title: str = "", *, base_window: int | None = None,
-                 window_name: str = "old window") -> Figure:
+def score_curves(
+    scores: Sequence[Mapping[str, Any]],
+    title: str = "",
+    *,
+    base_window: int | None = None,
+    window_name: str = "old window",
+) -> Figure:
     """Score by length, one line a test, with its interval.
 
     Args:
@@ -163,23 +237,51 @@ def score_curves(scores: Sequence[Mapping[str, Any]], title: str = "", *, base_w
     lengths = sorted({item["length"] for item in scores})
     for index, task in enumerate(dict.fromkeys(item["task"] for item in scores)):
         items = sorted((item for item in scores if item["task"] == task), key=lambda item: item["length"])
-        reach = [(0.0, 0.0) if item["low"] is None else (item["high"] - item["score"], item["score"] - item["low"])
-                 for item in items]
+        reach = [
+            (0.0, 0.0) if item["low"] is None else (item["high"] - item["score"], item["score"] - item["low"])
+            for item in items
+        ]
         colour = PALETTE[index % len(PALETTE)]
-        figure.add_trace(graph_objects().Scatter(
-            x=[item["length"] for item in items], y=[item["score"] for item in items], name=task, mode="lines+markers",
-            line={"color": colour, "dash": DASHES[index // len(PALETTE) % len(DASHES)], "width": 2},
-            marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
-            error_y={"type": "data", "array": [up for up, _ in reach], "arrayminus": [down for _, down in reach],
-                     "thickness": 1, "width": 3}))
+        figure.add_trace(
+            graph_objects().Scatter(
+                x=[item["length"] for item in items],
+                y=[item["score"] for item in items],
+                name=task,
+                mode="lines+markers",
+                line={"color": colour, "dash": DASHES[index // len(PALETTE) % len(DASHES)], "width": 2},
+                marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+                error_y={
+                    "type": "data",
+                    "array": [up for up, _ in reach],
+                    "arrayminus": [down for _, down in reach],
+                    "thickness": 1,
+                    "width": 3,
+                },
+            )
+        )
     figure.update_xaxes(type="log", tickvals=lengths, ticktext=[tokens_label(length) for length in lengths])
     figure.update_yaxes(range=[-3, 103])
     figure.update_layout(showlegend=True)
     if base_window is not None:
-        figure.add_shape(type="line", x0=base_window, x1=base_window, y0=0, y1=1, xref="x", yref="y domain",
-                         line={"color": GREY, "width": 2, "dash": "dash"})
+        figure.add_shape(
+            type="line",
+            x0=base_window,
+            x1=base_window,
+            y0=0,
+            y1=1,
+            xref="x",
+            yref="y domain",
+            line={"color": GREY, "width": 2, "dash": "dash"},
+        )
         # On a logarithmic axis plotly places notes by the logarithm.
-        figure.add_annotation(x=float(np.log10(base_window)), y=1, xref="x", yref="y domain", showarrow=False,
-                              text=f"{window_name} {tokens_label(base_window)}", yanchor="bottom",
-                              font={"size": 11, "color": GREY})
+        figure.add_annotation(
+            x=float(np.log10(base_window)),
+            y=1,
+            xref="x",
+            yref="y domain",
+            showarrow=False,
+            text=f"{window_name} {tokens_label(base_window)}",
+            yanchor="bottom",
+            font={"size": 11, "color": GREY},
+        )
     return figure

@@ -18,9 +18,23 @@ if TYPE_CHECKING:
 
 POINTS_PER_PIXEL = 0.75
 LINE_STYLES = {"dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3)), "longdashdot": (0, (8, 3, 2, 3))}
-MARKER_STYLES = {"circle": "o", "circle-open": "o", "square": "s", "square-open": "s", "diamond": "D",
-                 "diamond-open": "D", "triangle-up": "^", "triangle-down": "v", "x": "X", "cross": "P", "star": "*",
-                 "x-thin": "x", "x-thin-open": "x", "line-ns": "|", "line-ns-open": "|"}
+MARKER_STYLES = {
+    "circle": "o",
+    "circle-open": "o",
+    "square": "s",
+    "square-open": "s",
+    "diamond": "D",
+    "diamond-open": "D",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "x": "X",
+    "cross": "P",
+    "star": "*",
+    "x-thin": "x",
+    "x-thin-open": "x",
+    "line-ns": "|",
+    "line-ns-open": "|",
+}
 
 
 @dataclass
@@ -56,8 +70,9 @@ def number_format(specification: str) -> Any:
         ValueError: Another format.
     """
     if not re.fullmatch(r",?(\.\d+[f%e])?", specification):
-        raise ValueError(f"Cannot draw tickformat {specification!r} as a still picture: use one like "
-                         "'.0%', '.2f' or ','.")
+        raise ValueError(
+            f"Cannot draw tickformat {specification!r} as a still picture: use one like '.0%', '.2f' or ','."
+        )
     python = ",.0f" if specification == "," else specification
     return require("matplotlib.ticker", "notebooks").FuncFormatter(lambda value, _: format(value, python))
 
@@ -97,18 +112,28 @@ def _scatter(panel: Panel, trace: Any, index: int) -> None:
     y = _values(panel, trace.y, "y")
     x = _values(panel, trace.x, "x", len(y))
     mode = trace.mode or "lines"
-    colour = rgba(trace.line.color or (trace.marker.color if isinstance(trace.marker.color, str) else None)
-                  or PALETTE[index % len(PALETTE)])
+    colour = rgba(
+        trace.line.color
+        or (trace.marker.color if isinstance(trace.marker.color, str) else None)
+        or PALETTE[index % len(PALETTE)]
+    )
     alpha = trace.opacity
     if trace.fill in ("toself", "tozeroy", "tonexty"):
         _fill(panel, trace, x, y, colour)
     label = trace.name if trace.showlegend is not False and trace.name else None
     width = (2 if trace.line.width is None else trace.line.width) * POINTS_PER_PIXEL
     if "lines" in mode and width:
-        panel.axes.plot(x, y, color=colour, alpha=alpha, linewidth=width, label=label,
-                   linestyle=LINE_STYLES.get(trace.line.dash, "-"),
-                   drawstyle={"hv": "steps-post", "vh": "steps-pre"}.get(trace.line.shape, "default"),
-                   **(_marker(trace, colour) if "markers" in mode else {}))
+        panel.axes.plot(
+            x,
+            y,
+            color=colour,
+            alpha=alpha,
+            linewidth=width,
+            label=label,
+            linestyle=LINE_STYLES.get(trace.line.dash, "-"),
+            drawstyle={"hv": "steps-post", "vh": "steps-pre"}.get(trace.line.shape, "default"),
+            **(_marker(trace, colour) if "markers" in mode else {}),
+        )
     elif "markers" in mode:
         _points(panel, trace, x, y, colour, alpha, label)
     if "text" in mode and trace.text is not None:
@@ -124,12 +149,16 @@ def _scatter(panel: Panel, trace: Any, index: int) -> None:
 def _marker(trace: Any, colour: Any) -> dict[str, Any]:
     symbol = trace.marker.symbol if isinstance(trace.marker.symbol, str) else "circle"
     size = trace.marker.size if isinstance(trace.marker.size, (int, float)) else 6
-    return {"marker": MARKER_STYLES.get(symbol, "o"), "markersize": size * POINTS_PER_PIXEL,
-            "markerfacecolor": "none" if symbol.endswith("-open") else colour}
+    return {
+        "marker": MARKER_STYLES.get(symbol, "o"),
+        "markersize": size * POINTS_PER_PIXEL,
+        "markerfacecolor": "none" if symbol.endswith("-open") else colour,
+    }
 
 
-def _points(panel: Panel, trace: Any, x: np.ndarray, y: np.ndarray, colour: Any, alpha: float | None,
-            label: str | None) -> None:
+def _points(
+    panel: Panel, trace: Any, x: np.ndarray, y: np.ndarray, colour: Any, alpha: float | None, label: str | None
+) -> None:
     given = trace.marker.color
     style = _marker(trace, colour)
     sizes = np.asarray(6 if trace.marker.size is None else trace.marker.size, dtype=float) * POINTS_PER_PIXEL
@@ -139,7 +168,7 @@ def _points(panel: Panel, trace: Any, x: np.ndarray, y: np.ndarray, colour: Any,
         options = {"c": [rgba(value) for value in given] if strings else np.asarray(given, float)}
         if not strings and trace.marker.colorscale is not None:
             options["cmap"] = _colour_map(trace.marker.colorscale)
-    panel.axes.scatter(x, y, s=sizes ** 2, marker=style["marker"], alpha=alpha, label=label, linewidths=0.8, **options)
+    panel.axes.scatter(x, y, s=sizes**2, marker=style["marker"], alpha=alpha, label=label, linewidths=0.8, **options)
 
 
 def _fill(panel: Panel, trace: Any, x: np.ndarray, y: np.ndarray, colour: Any) -> None:
@@ -150,8 +179,9 @@ def _fill(panel: Panel, trace: Any, x: np.ndarray, y: np.ndarray, colour: Any) -
     elif trace.fill == "tozeroy":
         panel.axes.fill_between(x, 0, y, color=fill, linewidth=0)
     else:
-        raise ValueError("Cannot draw fill='tonexty' as a still picture: give the band as one closed trace with "
-                         "fill='toself'.")
+        raise ValueError(
+            "Cannot draw fill='tonexty' as a still picture: give the band as one closed trace with fill='toself'."
+        )
 
 
 def _bar_places(panel: Panel, trace: Any, place: np.ndarray, figure: Figure) -> tuple[np.ndarray, np.ndarray]:
@@ -159,8 +189,9 @@ def _bar_places(panel: Panel, trace: Any, place: np.ndarray, figure: Figure) -> 
     step = float(np.min(np.diff(np.unique(place)))) if len(np.unique(place)) > 1 else 1.0
     groups = 1
     if figure.layout.barmode not in ("stack", "relative", "overlay"):
-        groups = sum(other.type == "bar" and (other.xaxis, other.yaxis) == (trace.xaxis, trace.yaxis)
-                     for other in figure.data)
+        groups = sum(
+            other.type == "bar" and (other.xaxis, other.yaxis) == (trace.xaxis, trace.yaxis) for other in figure.data
+        )
     share = 0.8 * step / groups
     centre = place + (panel.bars - (groups - 1) / 2) * share if groups > 1 else place
     panel.bars += 1
@@ -178,11 +209,18 @@ def _bar(panel: Panel, trace: Any, index: int, figure: Figure) -> None:
         base = np.asarray([panel.tops.get(value, 0.0) for value in place])
         panel.tops.update(zip(place, base + length, strict=True))
     given = trace.marker.color
-    colour = [rgba(value) for value in given] if given is not None and not isinstance(given, str) else \
-        rgba(given or PALETTE[index % len(PALETTE)])
-    options = {"color": colour, "label": trace.name if trace.showlegend is not False and trace.name else None,
-               "alpha": trace.opacity, "edgecolor": rgba(trace.marker.line.color or "rgba(0,0,0,0)"),
-               "linewidth": (trace.marker.line.width or 0) * POINTS_PER_PIXEL}
+    colour = (
+        [rgba(value) for value in given]
+        if given is not None and not isinstance(given, str)
+        else rgba(given or PALETTE[index % len(PALETTE)])
+    )
+    options = {
+        "color": colour,
+        "label": trace.name if trace.showlegend is not False and trace.name else None,
+        "alpha": trace.opacity,
+        "edgecolor": rgba(trace.marker.line.color or "rgba(0,0,0,0)"),
+        "linewidth": (trace.marker.line.width or 0) * POINTS_PER_PIXEL,
+    }
     if horizontal:
         panel.axes.barh(centre, length, height=thickness, left=base, **options)
     else:
@@ -208,15 +246,29 @@ def _heatmap(canvas: StaticFigure, panel: Panel, trace: Any) -> None:
     colours = require("matplotlib.colors", "notebooks")
     low = np.nanmin(z) if trace.zmin is None else trace.zmin
     high = np.nanmax(z) if trace.zmax is None else trace.zmax
-    mesh = panel.axes.pcolormesh(_edges(x), _edges(y), z, cmap=_colour_map(trace.colorscale),
-                            norm=colours.Normalize(low, high), edgecolors="white", linewidth=trace.xgap or 0)
+    mesh = panel.axes.pcolormesh(
+        _edges(x),
+        _edges(y),
+        z,
+        cmap=_colour_map(trace.colorscale),
+        norm=colours.Normalize(low, high),
+        edgecolors="white",
+        linewidth=trace.xgap or 0,
+    )
     if trace.texttemplate and trace.text is not None:
         for row, line in enumerate(trace.text):
             for column, text in enumerate(line):
                 shade = np.dot(mesh.cmap(mesh.norm(z[row, column]))[:3], (0.299, 0.587, 0.114))
-                panel.axes.text(x[column], y[row], str(text), ha="center", va="center", clip_on=True,
-                                color="white" if shade < 0.55 else "black",
-                                size=(trace.textfont.size or 11) * POINTS_PER_PIXEL)
+                panel.axes.text(
+                    x[column],
+                    y[row],
+                    str(text),
+                    ha="center",
+                    va="center",
+                    clip_on=True,
+                    color="white" if shade < 0.55 else "black",
+                    size=(trace.textfont.size or 11) * POINTS_PER_PIXEL,
+                )
     if trace.showscale is not False:
         position = panel.axes.get_position()
         bar = canvas.colorbar(mesh, cax=canvas.add_axes((position.x1 + 0.015, position.y0, 0.016, position.height)))

@@ -12,12 +12,28 @@ from ultralong.utils.extras import require
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-AXIS_SETTINGS = ("type", "range", "autorange", "tickvals", "ticktext", "tickmode", "showgrid", "visible",
-                 "showticklabels", "tickformat")
+AXIS_SETTINGS = (
+    "type",
+    "range",
+    "autorange",
+    "tickvals",
+    "ticktext",
+    "tickmode",
+    "showgrid",
+    "visible",
+    "showticklabels",
+    "tickformat",
+)
 
 
-def side_by_side(figures: Sequence[Figure], titles: Sequence[str], *, columns: int | None = None, title: str = "",
-                 height: int | None = None) -> Figure:
+def side_by_side(
+    figures: Sequence[Figure],
+    titles: Sequence[str],
+    *,
+    columns: int | None = None,
+    title: str = "",
+    height: int | None = None,
+) -> Figure:
     """Panels in a row (or in rows of `columns`), with the titles above each and one shared legend.
 
     Args:
@@ -31,14 +47,19 @@ def side_by_side(figures: Sequence[Figure], titles: Sequence[str], *, columns: i
         ValueError: No figures, or another number of titles.
     """
     if not figures or len(figures) != len(titles):
-        raise ValueError(f"side_by_side() needs one title for each figure, got {len(figures)} figures "
-                         f"and {len(titles)} titles.")
+        raise ValueError(
+            f"side_by_side() needs one title for each figure, got {len(figures)} figures and {len(titles)} titles."
+        )
     if columns is None:
         columns = len(figures) if len(figures) <= 4 else -(-len(figures) // 2)
     rows = -(-len(figures) // columns)
     joined = require("plotly.subplots", extra="notebooks").make_subplots(
-        rows=rows, cols=columns, subplot_titles=list(titles), horizontal_spacing=0.24 / max(columns, 2),
-        vertical_spacing=0.34 / max(rows, 2))
+        rows=rows,
+        cols=columns,
+        subplot_titles=list(titles),
+        horizontal_spacing=0.24 / max(columns, 2),
+        vertical_spacing=0.34 / max(rows, 2),
+    )
     tallest = max(figure.layout.height or 380 for figure in figures)
     style(joined, title=title, height=height or tallest * rows)
     joined.update_layout(margin={"t": 84 if title else 48})
@@ -54,8 +75,9 @@ def side_by_side(figures: Sequence[Figure], titles: Sequence[str], *, columns: i
     return joined
 
 
-def _copy_panel(joined: Figure, figure: Figure, place: dict[str, int], index: int, seen: set[str], *,
-                last: bool) -> None:
+def _copy_panel(
+    joined: Figure, figure: Figure, place: dict[str, int], index: int, seen: set[str], *, last: bool
+) -> None:
     """Copy traces, axis settings, shapes and notes of one figure into one panel."""
     for trace in figure.data:
         # A trace belongs to one figure only.

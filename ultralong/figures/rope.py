@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 PAIR_AXIS = "pair (fast to slow)"
 
 
-def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "", *, x: str = "", y: str = "",
-          log_x: bool = False, log_y: bool = False, markers: bool = False, height: int = 360) -> Figure:
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str = "",
+    *,
+    x: str = "",
+    y: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    markers: bool = False,
+    height: int = 360,
+) -> Figure:
     """Curves over a common axis, told apart by colour and dash.
 
     Args:
@@ -30,10 +39,16 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
     """
     figure = new_figure(title, x, y, height=height)
     for index, (name, (across, up)) in enumerate(curves.items()):
-        figure.add_trace(graph_objects().Scatter(
-            x=list(across), y=_rounded(up), name=name, mode="lines+markers" if markers else "lines",
-            line={"color": PALETTE[index % len(PALETTE)], "dash": DASHES[index % len(DASHES)], "width": 2},
-            marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7}))
+        figure.add_trace(
+            graph_objects().Scatter(
+                x=list(across),
+                y=_rounded(up),
+                name=name,
+                mode="lines+markers" if markers else "lines",
+                line={"color": PALETTE[index % len(PALETTE)], "dash": DASHES[index % len(DASHES)], "width": 2},
+                marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+            )
+        )
     if log_x:
         figure.update_xaxes(type="log", dtick=1)
     if log_y:
@@ -42,8 +57,14 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
     return figure
 
 
-def wavelengths(tables: Mapping[str, Sequence[float]], title: str = "", *, marks: Mapping[str, float] | None = None,
-                longest: float | None = None, height: int = 380) -> Figure:
+def wavelengths(
+    tables: Mapping[str, Sequence[float]],
+    title: str = "",
+    *,
+    marks: Mapping[str, float] | None = None,
+    longest: float | None = None,
+    height: int = 380,
+) -> Figure:
     """Tokens that each rotary pair needs for one full turn.
 
     Args:
@@ -53,12 +74,22 @@ def wavelengths(tables: Mapping[str, Sequence[float]], title: str = "", *, marks
         longest: Upper end of the axis in tokens, so that several figures can be compared; None fits the tables.
         height: Height in pixels.
     """
-    figure = lines({name: (range(len(values)), values) for name, values in tables.items()}, title, x=PAIR_AXIS,
-                   y="tokens for one turn", log_y=True, height=height)
+    figure = lines(
+        {name: (range(len(values)), values) for name, values in tables.items()},
+        title,
+        x=PAIR_AXIS,
+        y="tokens for one turn",
+        log_y=True,
+        height=height,
+    )
     highest = longest or max(max(values) for values in tables.values())
     powers = range(0, math.ceil(math.log10(highest)) + 1, 2 if highest > 1e7 else 1)
-    figure.update_yaxes(tickvals=[10**power for power in powers], ticktext=[_power_label(power) for power in powers],
-                        dtick=None, range=[0, math.log10(highest)] if longest else None)
+    figure.update_yaxes(
+        tickvals=[10**power for power in powers],
+        ticktext=[_power_label(power) for power in powers],
+        dtick=None,
+        range=[0, math.log10(highest)] if longest else None,
+    )
     for index, (name, length) in enumerate((marks or {}).items()):
         mark_height(figure, length, f"{name} {tokens_label(length)}", dash=("dash", "dot")[index % 2], log=True)
     return figure
@@ -93,8 +124,15 @@ def speed_kept(curves: Mapping[str, Sequence[float]], title: str = "", *, first:
         first: Index of the first pair given, where only a part of the table is shown.
         height: Height in pixels.
     """
-    figure = lines({name: (range(first, first + len(values)), values) for name, values in curves.items()}, title,
-                   x=PAIR_AXIS, y="speed kept", log_y=True, markers=first > 0, height=height)
+    figure = lines(
+        {name: (range(first, first + len(values)), values) for name, values in curves.items()},
+        title,
+        x=PAIR_AXIS,
+        y="speed kept",
+        log_y=True,
+        markers=first > 0,
+        height=height,
+    )
     slowest = min(min(values) for values in curves.values())
     powers = range(0, math.ceil(-math.log2(slowest)), 1 if slowest > 0.05 else 2)
     steps = [step for step in (2.0**-power for power in powers) if step > 1.5 * slowest] + [slowest]
@@ -112,10 +150,27 @@ def mark_height(figure: Figure, value: float, text: str, *, dash: str = "dash", 
         dash: Plotly's name of the line style.
         log: True where the vertical axis is logarithmic.
     """
-    figure.add_shape(type="line", x0=0, x1=1, y0=value, y1=value, xref="x domain", yref="y",
-                     line={"color": GREY, "width": 1.5, "dash": dash})
-    figure.add_annotation(x=0.01, y=math.log10(value) if log else value, xref="x domain", yref="y", text=text,
-                          showarrow=False, xanchor="left", yanchor="bottom", font={"size": 11, "color": GREY})
+    figure.add_shape(
+        type="line",
+        x0=0,
+        x1=1,
+        y0=value,
+        y1=value,
+        xref="x domain",
+        yref="y",
+        line={"color": GREY, "width": 1.5, "dash": dash},
+    )
+    figure.add_annotation(
+        x=0.01,
+        y=math.log10(value) if log else value,
+        xref="x domain",
+        yref="y",
+        text=text,
+        showarrow=False,
+        xanchor="left",
+        yanchor="bottom",
+        font={"size": 11, "color": GREY},
+    )
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
@@ -126,5 +181,5 @@ def _rounded(values: Sequence[float]) -> list[float]:
 def _power_label(power: int) -> str:
     if power < 3:
         return str(10**power)
-    unit, name = ((9, "B") if power >= 9 else (6, "M") if power >= 6 else (3, "k"))
+    unit, name = (9, "B") if power >= 9 else (6, "M") if power >= 6 else (3, "k")
     return f"{10 ** (power - unit)}{name}"

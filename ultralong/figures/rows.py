@@ -7,8 +7,14 @@ from collections.abc import Callable
 from ultralong.utils.extras import require
 
 
-def browse_rows(count: int, html_of: Callable[[int], str], text_of: Callable[[int], str], *,
-                interactive: bool = False, first: int = 0) -> None:
+def browse_rows(
+    count: int,
+    html_of: Callable[[int], str],
+    text_of: Callable[[int], str],
+    *,
+    interactive: bool = False,
+    first: int = 0,
+) -> None:
     """Show one row as a table and, for a live reader, a slider that goes through all of them.
 
     The table comes as one bundle of HTML and plain text: a page that strips HTML still has the text, and so has a

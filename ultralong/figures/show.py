@@ -51,8 +51,14 @@ def png_bytes(figure: Figure, *, width: int | None = None, height: int | None = 
     return small.getvalue()
 
 
-def save_png(figure: Figure, path: str | os.PathLike[str], *, width: int | None = None, height: int | None = None,
-             scale: float = 2.0) -> None:
+def save_png(
+    figure: Figure,
+    path: str | os.PathLike[str],
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    scale: float = 2.0,
+) -> None:
     """Write the picture of a figure to `path`, atomically. See `png_bytes` for the arguments."""
     data = png_bytes(figure, width=width, height=height, scale=scale)
     with atomic_path(path) as temporary:
@@ -71,8 +77,11 @@ def bundle(figure: Figure, alt: str) -> dict[str, Any]:
     """
     if not alt.strip():
         raise ValueError("show() needs `alt`: one sentence that says what the figure shows.")
-    return {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/png": png_bytes(figure),
-            "text/plain": alt}
+    return {
+        "application/vnd.plotly.v1+json": json.loads(figure.to_json()),
+        "image/png": png_bytes(figure),
+        "text/plain": alt,
+    }
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -92,8 +101,15 @@ def show(figure: Figure, alt: str) -> None:
     ipython.display.display(content, raw=True)
 
 
-def explore(function: Callable[[Any], Figure], name: str, values: Sequence[Any], *,
-            stills: Sequence[Any] | None = None, interactive: bool = False, alt: str = "") -> None:
+def explore(
+    function: Callable[[Any], Figure],
+    name: str,
+    values: Sequence[Any],
+    *,
+    stills: Sequence[Any] | None = None,
+    interactive: bool = False,
+    alt: str = "",
+) -> None:
     """Show a figure at a few fixed values side by side, then, for a live reader, with a slider.
 
     The saved notebook keeps the panels: a slider's output lives only as long as its kernel.
@@ -115,11 +131,14 @@ def explore(function: Callable[[Any], Figure], name: str, values: Sequence[Any],
         count = min(MOST_STILLS, len(values))
         stills = [values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count)]
     titles = [f"{name} = {value}" for value in stills]
-    show(side_by_side([function(value) for value in stills], titles),
-         alt or f"Panels at {', '.join(titles)}, from left to right.")
+    show(
+        side_by_side([function(value) for value in stills], titles),
+        alt or f"Panels at {', '.join(titles)}, from left to right.",
+    )
     if not interactive:
         return
     widgets = require("ipywidgets", extra="notebooks")
-    slider = widgets.SelectionSlider(options=[(str(value), value) for value in values], value=stills[0],
-                                     description=name, continuous_update=False)
+    slider = widgets.SelectionSlider(
+        options=[(str(value), value) for value in values], value=stills[0], description=name, continuous_update=False
+    )
     widgets.interact(lambda value: show(function(value), f"{name} = {value}"), value=slider)

@@ -43,13 +43,15 @@ def draw(figure: Figure, *, width: int | None = None, height: int | None = None)
     """
     unknown = sorted({trace.type for trace in figure.data} - {"scatter", "bar", "heatmap"})
     if unknown:
-        raise ValueError(f"Cannot draw traces of type {', '.join(unknown)} as a still picture: use scatter, bar or "
-                         "heatmap.")
+        raise ValueError(
+            f"Cannot draw traces of type {', '.join(unknown)} as a still picture: use scatter, bar or heatmap."
+        )
     backend = require("matplotlib.backends.backend_agg", extra="notebooks")
     layout = figure.layout
     size = (width or layout.width or DEFAULT_SIZE[0], height or layout.height or DEFAULT_SIZE[1])
     canvas = require("matplotlib.figure", extra="notebooks").Figure(
-        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH
+    )
     backend.FigureCanvasAgg(canvas)
     box = _plot_box(figure, size)
     panels = _make_panels(canvas, figure, box)
@@ -74,8 +76,11 @@ def _long_name(axis: str) -> str:
 
 
 def _named_in_legend(figure: Figure) -> list[Any]:
-    return [trace for trace in figure.data if trace.name and trace.showlegend is not False
-            and trace.type in ("scatter", "bar")]
+    return [
+        trace
+        for trace in figure.data
+        if trace.name and trace.showlegend is not False and trace.type in ("scatter", "bar")
+    ]
 
 
 def _legend_rows(figure: Figure, width: float) -> int:
@@ -107,9 +112,16 @@ def _make_panels(canvas: StaticFigure, figure: Figure, box: tuple[float, float, 
             continue
         x_domain = figure.layout[_long_name(x)].domain or (0.0, 1.0)
         y_domain = figure.layout[_long_name(y)].domain or (0.0, 1.0)
-        panels[x, y] = Panel(canvas.add_axes((
-            box[0] + x_domain[0] * box[2], box[1] + y_domain[0] * box[3],
-            (x_domain[1] - x_domain[0]) * box[2], (y_domain[1] - y_domain[0]) * box[3])))
+        panels[x, y] = Panel(
+            canvas.add_axes(
+                (
+                    box[0] + x_domain[0] * box[2],
+                    box[1] + y_domain[0] * box[3],
+                    (x_domain[1] - x_domain[0]) * box[2],
+                    (y_domain[1] - y_domain[0]) * box[3],
+                )
+            )
+        )
     return panels
 
 
@@ -132,8 +144,13 @@ def _style_axis(panel: Axes, direction: str, axis: Any) -> None:
     handle.label.set(text=_plain(axis.title.text), size=13 * POINTS_PER_PIXEL, color=INK)
     hidden = axis.visible is False
     handle.set_visible(not hidden)
-    panel.tick_params(axis=direction, labelsize=12 * POINTS_PER_PIXEL, colors=INK, length=3,
-                      **{f"label{'bottom' if direction == 'x' else 'left'}": axis.showticklabels is not False})
+    panel.tick_params(
+        axis=direction,
+        labelsize=12 * POINTS_PER_PIXEL,
+        colors=INK,
+        length=3,
+        **{f"label{'bottom' if direction == 'x' else 'left'}": axis.showticklabels is not False},
+    )
     if axis.showgrid is not False and not hidden:
         panel.grid(True, axis=direction, color="#d9d9d9", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -151,17 +168,23 @@ def _plain(text: str | None) -> str:
 
 def _find_panel(panels: dict, x_reference: str | None, y_reference: str | None) -> Axes:
     """The panel that a shape or annotation refers to; one with no axis of its own goes to the first panel."""
-    x, y = (reference.split()[0] if reference and reference != "paper" else None
-            for reference in (x_reference or "x", y_reference or "y"))
-    return next((panel for (px, py), panel in panels.items() if x in (None, px) and y in (None, py)),
-                next(iter(panels.values())))
+    x, y = (
+        reference.split()[0] if reference and reference != "paper" else None
+        for reference in (x_reference or "x", y_reference or "y")
+    )
+    return next(
+        (panel for (px, py), panel in panels.items() if x in (None, px) and y in (None, py)),
+        next(iter(panels.values())),
+    )
 
 
 def _transform(panel: Axes, x_reference: str | None, y_reference: str | None) -> Any:
     """Coordinates of a shape: data on an axis, or the panel's fraction for `domain` and `paper`."""
     blended = require("matplotlib.transforms", extra="notebooks").blended_transform_factory
-    x, y = (reference is not None and (reference == "paper" or reference.endswith("domain"))
-            for reference in (x_reference, y_reference))
+    x, y = (
+        reference is not None and (reference == "paper" or reference.endswith("domain"))
+        for reference in (x_reference, y_reference)
+    )
     return blended(panel.transAxes if x else panel.transData, panel.transAxes if y else panel.transData)
 
 
@@ -172,14 +195,33 @@ def _draw_shape(panels: dict, shape: Any) -> None:
     line_width = (2 if shape.line.width is None else shape.line.width) * POINTS_PER_PIXEL
     if shape.type == "line":
         style = {"dash": "--", "dot": ":", "dashdot": "-.", "longdash": "--"}.get(shape.line.dash, "-")
-        panel.plot([shape.x0, shape.x1], [shape.y0, shape.y1], transform=transform, color=colour, alpha=alpha,
-                   linewidth=line_width, linestyle=style, scalex=False, scaley=False)
+        panel.plot(
+            [shape.x0, shape.x1],
+            [shape.y0, shape.y1],
+            transform=transform,
+            color=colour,
+            alpha=alpha,
+            linewidth=line_width,
+            linestyle=style,
+            scalex=False,
+            scaley=False,
+        )
     elif shape.type == "rect":
         rectangle = require("matplotlib.patches", extra="notebooks").Rectangle
         below = shape.layer in ("below", "between")
-        panel.add_patch(rectangle((shape.x0, shape.y0), shape.x1 - shape.x0, shape.y1 - shape.y0, transform=transform,
-                                  facecolor=rgba(shape.fillcolor or "rgba(0,0,0,0)"), edgecolor=colour, alpha=alpha,
-                                  linewidth=line_width, zorder=0.5 if below else 2))
+        panel.add_patch(
+            rectangle(
+                (shape.x0, shape.y0),
+                shape.x1 - shape.x0,
+                shape.y1 - shape.y0,
+                transform=transform,
+                facecolor=rgba(shape.fillcolor or "rgba(0,0,0,0)"),
+                edgecolor=colour,
+                alpha=alpha,
+                linewidth=line_width,
+                zorder=0.5 if below else 2,
+            )
+        )
     else:
         raise ValueError(f"Cannot draw a shape of type {shape.type!r}: use line or rect.")
 
@@ -189,26 +231,31 @@ def _draw_annotation(canvas: StaticFigure, panels: dict, box: tuple, annotation:
     horizontal = {"auto": "center", None: "center"}.get(annotation.xanchor, annotation.xanchor)
     vertical = {"auto": "center", None: "center", "middle": "center"}.get(annotation.yanchor, annotation.yanchor)
     size = (annotation.font.size or 13) * POINTS_PER_PIXEL
-    style = {"ha": horizontal, "va": vertical, "color": INK, "size": size,
-             "rotation": -(annotation.textangle or 0)}
+    style = {"ha": horizontal, "va": vertical, "color": INK, "size": size, "rotation": -(annotation.textangle or 0)}
     if annotation.xref == "paper" and annotation.yref == "paper":
         lift = (annotation.yshift or 0) / (canvas.get_figheight() * PIXELS_PER_INCH)
-        canvas.text(box[0] + annotation.x * box[2], box[1] + annotation.y * box[3] + lift, _plain(annotation.text),
-                    **style)
+        canvas.text(
+            box[0] + annotation.x * box[2], box[1] + annotation.y * box[3] + lift, _plain(annotation.text), **style
+        )
         return
     panel = _find_panel(panels, annotation.xref, annotation.yref)
     x, y = annotation.x, annotation.y
     if panel.get_xscale() == "log" and (annotation.xref or "x") in ("x", *(k[0] for k in panels)):
-        x = 10.0 ** x
+        x = 10.0**x
     if panel.get_yscale() == "log" and (annotation.yref or "y") in ("y", *(k[1] for k in panels)):
-        y = 10.0 ** y
+        y = 10.0**y
     shift = (annotation.xshift or 0, annotation.yshift or 0)
     if annotation.showarrow is not False:
         shift = (-10 if annotation.ax is None else annotation.ax, 30 if annotation.ay is None else -annotation.ay)
-    panel.annotate(_plain(annotation.text), (x, y), xycoords=_transform(panel, annotation.xref, annotation.yref),
-                   xytext=tuple(value * POINTS_PER_PIXEL for value in shift), textcoords="offset points",
-                   arrowprops={"arrowstyle": "->", "color": INK} if annotation.showarrow is not False else None,
-                   **style)
+    panel.annotate(
+        _plain(annotation.text),
+        (x, y),
+        xycoords=_transform(panel, annotation.xref, annotation.yref),
+        xytext=tuple(value * POINTS_PER_PIXEL for value in shift),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "->", "color": INK} if annotation.showarrow is not False else None,
+        **style,
+    )
 
 
 def _draw_title_and_legend(canvas: StaticFigure, figure: Figure, panels: dict, size: tuple[float, float]) -> None:
@@ -218,9 +265,19 @@ def _draw_title_and_legend(canvas: StaticFigure, figure: Figure, panels: dict, s
         canvas.text(left, 1 - 10 / size[1], _plain(title), ha="left", va="top", size=16 * POINTS_PER_PIXEL, color=INK)
     rows = _legend_rows(figure, size[0])
     if rows:
-        handles = {label: handle for panel in panels.values()
-                   for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-        canvas.legend(list(handles.values()), list(handles), loc="lower left",
-                      bbox_to_anchor=(min(panel.get_position().x0 for panel in panels.values()), 0.0),
-                      ncols=int(np.ceil(len(handles) / rows)), frameon=False, fontsize=12 * POINTS_PER_PIXEL,
-                      borderaxespad=0.2, handlelength=2.4)
+        handles = {
+            label: handle
+            for panel in panels.values()
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        canvas.legend(
+            list(handles.values()),
+            list(handles),
+            loc="lower left",
+            bbox_to_anchor=(min(panel.get_position().x0 for panel in panels.values()), 0.0),
+            ncols=int(np.ceil(len(handles) / rows)),
+            frameon=False,
+            fontsize=12 * POINTS_PER_PIXEL,
+            borderaxespad=0.2,
+            handlelength=2.4,
+        )

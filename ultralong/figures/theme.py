@@ -55,15 +55,27 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
         The same figure.
     """
     figure.update_layout(
-        title={"text": title, "x": 0.0, "xref": "paper", "font": {"size": 16}}, height=height, width=width,
+        title={"text": title, "x": 0.0, "xref": "paper", "font": {"size": 16}},
+        height=height,
+        width=width,
         # Plotly's default template adds kilobytes to every saved figure, and all it sets is set here.
-        template=graph_objects().layout.Template(), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR,
-        font={"color": GREY, "size": 13}, colorway=list(PALETTE),
-        margin={"l": 64, "r": 24, "t": 56 if title else 32, "b": 56}, hovermode="closest",
+        template=graph_objects().layout.Template(),
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
+        font={"color": GREY, "size": 13},
+        colorway=list(PALETTE),
+        margin={"l": 64, "r": 24, "t": 56 if title else 32, "b": 56},
+        hovermode="closest",
         legend={"bgcolor": CLEAR, "orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0.0},
     )
-    axis = {"gridcolor": GRID, "linecolor": GREY, "zeroline": False, "ticks": "outside", "tickcolor": GREY,
-            "title": {"font": {"size": 13}}}
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": GREY,
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": GREY,
+        "title": {"font": {"size": 13}},
+    }
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure
@@ -82,5 +94,5 @@ def tokens_label(tokens: float) -> str:
 
 def translucent(colour: str, alpha: float) -> str:
     """`#rrggbb` as `rgba(...)` with the given opacity, for bands under a line."""
-    red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha:g})"

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-def loss_curve(runs: Mapping[str, Sequence[tuple[float, float]]], title: str = "", *, x: str = "step",
-               smoothing: float = 0.0) -> Figure:
+def loss_curve(
+    runs: Mapping[str, Sequence[tuple[float, float]]], title: str = "", *, x: str = "step", smoothing: float = 0.0
+) -> Figure:
     """Training loss, one line a run.
 
     Args:
@@ -35,12 +36,27 @@ def loss_curve(runs: Mapping[str, Sequence[tuple[float, float]]], title: str = "
         colour = PALETTE[index % len(PALETTE)]
         steps, losses = [point[0] for point in points], [point[1] for point in points]
         if smoothing:
-            figure.add_trace(scatter(x=steps, y=losses, mode="lines", showlegend=False, hoverinfo="skip",
-                                     line={"color": translucent(colour, 0.3), "width": 1}))
+            figure.add_trace(
+                scatter(
+                    x=steps,
+                    y=losses,
+                    mode="lines",
+                    showlegend=False,
+                    hoverinfo="skip",
+                    line={"color": translucent(colour, 0.3), "width": 1},
+                )
+            )
             losses = _exponential_mean(losses, smoothing)
-        figure.add_trace(scatter(x=steps, y=losses, name=name, mode="lines",
-                                 line={"color": colour, "dash": DASHES[index % len(DASHES)], "width": 2},
-                                 hovertemplate="%{x}: %{y:.4f}<extra>" + name + "</extra>"))
+        figure.add_trace(
+            scatter(
+                x=steps,
+                y=losses,
+                name=name,
+                mode="lines",
+                line={"color": colour, "dash": DASHES[index % len(DASHES)], "width": 2},
+                hovertemplate="%{x}: %{y:.4f}<extra>" + name + "</extra>",
+            )
+        )
     figure.update_layout(showlegend=True)
     return figure
 

@@ -77,8 +77,18 @@ class BatchedAttention:
         self.lengths += moving
         return self._places[1][:, None]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None,
-               softcap: float | None = None, sink: Tensor | None = None, layer: int = 0) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """Attention within each prompt (1, n, H, D), or of one token a row (B, 1, H, D); called by each layer.
 
         Args:
@@ -95,8 +105,10 @@ class BatchedAttention:
             ValueError: A sliding window, capped scores or sinks.
         """
         if window is not None or softcap or sink is not None:
-            raise ValueError("A model with sliding windows, capped scores or attention sinks can't answer in batches: "
-                             "ask for one prompt at a time (--batch 1).")
+            raise ValueError(
+                "A model with sliding windows, capped scores or attention sinks can't answer in batches: "
+                "ask for one prompt at a time (--batch 1)."
+            )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         self._write(layer, k, v)
         if self._packed is not None:
@@ -116,7 +128,7 @@ class BatchedAttention:
 
     def _attend_token(self, q: Tensor, scale: float, layer: int) -> Tensor:
         """(B, 1, H, D). The query heads of a kv head stand as its queries, so no key is copied."""
-        keys, values = (x[:, :, :self._mask.shape[1]] for x in self._buffers[layer])  # (B, K, T, D)
+        keys, values = (x[:, :, : self._mask.shape[1]] for x in self._buffers[layer])  # (B, K, T, D)
         queries = q[:, 0].unflatten(1, (keys.shape[1], -1))  # (B, K, G, D)
         if self._bias is None:  # the same for all layers
             self._bias = torch.zeros_like(self._mask, dtype=q.dtype).masked_fill_(~self._mask, float("-inf"))
@@ -128,7 +140,7 @@ class BatchedAttention:
         return out.flatten(1, 2)[:, None]
 
 
-def rows_at_once(model: PreTrainedModel, capacity: int, batch: int | None) -> int:
+def batch_that_fits(model: PreTrainedModel, capacity: int, batch: int | None) -> int:
     """How many prompts of up to `capacity` tokens to answer together.
 
     Args:
@@ -154,14 +166,23 @@ def rows_at_once(model: PreTrainedModel, capacity: int, batch: int | None) -> in
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * kv_heads * head_size * model.dtype.itemsize * (capacity + BLOCK)
-    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device) \
+    free = (
+        torch.cuda.mem_get_info(model.device)[0]
+        + torch.cuda.memory_reserved(model.device)
         - torch.cuda.memory_allocated(model.device)
+    )
     return max(1, int(SHARE * free) // each)
 
 
 @torch.no_grad()
-def generate_together(model: PreTrainedModel, prompts: Sequence[Sequence[int]], budgets: Sequence[int], *,
-                      stop: set[int] | None = None, packed: int = PACKED) -> list[list[int]]:
+def generate_together(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    *,
+    stop: set[int] | None = None,
+    packed: int = PACKED,
+) -> list[list[int]]:
     """Continue each prompt with the most likely token at each step.
 
     Args:
@@ -181,8 +202,9 @@ def generate_together(model: PreTrainedModel, prompts: Sequence[Sequence[int]], 
     check_model(model)
     whole = len(prompts) == len(budgets) and all(len(prompt) for prompt in prompts)
     if not prompts or not whole or min(budgets) < 1:
-        raise ValueError("Batched answers need at least one prompt, a token in each, and a budget of one or more for "
-                         "each.")
+        raise ValueError(
+            "Batched answers need at least one prompt, a token in each, and a budget of one or more for each."
+        )
     if model.eval().config._attn_implementation != attention.NAME:
         model.set_attn_implementation(attention.NAME)
     stop = end_tokens(model) if stop is None else stop
@@ -217,8 +239,9 @@ def _passes(lengths: Sequence[int], packed: int) -> list[list[int]]:
     return passes
 
 
-def _read(model: PreTrainedModel, context: BatchedAttention, prompts: Sequence[Sequence[int]],
-          rows: Sequence[int]) -> Tensor:
+def _read(
+    model: PreTrainedModel, context: BatchedAttention, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+) -> Tensor:
     """Read some prompts in one pass; the most likely next token of each, (b,)."""
     ids = torch.tensor([[token for row in rows for token in prompts[row]]], device=model.device)  # (1, n)
     lengths = [len(prompts[row]) for row in rows]
@@ -229,5 +252,6 @@ def _read(model: PreTrainedModel, context: BatchedAttention, prompts: Sequence[S
 
 def _logits(model: PreTrainedModel, context: BatchedAttention, ids: Tensor, positions: Tensor, keep: Any) -> Tensor:
     """Logits of some positions, for ids and positions of one shape."""
-    return model(input_ids=ids, position_ids=positions, use_cache=False, attention_context=context,
-                 logits_to_keep=keep).logits
+    return model(
+        input_ids=ids, position_ids=positions, use_cache=False, attention_context=context, logits_to_keep=keep
+    ).logits

@@ -103,11 +103,23 @@ class CachedAttention:
         if self._layout is None:
             owner = min(range(self.ranks), key=lambda rank: (self.counts[rank], rank))
             return [[(0, 1)] if rank == owner else [] for rank in range(self.ranks)]
-        return [[(start, min(stop, self._tokens)) for start, stop in self._layout.pieces(rank) if start < self._tokens]
-                for rank in range(self.ranks)]
+        return [
+            [(start, min(stop, self._tokens)) for start, stop in self._layout.pieces(rank) if start < self._tokens]
+            for rank in range(self.ranks)
+        ]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None,
-               softcap: float | None = None, sink: Tensor | None = None, layer: int = 0) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """Attention of the pass's tokens with themselves and all before; called by each layer.
 
         Args:
@@ -127,8 +139,10 @@ class CachedAttention:
             ValueError: A sliding window, or a full cache.
         """
         if window is not None:
-            raise ValueError(f"This model has a sliding window of {window} tokens: it can't be read over several GPUs "
-                             "or with an 8-bit cache. Leave --gpus and --kv away.")
+            raise ValueError(
+                f"This model has a sliding window of {window} tokens: it can't be read over several GPUs "
+                "or with an 8-bit cache. Leave --gpus and --kv away."
+            )
         rule = Rule(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap or None)
         out, lse = self._one(q, k, v, rule, layer) if self._layout is None else self._chunk(q, k, v, rule, layer)
         if sink is not None:
@@ -143,8 +157,10 @@ class CachedAttention:
     def _one(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, layer: int) -> Pair:
         """One token, the same everywhere: each process attends to what it holds, all join all results."""
         self._write(k, v, layer)
-        counts = [have + sum(stop - start for start, stop in new)
-                  for have, new in zip(self.counts, self._new_pieces(), strict=True)]
+        counts = [
+            have + sum(stop - start for start, stop in new)
+            for have, new in zip(self.counts, self._new_pieces(), strict=True)
+        ]
         part = self._with_cache(q, rule, layer, counts[self.rank])
         wide = accumulator(q.dtype)
         out, lse = torch.zeros_like(q, dtype=wide), q.new_full((q.shape[0], q.shape[2], 1), float("-inf"), dtype=wide)

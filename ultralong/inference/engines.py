@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.inference.batched import generate_together, rows_at_once
+from ultralong.inference.batched import batch_that_fits, generate_together
 from ultralong.inference.generate import generate_greedy
 from ultralong.inference.shared_prefix import SharedPrefix
 
@@ -66,7 +66,7 @@ class OwnEngine:
         model: A causal language model; it is put into eval mode.
         tokenizer: Its tokenizer.
         chunk: Tokens of one prefill pass; None takes a prompt at once.
-        batch: Prompts to answer together; None takes as many as fit on a GPU (`batched.rows_at_once`), one on a CPU.
+        batch: Prompts to answer together; None takes as many as fit on a GPU (`batched.batch_that_fits`), one on a CPU.
 
     Raises:
         ValueError: A batch below 1.
@@ -74,8 +74,13 @@ class OwnEngine:
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None,
-                 batch: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        chunk: int | None = None,
+        batch: int | None = None,
+    ) -> None:
         if batch is not None and batch < 1:
             raise ValueError(f"A batch holds at least one prompt, got {batch}.")
         self.model, self.tokenizer, self.chunk, self.batch = model.eval(), tokenizer, chunk, batch
@@ -84,7 +89,7 @@ class OwnEngine:
     def at_once(self, capacity: int) -> int:
         """See `Engine`."""
         self._shared = None  # its memory is what a batch may take
-        return rows_at_once(self.model, capacity, self.batch)
+        return batch_that_fits(self.model, capacity, self.batch)
 
     def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
         """See `Engine`."""
@@ -119,14 +124,24 @@ class VllmEngine(OneByOne):
 
     name = "vllm"
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, length: int, *, gpus: int = 1,
-                 kv_dtype: str = "auto", chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        *,
+        gpus: int = 1,
+        kv_dtype: str = "auto",
+        chunk: int | None = None,
+    ) -> None:
         try:
             self._vllm = importlib.import_module("vllm")
         except ModuleNotFoundError as error:
-            raise ImportError("vllm is needed for this engine and is not installed. It pins the torch that it was "
-                              "built for: make an environment of its own (pip install vllm), install ultralong into "
-                              "that, or leave --engine away.") from error
+            raise ImportError(
+                "vllm is needed for this engine and is not installed. It pins the torch that it was "
+                "built for: make an environment of its own (pip install vllm), install ultralong into "
+                "that, or leave --engine away."
+            ) from error
         self.tokenizer = tokenizer
         options: dict[str, Any] = {"max_num_seqs": 1, "enable_prefix_caching": True, "kv_cache_dtype": kv_dtype}
         if chunk is not None:

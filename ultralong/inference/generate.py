@@ -38,7 +38,8 @@ class PreallocatedLayer(DynamicLayer):
         super().lazy_initialization(key_states, value_states)
         self.key_buffer, self.value_buffer = (
             states.new_empty(*states.shape[:2], self.capacity, states.shape[3])  # (B, H, C, D)
-            for states in (key_states, value_states))
+            for states in (key_states, value_states)
+        )
         self.keys, self.values = self.key_buffer[:, :, :0], self.value_buffer[:, :, :0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -52,8 +53,9 @@ class PreallocatedLayer(DynamicLayer):
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self.capacity:
-            raise ValueError(f"The key-value cache holds {self.capacity:,} tokens and {end:,} were given: "
-                             "make it larger.")
+            raise ValueError(
+                f"The key-value cache holds {self.capacity:,} tokens and {end:,} were given: make it larger."
+            )
         self.key_buffer[:, :, start:end] = key_states
         self.value_buffer[:, :, start:end] = value_states
         self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]  # (B, H, end, D)
@@ -88,8 +90,9 @@ def _forward(model: PreTrainedModel, input_ids: Tensor, cache: Cache | None, kee
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, input_ids: Tensor, *, keep: int = 1, chunk: int | None = None,
-            cache: Cache | None = None) -> Tensor:
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor, *, keep: int = 1, chunk: int | None = None, cache: Cache | None = None
+) -> Tensor:
     """Run a prompt through the model and return the logits of its last `keep` positions.
 
     Args:
@@ -117,7 +120,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, *, keep: int = 1, chunk: 
     done = 0
     while tokens - done > max(chunk, keep):
         step = min(chunk, tokens - done - keep)
-        _forward(model, input_ids[:, done:done + step], cache, 1)
+        _forward(model, input_ids[:, done : done + step], cache, 1)
         done += step
     return _forward(model, input_ids[:, done:], cache, keep)
 
@@ -130,8 +133,15 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 @torch.inference_mode()
-def generate_greedy(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, *, chunk: int | None = None,
-                    stop: set[int] | None = None, shared: SharedPrefix | None = None) -> list[list[int]]:
+def generate_greedy(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    chunk: int | None = None,
+    stop: set[int] | None = None,
+    shared: SharedPrefix | None = None,
+) -> list[list[int]]:
     """Continue each prompt with the most likely token at each step.
 
     Equal to `model.generate(do_sample=False)` on prompts of one length, with memory bounded as said on top.
@@ -156,8 +166,9 @@ def generate_greedy(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: i
     capacity = input_ids.shape[1] + max_new_tokens
     cache, done = (make_cache(model, capacity), 0) if shared is None else shared.start(input_ids, capacity)
     token = prefill(model, input_ids[:, done:], chunk=chunk, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (B, 1)
-    return greedy(token, lambda last: _forward(model, last, cache, 1)[:, -1].argmax(-1, keepdim=True), max_new_tokens,
-                  stop)
+    return greedy(
+        token, lambda last: _forward(model, last, cache, 1)[:, -1].argmax(-1, keepdim=True), max_new_tokens, stop
+    )
 
 
 def greedy(token: Tensor, following: Callable[[Tensor], Tensor], most: int, stop: Collection[int]) -> list[list[int]]:

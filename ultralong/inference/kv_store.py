@@ -56,8 +56,11 @@ class Buffer:
         shape = (like.shape[0], capacity, *like.shape[2:])
         if kv == "auto":
             return cls(like.new_empty(shape), None, like.dtype)
-        return cls(torch.empty(shape, dtype=EIGHT_BITS, device=like.device),
-                   torch.empty((*shape[:3], 1), dtype=torch.bfloat16, device=like.device), like.dtype)
+        return cls(
+            torch.empty(shape, dtype=EIGHT_BITS, device=like.device),
+            torch.empty((*shape[:3], 1), dtype=torch.bfloat16, device=like.device),
+            like.dtype,
+        )
 
     def write(self, start: int, x: Tensor) -> None:
         """Put (B, t, K, D) at tokens `start` and after."""
@@ -102,8 +105,10 @@ class KvStore:
             ValueError: They do not fit.
         """
         if start + k.shape[1] > self.capacity:
-            raise ValueError(f"The key-value cache holds {self.capacity:,} tokens and {start + k.shape[1]:,} were "
-                             "given: make it larger.")
+            raise ValueError(
+                f"The key-value cache holds {self.capacity:,} tokens and {start + k.shape[1]:,} were "
+                "given: make it larger."
+            )
         if layer not in self.layers:
             self.layers[layer] = Buffer.make(k, self.capacity, self.kv), Buffer.make(v, self.capacity, self.kv)
         for buffer, x in zip(self.layers[layer], (k, v), strict=True):

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ultralong import attention
 
 
-def open_weights(model: str | os.PathLike[str], device: str = "auto",
-                 dtype: torch.dtype | None = None) -> PreTrainedModel:
+def open_weights(
+    model: str | os.PathLike[str], device: str = "auto", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A causal language model with this library's attention, in evaluation mode.
 
     Args:

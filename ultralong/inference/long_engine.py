@@ -39,14 +39,25 @@ class LongEngine(OneByOne):
         ValueError: As for `LongReader`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: Group | None = None, *,
-                 kv: str = "auto", chunk: int | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        group: Group | None = None,
+        *,
+        kv: str = "auto",
+        chunk: int | None = None,
+        quiet: bool = False,
+    ) -> None:
         self.model, self.tokenizer, self.group = model, tokenizer, group
         self.options = {"kv": kv, "chunk": chunk, "quiet": quiet}
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self._reader: LongReader | None = LongReader(model, 1, group, **self.options)  # refuses what it cannot read
-        self.name = "transformers" + (f", {self.ranks} processes" if self.ranks > 1 else "") \
+        self.name = (
+            "transformers"
+            + (f", {self.ranks} processes" if self.ranks > 1 else "")
             + (", 8-bit keys and values" if kv == "fp8" else "")
+        )
 
     def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
         """See `Engine`; on the first process only."""
@@ -79,8 +90,16 @@ class LongEngine(OneByOne):
         return self._reader.generate(prompt, max_new_tokens)[0]
 
 
-def with_model(work: Work, model: str, *, gpus: int = 1, kv: str = "auto", chunk: int | None = None,
-               device: str = "auto", quiet: bool = False) -> Any:
+def with_model(
+    work: Work,
+    model: str,
+    *,
+    gpus: int = 1,
+    kv: str = "auto",
+    chunk: int | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Any:
     """Open a model on one or several GPUs and let `work(model, tokenizer, engine)` ask it.
 
     Under torchrun its processes are used; otherwise they are started here. On a CPU, asked for by name, they are
@@ -106,8 +125,10 @@ def with_model(work: Work, model: str, *, gpus: int = 1, kv: str = "auto", chunk
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu" if gpus == 1 else "cuda"
     if gpus < 1 or (device == "cuda" and gpus > torch.cuda.device_count()):
-        raise ValueError(f"{gpus} GPUs were asked for and this machine has {torch.cuda.device_count()}: give --gpus "
-                         "what it has, or --device cpu to try it out with processes.")
+        raise ValueError(
+            f"{gpus} GPUs were asked for and this machine has {torch.cuda.device_count()}: give --gpus "
+            "what it has, or --device cpu to try it out with processes."
+        )
     arguments = (work, model, kv, chunk, device, quiet)
     if dist.is_torchelastic_launched():
         found = _in_torchrun(gpus, arguments, device)
@@ -123,19 +144,24 @@ def with_model(work: Work, model: str, *, gpus: int = 1, kv: str = "auto", chunk
 def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=WEEK),
-                            pg_options=nccl_options() if device == "cuda" else None)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        timeout=timedelta(seconds=WEEK),
+        pg_options=nccl_options() if device == "cuda" else None,
+    )
     try:
         if dist.get_world_size() != gpus:
-            return ValueError(f"torchrun started {dist.get_world_size()} processes and --gpus says {gpus}: give both "
-                              "the same number.")
+            return ValueError(
+                f"torchrun started {dist.get_world_size()} processes and --gpus says {gpus}: give both the same number."
+            )
         return _open_and_work(dist.get_rank(), gpus, *arguments)
     finally:
         dist.destroy_process_group()
 
 
-def _open_and_work(rank: int, world: int, work: Work, model: str, kv: str, chunk: int | None, device: str,
-                   quiet: bool) -> Any:
+def _open_and_work(
+    rank: int, world: int, work: Work, model: str, kv: str, chunk: int | None, device: str, quiet: bool
+) -> Any:
     """One process's part: the first one works, the others follow. What a user did wrong is returned, not raised."""
     try:
         where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device

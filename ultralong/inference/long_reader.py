@@ -45,8 +45,17 @@ class LongReader:
         ValueError: A model with sliding windows or other special layers, a chunk below one token, or another `kv`.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, group: Group | None = None, *, kv: str = "auto",
-                 chunk: int | None = None, kernel: str = "auto", quiet: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        group: Group | None = None,
+        *,
+        kv: str = "auto",
+        chunk: int | None = None,
+        kernel: str = "auto",
+        quiet: bool = False,
+    ) -> None:
         check_model(model)
         if chunk is not None and chunk < 1:
             raise ValueError(f"A prefill chunk must hold at least one token, got {chunk}.")
@@ -83,8 +92,12 @@ class LongReader:
         self._ids = None  # until this prompt is read whole
         starts = range(self.reused, tokens, self.chunk)
         logits = None
-        with progress(total=_work(tokens) - _work(self.reused), desc=f"reading {tokens:,} tokens", bar_format=BAR,
-                      quiet=self.quiet or tokens - self.reused < SHOWN or self.context.rank > 0) as bar:
+        with progress(
+            total=_work(tokens) - _work(self.reused),
+            desc=f"reading {tokens:,} tokens",
+            bar_format=BAR,
+            quiet=self.quiet or tokens - self.reused < SHOWN or self.context.rank > 0,
+        ) as bar:
             for start in starts:
                 stop = min(start + self.chunk, tokens)
                 logits = self._pass(input_ids[:, start:stop])
@@ -118,8 +131,10 @@ class LongReader:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         if input_ids.shape[1] + max_new_tokens > self.capacity:
-            raise ValueError(f"There is room for {self.capacity:,} tokens; a prompt of {input_ids.shape[1]:,} and "
-                             f"{max_new_tokens:,} new tokens do not fit.")
+            raise ValueError(
+                f"There is room for {self.capacity:,} tokens; a prompt of {input_ids.shape[1]:,} and "
+                f"{max_new_tokens:,} new tokens do not fit."
+            )
         stop = end_tokens(self.model) if stop is None else stop
         first = self._agreed(self.prefill(input_ids))
         answers = greedy(first, lambda last: self._agreed(self.step(last)), max_new_tokens, stop)
@@ -131,8 +146,13 @@ class LongReader:
         context = self.context
         context.begin(ids.shape[1])
         _, place = context.last()
-        out = self.model(input_ids=context.shard(ids), position_ids=context.positions(ids.device), use_cache=False,
-                         attention_context=context, logits_to_keep=torch.tensor([place], device=ids.device))
+        out = self.model(
+            input_ids=context.shard(ids),
+            position_ids=context.positions(ids.device),
+            use_cache=False,
+            attention_context=context,
+            logits_to_keep=torch.tensor([place], device=ids.device),
+        )
         self._owner = context.last()[0]
         context.end()
         return out.logits[:, -1]
@@ -179,12 +199,16 @@ def check_model(model: PreTrainedModel) -> None:
         ValueError: Some layer does not see the whole text, or the model takes no chosen logits.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{type(model).__name__} can't leave out the logits of all but the last tokens: several GPUs, "
-                         "8-bit keys and values and batches are for models that can. Use --gpus 1 --batch 1.")
+        raise ValueError(
+            f"{type(model).__name__} can't leave out the logits of all but the last tokens: several GPUs, "
+            "8-bit keys and values and batches are for models that can. Use --gpus 1 --batch 1."
+        )
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds or window is not None:
         found = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
-        raise ValueError(f"{type(model).__name__} has {found}: several GPUs, 8-bit keys and values and batches are for "
-                         "models whose layers all see the whole text. Leave --gpus, --kv and --batch away.")
+        raise ValueError(
+            f"{type(model).__name__} has {found}: several GPUs, 8-bit keys and values and batches are for "
+            "models whose layers all see the whole text. Leave --gpus, --kv and --batch away."
+        )

@@ -71,8 +71,12 @@ class SharedPrefix:
         """Whether the cache has room, and holds what it should: a stopped prefill leaves it short."""
         layers = self._cache.layers if self._cache is not None else []
         return bool(layers) and all(
-            isinstance(layer, PreallocatedLayer) and layer.is_initialized and layer.capacity >= capacity
-            and layer.keys.shape[2] >= self.reused for layer in layers)
+            isinstance(layer, PreallocatedLayer)
+            and layer.is_initialized
+            and layer.capacity >= capacity
+            and layer.keys.shape[2] >= self.reused
+            for layer in layers
+        )
 
     def _keep(self, tokens: int) -> None:
         for layer in self._cache.layers if self._cache is not None else []:

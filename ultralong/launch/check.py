@@ -68,24 +68,32 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
 
 def mesh_problem(config: TrainConfig, world: int) -> str | None:
     """Why `world` processes cannot run this config, or None. The trainer refuses the same, but on allocated hosts."""
-    sequence = config.parallel.sequence
+    sequence = config.parallel.context_parallel_size
     if world % sequence:
-        return (f"{world} processes are not a multiple of parallel.sequence ({sequence}). Change the number of hosts "
-                f"or set parallel.sequence to a divisor of {world}.")
+        return (
+            f"{world} processes are not a multiple of parallel.context_parallel_size ({sequence}). Change the number "
+            f"of hosts or set parallel.context_parallel_size to a divisor of {world}."
+        )
     groups = world // sequence
-    if config.rows_per_step % (groups * config.rows_at_once):
-        return (f"rows_per_step ({config.rows_per_step}) is not a multiple of {groups} groups of processes x "
-                f"rows_at_once ({config.rows_at_once}). Set it to a multiple of {groups * config.rows_at_once}, or "
-                "raise parallel.sequence so that fewer groups work side by side.")
+    if config.global_batch_size % (groups * config.micro_batch_size):
+        return (
+            f"global_batch_size ({config.global_batch_size}) is not a multiple of {groups} groups of processes x "
+            f"micro_batch_size ({config.micro_batch_size}). Set it to a multiple of "
+            f"{groups * config.micro_batch_size}, or raise parallel.context_parallel_size so "
+            "that fewer groups work side by side."
+        )
     return None
 
 
 def _mesh(config: TrainConfig, world: int) -> str:
     if problem := mesh_problem(config, world):
         raise ValueError(problem)
-    groups = world // config.parallel.sequence
-    return (f"{world} processes: {groups} group{'s' * (groups > 1)} of {config.parallel.sequence} that share a row, "
-            f"{config.rows_per_step // groups} rows a step each")
+    groups = world // config.parallel.context_parallel_size
+    size = config.parallel.context_parallel_size
+    return (
+        f"{world} processes: {groups} group{'s' * (groups > 1)} of {size} that share a row, "
+        f"{config.global_batch_size // groups} rows a step each"
+    )
 
 
 def _model(config: TrainConfig) -> str:
@@ -93,8 +101,10 @@ def _model(config: TrainConfig) -> str:
     settings = _model_config(folder)
     weights = _weight_files(folder)
     if missing := [path.name for path in weights if not path.is_file()]:
-        raise ValueError(f"{folder} lacks {len(missing)} of its {len(weights)} weight files, such as {missing[0]}. "
-                         "Copy the model again.")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of its {len(weights)} weight files, such as {missing[0]}. "
+            "Copy the model again."
+        )
     size = sum(path.stat().st_size for path in weights)
     kind = settings.get("model_type", "unknown type")
     return f"{kind}, {size / GIB:.1f} GiB of weights, window {_window(settings):,}"
@@ -103,8 +113,10 @@ def _model(config: TrainConfig) -> str:
 def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a model folder here (no config.json). Hosts of a cluster often have no "
-                         "network: download the model into a folder that all of them see.")
+        raise ValueError(
+            f"{folder} is not a model folder here (no config.json). Hosts of a cluster often have no "
+            "network: download the model into a folder that all of them see."
+        )
     return read_json(path)
 
 
@@ -127,15 +139,17 @@ def _rows(config: TrainConfig) -> str:
     window = _window(_model_config(Path(config.model)))
     restart = folders[0].manifest.get("restart_positions", False)
     if lengths[0] > window > 0 and not restart:
-        raise ValueError(f"rows have {lengths[0]:,} tokens and the model's window is {window:,}. Extend the model "
-                         f"first: ultralong extend {config.model} --to {lengths[0]} --out NEW")
-    needed, there = config.steps * config.rows_per_step, sum(len(folder) for folder in folders)
+        raise ValueError(
+            f"rows have {lengths[0]:,} tokens and the model's window is {window:,}. Extend the model "
+            f"first: ultralong extend {config.model} --to {lengths[0]} --out NEW"
+        )
+    needed, there = config.steps * config.global_batch_size, sum(len(folder) for folder in folders)
     passes = needed / there
     return f"{there:,} rows of {lengths[0]:,} tokens; the run reads {needed:,} ({passes:.2f} passes)"
 
 
 def _sequence(config: TrainConfig) -> str:
-    ranks, scheme = config.parallel.sequence, config.parallel.scheme
+    ranks, scheme = config.parallel.context_parallel_size, config.parallel.scheme
     settings = _model_config(Path(config.model))
     settings = settings.get("text_config", settings)
     heads = settings["num_attention_heads"]
@@ -162,9 +176,11 @@ def _disk(config: TrainConfig) -> str:
         there = there.parent
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise ValueError(f"{config.out} needs {needed / GIB:.1f} GiB for {config.keep} checkpoints, one being written, "
-                         f"and the model; {free / GIB:.1f} GiB are free. Free some, set `keep` lower, or choose "
-                         "another `out`.")
+        raise ValueError(
+            f"{config.out} needs {needed / GIB:.1f} GiB for {config.keep} checkpoints, one being written, "
+            f"and the model; {free / GIB:.1f} GiB are free. Free some, set `keep` lower, or choose "
+            "another `out`."
+        )
     return f"{needed / GIB:.1f} GiB needed for checkpoints and the model, {free / GIB:.1f} GiB free"
 
 

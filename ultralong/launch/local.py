@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 
-def start(config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False,
-          command: str = "train") -> None:
+def start(
+    config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False, command: str = "train"
+) -> None:
     """Run `ultralong train CONFIG` (or `ultralong sft CONFIG`) on `processes` processes of this machine, and wait.
 
     With one process nothing is started: the run happens in a fresh interpreter all the same, so that what it leaves

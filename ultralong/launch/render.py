@@ -21,8 +21,9 @@ SCHEDULERS = ("torchrun", "slurm", "accelerate")
 RESUME = "To go on after a stop, start it again: it resumes from the newest checkpoint."
 
 
-def launch(config: TrainConfig, nodes: int, gpus_per_node: int, scheduler: str,
-           out: str | os.PathLike[str]) -> list[Path]:
+def launch(
+    config: TrainConfig, nodes: int, gpus_per_node: int, scheduler: str, out: str | os.PathLike[str]
+) -> list[Path]:
     """Write the scripts that start a run on several hosts, and the one config file that they all read.
 
     Args:
@@ -50,18 +51,35 @@ def launch(config: TrainConfig, nodes: int, gpus_per_node: int, scheduler: str,
     what = f"{run_name(config)}: {config.steps:,} steps on {nodes} host{'s' * (nodes > 1)} of {gpus_per_node} GPUs."
     settings.save(config, folder / "config.yaml", "Every setting of the run that the scripts beside this file start.")
     starter = "accelerate" if scheduler == "accelerate" else "torchrun"
-    run = _write(folder / "run.sh", (), _where(scheduler), what,
-                 {name: value for name, value in values.items() if name != "run_name" or starter == "torchrun"},
-                 ("site", "settings", starter, "newest", "loop"))
+    run = _write(
+        folder / "run.sh",
+        (),
+        _where(scheduler),
+        what,
+        {name: value for name, value in values.items() if name != "run_name" or starter == "torchrun"},
+        ("site", "settings", starter, "newest", "loop"),
+    )
     written = [run, folder / "config.yaml"]
     if scheduler == "accelerate":
         write_text(folder / "accelerate.yaml", _accelerate(nodes, gpus_per_node))
         written.append(folder / "accelerate.yaml")
     if scheduler == "slurm":
-        job = _write(folder / "job.sbatch", _directives(nodes, gpus_per_node), "Submit it with submit.sh.", what,
-                     {name: values[name] for name in ("run_name", "run_folder")}, ("newest", "job"))
-        submit = _write(folder / "submit.sh", (), "Run it once, on a host that has sbatch: ./submit.sh [--dry-run]",
-                        what, {name: values[name] for name in ("nodes", "gpus_per_node", "run_name")}, ("submit",))
+        job = _write(
+            folder / "job.sbatch",
+            _directives(nodes, gpus_per_node),
+            "Submit it with submit.sh.",
+            what,
+            {name: values[name] for name in ("run_name", "run_folder")},
+            ("newest", "job"),
+        )
+        submit = _write(
+            folder / "submit.sh",
+            (),
+            "Run it once, on a host that has sbatch: ./submit.sh [--dry-run]",
+            what,
+            {name: values[name] for name in ("nodes", "gpus_per_node", "run_name")},
+            ("submit",),
+        )
         written = [submit, job, *written]
     return written
 
@@ -77,13 +95,28 @@ def _where(scheduler: str) -> str:
     return "Start it on each host: ./run.sh [--dry-run]"
 
 
-def _write(path: Path, directives: tuple[str, ...], how: str, what: str, values: Mapping[str, int | str],
-           pieces: tuple[str, ...]) -> Path:
+def _write(
+    path: Path,
+    directives: tuple[str, ...],
+    how: str,
+    what: str,
+    values: Mapping[str, int | str],
+    pieces: tuple[str, ...],
+) -> Path:
     """Write an executable script: header, values, pieces."""
-    header = ["#!/usr/bin/env bash", *directives, f"# {what}", f"# {how}", f"# {RESUME}",
-              f"# Rendered by ultralong {__version__}; to change it, render it again (ultralong launch).",
-              # A quoted value may hold a dollar sign, and a function may be called by a trap only; both are meant.
-              "# shellcheck disable=SC2016,SC2329", "set -euo pipefail", "", "# ---- Values of the run."]
+    header = [
+        "#!/usr/bin/env bash",
+        *directives,
+        f"# {what}",
+        f"# {how}",
+        f"# {RESUME}",
+        f"# Rendered by ultralong {__version__}; to change it, render it again (ultralong launch).",
+        # A quoted value may hold a dollar sign, and a function may be called by a trap only; both are meant.
+        "# shellcheck disable=SC2016,SC2329",
+        "set -euo pipefail",
+        "",
+        "# ---- Values of the run.",
+    ]
     assigned = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
     folder = resources.files("ultralong.launch").joinpath("pieces")
     body = [folder.joinpath(f"{name}.sh").read_text(encoding="utf-8").strip("\n") for name in pieces]
@@ -115,9 +148,15 @@ def _directives(nodes: int, gpus_per_node: int) -> tuple[str, ...]:
 def _accelerate(nodes: int, gpus_per_node: int) -> str:
     """What accelerate reads: only the shape of the job, as everything else is in config.yaml."""
     content = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": nodes,
-        "num_processes": nodes * gpus_per_node, "machine_rank": 0, "rdzv_backend": "c10d", "same_network": False,
-        "mixed_precision": "no", "use_cpu": False,
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",
+        "num_machines": nodes,
+        "num_processes": nodes * gpus_per_node,
+        "machine_rank": 0,
+        "rdzv_backend": "c10d",
+        "same_network": False,
+        "mixed_precision": "no",
+        "use_cpu": False,
     }
     note = "# Only the shape of the job. Precision and all else is in config.yaml, which the trainer reads.\n"
     return note + yaml.safe_dump(content, sort_keys=False)

@@ -38,8 +38,13 @@ def violations(notebook: Any, source_path: Path, settings: Settings) -> list[str
         settings: Its entry of `ci.yml`.
     """
     source = read_source(source_path)
-    return [*_source_rules(source, source_path), *_in_sync(notebook, source), *_output_rules(notebook),
-            *_size(notebook), *_values(notebook, settings)]
+    return [
+        *_source_rules(source, source_path),
+        *_in_sync(notebook, source),
+        *_output_rules(notebook),
+        *_size(notebook),
+        *_values(notebook, settings),
+    ]
 
 
 def _source_rules(source: Any, path: Path) -> Iterator[str]:
@@ -69,8 +74,7 @@ def _source_rules(source: Any, path: Path) -> Iterator[str]:
 
 
 def _links(text: str, path: Path) -> Iterator[str]:
-    targets = {unquote(target.split("#")[0]) for target in LINK.findall(text)
-               if not re.match(r"[a-z]+:|#", target)}
+    targets = {unquote(target.split("#")[0]) for target in LINK.findall(text) if not re.match(r"[a-z]+:|#", target)}
     for target in sorted(targets):
         # A notebook's own file is written after these checks, so a link to it stands on its source.
         there = path.parent / target
@@ -89,8 +93,11 @@ def _parameters(source: Any) -> Iterator[str]:
         yield f"has {len(cells)} cells with the tag `parameters`; it needs exactly one."
         return
     text = cells[0].source
-    commented = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
-                 if token.type == tokenize.COMMENT}
+    commented = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    }
     names = []
     for statement in ast.parse(text).body:
         line = ast.unparse(statement)
@@ -136,9 +143,10 @@ def _output_rules(notebook: Any) -> Iterator[str]:
                 yield f"holds a warning or a log on standard error, from: {_first(cell)}: {output.text.strip()[:200]}"
             yield from _bundle_rules(output.get("data", {}), _first(cell))
             text = output.get("text", "") + "".join(
-                str(part) for kind, part in output.get("data", {}).items() if kind.startswith("text/"))
+                str(part) for kind, part in output.get("data", {}).items() if kind.startswith("text/")
+            )
             if found := MACHINE_PATH.search(text) or ADDRESS.search(text):
-                around = text[max(0, found.start() - 20):found.end() + 40]
+                around = text[max(0, found.start() - 20) : found.end() + 40]
                 yield f"shows something of the machine that ran it, from: {_first(cell)}: ...{around}"
 
 

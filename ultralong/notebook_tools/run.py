@@ -22,13 +22,24 @@ from ultralong.utils.files import write_text
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 # papermill stops without kernelspec.language, and nbconvert writes .txt without language_info; no version, as the
 # executed file has to come out the same on each Python that is supported.
-LANGUAGE = {"codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "mimetype": "text/x-python",
-            "name": "python", "nbconvert_exporter": "python", "pygments_lexer": "ipython3"}
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+(it|ex)?\s?\[\d\d:\d\d")
 # One thread, so that a small notebook is as fast on a busy machine; the hash seed, so that sets print alike.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false",
-               "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "JUPYTER_PREFER_ENV_PATH": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
 
 
 def read_source(path: str | os.PathLike[str]) -> Any:
@@ -90,9 +101,16 @@ def execute(path: str | os.PathLike[str], parameters: Mapping[str, Any], timeout
         plain, executed = _write(read_source(path), Path(folder) / "in.ipynb"), Path(folder) / "out.ipynb"
         os.environ.update(ENVIRONMENT)
         try:
-            papermill.execute_notebook(str(plain), str(executed), parameters=dict(parameters), kernel_name="python3",
-                                       cwd=str(Path(path).parent), execution_timeout=timeout,
-                                       progress_bar=not quiet, log_output=False)
+            papermill.execute_notebook(
+                str(plain),
+                str(executed),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                cwd=str(Path(path).parent),
+                execution_timeout=timeout,
+                progress_bar=not quiet,
+                log_output=False,
+            )
         finally:
             os.environ.clear()
             os.environ.update(before)

@@ -91,5 +91,10 @@ def _parse(where: str, defaults: Mapping[str, Any], entry: Mapping[str, Any]) ->
         if not (isinstance(bounds, list) and len(bounds) == 2 and bounds[0] <= bounds[1]):
             raise ValueError(f"{where}: `expect` of {name} is [lowest, highest]; found {bounds!r}.")
         expect[name] = (bounds[0], bounds[1])
-    return Settings(timeout=merged["timeout"], needs=merged.get("needs", "cpu"), expect=expect,
-                    parameters=entry.get("parameters", {}), shared=defaults.get("parameters", {}))
+    return Settings(
+        timeout=merged["timeout"],
+        needs=merged.get("needs", "cpu"),
+        expect=expect,
+        parameters=entry.get("parameters", {}),
+        shared=defaults.get("parameters", {}),
+    )

@@ -25,8 +25,9 @@ def store(**values: float | int | str | bool) -> None:
         if type(value) not in (float, int, str, bool):
             kind = type(value).__name__
             raise ValueError(f"store({name}=...) got a {kind}: convert it with float(), int() or str().")
-    text = ", ".join(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}"
-                     for name, value in values.items())
+    text = ", ".join(
+        f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}" for name, value in values.items()
+    )
     ipython = require("IPython", extra="notebooks")
     if ipython.get_ipython() is None:
         print(text)

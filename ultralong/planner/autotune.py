@@ -49,14 +49,19 @@ def _bytes(job: Job) -> float:
 
 def _candidates(job: Job, gpu_memory: float, host: float) -> Iterator[Job]:
     """For each number of inputs kept, and of those moved: the plan that keeps the most results on the GPU."""
-    plain = replace(job.config.memory, checkpoint_layers=True)
+    plain = replace(job.config.memory, activation_checkpointing=True)
     for every in EVERY if plain.layer_tile else EVERY[:1]:
         inputs = -(-job.shape.layers // every)
         for away in sorted({0, min(inputs, math.floor(host / job.input_bytes))}):
             room = math.floor((host - away * job.input_bytes) / job.result_bytes)
             for kept in range(job.shape.layers, -1, -1):
-                memory = replace(plain, inputs_every=every, inputs_host=away, attention_kept=kept,
-                                 attention_host=min(job.shape.layers - kept, room))
+                memory = replace(
+                    plain,
+                    checkpoint_every=every,
+                    layer_inputs_offloaded=away,
+                    attention_outputs_on_gpu=kept,
+                    attention_outputs_offloaded=min(job.shape.layers - kept, room),
+                )
                 planned = replace(job, config=replace(job.config, memory=memory))
                 if _bytes(planned) <= gpu_memory or kept == 0:
                     yield planned

@@ -45,8 +45,17 @@ class Attention:
             del repeated
         return out, lse
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Any = None,
-                 sink: Any = None) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rule: Any = None,
+        sink: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v."""
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         if not self.stages:
@@ -71,6 +80,7 @@ class Attention:
 
     def _exchange(self, heads: Heads, q: Tensor, like_q: int, compute: Callable[[int], list[Tensor]]) -> None:
         """A stage's tensors leave and arrive in one buffer each, while the stage before it computes."""
+
         def trade(stage: int) -> list[Tensor]:
             count = like_q * heads.queries + 2 * heads.keys * heads.is_first(stage)
             return [_part(q, count) for _ in ("leaving", "arriving")] if stage < self.stages else []
@@ -130,8 +140,10 @@ class Heads:
 
 def _sums(q: Tensor, queries: int, keys: int) -> list[Tensor]:
     """Kernels sum gradients over blocks in float32 and hold out * dout summed over D."""
-    return [*(_part(q, heads, torch.float32) for heads in (queries, keys, keys)),
-            torch.empty((*q.shape[:2], queries), dtype=torch.float32, device=q.device)]
+    return [
+        *(_part(q, heads, torch.float32) for heads in (queries, keys, keys)),
+        torch.empty((*q.shape[:2], queries), dtype=torch.float32, device=q.device),
+    ]
 
 
 def _part(x: Tensor, heads: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -176,8 +188,15 @@ class _Attention(torch.autograd.Function):
         return ctx.scheme.backward(dout, *ctx.saved_tensors)
 
 
-def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              attention_context: Context, **kwargs: Any) -> tuple[Tensor, None]:
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attention_context: Context,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """What transformers calls in each layer: (B, H, T, D) in, (B, T, H, D) out."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):

@@ -39,8 +39,17 @@ class Gathered:
                 del part, statistic
         return out, lse
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Any = None,
-                 sink: Any = None) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rule: Any = None,
+        sink: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v; a round's shares of others' keys leave, and those of its own come, in float32."""
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         group, under_way = q.shape[2] // k.shape[2], list[Tensor]()
@@ -50,9 +59,11 @@ class Gathered:
             part = _like(q, q.shape[1], heads * group)
             for rows, keys in self._calls(q):
                 rounded = [_like(k, keys, heads) for _ in range(2)]
-                sums = [_like(q, rows, heads * group, torch.float32),
-                        *(_like(k, keys, heads, torch.float32) for _ in range(2)),
-                        lse.new_empty((q.shape[0], heads * group, rows))]
+                sums = [
+                    _like(q, rows, heads * group, torch.float32),
+                    *(_like(k, keys, heads, torch.float32) for _ in range(2)),
+                    lse.new_empty((q.shape[0], heads * group, rows)),
+                ]
                 piece = _like(q, rows, heads * group)
                 del rounded, sums, piece
             del part

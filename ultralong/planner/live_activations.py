@@ -41,7 +41,7 @@ def turns(job: Job) -> list[Turn]:
 
 
 def _turn(job: Job, layer: int) -> Turn:
-    (kept, moved, away), every = job.placed, job.config.memory.inputs_every
+    (kept, moved, away), every = job.placed, job.config.memory.checkpoint_every
     group = layer // every  # layers of one kept input, which is its first layer's
     on_device = max(0, group + 1 - away)  # of this group and those before
     made = layer - group * every

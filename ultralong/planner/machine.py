@@ -77,9 +77,11 @@ class Machine:
         wanted = names[0] if wanted == "auto" else wanted
         sizes = [size for name, size in self.attention if name == wanted]
         if not sizes:
-            raise ValueError(f"No rates of the attention kernel {kernel!r} on {self.name}; there are: "
-                             f"{', '.join(names)}. Measure them: python -m ultralong.bench.rates --json FILE, then "
-                             "plan with that file.")
+            raise ValueError(
+                f"No rates of the attention kernel {kernel!r} on {self.name}; there are: "
+                f"{', '.join(names)}. Measure them: python -m ultralong.bench.rates --json FILE, then "
+                "plan with that file."
+            )
         nearest = min((size for _, size in self.attention), key=lambda size: abs(size - head_dim))
         size = nearest if nearest in sizes else min(sizes, key=lambda size: abs(size - head_dim))
         rates = [_interpolate(self.attention[wanted, size], tokens, column) for column in (1, 2)]
@@ -103,14 +105,18 @@ def load_machine(name: str | os.PathLike[str]) -> Machine:
     if not path.is_file():
         path = Path(str(resources.files("ultralong.planner").joinpath("machines", f"{name}.json")))
     if not path.is_file():
-        raise ValueError(f"{name!r} is neither a known machine (h200, {', '.join(SCALED)}) nor a file of rates. "
-                         "Measure this machine: python -m ultralong.bench.rates --json FILE")
+        raise ValueError(
+            f"{name!r} is neither a known machine (h200, {', '.join(SCALED)}) nor a file of rates. "
+            "Measure this machine: python -m ultralong.bench.rates --json FILE"
+        )
     content = read_json(path)
     try:
         return _parse(content["machine"], content["rates"])
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} holds no rates ({type(error).__name__}: {error}). Write it with: python -m "
-                         "ultralong.bench.rates --json FILE") from error
+        raise ValueError(
+            f"{path} holds no rates ({type(error).__name__}: {error}). Write it with: python -m "
+            "ultralong.bench.rates --json FILE"
+        ) from error
 
 
 def _parse(facts: Mapping[str, Any], rates: Mapping[str, Sequence[Mapping[str, Any]]]) -> Machine:
@@ -118,14 +124,19 @@ def _parse(facts: Mapping[str, Any], rates: Mapping[str, Sequence[Mapping[str, A
     for row in rates["attention"]:
         if "forward_tflops" in row:
             attention.setdefault((row["kernel"], row["head_size"]), []).append(
-                (row["tokens"], row["forward_tflops"] * 1e12, row["backward_tflops"] * 1e12))
+                (row["tokens"], row["forward_tflops"] * 1e12, row["backward_tflops"] * 1e12)
+            )
     latency, bandwidth = _latency_and_bandwidth(rates["traffic"])
     return Machine(
-        name=facts["device"], basis="measured", memory=facts.get("memory_gib", 0.0) * GIB,
+        name=facts["device"],
+        basis="measured",
+        memory=facts.get("memory_gib", 0.0) * GIB,
         matmul=tuple((row["size"], row["tflops"] * 1e12) for row in rates["matmul"]),
-        latency=latency, bandwidth=bandwidth,
+        latency=latency,
+        bandwidth=bandwidth,
         attention={key: tuple(sorted(rows)) for key, rows in attention.items()},
-        launch=rates["launch"][0]["seconds"], update=rates["update"][0]["seconds_per_parameter"],
+        launch=rates["launch"][0]["seconds"],
+        update=rates["update"][0]["seconds_per_parameter"],
         link=rates["link"][0]["gbps"] * 1e9 if "link" in rates else math.inf,
         exchange=rates["exchange"][0]["gbps"] * 1e9 if "exchange" in rates else math.inf,
     )
@@ -136,11 +147,17 @@ def _scaled(name: str) -> Machine:
     base = load_machine("h200")
     compute, bandwidth, memory = SCALED[name]
     return replace(
-        base, name=name.upper(), basis="estimated", memory=memory * GIB, peak=base.peak * compute,
+        base,
+        name=name.upper(),
+        basis="estimated",
+        memory=memory * GIB,
+        peak=base.peak * compute,
         matmul=tuple((size, rate * compute) for size, rate in base.matmul),
         bandwidth=base.bandwidth * bandwidth,
-        attention={key: tuple((tokens, forward * compute, backward * compute) for tokens, forward, backward in rows)
-                   for key, rows in base.attention.items()},
+        attention={
+            key: tuple((tokens, forward * compute, backward * compute) for tokens, forward, backward in rows)
+            for key, rows in base.attention.items()
+        },
         update=base.update / bandwidth,
     )
 

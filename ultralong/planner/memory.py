@@ -1,12 +1,11 @@
 """Bytes of one configuration of the trainer, item by item.
 
-The trainer holds float32 parameters, gradients and two AdamW states, all of them on every GPU or shared out over
-`parallel.shard` of them (FSDP2), and shares a row between the `parallel.sequence` processes of a group. What a step
-needs beyond its states is not guessed from a formula: a step is followed on fake tensors through the model's own code
-(`ultralong.planner.trace`); what the memory plan keeps, moves or saves is then added and taken off. Of sharded runs
-every
-layer's turn in the backward pass is looked at (`ultralong.planner.live_activations`): inputs and results leave while
-gradients come, and where few inputs are kept and many made again the worst moment is not the first.
+The trainer holds float32 parameters, gradients and two AdamW states, all of them on every GPU or sharded over
+`parallel.fsdp_shard_degree` of them (FSDP2), and splits a row over `parallel.context_parallel_size` processes. What a
+step needs beyond its states is not guessed from a formula: a step is followed on fake tensors through the model's own
+code (`ultralong.planner.trace`); what the memory plan keeps, moves or saves is then added and taken off. Of sharded
+runs every layer's turn in the backward pass is looked at (`ultralong.planner.live_activations`): inputs and results
+leave while gradients come, and where few inputs are kept and many made again the worst moment is not the first.
 """
 
 from __future__ import annotations
@@ -32,13 +31,18 @@ IN_FLIGHT = 2  # moved tensors that are on the device all the same: one on its w
 def gpu_lines(job: Job) -> list[Line]:
     """Bytes on each GPU at the worst moment of a step."""
     count, states = job.shape.parameters / (job.shard or 1), job.config.optimizer.states
-    lines = [_line("parameters, float32", FLOAT * count),
-             _line(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
-             *(_followed_lines(job) if job.shard is None else _worst_moment(job))]
+    lines = [
+        _line("parameters, float32", FLOAT * count),
+        _line(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
+        *(_followed_lines(job) if job.shard is None else _worst_moment(job)),
+    ]
     tensors = sum(each.value for each in lines if each.counts)
     context = CONTEXT_BYTES + (NCCL_BYTES if job.gpus > 1 else 0.0)
-    return [*lines, Line("gpu", "free but in pieces", FRAGMENTED * tensors, "estimated", "bytes"),
-            Line("gpu", "CUDA context and libraries", context, "estimated", "bytes")]
+    return [
+        *lines,
+        Line("gpu", "free but in pieces", FRAGMENTED * tensors, "estimated", "bytes"),
+        Line("gpu", "CUDA context and libraries", context, "estimated", "bytes"),
+    ]
 
 
 def _line(name: str, value: float) -> Line:
@@ -50,21 +54,31 @@ def _followed_lines(job: Job) -> list[Line]:
 
     It held all inputs, and no result but the one in use.
     """
-    (kept, moved, away), every, layers = job.placed, job.config.memory.inputs_every, job.shape.layers
+    (kept, moved, away), every, layers = job.placed, job.config.memory.checkpoint_every, job.shape.layers
     lines = [_line("gradients and activations of a step", job.trace.peak)]
-    if job.config.memory.checkpoint_layers:
-        lines.append(Line("gpu", "layer inputs made for the backward pass", layers * job.input_bytes, "estimated",
-                          "bytes", counts=False))
+    if job.config.memory.activation_checkpointing:
+        lines.append(
+            Line(
+                "gpu",
+                "layer inputs made for the backward pass",
+                layers * job.input_bytes,
+                "estimated",
+                "bytes",
+                counts=False,
+            )
+        )
     if every > 1:
         made = job.inputs + min(every, layers) - 1  # a group's own inputs are made again together
-        lines.append(_line(f"inputs of {layers - made} layers made again later",
-                           -max(0, layers - made) * job.input_bytes))
+        lines.append(
+            _line(f"inputs of {layers - made} layers made again later", -max(0, layers - made) * job.input_bytes)
+        )
     if away:
         lines.append(_line(f"inputs of {away} layers on the host", -max(0, away - IN_FLIGHT) * job.input_bytes))
     if kept or moved:
         held = kept + min(moved, IN_FLIGHT) - (1 if job.config.memory.layer_tile else 0)
-        lines.append(_line(_results_of(kept, kept + moved),
-                           held * job.result_bytes + (kept + moved) * job.statistic_bytes))
+        lines.append(
+            _line(_results_of(kept, kept + moved), held * job.result_bytes + (kept + moved) * job.statistic_bytes)
+        )
     return lines
 
 
@@ -72,30 +86,44 @@ def _worst_moment(job: Job) -> list[Line]:
     """Of a sharded step: the loss, a layer's turn in the backward pass, or the end, when gradients are summed."""
     memory, count = job.config.memory, job.shape.parameters / job.shard
     outside = outside_parameters(job) * job.dtype.itemsize
-    inputs = job.shape.layers * job.input_bytes * memory.checkpoint_layers  # that the followed step held all the time
+    inputs = (
+        job.shape.layers * job.input_bytes * memory.activation_checkpointing
+    )  # that the followed step held all the time
     # A layer's gradients come when what it kept has gone; those of a second micro-batch are added to the first one's.
     each = FLOAT * layer_parameters(job) / job.shard
-    early = job.passes > 1 or not memory.checkpoint_layers
-    loss = [_line("gathered parameters outside of layers", outside),
-            _line("activations of the loss", job.trace.loss_peak - inputs)]
-    work = [_line("gathered parameters and a layer's gradients", _gathered_bytes(job)),
-            _line("activations of the layer at work", job.trace.backward_peak - inputs)]
+    early = job.passes > 1 or not memory.activation_checkpointing
+    loss = [
+        _line("gathered parameters outside of layers", outside),
+        _line("activations of the loss", job.trace.loss_peak - inputs),
+    ]
+    work = [
+        _line("gathered parameters and a layer's gradients", _gathered_bytes(job)),
+        _line("activations of the layer at work", job.trace.backward_peak - inputs),
+    ]
     moments = [[*loss, *_waiting(job, at_the_loss(job), FLOAT * count * (job.passes > 1))]]
     moments += [[*work, *_waiting(job, turn, FLOAT * count if early else each * turn.done)] for turn in turns(job)]
     # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
     ends = (job.dtype.itemsize + FLOAT) * outside_parameters(job)
-    moments.append([_line("gathered parameters and gradients outside of layers", outside + ends),
-                    _line("gradients, float32", FLOAT * count)])
+    moments.append(
+        [
+            _line("gathered parameters and gradients outside of layers", outside + ends),
+            _line("gradients, float32", FLOAT * count),
+        ]
+    )
     return max(moments, key=lambda lines: sum(line.value for line in lines))
 
 
 def _waiting(job: Job, turn: Turn, gradients: float) -> list[Line]:
     (kept, moved, _), lines = job.placed, []
-    if job.config.memory.checkpoint_layers:
+    if job.config.memory.activation_checkpointing:
         lines.append(_line(f"inputs of {turn.inputs} layers", turn.inputs * job.input_bytes))
     if kept or moved:
-        lines.append(_line(_results_of(turn.results, kept + moved),
-                           turn.results * job.result_bytes + (kept + moved) * job.statistic_bytes))
+        lines.append(
+            _line(
+                _results_of(turn.results, kept + moved),
+                turn.results * job.result_bytes + (kept + moved) * job.statistic_bytes,
+            )
+        )
     return [*lines, _line("gradients, float32", gradients)] if gradients else lines
 
 
@@ -119,12 +147,14 @@ def host_lines(job: Job) -> list[Line]:
     if away:
         lines.append(Line("host", f"inputs of {away} layers, pinned", away * job.input_bytes, "estimated", "bytes"))
     if moved:
-        lines.append(Line("host", f"attention results of {moved} layers, pinned", moved * job.result_bytes, "estimated",
-                          "bytes"))
+        lines.append(
+            Line("host", f"attention results of {moved} layers, pinned", moved * job.result_bytes, "estimated", "bytes")
+        )
     saved = (SAVED_BYTES + STATE_BYTES[job.config.optimizer.states]) * job.shape.parameters / (job.shard or 1)
     beyond = saved - sum(line.value for line in lines[1:])
     if beyond > 0:
         more = " beyond what was pinned" if len(lines) > 1 else ""
-        lines.append(Line("host", f"copies of model and states while a checkpoint is saved{more}", beyond, "estimated",
-                          "bytes"))
+        lines.append(
+            Line("host", f"copies of model and states while a checkpoint is saved{more}", beyond, "estimated", "bytes")
+        )
     return lines

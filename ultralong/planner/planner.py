@@ -25,9 +25,17 @@ STATES = ("tensors: parameters", "tensors: AdamW")  # there all the time
 SHORT = 65536  # below this a step's memory does not yet grow in a straight line with the row
 
 
-def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str = "h200", tokens: int | None = None,
-         gpu_memory: float | None = None, host_memory: float | None = None, price: float | None = None,
-         fit: bool = False) -> Plan:
+def plan(
+    config: TrainConfig,
+    gpus: int | None = None,
+    *,
+    machine: Machine | str = "h200",
+    tokens: int | None = None,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    price: float | None = None,
+    fit: bool = False,
+) -> Plan:
     """Estimate a run.
 
     Args:
@@ -50,7 +58,7 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
         ValueError: The model cannot be found, or the number of GPUs does not fit the config.
     """
     machine = load_machine(machine) if isinstance(machine, str) else machine
-    gpus = config.parallel.sequence if gpus is None else gpus
+    gpus = config.parallel.context_parallel_size if gpus is None else gpus
     _check_gpus(config, gpus)
     model = model_config(config.model)
     packed = tokens or _row_length(config)
@@ -62,16 +70,27 @@ def plan(config: TrainConfig, gpus: int | None = None, *, machine: Machine | str
         job = _with_memory(job, choose_memory(job, budget, host))
     steps = step_lines(job)
     seconds = sum(line.value for line in steps)
-    useful = job.shape.model_flops(tokens) * config.rows_per_step
+    useful = job.shape.model_flops(tokens) * config.global_batch_size
     lines = (*gpu_lines(job), *host_lines(job), *steps, *run_lines(job, seconds, price))
     growth = _Growth(job)
     return Plan(
-        model=Path(config.model).name, parameters=job.shape.parameters, tokens=tokens, gpus=gpus, machine=machine.name,
-        gpu_memory=budget, host_memory=host, lines=lines, memory=to_mapping(job.config.memory),
+        model=Path(config.model).name,
+        parameters=job.shape.parameters,
+        tokens=tokens,
+        gpus=gpus,
+        machine=machine.name,
+        gpu_memory=budget,
+        host_memory=host,
+        lines=lines,
+        memory=to_mapping(job.config.memory),
         mfu=useful / seconds / gpus / machine.peak,
-        longest=growth.longest(budget), advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)),
-        assumed="" if packed else f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
-                                  "For others pack them first, or pass --tokens N.")
+        longest=growth.longest(budget),
+        advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)),
+        assumed=""
+        if packed
+        else f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
+        "For others pack them first, or pass --tokens N.",
+    )
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,7 @@ class _Growth:
 
 def _longest(low: Job, high: Job, budget: float) -> int:
     """Tokens of one GPU that fit, by what two jobs do."""
+
     def total(steps: int) -> float:
         return _between(low, high, steps * STEP)
 
@@ -132,13 +152,17 @@ def _total(job: Job) -> float:
 
 
 def _check_gpus(config: TrainConfig, gpus: int) -> None:
-    sequence = config.parallel.sequence
+    sequence = config.parallel.context_parallel_size
     if gpus < 1 or gpus % sequence:
-        raise ValueError(f"{gpus} GPUs are not a multiple of parallel.sequence ({sequence}). Plan with a multiple of "
-                         f"it, or set parallel.sequence to a divisor of {gpus}.")
-    if config.rows_per_step % (gpus // sequence * config.rows_at_once):
-        raise ValueError(f"rows_per_step ({config.rows_per_step}) is not a multiple of {gpus // sequence} groups of "
-                         f"GPUs x rows_at_once ({config.rows_at_once}).")
+        raise ValueError(
+            f"{gpus} GPUs are not a multiple of parallel.context_parallel_size ({sequence}). Plan with a multiple of "
+            f"it, or set parallel.context_parallel_size to a divisor of {gpus}."
+        )
+    if config.global_batch_size % (gpus // sequence * config.micro_batch_size):
+        raise ValueError(
+            f"global_batch_size ({config.global_batch_size}) is not a multiple of {gpus // sequence} groups of "
+            f"GPUs x micro_batch_size ({config.micro_batch_size})."
+        )
 
 
 def _row_length(config: TrainConfig) -> int | None:
@@ -155,14 +179,20 @@ def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
     states = sum(line.value for line in gpu_lines(job) if line.name.startswith(STATES))
     if states * (1 + FRAGMENTED) > budget and job.shard is None:
         over = math.ceil(2 * states / budget)
-        return [*advice, f"Parameters and optimizer states alone take {states / GIB:.1f} GiB, as every GPU holds all "
-                         f"of them: share them out over {over} GPUs or more (parallel.shard={over}), take a smaller "
-                         "model, or GPUs with more memory."]
+        return [
+            *advice,
+            f"Parameters and optimizer states alone take {states / GIB:.1f} GiB, as every GPU holds all "
+            f"of them: share them out over {over} GPUs or more (parallel.fsdp_shard_degree={over}), take a smaller "
+            "model, or GPUs with more memory.",
+        ]
     if states * (1 + FRAGMENTED) > budget:
-        return [*advice, f"Parameters and optimizer states alone take {states / GIB:.1f} GiB over parallel.shard="
-                         f"{job.shard} GPUs: share them out over more."]
+        return [
+            *advice,
+            f"Parameters and optimizer states alone take {states / GIB:.1f} GiB over parallel.fsdp_shard_degree="
+            f"{job.shard} GPUs: share them out over more.",
+        ]
     saving, changes = job, []
-    for name, value in (("checkpoint_layers", True), ("layer_tile", 32768), ("inputs_host", -1)):
+    for name, value in (("activation_checkpointing", True), ("layer_tile", 32768), ("layer_inputs_offloaded", -1)):
         if name == "layer_tile" and (job.shard is None or job.share < 2 * value):
             continue  # a short row's feed-forward layer is not what is too large
         if getattr(saving.config.memory, name) in (False, 0) and _total(saving) > budget:
@@ -177,7 +207,7 @@ def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:
         # More GPUs than kv heads repeat them, more than heads gather them, and the line is not quite straight.
         tried = [_with_sequence(saving, times * sequence) for times in (1, 2, 4)]
         wider = next((job for job in tried if _total(job) <= budget), tried[-1])
-        change += f"{' and ' if change else ''}parallel.sequence={wider.sequence} on {wider.gpus} GPUs"
+        change += f"{' and ' if change else ''}parallel.context_parallel_size={wider.sequence} on {wider.gpus} GPUs"
         advice.append(_verdict(change, _total(wider), budget))
     if longest := growth.longest(budget):
         advice.append(f"Rows of {longest:,} tokens or fewer fit as it is.")
@@ -192,5 +222,7 @@ def _host_advice(lines: tuple[Line, ...], host: float | None) -> list[str]:
     needed = sum(line.value for line in lines if line.place == "host")
     if host is None or needed <= host:
         return []
-    return [f"The host's memory is short by {(needed - host) / GIB:.1f} GiB while a checkpoint is saved: take a host "
-            f"with {needed / GIB:.0f} GiB for that process, or a smaller model."]
+    return [
+        f"The host's memory is short by {(needed - host) / GIB:.1f} GiB while a checkpoint is saved: take a host "
+        f"with {needed / GIB:.0f} GiB for that process, or a smaller model."
+    ]

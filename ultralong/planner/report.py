@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-PLACES = {"gpu": "GPU memory, each", "host": "Host memory of the process that saves", "step": "Seconds of a step",
-          "run": "Whole run"}
+PLACES = {
+    "gpu": "GPU memory, each",
+    "host": "Host memory of the process that saves",
+    "step": "Seconds of a step",
+    "run": "Whole run",
+}
 
 
 @dataclass(frozen=True)
@@ -93,22 +97,40 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the names that measured rows use after `planned_`."""
         return {
-            "model": self.model, "parameters": self.parameters, "tokens": self.tokens, "gpus": self.gpus,
-            "machine": self.machine, "gpu_memory_gib": round(self.gpu_memory / GIB, 2),
+            "model": self.model,
+            "parameters": self.parameters,
+            "tokens": self.tokens,
+            "gpus": self.gpus,
+            "machine": self.machine,
+            "gpu_memory_gib": round(self.gpu_memory / GIB, 2),
             "planned_seconds_per_step": round(self.seconds_per_step, 4),
             "planned_mfu_causal": round(self.mfu, 4),
             "planned_peak_gpu_gib": round(self.allocated / GIB, 3),
             "planned_total_gpu_gib": round(self.total("gpu") / GIB, 3),
             "planned_peak_host_gib": round(self.total("host") / GIB, 3),
-            "planned_longest_row": self.longest, "memory": self.memory, "fits": self.fits, "advice": list(self.advice),
-            "lines": [{"place": line.place, "name": line.name, "value": line.value, "unit": line.unit,
-                       "basis": line.basis, "counts": line.counts} for line in self.lines],
+            "planned_longest_row": self.longest,
+            "memory": self.memory,
+            "fits": self.fits,
+            "advice": list(self.advice),
+            "lines": [
+                {
+                    "place": line.place,
+                    "name": line.name,
+                    "value": line.value,
+                    "unit": line.unit,
+                    "basis": line.basis,
+                    "counts": line.counts,
+                }
+                for line in self.lines
+            ],
         }
 
     def __str__(self) -> str:
         """The plan as text."""
-        parts = [f"{self.model}: {self.parameters / 1e9:.2f} billion parameters, rows of {self.tokens:,} tokens, "
-                 f"{self.gpus} x {self.machine}"]
+        parts = [
+            f"{self.model}: {self.parameters / 1e9:.2f} billion parameters, rows of {self.tokens:,} tokens, "
+            f"{self.gpus} x {self.machine}"
+        ]
         if self.assumed:
             parts.append(self.assumed)
         for place, title in PLACES.items():
@@ -120,11 +142,16 @@ class Plan:
                 there = f" of {limit / GIB:,.1f}" if limit else ""
                 parts.append(f"  {'total':60}{self.total(place) / GIB:12,.2f}{there} GiB")
             elif place == "step":
-                parts.append(f"  {'total':60}{self.seconds_per_step:12,.2f} s, {self.mfu:.1%} MFU (causal, no "
-                             "recomputation counted)")
+                parts.append(
+                    f"  {'total':60}{self.seconds_per_step:12,.2f} s, {self.mfu:.1%} MFU (causal, no "
+                    "recomputation counted)"
+                )
         chosen = ", ".join(f"{name}: {str(value).lower()}" for name, value in self.memory.items())
         parts += ["", f"memory: {{{chosen}}}"]
-        parts += ["", "measured: with rates measured on such a GPU; estimated: counted, or scaled by datasheets",
-                  f"Longest row that fits: {self.longest:,} tokens"]
+        parts += [
+            "",
+            "measured: with rates measured on such a GPU; estimated: counted, or scaled by datasheets",
+            f"Longest row that fits: {self.longest:,} tokens",
+        ]
         parts += ["", "It does not fit:", *(f"* {text}" for text in self.advice)] if self.advice else ["It fits."]
         return "\n".join(parts)

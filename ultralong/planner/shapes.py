@@ -16,24 +16,60 @@ _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5
 _SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 # Shapes of models that are planned for before anyone has downloaded them.
 KNOWN: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.1-8B": _LLAMA_3 | {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "head_dim": 128, "tie_word_embeddings": False},
-    "meta-llama/Llama-3.1-70B": _LLAMA_3 | {
-        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "head_dim": 128, "tie_word_embeddings": False},
-    "meta-llama/Llama-3.2-1B": _LLAMA_3 | {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "head_dim": 64, "tie_word_embeddings": True},
-    "meta-llama/Llama-3.2-3B": _LLAMA_3 | {
-        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-        "head_dim": 128, "tie_word_embeddings": True},
-    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2 | {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 64},
-    "HuggingFaceTB/SmolLM2-1.7B": _SMOLLM2 | {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "head_dim": 64},
+    "meta-llama/Llama-3.1-8B": _LLAMA_3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "meta-llama/Llama-3.1-70B": _LLAMA_3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "meta-llama/Llama-3.2-1B": _LLAMA_3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "meta-llama/Llama-3.2-3B": _LLAMA_3
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2
+    | {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    },
+    "HuggingFaceTB/SmolLM2-1.7B": _SMOLLM2
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 64,
+    },
 }
 
 
@@ -83,8 +119,10 @@ def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
-        raise ValueError(f"{name!r} is neither a model folder, nor a hub id that can be reached, nor a shape that the "
-                         f"planner knows: {', '.join(KNOWN)}.") from error
+        raise ValueError(
+            f"{name!r} is neither a model folder, nor a hub id that can be reached, nor a shape that the "
+            f"planner knows: {', '.join(KNOWN)}."
+        ) from error
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -101,9 +139,12 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Shape(
-        layers=text.num_hidden_layers, hidden=text.hidden_size, heads=text.num_attention_heads,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocabulary=head.shape[0], parameters=parameters,
+        vocabulary=head.shape[0],
+        parameters=parameters,
         multiplied=parameters if head is embedding else parameters - embedding.numel(),
     )

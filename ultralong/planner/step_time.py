@@ -15,7 +15,7 @@ LOSS_OPERATIONS = 12  # of a tile
 def step_lines(job: Job) -> list[Line]:
     """Seconds of one optimizer step."""
     machine, shape = job.machine, job.shape
-    passes = job.passes * job.config.rows_at_once
+    passes = job.passes * job.config.micro_batch_size
     forward, backward = _attention(job)
     again = forward * _again(job)
     head = 6.0 * job.share * shape.hidden * shape.vocabulary / machine.matmul_rate(shape.hidden)
@@ -26,11 +26,15 @@ def step_lines(job: Job) -> list[Line]:
     matmul = job.trace.multiplied / machine.matmul_rate(shape.hidden) * job.passes
     other = machine.traffic_seconds(job.trace.operations, job.trace.moved) * job.passes
     items = {
-        "attention, forward": forward * passes, "attention, computed again": again * passes,
-        "attention, backward": backward * passes, "matrix products of the decoder": matmul,
+        "attention, forward": forward * passes,
+        "attention, computed again": again * passes,
+        "attention, backward": backward * passes,
+        "matrix products of the decoder": matmul,
         "layer inputs made again": _made_again(job) * passes,
-        "head and loss": head * passes, "all else (memory traffic)": other,
-        "exchange between GPUs": _exchange(job) * passes, "sum of gradients over GPUs": _gradients(job),
+        "head and loss": head * passes,
+        "all else (memory traffic)": other,
+        "exchange between GPUs": _exchange(job) * passes,
+        "sum of gradients over GPUs": _gradients(job),
         "AdamW": machine.update * shape.parameters / (job.shard or 1),
     }
     _, moved, away = job.placed
@@ -45,7 +49,7 @@ def step_lines(job: Job) -> list[Line]:
 def _again(job: Job) -> float:
     """Share of the layers whose attention is computed again in the backward pass."""
     kept, moved, _ = job.placed
-    return (1 - (kept + moved) / job.shape.layers) if job.config.memory.checkpoint_layers else 0.0
+    return (1 - (kept + moved) / job.shape.layers) if job.config.memory.activation_checkpointing else 0.0
 
 
 def _made_again(job: Job) -> float:
@@ -94,11 +98,19 @@ def run_lines(job: Job, seconds: float, price: float | None) -> list[Line]:
     """The whole run: hours, GPU-hours and, with a price for a GPU-hour, its cost."""
     hours = seconds * job.config.steps / 3600
     basis = job.machine.basis
-    tokens = job.config.steps * job.config.rows_per_step * job.tokens
-    lines = [Line("run", "tokens", tokens / 1e6, "estimated", "million"), Line("run", "time", hours, basis, "h"),
-             Line("run", "GPU time", hours * job.gpus, basis, "GPU-hours"),
-             Line("run", "tokens a second and GPU", job.config.rows_per_step * job.tokens / seconds / job.gpus, basis,
-                  "tokens/s")]
+    tokens = job.config.steps * job.config.global_batch_size * job.tokens
+    lines = [
+        Line("run", "tokens", tokens / 1e6, "estimated", "million"),
+        Line("run", "time", hours, basis, "h"),
+        Line("run", "GPU time", hours * job.gpus, basis, "GPU-hours"),
+        Line(
+            "run",
+            "tokens a second and GPU",
+            job.config.global_batch_size * job.tokens / seconds / job.gpus,
+            basis,
+            "tokens/s",
+        ),
+    ]
     if price is not None:
         lines.append(Line("run", "cost, in the price's currency", hours * job.gpus * price, "estimated", ""))
     return lines

@@ -45,9 +45,21 @@ class Trace:
         return Trace(*(round(a + part * (b - a)) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
-          checkpoint_layers: bool = False, loss_tile: int = 2048, layer_tile: int = 0, exchanged: int = 0,
-          ranks: int = 1, gathered: bool = False, gradients_kept: bool = False, sharded: bool = False) -> Trace:
+def trace(
+    config: PreTrainedConfig,
+    tokens: int,
+    *,
+    rows: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    activation_checkpointing: bool = False,
+    loss_tile: int = 2048,
+    layer_tile: int = 0,
+    exchanged: int = 0,
+    ranks: int = 1,
+    gathered: bool = False,
+    gradients_kept: bool = False,
+    sharded: bool = False,
+) -> Trace:
     """Follow one micro-batch of the trainer on fake tensors.
 
     Args:
@@ -55,7 +67,7 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
         tokens: Tokens of a row on one rank.
         rows: Rows at a time.
         dtype: What the forward pass computes in; parameters are float32, as the trainer holds them.
-        checkpoint_layers: As in `MemoryConfig`.
+        activation_checkpointing: As in `MemoryConfig`.
         loss_tile: As in `MemoryConfig`.
         layer_tile: As in `MemoryConfig`.
         exchanged: Attention trades tokens for heads with other ranks, in this many stages; 0 where it does not.
@@ -67,8 +79,18 @@ def trace(config: PreTrainedConfig, tokens: int, *, rows: int = 1, dtype: torch.
     Returns:
         Its memory and work.
     """
-    options = (rows, dtype, checkpoint_layers, loss_tile, layer_tile, exchanged, ranks, gathered, gradients_kept,
-               sharded)
+    options = (
+        rows,
+        dtype,
+        activation_checkpointing,
+        loss_tile,
+        layer_tile,
+        exchanged,
+        ranks,
+        gathered,
+        gradients_kept,
+        sharded,
+    )
     layers = config.get_text_config().num_hidden_layers
     if not layer_tile or layers <= FOLLOWED[1]:
         return _traced(config, tokens, *options)
@@ -87,16 +109,27 @@ def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     return shallow
 
 
-def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype, checkpoint_layers: bool,
-            loss_tile: int, layer_tile: int, exchanged: int, ranks: int, gathered: bool, gradients_kept: bool,
-            sharded: bool) -> Trace:
+def _traced(
+    config: PreTrainedConfig,
+    tokens: int,
+    rows: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+    loss_tile: int,
+    layer_tile: int,
+    exchanged: int,
+    ranks: int,
+    gathered: bool,
+    gradients_kept: bool,
+    sharded: bool,
+) -> Trace:
     plain = _without_lengths(config)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         kept = dtype if sharded else torch.float32
         model = AutoModelForCausalLM.from_config(plain, dtype=kept, attn_implementation=NAME).train()
         if layer_tile:
-            Memory(model, MemoryConfig(checkpoint_layers=True, layer_tile=layer_tile))
-        elif checkpoint_layers:
+            Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=layer_tile))
+        elif activation_checkpointing:
             recompute_layers(model)
         if sharded:
             for parameter in model.parameters():
@@ -109,8 +142,9 @@ def _traced(config: PreTrainedConfig, tokens: int, rows: int, dtype: torch.dtype
             total = _loss(model, ids, dtype, loss_tile, Context(exchanged, ranks, gathered), sharded)
             before, tracker.peak = tracker.peak, tracker.live
             total.backward()
-            return Trace(max(before, tracker.peak), before, tracker.peak, tracker.multiplied, tracker.moved,
-                         tracker.operations)
+            return Trace(
+                max(before, tracker.peak), before, tracker.peak, tracker.multiplied, tracker.moved, tracker.operations
+            )
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -123,13 +157,15 @@ def _give_up(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _loss(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, context: Context,
-          sharded: bool = False) -> torch.Tensor:
+def _loss(
+    model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, loss_tile: int, context: Context, sharded: bool = False
+) -> torch.Tensor:
     narrow = dtype != torch.float32 and not sharded
     with torch.autocast("cpu", dtype=dtype) if narrow else contextlib.nullcontext():
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-        hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
-                                     attention_context=context).last_hidden_state
+        hidden = model.get_decoder()(
+            input_ids=ids, position_ids=positions, use_cache=False, attention_context=context
+        ).last_hidden_state
         return head_loss(hidden.flatten(0, 1), model.get_output_embeddings().weight, loss_tile, dtype)
 
 

@@ -64,8 +64,9 @@ class Tracker(TorchDispatchMode):
         self._seen.discard(key)
         self.live -= size
 
-    def _count(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: Any, kwargs: Any,
-               result: Any) -> None:
+    def _count(
+        self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: Any, kwargs: Any, result: Any
+    ) -> None:
         packet = func._overloadpacket
         if func.namespace not in OURS or func.is_view or packet.__name__ in FREE:
             return

@@ -44,7 +44,7 @@ class Job:
     @property
     def sequence(self) -> int:
         """GPUs that share a row."""
-        return self.config.parallel.sequence
+        return self.config.parallel.context_parallel_size
 
     @property
     def share(self) -> int:
@@ -55,7 +55,7 @@ class Job:
     def passes(self) -> int:
         """Micro-batches of a step on one GPU."""
         groups = self.gpus // self.sequence
-        return self.config.rows_per_step // (groups * self.config.rows_at_once)
+        return self.config.global_batch_size // (groups * self.config.micro_batch_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,11 +68,18 @@ class Job:
         if self.followed is not None:
             return self.followed
         memory = self.config.memory
-        options = {"rows": self.config.rows_at_once, "dtype": self.dtype, "checkpoint_layers": memory.checkpoint_layers,
-                   "loss_tile": memory.loss_tile, "layer_tile": memory.layer_tile,
-                   "exchanged": (self.config.parallel.stages or 1) if self.sequence > 1 else 0, "ranks": self.sequence,
-                   "gathered": self.gathered, "gradients_kept": self.gpus > 1 or self.passes > 1,
-                   "sharded": self.shard is not None}
+        options = {
+            "rows": self.config.micro_batch_size,
+            "dtype": self.dtype,
+            "activation_checkpointing": memory.activation_checkpointing,
+            "loss_tile": memory.loss_tile,
+            "layer_tile": memory.layer_tile,
+            "exchanged": (self.config.parallel.head_chunks or 1) if self.sequence > 1 else 0,
+            "ranks": self.sequence,
+            "gathered": self.gathered,
+            "gradients_kept": self.gpus > 1 or self.passes > 1,
+            "sharded": self.shard is not None,
+        }
         key = (self.model.to_json_string(), self.share, *options.items())
         if key not in _followed:
             _followed[key] = trace(self.model, self.share, **options)
@@ -92,7 +99,7 @@ class Job:
     @property
     def shard(self) -> int | None:
         """GPUs that share the parameters; None where each has them all."""
-        return self.config.parallel.shard
+        return self.config.parallel.fsdp_shard_degree
 
     @property
     def stream_bytes(self) -> int:
@@ -102,32 +109,32 @@ class Job:
     @property
     def input_bytes(self) -> float:
         """Bytes of one layer's input on one GPU."""
-        return self.share * self.config.rows_at_once * self.shape.hidden * self.stream_bytes
+        return self.share * self.config.micro_batch_size * self.shape.hidden * self.stream_bytes
 
     @property
     def result_bytes(self) -> float:
         """Bytes of one layer's attention result on one GPU; the log-sum-exp beside it is float32."""
-        return self.share * self.config.rows_at_once * self.shape.heads * self.shape.head_dim * self.dtype.itemsize
+        return self.share * self.config.micro_batch_size * self.shape.heads * self.shape.head_dim * self.dtype.itemsize
 
     @property
     def statistic_bytes(self) -> float:
         """Bytes of one layer's log-sum-exp on one GPU."""
-        return self.share * self.config.rows_at_once * self.shape.heads * FLOAT
+        return self.share * self.config.micro_batch_size * self.shape.heads * FLOAT
 
     @property
     def inputs(self) -> int:
         """Layers whose input is kept; the others' are made again."""
-        return -(-self.shape.layers // self.config.memory.inputs_every)
+        return -(-self.shape.layers // self.config.memory.checkpoint_every)
 
     @cached_property
     def placed(self) -> tuple[int, int, int]:
         """Layers whose attention result is kept, whose attention result is moved, and whose kept input is moved."""
         memory, layers = self.config.memory, self.shape.layers
-        if not memory.checkpoint_layers:
+        if not memory.activation_checkpointing:
             return 0, 0, 0
-        kept = layers_meant(memory.attention_kept, layers)
-        moved = min(layers_meant(memory.attention_host, layers), layers - kept)
-        return kept, moved, layers_meant(memory.inputs_host, self.inputs)
+        kept = layers_meant(memory.attention_outputs_on_gpu, layers)
+        moved = min(layers_meant(memory.attention_outputs_offloaded, layers), layers - kept)
+        return kept, moved, layers_meant(memory.layer_inputs_offloaded, self.inputs)
 
 
 def outside_parameters(job: Job) -> int:

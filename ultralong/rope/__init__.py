@@ -12,5 +12,14 @@ from ultralong.rope.frequencies import (
     window_of,
 )
 
-__all__ = ["METHODS", "RopeScaling", "attention_factor", "from_config", "inverse_frequencies", "pair_counts",
-           "rope_parameters", "wavelengths", "window_of"]
+__all__ = [
+    "METHODS",
+    "RopeScaling",
+    "attention_factor",
+    "from_config",
+    "inverse_frequencies",
+    "pair_counts",
+    "rope_parameters",
+    "wavelengths",
+    "window_of",
+]

@@ -13,8 +13,10 @@ from ultralong.rope.scaling import METHODS, RopeScaling, require
 
 READABLE = tuple(method for method in METHODS if method != "ntk")  # a changed base looks like any other base
 # transformers' own defaults where a config leaves them out.
-RAMP_KEYS = {"yarn": (("beta_slow", 1.0), ("beta_fast", 32.0)),
-             "llama3": (("low_freq_factor", 1.0), ("high_freq_factor", 4.0))}
+RAMP_KEYS = {
+    "yarn": (("beta_slow", 1.0), ("beta_fast", 32.0)),
+    "llama3": (("low_freq_factor", 1.0), ("high_freq_factor", 4.0)),
+}
 
 
 def from_config(config: Any) -> RopeScaling:
@@ -36,8 +38,12 @@ def from_config(config: Any) -> RopeScaling:
     found = entry.get("rope_type") or entry.get("type") or "default"
     method = {"su": "longrope"}.get(found, found)
     require(method in READABLE, f"RoPE type {found!r} can't be rescaled here. Known types: {', '.join(READABLE)}.")
-    scaling = {"method": method, "head_dim": _head_size(read), "theta": entry["rope_theta"],
-               "partial_rotary_factor": entry["partial_rotary_factor"]}
+    scaling = {
+        "method": method,
+        "head_dim": _head_size(read),
+        "theta": entry["rope_theta"],
+        "partial_rotary_factor": entry["partial_rotary_factor"],
+    }
     return RopeScaling(**scaling, **_settings(method, entry, read))
 
 
@@ -80,9 +86,11 @@ def _settings(method: str, entry: dict[str, Any], read: Callable[[str], Any]) ->
     if method == "yarn":
         settings |= {"truncate": entry.get("truncate", True), "attention_factor": entry.get("attention_factor")}
     if method == "longrope":
-        settings |= {"short_factors": tuple(_entry(entry, "short_factor", method)),
-                     "long_factors": tuple(_entry(entry, "long_factor", method)),
-                     "attention_factor": entry.get("attention_factor")}
+        settings |= {
+            "short_factors": tuple(_entry(entry, "short_factor", method)),
+            "long_factors": tuple(_entry(entry, "long_factor", method)),
+            "attention_factor": entry.get("attention_factor"),
+        }
     return settings
 
 
@@ -92,15 +100,22 @@ def _rope_entry(read: Callable[[str], Any]) -> dict[str, Any]:
     entry = dict(read("rope_parameters") or read("rope_scaling") or {})
     layers = [key for key, value in entry.items() if isinstance(value, Mapping)]
     local = [key for key in ("rope_local_base_freq", "local_rope_theta") if read(key)]
-    require(not layers and not local, f"{name} has more than one RoPE ({', '.join(layers + local)}): its local layers "
-            "must keep their table while the others are scaled, which is not supported.")
+    require(
+        not layers and not local,
+        f"{name} has more than one RoPE ({', '.join(layers + local)}): its local layers "
+        "must keep their table while the others are scaled, which is not supported.",
+    )
     theta = entry.get("rope_theta") or read("rope_theta") or read("rotary_emb_base")
     hint = " Its language model is in 'text_config': save that as a model of its own." if read("text_config") else ""
-    require(theta is not None and not read("alibi"), f"{name} has no rotary position embedding (RoPE) in its config, "
-            f"so there is nothing to rescale.{hint}")
+    require(
+        theta is not None and not read("alibi"),
+        f"{name} has no rotary position embedding (RoPE) in its config, so there is nothing to rescale.{hint}",
+    )
     for key in ("mrope_section", "mscale", "mscale_all_dim"):
-        require(not entry.get(key), f"{name} sets {key} in its RoPE, which changes more than the rotary table; such a "
-                "model is not supported.")
+        require(
+            not entry.get(key),
+            f"{name} sets {key} in its RoPE, which changes more than the rotary table; such a model is not supported.",
+        )
     share = entry.get("partial_rotary_factor") or read("partial_rotary_factor") or read("rotary_pct") or 1.0
     return entry | {"rope_theta": float(theta), "partial_rotary_factor": float(share)}
 

@@ -25,12 +25,22 @@ import torch
 from ultralong.rope.config import from_config, window_of
 from ultralong.rope.scaling import HAS_ATTENTION_FACTOR, METHODS, RopeScaling, require
 
-__all__ = ["METHODS", "RopeScaling", "attention_factor", "from_config", "inverse_frequencies", "pair_counts",
-           "rope_parameters", "wavelengths", "window_of"]
+__all__ = [
+    "METHODS",
+    "RopeScaling",
+    "attention_factor",
+    "from_config",
+    "inverse_frequencies",
+    "pair_counts",
+    "rope_parameters",
+    "wavelengths",
+    "window_of",
+]
 
 
-def inverse_frequencies(scaling: RopeScaling, length: int | None = None,
-                        dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(
+    scaling: RopeScaling, length: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, float]:
     """The rotary table of a scaling.
 
     Args:
@@ -76,8 +86,9 @@ def pair_counts(scaling: RopeScaling, length: int | None = None, theta: float | 
         theta: Base of the unscaled table to compare with; None for the scaling's own.
     """
     plain = replace(scaling, method="default", attention_factor=None, theta=theta or scaling.theta)
-    speed = (inverse_frequencies(scaling, length, torch.float64)[0]
-             / inverse_frequencies(plain, dtype=torch.float64)[0])  # (R/2,)
+    speed = (
+        inverse_frequencies(scaling, length, torch.float64)[0] / inverse_frequencies(plain, dtype=torch.float64)[0]
+    )  # (R/2,)
     untouched = int((speed - 1.0).abs().lt(1e-9).sum())
     scaled = 0 if scaling.factor == 1.0 else int(speed.le((1.0 + 1e-9) / scaling.factor).sum())
     return {"untouched": untouched, "ramp": len(speed) - untouched - scaled, "scaled": scaled}
@@ -116,9 +127,11 @@ def rope_parameters(scaling: RopeScaling) -> dict[str, Any]:
 
 def _written_type(scaling: RopeScaling) -> str:
     if scaling.method == "yarn" and scaling.ramp == "rotations":
-        require(attention_factor(scaling) == 1.0,
-                "YaRN with ramp='rotations' and an attention factor has no type in transformers or vLLM. Use "
-                "ramp='dimension' (their YaRN), or keep the ramp and set attention_factor=1.0 (their 'llama3' type).")
+        require(
+            attention_factor(scaling) == 1.0,
+            "YaRN with ramp='rotations' and an attention factor has no type in transformers or vLLM. Use "
+            "ramp='dimension' (their YaRN), or keep the ramp and set attention_factor=1.0 (their 'llama3' type).",
+        )
         return "llama3"
     return "default" if scaling.method == "ntk" else scaling.method
 
@@ -166,7 +179,12 @@ def _longrope(scaling: RopeScaling, exponents: torch.Tensor, length: int | None)
 
 
 _TABLES: Mapping[str, Callable[[RopeScaling, torch.Tensor, int | None], torch.Tensor]] = {
-    "default": _plain, "linear": _linear, "ntk": _ntk, "dynamic": _dynamic, "yarn": _yarn, "llama3": _by_rotations,
+    "default": _plain,
+    "linear": _linear,
+    "ntk": _ntk,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _by_rotations,
     "longrope": _longrope,
 }
 
@@ -178,6 +196,7 @@ def _changed_base(scaling: RopeScaling, stretch: float) -> float:
 
 def _ramp_ends(scaling: RopeScaling) -> tuple[float, float]:
     """First and last pair index of the "dimension" ramp: where a pair makes beta and alpha turns in the window."""
+
     def index(turns: float) -> float:
         size, window = scaling.rotary_dim, _window(scaling)
         return (size * math.log(window / (turns * 2 * math.pi))) / (2 * math.log(scaling.theta))

@@ -56,16 +56,20 @@ class RopeScaling:
     def __post_init__(self) -> None:
         require(self.method in METHODS, f"RoPE method {self.method!r} is unknown. Use one of: {', '.join(METHODS)}.")
         require(self.ramp in RAMPS, f"RoPE ramp {self.ramp!r} is unknown. Use one of: {', '.join(RAMPS)}.")
-        require(self.rotary_dim >= 4 and self.rotary_dim % 2 == 0,
-                f"RoPE turns pairs and needs an even number of at least 4 rotated sizes a head; head size "
-                f"{self.head_dim} with partial_rotary_factor {self.partial_rotary_factor} gives {self.rotary_dim}.")
+        require(
+            self.rotary_dim >= 4 and self.rotary_dim % 2 == 0,
+            f"RoPE turns pairs and needs an even number of at least 4 rotated sizes a head; head size "
+            f"{self.head_dim} with partial_rotary_factor {self.partial_rotary_factor} gives {self.rotary_dim}.",
+        )
         require(self.theta > 1.0, f"The RoPE base (theta) must be above 1, found {self.theta}.")
         require(self.factor >= 1.0, f"A RoPE factor stretches the window and is at least 1, found {self.factor}.")
         require(0.0 < self.alpha < self.beta, f"The ramp needs 0 < alpha < beta, found {self.alpha} and {self.beta}.")
         if self.method in NEEDS_WINDOW:
-            require(self.original_window is not None and self.original_window > 1,
-                    f"RoPE method {self.method!r} needs original_window, the tokens the unscaled model was pretrained "
-                    f"on; found {self.original_window}.")
+            require(
+                self.original_window is not None and self.original_window > 1,
+                f"RoPE method {self.method!r} needs original_window, the tokens the unscaled model was pretrained "
+                f"on; found {self.original_window}.",
+            )
         self._check_attention_factor()
         if self.method == "longrope":
             self._check_factor_lists()
@@ -73,16 +77,20 @@ class RopeScaling:
     def _check_attention_factor(self) -> None:
         given = self.attention_factor
         require(given is None or given > 0.0, f"attention_factor must be above 0, found {given}. 1.0 turns it off.")
-        require(given in (None, 1.0) or self.method in HAS_ATTENTION_FACTOR,
-                f"RoPE method {self.method!r} has no attention factor, but {given} was given: only "
-                f"{' and '.join(HAS_ATTENTION_FACTOR)} have one. Leave it out or change the method.")
+        require(
+            given in (None, 1.0) or self.method in HAS_ATTENTION_FACTOR,
+            f"RoPE method {self.method!r} has no attention factor, but {given} was given: only "
+            f"{' and '.join(HAS_ATTENTION_FACTOR)} have one. Leave it out or change the method.",
+        )
 
     def _check_factor_lists(self) -> None:
         for name in ("short_factors", "long_factors"):
             values = getattr(self, name)
             found = "nothing" if values is None else f"{len(values)} numbers"
-            require(values is not None and len(values) == self.rotary_dim // 2 and min(values) > 0.0,
-                    f"longrope needs {name}: {self.rotary_dim // 2} positive numbers, one a pair; found {found}.")
+            require(
+                values is not None and len(values) == self.rotary_dim // 2 and min(values) > 0.0,
+                f"longrope needs {name}: {self.rotary_dim // 2} positive numbers, one a pair; found {found}.",
+            )
 
     @property
     def rotary_dim(self) -> int:

@@ -37,8 +37,17 @@ from ultralong.utils import settings
 from ultralong.utils.files import read_json, read_jsonl, write_json, write_text
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
-FREE_TO_CHANGE = ("out", "save_every", "keep", "trackers", "parallel", "memory", "rows_at_once", "compile",
-                  "largest_jump")
+FREE_TO_CHANGE = (
+    "out",
+    "save_every",
+    "keep",
+    "trackers",
+    "parallel",
+    "memory",
+    "micro_batch_size",
+    "compile",
+    "loss_spike_threshold",
+)
 NAME = re.compile(r"step-(\d{7})")
 
 

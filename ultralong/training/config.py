@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -78,33 +78,46 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes of a run share the work: groups of `sequence` processes share a row, groups work side by side.
+    """How the processes of a run share the work: context-parallel groups share a row, groups work side by side.
 
     Attributes:
-        sequence: Processes that share one row (sequence parallelism); the processes of a run must be a multiple.
-        shard: Processes that share the parameters, their gradients and the optimizer's states (FSDP2), whatever rows
-            they work on; the processes of a run must be a multiple, and each further set of `shard` is a replica. 1
-            is allowed: nothing is shared then, but parameters are computed with in `dtype` as FSDP2 does. None: every
-            process has everything.
-        reshard: Give a layer's gathered parameters up after its forward pass and gather them again for the backward
-            pass; false keeps them in between.
+        context_parallel_size: Processes that share one row (context parallelism, also called sequence parallelism);
+            the processes of a run must be a multiple.
+        fsdp_shard_degree: Processes over which FSDP2 shards the parameters, their gradients and the optimizer's
+            states, whatever rows they work on; the processes of a run must be a multiple, and each further set of that
+            many is a replica. 1 is allowed: nothing is sharded then, but parameters are computed with in `dtype` as
+            FSDP2 does. None: no FSDP, every process has everything.
+        reshard_after_forward: Free a layer's gathered parameters after its forward pass and gather them again for the
+            backward pass; false keeps them in between.
         scheme: Attention scheme, see `ultralong.attention`; auto chooses and says why.
         kernel: Attention kernel; auto takes the fastest that is present and right for the shape.
-        stages: Head chunks of the scheme: more make its buffers smaller and cost a little; None is one.
+        head_chunks: Chunks of heads that the scheme works through one after another: more make its buffers smaller and
+            cost a little; None is one.
         timeout_minutes: A rank that waits longer than this for the others stops the run with a message.
     """
 
-    sequence: int = 1
-    shard: int | None = None
-    reshard: bool = True
+    RENAMED: ClassVar[dict[str, str]] = {
+        "sequence": "context_parallel_size",
+        "shard": "fsdp_shard_degree",
+        "reshard": "reshard_after_forward",
+        "stages": "head_chunks",
+    }
+
+    context_parallel_size: int = 1
+    fsdp_shard_degree: int | None = None
+    reshard_after_forward: bool = True
     scheme: str = "auto"
     kernel: str = "auto"
-    stages: int | None = None
+    head_chunks: int | None = None
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.sequence < 1 or (self.shard is not None and self.shard < 1) or not self.timeout_minutes > 0:
-            raise ValueError(f"sequence and shard must be 1 or more and timeout_minutes above 0, found {self}.")
+        degree = self.fsdp_shard_degree
+        if self.context_parallel_size < 1 or (degree is not None and degree < 1) or not self.timeout_minutes > 0:
+            raise ValueError(
+                "context_parallel_size and fsdp_shard_degree must be 1 or more and timeout_minutes above 0, "
+                f"found {self}."
+            )
 
 
 @dataclass(frozen=True)
@@ -112,38 +125,55 @@ class MemoryConfig:
     """What bounds the memory of one step.
 
     Attributes:
-        checkpoint_layers: Recompute each layer's inside in the backward pass instead of keeping it.
-        loss_tile: Tokens whose logits exist at a time; the full (T, vocabulary) matrix never does.
-        layer_tile: Tokens that all of a checkpointed layer but its attention works on at a time, in both passes, with
-            the layer's backward pass written out (`ultralong.training.layers`: Llama, Mistral, Qwen2 and Qwen3); 0
-            leaves the layers to transformers.
-        attention_kept: Checkpointed layers, from the last one down, whose attention result stays on the device, so that
-            it is not computed again; -1 is all.
-        attention_host: Layers before those whose attention result waits in host memory; -1 is all the others.
-        inputs_host: Kept inputs, from the first layer's up, that wait in host memory; -1 is all.
-        inputs_every: The input of every so-manieth layer is kept; those between are made again from it and the layers'
-            attention results. More than 1 needs `layer_tile`.
+        activation_checkpointing: Recompute each layer's activations in the backward pass instead of keeping them.
+        loss_tile: Tile size of the head and loss, in tokens: logits exist for one tile at a time, never for a row.
+        layer_tile: Tile size of a checkpointed layer's projections and feed-forward, in tokens, in both passes; uses
+            decoder layers with a custom backward pass (`ultralong.training.layers`: Llama, Mistral, Qwen2 and Qwen3).
+            0 leaves the layers to transformers.
+        attention_outputs_on_gpu: Number of checkpointed layers, counted from the last, whose attention output stays on
+            the GPU, so that attention is not recomputed there; -1 is all.
+        attention_outputs_offloaded: Number of layers before those whose attention output is offloaded to host memory;
+            -1 is all the others.
+        layer_inputs_offloaded: Number of checkpointed layer inputs, counted from the first layer, that are offloaded to
+            host memory; -1 is all.
+        checkpoint_every: The input of every N-th layer is kept as a checkpoint; the inputs between are recomputed from
+            it and the layers' attention outputs. More than 1 needs `layer_tile`.
     """
 
-    checkpoint_layers: bool = False
+    RENAMED: ClassVar[dict[str, str]] = {
+        "checkpoint_layers": "activation_checkpointing",
+        "attention_kept": "attention_outputs_on_gpu",
+        "attention_host": "attention_outputs_offloaded",
+        "inputs_host": "layer_inputs_offloaded",
+        "inputs_every": "checkpoint_every",
+    }
+
+    activation_checkpointing: bool = False
     loss_tile: int = 2048
     layer_tile: int = 0
-    attention_kept: int = 0
-    attention_host: int = 0
-    inputs_host: int = 0
-    inputs_every: int = 1
+    attention_outputs_on_gpu: int = 0
+    attention_outputs_offloaded: int = 0
+    layer_inputs_offloaded: int = 0
+    checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.loss_tile < 1 or self.layer_tile < 0 or self.inputs_every < 1:
-            raise ValueError(f"loss_tile and inputs_every must be 1 or more and layer_tile 0 or more, found {self}.")
-        planned = ("layer_tile", "attention_kept", "attention_host", "inputs_host")
-        if not self.checkpoint_layers and any(getattr(self, name) for name in planned):
-            raise ValueError(f"{', '.join(planned)} say what stays of a checkpointed layer: set "
-                             "memory.checkpoint_layers to true (without it everything stays on the device).")
-        if self.inputs_every > 1 and not self.layer_tile:
-            raise ValueError(f"memory.inputs_every is {self.inputs_every}, which needs layers whose backward pass is "
-                             "written out: set memory.layer_tile, to 32768 for example.")
-        for name in ("attention_kept", "attention_host", "inputs_host"):
+        if self.loss_tile < 1 or self.layer_tile < 0 or self.checkpoint_every < 1:
+            raise ValueError(
+                f"loss_tile and checkpoint_every must be 1 or more and layer_tile 0 or more, found {self}."
+            )
+        planned = ("layer_tile", "attention_outputs_on_gpu", "attention_outputs_offloaded", "layer_inputs_offloaded")
+        if not self.activation_checkpointing and any(getattr(self, name) for name in planned):
+            raise ValueError(
+                f"{', '.join(planned)} say what is kept of a checkpointed layer: set "
+                f"memory.activation_checkpointing to "
+                "true (without it everything stays on the device)."
+            )
+        if self.checkpoint_every > 1 and not self.layer_tile:
+            raise ValueError(
+                f"memory.checkpoint_every is {self.checkpoint_every}, which needs the decoder layers with a custom "
+                "backward pass: set memory.layer_tile, to 32768 for example."
+            )
+        for name in ("attention_outputs_on_gpu", "attention_outputs_offloaded", "layer_inputs_offloaded"):
             if getattr(self, name) < -1:
                 raise ValueError(f"{name} must be -1 (all layers) or more, found {getattr(self, name)}.")
 
@@ -162,8 +192,8 @@ class TrainConfig:
         out: Folder of the run: `config.yaml`, `log.jsonl`, `checkpoints/`, and at the end the model in `model/`.
         data: Where rows come from.
         steps: Optimizer steps.
-        rows_per_step: Rows of one optimizer step over all processes.
-        rows_at_once: Rows that one process (or one group of sequence-parallel processes) works on at a time.
+        global_batch_size: Rows of one optimizer step over all processes.
+        micro_batch_size: Rows of one forward and backward pass of a process (or of a context-parallel group).
         seed: Order of the rows, and the random state.
         dtype: Type of the parameters that the forward pass computes in. float32 computes in float32; bfloat16 keeps
             float32 master parameters and computes under autocast.
@@ -173,19 +203,25 @@ class TrainConfig:
         optimizer: See `OptimizerConfig`.
         parallel: See `ParallelConfig`.
         memory: See `MemoryConfig`.
-        largest_jump: A step whose loss is this many nats above the mean of up to 32 steps before it stops the run
-            before it updates anything; 0 never does.
+        loss_spike_threshold: A step whose loss is this many nats above the mean of up to 32 steps before it stops the
+            run before it updates anything; 0 never does.
         trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
         position_buckets: The log has the loss of this many equal stretches of the row, so that a lesson learnt only
             near its start shows.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "rows_per_step": "global_batch_size",
+        "rows_at_once": "micro_batch_size",
+        "largest_jump": "loss_spike_threshold",
+    }
+
     model: str
     out: str
     data: tuple[DataSource, ...]
     steps: int
-    rows_per_step: int = 1
-    rows_at_once: int = 1
+    global_batch_size: int = 1
+    micro_batch_size: int = 1
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
@@ -194,19 +230,20 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    largest_jump: float = 3.0
+    loss_spike_threshold: float = 3.0
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data must name at least one folder of packed rows.")
-        for name in ("steps", "rows_per_step", "rows_at_once", "keep", "position_buckets"):
+        for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}.")
-        if self.rows_per_step % self.rows_at_once:
+        if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"rows_per_step ({self.rows_per_step}) must be a multiple of rows_at_once ({self.rows_at_once})."
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})."
             )
 
 

@@ -17,8 +17,14 @@ from ultralong.utils.files import write_text
 CARD = "README.md"
 
 
-def export(model: PreTrainedModel, weights: dict[str, torch.Tensor], config: TrainConfig, order: RowOrder,
-           facts: dict[str, Any], out: Path) -> None:
+def export(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    config: TrainConfig,
+    order: RowOrder,
+    facts: dict[str, Any],
+    out: Path,
+) -> None:
     """Write weights (in the type of the checkpoint the run started from), config, tokenizer and model card.
 
     Args:
@@ -54,8 +60,8 @@ def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any
     lines = [
         "## Training",
         "",
-        f"- {facts['steps']:,} steps of {config.rows_per_step} x {order.length:,} tokens: {facts['tokens']:,} tokens, "
-        f"attention {'kept inside documents' if order.mask_documents else 'across documents'}",
+        f"- {facts['steps']:,} steps of {config.global_batch_size} x {order.length:,} tokens: {facts['tokens']:,} "
+        f"tokens, attention {'kept inside documents' if order.mask_documents else 'across documents'}",
         f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
         f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
         f"- loss over the last tenth of the steps: {loss}",

@@ -123,18 +123,19 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seen: tuple[bool, ...], *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = parameters[:len(seen)], parameters[len(seen):]
+        weights, biases = parameters[: len(seen)], parameters[len(seen) :]
         ctx.save_for_backward(x, *weights)
-        return tuple(functional.linear(x, weight, bias) if wanted
-                     else x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
-                     for wanted, weight, bias in zip(seen, weights, biases, strict=True))
+        return tuple(
+            functional.linear(x, weight, bias) if wanted else x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+            for wanted, weight, bias in zip(seen, weights, biases, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         rows, wanted = [grad.flatten(0, -2) for grad in grads], ctx.needs_input_grad[2:]
         of_weights = [row.T @ x.flatten(0, -2) if want else None for row, want in zip(rows, wanted, strict=False)]
-        of_biases = [row.sum(0) if want else None for row, want in zip(rows, wanted[len(rows):], strict=True)]
+        of_biases = [row.sum(0) if want else None for row, want in zip(rows, wanted[len(rows) :], strict=True)]
         return sum_of_products(rows, weights).view(x.shape), None, *of_weights, *of_biases
 
 
@@ -184,5 +185,9 @@ def add_product(x: Tensor, project: nn.Module, y: Tensor) -> None:
 
 def _adds(x: Tensor, project: nn.Module, y: Tensor) -> bool:
     """Whether one operation can add a product to x, in x's type as the usual two would."""
-    return (is_product(project) and project.bias is None and x.dtype == y.dtype == project.weight.dtype
-            and autocast_now(x) in (None, x.dtype))
+    return (
+        is_product(project)
+        and project.bias is None
+        and x.dtype == y.dtype == project.weight.dtype
+        and autocast_now(x) in (None, x.dtype)
+    )

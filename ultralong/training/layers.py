@@ -141,19 +141,33 @@ class WrittenLayers:
         for index, layer in enumerate(layers):
             layer.forward = partial(self._called, index)
 
-    def _called(self, index: int, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None,
-                position_embeddings: tuple[Tensor, Tensor] | None = None, attention_context: Any = None,
-                **kwargs: Any) -> Tensor:
+    def _called(
+        self,
+        index: int,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_context: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """What transformers calls in place of the layer's forward."""
         cut = self.cuts[index]
         if attention_context is None:
-            return type(cut.layer).forward(cut.layer, hidden_states, attention_mask=attention_mask,
-                                           past_key_values=past_key_values, position_embeddings=position_embeddings,
-                                           **kwargs)
+            return type(cut.layer).forward(
+                cut.layer,
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
         hidden = attention_mask is not None and getattr(attention_mask, "hides", True)
         if hidden or past_key_values is not None:
-            raise ValueError("an attention_mask with hidden tokens and a key-value cache can't be used with an "
-                             "attention context: pass boundaries to make_context, and use_cache=False")
+            raise ValueError(
+                "an attention_mask with hidden tokens and a key-value cache can't be used with an "
+                "attention context: pass boundaries to make_context, and use_cache=False"
+            )
         call = Call(attention_context, *position_embeddings, autocast_now(hidden_states), torch.is_grad_enabled())
         return _Layer.apply(self, index, call, hidden_states, *cut.before_parameters(), *cut.after_parameters())
 
@@ -181,8 +195,15 @@ class WrittenLayers:
         out, lse = pair
         del pair
         dx, dout = dy.contiguous(), torch.empty_like(out)
-        of_after = backward_tiles(cut.after_again, [x, out], lambda place: 2 * [dx[:, place]], [dx, dout],
-                                  cut.after_parameters(), self.tile, call.autocast)
+        of_after = backward_tiles(
+            cut.after_again,
+            [x, out],
+            lambda place: 2 * [dx[:, place]],
+            [dx, dout],
+            cut.after_parameters(),
+            self.tile,
+            call.autocast,
+        )
         qkv = self._project(cut, call, x) if qkv is None else qkv
         scheme, rule = self._rule(cut, call, qkv)
         with torch.autocast(x.device.type, enabled=False):
@@ -193,8 +214,9 @@ class WrittenLayers:
             cos, sin = call.cos[:, place], -call.sin[:, place]
             return [rotated(dq[:, place], cos, sin), rotated(dk[:, place], cos, sin), dv[:, place]]
 
-        of_before = backward_tiles(cut.before_again, [x], turned_back, [dx], cut.before_parameters(), self.tile,
-                                   call.autocast, add=True)
+        of_before = backward_tiles(
+            cut.before_again, [x], turned_back, [dx], cut.before_parameters(), self.tile, call.autocast, add=True
+        )
         return dx, *of_before, *of_after
 
     def _input(self, index: int, call: Call) -> Tensor:
@@ -263,13 +285,17 @@ class _Layer(torch.autograd.Function):
 def _cut(layer: nn.Module) -> Cut:
     name = type(layer).__name__
     if name not in KNOWN or not type(layer).__module__.startswith("transformers."):
-        raise ValueError(f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; {name} is not known "
-                         "to it: set memory.layer_tile to 0.")
+        raise ValueError(
+            f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; {name} is not known "
+            "to it: set memory.layer_tile to 0."
+        )
     attention = layer.self_attn
     if getattr(attention, "attention_dropout", 0.0):
-        raise ValueError("memory.layer_tile is for layers without dropout, found attention_dropout="
-                         f"{attention.attention_dropout}: set it to 0 in the model's config, or memory.layer_tile to "
-                         "0.")
+        raise ValueError(
+            "memory.layer_tile is for layers without dropout, found attention_dropout="
+            f"{attention.attention_dropout}: set it to 0 in the model's config, or memory.layer_tile to "
+            "0."
+        )
     return Cut(layer)
 
 

@@ -63,7 +63,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
     start = time.perf_counter()
     with connect(config) as processes:
         folder = checkpoint.RunFolder(Path(config.out))
-        order = RowOrder(config.data, config.seed, config.steps * config.rows_per_step)
+        order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size)
         _prepare_folder(folder, config, resume, processes)
         set_seed(config.seed)
         model = load_model(config)
@@ -76,7 +76,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         _steps(run, first, quiet)
         facts = {
             "steps": config.steps,
-            "tokens": config.steps * config.rows_per_step * order.length,
+            "tokens": config.steps * config.global_batch_size * order.length,
             "loss": sum(run.losses) / len(run.losses) if run.losses else None,
         }
         weights = checkpoint.whole_weights(model)
@@ -118,7 +118,7 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
         begin = time.perf_counter()
         record = take_step(run, step)
         record["seconds"] = round(time.perf_counter() - begin, 4)
-        tokens = config.rows_per_step * run.order.length
+        tokens = config.global_batch_size * run.order.length
         record |= run.meter.read(record["seconds"], tokens, record.pop("pairs"))
         if step >= config.steps - max(1, config.steps // 10):
             run.losses.append(record["loss"])
@@ -135,5 +135,3 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
             saved = step + 1
     bar.close()
     assert saved == config.steps or first == config.steps
-
-

@@ -43,19 +43,19 @@ class Memory:
         self.mover, self._config = Mover(), config
         layers = decoder_layers(model)
         count = len(layers)
-        on_device = layers_meant(config.attention_kept, count)
-        on_host = min(layers_meant(config.attention_host, count), count - on_device)
-        moved = layers_meant(config.inputs_host, -(-count // config.inputs_every))
+        on_device = layers_meant(config.attention_outputs_on_gpu, count)
+        on_host = min(layers_meant(config.attention_outputs_offloaded, count), count - on_device)
+        moved = layers_meant(config.layer_inputs_offloaded, -(-count // config.checkpoint_every))
         keeper = Keeper(count, on_device, on_host, self.mover)
         self.keeper = keeper if on_device or on_host or config.layer_tile else None
         self._inputs: Inputs | CheckpointedInputs
         if config.layer_tile:
-            self._inputs = Inputs(config.inputs_every, moved, self.mover)
+            self._inputs = Inputs(config.checkpoint_every, moved, self.mover)
             WrittenLayers(layers, config.layer_tile, keeper, self._inputs)
             tile_module(model.get_decoder().norm, config.layer_tile)
         else:
             self._inputs = CheckpointedInputs(moved, self.mover)
-            if config.checkpoint_layers:
+            if config.activation_checkpointing:
                 _checkpoint(layers, self._inputs)
         self._waiting = {"out": on_host, "input": moved}
         text = model.config.get_text_config()
@@ -99,8 +99,10 @@ class Memory:
 def _checkpoint(layers: list[nn.Module], inputs: CheckpointedInputs) -> None:
     for index, layer in enumerate(layers):
         if not isinstance(layer, GradientCheckpointingLayer):
-            raise ValueError(f"{type(layer).__name__} can't be checkpointed: set memory.checkpoint_layers to false, or "
-                             "train a model whose layers transformers can checkpoint.")
+            raise ValueError(
+                f"{type(layer).__name__} can't be checkpointed: set memory.activation_checkpointing to false, or "
+                "train a model whose layers transformers can checkpoint."
+            )
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(inputs.checkpointed, index)
 

@@ -22,7 +22,7 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     # The plain fused attention of torch is what torch.compile sees through; it is exact on one process without a mask.
     attention = "sdpa" if config.compile else "ultralong"
     # Sharding makes float32 of a layer at a time: a whole one in each process of a host could fill its memory.
-    dtype = torch.float32 if config.parallel.shard is None else "auto"
+    dtype = torch.float32 if config.parallel.fsdp_shard_degree is None else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=attention)
     except OSError as error:

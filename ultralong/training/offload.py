@@ -37,10 +37,12 @@ class HostPool:
         if device.type == "cuda":
             failed = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
             if failed:
-                raise MemoryError(f"CUDA could not pin {size / 2**30:.1f} GiB of host memory beyond the "
-                                  f"{self.bytes / 2**30:.1f} GiB pinned so far (error {failed}): lower "
-                                  "memory.attention_host or memory.inputs_host; `ultralong plan --host-memory GIB "
-                                  "--fit` chooses them.")
+                raise MemoryError(
+                    f"CUDA could not pin {size / 2**30:.1f} GiB of host memory beyond the "
+                    f"{self.bytes / 2**30:.1f} GiB pinned so far (error {failed}): lower "
+                    "memory.attention_outputs_offloaded or memory.layer_inputs_offloaded; `ultralong plan "
+                    "--host-memory GIB --fit` chooses them."
+                )
             self._registered.append(buffer.data_ptr())
         self.bytes += size
         self.give_back(buffer)

@@ -50,9 +50,11 @@ def check_shares(parameters: list[nn.Parameter]) -> None:
         for place, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
             shares *= size if isinstance(place, Shard) else 1
         if parameter.shape[0] % shares:
-            raise ValueError("optimizer.states=8bit needs parameters whose rows divide evenly over parallel.shard, "
-                             f"found one of shape {tuple(parameter.shape)} over {shares} processes: use another "
-                             "parallel.shard, or optimizer.states=float32.")
+            raise ValueError(
+                "optimizer.states=8bit needs parameters whose rows divide evenly over parallel.fsdp_shard_degree, "
+                f"found one of shape {tuple(parameter.shape)} over {shares} processes: use another "
+                "parallel.fsdp_shard_degree, or optimizer.states=float32."
+            )
 
 
 def plain_states(states: dict[str, Any]) -> dict[str, Any]:
@@ -70,8 +72,10 @@ def plain_states(states: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items():
             local = value.to_local() if isinstance(value, DTensor) else value
             if hasattr(local, "codes"):
-                split[parameter] |= {f"{name}.codes": _like(value, local.codes, value.shape),
-                                     f"{name}.scale": _like(value, local.scale, (value.numel() // BLOCK,))}
+                split[parameter] |= {
+                    f"{name}.codes": _like(value, local.codes, value.shape),
+                    f"{name}.scale": _like(value, local.scale, (value.numel() // BLOCK,)),
+                }
             else:
                 split[parameter][name] = value
     return {**states, "state": split}
@@ -82,5 +86,6 @@ def _like(value: Tensor, local: Tensor, shape: tuple[int, ...] | torch.Size) -> 
     if not isinstance(value, DTensor):
         return local
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, value.device_mesh, value.placements, run_check=False, shape=torch.Size(shape),
-                              stride=stride)
+    return DTensor.from_local(
+        local, value.device_mesh, value.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -92,7 +92,9 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
     policy = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = processes.mesh["shard"] if processes.mesh.size(0) == 1 else processes.mesh
     for module in layers:
-        fully_shard(module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard)
+        fully_shard(
+            module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard_after_forward
+        )
     fully_shard(loss.float(), mesh=mesh, mp_policy=policy)
 
 
@@ -106,7 +108,7 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes of the run, and leave the group at the end if this call made it.
 
     Raises:
-        ValueError: The number of processes does not fit `parallel.sequence` or `rows_per_step`.
+        ValueError: The number of processes does not fit `parallel.context_parallel_size` or `global_batch_size`.
     """
     mine = not dist.is_initialized()
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
@@ -121,22 +123,25 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
         ],
     )
     try:
-        world, sequence = accelerator.num_processes, config.parallel.sequence
+        world, sequence = accelerator.num_processes, config.parallel.context_parallel_size
         if world % sequence:
             raise ValueError(
-                f"parallel.sequence is {sequence}, but this run has {world} process{'es' * (world > 1)}. Start a "
-                f"multiple of {sequence}: ultralong train ... --processes {sequence} on this machine, or torchrun "
-                f"--nproc-per-node {sequence} -m ultralong train ..."
+                f"parallel.context_parallel_size is {sequence}, but this run has {world} "
+                f"process{'es' * (world > 1)}. Start a multiple of {sequence}: ultralong train ... "
+                f"--processes {sequence} on this machine, or torchrun --nproc-per-node "
+                f"{sequence} -m ultralong train ..."
             )
-        if config.rows_per_step % (world // sequence * config.rows_at_once):
+        if config.global_batch_size % (world // sequence * config.micro_batch_size):
             raise ValueError(
-                f"rows_per_step ({config.rows_per_step}) must be a multiple of {world // sequence} groups x "
-                f"rows_at_once ({config.rows_at_once})."
+                f"global_batch_size ({config.global_batch_size}) must be a multiple of {world // sequence} groups x "
+                f"micro_batch_size ({config.micro_batch_size})."
             )
-        mesh, shard = None, config.parallel.shard
+        mesh, shard = None, config.parallel.fsdp_shard_degree
         if shard is not None:
             if world % shard:
-                raise ValueError(f"parallel.shard is {shard}, but this run has {world} processes: it must divide them.")
+                raise ValueError(
+                    f"parallel.fsdp_shard_degree is {shard}, but this run has {world} processes: it must divide them."
+                )
             if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 wants a group
                 backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

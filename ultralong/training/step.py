@@ -72,24 +72,26 @@ def reserve_host_memory(run: Run) -> None:
     config, order = run.config, run.order
     wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     stream = torch.float32 if run.processes.mesh is None else wide  # autocast leaves float32 between layers
-    rows = 1 if order.mask_documents else config.rows_at_once  # under a mask rows lie end to end
-    share = -(-order.length * config.rows_at_once // rows // run.processes.sequence)
+    rows = 1 if order.mask_documents else config.micro_batch_size  # under a mask rows lie end to end
+    share = -(-order.length * config.micro_batch_size // rows // run.processes.sequence)
     run.memory.reserve(rows, share, wide, stream, run.processes.accelerator.device)
 
 
 def take_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns what the log keeps of it."""
     config, processes = run.config, run.processes
-    mine = config.rows_per_step // processes.data_ranks
-    start = step * config.rows_per_step + processes.data_rank * mine
-    batches = [run.order.batch(start + i, config.rows_at_once) for i in range(0, mine, config.rows_at_once)]
+    mine = config.global_batch_size // processes.data_ranks
+    start = step * config.global_batch_size + processes.data_rank * mine
+    batches = [run.order.batch(start + i, config.micro_batch_size) for i in range(0, mine, config.micro_batch_size)]
     targets = torch.tensor(
         float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
     )
     seen = torch.tensor(
-        sum(pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches) if run.order.mask_documents
+        sum(pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
+        if run.order.mask_documents
         else sum(len(batch.places) for batch in batches) * pairs(run.order.length, None),
-        dtype=torch.float64, device=processes.accelerator.device,
+        dtype=torch.float64,
+        device=processes.accelerator.device,
     )
     # Each row was counted by all processes that share it.
     targets, seen = (processes.total(count) / processes.sequence for count in (targets, seen))
@@ -137,7 +139,7 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             boundaries=batch.boundaries,
             heads=run.heads[0],
             kv_heads=run.heads[1],
-            stages=run.config.parallel.stages,
+            stages=run.config.parallel.head_chunks,
             keeper=run.memory.keeper,
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
@@ -164,10 +166,15 @@ def _check_loss(run: Run, step: int, loss: float, batches: list[Batch]) -> None:
     """Stop before the update if the loss is no number, or far above the steps before."""
     if not math.isfinite(loss):
         _stop(run, step, f"the loss is {loss}", batches)
-    jump = run.config.largest_jump
+    jump = run.config.loss_spike_threshold
     if jump and len(run.recent) >= FEWEST and loss > (usual := sum(run.recent) / len(run.recent)) + jump:
-        _stop(run, step, f"the loss is {loss:.3f}, {loss - usual:.3f} above the mean of the {len(run.recent)} steps "
-                         f"before (largest_jump is {jump})", batches)
+        _stop(
+            run,
+            step,
+            f"the loss is {loss:.3f}, {loss - usual:.3f} above the mean of the {len(run.recent)} steps "
+            f"before (loss_spike_threshold is {jump})",
+            batches,
+        )
 
 
 def _stop(run: Run, step: int, what: str, batches: list[Batch]) -> NoReturn:

@@ -76,8 +76,12 @@ def fed_forward_again(mlp: nn.Module, x: Tensor) -> Tensor:
 def _is_known(mlp: nn.Module) -> bool:
     """Whether a module is of three plain products without biases, and gated by silu."""
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return (type(mlp).__name__ in GATED and "forward" not in vars(mlp) and type(mlp.act_fn).__name__ in SILU
-            and all(is_product(part) and part.bias is None for part in parts))
+    return (
+        type(mlp).__name__ in GATED
+        and "forward" not in vars(mlp)
+        and type(mlp.act_fn).__name__ in SILU
+        and all(is_product(part) and part.bias is None for part in parts)
+    )
 
 
 class _FedForward(torch.autograd.Function):

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 GIB = 2**30
 RULE = "causal FLOP, nothing computed again counted, of the datasheet's dense bfloat16 rate"
 # Dense bfloat16 FLOP/s of the vendors' datasheets, by a part of the device's name; the first that fits counts.
-DATASHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-             "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+DATASHEET = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
 
 
 def step_flops(multiplied: int, layers: int, width: int, tokens: float, pairs: float) -> float:
@@ -75,8 +84,13 @@ class Meter:
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         count = sum(parameter.numel() for parameter in model.parameters())
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(count if head is embedding else count - embedding.numel(), text.num_hidden_layers,
-                   text.num_attention_heads * size, device, processes)
+        return cls(
+            count if head is embedding else count - embedding.numel(),
+            text.num_hidden_layers,
+            text.num_attention_heads * size,
+            device,
+            processes,
+        )
 
     def read(self, seconds: float, tokens: int, seen: float) -> dict[str, float]:
         """What the log says of a step, over all processes; starts a new peak of memory.

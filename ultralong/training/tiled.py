@@ -29,9 +29,16 @@ def autocast_now(x: Tensor) -> Autocast:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def backward_tiles(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
-                   grads: Callable[[slice], Sequence[Tensor]], into: Sequence[Tensor], parameters: Sequence[Tensor],
-                   tile: int, autocast: Autocast, add: bool = False) -> list[Tensor | None]:
+def backward_tiles(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    grads: Callable[[slice], Sequence[Tensor]],
+    into: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    tile: int,
+    autocast: Autocast,
+    add: bool = False,
+) -> list[Tensor | None]:
     """The backward pass of `function(*inputs)`, each tile computed again and forgotten.
 
     Args:
@@ -56,14 +63,15 @@ def backward_tiles(function: Callable[..., Sequence[Tensor]], inputs: Sequence[T
         # cache_enabled=False: a weight's cast must belong to this tile's graph, not to one that is gone.
         with torch.enable_grad(), torch.autocast(kind, autocast, autocast is not None, False):
             results = function(*leaves)
-        shares = torch.autograd.grad(results, [*leaves, *wanted],
-                                     [g.to(r.dtype) for g, r in zip(grads(place), results, strict=True)])
+        shares = torch.autograd.grad(
+            results, [*leaves, *wanted], [g.to(r.dtype) for g, r in zip(grads(place), results, strict=True)]
+        )
         for target, share in zip(into, shares, strict=False):
             if add:
                 target[:, place] += share
             else:
                 target[:, place] = share
-        for total, share in zip(wide, shares[len(leaves):], strict=True):
+        for total, share in zip(wide, shares[len(leaves) :], strict=True):
             total += share
     rounded = iter([total.to(p.dtype) for total, p in zip(wide, wanted, strict=True)])
     return [next(rounded) if p.requires_grad else None for p in parameters]
@@ -102,8 +110,15 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         dx = torch.empty_like(x)
-        grads = backward_tiles(lambda part: [ctx.function(part)], [x], lambda place: [dout[:, place]], [dx], parameters,
-                               ctx.tile, ctx.autocast)
+        grads = backward_tiles(
+            lambda part: [ctx.function(part)],
+            [x],
+            lambda place: [dout[:, place]],
+            [dx],
+            parameters,
+            ctx.tile,
+            ctx.autocast,
+        )
         return None, None, dx, *grads
 
 

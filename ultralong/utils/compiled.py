@@ -59,8 +59,12 @@ class OnePass:
         except torch.OutOfMemoryError:  # no fault of the compiler's, and a RuntimeError too
             raise
         except (RuntimeError, ImportError, OSError) as error:  # the compiler's own are RuntimeErrors
-            log.warning("%s could not be compiled, which costs some memory traffic: %s: %s", name, type(error).__name__,
-                        str(error).split("\n", 1)[0])
+            log.warning(
+                "%s could not be compiled, which costs some memory traffic: %s: %s",
+                name,
+                type(error).__name__,
+                str(error).split("\n", 1)[0],
+            )
             return self._function
         if _agree(found, self._function(*few)):
             return compiled
@@ -70,8 +74,13 @@ class OnePass:
     def _named(self, name: str) -> FunctionType:
         """The function to compile under another name: torch counts and limits what it compiles of one function."""
         function = self._compiled
-        return FunctionType(function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__,
-                            function.__closure__)
+        return FunctionType(
+            function.__code__.replace(co_name=name),
+            function.__globals__,
+            name,
+            function.__defaults__,
+            function.__closure__,
+        )
 
 
 def _agree(found: Any, right: Any) -> bool:
@@ -79,5 +88,4 @@ def _agree(found: Any, right: Any) -> bool:
     if isinstance(right, tuple):
         return all(map(_agree, found, right))
     tolerance = 4 * torch.finfo(right.dtype).eps
-    return torch.allclose(found, right, rtol=tolerance, atol=tolerance * float(right.abs().max()),
-                          equal_nan=True)
+    return torch.allclose(found, right, rtol=tolerance, atol=tolerance * float(right.abs().max()), equal_nan=True)

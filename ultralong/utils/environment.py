@@ -12,8 +12,18 @@ import torch
 
 import ultralong
 
-PACKAGES = ("torch", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "ring-flash-attn", "deepspeed",
-            "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "ring-flash-attn",
+    "deepspeed",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+    "triton",
+)
 
 
 def machine_facts() -> dict[str, Any]:
@@ -25,12 +35,21 @@ def machine_facts() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     facts: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version(), "packages": versions,
-        "cpus": os.cpu_count(), "device": "cpu", "devices": 0,
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "cpus": os.cpu_count(),
+        "device": "cpu",
+        "devices": 0,
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        facts |= {"device": properties.name, "devices": torch.cuda.device_count(), "cuda": torch.version.cuda,
-                  "cudnn": torch.backends.cudnn.version(), "memory_gib": round(properties.total_memory / 2**30, 1),
-                  "multiprocessors": properties.multi_processor_count}
+        facts |= {
+            "device": properties.name,
+            "devices": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
     return facts

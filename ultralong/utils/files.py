@@ -85,8 +85,9 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"Another process is writing to {folder}: wait for it, end it, or give another --out.") \
-                from error
+            raise ValueError(
+                f"Another process is writing to {folder}: wait for it, end it, or give another --out."
+            ) from error
         yield
 
 

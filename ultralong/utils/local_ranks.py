@@ -40,8 +40,9 @@ def nccl_options() -> Any:
     return options
 
 
-def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str = "cpu",
-              timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any], world: int, *arguments: Any, device: str = "cpu", timeout: float = 120.0
+) -> list[Any]:
     """Run `work(rank, world, *arguments)` in `world` processes that form a torch.distributed group.
 
     Args:
@@ -63,8 +64,10 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     results = context.Queue()
     port = free_port()
-    processes = [context.Process(target=_rank, args=(work, rank, world, port, device, timeout, results, arguments),
-                                 daemon=True) for rank in range(world)]
+    processes = [
+        context.Process(target=_rank, args=(work, rank, world, port, device, timeout, results, arguments), daemon=True)
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     try:
@@ -83,8 +86,16 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, device: str
         results.close()
 
 
-def _rank(work: Callable[..., Any], rank: int, world: int, port: int, device: str, timeout: float, results: Any,
-          arguments: tuple[Any, ...]) -> None:
+def _rank(
+    work: Callable[..., Any],
+    rank: int,
+    world: int,
+    port: int,
+    device: str,
+    timeout: float,
+    results: Any,
+    arguments: tuple[Any, ...],
+) -> None:
     """What each process runs."""
     torch.set_num_threads(1)
     failed = False
@@ -92,9 +103,15 @@ def _rank(work: Callable[..., Any], rank: int, world: int, port: int, device: st
         if device == "cuda":
             torch.cuda.set_device(rank)
         own = torch.device("cuda", rank) if device == "cuda" else None
-        dist.init_process_group("nccl" if own else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
-                                world_size=world, timeout=timedelta(seconds=timeout), device_id=own,
-                                pg_options=nccl_options() if own else None)
+        dist.init_process_group(
+            "nccl" if own else "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
+            device_id=own,
+            pg_options=nccl_options() if own else None,
+        )
         value = work(rank, world, *arguments)
     except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
         failed, value = True, traceback.format_exc()

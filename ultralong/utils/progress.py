@@ -13,8 +13,15 @@ from tqdm.auto import tqdm
 SECONDS_BETWEEN_LINES_IN_A_LOG = 15.0
 
 
-def progress(iterable: Iterable[Any] | None = None, *, total: float | None = None, desc: str = "", unit: str = "it",
-             quiet: bool = False, **options: Any) -> tqdm:
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: float | None = None,
+    desc: str = "",
+    unit: str = "it",
+    quiet: bool = False,
+    **options: Any,
+) -> tqdm:
     """A tqdm bar on standard error.
 
     On a terminal it redraws a few times a second; in a log file or a CI job it prints a line every 15 s, so that a
@@ -30,9 +37,17 @@ def progress(iterable: Iterable[Any] | None = None, *, total: float | None = Non
     """
     in_notebook = "ipykernel" in sys.modules
     interactive = sys.stderr.isatty() or in_notebook
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=interactive and not in_notebook,
-                mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG, dynamic_ncols=interactive,
-                **options)
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        disable=quiet,
+        leave=interactive and not in_notebook,
+        mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
+        dynamic_ncols=interactive,
+        **options,
+    )
 
 
 class Stopwatch:

@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses read from YAML, changed by `key=value`, written back as the file that repeats a run.
 
 The dataclass is the schema. A key that it does not have, or a value of another type, is an error that names the place
-and what was meant; nothing is guessed and nothing is dropped.
+and what was meant; nothing is guessed and nothing is dropped. A key that had another name in the version before is read
+under its old name once more, with a note that says the new one: a dataclass lists such keys in `RENAMED`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,11 +44,37 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, found {type(values).__name__}.")
-    return from_mapping(cls, override(values, overrides), str(path))
+    return from_mapping(cls, override(renamed(cls, values, str(path)), overrides, cls), str(path))
 
 
-def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def renamed(cls: type[Any], values: Mapping[str, Any], where: str = "settings") -> dict[str, Any]:
+    """Return a copy of nested `values` in which keys of the version before have their names of today.
+
+    Each old name is noted on standard error, once a process.
+
+    Raises:
+        ValueError: A setting is there under both its names.
+    """
+    old_names, hints, found = getattr(cls, "RENAMED", {}), get_type_hints(cls), {}
+    for key, value in values.items():
+        name = old_names.get(key, key)
+        if name != key and name in values:
+            raise ValueError(f"{where}: {key!r} is the old name of {name!r}, and both are there. Remove {key!r}.")
+        if name != key:
+            _note(f"{where}: {key!r} is now called {name!r}. The old name will be refused by the next version.")
+        inner = _dataclass_in(hints.get(name))
+        nested = inner is not None and isinstance(value, Mapping)
+        found[name] = renamed(inner, value, f"{where}: {name}") if nested else _copy(value)
+    return found
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str], cls: type[Any] | None = None) -> dict[str, Any]:
     """Return a copy of nested `values` with `"a.b=value"` strings applied.
+
+    Args:
+        values: Nested settings.
+        overrides: The changes, applied in order.
+        cls: The dataclass that the values are for: keys of the version before are then understood (see `renamed`).
 
     Raises:
         ValueError: A string without `=`, or a path that goes through something that is not a mapping.
@@ -56,7 +84,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"--set takes key=value, found {text!r}.")
-        *parents, last = key.split(".")
+        *parents, last = _path_of_today(cls, key.split("."), f"--set {text}")
         place = changed
         for parent in parents:
             if place.get(parent) is None:
@@ -74,6 +102,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
     Raises:
         ValueError: See `load`.
     """
+    values = renamed(cls, values, where)
     hints = get_type_hints(cls)
     names = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
@@ -100,6 +129,30 @@ def save(settings: Any, path: str | os.PathLike[str], header: str = "") -> None:
     """Write every setting, defaults included, as YAML; `load` reads back an equal dataclass."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     write_text(path, comment + yaml.safe_dump(to_mapping(settings), sort_keys=False, allow_unicode=True))
+
+
+def _note(text: str, said: set[str] = set()) -> None:  # noqa: B006 - remembers what was said, for as long as it runs
+    if text not in said:
+        said.add(text)
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _dataclass_in(hint: Any) -> type[Any] | None:
+    """The dataclass that a type hint allows, if there is one: `X`, `X | None`."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind) and isinstance(kind, type)), None)
+
+
+def _path_of_today(cls: type[Any] | None, path: list[str], where: str) -> list[str]:
+    """The dotted path of a setting, each part under its name of today."""
+    found = []
+    for part in path:
+        name = getattr(cls, "RENAMED", {}).get(part, part)
+        if name != part:
+            _note(f"{where}: {part!r} is now called {name!r}. The old name will be refused by the next version.")
+        found.append(name)
+        cls = None if cls is None else _dataclass_in(get_type_hints(cls).get(name))
+    return found
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

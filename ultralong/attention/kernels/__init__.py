@@ -20,30 +20,49 @@ from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.kernels.torch_cpu import TorchCpu
 from ultralong.attention.spec import Rule
 
-__all__ = ["BOTTOM_RIGHT", "GQA", "KERNELS", "SOFTCAP", "VARLEN", "WINDOW", "Kernel", "Share", "add_backward",
-           "attention_backward", "attention_forward", "available_kernels", "backward_with_shares", "choose_kernel",
-           "get_kernel", "sums_at"]
+__all__ = [
+    "BOTTOM_RIGHT",
+    "GQA",
+    "KERNELS",
+    "SOFTCAP",
+    "VARLEN",
+    "WINDOW",
+    "Kernel",
+    "Share",
+    "add_backward",
+    "attention_backward",
+    "attention_forward",
+    "available_kernels",
+    "backward_with_shares",
+    "choose_kernel",
+    "get_kernel",
+    "sums_at",
+]
 
 log = logging.getLogger(__name__)
 
 
 def _flash4() -> Kernel:
     from ultralong.attention.kernels.flash_attn import FlashAttn4
+
     return FlashAttn4()
 
 
 def _flash3() -> Kernel:
     from ultralong.attention.kernels.flash_attn import FlashAttn3
+
     return FlashAttn3()
 
 
 def _flash2() -> Kernel:
     from ultralong.attention.kernels.flash_attn import FlashAttn2
+
     return FlashAttn2()
 
 
 def _cudnn() -> Kernel:
     from ultralong.attention.kernels.torch_cuda import TorchCudnn
+
     return TorchCudnn()
 
 
@@ -51,18 +70,24 @@ def _flash(device: str) -> Kernel:
     if device == "cpu":
         return TorchCpu()
     from ultralong.attention.kernels.torch_cuda import TorchFlash
+
     return TorchFlash()
 
 
 def _efficient() -> Kernel:
     from ultralong.attention.kernels.torch_cuda import TorchEfficient
+
     return TorchEfficient()
 
 
 # From fastest to slowest; `auto` takes the first that is present and can compute the call.
 KERNELS: tuple[str, ...] = ("flash4", "flash3", "cudnn", "flash2", "flash", "efficient", "reference")
 _MAKERS: dict[str, Callable[[], Kernel]] = {
-    "flash4": _flash4, "flash3": _flash3, "flash2": _flash2, "cudnn": _cudnn, "efficient": _efficient,
+    "flash4": _flash4,
+    "flash3": _flash3,
+    "flash2": _flash2,
+    "cudnn": _cudnn,
+    "efficient": _efficient,
     "reference": Reference,
 }
 
@@ -124,8 +149,15 @@ def choose_kernel(name: str, q: Tensor, rule: Rule, *, clipped: bool = False) ->
 
 
 @cache
-def _auto(device: str, dtype: torch.dtype, head_size: int, packed: bool, square: bool, window: int | None,
-          softcap: float | None) -> Kernel:
+def _auto(
+    device: str,
+    dtype: torch.dtype,
+    head_size: int,
+    packed: bool,
+    square: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Kernel:
     q = torch.empty(1, 1, 1, head_size, dtype=dtype, device=device)
     rule = Rule(scale=1.0, window=window, softcap=softcap)
     reasons: list[str] = []
@@ -140,7 +172,14 @@ def _auto(device: str, dtype: torch.dtype, head_size: int, packed: bool, square:
         raise ValueError("no attention kernel can compute this call: " + "; ".join(reasons))
     wanted = set() if not packed else {VARLEN} if square else {VARLEN, BOTTOM_RIGHT}
     choice = next((kernel for kernel in fits if wanted <= kernel.features and kernel.name != "reference"), fits[0])
-    log.info("attention kernel %s for %s, %s, head size %d%s%s%s", choice.name, device, dtype, head_size,
-             ", packed" if packed else "", "" if square else ", gathered keys",
-             f" (passed over {'; '.join(reasons)})" if reasons else "")
+    log.info(
+        "attention kernel %s for %s, %s, head size %d%s%s%s",
+        choice.name,
+        device,
+        dtype,
+        head_size,
+        ", packed" if packed else "",
+        "" if square else ", gathered keys",
+        f" (passed over {'; '.join(reasons)})" if reasons else "",
+    )
     return choice

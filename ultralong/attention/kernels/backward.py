@@ -31,8 +31,9 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 Groups = list[tuple[tuple[int, int], tuple[int, int]]]
 
 
-def attention_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                       rule: Rule) -> Gradients:
+def attention_backward(
+    kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+) -> Gradients:
     """Gradients of q, k and v from a saved pair (out, lse), which may be merged from several calls.
 
     Args as in `attention_forward`; dout and out are (B, T_q, H, D), lse is (B, H, T_q).
@@ -60,8 +61,18 @@ def attention_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Te
     return dq, dk, dv
 
 
-def add_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                 dk: Tensor, dv: Tensor) -> Tensor:
+def add_backward(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
     """As `attention_backward`, but this call's shares of dK and dV are added to what is there.
 
     Args:
@@ -84,8 +95,9 @@ def add_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, 
         return add_backward(kernel, *wide, lse, rule, dk, dv).to(q.dtype)
     if rule.spans is not None and q.shape[0] > 1:
         rows = [slice(i, i + 1) for i in range(q.shape[0])]
-        return torch.cat([add_backward(kernel, dout[i], q[i], k[i], v[i], out[i], lse[i], rule, dk[i], dv[i])
-                          for i in rows])
+        return torch.cat(
+            [add_backward(kernel, dout[i], q[i], k[i], v[i], out[i], lse[i], rule, dk[i], dv[i]) for i in rows]
+        )
     groups = head_groups(kernel, q, k)
     if len(groups) > 1:
         return _add_by_heads(kernel, groups, dout, q, k, v, out, lse, rule, dk, dv)
@@ -98,8 +110,9 @@ def add_backward(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     return kernel.add_backward(dout, q, k, v, out, lse, rule, dk, dv)
 
 
-def backward_with_shares(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                         rule: Rule) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
+def backward_with_shares(
+    kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
     """As `attention_backward`, but keys that other calls' queries see as well get shares that can be added up.
 
     Args as in `attention_backward`; which keys those are is in `rule.spans`, all of them without pieces.
@@ -164,20 +177,23 @@ def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
     return grad.unflatten(2, (kv_heads, -1)).sum(3, dtype=accumulator(grad.dtype)).to(grad.dtype)
 
 
-def _backward_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                       rule: Rule) -> Gradients:
+def _backward_by_piece(
+    kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+) -> Gradients:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
     def work(_: int, rows: slice, keys: slice) -> None:
         dq[:, rows], dk[:, keys], dv[:, keys] = attention_backward(
-            kernel, dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows], rule.one_piece())
+            kernel, dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows], rule.one_piece()
+        )
 
     each_piece(rule.spans, q, work)
     return dq, dk, dv
 
 
-def _backward_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                    rule: Rule) -> Gradients:
+def _backward_split(
+    kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+) -> Gradients:
     before, dtype = k.shape[1] - q.shape[1], q.dtype
     if q.device.type == "cpu":
         dout, q, k, v, out = (x.to(accumulator(dtype)) for x in (dout, q, k, v, out))
@@ -187,19 +203,47 @@ def _backward_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tenso
     return (dq + dq_past).to(dtype), dk.to(dtype), dv.to(dtype)  # two parts are added exactly, then rounded once
 
 
-def _add_by_heads(kernel: Kernel, groups: Groups, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-                  lse: Tensor, rule: Rule, dk: Tensor, dv: Tensor) -> Tensor:
+def _add_by_heads(
+    kernel: Kernel,
+    groups: Groups,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
     """Groups of heads; several groups of query heads may share one kv head."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     for (a, b), (c, d) in groups:
-        dq[:, :, a:b] = add_backward(kernel, *(x[:, :, a:b].contiguous() for x in (dout, q)),
-                                     *(x[:, :, c:d].contiguous() for x in (k, v)), out[:, :, a:b].contiguous(),
-                                     lse[:, a:b].contiguous(), rule, dk[:, :, c:d], dv[:, :, c:d])
+        dq[:, :, a:b] = add_backward(
+            kernel,
+            *(x[:, :, a:b].contiguous() for x in (dout, q)),
+            *(x[:, :, c:d].contiguous() for x in (k, v)),
+            out[:, :, a:b].contiguous(),
+            lse[:, a:b].contiguous(),
+            rule,
+            dk[:, :, c:d],
+            dv[:, :, c:d],
+        )
     return dq
 
 
-def _add_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                  dk: Tensor, dv: Tensor) -> Tensor:
+def _add_by_piece(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
     """Piece by piece; keys that only this call's queries see have one share, which is rounded once either way."""
     dq, one = torch.empty_like(q), rule.one_piece()
 
@@ -216,18 +260,39 @@ def _add_by_piece(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
     return dq
 
 
-def _add_split(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-               dk: Tensor, dv: Tensor) -> Tensor:
+def _add_split(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
     """The causal square and the full rectangle before it: no key is in both."""
     before = k.shape[1] - q.shape[1]
     dq = add_backward(kernel, dout, q, k[:, before:], v[:, before:], out, lse, rule, dk[:, before:], dv[:, before:])
-    past = add_backward(kernel, dout, q, k[:, :before], v[:, :before], out, lse, rule.full(), dk[:, :before],
-                        dv[:, :before])
+    past = add_backward(
+        kernel, dout, q, k[:, :before], v[:, :before], out, lse, rule.full(), dk[:, :before], dv[:, :before]
+    )
     return dq + past  # two parts are added exactly, then rounded once
 
 
-def _add_by_query_head(kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                       rule: Rule, dk: Tensor, dv: Tensor) -> Tensor:
+def _add_by_query_head(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
     """Kv heads repeated for their query heads, whose shares are added here."""
     many = [x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v)]  # (B, T_k, H, D)
     dq, *shares = kernel.backward(dout, q, *many, out, lse, rule)

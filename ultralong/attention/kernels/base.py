@@ -57,12 +57,23 @@ class Kernel(ABC):
         """Attention output and log-sum-exp."""
 
     @abstractmethod
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
 
-    def add_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                     dk: Tensor, dv: Tensor) -> Tensor:
+    def add_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rule: Rule,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> Tensor:
         """Adds the gradients of k and v to `dk` and `dv` (float32; float64 for float64 input), returns that of q.
 
         A kernel that can adds them unrounded; this one adds what `backward` gives.
@@ -72,8 +83,9 @@ class Kernel(ABC):
         dv += to_values
         return dq
 
-    def backward_with_shares(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                             rule: Rule) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
+    def backward_with_shares(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
         """`backward` of packed pieces (one row), and the shares of those that are marked as shared.
 
         A kernel that can gives them unrounded; this one gives what `backward` gives.

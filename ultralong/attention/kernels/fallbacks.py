@@ -40,8 +40,12 @@ def attention_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rul
         return out.unflatten(1, (rows, -1)).squeeze(0), _split_rows(lse, rows)
     groups = head_groups(kernel, q, k)
     if len(groups) > 1:
-        parts = [attention_forward(kernel, q[:, :, a:b].contiguous(), k[:, :, c:d].contiguous(),
-                                   v[:, :, c:d].contiguous(), rule) for (a, b), (c, d) in groups]
+        parts = [
+            attention_forward(
+                kernel, q[:, :, a:b].contiguous(), k[:, :, c:d].contiguous(), v[:, :, c:d].contiguous(), rule
+            )
+            for (a, b), (c, d) in groups
+        ]
         return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 1)
     if rule.spans is not None and not packed_call(kernel, rule.spans):
         return _forward_by_piece(kernel, q, k, v, rule)
@@ -84,10 +88,15 @@ def head_groups(kernel: Kernel, q: Tensor, k: Tensor) -> list[tuple[tuple[int, i
     group = heads // kv_heads
     if at_once >= group:
         step = at_once // group
-        return [((i * group, min(i + step, kv_heads) * group), (i, min(i + step, kv_heads)))
-                for i in range(0, kv_heads, step)]
-    return [((i, min(i + at_once, (i // group + 1) * group)), (i // group, i // group + 1))
-            for j in range(kv_heads) for i in range(j * group, (j + 1) * group, at_once)]
+        return [
+            ((i * group, min(i + step, kv_heads) * group), (i, min(i + step, kv_heads)))
+            for i in range(0, kv_heads, step)
+        ]
+    return [
+        ((i, min(i + at_once, (i // group + 1) * group)), (i // group, i // group + 1))
+        for j in range(kv_heads)
+        for i in range(j * group, (j + 1) * group, at_once)
+    ]
 
 
 def _forward_by_piece(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

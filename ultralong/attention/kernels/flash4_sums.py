@@ -61,8 +61,13 @@ class Sums:
 
 def with_names(function: Callable[..., Any], names: dict[str, Any]) -> Callable[..., Any]:
     """A copy of a function for which some of its module's names stand for something else; its module stays as it is."""
-    copy = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
-                        function.__closure__)
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
@@ -114,8 +119,13 @@ class SumsOf:
 def _is_known(facts: dict[str, Any]) -> bool:
     """Whether a buffer is in the order of this module's docstring: Hopper, a warp group for 64 keys of a block."""
     groups, hdim = facts.get("atom_layout", 0), facts.get("hdim", 1)
-    return (facts.get("arch", 0) // 10 == 9 and not facts.get("swap_ab", True) and hdim % 32 == 0
-            and facts.get("block_size") == WARP_GROUP_ROWS * groups and facts.get("num_threads") == 128 * groups)
+    return (
+        facts.get("arch", 0) // 10 == 9
+        and not facts.get("swap_ab", True)
+        and hdim % 32 == 0
+        and facts.get("block_size") == WARP_GROUP_ROWS * groups
+        and facts.get("num_threads") == 128 * groups
+    )
 
 
 def add_ordered(total: Tensor, buffer: Tensor, scale: float) -> None:

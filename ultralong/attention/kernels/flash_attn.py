@@ -78,8 +78,12 @@ def _layout(rule: Rule, *tensors: Tensor) -> tuple[list[Tensor], dict[str, Any]]
     if rule.spans is None:
         return list(tensors), {}
     cu_q, cu_k = rule.spans.tensors(tensors[0].device)
-    return [x[0] for x in tensors], {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": rule.spans.max_q,
-                                     "max_seqlen_k": rule.spans.max_k}
+    return [x[0] for x in tensors], {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": rule.spans.max_q,
+        "max_seqlen_k": rule.spans.max_k,
+    }
 
 
 def _on_hopper(x: Tensor) -> bool:
@@ -124,8 +128,9 @@ class FlashAttn4(_FlashAttn):
     def _backward_on_tile(self, q: Tensor, k: Tensor, rule: Rule) -> bool:
         return flash4_tiles.sees_many(q, k, rule, flash4_tiles.SOME) and _on_hopper(q)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
         function = self._backwards[self._backward_on_tile(q, k, rule)]
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
@@ -133,8 +138,18 @@ class FlashAttn4(_FlashAttn):
         dq, dk, dv = _batched(rule, *grads[:3])
         return dq, dk, dv
 
-    def add_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
-                     dk: Tensor, dv: Tensor) -> Tensor:
+    def add_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rule: Rule,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> Tensor:
         """Adds its float32 sums where it has them (grouped heads, Hopper), for packed rows those of shared pieces."""
         if not self._has_sums(q, k):
             return super().add_backward(dout, q, k, v, out, lse, rule, dk, dv)
@@ -143,8 +158,9 @@ class FlashAttn4(_FlashAttn):
             _add(total, name, part, sums, rule.spans)
         return dq
 
-    def backward_with_shares(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                             rule: Rule) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
+    def backward_with_shares(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
         """Its float32 sums of shared pieces, where it has them."""
         if not rule.spans.shared or not self._has_sums(q, k):
             return super().backward_with_shares(dout, q, k, v, out, lse, rule)
@@ -153,8 +169,11 @@ class FlashAttn4(_FlashAttn):
         for piece in sorted(rule.spans.shared):
             keys, sides = slice(*rule.spans.k[piece : piece + 2]), []
             for name, part in zip(("dk", "dv"), grads[1:], strict=True):
-                wide = part[:, keys].to(accumulator(part.dtype)) if sums is None else torch.zeros_like(
-                    part[:, keys], dtype=accumulator(part.dtype))
+                wide = (
+                    part[:, keys].to(accumulator(part.dtype))
+                    if sums is None
+                    else torch.zeros_like(part[:, keys], dtype=accumulator(part.dtype))
+                )
                 if sums is not None:
                     sums.add_piece(wide[0], name, piece, keys.start)
                 sides.append(wide)
@@ -164,20 +183,33 @@ class FlashAttn4(_FlashAttn):
     def _has_sums(self, q: Tensor, k: Tensor) -> bool:
         return self._sums_known and q.shape[2] != k.shape[2]
 
-    def _with_sums(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                   rule: Rule) -> tuple[Tensor, Tensor, Tensor, Sums | None]:
+    def _with_sums(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor, Sums | None]:
         """The gradient of q; those of k and v rounded (of one piece, only until its sums are trusted); the sums."""
         tile = self._backward_on_tile(q, k, rule)
         kind = (q.shape[3], rule.causal, rule.spans is not None, tile)
         (q, k, v, out, dout, lse), edges = _layout(rule, q, k, v, out, dout, lse)
         rounded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v)]
         new = kind not in self._checked
-        dq, sums = self._sums[tile](*rounded, q, k, v, out, dout, lse.contiguous(),
-                                     rounded=new or rule.spans is not None, **edges, **self._options(rule))
+        dq, sums = self._sums[tile](
+            *rounded,
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse.contiguous(),
+            rounded=new or rule.spans is not None,
+            **edges,
+            **self._options(rule),
+        )
         dq, *rounded = _batched(rule, dq, *rounded)
         if new and sums.there and not self._are_right(sums, rounded, rule):
-            log.warning("flash-attn 4 keeps its sums in an order that is not known here: shares of dK and dV are "
-                        "rounded one by one, which adds a fifth to their error")
+            log.warning(
+                "flash-attn 4 keeps its sums in an order that is not known here: shares of dK and dV are "
+                "rounded one by one, which adds a fifth to their error"
+            )
             self._sums_known = False
         self._checked.add(kind)
         return dq, *rounded, sums if sums.there and self._sums_known else None
@@ -223,9 +255,15 @@ class FlashAttn3(_FlashAttn):
 
     def _options(self, rule: Rule, defaults: dict[str, Any]) -> dict[str, Any]:
         left, right = -1 if rule.window is None else rule.window - 1, 0 if rule.causal else -1
-        known = {"softmax_scale": rule.scale, "softcap": rule.softcap or 0.0, "causal": rule.causal,
-                 "is_causal": rule.causal, "window_size": (left, right), "window_size_left": left,
-                 "window_size_right": right}
+        known = {
+            "softmax_scale": rule.scale,
+            "softcap": rule.softcap or 0.0,
+            "causal": rule.causal,
+            "is_causal": rule.causal,
+            "window_size": (left, right),
+            "window_size_left": left,
+            "window_size_right": right,
+        }
         return defaults | {name: value for name, value in known.items() if name in defaults}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -236,8 +274,9 @@ class FlashAttn3(_FlashAttn):
         out, lse = _batched(rule, out, lse)
         return out, lse
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`; writes into gradients made here."""
         (dout, q, k, v, out, lse), edges = _layout(rule, dout, q, k, v, out, lse)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
@@ -266,9 +305,15 @@ class FlashAttn2(_FlashAttn):
             raise ImportError("kernel 'flash2' needs flash-attn 2.7 or newer: make flash")
 
     def _options(self, rule: Rule) -> dict[str, Any]:
-        return {"dropout_p": 0.0, "softmax_scale": rule.scale, "causal": rule.causal,
-                "window_size_left": -1 if rule.window is None else rule.window - 1,
-                "window_size_right": 0 if rule.causal else -1, "softcap": rule.softcap or 0.0, "alibi_slopes": None}
+        return {
+            "dropout_p": 0.0,
+            "softmax_scale": rule.scale,
+            "causal": rule.causal,
+            "window_size_left": -1 if rule.window is None else rule.window - 1,
+            "window_size_right": 0 if rule.causal else -1,
+            "softcap": rule.softcap or 0.0,
+            "alibi_slopes": None,
+        }
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """Lse is (B, H, T), or (H, T) packed."""
@@ -278,13 +323,24 @@ class FlashAttn2(_FlashAttn):
         out, lse = _batched(rule, out, lse)
         return out, lse
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`; writes into gradients made here."""
         (dout, q, k, v, out, lse), edges = _layout(rule, dout, q, k, v, out, lse)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         function = self._functions["varlen_" if edges else ""][1]
-        function(dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *grads, **edges, deterministic=False,
-                 **self._options(rule))
+        function(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out.contiguous(),
+            lse.contiguous(),
+            *grads,
+            **edges,
+            deterministic=False,
+            **self._options(rule),
+        )
         dq, dk, dv = _batched(rule, *grads)
         return dq, dk, dv

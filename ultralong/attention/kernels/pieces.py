@@ -26,8 +26,9 @@ def pieces_of(spans: Spans) -> list[tuple[slice, slice]]:
     return [(slice(a, b), slice(c, d)) for a, b, c, d in edges if b > a]
 
 
-def each_piece(spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None],
-               keeps: Callable[[int], bool] | None = None) -> None:
+def each_piece(
+    spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None], keeps: Callable[[int], bool] | None = None
+) -> None:
     """Do `work(index, rows, keys)` for every piece that has queries.
 
     Args:
@@ -42,8 +43,11 @@ def each_piece(spans: Spans, q: Tensor, work: Callable[[int, slice, slice], None
         for index, (rows, keys) in pieces:
             work(index, rows, keys)
         return
-    short = [(index, rows, keys) for index, (rows, keys) in pieces
-             if (keys.stop - keys.start) * q.shape[2] <= SHORT and not (keeps and keeps(index))]
+    short = [
+        (index, rows, keys)
+        for index, (rows, keys) in pieces
+        if (keys.stop - keys.start) * q.shape[2] <= SHORT and not (keeps and keeps(index))
+    ]
     beside = {index for index, *_ in short} if len(short) > 1 else set()
     caller, streams = torch.cuda.current_stream(q.device), _streams(q.device)
     for stream in streams if beside else ():

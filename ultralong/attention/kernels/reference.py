@@ -42,8 +42,9 @@ class Reference(Kernel):
             lses.append(lse.flatten(1, 2))  # (B, H, t)
         return torch.cat(outs, 1), torch.cat(lses, 2)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """By dS = P * (dP - sum_d dout * out), with P from the saved log-sum-exp."""
         wide, kv_heads = accumulator(q.dtype), k.shape[2]
         keys, values = k.to(wide), v.to(wide)

@@ -34,12 +34,22 @@ class TorchCpu(Kernel):
         out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, rule.causal, scale=rule.scale)
         return out.transpose(1, 2), lse  # (B, T, H, D), (B, H, T)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One operator call; the operator reads the log-sum-exp token by token, heads innermost."""
         statistic = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        grads = _backward(dout.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                          out.transpose(1, 2), statistic, 0.0, rule.causal, scale=rule.scale)
+        grads = _backward(
+            dout.transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            out.transpose(1, 2),
+            statistic,
+            0.0,
+            rule.causal,
+            scale=rule.scale,
+        )
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv
 

@@ -33,8 +33,10 @@ def _require(operator: str, *names: str) -> None:
     schema = getattr(_aten, operator).default._schema if hasattr(_aten, operator) else None
     missing = set(names) - {argument.name for argument in schema.arguments} if schema else set(names)
     if missing:
-        raise ValueError(f"torch {torch.__version__} has no {operator} with {', '.join(sorted(missing))}; "
-                         "choose another kernel, or a torch between 2.11 and 2.13")
+        raise ValueError(
+            f"torch {torch.__version__} has no {operator} with {', '.join(sorted(missing))}; "
+            "choose another kernel, or a torch between 2.11 and 2.13"
+        )
 
 
 class TorchFlash(Kernel):
@@ -53,26 +55,31 @@ class TorchFlash(Kernel):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """The operator takes (B, T, H, D), or (T, H, D) with the pieces' edges."""
         if rule.spans is None:
-            out, lse, *_ = _aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, rule.causal,
-                                                          False, **_options(rule))
+            out, lse, *_ = _aten._flash_attention_forward(
+                q, k, v, None, None, q.shape[1], k.shape[1], 0.0, rule.causal, False, **_options(rule)
+            )
             return out, lse
         edges, longest = rule.spans.tensors(q.device), (rule.spans.max_q, rule.spans.max_k)
-        out, lse, *_ = _aten._flash_attention_forward(q[0], k[0], v[0], *edges, *longest, 0.0, rule.causal, False,
-                                                      **_options(rule))
+        out, lse, *_ = _aten._flash_attention_forward(
+            q[0], k[0], v[0], *edges, *longest, 0.0, rule.causal, False, **_options(rule)
+        )
         return out[None], lse[None]  # (1, T, H, D), (1, H, T)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
         state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         tensors = [x.contiguous() for x in (dout, q, k, v, out, lse)]
         if rule.spans is None:
-            dq, dk, dv = _aten._flash_attention_backward(*tensors, None, None, q.shape[1], k.shape[1], 0.0, rule.causal,
-                                                         *state, **_options(rule))
+            dq, dk, dv = _aten._flash_attention_backward(
+                *tensors, None, None, q.shape[1], k.shape[1], 0.0, rule.causal, *state, **_options(rule)
+            )
             return dq, dk, dv
         edges, longest = rule.spans.tensors(q.device), (rule.spans.max_q, rule.spans.max_k)
-        grads = _aten._flash_attention_backward(*(x[0] for x in tensors), *edges, *longest, 0.0, rule.causal, *state,
-                                                **_options(rule))
+        grads = _aten._flash_attention_backward(
+            *(x[0] for x in tensors), *edges, *longest, 0.0, rule.causal, *state, **_options(rule)
+        )
         dq, dk, dv = (grad[None] for grad in grads)
         return dq, dk, dv
 
@@ -113,20 +120,44 @@ class TorchCudnn(Kernel):
         if q.shape[1] == 1:
             return Reference().forward(q, k, v, rule)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, rule.causal, False,
-            scale=rule.scale)
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            None,
+            True,
+            0.0,
+            rule.causal,
+            False,
+            scale=rule.scale,
+        )
         return out.transpose(1, 2), lse.flatten(2)  # lse comes as (B, H, T, 1)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
         if q.shape[1] == 1:
             return Reference().backward(dout, q, k, v, out, lse, rule)
         seed = torch.zeros(1, dtype=torch.int64, device=q.device)
         dout, out = (x.contiguous().transpose(1, 2) for x in (dout, out))
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out, lse.contiguous().unsqueeze(-1), seed,
-            seed, None, None, None, q.shape[1], k.shape[1], 0.0, rule.causal, scale=rule.scale)
+            dout,
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            out,
+            lse.contiguous().unsqueeze(-1),
+            seed,
+            seed,
+            None,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            rule.causal,
+            scale=rule.scale,
+        )
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv
 
@@ -144,8 +175,11 @@ def _agrees(kernel: Kernel) -> bool:
     except RuntimeError:
         return False
     expected, expected_lse = Reference().forward(q.float(), k.float(), v.float(), rule)
-    theirs = (expected, expected_lse,
-              *Reference().backward(dout.float(), q.float(), k.float(), v.float(), expected, expected_lse, rule))
+    theirs = (
+        expected,
+        expected_lse,
+        *Reference().backward(dout.float(), q.float(), k.float(), v.float(), expected, expected_lse, rule),
+    )
     return all(a.shape == b.shape and (a.float() - b).abs().max() < 0.05 * b.abs().max() for a, b in zip(mine, theirs))
 
 
@@ -165,18 +199,36 @@ class TorchEfficient(Kernel):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """The operator takes (B, T, H, D) and pads its log-sum-exp."""
         mask = CAUSAL_BOTTOM_RIGHT if rule.causal else NO_MASK
-        out, lse, *_ = _aten._efficient_attention_forward(q, k, v, None, None, None, q.shape[1], k.shape[1], 0.0, mask,
-                                                          True, scale=rule.scale)
+        out, lse, *_ = _aten._efficient_attention_forward(
+            q, k, v, None, None, None, q.shape[1], k.shape[1], 0.0, mask, True, scale=rule.scale
+        )
         return out, lse[:, :, : q.shape[1]]
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                 rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`; padded queries get an infinite log-sum-exp, hence no probability."""
         padding = -q.shape[1] % LSE_ALIGNMENT
         statistic = torch.nn.functional.pad(lse, (0, padding), value=math.inf).contiguous()
         mask = CAUSAL_BOTTOM_RIGHT if rule.causal else NO_MASK
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = _aten._efficient_attention_backward(
-            dout.contiguous(), q, k, v, None, out.contiguous(), None, None, q.shape[1], k.shape[1], statistic, 0.0,
-            seed, seed, mask, False, scale=rule.scale)
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            None,
+            out.contiguous(),
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            statistic,
+            0.0,
+            seed,
+            seed,
+            mask,
+            False,
+            scale=rule.scale,
+        )
         return dq, dk, dv

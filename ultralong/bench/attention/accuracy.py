@@ -39,8 +39,9 @@ def exact_row(context: AttentionContext, row: Sequence[Tensor], heads_at_once: i
     return [torch.cat(column, 2) for column in zip(*parts)]
 
 
-def relative_errors(context: AttentionContext, row: Sequence[Tensor],
-                    exact: Sequence[Tensor] | None = None) -> dict[str, float]:
+def relative_errors(
+    context: AttentionContext, row: Sequence[Tensor], exact: Sequence[Tensor] | None = None
+) -> dict[str, float]:
     """Root-mean-square error over root-mean-square value, of output and gradients, over the whole row.
 
     Args:
@@ -65,5 +66,3 @@ def relative_errors(context: AttentionContext, row: Sequence[Tensor],
             if group is not None:
                 dist.all_reduce(sums, group=group)
     return dict(zip(NAMES, (sums[:, 0] / sums[:, 1]).sqrt().tolist()))
-
-

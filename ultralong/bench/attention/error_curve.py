@@ -41,9 +41,15 @@ class ErrorPoint:
     dv: float
 
 
-def error_curve(ranks: Sequence[int] = (1, 2, 4, 8, 16), *, tokens: int = 512,
-                dtypes: Sequence[str] = ("float32", "bfloat16"), schemes: Sequence[str] = SCHEMES, seeds: int = 3,
-                timeout: float = 600.0) -> list[ErrorPoint]:
+def error_curve(
+    ranks: Sequence[int] = (1, 2, 4, 8, 16),
+    *,
+    tokens: int = 512,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    schemes: Sequence[str] = SCHEMES,
+    seeds: int = 3,
+    timeout: float = 600.0,
+) -> list[ErrorPoint]:
     """Measure on this machine's CPU, with as many processes as ranks.
 
     Args:
@@ -63,8 +69,9 @@ def error_curve(ranks: Sequence[int] = (1, 2, 4, 8, 16), *, tokens: int = 512,
     return points
 
 
-def _measure(_rank: int, world: int, tokens: int, dtypes: Sequence[str], schemes: Sequence[str],
-             seeds: int) -> list[ErrorPoint]:
+def _measure(
+    _rank: int, world: int, tokens: int, dtypes: Sequence[str], schemes: Sequence[str], seeds: int
+) -> list[ErrorPoint]:
     """One rank's part: every type and scheme at this number of ranks."""
     points = []
     for name in dtypes:
@@ -79,8 +86,10 @@ def _measure(_rank: int, world: int, tokens: int, dtypes: Sequence[str], schemes
 def _row(seed: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v and an output gradient (1, T, heads, D)."""
     make = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, tokens, heads, HEAD_SIZE, generator=make).to(dtype)
-            for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    return [
+        torch.randn(1, tokens, heads, HEAD_SIZE, generator=make).to(dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
 
 
 def _whole_row(row: list[Tensor]) -> list[Tensor]:
@@ -120,8 +129,10 @@ def main() -> None:
         values = asdict(point).values()
         print("  ".join(f"{value:9.2e}" if isinstance(value, float) else f"{value:>9}" for value in values))
     if arguments.json:
-        write_json(arguments.json, {"tokens": arguments.tokens, "torch": torch.__version__,
-                                    "points": [asdict(point) for point in points]})
+        write_json(
+            arguments.json,
+            {"tokens": arguments.tokens, "torch": torch.__version__, "points": [asdict(point) for point in points]},
+        )
 
 
 if __name__ == "__main__":

@@ -30,28 +30,68 @@ def _refuse_options(**options: object) -> None:
         raise ValueError(f"the stand-in for flash-attn 2 has none of the options {given}: install flash-attn 2")
 
 
-def _flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
-                        window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
-                        return_softmax: bool) -> tuple[Tensor, Tensor, None, None]:
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, None, None]:
     """Output (B, T, H, D) and log-sum-exp (B, H, T) of q (B, T, H, D), k and v (B, T, K, D)."""
-    _refuse_options(dropout_p=dropout_p, window_size_left=window_size_left, window_size_right=window_size_right,
-                    softcap=softcap, alibi_slopes=alibi_slopes, return_softmax=return_softmax)
-    out, lse, *_ = _aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False,
-                                                  scale=softmax_scale)
+    _refuse_options(
+        dropout_p=dropout_p,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_softmax=return_softmax,
+    )
+    out, lse, *_ = _aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=softmax_scale
+    )
     return out, lse, None, None
 
 
-def _flash_attn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor,
-                         dk: Tensor, dv: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
-                         window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
-                         deterministic: bool, rng_state: Tensor | None = None) -> None:
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> None:
     """Gradients of q, k and v, written into dq, dk and dv; torch's operator makes its own, so they are copied once."""
-    _refuse_options(dropout_p=dropout_p, window_size_left=window_size_left, window_size_right=window_size_right,
-                    softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic)
+    _refuse_options(
+        dropout_p=dropout_p,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+    )
     state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     tensors = [x.contiguous() for x in (dout, q, k, v, out, softmax_lse)]
-    grads = _aten._flash_attention_backward(*tensors, None, None, q.shape[1], k.shape[1], 0.0, causal, *state,
-                                            scale=softmax_scale)
+    grads = _aten._flash_attention_backward(
+        *tensors, None, None, q.shape[1], k.shape[1], 0.0, causal, *state, scale=softmax_scale
+    )
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         place.copy_(grad)
 

@@ -71,11 +71,15 @@ def _in_torchrun(options: AttentionBench, device: str, path: Path | None) -> lis
         dist.destroy_process_group()
 
 
-def _measure_all(rank: int, world: int, options: AttentionBench, device: str,
-                 path: Path | None) -> list[AttentionResult]:
+def _measure_all(
+    rank: int, world: int, options: AttentionBench, device: str, path: Path | None
+) -> list[AttentionResult]:
     """One rank's part."""
-    kernels = [name for asked in options.kernels for name in
-               ([n for n in available_kernels(device) if n != "reference"] if asked == "all" else [asked])]
+    kernels = [
+        name
+        for asked in options.kernels
+        for name in ([n for n in available_kernels(device) if n != "reference"] if asked == "all" else [asked])
+    ]
     schemes = SCHEMES if "all" in options.schemes else options.schemes
     lengths = ([options.latency_length] if options.latency_length else []) + list(options.lengths)
     cases = list(product(lengths, [False, True] if options.documents else [False], dict.fromkeys(kernels)))
@@ -93,8 +97,18 @@ def _measure_all(rank: int, world: int, options: AttentionBench, device: str,
             few = options.for_check()
             context = make_context(tokens, boundaries=edges, heads=few.heads, kv_heads=few.kv_heads)
             exact = {(tokens, packed): exact_row(context, _inputs(few, tokens, device))}  # for all kernels
-        add(_case(world, options, device, kernel, tokens, packed, schemes if world > 1 else (),
-                  exact.get((tokens, packed))))
+        add(
+            _case(
+                world,
+                options,
+                device,
+                kernel,
+                tokens,
+                packed,
+                schemes if world > 1 else (),
+                exact.get((tokens, packed)),
+            )
+        )
     if options.peers:
         for name, tokens in progress(list(product(PEERS, lengths)), desc="peers", unit="case", quiet=rank > 0):
             add([_peer(world, options, device, name, tokens)])
@@ -112,21 +126,41 @@ def documents(tokens: int, count: int) -> tuple[int, ...]:
 def _inputs(options: AttentionBench, tokens: int, device: str) -> list[Tensor]:
     """q, k, v and an output gradient of a whole row, the same on every rank."""
     make = torch.Generator(device).manual_seed(0)
-    return [torch.randn(1, tokens, heads, options.head_size, generator=make, device=device,
-                        dtype=getattr(torch, options.dtype))
-            for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads)]
+    return [
+        torch.randn(
+            1, tokens, heads, options.head_size, generator=make, device=device, dtype=getattr(torch, options.dtype)
+        )
+        for heads in (options.heads, options.kv_heads, options.kv_heads, options.heads)
+    ]
 
 
-def _context(options: AttentionBench, tokens: int, ranks: int, scheme: str, kernel: str,
-             edges: tuple[int, ...] | None) -> AttentionContext:
+def _context(
+    options: AttentionBench, tokens: int, ranks: int, scheme: str, kernel: str, edges: tuple[int, ...] | None
+) -> AttentionContext:
     alone = ranks == 1
     stages = options.stages if scheme in ("ulysses", "gathered") else None
-    return make_context(tokens, None if alone else dist.group.WORLD, "auto" if alone else scheme, kernel, edges,
-                        heads=options.heads, kv_heads=options.kv_heads, stages=stages)
+    return make_context(
+        tokens,
+        None if alone else dist.group.WORLD,
+        "auto" if alone else scheme,
+        kernel,
+        edges,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        stages=stages,
+    )
 
 
-def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens: int, packed: bool,
-          schemes: tuple[str, ...], exact: list[Tensor] | None) -> list[AttentionResult]:
+def _case(
+    world: int,
+    options: AttentionBench,
+    device: str,
+    kernel: str,
+    tokens: int,
+    packed: bool,
+    schemes: tuple[str, ...],
+    exact: list[Tensor] | None,
+) -> list[AttentionResult]:
     """One kernel at one length: one GPU, then every scheme; `exact` is the check's row in float32, if it is wanted."""
     edges = documents(tokens, options.documents) if packed else None
     row, results, alone, few = _inputs(options, tokens, device), [], None, options.for_check()
@@ -134,10 +168,21 @@ def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens:
         ranks = 1 if scheme == "single" else world
         try:
             context = _context(options, tokens, ranks, scheme, kernel, edges)
-            times = measure(context.attend, [context.shard(x) for x in row[:3]], context.shard(row[3]),
-                            repeats=options.repeats, budget=options.budget, idle=tokens == options.latency_length)
-            errors = {} if exact is None else relative_errors(_context(few, tokens, ranks, scheme, kernel, edges),
-                                                              _inputs(few, tokens, device), exact)
+            times = measure(
+                context.attend,
+                [context.shard(x) for x in row[:3]],
+                context.shard(row[3]),
+                repeats=options.repeats,
+                budget=options.budget,
+                idle=tokens == options.latency_length,
+            )
+            errors = (
+                {}
+                if exact is None
+                else relative_errors(
+                    _context(few, tokens, ranks, scheme, kernel, edges), _inputs(few, tokens, device), exact
+                )
+            )
         except ValueError as error:
             results.append(AttentionResult(scheme, kernel, tokens, packed, ranks, note=str(error)))
             continue
@@ -147,14 +192,33 @@ def _case(world: int, options: AttentionBench, device: str, kernel: str, tokens:
     return results
 
 
-def _result(options: AttentionBench, name: str, kernel: str, tokens: int, edges: tuple[int, ...] | None, ranks: int,
-            times: Times, alone: Times | None, errors: dict[str, float]) -> AttentionResult:
+def _result(
+    options: AttentionBench,
+    name: str,
+    kernel: str,
+    tokens: int,
+    edges: tuple[int, ...] | None,
+    ranks: int,
+    times: Times,
+    alone: Times | None,
+    errors: dict[str, float],
+) -> AttentionResult:
     work = causal_flops(tokens, options.heads, options.head_size, edges)
     return AttentionResult(
-        name, kernel, tokens, edges is not None, ranks, round(times.forward * 1e3, 4), round(times.backward * 1e3, 4),
-        round(work / ranks / times.total / 1e12, 4), round(alone.total / ranks / times.total, 4) if alone else None,
-        round((times.total - alone.total / ranks) * 1e3, 4) if alone else None, round(times.peak_gib, 2), errors,
-        begun="idle" if tokens == options.latency_length else "busy")
+        name,
+        kernel,
+        tokens,
+        edges is not None,
+        ranks,
+        round(times.forward * 1e3, 4),
+        round(times.backward * 1e3, 4),
+        round(work / ranks / times.total / 1e12, 4),
+        round(alone.total / ranks / times.total, 4) if alone else None,
+        round((times.total - alone.total / ranks) * 1e3, 4) if alone else None,
+        round(times.peak_gib, 2),
+        errors,
+        begun="idle" if tokens == options.latency_length else "busy",
+    )
 
 
 def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: int) -> AttentionResult:
@@ -163,8 +227,14 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
         with peer(name, tokens) as (attend, kernel):
             context = make_context(tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads)
             row = [context.shard(x).contiguous() for x in _inputs(options, tokens, device)]
-            times = measure(attend, row[:3], row[3], repeats=options.repeats, budget=options.budget,
-                            idle=tokens == options.latency_length)
+            times = measure(
+                attend,
+                row[:3],
+                row[3],
+                repeats=options.repeats,
+                budget=options.budget,
+                idle=tokens == options.latency_length,
+            )
     except (PeerMissing, RuntimeError, NotImplementedError, ImportError) as error:
         return AttentionResult(name, "", tokens, False, world, note=str(error).splitlines()[0][:200])
     return _result(options, name, kernel, tokens, None, world, times, None, {})
@@ -173,16 +243,18 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
 def options_from(arguments: Sequence[str] | None = None) -> tuple[AttentionBench, Path | None]:
     """Options and result file from a command line."""
     default, about = AttentionBench(), described(AttentionBench)
-    parser = argparse.ArgumentParser(prog="ultralong bench attention", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="ultralong bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for entry in fields(AttentionBench):
         value, name = getattr(default, entry.name), "--" + entry.name.replace("_", "-")
         text = about[entry.name].replace("%", "%%").rstrip(".")
         if isinstance(value, bool):
             parser.add_argument(name, action="store_true", help=text)
         elif isinstance(value, tuple):
-            parser.add_argument(name, default=",".join(map(str, value)),
-                                help=f"{text}; comma-separated (default: %(default)s)")
+            parser.add_argument(
+                name, default=",".join(map(str, value)), help=f"{text}; comma-separated (default: %(default)s)"
+            )
         else:
             kind = int if value is None else type(value)
             shown = "" if value is None else " (default: %(default)s)"

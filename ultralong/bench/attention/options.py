@@ -75,9 +75,18 @@ class AttentionBench:
             return self
         lengths = tuple(sorted({min(length, 2048) for length in self.lengths}))
         kv_heads = max(1, 8 * self.kv_heads // self.heads)
-        return replace(self, lengths=lengths, latency_length=min(self.latency_length, 256), heads=8, kv_heads=kv_heads,
-                       documents=min(self.documents, 8), head_size=32, dtype="float32", ranks=self.ranks or 2,
-                       budget=min(self.budget, 2.0))
+        return replace(
+            self,
+            lengths=lengths,
+            latency_length=min(self.latency_length, 256),
+            heads=8,
+            kv_heads=kv_heads,
+            documents=min(self.documents, 8),
+            head_size=32,
+            dtype="float32",
+            ranks=self.ranks or 2,
+            budget=min(self.budget, 2.0),
+        )
 
 
 def described(kind: type) -> dict[str, str]:

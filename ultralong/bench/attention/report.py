@@ -37,6 +37,12 @@ def table(results: Sequence[AttentionResult]) -> str:
 
 def save(path: Path, options: AttentionBench, results: Sequence[AttentionResult]) -> None:
     """Write machine, options and results as JSON."""
-    write_json(path, {"machine": machine_facts(), "options": asdict(options),
-                      "flop_rule": "causal, 3.5 x 2 n^2 H D for each document, no recomputation counted",
-                      "results": [asdict(result) for result in results]})
+    write_json(
+        path,
+        {
+            "machine": machine_facts(),
+            "options": asdict(options),
+            "flop_rule": "causal, 3.5 x 2 n^2 H D for each document, no recomputation counted",
+            "results": [asdict(result) for result in results],
+        },
+    )

@@ -85,8 +85,15 @@ def causal_flops(tokens: int, heads: int, head_size: int, boundaries: Sequence[i
     return (1 + BACKWARD_WORK) * 2.0 * heads * head_size * sum(float(n) ** 2 for n in lengths)
 
 
-def measure(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor, *, repeats: int = 5,
-            budget: float = 30.0, idle: bool = False) -> Times:
+def measure(
+    attend: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    dout: Tensor,
+    *,
+    repeats: int = 5,
+    budget: float = 30.0,
+    idle: bool = False,
+) -> Times:
     """Time `attend(q, k, v)` and its backward pass on all ranks of the default group (or on this process alone).
 
     Args:
@@ -116,8 +123,13 @@ def measure(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tenso
     return Times(forward, backward, len(times), _slowest((peak,), device)[0])
 
 
-def _once(attend: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor, ahead: Ahead | None = None,
-          seconds: float = 0.0) -> tuple[float, float, float]:
+def _once(
+    attend: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    dout: Tensor,
+    ahead: Ahead | None = None,
+    seconds: float = 0.0,
+) -> tuple[float, float, float]:
     """Seconds of one forward and one backward pass on this rank, begun with the others', and of the host to start both.
 
     Args:

@@ -28,9 +28,11 @@ from ultralong.evaluation.report.report import describe_environment
 from ultralong.utils.files import read_json, read_jsonl, write_json
 from ultralong.utils.settings import to_mapping
 
-RULE = ("answer loss: nats per target over packed conversations kept apart, as a training step computes it, 95% "
-        "bootstrap over conversations; needle: RULER niah_single wording, 7 digits, chat template, held-out documents "
-        "as haystack, greedy exact match; perplexity: held-out documents packed to the new window, by position")
+RULE = (
+    "answer loss: nats per target over packed conversations kept apart, as a training step computes it, 95% "
+    "bootstrap over conversations; needle: RULER niah_single wording, 7 digits, chat template, held-out documents "
+    "as haystack, greedy exact match; perplexity: held-out documents packed to the new window, by position"
+)
 MODELS = {"base": "as it came", "pretrained": "before SFT", "tuned": "after SFT"}
 GRIDS = ("pretrained", "tuned")
 
@@ -66,9 +68,14 @@ def run(demo: PreparedDemo, say: Callable[[str], None] = print) -> dict[str, Any
     training = {name: _log(demo.out / name) for name in ("pretraining", "tuning")}
     return {
         "title": f"SFT of {demo.config.model} after {demo.base_window():,} to {demo.config.target:,} tokens",
-        "rule": RULE, "environment": describe_environment(), "settings": to_mapping(demo.config),
-        "base_window": demo.base_window(), "rows": read_json(demo.prepared / "rows.json"),
-        "extension": read_json(demo.out / "extend.json"), "stage_seconds": seconds, "training": training,
+        "rule": RULE,
+        "environment": describe_environment(),
+        "settings": to_mapping(demo.config),
+        "base_window": demo.base_window(),
+        "rows": read_json(demo.prepared / "rows.json"),
+        "extension": read_json(demo.out / "extend.json"),
+        "stage_seconds": seconds,
+        "training": training,
         "answer_loss": {name: loss.summary(demo.config.seed) for name, loss in losses.items()},
         "answer_loss_change_by_sft": loss_change(losses["pretrained"], losses["tuned"], seed=demo.config.seed),
         "needles": {name: found(measured[name]["needle"], demo.base_window()) for name in GRIDS},
@@ -104,8 +111,10 @@ def found(cells: list[dict[str, Any]], window: int) -> dict[str, dict[str, float
         `within` and `beyond`, each with `correct`, `n`, `low` and `high`; one without cells is left out.
     """
     result = {}
-    for name, chosen in (("within", [c for c in cells if c["length"] <= window]),
-                         ("beyond", [c for c in cells if c["length"] > window])):
+    for name, chosen in (
+        ("within", [c for c in cells if c["length"] <= window]),
+        ("beyond", [c for c in cells if c["length"] > window]),
+    ):
         if chosen:
             correct, n = sum(cell["correct"] for cell in chosen), sum(cell["n"] for cell in chosen)
             low, high = wilson(correct, n)
@@ -116,38 +125,53 @@ def found(cells: list[dict[str, Any]], window: int) -> dict[str, dict[str, float
 def table(result: dict[str, Any]) -> list[str]:
     """What was measured, as lines of a Markdown table and a sentence."""
     window = result["base_window"]
-    lines = [f"| model | answer loss (95%) | needles to {window:,} | needles beyond | perplexity, first and last bin |",
-             "|---|---|---|---|---|"]
+    lines = [
+        f"| model | answer loss (95%) | needles to {window:,} | needles beyond | perplexity, first and last bin |",
+        "|---|---|---|---|---|",
+    ]
     for name, title in MODELS.items():
         loss = result["answer_loss"][name]
         cells = [title, f"{loss['loss']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})"]
         if name in GRIDS:
             needles, bins = result["needles"][name], result["perplexity"][name]
-            cells += [f"{needles[key]['correct']} of {needles[key]['n']}" if key in needles else ""
-                      for key in ("within", "beyond")]
+            cells += [
+                f"{needles[key]['correct']} of {needles[key]['n']}" if key in needles else ""
+                for key in ("within", "beyond")
+            ]
             cells.append(f"{bins[0]['perplexity']:.2f}, {bins[-1]['perplexity']:.2f}")
         else:
             cells += [""] * 3
         lines.append(f"| {' | '.join(cells)} |")
     change, answers = result["answer_loss_change_by_sft"], result["rows"]["conversations"]["answers"]
     tuning = result["training"]["tuning"]
-    lines += ["", f"SFT changed the loss on {answers['documents']:,} answers kept apart by {change['change']:+.4f} "
-              f"nats per target ({change['low']:+.4f} to {change['high']:+.4f}); it fell for {change['better']:.0%} of "
-              f"them. {tuning['steps']} steps, {tuning['tokens']:,} tokens, {tuning['seconds']} s of steps."]
+    lines += [
+        "",
+        f"SFT changed the loss on {answers['documents']:,} answers kept apart by {change['change']:+.4f} "
+        f"nats per target ({change['low']:+.4f} to {change['high']:+.4f}); it fell for {change['better']:.0%} of "
+        f"them. {tuning['steps']} steps, {tuning['tokens']:,} tokens, {tuning['seconds']} s of steps.",
+    ]
     return lines
 
 
 def _log(folder: Path) -> dict[str, Any]:
     """What is kept of a training log."""
     log = read_jsonl(folder / "log.jsonl")
-    return {"steps": len(log), "tokens": log[-1]["tokens"], "targets": sum(line["targets"] for line in log),
-            "seconds": round(sum(line["seconds"] for line in log), 1), "loss": [line["loss"] for line in log]}
+    return {
+        "steps": len(log),
+        "tokens": log[-1]["tokens"],
+        "targets": sum(line["targets"] for line in log),
+        "seconds": round(sum(line["seconds"] for line in log), 1),
+        "loss": [line["loss"] for line in log],
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The commands."""
-    parser = argparse.ArgumentParser(prog="python -m ultralong.bench.sft.measure", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ultralong.bench.sft.measure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare", help="make the rows")
     first.add_argument("--heldout", type=int, default=400, help="conversations kept apart")

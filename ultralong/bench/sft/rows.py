@@ -33,8 +33,14 @@ CHARACTERS = 6  # more than a token has on average
 
 
 def prepare(
-    config: DemoConfig, base: str | os.PathLike[str], out: str | os.PathLike[str], *, heldout: int = 400,
-    limit: int | None = None, cache: str | os.PathLike[str] | None = None, quiet: bool = False,
+    config: DemoConfig,
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    heldout: int = 400,
+    limit: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Make the rows.
 
@@ -67,8 +73,15 @@ def prepare(
     return facts
 
 
-def _conversations(config: DemoConfig, tokenizer: PreTrainedTokenizerBase, window: int, out: Path, heldout: int,
-                   cache: str | os.PathLike[str] | None, quiet: bool) -> dict[str, Any]:
+def _conversations(
+    config: DemoConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    out: Path,
+    heldout: int,
+    cache: str | os.PathLike[str] | None,
+    quiet: bool,
+) -> dict[str, Any]:
     """Pack the conversations to train on and those kept apart; returns what `rows.json` says of them."""
     recipe = load_recipe(config.conversations)
     if recipe.kind != "chat":
@@ -79,7 +92,8 @@ def _conversations(config: DemoConfig, tokenizer: PreTrainedTokenizerBase, windo
     settings = ChatSettings(length=window, max_tokens=min(MOST_TOKENS, window), seed=config.seed)
     facts: dict[str, Any] = {
         "licenses": {source.name: source.license for source in recipe.sources},
-        "overlapping": split.overlapping, "rule": f"{WORDS} words in a row, or a whole turn of {SHORTEST} or more",
+        "overlapping": split.overlapping,
+        "rule": f"{WORDS} words in a row, or a whole turn of {SHORTEST} or more",
     }
     for name, talks in (("training", split.training), ("answers", split.heldout)):
         rows = pack_chat(talks, tokenizer, out / name, settings, report=report, quiet=quiet)

@@ -40,15 +40,30 @@ def alst_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device(get_accelerator().current_device_name())
     groups = UlyssesSPAttentionHF.register_with_transformers(
-        model_name_or_path=model_folder, core_attn_implementation="sdpa", sequence_parallel_size=world,
-        micro_batch_size=1, seq_length=tokens, seq_length_is_variable=False)
+        model_name_or_path=model_folder,
+        core_attn_implementation="sdpa",
+        sequence_parallel_size=world,
+        micro_batch_size=1,
+        seq_length=tokens,
+        seq_length_is_variable=False,
+    )
     model = random_model(model_folder, device, "sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     _tile_feed_forward(model, tokens // world)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), mpu=groups, config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "sequence_parallel_size": world,
-        "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9,
-        "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "torch_adam": True}}})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=list(model.parameters()),
+        mpu=groups,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "sequence_parallel_size": world,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+            "steps_per_print": 10**9,
+            "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "torch_adam": True}},
+        },
+    )
     share = slice(rank * (tokens // world), (rank + 1) * (tokens // world))
 
     def step(ids: Tensor) -> float:
@@ -73,8 +88,9 @@ def _tile_feed_forward(model: nn.Module, tokens: int) -> None:
     for layer in model.get_decoder().layers:
         mlp, shards = layer.mlp, math.ceil(tokens / model.config.hidden_size)
         weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
-        mlp.forward = lambda x, mlp=mlp, weights=weights, shards=shards: TiledMLP.apply(feed_forward, mlp, x, shards,
-                                                                                        weights)
+        mlp.forward = lambda x, mlp=mlp, weights=weights, shards=shards: TiledMLP.apply(
+            feed_forward, mlp, x, shards, weights
+        )
 
 
 def _tiled_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:

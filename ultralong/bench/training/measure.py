@@ -33,9 +33,12 @@ from ultralong.utils.files import read_json, read_jsonl, write_json
 DATASHEET_FLOPS = 989e12
 SHOWN = 40  # kernels of a profile that a row keeps
 # Parts of kernels' names; what comes first counts, as attention is made of products too.
-KINDS = {"attention": ("flash", "fmha", "attention", "sdpa"), "exchange between GPUs": ("nccl",),
-         "copies": ("memcpy", "memset"),
-         "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm")}
+KINDS = {
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "exchange between GPUs": ("nccl",),
+    "copies": ("memcpy", "memset"),
+    "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm"),
+}
 GIB = 2**30
 
 
@@ -68,7 +71,7 @@ class TrainingCase:
     states: str = "float32"
     kernel: str = "auto"
     stages: int | None = None
-    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(checkpoint_layers=True))
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
     fit: bool = False
     gpu_memory: float | None = None
     host_memory: float | None = None
@@ -98,16 +101,28 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
         facts = other.submit(machine_facts).result()  # not here: this process must hold no GPU memory beside the run
     shape = shape_of(_config(case))
-    row = {"model": case.name, "parameters": shape.parameters, "tokens": case.tokens, "gpus": case.gpus,
-           "gpu": facts["device"], "date": facts["date"], "versions": facts["packages"]}
+    row = {
+        "model": case.name,
+        "parameters": shape.parameters,
+        "tokens": case.tokens,
+        "gpus": case.gpus,
+        "gpu": facts["device"],
+        "date": facts["date"],
+        "versions": facts["packages"],
+    }
     with _kept(folder) as place:
         made = prepare(place, case.model, case.layers, case.tokens)
         with tempfile.TemporaryDirectory(dir=place) as run:
             config = _train_config(case, made, Path(run))
             config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config
             settings.save(config, Path(run) / "config.yaml")
-            row |= {"sharded": case.sharded, "states": case.states, "kernel": case.kernel, "stages": case.stages,
-                    "memory": settings.to_mapping(config.memory)}
+            row |= {
+                "sharded": case.sharded,
+                "states": case.states,
+                "kernel": case.kernel,
+                "stages": case.stages,
+                "memory": settings.to_mapping(config.memory),
+            }
             with ThreadPoolExecutor(1) as beside:
                 running = beside.submit(_run, case, Path(run), made, shape.model_flops(case.tokens))
                 row |= _planned(config, case, machine)
@@ -133,10 +148,19 @@ def _kept(folder: Path | None) -> Iterator[Path]:
 
 def _train_config(case: TrainingCase, made: dict[str, str], run: Path) -> TrainConfig:
     return TrainConfig(
-        model=made["model"], out=str(run / "run"), data=(DataSource(made["rows"]),), steps=case.steps,
-        optimizer=OptimizerConfig(states=case.states), memory=case.memory,
-        parallel=ParallelConfig(sequence=case.gpus, shard=case.gpus if case.sharded else None, kernel=case.kernel,
-                                stages=case.stages))
+        model=made["model"],
+        out=str(run / "run"),
+        data=(DataSource(made["rows"]),),
+        steps=case.steps,
+        optimizer=OptimizerConfig(states=case.states),
+        memory=case.memory,
+        parallel=ParallelConfig(
+            context_parallel_size=case.gpus,
+            fsdp_shard_degree=case.gpus if case.sharded else None,
+            kernel=case.kernel,
+            head_chunks=case.stages,
+        ),
+    )
 
 
 def _fitted(config: TrainConfig, case: TrainingCase, machine: str) -> MemoryConfig:
@@ -156,16 +180,29 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str,
 
 def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
-               "-m", "ultralong.bench.training.work", str(run), made["short"], *(["profile"] if case.profile else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(case.gpus),
+        "-m",
+        "ultralong.bench.training.work",
+        str(run),
+        made["short"],
+        *(["profile"] if case.profile else []),
+    ]
     threads = str(max(1, (os.cpu_count() or 1) // (2 * case.gpus)))
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        return {"note": lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}",
-                "messages": done.stderr[-4000:]}
+        return {
+            "note": lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}",
+            "messages": done.stderr[-4000:],
+        }
     ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
     seconds = median(record["seconds"] for record in log)
     kernels = read_json(run / "kernels.json") if case.profile else []
@@ -174,8 +211,11 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> d
         "tokens_per_second_per_gpu": round(case.tokens / seconds / case.gpus, 1),
         "mfu_causal": round(flops / seconds / case.gpus / DATASHEET_FLOPS, 4),
         **{key: round(max(rank[key] for rank in ranks) / GIB, 3) for key in ranks[0]},
-        "steps": [record["seconds"] for record in log], "loss": log[-1]["loss"], "grad_norm": log[-1]["grad_norm"],
-        "warm_up_tokens": WARM, **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
+        "steps": [record["seconds"] for record in log],
+        "loss": log[-1]["loss"],
+        "grad_norm": log[-1]["grad_norm"],
+        "warm_up_tokens": WARM,
+        **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
     }
 
 

@@ -49,25 +49,48 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
     shape = shape_of(config)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
         facts = other.submit(machine_facts).result()
-    row = {"peer": name, "model": case.name, "parameters": shape.parameters, "tokens": case.tokens, "gpus": case.gpus,
-           "gpu": facts["device"], "date": facts["date"], "versions": facts["packages"]}
+    row = {
+        "peer": name,
+        "model": case.name,
+        "parameters": shape.parameters,
+        "tokens": case.tokens,
+        "gpus": case.gpus,
+        "gpu": facts["device"],
+        "date": facts["date"],
+        "versions": facts["packages"],
+    }
     made = prepare(folder, case.model, case.layers, case.tokens)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus),
-                   "-m", "ultralong.bench.training.peers", name, made["model"], str(case.tokens), place]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(case.gpus),
+            "-m",
+            "ultralong.bench.training.peers",
+            name,
+            made["model"],
+            str(case.tokens),
+            place,
+        ]
         environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            return row | {"note": lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}",
-                          "messages": done.stderr[-4000:]}
+            return row | {
+                "note": lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}",
+                "messages": done.stderr[-4000:],
+            }
         ranks = [read_json(path) for path in sorted(Path(place).glob("rank-*.json"))]
     seconds = max(rank["seconds"] for rank in ranks)
     return row | {
         "seconds_per_step": round(seconds, 4),
         "tokens_per_second_per_gpu": round(case.tokens / seconds / case.gpus, 1),
         "mfu_causal": round(shape.model_flops(case.tokens) / seconds / case.gpus / DATASHEET_FLOPS, 4),
-        "peak_gpu_gib": round(max(rank["peak"] for rank in ranks) / GIB, 3), "losses": ranks[0]["losses"],
+        "peak_gpu_gib": round(max(rank["peak"] for rank in ranks) / GIB, 3),
+        "losses": ranks[0]["losses"],
     }
 
 
@@ -98,23 +121,31 @@ def _torch_cp_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.utils import TorchContextParallelConfig
 
-    parallel = ParallelismConfig(cp_size=int(os.environ["WORLD_SIZE"]),
-                                 cp_handler=TorchContextParallelConfig(cp_comm_strategy="allgather"))
+    parallel = ParallelismConfig(
+        cp_size=int(os.environ["WORLD_SIZE"]), cp_handler=TorchContextParallelConfig(cp_comm_strategy="allgather")
+    )
     model = random_model(model_folder, torch.device("cuda", int(os.environ["LOCAL_RANK"])), "sdpa")
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True,
-        reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="SHARDED_STATE_DICT",
-        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__])
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        activation_checkpointing=True,
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+        transformer_cls_names_to_wrap=[type(model.get_decoder().layers[0]).__name__],
+    )
     accelerator = Accelerator(mixed_precision="bf16", parallelism_config=parallel, fsdp_plugin=plugin)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, fused=True)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 
     def step(ids: Tensor) -> float:
         labels, positions = ids.roll(-1, 1), torch.arange(tokens, device=accelerator.device)[None]
-        with accelerator.maybe_context_parallel(buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1],
-                                                no_restore_buffers={ids, labels, positions}):
-            loss = model(input_ids=ids, labels=labels, shift_labels=labels, position_ids=positions,
-                         use_cache=False).loss
+        with accelerator.maybe_context_parallel(
+            buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1], no_restore_buffers={ids, labels, positions}
+        ):
+            loss = model(
+                input_ids=ids, labels=labels, shift_labels=labels, position_ids=positions, use_cache=False
+            ).loss
             accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -82,13 +82,15 @@ def _make_rows(folder: Path, model: Path, length: int) -> None:
     pack(store, tokenizer, folder, PackSettings(length=length), quiet=True)
 
 
-def random_model(folder: str, device: torch.device, attention: str = "ultralong",
-                 dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def random_model(
+    folder: str, device: torch.device, attention: str = "ultralong", dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
     """A model of a folder's config with random weights, the same in every process, made where it will be used."""
     torch.manual_seed(0)
     with device:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype,
-                                                attn_implementation=attention).train()
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=attention
+        ).train()
 
 
 def work(folder: Path, short: str, profile: bool = False) -> None:
@@ -99,10 +101,12 @@ def work(folder: Path, short: str, profile: bool = False) -> None:
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
         set_seed(config.seed)
-        order = RowOrder(config.data, config.seed, config.steps * config.rows_per_step)
+        order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size)
         warm_data = (replace(config.data[0], rows=short),)
-        warm = RowOrder(warm_data, config.seed, config.rows_per_step)
-        dtype = torch.float32 if config.parallel.shard is None else torch.bfloat16  # as the trainer loads it
+        warm = RowOrder(warm_data, config.seed, config.global_batch_size)
+        dtype = (
+            torch.float32 if config.parallel.fsdp_shard_degree is None else torch.bfloat16
+        )  # as the trainer loads it
         model = random_model(config.model, processes.accelerator.device, dtype=dtype)
         run = assemble(config, processes, RunFolder(Path(config.out)), order, model)
         reserve_host_memory(run)
@@ -137,11 +141,18 @@ def _leave_kernels(folder: Path, run: Run, step: int) -> None:
             torch.cuda.synchronize()
     if not run.processes.is_main:
         return
-    took = [(each.key, each.count, each.self_device_time_total if on_gpu else each.self_cpu_time_total)
-            for each in found.key_averages()]
-    write_json(folder / "kernels.json", [
-        {"name": name[:200], "calls": calls, "seconds": round(microseconds / 1e6, 6)}
-        for name, calls, microseconds in sorted(took, key=lambda each: -each[2]) if microseconds > 0])
+    took = [
+        (each.key, each.count, each.self_device_time_total if on_gpu else each.self_cpu_time_total)
+        for each in found.key_averages()
+    ]
+    write_json(
+        folder / "kernels.json",
+        [
+            {"name": name[:200], "calls": calls, "seconds": round(microseconds / 1e6, 6)}
+            for name, calls, microseconds in sorted(took, key=lambda each: -each[2])
+            if microseconds > 0
+        ],
+    )
 
 
 def _leave_peaks(folder: Path, pinned: int) -> None:
@@ -150,8 +161,11 @@ def _leave_peaks(folder: Path, pinned: int) -> None:
         free, total = torch.cuda.mem_get_info()
         # Whatever the driver counts and the allocator does not is the context, the kernels and the libraries.
         context = total - free - torch.cuda.memory_reserved()
-        peaks |= {"peak_gpu_gib": torch.cuda.max_memory_allocated(),
-                  "reserved_gpu_gib": torch.cuda.max_memory_reserved(), "context_gpu_gib": context}
+        peaks |= {
+            "peak_gpu_gib": torch.cuda.max_memory_allocated(),
+            "reserved_gpu_gib": torch.cuda.max_memory_reserved(),
+            "context_gpu_gib": context,
+        }
     write_json(folder / f"rank-{os.environ.get('RANK', '0')}.json", peaks)
 
 

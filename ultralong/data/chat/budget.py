@@ -22,8 +22,13 @@ class Budget:
     """
 
     def __init__(
-        self, tokens: int | None = None, money: float | None = None, prompt_price: float = 0.0,
-        answer_price: float = 0.0, *, spent: tuple[int, int] = (0, 0),
+        self,
+        tokens: int | None = None,
+        money: float | None = None,
+        prompt_price: float = 0.0,
+        answer_price: float = 0.0,
+        *,
+        spent: tuple[int, int] = (0, 0),
     ) -> None:
         self.most_tokens, self.most_money = tokens, money
         self.prices = (prompt_price, answer_price)

@@ -152,10 +152,15 @@ class Client:
             Stopped: `stop` was set.
         """
         endpoint, billed = self.endpoint, 0
-        body = json.dumps({
-            "model": endpoint.model, "messages": messages, "temperature": endpoint.temperature,
-            "max_tokens": endpoint.max_tokens, **endpoint.options,
-        }).encode()
+        body = json.dumps(
+            {
+                "model": endpoint.model,
+                "messages": messages,
+                "temperature": endpoint.temperature,
+                "max_tokens": endpoint.max_tokens,
+                **endpoint.options,
+            }
+        ).encode()
         for attempt in range(endpoint.retries + 1):
             if self.stop.is_set():
                 raise Stopped

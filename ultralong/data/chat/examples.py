@@ -109,8 +109,9 @@ def encode_all(
         examples = chosen.taken()
     if not examples:
         raise ValueError(f"no conversation could be used: {report}. Examples: {report.examples}")
-    return Encoded(examples, _digest(examples), _count(examples, lengths, report),
-                   None if chosen is None else chosen.as_json())
+    return Encoded(
+        examples, _digest(examples), _count(examples, lengths, report), None if chosen is None else chosen.as_json()
+    )
 
 
 def _turns(talk: Conversation) -> list[Message]:
@@ -120,7 +121,11 @@ def _turns(talk: Conversation) -> list[Message]:
 
 
 def _encode(
-    talk: Conversation, number: int, tokenizer: PreTrainedTokenizerBase, limit: int, report: ReadReport,
+    talk: Conversation,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    report: ReadReport,
     dtype: np.dtype,
 ) -> Example | None:
     try:
@@ -145,9 +150,7 @@ def _digest(examples: list[Example]) -> str:
     return digest.hexdigest()
 
 
-def _count(
-    examples: list[Example], lengths: dict[str, LengthCounts], report: ReadReport
-) -> dict[str, dict[str, Any]]:
+def _count(examples: list[Example], lengths: dict[str, LengthCounts], report: ReadReport) -> dict[str, dict[str, Any]]:
     """What was taken of each source; the report counts it too."""
     sources: dict[str, dict[str, Any]] = {}
     for example in examples:
@@ -155,7 +158,8 @@ def _count(
         report.documents += 1
         report.characters += talk.characters
         row = sources.setdefault(
-            talk.source, {"documents": 0, "tokens": 0, "target_tokens": 0, "characters": 0, "licenses": {}})
+            talk.source, {"documents": 0, "tokens": 0, "target_tokens": 0, "characters": 0, "licenses": {}}
+        )
         row["documents"] += 1
         row["tokens"] += tokens
         row["target_tokens"] += int(example.mask[1:].sum())

@@ -44,16 +44,27 @@ def hold_out(conversations: Iterable[Conversation], count: int, seed: int = 0) -
     """
     talks = list(conversations)
     if not 1 <= count < len(talks):
-        raise ValueError(f"{count} conversations cannot be held out of {len(talks)}: keep apart at least one, and "
-                         "fewer than there are.")
+        raise ValueError(
+            f"{count} conversations cannot be held out of {len(talks)}: keep apart at least one, and "
+            "fewer than there are."
+        )
     ranked = sorted(range(len(talks)), key=lambda place: (uniform(seed, f"held out {talks[place].id}"), place))
     apart = set(ranked[:count])
     heldout = [talk for place, talk in enumerate(talks) if place in apart]
-    grams = Grams((("heldout", f"{talk.id}#{turn}", message["content"]) for talk in heldout
-                   for turn, message in enumerate(talk.messages)), WORDS, SHORTEST)
+    grams = Grams(
+        (
+            ("heldout", f"{talk.id}#{turn}", message["content"])
+            for talk in heldout
+            for turn, message in enumerate(talk.messages)
+        ),
+        WORDS,
+        SHORTEST,
+    )
     rest = [talk for place, talk in enumerate(talks) if place not in apart]
     training = [talk for talk in rest if not any(grams.hits(message["content"]) for message in talk.messages)]
     if not training:
-        raise ValueError(f"All {len(rest)} conversations share {WORDS} words in a row with one of the {count} held "
-                         "out: nothing is left to train on.")
+        raise ValueError(
+            f"All {len(rest)} conversations share {WORDS} words in a row with one of the {count} held "
+            "out: nothing is left to train on."
+        )
     return HoldOut(training, heldout, len(rest) - len(training))

@@ -66,9 +66,15 @@ class RefineSettings:
     def decides(self) -> dict[str, Any]:
         """What the refinements depend on, and what a folder is not continued without."""
         endpoint = self.endpoint
-        return {"url": endpoint.url, "model": endpoint.model, "temperature": endpoint.temperature,
-                "max_tokens": endpoint.max_tokens, "options": endpoint.options, "instruction": self.instruction,
-                "turns": self.turns}
+        return {
+            "url": endpoint.url,
+            "model": endpoint.model,
+            "temperature": endpoint.temperature,
+            "max_tokens": endpoint.max_tokens,
+            "options": endpoint.options,
+            "instruction": self.instruction,
+            "turns": self.turns,
+        }
 
 
 @dataclass
@@ -91,8 +97,10 @@ class RefineReport:
     def __str__(self) -> str:
         left = f", {self.left:,} left for the budget is used up" if self.left else ""
         why = "".join(f"\n  {count:,} failed: {reason}" for reason, count in sorted(self.reasons.items()))
-        return (f"{self.refined:,} conversations refined, {self.failed:,} failed{left}; {self.retries:,} repetitions, "
-                f"{self.prompt_tokens:,} + {self.answer_tokens:,} tokens, money {self.money:.4f}{why}")
+        return (
+            f"{self.refined:,} conversations refined, {self.failed:,} failed{left}; {self.retries:,} repetitions, "
+            f"{self.prompt_tokens:,} + {self.answer_tokens:,} tokens, money {self.money:.4f}{why}"
+        )
 
 
 class _Exhausted(Exception):
@@ -122,8 +130,13 @@ def refine(
     log = out / "refined.jsonl"
     done = {record["id"]: record for record in read_jsonl(log)} if log.exists() else {}
     spent = [sum(record["usage"][key] for record in done.values()) for key in ("prompt_tokens", "answer_tokens")]
-    budget = Budget(settings.budget_tokens, settings.budget_money, settings.prompt_price, settings.answer_price,
-                    spent=(spent[0], spent[1]))
+    budget = Budget(
+        settings.budget_tokens,
+        settings.budget_money,
+        settings.prompt_price,
+        settings.answer_price,
+        spent=(spent[0], spent[1]),
+    )
     stop, report = threading.Event(), RefineReport()
 
     def retried(reason: str) -> None:
@@ -194,8 +207,15 @@ class _Worker:
         answers = [place for place, message in enumerate(talk.messages) if message["role"] == "assistant"]
         messages = [dict(message) for message in talk.messages]
         usage = {"prompt_tokens": 0, "answer_tokens": 0}
-        record = {"id": talk.id, "source": talk.source, "license": talk.license, "category": talk.category,
-                  "model": self.settings.endpoint.model, "original": talk.messages, "usage": usage}
+        record = {
+            "id": talk.id,
+            "source": talk.source,
+            "license": talk.license,
+            "category": talk.category,
+            "model": self.settings.endpoint.model,
+            "original": talk.messages,
+            "usage": usage,
+        }
         try:
             for place in answers if self.settings.turns == "all" else answers[-1:]:
                 messages[place]["content"] = self._answer(messages[: place + 1], usage)
@@ -226,8 +246,10 @@ class _Worker:
             answer = self.client.ask(asked, allow)
             billed = answer.perhaps_billed
             # What a server does not count is taken as the most it can be.
-            used = (most if answer.prompt_tokens is None else answer.prompt_tokens,
-                    longest if answer.answer_tokens is None else answer.answer_tokens)
+            used = (
+                most if answer.prompt_tokens is None else answer.prompt_tokens,
+                longest if answer.answer_tokens is None else answer.answer_tokens,
+            )
             return answer.text.strip()
         except Failed as error:
             billed = error.perhaps_billed

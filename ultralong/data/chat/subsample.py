@@ -93,16 +93,24 @@ class Chosen(Generic[T]):
     def taken(self) -> list[T]:
         """Those chosen, in the order in which they came."""
         quotas = self.rule.quotas(dict(self.seen))
-        best = (entry for name, heap in self._heaps.items()
-                for entry in sorted(heap, key=lambda entry: entry[:2], reverse=True)[: quotas.get(name, 0)])
+        best = (
+            entry
+            for name, heap in self._heaps.items()
+            for entry in sorted(heap, key=lambda entry: entry[:2], reverse=True)[: quotas.get(name, 0)]
+        )
         return [item for _, _, item in sorted(best, key=lambda entry: -entry[1])]
 
     def as_json(self) -> dict[str, dict[str, int]]:
         """For every category: well-formed conversations seen, how many were wanted, how many taken."""
         quotas = self.rule.quotas(dict(self.seen))
-        return {name: {"seen": self.seen[name], "wanted": quotas.get(name, 0),
-                       "taken": min(quotas.get(name, 0), len(self._heaps.get(name, [])))}
-                for name in sorted({*self.seen, *quotas})}
+        return {
+            name: {
+                "seen": self.seen[name],
+                "wanted": quotas.get(name, 0),
+                "taken": min(quotas.get(name, 0), len(self._heaps.get(name, []))),
+            }
+            for name in sorted({*self.seen, *quotas})
+        }
 
     def _limit(self, category: str) -> int:
         if self._limits is None:

@@ -17,8 +17,16 @@ from ultralong.data.chat.template import Message, check_messages
 Style = Literal["auto", "messages", "sharegpt", "pairs"]
 LISTS = ("messages", "conversations", "conversation")
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "function": "tool",
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
 }
 QUESTIONS = ("instruction", "query", "question", "problem", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
@@ -141,9 +149,10 @@ def _from_list(turns: Any, style: Style) -> list[Message]:
 
 def _from_pairs(record: dict[str, Any], pairs: Pairs | None) -> list[Message]:
     if pairs is None:
-        found = {name: next((key for key in keys if key in record), None)
-                 for name, keys in (("question", QUESTIONS), ("answer", ANSWERS), ("context", CONTEXTS),
-                                    ("system", SYSTEMS))}
+        found = {
+            name: next((key for key in keys if key in record), None)
+            for name, keys in (("question", QUESTIONS), ("answer", ANSWERS), ("context", CONTEXTS), ("system", SYSTEMS))
+        }
         if found["question"] is None and found["context"] is not None:
             found["question"], found["context"] = found["context"], None
         if found["question"] is None or found["answer"] is None:

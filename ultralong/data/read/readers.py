@@ -119,8 +119,14 @@ class Reader:
                 rows = datasets.load_from_disk(id)
                 rows = rows[split] if isinstance(rows, dict) else rows
             else:
-                rows = datasets.load_dataset(id, dataset.config, split=split, revision=dataset.revision,
-                                             data_files=dataset.data_files, streaming=True)
+                rows = datasets.load_dataset(
+                    id,
+                    dataset.config,
+                    split=split,
+                    revision=dataset.revision,
+                    data_files=dataset.data_files,
+                    streaming=True,
+                )
             if dataset.shuffle_buffer:
                 streamed = isinstance(rows, datasets.IterableDataset)
                 rows = rows.shuffle(seed, **({"buffer_size": dataset.shuffle_buffer} if streamed else {}))

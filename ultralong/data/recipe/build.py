@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "PackReport", "find_recipe", "load_recipe", "load_tokenizer", "pack_recipe", "read_conversations", "read_documents",
+    "PackReport",
+    "find_recipe",
+    "load_recipe",
+    "load_tokenizer",
+    "pack_recipe",
+    "read_conversations",
+    "read_documents",
 ]
 
 
@@ -231,7 +237,13 @@ def _pack_chat(
     report, provenance = opened[0].report, _provenance(recipe, opened)
     with watch.stage("pack"):
         rows = pack_chat(
-            talks, tokenizer, out, settings, provenance=provenance, report=report, subsample=recipe.subsample,
+            talks,
+            tokenizer,
+            out,
+            settings,
+            provenance=provenance,
+            report=report,
+            subsample=recipe.subsample,
             quiet=quiet,
         )
         notes = out / "sources.json"
@@ -242,7 +254,9 @@ def _pack_chat(
     taken, noted = rows.manifest["sources"], read_json(notes)
     return rows, {
         o.source.name: {
-            "license": o.source.license, "category": o.source.category, **taken.get(o.source.name, {}),
+            "license": o.source.license,
+            "category": o.source.category,
+            **taken.get(o.source.name, {}),
             **noted[o.source.name],
         }
         for o in opened
@@ -255,9 +269,7 @@ def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
     return {"recipe": decides, "sources": {source.source.name: source.provenance() for source in opened}}
 
 
-def make_report(
-    recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch
-) -> PackReport:
+def make_report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch) -> PackReport:
     """The report of finished rows, from their manifest, what is noted of each source, and the time it took."""
     manifest = rows.manifest
     keys = (

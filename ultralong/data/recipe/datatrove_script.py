@@ -16,10 +16,38 @@ FILTERS = ("language", "quality", "repetition")
 DEDUPS = ("exact", "minhash")
 # What fastText's identification (lid.176) calls the languages that datatrove names by ISO 639-3.
 CODES = {
-    "ara": "ar", "ben": "bn", "ces": "cs", "cmn": "zh", "dan": "da", "deu": "de", "ell": "el", "eng": "en", "fas": "fa",
-    "fin": "fi", "fra": "fr", "heb": "he", "hin": "hi", "hun": "hu", "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko",
-    "nld": "nl", "nob": "no", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "swe": "sv", "tam": "ta",
-    "tha": "th", "tur": "tr", "ukr": "uk", "vie": "vi", "zho": "zh",
+    "ara": "ar",
+    "ben": "bn",
+    "ces": "cs",
+    "cmn": "zh",
+    "dan": "da",
+    "deu": "de",
+    "ell": "el",
+    "eng": "en",
+    "fas": "fa",
+    "fin": "fi",
+    "fra": "fr",
+    "heb": "he",
+    "hin": "hi",
+    "hun": "hu",
+    "ind": "id",
+    "ita": "it",
+    "jpn": "ja",
+    "kor": "ko",
+    "nld": "nl",
+    "nob": "no",
+    "pol": "pl",
+    "por": "pt",
+    "ron": "ro",
+    "rus": "ru",
+    "spa": "es",
+    "swe": "sv",
+    "tam": "ta",
+    "tha": "th",
+    "tur": "tr",
+    "ukr": "uk",
+    "vie": "vi",
+    "zho": "zh",
 }
 
 
@@ -73,8 +101,10 @@ class TroveSettings:
         if self.tasks < 1:
             raise ValueError(f"tasks must be at least 1, found {self.tasks}.")
         if "language" in self.filters and self.language_code is None and self.language not in CODES:
-            raise ValueError(f"language {self.language!r}: what the identifying model calls it is not known here. Say "
-                             "it with --language-code.")
+            raise ValueError(
+                f"language {self.language!r}: what the identifying model calls it is not known here. Say "
+                "it with --language-code."
+            )
         if self.executor == "slurm" and not self.partition:
             raise ValueError("partition: Slurm needs to know where to run. Name it with --partition.")
 
@@ -117,12 +147,12 @@ last = stage("read", [
 ], TASKS, prepare)
 '''
 
-HASH = '''
+HASH = """
 # datatrove's own choice, xxhash, has to be older than the release that other packages bring.
 HASH = HashConfig(hash_fc="sha1")
-'''
+"""
 
-EXACT = '''
+EXACT = """
 
 def content(document) -> str:
     return document.text
@@ -140,9 +170,9 @@ last = stage("exact-3", [
     JsonlWriter(f"{BASE}/texts-exact", output_filename="${rank}.jsonl.gz"),
 ], TASKS, found)
 TEXTS = f"{BASE}/texts-exact"
-'''
+"""
 
-MINHASH = '''
+MINHASH = """
 # 14 buckets of 8 hashes of 5-grams: texts that share 80% of them are found with a probability of 92%.
 minhash = MinhashConfig(hash_config=HASH)
 signed = stage("minhash-1", [
@@ -159,9 +189,9 @@ last = stage("minhash-4", [
     JsonlWriter(f"{BASE}/texts-minhash", output_filename="${rank}.jsonl.gz"),
 ], TASKS, clustered)
 TEXTS = f"{BASE}/texts-minhash"
-'''
+"""
 
-TAIL = '''
+TAIL = """
 last = stage("tokenise", [JsonlReader(TEXTS), Tokenise(**STEP)], TASKS, last)
 
 if __name__ == "__main__":
@@ -174,7 +204,7 @@ if __name__ == "__main__":
             print(f"{number}. {part.tasks} tasks: {names}")
     else:
         last.run()
-'''
+"""
 
 FILTER_LINES = {
     "language": "    language_filter(LANGUAGE_CODE, LANGUAGE_MODEL),\n",
@@ -187,9 +217,9 @@ FILTER_IMPORTS = {
 }
 DEDUP_IMPORTS = {
     "exact": "from datatrove.pipeline.dedup.exact_dedup import (\n    ExactDedupConfig,\n    ExactDedupFilter,\n"
-             "    ExactDedupSignature,\n    ExactFindDedups,\n)",
+    "    ExactDedupSignature,\n    ExactFindDedups,\n)",
     "minhash": "from datatrove.pipeline.dedup.minhash import (\n    MinhashConfig,\n    MinhashDedupBuckets,\n"
-               "    MinhashDedupCluster,\n    MinhashDedupFilter,\n    MinhashDedupSignature,\n)",
+    "    MinhashDedupCluster,\n    MinhashDedupFilter,\n    MinhashDedupSignature,\n)",
 }
 
 
@@ -220,29 +250,56 @@ def render(recipe: str, settings: TroveSettings, out: str | os.PathLike[str], ov
 def script(name: str, recipe: str, settings: TroveSettings) -> str:
     """The program's text."""
     slurm, identify = settings.executor == "slurm", "language" in settings.filters
-    imports = [*(FILTER_IMPORTS[key] for key in settings.filters if key in FILTER_IMPORTS),
-               *(DEDUP_IMPORTS[key] for key in settings.dedup),
-               "from datatrove.pipeline.readers import JsonlReader",
-               "from datatrove.pipeline.writers import JsonlWriter",
-               *(["from datatrove.utils.hashing import HashConfig"] if settings.dedup else [])]
+    imports = [
+        *(FILTER_IMPORTS[key] for key in settings.filters if key in FILTER_IMPORTS),
+        *(DEDUP_IMPORTS[key] for key in settings.dedup),
+        "from datatrove.pipeline.readers import JsonlReader",
+        "from datatrove.pipeline.writers import JsonlWriter",
+        *(["from datatrove.utils.hashing import HashConfig"] if settings.dedup else []),
+    ]
     executor_class = "SlurmPipelineExecutor" if slurm else "LocalPipelineExecutor"
-    site = f"LANGUAGE_CODE = {settings.language_code or CODES[settings.language]!r}\n" \
-           f"LANGUAGE_MODEL = {settings.language_model!r}\n" if identify else ""
-    site += f"PARTITION = {settings.partition!r}\nTIME = {settings.time!r}\nMEMORY = {settings.memory!r}\n" \
-           f"ENVIRONMENT = {settings.environment!r}\n" if slurm else ""
-    arguments = "        partition=PARTITION, time=TIME, mem_per_cpu_gb=MEMORY, env_command=ENVIRONMENT, " \
-                "job_name=name,\n" if slurm else ""
-    after = f"ultralong data merge {shlex.quote(settings.base)} --recipe {shlex.quote(recipe)} " \
-            f"--tokenizer {shlex.quote(settings.tokenizer)} --length 1048576 --out rows"
+    site = (
+        f"LANGUAGE_CODE = {settings.language_code or CODES[settings.language]!r}\n"
+        f"LANGUAGE_MODEL = {settings.language_model!r}\n"
+        if identify
+        else ""
+    )
+    site += (
+        f"PARTITION = {settings.partition!r}\nTIME = {settings.time!r}\nMEMORY = {settings.memory!r}\n"
+        f"ENVIRONMENT = {settings.environment!r}\n"
+        if slurm
+        else ""
+    )
+    arguments = (
+        "        partition=PARTITION, time=TIME, mem_per_cpu_gb=MEMORY, env_command=ENVIRONMENT, job_name=name,\n"
+        if slurm
+        else ""
+    )
+    after = (
+        f"ultralong data merge {shlex.quote(settings.base)} --recipe {shlex.quote(recipe)} "
+        f"--tokenizer {shlex.quote(settings.tokenizer)} --length 1048576 --out rows"
+    )
     head = HEAD.format(
         steps="Prepare, Read, Tokenise" + (", language_filter" if identify else ""),
-        name=name, executor=settings.executor, module=settings.executor,
-        executor_class=executor_class, imports="\n".join(sorted(imports)),
-        base=settings.base, recipe=recipe, tokenizer=settings.tokenizer, cache=settings.cache, tasks=settings.tasks,
-        workers=settings.workers, language=settings.language, site=site, arguments=arguments, after=after,
+        name=name,
+        executor=settings.executor,
+        module=settings.executor,
+        executor_class=executor_class,
+        imports="\n".join(sorted(imports)),
+        base=settings.base,
+        recipe=recipe,
+        tokenizer=settings.tokenizer,
+        cache=settings.cache,
+        tasks=settings.tasks,
+        workers=settings.workers,
+        language=settings.language,
+        site=site,
+        arguments=arguments,
+        after=after,
         workers_argument="WORKERS" if slurm else "min(WORKERS, tasks)",
-        filters="".join(FILTER_LINES[key].format(longest=settings.longest) for key in FILTERS
-                        if key in settings.filters),
+        filters="".join(
+            FILTER_LINES[key].format(longest=settings.longest) for key in FILTERS if key in settings.filters
+        ),
     )
     middle = {"exact": EXACT, "minhash": MINHASH}
     chosen = [middle[key] for key in DEDUPS if key in settings.dedup]

@@ -80,12 +80,17 @@ class Read(Step):
         for source in recipe.sources:
             opened = OpenSource(source, recipe, self.cache, quiet=True, part=(rank, world_size))
             # What a budget will never reach need not be read.
-            spare = {name: math.inf if budget is None else SPARE * budget / world_size
-                     for name, budget in opened.budgets.items()}
+            spare = {
+                name: math.inf if budget is None else SPARE * budget / world_size
+                for name, budget in opened.budgets.items()
+            }
             texts = sample_parts(opened.texts(), spare, characters_per_token=ratios[source.name])
             for document in texts:
-                yield made(text=document.text, id=document.id,
-                           metadata={"source": document.source, "license": document.license})
+                yield made(
+                    text=document.text,
+                    id=document.id,
+                    metadata={"source": document.source, "license": document.license},
+                )
             write_json(self.base / "read" / f"{rank:05d}" / f"{source.name}.json", opened.report.as_json())
 
 
@@ -127,8 +132,11 @@ class Tokenise(Step):
                 yield Document(item.id, item.text, item.metadata["source"], item.metadata["license"])
 
         out = self.base / "tokens" / f"{rank:05d}"
-        taken = sample_parts(documents(), budgets, rule=recipe.lengths, seed=recipe.seed, characters_per_token=rates,
-                             counts=counts)
+        taken = sample_parts(
+            documents(), budgets, rule=recipe.lengths, seed=recipe.seed, characters_per_token=rates, counts=counts
+        )
         tokenize_corpus(taken, load_tokenizer(self.tokenizer), out, quiet=True)
-        write_json(out / "sources.json", {
-            name: {"characters_per_token": rates[name], "lengths": count.as_json()} for name, count in counts.items()})
+        write_json(
+            out / "sources.json",
+            {name: {"characters_per_token": rates[name], "lengths": count.as_json()} for name, count in counts.items()},
+        )

@@ -160,8 +160,10 @@ class Recipe:
             raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
         mixed = [source.name for source in self.sources if source.parts is not None]
         if self.kind == "chat" and mixed:
-            raise ValueError(f"parts: they are for documents; {', '.join(mixed)} is of conversations. Make each part a "
-                             "source of its own.")
+            raise ValueError(
+                f"parts: they are for documents; {', '.join(mixed)} is of conversations. Make each part a "
+                "source of its own."
+            )
         if self.kind == "documents" and self.subsample is not None:
             raise ValueError("subsample: it is for conversations; documents are limited by their sources' budgets.")
         shares = self.subsample.shares if self.subsample is not None else None
@@ -182,8 +184,9 @@ class Recipe:
         limit = float("inf") if source.budget is None else source.budget
         if source.parts is not None:
             assert self.tokens is not None
-            return {f"{source.name}/{part}": min(limit, share * self.tokens)
-                    for part, share in source.parts.shares.items()}
+            return {
+                f"{source.name}/{part}": min(limit, share * self.tokens) for part, share in source.parts.shares.items()
+            }
         if source.share is not None:
             assert self.tokens is not None
             return {source.name: min(limit, source.share * self.tokens)}

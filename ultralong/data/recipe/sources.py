@@ -112,7 +112,9 @@ class OpenSource:
         elif self.characters_per_token is None:
             texts = self.measure(texts, tokenizer)
         how = {
-            "rule": self.recipe.lengths, "seed": self.recipe.seed, "characters_per_token": self.characters_per_token,
+            "rule": self.recipe.lengths,
+            "seed": self.recipe.seed,
+            "characters_per_token": self.characters_per_token,
         }
         name = self.source.name
         if self.source.parts is not None:

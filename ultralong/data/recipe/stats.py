@@ -96,10 +96,16 @@ def totals(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     tables = [facts["lengths"] for facts in sources.values() if "lengths" in facts]
     if not tables:
         raise ValueError("no source has lengths.")
-    return {"edges": tables[0]["edges"], **{
-        when: {kind: [sum(column) for column in zip(*(table[when][kind] for table in tables), strict=True)]
-               for kind in ("documents", "tokens")}
-        for when in TABLES}}
+    return {
+        "edges": tables[0]["edges"],
+        **{
+            when: {
+                kind: [sum(column) for column in zip(*(table[when][kind] for table in tables), strict=True)]
+                for kind in ("documents", "tokens")
+            }
+            for when in TABLES
+        },
+    }
 
 
 def table(stats: Mapping[str, Any]) -> str:
@@ -114,8 +120,10 @@ def table(stats: Mapping[str, Any]) -> str:
         for when in TABLES:
             tokens = sum(lengths[when]["tokens"])
             shares = " ".join(f"{part / tokens if tokens else 0.0:>12.1%}" for part in lengths[when]["tokens"])
-            lines.append(f"{name if when == 'before' else '':{wide}}  {when:6} "
-                         f"{sum(lengths[when]['documents']):>12,} {tokens:>16,}  {shares}")
+            lines.append(
+                f"{name if when == 'before' else '':{wide}}  {when:6} "
+                f"{sum(lengths[when]['documents']):>12,} {tokens:>16,}  {shares}"
+            )
     for name, facts in stats["sources"].items():
         skipped = facts.get("read", {}).get("skipped", {})
         if skipped:

@@ -135,35 +135,53 @@ def peek(
     if store is None and (rows.folder / "tokens" / "manifest.json").exists():
         store = TokenStore(rows.folder / "tokens")
     bounds = list(zip(pairwise(row.boundaries.tolist()), row.document_ids.tolist(), strict=True))
-    segments = [_segment(row, start, end, document, between, tokenizer, store, edge)
-                for (start, end), document in bounds]
+    segments = [
+        _segment(row, start, end, document, between, tokenizer, store, edge) for (start, end), document in bounds
+    ]
     inside = row.boundaries[1:-1][:joints].tolist()
     around = [_around(row, cut, len(between), tokenizer) for cut in inside]
     return RowView(index, rows.length, segments, around, check_row(row, between))
 
 
 def _segment(
-    row: Row, start: int, end: int, document: int, between: list[int], tokenizer: Any, store: TokenStore | None,
+    row: Row,
+    start: int,
+    end: int,
+    document: int,
+    between: list[int],
+    tokenizer: Any,
+    store: TokenStore | None,
     edge: int,
 ) -> Segment:
     ids = row.input_ids[start:end]
-    closed = bool(between) and ids[-len(between):].tolist() == between
+    closed = bool(between) and ids[-len(between) :].tolist() == between
     text = ids[: ids.size - len(between)] if closed else ids
     shown = text if text.size <= 2 * edge else text[:edge]
     facts = store.describe(document) if store is not None and document != PADDING else {}
     return Segment(
-        document, start, end, tokenizer.decode(shown.tolist()),
+        document,
+        start,
+        end,
+        tokenizer.decode(shown.tolist()),
         "" if text.size <= 2 * edge else tokenizer.decode(text[-edge:].tolist()),
-        tokenizer.decode(between) if closed else "", int((row.labels[start:end] != IGNORE).sum()), facts,
+        tokenizer.decode(between) if closed else "",
+        int((row.labels[start:end] != IGNORE).sum()),
+        facts,
     )
 
 
 def _around(row: Row, cut: int, width: int, tokenizer: Any, reach: int = 3) -> list[tuple[int, str, str, int]]:
     """The tokens around a boundary: `reach` before the separator of `width` tokens, and `reach` after it."""
     places = range(max(0, cut - width - reach), min(row.input_ids.size, cut + reach))
-    return [(place, tokenizer.decode([int(row.input_ids[place])]),
-             "-" if row.labels[place] == IGNORE else tokenizer.decode([int(row.labels[place])]),
-             int(row.position_ids[place])) for place in places]
+    return [
+        (
+            place,
+            tokenizer.decode([int(row.input_ids[place])]),
+            "-" if row.labels[place] == IGNORE else tokenizer.decode([int(row.labels[place])]),
+            int(row.position_ids[place]),
+        )
+        for place in places
+    ]
 
 
 def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
@@ -175,34 +193,46 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
         most: Segments shown at either end of the row; those between are counted.
     """
     checks, segments = view.checks, _counted(len(view.segments), "segment")
-    lines = [f"row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels "
-             f"({checks['labels_that_are_the_next_input']:,} of them the next input, {checks['masked_labels']:,} "
-             f"masked), {checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator"]
+    lines = [
+        f"row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels "
+        f"({checks['labels_that_are_the_next_input']:,} of them the next input, {checks['masked_labels']:,} "
+        f"masked), {checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator"
+    ]
     for number, segment in enumerate(view.segments):
         if len(view.segments) > 2 * most and most <= number < len(view.segments) - most:
             if number == most:
                 lines.append(f"  ... {len(view.segments) - 2 * most:,} more segments ...")
             continue
-        lines.append(f"[{segment.start:,} .. {segment.end:,}) {segment.name}: {segment.end - segment.start:,} tokens, "
-                     f"{segment.targets:,} labels")
+        lines.append(
+            f"[{segment.start:,} .. {segment.end:,}) {segment.name}: {segment.end - segment.start:,} tokens, "
+            f"{segment.targets:,} labels"
+        )
         if segment.document != PADDING:
             gap = _paint(" [...] ", "2", colour) if segment.tail else ""
-            lines.append("  " + _paint(repr(segment.head)[1:-1], str(COLOURS[number % 2]), colour) + gap
-                         + _paint(repr(segment.tail)[1:-1], str(COLOURS[number % 2]), colour)
-                         + _paint(segment.separator, SEPARATOR_STYLE, colour))
+            lines.append(
+                "  "
+                + _paint(repr(segment.head)[1:-1], str(COLOURS[number % 2]), colour)
+                + gap
+                + _paint(repr(segment.tail)[1:-1], str(COLOURS[number % 2]), colour)
+                + _paint(segment.separator, SEPARATOR_STYLE, colour)
+            )
     for joint in view.joints:
         lines.append("around a boundary: place, input -> label, position")
-        lines += [f"  {place:>9,}  {text!r} -> {label if label == '-' else repr(label)}  {position:,}"
-                  for place, text, label, position in joint]
+        lines += [
+            f"  {place:>9,}  {text!r} -> {label if label == '-' else repr(label)}  {position:,}"
+            for place, text, label, position in joint
+        ]
     return "\n".join(lines)
 
 
 def as_html(view: RowView, *, most: int = 12) -> str:
     """A view for a notebook: a table with a line for each segment, as pages keep tables when they strip styles."""
     checks, segments = view.checks, _counted(len(view.segments), "segment")
-    parts = [f"<p>Row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels, "
-             f"{checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator.</p>",
-             "<table><tr><th>tokens</th><th>document</th><th>text</th></tr>"]
+    parts = [
+        f"<p>Row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels, "
+        f"{checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator.</p>",
+        "<table><tr><th>tokens</th><th>document</th><th>text</th></tr>",
+    ]
     for number, segment in enumerate(view.segments):
         if len(view.segments) > 2 * most and most <= number < len(view.segments) - most:
             if number == most:
@@ -210,9 +240,11 @@ def as_html(view: RowView, *, most: int = 12) -> str:
             continue
         text = html.escape(segment.head) + (" [...] " + html.escape(segment.tail) if segment.tail else "")
         mark = f'<b style="background:#CC79A7">{html.escape(segment.separator)}</b>' if segment.separator else ""
-        parts.append(f"<tr><td>{segment.start:,} - {segment.end:,}</td><td>{html.escape(segment.name)}</td>"
-                     f'<td style="text-align:left;background:{HTML_COLOURS[number % 2]};color:#222">{text}{mark}'
-                     "</td></tr>")
+        parts.append(
+            f"<tr><td>{segment.start:,} - {segment.end:,}</td><td>{html.escape(segment.name)}</td>"
+            f'<td style="text-align:left;background:{HTML_COLOURS[number % 2]};color:#222">{text}{mark}'
+            "</td></tr>"
+        )
     return "".join([*parts, "</table>"])
 
 

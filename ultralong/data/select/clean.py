@@ -69,5 +69,7 @@ def collapse_spaces(text: str) -> str:
 
 
 CLEANERS: dict[str, Callable[[str], str]] = {
-    "gutenberg": strip_gutenberg, "rfc": strip_rfc, "spaces": collapse_spaces,
+    "gutenberg": strip_gutenberg,
+    "rfc": strip_rfc,
+    "spaces": collapse_spaces,
 }

@@ -75,16 +75,15 @@ class Decontaminate:
             raise ValueError(f"shortest {self.shortest} must lie in 1..words {self.words}.")
 
 
-def read_tests(
-    settings: Decontaminate, cache: str | os.PathLike[str] | None = None, quiet: bool = False
-) -> Grams:
+def read_tests(settings: Decontaminate, cache: str | os.PathLike[str] | None = None, quiet: bool = False) -> Grams:
     """The grams of all test sets.
 
     Raises:
         ValueError: A test set cannot be had or read, holds something broken, or lacks a field.
     """
-    return Grams((entry for test in settings.against for entry in _items(test, cache, quiet)), settings.words,
-                 settings.shortest)
+    return Grams(
+        (entry for test in settings.against for entry in _items(test, cache, quiet)), settings.words, settings.shortest
+    )
 
 
 def _items(test: TestSet, cache: str | os.PathLike[str] | None, quiet: bool) -> Iterator[tuple[str, str, str]]:
@@ -126,10 +125,18 @@ class OverlapReport:
         short, looked_for = self.grams.too_short, self.grams.items
         return {
             "rule": f"{self.settings.words} words in a row, or a whole item of {self.settings.shortest} or more",
-            "checked": self.checked, "dropped": self.found["dropped"], "cut": self.found["cut"],
-            "tests": {test: {"items": looked_for.get(test, 0), "too_short": short.get(test, 0),
-                             "items_found": hit[test], "texts_hit": self.tests[test]}
-                      for test in sorted({*short, *looked_for})},
+            "checked": self.checked,
+            "dropped": self.found["dropped"],
+            "cut": self.found["cut"],
+            "tests": {
+                test: {
+                    "items": looked_for.get(test, 0),
+                    "too_short": short.get(test, 0),
+                    "items_found": hit[test],
+                    "texts_hit": self.tests[test],
+                }
+                for test in sorted({*short, *looked_for})
+            },
         }
 
 
@@ -143,9 +150,7 @@ class Filter:
         log: A file with a line for every text hit; None writes none.
     """
 
-    def __init__(
-        self, settings: Decontaminate, grams: Grams, report: ReadReport, log: HitList | None = None
-    ) -> None:
+    def __init__(self, settings: Decontaminate, grams: Grams, report: ReadReport, log: HitList | None = None) -> None:
         self.settings, self.grams, self.report, self.log = settings, grams, report, log
         self.overlap = OverlapReport(grams, settings)
 

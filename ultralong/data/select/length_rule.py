@@ -100,7 +100,11 @@ class _Taking:
     """The rule and the budget of one source, document by document."""
 
     def __init__(
-        self, rule: LengthRule | None, seed: int, characters_per_token: float, budget: float | None,
+        self,
+        rule: LengthRule | None,
+        seed: int,
+        characters_per_token: float,
+        budget: float | None,
         counts: LengthCounts | None,
     ) -> None:
         if characters_per_token <= 0 or (budget is not None and budget <= 0):
@@ -184,8 +188,10 @@ def sample_parts(
     """
     one = isinstance(characters_per_token, int | float)
     rates = dict.fromkeys(budgets, characters_per_token) if one else characters_per_token
-    takings = {name: _Taking(rule, seed, rates[name], budget, counts[name] if counts is not None else None)
-               for name, budget in budgets.items()}
+    takings = {
+        name: _Taking(rule, seed, rates[name], budget, counts[name] if counts is not None else None)
+        for name, budget in budgets.items()
+    }
     for document in documents:
         taking = takings[document.source]
         if taking.full:

@@ -90,8 +90,10 @@ class Grams:
         if not self._where:
             raise ValueError(f"no test item has {least} words or more: nothing to look for.")
         self._numbers = {word: n for n, word in enumerate({w for gram in self._where for w in gram.split(" ")}, 1)}
-        self._hashes = {size: np.unique(np.concatenate([self._hash(self._known(gram.split(" ")), size)
-                                                        for gram in grams])) for size, grams in sorted(sizes.items())}
+        self._hashes = {
+            size: np.unique(np.concatenate([self._hash(self._known(gram.split(" ")), size) for gram in grams]))
+            for size, grams in sorted(sizes.items())
+        }
         self.sha256 = hashlib.sha256("\n".join(sorted(self._where)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def __len__(self) -> int:

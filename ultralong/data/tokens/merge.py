@@ -106,8 +106,10 @@ def _add_notes(paths: list[Path]) -> dict[str, Any]:
 def _sum(a: Any, b: Any, key: str = "") -> Any:
     """Numbers add up, lists of numbers too, groups key by key; what describes stays."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return {name: _sum(a[name], b[name], name) if name in a and name in b else a.get(name, b.get(name))
-                for name in {**a, **b}}
+        return {
+            name: _sum(a[name], b[name], name) if name in a and name in b else a.get(name, b.get(name))
+            for name in {**a, **b}
+        }
     if key in ("edges", "characters_per_token"):
         return a
     if isinstance(a, list) and isinstance(b, list):
@@ -159,8 +161,13 @@ def pack_merged(
     noted = read_json(store.folder / "sources.json")
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
     sources = {
-        name: {**none, "license": licenses[name], **store.manifest["sources"].get(name, {}), **noted.get(name, {}),
-               "read": reads[name.split("/")[0]]}
+        name: {
+            **none,
+            "license": licenses[name],
+            **store.manifest["sources"].get(name, {}),
+            **noted.get(name, {}),
+            "read": reads[name.split("/")[0]],
+        }
         for name in licenses
     }
     save(loaded, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")

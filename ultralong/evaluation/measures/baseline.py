@@ -25,8 +25,20 @@ from ultralong.utils.files import read_json, read_jsonl, write_json
 TESTS = ("needle", "ruler")
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 GRID = (9, 5)  # up to 16,384: every 2,048 tokens, and 1,024
-KEPT = ("settings", "window", "environment", "machine", "scores", "families", "effective", "needle",
-        "depths", "failures", "skipped", "sources")
+KEPT = (
+    "settings",
+    "window",
+    "environment",
+    "machine",
+    "scores",
+    "families",
+    "effective",
+    "needle",
+    "depths",
+    "failures",
+    "skipped",
+    "sources",
+)
 # Of the settings, what says what was measured.
 ASKED = ("model", "tasks", "lengths", "samples", "grid", "grid_samples", "seed", "chat", "engine", "kv_dtype")
 
@@ -97,8 +109,11 @@ def collect(path: Path, runs: Mapping[str, Path], model: str | None = None) -> d
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ultralong.evaluation.measures.baseline",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m ultralong.evaluation.measures.baseline",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="measure")
     one.add_argument("model", help="folder or hub id")
@@ -129,9 +144,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             places = [words.partition("=") for words in asked.runs]
             collect(asked.json, {heading: Path(place) for heading, _, place in places}, asked.model)
             return
-        wanted = RunSettings(asked.model, tuple(asked.tests), tuple(asked.lengths), asked.samples, tuple(asked.grid),
-                             asked.grid_samples, data=asked.data, batch=asked.batch, workers=asked.workers,
-                             chat=False if asked.no_chat else None, beyond_window=True, skip_missing=True)
+        wanted = RunSettings(
+            asked.model,
+            tuple(asked.tests),
+            tuple(asked.lengths),
+            asked.samples,
+            tuple(asked.grid),
+            asked.grid_samples,
+            data=asked.data,
+            batch=asked.batch,
+            workers=asked.workers,
+            chat=False if asked.no_chat else None,
+            beyond_window=True,
+            skip_missing=True,
+        )
         result = measure(wanted, asked.out, asked.device)
         write_json(asked.json, result)
     except (ValueError, ImportError) as error:

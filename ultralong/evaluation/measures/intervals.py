@@ -74,8 +74,10 @@ def clopper_pearson(correct: int, n: int, level: float = 0.95) -> tuple[float, f
 
 def _binomial_cdf(k: int, n: int, p: float) -> float:
     """P(X <= k) for X binomial(n, p), summed in logarithms so that large n does not underflow."""
-    terms = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p)
-             + (n - i) * math.log1p(-p) for i in range(k + 1)]
+    terms = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+        for i in range(k + 1)
+    ]
     return math.fsum(math.exp(term) for term in terms)
 
 
@@ -88,8 +90,9 @@ def _bisect(below: Callable[[float], bool]) -> float:
     return (low + high) / 2
 
 
-def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, *, seed: int, level: float = 0.95,
-                    resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap_ratio(
+    sums: np.ndarray, counts: np.ndarray, *, seed: int, level: float = 0.95, resamples: int = RESAMPLES
+) -> tuple[np.ndarray, np.ndarray]:
     """Percentile bootstrap over rows of `sum(sums) / sum(counts)`, column by column.
 
     Rows are drawn with replacement, whole: a token's neighbours come along. A column that fewer than two rows reach
@@ -111,8 +114,9 @@ def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, *, seed: int, level: f
     _check_level(level)
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
     if sums.ndim != 2 or sums.shape != counts.shape or not len(sums):
-        raise ValueError(f"bootstrap_ratio() needs two (rows, columns) arrays alike, got {sums.shape} and "
-                         f"{counts.shape}.")
+        raise ValueError(
+            f"bootstrap_ratio() needs two (rows, columns) arrays alike, got {sums.shape} and {counts.shape}."
+        )
     rows = len(sums)
     draws = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples)  # (S, R)
     total = draws @ counts  # (S, C)
@@ -123,8 +127,9 @@ def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, *, seed: int, level: f
     return ends[0], ends[1]
 
 
-def bootstrap_mean(values: Sequence[float], *, seed: int, level: float = 0.95,
-                   resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap_mean(
+    values: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = RESAMPLES
+) -> tuple[float, float]:
     """Percentile bootstrap of a mean. See `bootstrap_ratio` for the arguments; fewer than two values give NaN."""
     column = np.asarray(values, float).reshape(-1, 1)
     low, high = bootstrap_ratio(column, np.ones_like(column), seed=seed, level=level, resamples=resamples)
@@ -141,8 +146,9 @@ class Difference:
     n: int
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int, level: float = 0.95,
-                      resamples: int = RESAMPLES) -> Difference:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = RESAMPLES
+) -> Difference:
     """Mean of `second - first` over the same samples, with a bootstrap interval over the pairs.
 
     Pairing takes out how hard each sample is, so that two models can be told apart with far fewer samples.
@@ -158,8 +164,9 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: 
         ValueError: Different numbers of scores, or none.
     """
     if len(first) != len(second) or not len(first):
-        raise ValueError(f"A paired difference needs the same samples on both sides, got {len(first)} and "
-                         f"{len(second)}.")
+        raise ValueError(
+            f"A paired difference needs the same samples on both sides, got {len(first)} and {len(second)}."
+        )
     differences = np.asarray(second, float) - np.asarray(first, float)
     low, high = bootstrap_mean(differences, seed=seed, level=level, resamples=resamples)
     return Difference(float(differences.mean()), low, high, len(differences))

@@ -51,17 +51,20 @@ class Benchmark:
 
 # The paper's five (MMLU and MMLU-Pro with 5 examples, MATH 0, GSM-8K 8, HumanEval 0), then four more. The tasks are
 # those that lm-eval keeps for Llama-3 Instruct; the paper does not say which prompts it used.
-STANDARD = {item.name: item for item in (
-    Benchmark("MMLU", ("mmlu_llama",), "exact_match,strict_match"),
-    Benchmark("MMLU-Pro", ("mmlu_pro_llama",), "exact_match,strict_match"),
-    Benchmark("MATH", tuple(f"minerva_math_{subject}" for subject in MATH_SUBJECTS), "math_verify,none", shots=0),
-    Benchmark("GSM-8K", ("gsm8k_llama",), "exact_match,flexible_extract"),
-    Benchmark("HumanEval", ("humaneval_instruct",), "pass@1,create_test", runs_code=True),
-    Benchmark("HellaSwag", ("hellaswag",), "acc_norm,none", shots=0, chat=False),
-    Benchmark("ARC-Easy", ("arc_easy",), "acc_norm,none", shots=0, chat=False),
-    Benchmark("ARC-Challenge", ("arc_challenge",), "acc_norm,none", shots=0, chat=False),
-    Benchmark("PIQA", ("piqa",), "acc_norm,none", shots=0, chat=False),
-)}
+STANDARD = {
+    item.name: item
+    for item in (
+        Benchmark("MMLU", ("mmlu_llama",), "exact_match,strict_match"),
+        Benchmark("MMLU-Pro", ("mmlu_pro_llama",), "exact_match,strict_match"),
+        Benchmark("MATH", tuple(f"minerva_math_{subject}" for subject in MATH_SUBJECTS), "math_verify,none", shots=0),
+        Benchmark("GSM-8K", ("gsm8k_llama",), "exact_match,flexible_extract"),
+        Benchmark("HumanEval", ("humaneval_instruct",), "pass@1,create_test", runs_code=True),
+        Benchmark("HellaSwag", ("hellaswag",), "acc_norm,none", shots=0, chat=False),
+        Benchmark("ARC-Easy", ("arc_easy",), "acc_norm,none", shots=0, chat=False),
+        Benchmark("ARC-Challenge", ("arc_challenge",), "acc_norm,none", shots=0, chat=False),
+        Benchmark("PIQA", ("piqa",), "acc_norm,none", shots=0, chat=False),
+    )
+}
 
 
 def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
@@ -77,8 +80,16 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     return [known[name.lower()] for name in names] or list(STANDARD.values())
 
 
-def command_for(benchmark: Benchmark, model: str, out: Path, *, device: str, chat: bool, limit: int | None = None,
-                include: Path | None = None) -> list[str]:
+def command_for(
+    benchmark: Benchmark,
+    model: str,
+    out: Path,
+    *,
+    device: str,
+    chat: bool,
+    limit: int | None = None,
+    include: Path | None = None,
+) -> list[str]:
     """The command line that runs one benchmark.
 
     Args:
@@ -91,9 +102,24 @@ def command_for(benchmark: Benchmark, model: str, out: Path, *, device: str, cha
         include: Folder of further lm-eval tasks.
     """
     dtype = "float32" if device == "cpu" else "auto"
-    words = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-             f"pretrained={model},dtype={dtype}", "--tasks", ",".join(benchmark.tasks), "--device", device,
-             "--batch_size", "1" if device == "cpu" else "auto", "--output_path", str(out)]
+    words = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model},dtype={dtype}",
+        "--tasks",
+        ",".join(benchmark.tasks),
+        "--device",
+        device,
+        "--batch_size",
+        "1" if device == "cpu" else "auto",
+        "--output_path",
+        str(out),
+    ]
     if benchmark.shots is not None:
         words += ["--num_fewshot", str(benchmark.shots)]
     if benchmark.chat and chat:
@@ -107,10 +133,19 @@ def command_for(benchmark: Benchmark, model: str, out: Path, *, device: str, cha
     return words
 
 
-def measure_standard(model: str | os.PathLike[str], out: str | os.PathLike[str], *, names: Sequence[str] = (),
-                     data: str | os.PathLike[str] | None = None, device: str = "cpu", chat: bool = True,
-                     limit: int | None = None, run_code: bool = False, include: Path | None = None,
-                     quiet: bool = False) -> dict[str, Any]:
+def measure_standard(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    names: Sequence[str] = (),
+    data: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    chat: bool = True,
+    limit: int | None = None,
+    run_code: bool = False,
+    include: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Run short benchmarks; those whose result is in the folder are not run again.
 
     Args:
@@ -193,8 +228,10 @@ def read_score(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     counts = {task: count["effective"] for task, count in found.get("n-samples", {}).items()}
     measured: dict[str, Mapping[str, Any]] = {task: found["results"].get(task, {}) for task in counts}
     if not counts or any(benchmark.metric not in values for values in measured.values()):
-        raise ValueError(f"lm-eval's results for {benchmark.name} do not hold {benchmark.metric} for each of its "
-                         f"tasks: another version of lm-eval? This one is {_version()}.")
+        raise ValueError(
+            f"lm-eval's results for {benchmark.name} do not hold {benchmark.metric} for each of its "
+            f"tasks: another version of lm-eval? This one is {_version()}."
+        )
     total = sum(counts.values())
     score = sum(count * measured[task][benchmark.metric] for task, count in counts.items()) / total
     name, _, filtered = benchmark.metric.partition(",")
@@ -203,5 +240,11 @@ def read_score(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     if all(isinstance(error, float) for error in errors):
         weighted = (count * error for count, error in zip(counts.values(), errors, strict=True))
         stderr = 100 * math.hypot(*weighted) / total
-    return {"task": benchmark.name, "lm_eval": list(benchmark.tasks), "metric": benchmark.metric, "score": 100 * score,
-            "stderr": stderr, "n": total}
+    return {
+        "task": benchmark.name,
+        "lm_eval": list(benchmark.tasks),
+        "metric": benchmark.metric,
+        "score": 100 * score,
+        "stderr": stderr,
+        "n": total,
+    }

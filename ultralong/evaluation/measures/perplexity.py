@@ -36,8 +36,10 @@ def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     whole = model(input_ids=probe, use_cache=False).logits
     parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
-        raise ValueError(f"{type(model).__name__} changes its logits after the head, which tiled perplexity would "
-                         "miss. Measure it with the model's own forward pass.")
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the head, which tiled perplexity would "
+            "miss. Measure it with the model's own forward pass."
+        )
     return decoder, head
 
 
@@ -69,8 +71,9 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, *, c
         ValueError: Shapes that differ, or a model that changes its logits after the head.
     """
     if input_ids.shape != labels.shape or input_ids.ndim != 2:
-        raise ValueError(f"Inputs and labels must both be (batch, tokens), got {tuple(input_ids.shape)} and "
-                         f"{tuple(labels.shape)}.")
+        raise ValueError(
+            f"Inputs and labels must both be (batch, tokens), got {tuple(input_ids.shape)} and {tuple(labels.shape)}."
+        )
     decoder, head = _decoder_and_head(model)
     batch, tokens = input_ids.shape
     chunk = tokens if chunk is None else min(chunk, tokens)
@@ -79,8 +82,9 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, *, c
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
         options = {} if cache is None else {"past_key_values": cache}
-        hidden = decoder(input_ids=input_ids[:, part].to(model.device), use_cache=cache is not None,
-                         **options).last_hidden_state  # (B, chunk, d)
+        hidden = decoder(
+            input_ids=input_ids[:, part].to(model.device), use_cache=cache is not None, **options
+        ).last_hidden_state  # (B, chunk, d)
         target = labels[:, part].to(model.device)
         losses[:, part] = _tile_losses(head, hidden.flatten(0, 1), target.flatten()).view(target.shape)
     return losses
@@ -105,9 +109,17 @@ def _positions(length: int, boundaries: np.ndarray | None, by: str) -> np.ndarra
     return places - starts[np.searchsorted(starts, places, side="right") - 1]
 
 
-def perplexity_by_position(model: PreTrainedModel, rows: Sequence[Any], edges: Sequence[int], *, by: str = "row",
-                           chunk: int | None = None, seed: int = 0, level: float = 0.95,
-                           quiet: bool = False) -> list[dict[str, Any]]:
+def perplexity_by_position(
+    model: PreTrainedModel,
+    rows: Sequence[Any],
+    edges: Sequence[int],
+    *,
+    by: str = "row",
+    chunk: int | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
     """Perplexity in bins of position, with a bootstrap interval over rows.
 
     A loss counts at the position of the token that predicts, counted from 0: position p is predicted from p + 1 tokens.
@@ -147,12 +159,22 @@ def perplexity_by_position(model: PreTrainedModel, rows: Sequence[Any], edges: S
         sums[index] = np.bincount(bins[used], losses[used], minlength=sums.shape[1])
         counts[index] = np.bincount(bins[used], minlength=sums.shape[1])
     low, high = bootstrap_ratio(sums, counts, seed=seed, level=level)
-    return [_describe(borders[i], borders[i + 1], sums[:, i], counts[:, i], low[i], high[i])
-            for i in range(sums.shape[1]) if counts[:, i].sum()]
+    return [
+        _describe(borders[i], borders[i + 1], sums[:, i], counts[:, i], low[i], high[i])
+        for i in range(sums.shape[1])
+        if counts[:, i].sum()
+    ]
 
 
 def _describe(start: int, end: int, sums: np.ndarray, counts: np.ndarray, low: float, high: float) -> dict[str, Any]:
     mean = float(sums.sum() / counts.sum())
-    return {"start": int(start), "end": int(end), "n": int(counts.sum()), "rows": int((counts > 0).sum()), "nll": mean,
-            "perplexity": math.exp(mean), "low": None if math.isnan(low) else math.exp(low),
-            "high": None if math.isnan(high) else math.exp(high)}
+    return {
+        "start": int(start),
+        "end": int(end),
+        "n": int(counts.sum()),
+        "rows": int((counts > 0).sum()),
+        "nll": mean,
+        "perplexity": math.exp(mean),
+        "low": None if math.isnan(low) else math.exp(low),
+        "high": None if math.isnan(high) else math.exp(high),
+    }

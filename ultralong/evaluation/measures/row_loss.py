@@ -63,8 +63,12 @@ class RowLoss:
         low, high = bootstrap_ratio(self.sums[:, None], self.counts[:, None], seed=seed, level=level)
         places = zip(self.place_sums.tolist(), self.place_counts.tolist(), strict=True)
         return {
-            "loss": self.mean, "low": _number(low[0]), "high": _number(high[0]), "targets": int(self.counts.sum()),
-            "documents": int((self.counts > 0).sum()), "rows": self.rows,
+            "loss": self.mean,
+            "low": _number(low[0]),
+            "high": _number(high[0]),
+            "targets": int(self.counts.sum()),
+            "documents": int((self.counts > 0).sum()),
+            "rows": self.rows,
             "loss_by_position": [total / count if count else None for total, count in places],
         }
 
@@ -93,16 +97,25 @@ def open_for_loss(model: str | os.PathLike[str], device: str = "auto") -> PreTra
 
 
 @torch.no_grad()
-def row_loss(model: PreTrainedModel, rows: PackedRows, *, most: int | None = None, rows_at_once: int = 1,
-             places: int = 8, tile: int = 2048, kernel: str = "auto", dtype: Compute = "auto",
-             quiet: bool = False) -> RowLoss:
+def row_loss(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    *,
+    most: int | None = None,
+    micro_batch_size: int = 1,
+    places: int = 8,
+    tile: int = 2048,
+    kernel: str = "auto",
+    dtype: Compute = "auto",
+    quiet: bool = False,
+) -> RowLoss:
     """Loss of every document of packed rows.
 
     Args:
         model: A causal language model with this library's attention, see `open_for_loss`; put into eval mode.
         rows: Rows of documents or of conversations.
         most: Read only this many rows; None reads all.
-        rows_at_once: Rows of one forward pass.
+        micro_batch_size: Rows of one forward pass.
         places: Equal stretches of the row that are also counted apart, as `position_buckets` of a training run.
         tile: Tokens whose logits exist at a time.
         kernel: Attention kernel.
@@ -117,19 +130,23 @@ def row_loss(model: PreTrainedModel, rows: PackedRows, *, most: int | None = Non
         ValueError: There is no row, no target, a setting below 1, or the rows were made for another vocabulary.
     """
     count = len(rows) if most is None else min(most, len(rows))
-    if min(count, rows_at_once, places) < 1:
-        raise ValueError(f"At least one row, one row at once and one place are needed, found {count}, {rows_at_once} "
-                         f"and {places}.")
+    if min(count, micro_batch_size, places) < 1:
+        raise ValueError(
+            f"At least one row, one row at once and one place are needed, found {count}, {micro_batch_size} "
+            f"and {places}."
+        )
     vocabulary, size = rows.manifest["tokenizer"]["vocabulary"], model.get_input_embeddings().weight.shape[0]
     if vocabulary > size:
-        raise ValueError(f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}: "
-                         "pack the rows with the model's own tokenizer.")
+        raise ValueError(
+            f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}: "
+            "pack the rows with the model's own tokenizer."
+        )
     model.eval()
     loss, low = LanguageModelLoss(model, tile), dtype == "bfloat16" or (dtype == "auto" and model.device.type == "cuda")
     documents: list[tuple[float, float]] = []
     stretches = np.zeros((2, places))
-    for first in progress(range(0, count, rows_at_once), desc="loss", unit="batch", quiet=quiet):
-        chosen = [rows[index] for index in range(first, min(first + rows_at_once, count))]
+    for first in progress(range(0, count, micro_batch_size), desc="loss", unit="batch", quiet=quiet):
+        chosen = [rows[index] for index in range(first, min(first + micro_batch_size, count))]
         batch = collate(chosen, (), rows.mask_documents)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
             losses = _losses(loss, batch, kernel).reshape(len(chosen), -1)  # (B, T)
@@ -154,8 +171,9 @@ def _losses(loss: LanguageModelLoss, batch: Batch, kernel: str) -> np.ndarray:
     tokens = batch.input_ids.numel()
     if batch.boundaries is not None:
         heads, kv_heads = head_counts(model)
-        context = attention.make_context(batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries,
-                                         heads=heads, kv_heads=kv_heads)
+        context = attention.make_context(
+            batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries, heads=heads, kv_heads=kv_heads
+        )
         padding = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
@@ -184,12 +202,23 @@ def loss_change(before: RowLoss, after: RowLoss, *, seed: int = 0, level: float 
     known = before.counts > 0
     fell = after.sums[known] < before.sums[known]
     low, high = bootstrap_ratio((after.sums - before.sums)[:, None], before.counts[:, None], seed=seed, level=level)
-    return {"change": after.mean - before.mean, "low": _number(low[0]), "high": _number(high[0]),
-            "better": float(fell.mean())}
+    return {
+        "change": after.mean - before.mean,
+        "low": _number(low[0]),
+        "high": _number(high[0]),
+        "better": float(fell.mean()),
+    }
 
 
-def measure_loss(model: str | os.PathLike[str], rows: str | os.PathLike[str], *, before: str | None = None,
-                 device: str = "auto", seed: int = 0, **options: Any) -> dict[str, Any]:
+def measure_loss(
+    model: str | os.PathLike[str],
+    rows: str | os.PathLike[str],
+    *,
+    before: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
     """What `ultralong eval loss` does: open checkpoints, read rows, give JSON values.
 
     Args:
@@ -208,13 +237,22 @@ def measure_loss(model: str | os.PathLike[str], rows: str | os.PathLike[str], *,
     """
     packed = PackedRows(rows)
     found = row_loss(open_for_loss(model, device), packed, **options)
-    result = {"model": str(model), "rows_folder": str(rows), **found.summary(seed),
-              "environment": describe_environment()}
+    result = {
+        "model": str(model),
+        "rows_folder": str(rows),
+        **found.summary(seed),
+        "environment": describe_environment(),
+    }
     if before is not None:
         first = row_loss(open_for_loss(before, device), packed, **options)
         change = loss_change(first, found, seed=seed)
-        result |= {"before": {"model": str(before), **first.summary(seed)}, "change": change["change"],
-                   "change_low": change["low"], "change_high": change["high"], "better": change["better"]}
+        result |= {
+            "before": {"model": str(before), **first.summary(seed)},
+            "change": change["change"],
+            "change_low": change["low"],
+            "change_high": change["high"],
+            "better": change["better"],
+        }
     return result
 
 

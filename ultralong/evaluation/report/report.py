@@ -66,9 +66,12 @@ class ReportData:
 
 def describe_environment() -> dict[str, str]:
     """Date, machine and versions, as every measured number must carry them."""
-    facts = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-             "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
-             "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"}
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+    }
     memory = _memory_bytes()
     if memory:
         facts["memory"] = f"{memory / GIBIBYTE:.0f} GiB"
@@ -113,15 +116,24 @@ def count_needles(cells: Sequence[Mapping[str, Any]], shortest: int, longest: in
         return None
     n, correct = sum(cell["n"] for cell in chosen), sum(cell["correct"] for cell in chosen)
     low, high = wilson(correct, n)
-    return {"n": n, "correct": correct, "share": correct / n, "low": low, "high": high, "cells": len(chosen),
-            "cells_found": sum(cell["correct"] == cell["n"] for cell in chosen)}
+    return {
+        "n": n,
+        "correct": correct,
+        "share": correct / n,
+        "low": low,
+        "high": high,
+        "cells": len(chosen),
+        "cells_found": sum(cell["correct"] == cell["n"] for cell in chosen),
+    }
 
 
 def summarise(data: ReportData) -> dict[str, Any]:
     """Needles found inside the old window and beyond it, before and after."""
-    return {f"{when}_{where}": count_needles(cells, *span)
-            for when, cells in (("before", data.needle_before), ("after", data.needle_after))
-            for where, span in (("inside", (0, data.base_window)), ("beyond", (data.base_window, data.target_window)))}
+    return {
+        f"{when}_{where}": count_needles(cells, *span)
+        for when, cells in (("before", data.needle_before), ("after", data.needle_after))
+        for where, span in (("inside", (0, data.base_window)), ("beyond", (data.base_window, data.target_window)))
+    }
 
 
 def write_report(folder: str | os.PathLike[str], data: ReportData, *, interactive: bool = True) -> Path:
@@ -140,8 +152,9 @@ def write_report(folder: str | os.PathLike[str], data: ReportData, *, interactiv
         ValueError: A window or time that cannot be.
     """
     if not 0 < data.base_window <= data.target_window:
-        raise ValueError(f"A report needs 0 < base_window <= target_window, got {data.base_window} and "
-                         f"{data.target_window}.")
+        raise ValueError(
+            f"A report needs 0 < base_window <= target_window, got {data.base_window} and {data.target_window}."
+        )
     if data.seconds < 0:
         raise ValueError(f"A run cannot have taken {data.seconds} seconds.")
     folder = Path(folder)

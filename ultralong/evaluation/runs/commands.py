@@ -40,13 +40,33 @@ def open_model(model: str | os.PathLike[str], device: str = "auto") -> tuple[Pre
         raise ValueError(f"{model} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
 
 
-def answer(tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int, out: str | os.PathLike[str],
-           haystack: str | os.PathLike[str] | None, chunk: int | None, batch: int | None, model: PreTrainedModel,
-           tokenizer: PreTrainedTokenizerBase, engine: Engine | None) -> dict[str, Any]:
+def answer(
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    seed: int,
+    out: str | os.PathLike[str],
+    haystack: str | os.PathLike[str] | None,
+    chunk: int | None,
+    batch: int | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine | None,
+) -> dict[str, Any]:
     """`records.answer_tasks` with its arguments in the order that `long_engine.with_model` fills."""
-    return answer_tasks(model, tokenizer, tasks, lengths, samples, seed, out, engine=engine,
-                        chunk=PREFILL_CHUNK if chunk is None else chunk, batch=batch,
-                        haystack=read_haystack(haystack))
+    return answer_tasks(
+        model,
+        tokenizer,
+        tasks,
+        lengths,
+        samples,
+        seed,
+        out,
+        engine=engine,
+        chunk=PREFILL_CHUNK if chunk is None else chunk,
+        batch=batch,
+        haystack=read_haystack(haystack),
+    )
 
 
 def read_haystack(path: str | os.PathLike[str] | None) -> list[str] | None:
@@ -77,10 +97,20 @@ def position_edges(length: int) -> tuple[int, ...]:
     return (*edges[:-1], length) if length > FIRST_BIN else (0, length)
 
 
-def measure(task: str, model: str | os.PathLike[str], *, lengths: Sequence[int] = (),
-            depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), samples: int = 5, seed: int = 0,
-            haystack: str | os.PathLike[str] | None = None, rows: str | os.PathLike[str] | None = None,
-            max_rows: int = 16, device: str = "auto", out: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def measure(
+    task: str,
+    model: str | os.PathLike[str],
+    *,
+    lengths: Sequence[int] = (),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 5,
+    seed: int = 0,
+    haystack: str | os.PathLike[str] | None = None,
+    rows: str | os.PathLike[str] | None = None,
+    max_rows: int = 16,
+    device: str = "auto",
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
     """Measure a checkpoint.
 
     Args:
@@ -113,14 +143,20 @@ def measure(task: str, model: str | os.PathLike[str], *, lengths: Sequence[int] 
     if task == "needle":
         lengths = tuple(lengths) or default_lengths(window)
         _warn_beyond(max(lengths), window)
-        result |= {"haystack": "repeated filler" if texts is None else "documents", "cells": needle_grid(
-            loaded, tokenizer, lengths, depths, samples, seed, texts, chunk=_chunk(max(lengths)))}
+        result |= {
+            "haystack": "repeated filler" if texts is None else "documents",
+            "cells": needle_grid(loaded, tokenizer, lengths, depths, samples, seed, texts, chunk=_chunk(max(lengths))),
+        }
     else:
         packed = PackedRows(rows)
         _warn_beyond(packed.length, window)
         chosen = [packed[index] for index in range(min(max_rows, len(packed)))]
-        result |= {"rows": len(chosen), "bins": perplexity_by_position(
-            loaded, chosen, position_edges(packed.length), chunk=_chunk(packed.length), seed=seed)}
+        result |= {
+            "rows": len(chosen),
+            "bins": perplexity_by_position(
+                loaded, chosen, position_edges(packed.length), chunk=_chunk(packed.length), seed=seed
+            ),
+        }
     result["environment"] = describe_environment()
     if out is not None:
         _leave(Path(out), result)
@@ -131,8 +167,16 @@ def summary(result: dict[str, Any]) -> str:
     """What `measure` found, as a text table: needles by length and depth, or perplexity by position."""
     if result["task"] == "perplexity":
         lines = [f"perplexity of {result['model']} by position, {result['rows']} rows (95% interval)"]
-        return "\n".join([*lines, *(f"{bin['start']:>11,} to {bin['end']:>11,}  {bin['perplexity']:9.2f}  "
-                                    f"({bin['low']:.2f} to {bin['high']:.2f})" for bin in result["bins"])])
+        return "\n".join(
+            [
+                *lines,
+                *(
+                    f"{bin['start']:>11,} to {bin['end']:>11,}  {bin['perplexity']:9.2f}  "
+                    f"({bin['low']:.2f} to {bin['high']:.2f})"
+                    for bin in result["bins"]
+                ),
+            ]
+        )
     cells = {(cell["length"], cell["depth"]): f"{cell['correct']}/{cell['n']}" for cell in result["cells"]}
     lengths, depths = (sorted({key[axis] for key in cells}) for axis in (0, 1))
     head = "     tokens" + "".join(f"{depth:>9.0%}" for depth in depths)
@@ -147,8 +191,11 @@ def _chunk(length: int) -> int | None:
 
 def _warn_beyond(length: int, window: int) -> None:
     if length > window:
-        warnings.warn(f"{length:,} tokens are beyond the model's window of {window:,}: expect it to fail there, or "
-                      "extend it first (ultralong extend).", stacklevel=3)
+        warnings.warn(
+            f"{length:,} tokens are beyond the model's window of {window:,}: expect it to fail there, or "
+            "extend it first (ultralong extend).",
+            stacklevel=3,
+        )
 
 
 def _leave(folder: Path, result: dict[str, Any]) -> None:
@@ -157,6 +204,9 @@ def _leave(folder: Path, result: dict[str, Any]) -> None:
     write_json(folder / f"{result['task']}.json", result)
     name = Path(result["model"]).name
     mark = {"base_window": result["window"], "window_name": "window"}
-    figure = figures.needle_heatmap(result["cells"], f"Needles found: {name}", **mark) if result["task"] == "needle" \
+    figure = (
+        figures.needle_heatmap(result["cells"], f"Needles found: {name}", **mark)
+        if result["task"] == "needle"
         else figures.perplexity_curve({name: result["bins"]}, "Perplexity by position", **mark)
+    )
     figures.save_png(figure, folder / f"{result['task']}.png")

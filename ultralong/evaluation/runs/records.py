@@ -41,15 +41,27 @@ def done_already(path: str | os.PathLike[str], task: str, length: int, seed: int
     for number, record in enumerate(records):
         found = [record.get(key) for key in SAME]
         if found != [task, seed, length] or record.get("index") != number:
-            raise ValueError(f"{path}, line {number + 1} is of another run: task, seed, length {found} and index "
-                             f"{record.get('index')}, expected {[task, seed, length]} and {number}. Give another --out "
-                             "or delete the file.")
+            raise ValueError(
+                f"{path}, line {number + 1} is of another run: task, seed, length {found} and index "
+                f"{record.get('index')}, expected {[task, seed, length]} and {number}. Give another --out "
+                "or delete the file."
+            )
     return records
 
 
-def write_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int,
-                  out: str | os.PathLike[str], *, chat: bool | None = None, haystack: Sequence[str] | None = None,
-                  questions: str | os.PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:
+def write_samples(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    samples: int,
+    seed: int,
+    out: str | os.PathLike[str],
+    *,
+    chat: bool | None = None,
+    haystack: Sequence[str] | None = None,
+    questions: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Make samples into a file, going on where an earlier call stopped.
 
     Args:
@@ -75,14 +87,26 @@ def write_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, sa
     lengths = [record["length"] for record in there]
     source = there[-1]["source"] if there else ""
     missing = max(0, samples - len(there))
-    made = make_samples(task, tokenizer, length, missing, seed, first=len(there), chat=chat, haystack=haystack,
-                        questions=questions) if missing else ()
+    made = (
+        make_samples(
+            task, tokenizer, length, missing, seed, first=len(there), chat=chat, haystack=haystack, questions=questions
+        )
+        if missing
+        else ()
+    )
     for record in progress(made, total=missing, desc=task, unit="sample", quiet=quiet):
         append_jsonl(out, record)
         lengths.append(record["length"])
         source = record["source"]
-    return {"task": task, "out": str(out), "samples": len(lengths), "made": missing, "shortest": min(lengths),
-            "longest": max(lengths), "source": source}
+    return {
+        "task": task,
+        "out": str(out),
+        "samples": len(lengths),
+        "made": missing,
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "source": source,
+    }
 
 
 def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]:
@@ -97,11 +121,23 @@ def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]
     return score_predictions(task, read_jsonl(path))
 
 
-def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str],
-                 lengths: Sequence[int], samples: int, seed: int, out: str | os.PathLike[str], *,
-                 chunk: int | None = None, batch: int | None = None, engine: Engine | None = None,
-                 chat: bool | None = None, haystack: Sequence[str] | None = None,
-                 questions: Mapping[str, str | os.PathLike[str]] | None = None, quiet: bool = False) -> dict[str, Any]:
+def answer_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    seed: int,
+    out: str | os.PathLike[str],
+    *,
+    chunk: int | None = None,
+    batch: int | None = None,
+    engine: Engine | None = None,
+    chat: bool | None = None,
+    haystack: Sequence[str] | None = None,
+    questions: Mapping[str, str | os.PathLike[str]] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Let a model answer tests at several lengths, and score it.
 
     Answers are appended to `out/TASK-LENGTH.jsonl` as they come (without the prompts, which can be made again), and the
@@ -132,18 +168,28 @@ def answer_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
     engine = OwnEngine(model, tokenizer, chunk, batch) if engine is None else engine
-    scores = answer_pairs(engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack,
-                          questions=questions, quiet=quiet)
+    scores = answer_pairs(
+        engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack, questions=questions, quiet=quiet
+    )
     result = {"scores": scores, "means": mean_by_length(scores)}
     write_json(Path(out) / "scores.json", result)
     return result
 
 
-def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, int]],
-                 samples: int, seed: int, out: str | os.PathLike[str], *, workers: int = 0, chat: bool | None = None,
-                 haystack: Sequence[str] | None = None,
-                 questions: Mapping[str, str | os.PathLike[str]] | None = None,
-                 quiet: bool = False) -> list[dict[str, Any]]:
+def answer_pairs(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, int]],
+    samples: int,
+    seed: int,
+    out: str | os.PathLike[str],
+    *,
+    workers: int = 0,
+    chat: bool | None = None,
+    haystack: Sequence[str] | None = None,
+    questions: Mapping[str, str | os.PathLike[str]] | None = None,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
     """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the scores, writes none.
 
     A set of published texts may hold fewer samples than asked for; `n` says how many there were. `workers` processes
@@ -151,10 +197,13 @@ def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequ
     """
     out = Path(out)
     with locked(out):
-        held = {(task, length): done_already(out / f"{task}-{length}.jsonl", task, length, seed)[:samples]
-                for task, length in pairs}
-        _fill(held, engine, tokenizer, samples, seed, out, workers, questions, {"chat": chat, "haystack": haystack},
-              quiet)
+        held = {
+            (task, length): done_already(out / f"{task}-{length}.jsonl", task, length, seed)[:samples]
+            for task, length in pairs
+        }
+        _fill(
+            held, engine, tokenizer, samples, seed, out, workers, questions, {"chat": chat, "haystack": haystack}, quiet
+        )
     scores = []
     for (task, length), there in held.items():
         scored = score_predictions(task, there)
@@ -164,14 +213,26 @@ def answer_pairs(engine: Engine, tokenizer: PreTrainedTokenizerBase, pairs: Sequ
     return scores
 
 
-def _fill(held: Mapping[tuple[str, int], list[dict[str, Any]]], engine: Engine, tokenizer: PreTrainedTokenizerBase,
-          samples: int, seed: int, out: Path, workers: int, questions: Mapping[str, Any] | None,
-          options: Mapping[str, Any], quiet: bool) -> None:
+def _fill(
+    held: Mapping[tuple[str, int], list[dict[str, Any]]],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seed: int,
+    out: Path,
+    workers: int,
+    questions: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    quiet: bool,
+) -> None:
     """Answer what is missing, into the lists and the files."""
     wanted = {pair: (len(there), samples - len(there)) for pair, there in held.items()}
-    with progress(total=sum(length for _, length in held) * samples, desc="answers", unit="tok", unit_scale=True,
-                  quiet=quiet) as bar, Making(tokenizer, wanted, seed, workers=workers, questions=questions,
-                                              **options) as making:
+    with (
+        progress(
+            total=sum(length for _, length in held) * samples, desc="answers", unit="tok", unit_scale=True, quiet=quiet
+        ) as bar,
+        Making(tokenizer, wanted, seed, workers=workers, questions=questions, **options) as making,
+    ):
         # Neighbours of one length are answered together, whatever the test.
         for length, group in groupby(held, key=lambda pair: pair[1]):
             together = list(group)
@@ -184,8 +245,9 @@ def _fill(held: Mapping[tuple[str, int], list[dict[str, Any]]], engine: Engine, 
             bar.update(length * sum(samples - len(held[pair]) for pair in together))
 
 
-def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]],
-              length: int) -> Iterator[dict[str, Any]]:
+def _answered(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]], length: int
+) -> Iterator[dict[str, Any]]:
     """Samples with their answers; of those answered together each has its share of the seconds."""
     at_once = engine.at_once(length)
     while batch := list(islice(samples, at_once)):
@@ -203,13 +265,16 @@ def _answered(engine: Engine, tokenizer: PreTrainedTokenizerBase, samples: Itera
 
 def mean_by_length(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Unweighted mean over the tests at each length, as RULER averages; `tasks` says over how many."""
-    groups = [(length, [item["score"] for item in scores if item["length"] == length])
-              for length in sorted({item["length"] for item in scores})]
+    groups = [
+        (length, [item["score"] for item in scores if item["length"] == length])
+        for length in sorted({item["length"] for item in scores})
+    ]
     return [{"length": length, "tasks": len(group), "score": float(np.mean(group))} for length, group in groups]
 
 
-def compare_answers(first: str | os.PathLike[str], second: str | os.PathLike[str], *,
-                    seed: int = 0) -> list[dict[str, Any]]:
+def compare_answers(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], *, seed: int = 0
+) -> list[dict[str, Any]]:
     """Two models on the same samples: the difference of each test at each length, sample by sample.
 
     Args:
@@ -224,25 +289,35 @@ def compare_answers(first: str | os.PathLike[str], second: str | os.PathLike[str
     Raises:
         ValueError: Nothing in common, or files of the same name whose samples differ.
     """
-    names = sorted({path.name for path in Path(first).glob("*-*.jsonl")}
-                   & {path.name for path in Path(second).glob("*-*.jsonl")})
+    names = sorted(
+        {path.name for path in Path(first).glob("*-*.jsonl")} & {path.name for path in Path(second).glob("*-*.jsonl")}
+    )
     if not names:
         raise ValueError(f"{first} and {second} hold no answers to the same test at the same length.")
     compared = []
     for name in names:
         pairs = list(zip(*(read_jsonl(Path(folder) / name) for folder in (first, second)), strict=False))
         if not pairs or any(_identity(one) != _identity(other) for one, other in pairs):
-            raise ValueError(f"{name} holds other samples in {first} than in {second}: use the same seed and the same "
-                             "tokenizer.")
+            raise ValueError(
+                f"{name} holds other samples in {first} than in {second}: use the same seed and the same tokenizer."
+            )
         task, length = pairs[0][0]["task"], pairs[0][0]["max_length"]
         grade = find_task(task).grade
-        scores = [[100 * grade(record) for record in records]
-                  for records in zip(*pairs, strict=True)]
+        scores = [[100 * grade(record) for record in records] for records in zip(*pairs, strict=True)]
         difference = paired_difference(*scores, seed=seed)
         ends = (difference.low, difference.high) if len(pairs) > 1 else (None, None)
-        compared.append({"task": task, "length": length, "n": len(pairs), "first": float(np.mean(scores[0])),
-                         "second": float(np.mean(scores[1])), "difference": difference.mean, "low": ends[0],
-                         "high": ends[1]})
+        compared.append(
+            {
+                "task": task,
+                "length": length,
+                "n": len(pairs),
+                "first": float(np.mean(scores[0])),
+                "second": float(np.mean(scores[1])),
+                "difference": difference.mean,
+                "low": ends[0],
+                "high": ends[1],
+            }
+        )
     return sorted(compared, key=lambda item: (item["task"], item["length"]))
 
 

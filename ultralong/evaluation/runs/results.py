@@ -28,8 +28,9 @@ WRONG = 0.5  # below this score an answer is quoted as a failure
 KIBI = 1024
 
 
-def write_results(folder: str | os.PathLike[str], before: str | os.PathLike[str] | None = None, *,
-                  interactive: bool = True) -> dict[str, Any]:
+def write_results(
+    folder: str | os.PathLike[str], before: str | os.PathLike[str] | None = None, *, interactive: bool = True
+) -> dict[str, Any]:
     """Write `report.json` and `report.html` of a run into its folder.
 
     Args:
@@ -78,25 +79,45 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no run: give the --out of `ultralong eval run`.")
     records = dict(_answers(folder))
     environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
-    scores = [_score(task, length, found) for (task, length), found in sorted(records.items(), key=lambda item: (
-        list(TASKS).index(item[0][0]), item[0][1]))]
+    scores = [
+        _score(task, length, found)
+        for (task, length), found in sorted(
+            records.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0][1])
+        )
+    ]
     families = _families(scores)
     ruler = [item for item in families if item["family"] == "RULER"]
-    effective = {"length": effective_length(ruler), "bar": EFFECTIVE_SCORE,
-                 "tasks": min(item["tasks"] for item in ruler)} if ruler else None
+    effective = (
+        {"length": effective_length(ruler), "bar": EFFECTIVE_SCORE, "tasks": min(item["tasks"] for item in ruler)}
+        if ruler
+        else None
+    )
     sources: dict[str, list[str]] = {}
     for (task, _), found in records.items():
         kept = sources.setdefault(FAMILIES.get(task, task), [])
         kept += [source for source in dict.fromkeys(record["source"] for record in found) if source not in kept]
     cells = _last_cells(read_jsonl(folder / "needle.jsonl")) if (folder / "needle.jsonl").exists() else []
-    return {"folder": str(folder), "settings": yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")),
-            "window": environment.pop("window", None), "skipped": environment.pop("skipped", {}),
-            "environment": environment, "scores": scores, "families": families, "effective": effective,
-            "paper_means": paper_means(ruler), "needle": cells, "depths": _depths(records),
-            "failures": [failure for (task, length), found in sorted(records.items())
-                         for failure in _failures(task, length, found)],
-            **{name: read_json(path) if (path := folder / f"{name}.json").exists() else None
-               for name in ("perplexity", "standard")}, "sources": sources}
+    return {
+        "folder": str(folder),
+        "settings": yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")),
+        "window": environment.pop("window", None),
+        "skipped": environment.pop("skipped", {}),
+        "environment": environment,
+        "scores": scores,
+        "families": families,
+        "effective": effective,
+        "paper_means": paper_means(ruler),
+        "needle": cells,
+        "depths": _depths(records),
+        "failures": [
+            failure for (task, length), found in sorted(records.items()) for failure in _failures(task, length, found)
+        ],
+        **{
+            name: read_json(path) if (path := folder / f"{name}.json").exists() else None
+            for name in ("perplexity", "standard")
+        },
+        "sources": sources,
+    }
 
 
 def _answers(folder: Path) -> Iterable[tuple[tuple[str, int], list[dict[str, Any]]]]:
@@ -105,25 +126,39 @@ def _answers(folder: Path) -> Iterable[tuple[tuple[str, int], list[dict[str, Any
         if match is not None and match.group(1) in TASKS and (found := read_jsonl(path)):
             numbers = [record.get("index") for record in found]
             if numbers != list(range(len(found))):
-                raise ValueError(f"{path} holds samples {numbers}, where 0 to {len(found) - 1} belong: two runs wrote "
-                                 "to it. Delete the file and run again.")
+                raise ValueError(
+                    f"{path} holds samples {numbers}, where 0 to {len(found) - 1} belong: two runs wrote "
+                    "to it. Delete the file and run again."
+                )
             yield (match.group(1), int(match.group(2))), found
 
 
 def _score(task: str, length: int, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     scored = score_predictions(task, records)
-    return {"task": task, "family": FAMILIES.get(task, task), "length": length,
-            **{key: scored[key] for key in ("n", "score", "low", "high")},
-            "seconds": round(sum(record["seconds"] for record in records), 3),
-            "cut": sum(record.get("cut", 0) > 0 for record in records)}
+    return {
+        "task": task,
+        "family": FAMILIES.get(task, task),
+        "length": length,
+        **{key: scored[key] for key in ("n", "score", "low", "high")},
+        "seconds": round(sum(record["seconds"] for record in records), 3),
+        "cut": sum(record.get("cut", 0) > 0 for record in records),
+    }
 
 
 def _families(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for item in scores:
         groups.setdefault((item["family"], item["length"]), []).append(item)
-    return [{"family": family, "length": length, "tasks": len(group), "n": sum(item["n"] for item in group),
-             **mean_of_tasks(group)} for (family, length), group in groups.items()]
+    return [
+        {
+            "family": family,
+            "length": length,
+            "tasks": len(group),
+            "n": sum(item["n"] for item in group),
+            **mean_of_tasks(group),
+        }
+        for (family, length), group in groups.items()
+    ]
 
 
 def mean_of_tasks(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -141,8 +176,9 @@ def mean_of_tasks(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mean = sum(item["score"] for item in group) / len(group)
     if any(item["low"] is None for item in group):
         return {"score": mean, "low": None, "high": None}
-    down, up = (math.sqrt(sum((item["score"] - item[end]) ** 2 for item in group)) / len(group)
-                for end in ("low", "high"))
+    down, up = (
+        math.sqrt(sum((item["score"] - item[end]) ** 2 for item in group)) / len(group) for end in ("low", "high")
+    )
     return {"score": mean, "low": max(0.0, mean - down), "high": min(100.0, mean + up)}
 
 
@@ -154,7 +190,7 @@ def paper_means(ruler: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     by_length = {item["length"]: item["score"] for item in ruler}
     means = {}
     for top in (128, 512, 1024):
-        wanted = [KIBI * 2 ** power for power in range(2, top.bit_length())]
+        wanted = [KIBI * 2**power for power in range(2, top.bit_length())]
         if all(length in by_length for length in wanted):
             means[f"RULER to {'1M' if top == KIBI else f'{top}K'}"] = float(np.mean([by_length[x] for x in wanted]))
     return means
@@ -175,15 +211,26 @@ def _depths(records: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> l
             if record.get("depth") is not None and len(record.get("positions") or ()) == 1:
                 fifth = min(int(record["depth"] * DEPTHS), DEPTHS - 1)
                 cells.setdefault((length, fifth), []).append(grade(record))
-    return [{"length": length, "depth": (fifth + 0.5) / DEPTHS, "n": len(grades),
-             "correct": float(f"{sum(grades):.3g}")} for (length, fifth), grades in sorted(cells.items())]
+    return [
+        {"length": length, "depth": (fifth + 0.5) / DEPTHS, "n": len(grades), "correct": float(f"{sum(grades):.3g}")}
+        for (length, fifth), grades in sorted(cells.items())
+    ]
 
 
 def _failures(task: str, length: int, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     grade = find_task(task).grade
     wrong = [record for record in records if grade(record) < WRONG][:MOST_FAILURES]
-    return [{"task": task, "length": length, "index": record["index"], "depth": record.get("depth"),
-             "expected": quote(" | ".join(record["outputs"])), "got": quote(record["prediction"])} for record in wrong]
+    return [
+        {
+            "task": task,
+            "length": length,
+            "index": record["index"],
+            "depth": record.get("depth"),
+            "expected": quote(" | ".join(record["outputs"])),
+            "got": quote(record["prediction"]),
+        }
+        for record in wrong
+    ]
 
 
 def quote(text: str) -> str:

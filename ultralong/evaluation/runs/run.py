@@ -39,9 +39,16 @@ CONTROL = 1024  # the needle map's first column, where the published one has the
 FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine", "kv_dtype")
 
 
-def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.PathLike[str] | None = None,
-        device: str = "auto", opened: tuple[PreTrainedModel | None, PreTrainedTokenizerBase] | None = None,
-        engine: Engine | None = None, quiet: bool = False) -> dict[str, Any] | None:
+def run(
+    wanted: RunSettings,
+    out: str | os.PathLike[str],
+    *,
+    before: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    opened: tuple[PreTrainedModel | None, PreTrainedTokenizerBase] | None = None,
+    engine: Engine | None = None,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
     """Do what is missing of a run, and report.
 
     Args:
@@ -61,8 +68,15 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
             length lies within the window.
     """
     if opened is None and wanted.shared:
-        return with_model(partial(_run_opened, wanted, out, before, quiet), wanted.model, gpus=wanted.gpus,
-                          kv=wanted.kv_dtype, chunk=wanted.chunk, device=device, quiet=quiet)
+        return with_model(
+            partial(_run_opened, wanted, out, before, quiet),
+            wanted.model,
+            gpus=wanted.gpus,
+            kv=wanted.kv_dtype,
+            chunk=wanted.chunk,
+            device=device,
+            quiet=quiet,
+        )
     out = Path(out)
     names = expand(wanted.tasks)
     if "perplexity" in names and wanted.rows is None:
@@ -84,27 +98,56 @@ def run(wanted: RunSettings, out: str | os.PathLike[str], *, before: str | os.Pa
         measure_grid(model, tokenizer, wanted, max(lengths), texts, out / "needle.jsonl", engine, quiet=quiet)
     if pairs:
         engine = _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine
-        answer_pairs(engine, tokenizer, pairs, wanted.samples, wanted.seed, out, workers=wanted.workers,
-                     chat=wanted.chat, haystack=texts, questions=questions, quiet=quiet)
+        answer_pairs(
+            engine,
+            tokenizer,
+            pairs,
+            wanted.samples,
+            wanted.seed,
+            out,
+            workers=wanted.workers,
+            chat=wanted.chat,
+            haystack=texts,
+            questions=questions,
+            quiet=quiet,
+        )
     if "perplexity" in names and not (out / "perplexity.json").exists():
         write_json(out / "perplexity.json", _perplexity(model, wanted, quiet))
     if "standard" in names:
         chat = bool(tokenizer.chat_template) if wanted.chat is None else wanted.chat
-        write_json(out / "standard.json", measure_standard(
-            wanted.model, out / "standard", names=wanted.benchmarks, data=wanted.data,
-            device="cuda" if model is None else model.device.type, chat=chat, limit=wanted.limit,
-            run_code=wanted.run_code, quiet=quiet))
+        write_json(
+            out / "standard.json",
+            measure_standard(
+                wanted.model,
+                out / "standard",
+                names=wanted.benchmarks,
+                data=wanted.data,
+                device="cuda" if model is None else model.device.type,
+                chat=chat,
+                limit=wanted.limit,
+                run_code=wanted.run_code,
+                quiet=quiet,
+            ),
+        )
     return write_results(out, before)
 
 
-def _run_opened(wanted: RunSettings, out: str | os.PathLike[str], before: str | os.PathLike[str] | None, quiet: bool,
-                model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Engine | None) -> dict[str, Any]:
+def _run_opened(
+    wanted: RunSettings,
+    out: str | os.PathLike[str],
+    before: str | os.PathLike[str] | None,
+    quiet: bool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine | None,
+) -> dict[str, Any]:
     """`run` with its arguments in the order that `with_model` fills."""
     return run(wanted, out, before=before, opened=(model, tokenizer), engine=engine, quiet=quiet)
 
 
-def _engine(wanted: RunSettings, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase,
-            longest: int) -> Engine:
+def _engine(
+    wanted: RunSettings, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Engine:
     chunk = wanted.chunk_for(longest)
     if model is not None:
         return OwnEngine(model, tokenizer, chunk, wanted.batch)
@@ -132,12 +175,19 @@ def check_same_run(wanted: RunSettings, out: Path) -> None:
     there = settings.load(RunSettings, out / SETTINGS_FILE)
     for name in FIXED:
         if getattr(there, name) != getattr(wanted, name):
-            raise ValueError(f"{out} holds a run with {name} {getattr(there, name)}, this one has "
-                             f"{getattr(wanted, name)}. Give another --out, or remove the folder.")
+            raise ValueError(
+                f"{out} holds a run with {name} {getattr(there, name)}, this one has "
+                f"{getattr(wanted, name)}. Give another --out, or remove the folder."
+            )
 
 
-def plan_pairs(names: Sequence[str], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, wanted: RunSettings,
-               texts: Sequence[str] | None) -> tuple[list[tuple[str, int]], dict[str, Path], dict[str, str]]:
+def plan_pairs(
+    names: Sequence[str],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: RunSettings,
+    texts: Sequence[str] | None,
+) -> tuple[list[tuple[str, int]], dict[str, Path], dict[str, str]]:
     """Which test is asked at which length, with all that could stop it found before the first answer.
 
     Returns:
@@ -183,8 +233,17 @@ def grid_lengths(count: int, longest: int) -> list[int]:
     return [*control, *spaced]
 
 
-def measure_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: RunSettings, longest: int,
-                 texts: Sequence[str] | None, path: Path, engine: Engine | None = None, *, quiet: bool = False) -> None:
+def measure_grid(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: RunSettings,
+    longest: int,
+    texts: Sequence[str] | None,
+    path: Path,
+    engine: Engine | None = None,
+    *,
+    quiet: bool = False,
+) -> None:
     """The needle map, cell by cell, into a file of JSON lines; cells that are there are kept.
 
     Answers are read off the model's own forward pass, or decoded by an engine that has the model to itself.
@@ -192,20 +251,38 @@ def measure_grid(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wan
     Raises:
         ValueError: As for `needle_grid`.
     """
-    cells = [(length, float(depth), wanted.grid_samples) for length in grid_lengths(wanted.grid[0], longest)
-             for depth in (np.linspace(0, 1, wanted.grid[1]) if wanted.grid[1] > 1 else [0.5])]
+    cells = [
+        (length, float(depth), wanted.grid_samples)
+        for length in grid_lengths(wanted.grid[0], longest)
+        for depth in (np.linspace(0, 1, wanted.grid[1]) if wanted.grid[1] > 1 else [0.5])
+    ]
     haystack = prepare_haystack(tokenizer, texts, longest)
-    with locked(path.parent), progress(total=sum(length for length, _, _ in cells), desc="needle map", unit="tok",
-                                       unit_scale=True, quiet=quiet) as bar:
+    with (
+        locked(path.parent),
+        progress(
+            total=sum(length for length, _, _ in cells), desc="needle map", unit="tok", unit_scale=True, quiet=quiet
+        ) as bar,
+    ):
         done = {(cell["length"], cell["depth"], cell["n"]) for cell in (read_jsonl(path) if path.exists() else ())}
         for length, depth, samples in cells:
             if (length, depth, samples) not in done:
                 if engine is not None:
-                    cell = ask_cell(engine, tokenizer, length, depth, samples, wanted.seed, haystack, wanted.chat,
-                                    longest)
+                    cell = ask_cell(
+                        engine, tokenizer, length, depth, samples, wanted.seed, haystack, wanted.chat, longest
+                    )
                 else:
-                    (cell,) = needle_grid(model, tokenizer, [length], [depth], samples, wanted.seed, haystack,
-                                          chat=wanted.chat, chunk=wanted.chunk_for(length), quiet=True)
+                    (cell,) = needle_grid(
+                        model,
+                        tokenizer,
+                        [length],
+                        [depth],
+                        samples,
+                        wanted.seed,
+                        haystack,
+                        chat=wanted.chat,
+                        chunk=wanted.chunk_for(length),
+                        quiet=True,
+                    )
                 append_jsonl(path, {**cell, "haystack": haystack.name})
             bar.update(length)
 
@@ -217,5 +294,9 @@ def _perplexity(model: PreTrainedModel, wanted: RunSettings, quiet: bool) -> dic
     packed = PackedRows(Path(wanted.rows or ""))
     rows = [packed[index] for index in range(min(wanted.max_rows, len(packed)))]
     edges = position_edges(packed.length)
-    return {by: perplexity_by_position(model, rows, edges, by=by, chunk=wanted.chunk_for(packed.length),
-                                       seed=wanted.seed, quiet=quiet) for by in ("row", "document")}
+    return {
+        by: perplexity_by_position(
+            model, rows, edges, by=by, chunk=wanted.chunk_for(packed.length), seed=wanted.seed, quiet=quiet
+        )
+        for by in ("row", "document")
+    }

@@ -29,8 +29,16 @@ class Making:
         **options: `chat` and `haystack` of `make_samples`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: Mapping[Pair, tuple[int, int]], seed: int, *,
-                 workers: int = 0, questions: Mapping[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        wanted: Mapping[Pair, tuple[int, int]],
+        seed: int,
+        *,
+        workers: int = 0,
+        questions: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         self._wanted = {pair: (first, count) for pair, (first, count) in wanted.items() if count > 0}
         self._make = functools.partial(_make, tokenizer, seed, dict(questions or {}), options)
         self._pool: ProcessPoolExecutor | None = None
@@ -38,8 +46,9 @@ class Making:
         if workers > 0 and self._wanted:
             # Not forked: this process may hold a GPU, which a fork could not use or let go.
             self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-            self._futures = {pair: self._pool.submit(_make_list, self._make, pair, *place)
-                             for pair, place in self._wanted.items()}
+            self._futures = {
+                pair: self._pool.submit(_make_list, self._make, pair, *place) for pair, place in self._wanted.items()
+            }
 
     def __enter__(self) -> Making:
         return self
@@ -61,8 +70,15 @@ class Making:
                 yield from self._make(pair, *self._wanted[pair])
 
 
-def _make(tokenizer: PreTrainedTokenizerBase, seed: int, questions: Mapping[str, Any], options: Mapping[str, Any],
-          pair: Pair, first: int, count: int) -> Iterator[dict[str, Any]]:
+def _make(
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    questions: Mapping[str, Any],
+    options: Mapping[str, Any],
+    pair: Pair,
+    first: int,
+    count: int,
+) -> Iterator[dict[str, Any]]:
     task, length = pair
     return make_samples(task, tokenizer, length, count, seed, first=first, questions=questions.get(task), **options)
 

@@ -70,21 +70,29 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
-            raise ValueError("samples, grid_samples and both sides of grid must be at least 1, got "
-                             f"{self.samples}, {self.grid_samples} and {self.grid}.")
+            raise ValueError(
+                "samples, grid_samples and both sides of grid must be at least 1, got "
+                f"{self.samples}, {self.grid_samples} and {self.grid}."
+            )
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"lengths are tokens, got {list(self.lengths)}.")
         if self.kv_dtype not in KV_TYPES or self.gpus < 1 or self.workers < 0:
-            raise ValueError(f"kv is {' or '.join(KV_TYPES)}, gpus at least 1 and workers not negative, got "
-                             f"{self.kv_dtype}, {self.gpus} and {self.workers}.")
+            raise ValueError(
+                f"kv is {' or '.join(KV_TYPES)}, gpus at least 1 and workers not negative, got "
+                f"{self.kv_dtype}, {self.gpus} and {self.workers}."
+            )
         if self.shared and {"perplexity", "standard"} & set(self.tasks):
-            raise ValueError("Perplexity and the standard benchmarks run on one GPU with keys and values in the "
-                             "model's own type: measure them in a run of their own, without --gpus and --kv.")
+            raise ValueError(
+                "Perplexity and the standard benchmarks run on one GPU with keys and values in the "
+                "model's own type: measure them in a run of their own, without --gpus and --kv."
+            )
         if self.shared and self.batch not in (None, 1):
             raise ValueError("Several GPUs or 8-bit keys and values read one prompt at a time: leave --batch away.")
         if self.engine == "vllm" and {"needle", "perplexity"} & set(self.tasks):
-            raise ValueError("The needle map and perplexity read the model's own forward pass, which vllm does not "
-                             "give: leave them out, or --engine away.")
+            raise ValueError(
+                "The needle map and perplexity read the model's own forward pass, which vllm does not "
+                "give: leave them out, or --engine away."
+            )
 
     @property
     def shared(self) -> bool:
@@ -123,7 +131,9 @@ def within_window(lengths: Sequence[int], window: int, beyond: bool) -> list[int
         warnings.warn(f"{said}: expect it to fail there.", stacklevel=3)
         return ordered
     if len(longer) == len(ordered):
-        raise ValueError(f"{said}. Ask at shorter lengths, extend the model first (ultralong extend), or measure how "
-                         "it fails there with --beyond-window.")
+        raise ValueError(
+            f"{said}. Ask at shorter lengths, extend the model first (ultralong extend), or measure how "
+            "it fails there with --beyond-window."
+        )
     warnings.warn(f"{said} and are left out: --beyond-window asks there too.", stacklevel=3)
     return [length for length in ordered if length <= window]

@@ -26,21 +26,72 @@ from itertools import pairwise
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
 from ultralong.evaluation.tasks.texts import Essays, essays
 
-PEOPLE = ("Alarik", "Berenike", "Cosima", "Dietmar", "Eulalia", "Fiorella", "Gunnhild", "Hartmut", "Isolde", "Jorunn",
-          "Kasimir", "Leontine", "Mechthild", "Norbert", "Ottilie", "Philippa", "Quirin", "Roswitha", "Sieglinde",
-          "Thaddeus", "Ulrike", "Valerian", "Wendelin", "Xaver")
-PLACES = ("boathouse", "granary", "lighthouse", "orchard", "quarry", "sawmill", "smithy", "stable", "tannery",
-          "vineyard", "watchtower", "windmill")
-THINGS = ("anvil", "bellows", "candlestick", "compass", "goblet", "lantern", "sextant", "spyglass", "tambourine",
-          "thimble")
-WALKS = ("{person} walked to the {place}.", "{person} went over to the {place}.", "{person} hurried to the {place}.",
-         "{person} made the way to the {place}.")
+PEOPLE = (
+    "Alarik",
+    "Berenike",
+    "Cosima",
+    "Dietmar",
+    "Eulalia",
+    "Fiorella",
+    "Gunnhild",
+    "Hartmut",
+    "Isolde",
+    "Jorunn",
+    "Kasimir",
+    "Leontine",
+    "Mechthild",
+    "Norbert",
+    "Ottilie",
+    "Philippa",
+    "Quirin",
+    "Roswitha",
+    "Sieglinde",
+    "Thaddeus",
+    "Ulrike",
+    "Valerian",
+    "Wendelin",
+    "Xaver",
+)
+PLACES = (
+    "boathouse",
+    "granary",
+    "lighthouse",
+    "orchard",
+    "quarry",
+    "sawmill",
+    "smithy",
+    "stable",
+    "tannery",
+    "vineyard",
+    "watchtower",
+    "windmill",
+)
+THINGS = (
+    "anvil",
+    "bellows",
+    "candlestick",
+    "compass",
+    "goblet",
+    "lantern",
+    "sextant",
+    "spyglass",
+    "tambourine",
+    "thimble",
+)
+WALKS = (
+    "{person} walked to the {place}.",
+    "{person} went over to the {place}.",
+    "{person} hurried to the {place}.",
+    "{person} made the way to the {place}.",
+)
 TAKES = ("{person} picked up the {thing}.", "{person} took the {thing}.")
 GIVES = ("{giver} gave the {thing} to {taker}.", "{giver} handed the {thing} to {taker}.")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
-TASK = ("A few sentences about people, things and places are scattered through the text below, in the order in which "
-        "everything happened. The rest of the text has nothing to do with them.\n\n{context}\n\nQuestion: {question} "
-        "Answer with one word.")
+TASK = (
+    "A few sentences about people, things and places are scattered through the text below, in the order in which "
+    "everything happened. The rest of the text has nothing to do with them.\n\n{context}\n\nQuestion: {question} "
+    "Answer with one word."
+)
 PREFIX = " Answer:"
 WALKS_TOLD = 8
 
@@ -126,7 +177,7 @@ def where_was_a_thing(draw: random.Random, people: Sequence[str]) -> Story:
         walks[person].append((place, story.tell(_walk(draw, person, place))))
     person, thing = draw.choice(list(zip(cast, things, strict=True)))
     step = draw.randint(1, 3)
-    (story.answer, earlier), (place, later) = walks[person][step - 1:step + 1]
+    (story.answer, earlier), (place, later) = walks[person][step - 1 : step + 1]
     story.question = f"Where was the {thing} just before it came to the {place}?"
     story.needed = (taken[person], earlier, later)
     story.named = (place,)
@@ -161,19 +212,23 @@ def who_gave_it_first(draw: random.Random, people: Sequence[str]) -> Story:
     draw.shuffle(order)
     for thing in order:
         step = len(told[thing])
-        giver, taker = chains[thing][step:step + 2]
+        giver, taker = chains[thing][step : step + 2]
         told[thing].append(story.tell(draw.choice(GIVES).format(giver=giver, thing=thing, taker=taker)))
     thing, step = draw.choice(things), draw.randint(0, 2)
-    giver, _, taker = chains[thing][step:step + 3]
+    giver, _, taker = chains[thing][step : step + 3]
     story.question = f"Who gave the {thing} to the one who gave it to {taker}?"
     story.answer, story.kind, story.named = giver, "people", (taker,)
-    story.needed = tuple(told[thing][step:step + 2])
+    story.needed = tuple(told[thing][step : step + 2])
     return story
 
 
 STORIES: dict[str, Callable[[random.Random, Sequence[str]], Story]] = {
-    "facts_qa1": where_is_a_person, "facts_qa2": where_is_a_thing, "facts_qa3": where_was_a_thing,
-    "facts_qa4": what_lies_two_steps_away, "facts_qa5": who_gave_it_first}
+    "facts_qa1": where_is_a_person,
+    "facts_qa2": where_is_a_thing,
+    "facts_qa3": where_was_a_thing,
+    "facts_qa4": what_lies_two_steps_away,
+    "facts_qa5": who_gave_it_first,
+}
 
 
 @dataclass(frozen=True)
@@ -213,15 +268,21 @@ class FactsBuilder:
             starts.append(length + len(before))
             parts += [before, f"{line} "]
             length = starts[-1] + len(line) + 1
-        context = "".join([*parts, " ".join(sentences[cuts[-1]:])]).rstrip()
+        context = "".join([*parts, " ".join(sentences[cuts[-1] :])]).rstrip()
         offset = TASK.index("{context}")
         message = TASK.replace("{question}", story.question).replace("{context}", context)
-        return Draft(message, PREFIX, (story.answer,), tuple(offset + starts[place] for place in story.needed),
-                     extra={"kind": story.kind, "named": list(story.named)})
+        return Draft(
+            message,
+            PREFIX,
+            (story.answer,),
+            tuple(offset + starts[place] for place in story.needed),
+            extra={"kind": story.kind, "named": list(story.named)},
+        )
 
 
-def only_named(answer: str, references: Sequence[str], kind: str | None = None,
-               named: Sequence[str] | None = None) -> float:
+def only_named(
+    answer: str, references: Sequence[str], kind: str | None = None, named: Sequence[str] | None = None
+) -> float:
     """Whether the first sentence of the answer names the reference and no other person or place.
 
     Words that stand in the question may be repeated. BABILong judges in the same way.
@@ -240,8 +301,9 @@ def only_named(answer: str, references: Sequence[str], kind: str | None = None,
 
 def prepare(name: str, setting: Setting) -> FactsBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    return FactsBuilder(STORIES[name], essays() if setting.haystack is None
-                        else Essays(setting.haystack, "documents given"))
+    return FactsBuilder(
+        STORIES[name], essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
+    )
 
 
 FACTS_TASKS = {name: Task(name, 16, partial(prepare, name), only_named, ("kind", "named")) for name in STORIES}

@@ -43,8 +43,10 @@ def learn_line(tokens_of: Callable[[int], int], smallest: int, probe: int) -> Li
     """
     first, second = tokens_of(smallest), tokens_of(smallest + probe)
     if second <= first:
-        raise ValueError(f"A prompt of {smallest + probe} units has {second} tokens and one of {smallest} has {first}: "
-                         "the tokenizer does not count this text.")
+        raise ValueError(
+            f"A prompt of {smallest + probe} units has {second} tokens and one of {smallest} has {first}: "
+            "the tokenizer does not count this text."
+        )
     cost = (second - first) / probe
     return Line(first - cost * smallest, cost)
 
@@ -78,8 +80,10 @@ def fit(make: Callable[[int], tuple[Made, int]], limit: int, smallest: int, line
         if tokens > limit:
             too_large = size if too_large is None else min(size, too_large)
             if size == smallest:
-                raise ValueError(f"{limit:,} tokens are too few: the shortest prompt of this test takes {tokens:,}. "
-                                 "Ask at a longer length.")
+                raise ValueError(
+                    f"{limit:,} tokens are too few: the shortest prompt of this test takes {tokens:,}. "
+                    "Ask at a longer length."
+                )
         elif best is None or tokens > best.tokens:
             best = Fitted(made, size, tokens)
         if best is not None and (best.tokens >= ENOUGH * limit or best.size + 1 == too_large):

@@ -27,13 +27,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "lveval": tuple(LVEVAL_TASKS),
     **{f"lveval_{level}": tuple(name for name in LVEVAL_TASKS if name.endswith(f"_{level}")) for level in LEVELS},
 }
-FAMILIES = {**dict.fromkeys(RULER_TASKS, "RULER"),
-            **dict.fromkeys(GROUPS["infinitebench"], "InfiniteBench"),
-            **dict.fromkeys(FACTS_TASKS, "chained facts"), **dict.fromkeys(NONLITERAL_TASKS, "non-literal needle"),
-            **{name: f"LV-Eval {name.rsplit('_', 1)[1]}" for name in LVEVAL_TASKS}}
+FAMILIES = {
+    **dict.fromkeys(RULER_TASKS, "RULER"),
+    **dict.fromkeys(GROUPS["infinitebench"], "InfiniteBench"),
+    **dict.fromkeys(FACTS_TASKS, "chained facts"),
+    **dict.fromkeys(NONLITERAL_TASKS, "non-literal needle"),
+    **{name: f"LV-Eval {name.rsplit('_', 1)[1]}" for name in LVEVAL_TASKS},
+}
 # The names under which people keep the published files.
-QUESTION_FILES = {"ruler_qa_squad": ("dev-v2.0.json", "squad_dev-v2.0.json", "dev-v1.1.json", "squaddev_v1.1.json"),
-                  "ruler_qa_hotpot": ("hotpot_dev_distractor_v1.json",)}
+QUESTION_FILES = {
+    "ruler_qa_squad": ("dev-v2.0.json", "squad_dev-v2.0.json", "dev-v1.1.json", "squaddev_v1.1.json"),
+    "ruler_qa_hotpot": ("hotpot_dev_distractor_v1.json",),
+}
 
 
 def expand(words: Iterable[str]) -> list[str]:

@@ -35,8 +35,14 @@ class Haystack:
     name: str
 
     @classmethod
-    def from_texts(cls, tokenizer: PreTrainedTokenizerBase, texts: str | Iterable[str], *, limit: int | None = None,
-                   name: str = "documents") -> Haystack:
+    def from_texts(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: str | Iterable[str],
+        *,
+        limit: int | None = None,
+        name: str = "documents",
+    ) -> Haystack:
         """Tokenise documents sentence by sentence.
 
         Args:
@@ -128,8 +134,11 @@ def sentence_lead(tokenizer: PreTrainedTokenizerBase) -> str:
     A space for byte-level tokenizers; nothing for those that add a space of their own in front of every text.
     """
     for lead in (" ", ""):
-        ids = [token for text in ("One.", lead + "Two.") for token in
-               tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids = [
+            token
+            for text in ("One.", lead + "Two.")
+            for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
         if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "One. Two.":
             return lead
     return " "

@@ -25,17 +25,23 @@ HIDDEN = {
     "passkey": (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
         "about the important information there.\n\n{context}\n\nWhat is the pass key?",
-        "The pass key is {key}. Remember it. {key} is the pass key.\n", "\n\nThe pass key is"),
+        "The pass key is {key}. Remember it. {key} is the pass key.\n",
+        "\n\nThe pass key is",
+    ),
     "number_string": (
         "There is an important info hidden inside a lot of irrelevant text. Find it. I will quiz you about the "
         "important information there.\n\n{context}\n\nWhat is the sequence of digits?",
         "The sequence of digits is {key}. Remember it. {key} is the sequence of digits.\n",
-        "\n\nThe sequence of digits is"),
+        "\n\nThe sequence of digits is",
+    ),
 }
 # The set for base models words the passkey's task a little differently.
-PLAIN_TASKS = {"passkey": (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
-    "the important information.\n\n{context}\n\nWhat is the pass key?")}
+PLAIN_TASKS = {
+    "passkey": (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
+        "about the important information.\n\n{context}\n\nWhat is the pass key?"
+    )
+}
 ASKED = ("largest", "second largest", "third largest", "smallest", "second smallest", "third smallest", "median")
 
 
@@ -80,8 +86,10 @@ class PairsBuilder:
         pairs = {_uuid(draw): _uuid(draw) for _ in range(size)}
         place = index % KEY_PLACES * size // KEY_PLACES
         key, value = list(pairs.items())[place]
-        message = ("Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
-                   f"{json.dumps(pairs)}\n\n\nKey: \"{key}\"\nThe value associated with the specified key is: ")
+        message = (
+            "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+            f'{json.dumps(pairs)}\n\n\nKey: "{key}"\nThe value associated with the specified key is: '
+        )
         return Draft(message, "", (value,), (message.index(f'"{key}"'),), place / max(size - 1, 1))
 
 
@@ -103,7 +111,7 @@ class CodeBuilder:
         levels = CALLS[index % len(CALLS)]
         width = size // levels
         numbers = draw.sample(range(1, 2 * size + 1), width * levels)
-        groups = [numbers[level * width:(level + 1) * width] for level in range(levels)]
+        groups = [numbers[level * width : (level + 1) * width] for level in range(levels)]
         steps: dict[int, tuple[int | None, int]] = {}
         for level, group in enumerate(groups):
             for number in group:
@@ -120,13 +128,17 @@ class CodeBuilder:
         name, call = f"func_{start}", f"func_{start}({argument})"
         context = f"\nHere is the content of functions_module.py:\n\n{code}"
         if self.chat:
-            message = (f"Following is a set of Python functions. There is a function called named {name}.\n\n"
-                       f"{context}\n\nPlease give me the exact number of the return value of {call}. Be concise. Your "
-                       "response must end with the final returned value.")
+            message = (
+                f"Following is a set of Python functions. There is a function called named {name}.\n\n"
+                f"{context}\n\nPlease give me the exact number of the return value of {call}. Be concise. Your "
+                "response must end with the final returned value."
+            )
             cue = ""
         else:
-            message = (f"There is a function called {name} in the following Python code.\n\n{context}\n\nPlease "
-                       f"compute the exact value of {call}.")
+            message = (
+                f"There is a function called {name} in the following Python code.\n\n{context}\n\nPlease "
+                f"compute the exact value of {call}."
+            )
             cue = f" The value of {call} is"
         return Draft(message, cue, (str(value),), tuple(message.index(line) for line in chain))
 
@@ -158,8 +170,10 @@ class FindBuilder:
             answer = str(twice // 2) if twice % 2 == 0 else str(twice / 2)
         else:
             answer = str(values[{"second": 1, "third": 2}.get(asked.split()[0], 0)])
-        message = (f"What is the {asked} number in the following list?\n\n{numbers}\n\nYou should answer with only one "
-                   f"number, no other words. The {asked} number of the list is: ")
+        message = (
+            f"What is the {asked} number in the following list?\n\n{numbers}\n\nYou should answer with only one "
+            f"number, no other words. The {asked} number of the list is: "
+        )
         return Draft(message, "", (answer,))
 
 
@@ -186,19 +200,30 @@ class CalcBuilder:
         if self.setting.chat:
             message = f"Compute the intermediate values in the following long expression.\n\n{expression}"
         else:
-            message = ("Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: "
-                       "[1, 4, 8]\n\nExpression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: "
-                       f"{expression}")
+            message = (
+                "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: "
+                "[1, 4, 8]\n\nExpression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: "
+                f"{expression}"
+            )
         answer = self.setting.tokenizer(str(values), add_special_tokens=False, verbose=False)["input_ids"]
-        return Draft(message, "" if self.setting.chat else "\nValues:", tuple(str(value) for value in values),
-                     max_new_tokens=len(answer))
+        return Draft(
+            message,
+            "" if self.setting.chat else "\nValues:",
+            tuple(str(value) for value in values),
+            max_new_tokens=len(answer),
+        )
 
 
 INFINITEBENCH_TASKS = {
-    task.name: task for task in (
+    task.name: task
+    for task in (
         Task("infinitebench_passkey", 6, lambda setting: HiddenBuilder("passkey", setting.chat), first_integer),
-        Task("infinitebench_number_string", 12, lambda setting: HiddenBuilder("number_string", setting.chat),
-             first_integer),
+        Task(
+            "infinitebench_number_string",
+            12,
+            lambda setting: HiddenBuilder("number_string", setting.chat),
+            first_integer,
+        ),
         Task("infinitebench_kv_retrieval", 50, lambda setting: PairsBuilder(), whole_word),
         Task("infinitebench_code_run", 5, lambda setting: CodeBuilder(setting.chat), last_integer),
         Task("infinitebench_math_find", 3, lambda setting: FindBuilder(), first_number),

@@ -32,7 +32,7 @@ class NeedleBuilder:
         """Depths follow the golden ratio, so that any number of samples in a row covers them evenly."""
         form, depth = self.form, index * GOLDEN % 1.0
         key = draw.choice(form.keys)
-        value = str(draw.randrange(10 ** (form.digits - 1), 10 ** form.digits))
+        value = str(draw.randrange(10 ** (form.digits - 1), 10**form.digits))
         sentences = self.text.sentences(size)
         cut = round(depth * len(sentences))
         needle = form.needle.replace("{key}", key).replace("{value}", value)
@@ -43,8 +43,11 @@ class NeedleBuilder:
 
 def prepare(setting: Setting) -> NeedleBuilder:
     """The builder, over the caller's documents or repeated noise."""
-    text = Essays([NOISE_LINE], "repeated noise") if setting.haystack is None else \
-        Essays(setting.haystack, "documents given")
+    text = (
+        Essays([NOISE_LINE], "repeated noise")
+        if setting.haystack is None
+        else Essays(setting.haystack, "documents given")
+    )
     return NeedleBuilder(text, NeedleFormat())
 
 

@@ -45,8 +45,7 @@ SENSE = (
     ("{name} reads with the fingertips, line by line.", "is blind"),
     ("People must face {name} when they speak, so that their lips can be watched.", "is deaf"),
     ("Before each meal {name} measures the blood's sugar and sets a syringe.", "has diabetes"),
-    ("Nothing gets {name} out of the ground floor since the lift broke, for wheels do not take stairs.",
-     "cannot walk"),
+    ("Nothing gets {name} out of the ground floor since the lift broke, for wheels do not take stairs.", "cannot walk"),
     ("{name} drills, fills and pulls from nine to five, and tells the children to brush.", "works as a dentist"),
     ("When the alarm rings {name} slides down a pole and pulls on a heavy helmet.", "works as a firefighter"),
     ("{name} rises at two in the night so that the rolls are warm when the shop opens.", "works as a baker"),
@@ -59,8 +58,10 @@ SENSE = (
     ("{name} owns eleven hives behind the house and a veil by the door.", "is a beekeeper"),
 )
 TABLES = {"nonliteral_world": WORLD, "nonliteral_sense": SENSE}
-TASK = ("Here is a long text. Afterwards comes a question about somebody in it.\n\n{context}\n\nQuestion: Who {asked}? "
-        "Give only the name.")
+TASK = (
+    "Here is a long text. Afterwards comes a question about somebody in it.\n\n{context}\n\nQuestion: Who {asked}? "
+    "Give only the name."
+)
 PREFIX = " Answer:"
 
 
@@ -109,8 +110,9 @@ def name_alone(answer: str, references: Sequence[str]) -> float:
 
 def prepare(name: str, setting: Setting) -> NonliteralBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    return NonliteralBuilder(TABLES[name], essays() if setting.haystack is None
-                             else Essays(setting.haystack, "documents given"))
+    return NonliteralBuilder(
+        TABLES[name], essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
+    )
 
 
 NONLITERAL_TASKS = {name: Task(name, 16, partial(prepare, name), name_alone) for name in TABLES}

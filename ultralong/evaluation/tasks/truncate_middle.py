@@ -17,8 +17,9 @@ FEWEST_TOKENS = 64
 MOST_TRIES = 8
 
 
-def cut_to_fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, limit: int,
-               tokens_of: Callable[[Draft], int]) -> tuple[Draft, int]:
+def cut_to_fit(
+    tokenizer: PreTrainedTokenizerBase, draft: Draft, limit: int, tokens_of: Callable[[Draft], int]
+) -> tuple[Draft, int]:
     """The draft with the middle of its message left out, so that the whole takes at most `limit` tokens.
 
     Half of the tokens kept are the first ones and half the last. Where a half ends inside a character, as can happen
@@ -43,8 +44,10 @@ def cut_to_fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, limit: int,
     room = limit - (total - len(ids))
     for _ in range(MOST_TRIES):
         if room < FEWEST_TOKENS:
-            raise ValueError(f"{limit:,} tokens are too few: frame and answer of this test take "
-                             f"{total - len(ids):,} and its text needs {FEWEST_TOKENS}.")
+            raise ValueError(
+                f"{limit:,} tokens are too few: frame and answer of this test take "
+                f"{total - len(ids):,} and its text needs {FEWEST_TOKENS}."
+            )
         half = room // 2
         kept = "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids[:half], ids[-half:]))
         short = replace(draft, input=kept)
@@ -53,5 +56,7 @@ def cut_to_fit(tokenizer: PreTrainedTokenizerBase, draft: Draft, limit: int,
             return short, len(ids) - 2 * half
         # The two halves, read anew as one text, can take a token or two more.
         room -= over
-    raise ValueError(f"The tokenizer does not repeat its own text: cut to {room:,} tokens, it still takes "
-                     f"{limit + over:,} of {limit:,}.")
+    raise ValueError(
+        f"The tokenizer does not repeat its own text: cut to {room:,} tokens, it still takes "
+        f"{limit + over:,} of {limit:,}."
+    )

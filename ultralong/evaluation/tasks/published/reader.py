@@ -51,11 +51,16 @@ class PublishedReader:
         row = self.rows[number]
         missing = [field for field in self._fields() if field not in row]
         if missing:
-            raise ValueError(f"{self.rows.path}, row {number + 1} has no {' and no '.join(missing)}: it is not of "
-                             f"{HUBS[self.benchmark]}.")
+            raise ValueError(
+                f"{self.rows.path}, row {number + 1} has no {' and no '.join(missing)}: it is not of "
+                f"{HUBS[self.benchmark]}."
+            )
         plain = self.known.plain if not self.chat and self.known.plain is not None else None
-        words = {"context": row["context"], "input": row["input"], **dict(zip(LETTERS, row.get("options") or (),
-                                                                              strict=False))}
+        words = {
+            "context": row["context"],
+            "input": row["input"],
+            **dict(zip(LETTERS, row.get("options") or (), strict=False)),
+        }
         message = _fill(self.known.prompt if plain is None else plain, words)
         outputs, extra = self._expected(row, number)
         return Draft(message, "" if plain is None else self.known.cue, outputs, extra={"row": number, **extra})
@@ -92,13 +97,12 @@ def _fill(template: str, words: Mapping[str, str]) -> str:
     pieces = []
     rest = template
     while rest:
-        places = [(rest.index(mark), mark, text) for field, text in words.items()
-                  if (mark := f"{{{field}}}") in rest]
+        places = [(rest.index(mark), mark, text) for field, text in words.items() if (mark := f"{{{field}}}") in rest]
         if not places:
             break
         place, mark, text = min(places)
         pieces += [rest[:place], text]
-        rest = rest[place + len(mark):]
+        rest = rest[place + len(mark) :]
     return "".join([*pieces, rest])
 
 

@@ -16,11 +16,17 @@ LEVELS = ("16k", "32k", "64k", "128k", "256k")
 def _task(benchmark: str, name: str, level: str | None, extra: tuple[str, ...]) -> Task:
     known = catalogue(benchmark)[name]
     full = f"{benchmark}_{name}" + ("" if level is None else f"_{level}")
-    return Task(full, known.max_new_tokens, partial(prepare, benchmark, name, level), getattr(scores, known.score),
-                extra)
+    return Task(
+        full, known.max_new_tokens, partial(prepare, benchmark, name, level), getattr(scores, known.score), extra
+    )
 
 
-LVEVAL_TASKS = {task.name: task for level in LEVELS for name in catalogue("lveval")
-                for task in (_task("lveval", name, level, ("keywords",)),)}
-INFINITEBENCH_PUBLISHED = {task.name: task for name in catalogue("infinitebench")
-                           for task in (_task("infinitebench", name, None, ()),)}
+LVEVAL_TASKS = {
+    task.name: task
+    for level in LEVELS
+    for name in catalogue("lveval")
+    for task in (_task("lveval", name, level, ("keywords",)),)
+}
+INFINITEBENCH_PUBLISHED = {
+    task.name: task for name in catalogue("infinitebench") for task in (_task("infinitebench", name, None, ()),)
+}

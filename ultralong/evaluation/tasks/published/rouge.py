@@ -51,8 +51,12 @@ def rouge_l(answer: str, reference: str) -> float:
     said, wanted = _sentences(answer), _sentences(reference)
     if not said or not wanted:
         return 0.0
-    shared = {sentence[place] for sentence in wanted for other in said
-              for place in common_places(sentence, other, keep_candidate=False)}
+    shared = {
+        sentence[place]
+        for sentence in wanted
+        for other in said
+        for place in common_places(sentence, other, keep_candidate=False)
+    }
     precision = len(shared) / len({word for sentence in said for word in sentence})
     recall = len(shared) / len({word for sentence in wanted for word in sentence})
     return 2 * precision * recall / (precision + recall + 1e-8)
@@ -65,8 +69,9 @@ def _sentences(text: str) -> list[list[str]]:
 
 def rouge_lsum(answer: str, reference: str) -> float:
     """ROUGE-Lsum's F of `rouge-score` without a stemmer, from 0 to 1: lines as sentences, no word counted twice."""
-    said, wanted = ([re.findall(r"[a-z0-9]+", line.lower()) for line in text.split("\n") if line]
-                    for text in (answer, reference))
+    said, wanted = (
+        [re.findall(r"[a-z0-9]+", line.lower()) for line in text.split("\n") if line] for text in (answer, reference)
+    )
     left_said, left_wanted = (Counter(word for line in lines for word in line) for lines in (said, wanted))
     sizes = left_said.total(), left_wanted.total()
     if not all(sizes):

@@ -91,9 +91,11 @@ def _from_hub(benchmark: str, name: str, archive: str | None) -> Path:
         found = Path(huggingface_hub.hf_hub_download(HUBS[benchmark], wanted, repo_type="dataset"))
     # The hub's own errors are OSError and ValueError by turns.
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} is published data that is neither on this machine nor to be fetched from the hub "
-                         f"({type(error).__name__}). Fetch {wanted} of the data set {HUBS[benchmark]} elsewhere, put "
-                         "it into a folder, and name that with --questions (or --data).") from error
+        raise ValueError(
+            f"{name} is published data that is neither on this machine nor to be fetched from the hub "
+            f"({type(error).__name__}). Fetch {wanted} of the data set {HUBS[benchmark]} elsewhere, put "
+            "it into a folder, and name that with --questions (or --data)."
+        ) from error
     return found if archive is None else _unzipped(found, name)
 
 

@@ -78,8 +78,13 @@ def english_f1(answer: str, references: Sequence[str], keywords: str | None = No
 
 def gated_english_f1(answer: str, references: Sequence[str], keywords: str | None = None) -> float:
     """LV-Eval's `qa_f1_score_with_gold_ans`: 0 below a fifth of the keywords' words, otherwise F1."""
-    return _gated(english_words(answer), english_words(references[0]), english_words(keywords or ""), idle_words("en"),
-                  ENGLISH_GATE)
+    return _gated(
+        english_words(answer),
+        english_words(references[0]),
+        english_words(keywords or ""),
+        idle_words("en"),
+        ENGLISH_GATE,
+    )
 
 
 def chinese_f1(answer: str, references: Sequence[str], keywords: str | None = None) -> float:
@@ -92,8 +97,13 @@ def gated_chinese_f1(answer: str, references: Sequence[str], keywords: str | Non
 
     Without keywords the reference stands in for them.
     """
-    return _gated(chinese_words(answer), chinese_words(references[0]), chinese_words(keywords or references[0]),
-                  idle_words("zh"), CHINESE_GATE)
+    return _gated(
+        chinese_words(answer),
+        chinese_words(references[0]),
+        chinese_words(keywords or references[0]),
+        idle_words("zh"),
+        CHINESE_GATE,
+    )
 
 
 def chinese_rouge_l(answer: str, references: Sequence[str], keywords: str | None = None) -> float:
@@ -164,7 +174,7 @@ def _after(text: str, openings: Sequence[str]) -> str | None:
     for opening in openings:
         place = text.find(opening)
         if place >= 0:
-            return text[place + len(opening) + 1:]
+            return text[place + len(opening) + 1 :]
     return None
 
 

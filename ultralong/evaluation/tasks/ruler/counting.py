@@ -15,23 +15,27 @@ from ultralong.evaluation.tasks.ruler.niah import SHUFFLE_SEED
 from ultralong.evaluation.tasks.task import Draft, Setting
 from ultralong.evaluation.tasks.texts import made_up_words, word_lists
 
-COMMON_TASK = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the "
-               "ones that appear most often.\n{context}\n"
-               "Question: What are the 10 most common words in the above list?")
+COMMON_TASK = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the "
+    "ones that appear most often.\n{context}\n"
+    "Question: What are the 10 most common words in the above list?"
+)
 COMMON_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 COMMON_COUNT = 10
 SHORT_LENGTH = 4096  # below it NVIDIA repeats words less often
 # Most words that the tokens of a prompt can pay for: three entries of a number, a dot and a word, six tokens each.
 TOKENS_PER_WORD = 18
 
-CODED_TASK = ("Read the following coded text and track the frequency of each coded word. Find the three most "
-              "frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the "
-              "dots '....'. What are the three most frequently appeared words in the above coded text?")
+CODED_TASK = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most "
+    "frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the "
+    "dots '....'. What are the three most frequently appeared words in the above coded text?"
+)
 CODED_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 CODED_LETTERS = 6
 CODED_ANSWER_TOKENS = 50
 TOKENS_PER_CODE = 50
-ZETA_2 = math.pi ** 2 / 6
+ZETA_2 = math.pi**2 / 6
 ALPHA = 2.0
 
 

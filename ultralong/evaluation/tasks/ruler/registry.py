@@ -20,7 +20,8 @@ NIAH = {
     "niah_multiquery": NiahKind("essay", "words", "numbers", key_count=4, query_count=4),
 }
 RULER_TASKS = {
-    task.name: task for task in (
+    task.name: task
+    for task in (
         *(Task(name, 128, partial(niah.prepare, kind), match_all) for name, kind in NIAH.items()),
         Task("ruler_vt", 30, tracking.prepare, match_all),
         Task("ruler_cwe", 120, counting.prepare_common, match_all),

@@ -10,10 +10,14 @@ from itertools import pairwise
 from ultralong.evaluation.tasks.haystack import NOISE_LINE
 from ultralong.evaluation.tasks.task import Draft, Setting
 
-TASK = ("Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: "
-        "Find all variables that are assigned the value {query} in the text above.")
-PREFIX = (" Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned "
-          "the value {query}, they are: ")
+TASK = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: "
+    "Find all variables that are assigned the value {query} in the text above."
+)
+PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned "
+    "the value {query}, they are: "
+)
 HOPS = 4
 EXAMPLE_LINES = 10  # about 500 tokens with the words around, as NVIDIA's worked example
 
