@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,11 @@ def test_a_window_that_is_too_short_is_found(tmp_path, run):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 32}))
     good, text = found(tmp_path, run)["rows"]
     assert (good, "rows have 64 tokens and the model's window is 32" in text) == (False, True)
+
+
+def test_rows_of_another_length_than_the_config_says_are_found(tmp_path, run):
+    good, text = found(tmp_path, replace(run, length=1024))["rows"]
+    assert (good, "the config says length: 1,024, the rows have 64 tokens" in text) == (False, True)
 
 
 def test_heads_that_do_not_split_are_found(tmp_path, run):

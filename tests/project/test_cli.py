@@ -69,7 +69,7 @@ def test_documents_to_a_trained_model_by_commands_alone(tmp_path):
         ("extend", miniature.path(), "--to", 1024, "--out", "long", "--json", "extend.json"),
         ("pack", "texts", "--tokenizer", "long", "--length", 1024, "--out", "rows", "--json", "pack.json"),
         ("train", preset("tiny-cpu"), "--json", "train.json",
-         "--set", "model=long", "out=run", "steps=2", "save_every=0", "data=[{rows: rows}]",
+         "--set", "model=long", "length=1024", "out=run", "steps=2", "save_every=0", "data=[{rows: rows}]",
          "parallel.context_parallel_size=1"),
         ("eval", "needle", "run/model", "--lengths", 256, "--depths", 0.5, "--samples", 1, "--json", "needle.json"),
     ):  # fmt: skip
@@ -89,7 +89,9 @@ def test_every_preset_is_readable():
         if path.stem.startswith("demo-"):
             assert isinstance(load(path.stem.removeprefix("demo-")), DemoConfig)
         else:
-            assert isinstance(settings.load(TrainConfig, path), TrainConfig)
+            config = settings.load(TrainConfig, path)
+            assert config.base_model, "the planner needs a shape before there is a checkpoint"
+            assert f"--length {config.length} " in path.read_text(), "the length that the preset's commands pack"
 
 
 def test_the_demo_refuses_what_makes_no_sense():

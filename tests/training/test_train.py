@@ -59,6 +59,19 @@ def weights(config):
     return load_file(f"{config.out}/model/model.safetensors")
 
 
+def test_rows_of_another_length_than_the_config_says_are_refused(config):
+    with pytest.raises(ValueError, match=r"length: 256, the rows in .* have 128 tokens.*or set length=128"):
+        train(replace(config, length=256), quiet=True)
+    assert not Path(config.out).exists()
+    with pytest.raises(ValueError, match="length must be 1 or more, found 0"):
+        replace(config, length=0)
+
+
+def test_a_run_without_length_and_base_model_is_resumed_by_a_config_that_has_them(config):
+    train(replace(config, steps=6), quiet=True)
+    assert train(replace(config, length=128, base_model="miniature"), resume=True, quiet=True).steps == 6
+
+
 def curve(config, key="loss"):
     return [record[key] for record in read_jsonl(f"{config.out}/log.jsonl")]
 

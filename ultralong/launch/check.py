@@ -136,6 +136,11 @@ def _rows(config: TrainConfig) -> str:
     lengths = sorted({folder.length for folder in folders})
     if len(lengths) > 1:
         raise ValueError(f"the folders of rows have rows of {lengths} tokens; all rows of a run have one length.")
+    if config.length not in (None, lengths[0]):
+        raise ValueError(
+            f"the config says length: {config.length:,}, the rows have {lengths[0]:,} tokens: pack rows of that "
+            f"length, or set length={lengths[0]}."
+        )
     window = _window(_model_config(Path(config.model)))
     restart = folders[0].manifest.get("restart_positions", False)
     if lengths[0] > window > 0 and not restart:

@@ -53,12 +53,13 @@ class RowOrder:
         sources: Where rows come from.
         seed: Names the order.
         total: Rows the whole run draws.
+        length: Tokens that a row must have; None accepts any length.
 
     Raises:
-        ValueError: A source is empty, or rows of different length or masking are mixed.
+        ValueError: A source is empty, rows of different length or masking are mixed, or their length is not `length`.
     """
 
-    def __init__(self, sources: tuple[DataSource, ...], seed: int, total: int) -> None:
+    def __init__(self, sources: tuple[DataSource, ...], seed: int, total: int, length: int | None = None) -> None:
         self.seed = seed
         self.folders = [PackedRows(source.rows) for source in sources]
         for source, rows in zip(sources, self.folders, strict=True):
@@ -69,6 +70,11 @@ class RowOrder:
             found = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
             raise ValueError(f"All sources of a run must share row length and document mask, found {found}.")
         self.length, self.mask_documents = self.folders[0].length, self.folders[0].mask_documents
+        if length is not None and length != self.length:
+            raise ValueError(
+                f"The config says length: {length}, the rows in {self.folders[0].folder} have {self.length} tokens. "
+                f"Pack rows of {length} (ultralong pack ... --length {length}), or set length={self.length}."
+            )
         weights = np.array([source.weight for source in sources])
         draws = np.random.default_rng(seed).choice(len(sources), size=total, p=weights / weights.sum())
         self._source = draws  # (total,)

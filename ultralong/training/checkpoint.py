@@ -47,6 +47,9 @@ FREE_TO_CHANGE = (
     "micro_batch_size",
     "compile",
     "loss_spike_threshold",
+    # Only checked and planned with: a run of a version without them is resumed with a preset that has them.
+    "base_model",
+    "length",
 )
 NAME = re.compile(r"step-(\d{7})")
 

@@ -208,6 +208,10 @@ class TrainConfig:
         trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
         position_buckets: The log has the loss of this many equal stretches of the row, so that a lesson learnt only
             near its start shows.
+        base_model: Hub id of the model that `model` was extended from, or `miniature`. `ultralong plan` takes its shape
+            where `model` is no folder yet; training does not read it.
+        length: Tokens of a row. `ultralong plan` takes it where no rows are packed yet; training refuses rows of
+            another length. None accepts rows of any length.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -233,6 +237,8 @@ class TrainConfig:
     loss_spike_threshold: float = 3.0
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
+    base_model: str | None = None
+    length: int | None = None
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -240,6 +246,8 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}.")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length must be 1 or more, found {self.length}.")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "

@@ -63,7 +63,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
     start = time.perf_counter()
     with connect(config) as processes:
         folder = checkpoint.RunFolder(Path(config.out))
-        order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size)
+        order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size, config.length)
         _prepare_folder(folder, config, resume, processes)
         set_seed(config.seed)
         model = load_model(config)
