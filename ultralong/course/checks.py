@@ -1,0 +1,193 @@
+"""Check, hint, solution, prediction: what a cell of a notebook calls.
+
+An exercise that nobody tried yet passes, so that "Run all" gets to the end. A wrong answer raises an AssertionError
+that says what was found and where to look. A right one prints one line.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ultralong.course import progress
+from ultralong.course.exercise import exercise
+
+_HINTS_SHOWN: dict[str, int] = {}
+_SESSION = progress.Progress()
+
+
+class NotTried(Exception):
+    """The learner's function still returns what the notebook put there."""
+
+
+class Tried:
+    """A learner's function as the checks call it: an unfinished one is told apart, an error is explained.
+
+    Args:
+        function: What the learner wrote.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The function's result.
+
+        Raises:
+            NotTried: It returns None or `...`, or raises NotImplementedError.
+            AssertionError: It raises anything else; the message shows the call.
+        """
+        try:
+            result = self.function(*arguments, **named)
+        except NotImplementedError as error:
+            raise NotTried from error
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise AssertionError(
+                f"Your function raised {type(error).__name__}: {error}. It was called with {_shown(arguments, named)}."
+            ) from error
+        if result is None or result is ...:
+            raise NotTried
+        return result
+
+
+def check(name: str, answer: Any = None) -> None:
+    """Check an exercise and print one line.
+
+    Args:
+        name: The exercise, such as `01.wavelength`.
+        answer: The learner's function or value; None and `...` are "not tried yet", and so is a function that returns
+            one of them.
+
+    Raises:
+        ValueError: There is no such exercise.
+        AssertionError: The answer is wrong; the message says what was found, what was expected and where to look.
+    """
+    task = exercise(name)
+    try:
+        if answer is None or answer is ...:
+            raise NotTried
+        said = task.check(Tried(answer) if callable(answer) else answer)
+    except NotTried:
+        print(f"{name}: not tried yet. {task.title}, about {task.minutes} minutes. Stuck? hint({name!r})")
+        return
+    except AssertionError as error:
+        record = _progress()
+        record.tried[name] = record.tried.get(name, 0) + 1
+        record.save()
+        raise AssertionError(f"{name}: not yet. {error}") from error.__cause__
+    record = _progress()
+    record.solved.setdefault(name, datetime.date.today().isoformat())
+    record.save()
+    print(f"ok {name}: {said}")
+
+
+def hint(name: str) -> None:
+    """Print the next hint of an exercise; after the last one, how to see a solution.
+
+    Raises:
+        ValueError: There is no such exercise.
+    """
+    task = exercise(name)
+    at = _HINTS_SHOWN.get(name, 0)
+    if at >= len(task.hints):
+        print(f"{name}: that were all hints. A solution: solution({name!r})")
+        return
+    _HINTS_SHOWN[name] = at + 1
+    print(f"{name}, hint {at + 1} of {len(task.hints)}: {task.hints[at]}")
+
+
+def solution(name: str) -> None:
+    """Show one right answer, folded away in a notebook and printed elsewhere.
+
+    Raises:
+        ValueError: There is no such exercise.
+    """
+    text = solution_text(name)
+    shell = _ipython()
+    if shell is None:
+        print(text)
+        return
+    folded = f"<details><summary>One solution of {html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>"
+    shell.display.display({"text/html": folded, "text/plain": text}, raw=True)
+
+
+def solution_text(name: str) -> str:
+    """The source of one right answer, or the value where the answer is one."""
+    answer = exercise(name).solution
+    return textwrap.dedent(inspect.getsource(answer)).rstrip() if callable(answer) else repr(answer)
+
+
+def predict(name: str, options: Sequence[str], guess: str | None = None) -> None:
+    """Take a guess before the cell that shows the answer; `reveal` says later whether it was right.
+
+    Args:
+        name: The prediction's name, such as `01.never_turn`.
+        options: What can be guessed.
+        guess: One of them; None passes.
+
+    Raises:
+        ValueError: The guess is not among the options.
+    """
+    if guess is None:
+        print(f"{name}: your guess? One of {', '.join(map(repr, options))}. Set guess= and run the cell again.")
+        return
+    if guess not in options:
+        raise ValueError(f"{name}: {guess!r} is not one of {', '.join(map(repr, options))}.")
+    record = _progress()
+    record.guesses[name] = guess
+    record.save()
+    print(f"{name}: you guess {guess!r}. The answer comes below.")
+
+
+def reveal(name: str, answer: str, why: str = "") -> bool | None:
+    """Say whether a prediction was right.
+
+    Args:
+        name: The prediction's name.
+        answer: The right option, computed by the notebook.
+        why: A sentence that explains it.
+
+    Returns:
+        Whether the guess was right; None where there was none.
+    """
+    record = _progress()
+    guess = record.guesses.get(name)
+    right = None if guess is None else guess == answer
+    verdict = {None: "no guess was made", True: "as you guessed", False: f"you guessed {guess!r}"}[right]
+    print(f"{name}: {answer} ({verdict}).{' ' + why if why else ''}")
+    if right is not None:
+        record.outcomes[name] = right
+        record.save()
+    return right
+
+
+def _progress() -> progress.Progress:
+    """The course folder's progress, or what this process remembers outside of one."""
+    found = progress.load()
+    return _SESSION if found.path is None else found
+
+
+def _ipython() -> Any:
+    """IPython, where a notebook or its shell runs this; else None."""
+    try:
+        import IPython
+    except ImportError:  # a library user without the notebooks' packages
+        return None
+    return IPython if IPython.get_ipython() is not None else None
+
+
+def _shown(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    parts = [_short(value) for value in arguments] + [f"{key}={_short(value)}" for key, value in named.items()]
+    return f"({', '.join(parts)})"
+
+
+def _short(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    text = f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None and len(shape) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

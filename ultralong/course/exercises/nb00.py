@@ -1,0 +1,178 @@
+"""Exercises of 00_quickstart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ultralong.course.exercise import Exercise, Mistake
+
+# Needles found of 80 by SmolLM2-135M-Instruct, window 8K to 64K (recorded: notebooks/results/demo_smollm2.json and the
+# rescaled-only run beside it). Stages: before, rescaled only, trained.
+FOUND = {"before": 0, "rescaled": 6, "trained": 60}
+OF = 80
+
+
+# ---- 00.gain
+
+
+def gains(found: dict[str, int], of: int) -> dict[str, float]:
+    """Share of needles that each step of the recipe added: rescaling, and training on top of it."""
+    return {
+        "rescaling": (found["rescaled"] - found["before"]) / of,
+        "training": (found["trained"] - found["rescaled"]) / of,
+    }
+
+
+def _check_gain(answer: Any) -> str:
+    for found, of in ((FOUND, OF), ({"before": 10, "rescaled": 30, "trained": 30}, 40)):
+        right, said = gains(found, of), answer(dict(found), of)
+        assert isinstance(said, dict) and set(said) == {"rescaling", "training"}, (
+            f"Give a dict with the keys 'rescaling' and 'training'; found {said!r}."
+        )
+        assert abs(said["training"] - (found["trained"] - found["before"]) / of) > 1e-9 or right["rescaling"] == 0, (
+            f"Training gets {said['training']:.0%} here, which counts from before anything was done: what rescaling "
+            "alone does is credited to training. Compare with the rescaled-only stage."
+        )
+        assert all(abs(value) <= 1 for value in said.values()), "Give shares of all needles, 0 to 1, not counts."
+        assert abs(said["rescaling"] - right["rescaling"]) < 1e-9, (
+            f"Rescaling took {found['before']} to {found['rescaled']} of {of}: {right['rescaling']:.3f}, yours "
+            f"{said['rescaling']:.3f}."
+        )
+        assert abs(said["training"] - right["training"]) < 1e-9, (
+            f"Training took {found['rescaled']} to {found['trained']} of {of}: {right['training']:.3f}, yours "
+            f"{said['training']:.3f}."
+        )
+    right = gains(FOUND, OF)
+    return f"rescaling {right['rescaling']:+.1%}, training {right['training']:+.1%} of {OF} needles."
+
+
+# ---- 00.factor
+
+
+def smallest_factor(window: int, longest: int) -> int:
+    """The smallest whole factor whose window holds a prompt of `longest` tokens."""
+    return -(-longest // window)
+
+
+def _check_factor(answer: Any) -> str:
+    for window, longest in ((512, 4096), (8192, 65_537), (8192, 8192)):
+        right, found = smallest_factor(window, longest), answer(window, longest)
+        assert int(found) == found or found * window != longest, f"A factor of {found} is no whole number: round up."
+        assert found * window >= longest, (
+            f"{found} x {window:,} = {found * window:,} tokens do not hold {longest:,}: round up."
+        )
+        assert found == right, (
+            f"{right} x {window:,} tokens are enough for {longest:,}; {found} slows the pairs down more than needed."
+        )
+    return "rounded up, and no larger: every further factor makes neighbouring positions harder to tell apart."
+
+
+# ---- 00.wilson
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    z = 1.959963984540054
+    share = right / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return middle - half, middle + half
+
+
+def _wald(right: int, of: int) -> tuple[float, float]:
+    share = right / of
+    half = 1.96 * math.sqrt(share * (1 - share) / of)
+    return share - half, share + half
+
+
+def _check_wilson(answer: Any) -> str:
+    for right, of in ((2, 2), (60, 80), (0, 6)):
+        expected, found = wilson(right, of), answer(right, of)
+        assert isinstance(found, tuple) and len(found) == 2, f"Give (low, high), found {found!r}."
+        assert found[0] != found[1], (
+            f"{right} of {of} gave an interval of no width: p (1 - p) / n is 0 there. Two of two is no proof of 100%; "
+            "use Wilson's formula."
+        )
+        assert found[0] >= -1e-9 and found[1] <= 1 + 1e-9, (
+            f"{right} of {of}: {found} leaves 0..1, as Wald's interval does."
+        )
+        assert abs(found[0] - expected[0]) < 0.003 and abs(found[1] - expected[1]) < 0.003, (
+            f"{right} of {of}: {expected[0]:.3f} to {expected[1]:.3f}, yours {found[0]:.3f} to {found[1]:.3f}. Use "
+            "z = 1.96 for 95%."
+        )
+    low, high = wilson(2, 2)
+    return f"2 of 2 says: between {low:.0%} and {high:.0%}. That is why grids are asked many times."
+
+
+EXERCISES = (
+    Exercise(
+        name="00.gain",
+        title="Which step did what",
+        task=(
+            "Write `gains(found, of)`: needles found 'before', 'rescaled' and 'trained', of so many, to the share that "
+            "'rescaling' and 'training' each added."
+        ),
+        check=_check_gain,
+        solution=gains,
+        mistakes=(
+            Mistake(
+                "training from the start",
+                lambda f, n: {
+                    "rescaling": (f["rescaled"] - f["before"]) / n,
+                    "training": (f["trained"] - f["before"]) / n,
+                },
+                "credited to training",
+            ),
+            Mistake(
+                "counts",
+                lambda f, n: {"rescaling": f["rescaled"] - f["before"], "training": f["trained"] - f["rescaled"]},
+                "not counts",
+            ),
+            Mistake("one number", lambda f, n: (f["trained"] - f["before"]) / n, "Give a dict"),
+        ),
+        hints=("Every stage is compared with the one before it.", "Rescaled only stands between before and trained."),
+        difficulty="easy",
+        minutes=4,
+    ),
+    Exercise(
+        name="00.factor",
+        title="The smallest factor",
+        task="Write `smallest_factor(window, longest)`: the smallest whole factor whose window holds `longest` tokens.",
+        check=_check_factor,
+        solution=smallest_factor,
+        mistakes=(
+            Mistake("rounds down", lambda w, n: max(1, n // w), "round up"),
+            Mistake("one too many", lambda w, n: n // w + 1, "more than needed"),
+            Mistake("not whole", lambda w, n: n / w, "whole number"),
+        ),
+        hints=("window x factor has to hold the prompt.", "Round the quotient up."),
+        difficulty="easy",
+        minutes=3,
+    ),
+    Exercise(
+        name="00.wilson",
+        title="What 2 of 2 says",
+        task="Write `wilson(right, of)`: Wilson's 95% interval of a share, (low, high).",
+        check=_check_wilson,
+        solution=wilson,
+        mistakes=(
+            Mistake("Wald", _wald, "no width"),
+            Mistake("no interval", lambda right, of: right / of, "Give (low, high)"),
+            Mistake("68%", lambda right, of: _at(right, of, 1.0), "z = 1.96"),
+            Mistake("not bounded", lambda right, of: (right / of - 0.3, right / of + 0.3), "leaves 0..1"),
+        ),
+        hints=(
+            "Wald's interval, p plus or minus 1.96 sqrt(p (1 - p) / n), has no width at p = 1.",
+            "The middle is (p + z^2 / 2n) / (1 + z^2 / n); look Wilson's score interval up for its half width.",
+        ),
+        minutes=8,
+    ),
+)
+
+
+def _at(right: int, of: int, z: float) -> tuple[float, float]:
+    share = right / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return middle - half, middle + half
