@@ -1,0 +1,129 @@
+"""An animation that needs no kernel: plotly frames with a slider and a Play button, and a filmstrip as its picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ultralong.figures.panels import side_by_side
+from ultralong.figures.show import MOST_STILLS, bundle
+from ultralong.figures.theme import GREY, graph_objects
+from ultralong.utils.extras import require
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+MOST_FRAMES = 24
+
+
+def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: int = 700) -> Figure:
+    """One figure that goes through others, by slider and Play button.
+
+    Args:
+        frames: Figures with one pair of axes, whose traces agree in number and type; axes are the first one's.
+        titles: What the slider says at each frame.
+        milliseconds: Time a frame stands while playing.
+
+    Raises:
+        ValueError: No frames, too many, another number of titles, or frames whose traces differ.
+    """
+    if not 0 < len(frames) <= MOST_FRAMES or len(frames) != len(titles):
+        raise ValueError(
+            f"play() takes 1 to {MOST_FRAMES} frames and as many titles, got {len(frames)} and {len(titles)}."
+        )
+    kinds = [[trace.type for trace in frame.data] for frame in frames]
+    if differing := [title for kind, title in zip(kinds, titles, strict=True) if kind != kinds[0]]:
+        raise ValueError(
+            f"Frame {differing[0]!r} has other traces than the first one: draw all of them in every frame, "
+            "empty ones too."
+        )
+    objects = graph_objects()
+    figure = copy.deepcopy(frames[0])
+    figure.frames = [
+        objects.Frame(
+            name=title,
+            data=[trace.to_plotly_json() for trace in frame.data],
+            layout={
+                "shapes": [shape.to_plotly_json() for shape in frame.layout.shapes],
+                "annotations": [note.to_plotly_json() for note in frame.layout.annotations],
+            },
+        )
+        for frame, title in zip(frames, titles, strict=True)
+    ]
+    step = {"mode": "immediate", "frame": {"duration": milliseconds, "redraw": True}, "transition": {"duration": 0}}
+    play = {"label": "Play", "method": "animate", "args": [None, step | {"fromcurrent": True}]}
+    halt = {"label": "Stop", "method": "animate", "args": [[None], step | {"frame": {"duration": 0, "redraw": False}}]}
+    figure.update_layout(
+        margin={"b": 130},
+        legend={"y": -0.62},
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "left",
+                "buttons": [play, halt],
+                "x": 0,
+                "xanchor": "left",
+                "y": -0.3,
+                "yanchor": "top",
+                "pad": {"t": 14},
+                "font": {"color": GREY},
+            }
+        ],
+        sliders=[
+            {
+                "active": 0,
+                "x": 0.22,
+                "len": 0.78,
+                "y": -0.26,
+                "currentvalue": {"visible": True, "xanchor": "right"},
+                "steps": [{"label": title, "method": "animate", "args": [[title], step]} for title in titles],
+            }
+        ],
+    )
+    return figure
+
+
+def play(
+    frames: Sequence[Figure],
+    titles: Sequence[str],
+    alt: str,
+    *,
+    stills: Sequence[int] | None = None,
+    milliseconds: int = 700,
+) -> None:
+    """Show an animation: with frames where scripts run (no kernel is needed), as a filmstrip where they don't.
+
+    Args:
+        frames: See `animated`.
+        titles: See `animated`.
+        alt: What is to be seen, in a sentence.
+        stills: Indices of the filmstrip's frames; None takes up to four, spread over all.
+        milliseconds: See `animated`.
+
+    Raises:
+        ValueError: See `animated`; or a still that is no frame, or an empty `alt`.
+    """
+    figure = animated(frames, titles, milliseconds=milliseconds)
+    content = filmstrip_bundle(figure, frames, titles, alt, stills)
+    ipython = require("IPython", extra="notebooks")
+    if ipython.get_ipython() is None:
+        print(alt)
+        return
+    ipython.display.display(content, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def filmstrip_bundle(
+    figure: Figure, frames: Sequence[Figure], titles: Sequence[str], alt: str, stills: Sequence[int] | None
+) -> dict[str, Any]:
+    """The display bundle of an animation; its picture shows a few frames side by side."""
+    if stills is None:
+        count = min(MOST_STILLS, len(frames))
+        stills = [round(index * (len(frames) - 1) / max(count - 1, 1)) for index in range(count)]
+    if not stills or not all(0 <= index < len(frames) for index in stills):
+        raise ValueError(f"stills must be indices of the {len(frames)} frames, found {list(stills)}.")
+    strip = side_by_side([frames[index] for index in stills], [titles[index] for index in stills])
+    content = bundle(strip, alt)
+    content["application/vnd.plotly.v1+json"] = json.loads(figure.to_json())
+    return content
