@@ -46,7 +46,7 @@ def recorded() -> Iterator[list[Exchange]]:
     found: list[Exchange] = []
     recorder = _Recorder(found)
     # Where the schemes look each function up; collectives chose between torch's two names of one when it was imported.
-    places = [
+    places: list[tuple[Any, str, Callable[..., None]]] = [
         (dist, "all_to_all_single", recorder.all_to_all),
         (dist, "batch_isend_irecv", recorder.point_to_point),
         (collectives, "_all_gather", recorder.all_gather),
