@@ -21,7 +21,7 @@
 # * what labels, positions and boundaries a packed row carries, with and without a mask across documents;
 # * the length rule that decides which documents are packed at all.
 #
-# **Before this:** [02_yarn](02_yarn.ipynb). **After this:** [06_sequence_parallel](06_sequence_parallel.ipynb).
+# **Before this:** [02_yarn](02_yarn.ipynb). **After this:** [05_attention_kernels](05_attention_kernels.ipynb).
 
 # %% tags=["parameters"]
 SEQ_LEN: int = 4096  # tokens per packed row
@@ -406,7 +406,7 @@ assert 0 < inside <= 1
 # * The recipe uses no mask across documents; `mask_documents` makes the other choice, in labels and positions too.
 # * Short documents are thinned out, long ones repeated, by a rule on the document's id.
 #
-# **Next:** [06_sequence_parallel](06_sequence_parallel.ipynb) shares such a row out over several GPUs.
+# **Next:** [05_attention_kernels](05_attention_kernels.ipynb): how attention over such a row is computed.
 
 # %%
 store(rows=len(rows), padding_share=wasted, separator_tokens=len(separator))

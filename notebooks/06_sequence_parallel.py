@@ -26,8 +26,8 @@
 # * choose a scheme for a model, a row and a machine;
 # * write an all-to-all and a ring of two ranks that are exact, forward and backward.
 #
-# **Needs:** the log-sum-exp of a softmax, which `05.merge` below repeats. **Before this:**
-# [03_separator_packing](03_separator_packing.ipynb). Terms: [sequence parallelism](https://arxiv.org/abs/2309.14509)
+# **Needs:** the log-sum-exp of a softmax. **Before this:**
+# [05_attention_kernels](05_attention_kernels.ipynb). Terms: [sequence parallelism](https://arxiv.org/abs/2309.14509)
 # (Ulysses), [ring attention](https://arxiv.org/abs/2310.01889), [grouped queries](https://arxiv.org/abs/2305.13245).
 
 # %% tags=["parameters"]
