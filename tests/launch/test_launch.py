@@ -1,6 +1,5 @@
 """Rendered scripts: the same bytes each time, clean bash, values quoted, and runs that survive the loss of a host."""
 
-import itertools
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from tiny_run import make_run
 from ultralong import __version__
 from ultralong.launch import SCHEDULERS, check, launch
 from ultralong.launch.render import run_name
-from ultralong.training.config import DataSource, ParallelConfig, TrainConfig
+from ultralong.training.config import DataSource, ParallelConfig, TrainConfig, preset
 from ultralong.utils import settings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
@@ -51,7 +50,7 @@ def test_rendered_files_are_the_golden_ones(tmp_path, scheduler):
     if os.environ.get("ULTRALONG_WRITE_GOLDEN"):
         for name, text in found.items():
             (GOLDEN / scheduler / name).write_text(text)
-    assert found == golden, "if the change is meant: ULTRALONG_WRITE_GOLDEN=1 pytest tests/test_launch.py, and read it"
+    assert found == golden, "if the change is meant: ULTRALONG_WRITE_GOLDEN=1 pytest tests/launch, and read it"
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -133,8 +132,136 @@ def test_a_missing_fact_of_the_site_is_named(tmp_path, missing):
     }
     del facts[missing]
     done = subprocess.run([tmp_path / "run.sh"], env=facts, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert f"{missing}: is " in done.stderr
+    assert done.returncode == 2
+    assert f"\n  {missing} is " in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "script", "named"),
+    [
+        ("torchrun", "run.sh", ["PYTHON", "WORKDIR", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME"]),
+        (
+            "accelerate",
+            "run.sh",
+            ["PYTHON", "WORKDIR", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME"],
+        ),
+        ("slurm", "submit.sh", ["PARTITION", "TIME_LIMIT", "PYTHON", "WORKDIR", "NCCL_SOCKET_IFNAME"]),
+    ],
+)
+def test_all_missing_facts_are_named_at_once(tmp_path, scheduler, script, named):
+    launch(config(), 2, 8, scheduler, tmp_path)
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run([tmp_path / script], env=env, capture_output=True, text=True, check=False)
+    assert [line.split()[0] for line in done.stderr.splitlines()[1:]] == named
+
+
+def test_files_that_are_there_are_not_replaced_silently(tmp_path):
+    launch(config(), 2, 8, "slurm", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds submit.sh, job.sbatch, run.sh, config.yaml already.*--overwrite"):
+        launch(config("other"), 2, 8, "slurm", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    launch(config("other"), 2, 8, "slurm", tmp_path, overwrite=True)
+    assert settings.load(TrainConfig, tmp_path / "config.yaml").out == "other"
+
+
+@pytest.mark.parametrize(("steps", "asked", "saved"), [(1000, 0, 50), (7, 0, 1), (1000, 1000, 1000), (1000, 3, 3)])
+def test_a_launched_run_saves_at_intervals(tmp_path, steps, asked, saved):
+    launch(config(steps=steps, save_every=asked), 1, 8, "torchrun", tmp_path)
+    assert settings.load(TrainConfig, tmp_path / "config.yaml").save_every == saved
+
+
+@pytest.mark.parametrize("out", ["-runs", "--help/x", "runs/plain", "./here", "a folder"])
+def test_the_newest_checkpoint_is_found_in_any_folder(tmp_path, out):
+    launch(config(out), 1, 8, "torchrun", tmp_path / "scripts")
+    for step in (5, 10):
+        (tmp_path / out / "checkpoints" / f"step-{step:07}").mkdir(parents=True)
+    text = (tmp_path / "scripts" / "run.sh").read_text()
+    values = text[text.index("# ---- Values") : text.index("# ---- Facts")]
+    newest = text[text.index("newest() {") : text.index("# ---- Start, and")]
+    done = subprocess.run(
+        ["bash", "-euc", f"{values}{newest}newest"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("checkpoints/step-0000010\n")
+    assert done.stderr == ""
+
+
+def words_of(folder: Path, scheduler: str) -> list[str]:
+    """What the script hands to its launcher, as an interpreter that only prints its arguments sees it."""
+    launch(config(), 2, 8, scheduler, folder / "scripts")
+    (folder / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$SEEN"\n')
+    (folder / "python").chmod(0o755)
+    facts = {
+        "PYTHON": str(folder / "python"), "WORKDIR": str(folder), "NODE_RANK": "1", "MASTER_ADDR": "host",
+        "MASTER_PORT": "1234", "NCCL_SOCKET_IFNAME": "eth0", "LOCAL_ADDR": "host-b", "NUMA_BINDING": "node",
+        "SEEN": str(folder / "seen"), "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    subprocess.run([folder / "scripts" / "run.sh"], env=facts, check=True, stdout=subprocess.DEVNULL)
+    return (folder / "seen").read_text().splitlines()
+
+
+def test_torchrun_knows_every_option_that_is_passed(tmp_path):
+    from torch.distributed.run import parse_args
+
+    words = words_of(tmp_path, "torchrun")
+    assert words[:2] == ["-m", "torch.distributed.run"]
+    found = parse_args(words[2:])
+    assert (found.training_script, found.module, found.nnodes, found.nproc_per_node) == ("ultralong", True, "2", "8")
+    assert found.training_script_args == ["train", str(tmp_path / "scripts" / "config.yaml"), "--resume"]
+    assert (found.rdzv_endpoint, found.rdzv_conf) == ("host:1234", "is_host=false,join_timeout=1800")
+
+
+def test_accelerate_knows_every_option_that_is_passed(tmp_path):
+    from accelerate.commands.launch import launch_command_parser
+
+    words = words_of(tmp_path, "accelerate")
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    found = launch_command_parser().parse_args(words[2:])
+    assert (found.training_script, found.module, found.machine_rank) == ("ultralong", True, 1)
+    assert found.training_script_args == ["train", str(tmp_path / "scripts" / "config.yaml"), "--resume"]
+
+
+def test_slurm_options_take_their_values_after_an_equals_sign():
+    """Slurm reads some values in no other way, and takes the next word for the program to start."""
+    pieces = Path(sys.modules["ultralong.launch"].__file__).parent / "pieces"
+    for name in ("job", "submit"):
+        for line in (pieces / f"{name}.sh").read_text().replace("\\\n", " ").splitlines():
+            if line.lstrip().startswith(("#", "echo", "fact")) or not any(
+                tool in line for tool in ("srun ", "sbatch ", "squeue ", "scancel ", "options")
+            ):
+                continue
+            for option in line.split():
+                if option.startswith("--"):
+                    assert "=" in option or option in ("--noheader", "--test-only"), option
+
+
+@pytest.mark.parametrize(("nodes", "advice"), [(32, "parallel.context_parallel_size=256"), (4, "global_batch_size=4")])
+def test_a_preset_on_any_number_of_hosts_starts_or_says_which_setting_does(tmp_path, nodes, advice):
+    wanted = settings.load(TrainConfig, preset("llama31-8b-1m"))
+    with pytest.raises(ValueError, match=f"--set {advice}"):
+        launch(wanted, nodes, 8, "slurm", tmp_path / "refused")
+    launch(settings.load(TrainConfig, preset("llama31-8b-1m"), [advice]), nodes, 8, "slurm", tmp_path / "scripts")
+
+
+def test_an_agent_that_does_not_stop_is_killed_with_its_ranks(tmp_path):
+    launch(config(), 1, 8, "torchrun", tmp_path / "scripts")
+    (tmp_path / "python").write_text(
+        '#!/usr/bin/env bash\ntrap "" TERM\nsleep 300 &\necho $! > "$SEEN"\nwhile true; do wait; done\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    facts = {
+        "PYTHON": str(tmp_path / "python"), "WORKDIR": str(tmp_path), "SEEN": str(tmp_path / "seen"),
+        "STOP_SECONDS": "1", "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    with open(tmp_path / "log", "wb") as log:
+        host = subprocess.Popen([tmp_path / "scripts" / "run.sh"], env=facts, stdout=log, stderr=log)
+    wait_for(lambda: (tmp_path / "seen").exists() and (tmp_path / "seen").read_text().strip(), 30)
+    host.terminate()
+    assert host.wait(timeout=30) == 143
+    assert "did not stop within 1 s" in (tmp_path / "log").read_text()
+    rank = int((tmp_path / "seen").read_text())
+    wait_for(lambda: not Path(f"/proc/{rank}/cmdline").exists() or not Path(f"/proc/{rank}/cmdline").read_bytes(), 10)
 
 
 # ---- The check that --dry-run makes.
@@ -228,12 +355,16 @@ SCONTROL = """#!/usr/bin/env bash
 if [[ "$1" == show ]]; then echo host-a; echo host-b; else echo "$*" >> "$SEEN/scontrol"; fi
 """
 SQUEUE = '#!/usr/bin/env bash\necho "${JOB_STATE:-RUNNING}"\n'
+SCANCEL = """#!/usr/bin/env bash
+echo "$*" >> "$SEEN/scancel"
+kill -TERM "$(cat "$SEEN/waiting")"
+"""
 SRUN = """#!/usr/bin/env bash
 printf "%s\\n" "$@" > "$SEEN/srun"
 env | grep -E '^(MASTER|RUN_ID)' | sort >> "$SEEN/srun"
 if [[ -n "${NEW_CHECKPOINT:-}" ]]; then mkdir -p "$NEW_CHECKPOINT"; fi
 trap 'exit 143' TERM
-if [[ -n "${WAIT:-}" ]]; then touch "$SEEN/waiting"; sleep "$WAIT" & wait $!; fi
+if [[ -n "${WAIT:-}" ]]; then echo $$ > "$SEEN/waiting"; sleep "$WAIT" & wait $!; fi
 exit "${CODE:-0}"
 """
 
@@ -243,7 +374,13 @@ def slurm(tmp_path):
     """A launched folder and an environment in which Slurm's commands only write down what they were asked."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "seen").mkdir()
-    for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
+    for name, text in (
+        ("sbatch", SBATCH),
+        ("scontrol", SCONTROL),
+        ("squeue", SQUEUE),
+        ("srun", SRUN),
+        ("scancel", SCANCEL),
+    ):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     launch(config(), 2, 8, "slurm", tmp_path / "scripts")
@@ -279,16 +416,22 @@ def test_submit_passes_the_facts_of_the_site(slurm):
     folder, environment = slurm
     subprocess.run([folder / "scripts" / "submit.sh", "--nice"], env=environment, check=True)
     seen = (folder / "seen" / "sbatch").read_text().splitlines()
-    pairs = dict(itertools.pairwise(seen))
-    assert (pairs["--partition"], pairs["--account"], pairs["--time"]) == ("gpu", "an account", "24:00:00")
+    assert {"--partition=gpu", "--account=an account", "--time=24:00:00", "--export=ALL"} < set(seen)
     assert seen[-2:] == ["--nice", str(folder / "scripts" / "job.sbatch")]
+
+
+def test_an_account_is_optional(slurm):
+    folder, environment = slurm
+    del environment["ACCOUNT"]
+    subprocess.run([folder / "scripts" / "submit.sh"], env=environment, check=True)
+    assert "--account" not in (folder / "seen" / "sbatch").read_text()
 
 
 def test_a_job_starts_one_agent_a_host_at_one_meeting_place(slurm):
     folder, environment = slurm
     assert start_job(folder, environment).wait() == 0
     seen = (folder / "seen" / "srun").read_text()
-    assert "--ntasks-per-node\n1\n--cpus-per-task\n96\n--cpu-bind\nnone" in seen
+    assert "--ntasks-per-node=1\n--cpus-per-task=96\n--cpu-bind=none\n--kill-on-bad-exit=1\nbash\n-c\n" in seen
     assert "MASTER_ADDR=host-a\nMASTER_PORT=20007\nRUN_ID=llama-1m-40007-0" in seen
     assert not requeued(folder)
 
@@ -320,6 +463,22 @@ def test_a_job_near_its_end_stops_its_processes_and_goes_back(slurm):
     assert job.wait(timeout=100) == 0
     assert time.perf_counter() - started < 90
     assert requeued(folder)
+    assert (folder / "seen" / "scancel").read_text() == "--signal=TERM 40007\n"
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_job_that_saves_nothing_is_requeued_a_few_times_only(slurm, progress):
+    """Six allocations, each told to end while it runs; `progress` leaves a checkpoint in every one."""
+    folder, environment = slurm
+    for restart in range(6):
+        (folder / "seen" / "waiting").unlink(missing_ok=True)
+        more = {"NEW_CHECKPOINT": f"runs/llama-1m/checkpoints/step-{restart:07}"} if progress else {}
+        job = start_job(folder, environment, WAIT="120", SLURM_RESTART_COUNT=str(restart), **more)
+        wait_for(lambda: (folder / "seen" / "waiting").exists() and (folder / "seen" / "waiting").read_text(), 60)
+        job.send_signal(signal.SIGUSR1)
+        code = job.wait(timeout=60)
+    times = (folder / "seen" / "scontrol").read_text().count("requeue")
+    assert (times, code) == ((6, 0) if progress else (3, 143))
 
 
 # ---- Two hosts, played by two agents on this machine.

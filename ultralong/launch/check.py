@@ -67,20 +67,32 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
 
 
 def mesh_problem(config: TrainConfig, world: int) -> str | None:
-    """Why `world` processes cannot run this config, or None. The trainer refuses the same, but on allocated hosts."""
-    sequence = config.parallel.context_parallel_size
-    if world % sequence:
+    """Why `world` processes cannot run this config and which settings would, or None.
+
+    The trainer refuses the same, but on allocated hosts.
+    """
+    size, rows, micro = config.parallel.context_parallel_size, config.global_batch_size, config.micro_batch_size
+    degree = config.parallel.fsdp_shard_degree
+    if world % size:
+        divisor = max(d for d in range(1, size + 1) if world % d == 0)
         return (
-            f"{world} processes are not a multiple of parallel.context_parallel_size ({sequence}). Change the number "
-            f"of hosts or set parallel.context_parallel_size to a divisor of {world}."
+            f"{world} processes are not a multiple of parallel.context_parallel_size ({size}). Change the number of "
+            f"hosts, or --set parallel.context_parallel_size={divisor}, which divides {world}."
         )
-    groups = world // sequence
-    if config.global_batch_size % (groups * config.micro_batch_size):
+    if degree is not None and world % degree:
+        divisor = max(d for d in range(1, degree + 1) if world % d == 0)
         return (
-            f"global_batch_size ({config.global_batch_size}) is not a multiple of {groups} groups of processes x "
-            f"micro_batch_size ({config.micro_batch_size}). Set it to a multiple of "
-            f"{groups * config.micro_batch_size}, or raise parallel.context_parallel_size so "
-            "that fewer groups work side by side."
+            f"{world} processes are not a multiple of parallel.fsdp_shard_degree ({degree}). Change the number of "
+            f"hosts, or --set parallel.fsdp_shard_degree={divisor}, which divides {world}."
+        )
+    groups = world // size
+    if rows % (groups * micro):
+        larger = [d for d in range(size, world + 1, size) if world % d == 0 and rows % (world // d * micro) == 0]
+        other = f", or --set parallel.context_parallel_size={larger[0]}: more GPUs share a row" if larger else ""
+        return (
+            f"global_batch_size ({rows}) is not a multiple of {groups} groups of processes x micro_batch_size "
+            f"({micro}). --set global_batch_size={-(-rows // (groups * micro)) * groups * micro}, a multiple of "
+            f"{groups * micro}{other}."
         )
     return None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -17,28 +19,43 @@ from ultralong.training.config import TrainConfig
 from ultralong.utils import settings
 from ultralong.utils.files import atomic_path, write_text
 
-SCHEDULERS = ("torchrun", "slurm", "accelerate")
-RESUME = "To go on after a stop, start it again: it resumes from the newest checkpoint."
+# What is written for each scheduler; the first file is the one to start.
+FILES = {
+    "torchrun": ("run.sh", "config.yaml"),
+    "slurm": ("submit.sh", "job.sbatch", "run.sh", "config.yaml"),
+    "accelerate": ("run.sh", "config.yaml", "accelerate.yaml"),
+}
+SCHEDULERS = tuple(FILES)
+RESUME = "After a stop, start it again: it resumes from the newest checkpoint."
+SAVES = 20  # checkpoints of a run whose config does not say how many
 
 
 def launch(
-    config: TrainConfig, nodes: int, gpus_per_node: int, scheduler: str, out: str | os.PathLike[str]
+    config: TrainConfig,
+    nodes: int,
+    gpus_per_node: int,
+    scheduler: str,
+    out: str | os.PathLike[str],
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write the scripts that start a run on several hosts, and the one config file that they all read.
 
     Args:
-        config: The run. Relative paths in it are relative to the folder that the site names in WORKDIR.
+        config: The run. Relative paths in it are relative to the folder that the site names in WORKDIR. With
+            `save_every` 0 the scripts' config saves at about 20 points of the run (see `saving`).
         nodes: Hosts.
         gpus_per_node: Processes a host, one a GPU.
         scheduler: "torchrun" (run.sh on each host), "slurm" (submit.sh, which submits job.sbatch, which starts run.sh
             on each host) or "accelerate" (run.sh on each host, through accelerate's launcher).
-        out: Folder for the scripts; it is made when missing, and scripts of the same names in it are replaced.
+        out: Folder for the scripts; it is made when missing.
+        overwrite: Replace files of the same names that are there.
 
     Returns:
         The files that were written; the first is the one to start.
 
     Raises:
-        ValueError: The scheduler is unknown, a number is not positive, or the processes do not fit the config.
+        ValueError: The scheduler is unknown, a number is not positive, the processes do not fit the config, or files
+            would be replaced.
     """
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler {scheduler!r} is unknown. Use one of: {', '.join(SCHEDULERS)}.")
@@ -46,42 +63,67 @@ def launch(
         raise ValueError(f"nodes and gpus_per_node must be 1 or more, found {nodes} and {gpus_per_node}.")
     if problem := mesh_problem(config, nodes * gpus_per_node):
         raise ValueError(problem)
-    folder = Path(out)
-    values = {"nodes": nodes, "gpus_per_node": gpus_per_node, "run_name": run_name(config), "run_folder": config.out}
+    folder, config = Path(out), saving(config)
+    there = [name for name in FILES[scheduler] if (folder / name).exists()]
+    if there and not overwrite:
+        raise ValueError(
+            f"{folder} holds {', '.join(there)} already, and a job may be using them. Give another --out, or "
+            "--overwrite to replace them."
+        )
+    values: dict[str, int | str] = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "run_name": run_name(config),
+        "run_folder": config.out,
+    }
     what = f"{run_name(config)}: {config.steps:,} steps on {nodes} host{'s' * (nodes > 1)} of {gpus_per_node} GPUs."
     settings.save(config, folder / "config.yaml", "Every setting of the run that the scripts beside this file start.")
+    if scheduler == "accelerate":
+        write_text(folder / "accelerate.yaml", _accelerate(nodes, gpus_per_node))
+    if scheduler == "slurm":
+        _write_job(folder, what, values)
     starter = "accelerate" if scheduler == "accelerate" else "torchrun"
-    run = _write(
+    _write(
         folder / "run.sh",
         (),
         _where(scheduler),
         what,
         {name: value for name, value in values.items() if name != "run_name" or starter == "torchrun"},
-        ("site", "settings", starter, "newest", "loop"),
+        ("facts", "site", "settings", starter, "newest", "loop"),
     )
-    written = [run, folder / "config.yaml"]
-    if scheduler == "accelerate":
-        write_text(folder / "accelerate.yaml", _accelerate(nodes, gpus_per_node))
-        written.append(folder / "accelerate.yaml")
-    if scheduler == "slurm":
-        job = _write(
-            folder / "job.sbatch",
-            _directives(nodes, gpus_per_node),
-            "Submit it with submit.sh.",
-            what,
-            {name: values[name] for name in ("run_name", "run_folder")},
-            ("newest", "job"),
-        )
-        submit = _write(
-            folder / "submit.sh",
-            (),
-            "Run it once, on a host that has sbatch: ./submit.sh [--dry-run]",
-            what,
-            {name: values[name] for name in ("nodes", "gpus_per_node", "run_name")},
-            ("submit",),
-        )
-        written = [submit, job, *written]
-    return written
+    return [folder / name for name in FILES[scheduler]]
+
+
+def saving(config: TrainConfig) -> TrainConfig:
+    """The config with checkpoints at intervals: a run that a scheduler may stop must not start anew each time.
+
+    Where `save_every` is 0 it becomes a twentieth of the steps; a run that should save only at its end sets it to its
+    number of steps.
+    """
+    if config.save_every:
+        return config
+    return replace(config, save_every=max(1, math.ceil(config.steps / SAVES)))
+
+
+def _write_job(folder: Path, what: str, values: Mapping[str, int | str]) -> None:
+    """The two scripts of Slurm: what is submitted, and what submits it."""
+    nodes, gpus_per_node = int(values["nodes"]), int(values["gpus_per_node"])
+    _write(
+        folder / "job.sbatch",
+        _directives(nodes, gpus_per_node),
+        "Submit it with submit.sh.",
+        what,
+        {name: values[name] for name in ("run_name", "run_folder")},
+        ("newest", "job"),
+    )
+    _write(
+        folder / "submit.sh",
+        (),
+        "Run it once, on a host that has sbatch: ./submit.sh [--dry-run]",
+        what,
+        {name: values[name] for name in ("nodes", "gpus_per_node", "run_name")},
+        ("facts", "submit"),
+    )
 
 
 def run_name(config: TrainConfig) -> str:
@@ -102,7 +144,7 @@ def _write(
     what: str,
     values: Mapping[str, int | str],
     pieces: tuple[str, ...],
-) -> Path:
+) -> None:
     """Write an executable script: header, values, pieces."""
     header = [
         "#!/usr/bin/env bash",
@@ -125,7 +167,6 @@ def _write(
     # Who may read a script may run it.
     mode = path.stat().st_mode
     path.chmod(mode | (mode & 0o444) >> 2)
-    return path
 
 
 def _directives(nodes: int, gpus_per_node: int) -> tuple[str, ...]:

@@ -4,6 +4,20 @@ agent=""
 stop() {
   if [[ -n "$agent" ]]; then
     kill -TERM "$agent" 2>/dev/null || true
+    # An agent that waits for other hosts may not listen; Slurm kills what is left after 30 seconds, ranks included.
+    for ((second = 0; second < ${STOP_SECONDS:-20}; second++)); do
+      if ! kill -0 "$agent" 2>/dev/null; then
+        break
+      fi
+      sleep 1
+    done
+    if kill -0 "$agent" 2>/dev/null; then
+      echo "host $node_rank: the agent did not stop within ${STOP_SECONDS:-20} s and is killed" >&2
+      for rank in $(ps -o pid= --ppid "$agent"); do
+        kill -KILL "$rank" 2>/dev/null || true
+      done
+      kill -KILL "$agent" 2>/dev/null || true
+    fi
     wait "$agent" || true
   fi
   exit "$1"

@@ -1,12 +1,13 @@
-# ---- Facts of the site: export them before the start. None of them is guessed.
-: "${PYTHON:?is the interpreter that ultralong is installed for, such as /path/to/clone/.venv/bin/python}"
-: "${WORKDIR:?is the folder that the paths in config.yaml are relative to, the same on every host}"
+
+fact PYTHON "the interpreter that ultralong is installed for, such as /path/to/clone/.venv/bin/python"
+fact WORKDIR "the folder that the paths in config.yaml are relative to, the same on every host"
 if ((nodes > 1)); then
-  : "${NODE_RANK:?is the number of this host, counted from 0}"
-  : "${MASTER_ADDR:?is the name or address of host 0, as the other hosts reach it}"
-  : "${MASTER_PORT:?is a free port on host 0, the same on every host}"
-  : "${NCCL_SOCKET_IFNAME:?is the network interface that joins the hosts; the command ip -brief address lists them}"
+  fact NODE_RANK "the number of this host, counted from 0"
+  fact MASTER_ADDR "the name or address of host 0, as the other hosts reach it"
+  fact MASTER_PORT "a free port on host 0, the same on every host"
+  fact NCCL_SOCKET_IFNAME "the network interface that joins the hosts; the command ip -brief address lists them"
 fi
+complete
 node_rank="${NODE_RANK:-0}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 logs="${LOGS:-$here/logs}"

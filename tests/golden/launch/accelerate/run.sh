@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # llama-1m: 120 steps on 2 hosts of 8 GPUs.
 # Start it on each host: ./run.sh [--dry-run]
-# To go on after a stop, start it again: it resumes from the newest checkpoint.
+# After a stop, start it again: it resumes from the newest checkpoint.
 # Rendered by ultralong VERSION; to change it, render it again (ultralong launch).
 # shellcheck disable=SC2016,SC2329
 set -euo pipefail
@@ -11,15 +11,30 @@ nodes=2
 gpus_per_node=8
 run_folder=runs/llama-1m
 
-# ---- Facts of the site: export them before the start. None of them is guessed.
-: "${PYTHON:?is the interpreter that ultralong is installed for, such as /path/to/clone/.venv/bin/python}"
-: "${WORKDIR:?is the folder that the paths in config.yaml are relative to, the same on every host}"
+# ---- Facts of the site: export them before the start. None of them is guessed; all that are missing are named at once.
+missing=()
+fact() {
+  if [[ -z "${!1:-}" ]]; then
+    missing+=("$1 is $2")
+  fi
+}
+complete() {
+  if ((${#missing[@]} > 0)); then
+    echo "$0: export what is missing, then start it again:" >&2
+    printf '  %s\n' "${missing[@]}" >&2
+    exit 2
+  fi
+}
+
+fact PYTHON "the interpreter that ultralong is installed for, such as /path/to/clone/.venv/bin/python"
+fact WORKDIR "the folder that the paths in config.yaml are relative to, the same on every host"
 if ((nodes > 1)); then
-  : "${NODE_RANK:?is the number of this host, counted from 0}"
-  : "${MASTER_ADDR:?is the name or address of host 0, as the other hosts reach it}"
-  : "${MASTER_PORT:?is a free port on host 0, the same on every host}"
-  : "${NCCL_SOCKET_IFNAME:?is the network interface that joins the hosts; the command ip -brief address lists them}"
+  fact NODE_RANK "the number of this host, counted from 0"
+  fact MASTER_ADDR "the name or address of host 0, as the other hosts reach it"
+  fact MASTER_PORT "a free port on host 0, the same on every host"
+  fact NCCL_SOCKET_IFNAME "the network interface that joins the hosts; the command ip -brief address lists them"
 fi
+complete
 node_rank="${NODE_RANK:-0}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 logs="${LOGS:-$here/logs}"
@@ -70,7 +85,12 @@ start() {
 }
 
 newest() {
-  find "$run_folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1 || true
+  # find would take a name with a leading dash for an option.
+  local folder="$run_folder/checkpoints"
+  if [[ "$folder" != /* ]]; then
+    folder="./$folder"
+  fi
+  find "$folder" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1 || true
 }
 
 # ---- Start, and start again from the newest checkpoint when something outside of the run stopped it.
@@ -78,6 +98,20 @@ agent=""
 stop() {
   if [[ -n "$agent" ]]; then
     kill -TERM "$agent" 2>/dev/null || true
+    # An agent that waits for other hosts may not listen; Slurm kills what is left after 30 seconds, ranks included.
+    for ((second = 0; second < ${STOP_SECONDS:-20}; second++)); do
+      if ! kill -0 "$agent" 2>/dev/null; then
+        break
+      fi
+      sleep 1
+    done
+    if kill -0 "$agent" 2>/dev/null; then
+      echo "host $node_rank: the agent did not stop within ${STOP_SECONDS:-20} s and is killed" >&2
+      for rank in $(ps -o pid= --ppid "$agent"); do
+        kill -KILL "$rank" 2>/dev/null || true
+      done
+      kill -KILL "$agent" 2>/dev/null || true
+    fi
     wait "$agent" || true
   fi
   exit "$1"
