@@ -53,7 +53,7 @@ import torch.distributed as dist
 import yaml
 
 from ultralong import figures
-from ultralong.attention import make_context
+from ultralong.attention import make_attention_context
 from ultralong.attention.balance import balanced, imbalance, sends_nothing
 from ultralong.attention.layout import contiguous, zigzag
 from ultralong.attention.ring import rectangles
@@ -227,7 +227,7 @@ predict("06.bytes", ["more", "less", "the same"], guess=None)
 # %%
 def exchange_of(rank, world, scheme, seed):
     """Run one forward pass and return what this rank sent, by target."""
-    context = make_context(TOKENS, dist.group.WORLD, scheme, heads=HEADS, kv_heads=KV_HEADS)
+    context = make_attention_context(TOKENS, dist.group.WORLD, scheme, heads=HEADS, kv_heads=KV_HEADS)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(1, TOKENS, HEADS, 16, generator=generator)
     k, v = torch.randn(2, 1, TOKENS, KV_HEADS, 16, generator=generator)
@@ -278,7 +278,7 @@ predict("06.error", ["grows with the ranks", "stays"], guess=None)
 # %%
 def error_of(rank, world, scheme, seed):
     """Largest error of the output against float64 on one process, in units of its largest value."""
-    context = make_context(TOKENS, dist.group.WORLD, scheme, heads=HEADS, kv_heads=KV_HEADS)
+    context = make_attention_context(TOKENS, dist.group.WORLD, scheme, heads=HEADS, kv_heads=KV_HEADS)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(1, TOKENS, HEADS, 16, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 1, TOKENS, KV_HEADS, 16, generator=generator, dtype=torch.float64)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ultralong.attention import make_context
+from ultralong.attention import make_attention_context
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
 from ultralong.bench.attention.measure import SCHEMES, AttentionBench, bench_attention, documents, main, options_from
 from ultralong.bench.attention.options import described
@@ -66,7 +66,7 @@ def test_options_come_from_the_command_line(capsys):
 
 def test_errors_are_the_kernels_own():
     row = [torch.randn(1, 64, heads, 16, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2, 4)]
-    context = make_context(64, heads=4, kv_heads=2, boundaries=(0, 20, 64))
+    context = make_attention_context(64, heads=4, kv_heads=2, boundaries=(0, 20, 64))
     exact = exact_row(context, row, heads_at_once=1)
     assert exact[0].dtype == torch.float64
     assert all(0 < error < 1e-6 for error in relative_errors(context, row, exact).values())

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ultralong.attention import available_kernels, choose, make_context
+from ultralong.attention import available_kernels, choose, make_attention_context
 from ultralong.attention.balance import by_documents
 from ultralong.attention.kernels import (
     GQA,
@@ -272,13 +272,13 @@ def scheme_errors(rank, world, name, lengths, dtype):
     for tokens in lengths:
         row = tensors(tokens, tokens, 8, 2, 128, getattr(torch, dtype))
         for packed, edges in ((False, None), (True, documents(tokens, 32))):
-            alone = make_context(tokens, None, "auto", name, edges, heads=8, kv_heads=2)
+            alone = make_attention_context(tokens, None, "auto", name, edges, heads=8, kv_heads=2)
             exact = exact_row(alone, row)
             found[tokens, packed, "single"] = relative_errors(alone, row, exact)
             for scheme in SCHEMES:
                 choose.choose_layout.cache_clear()
                 with patch.object(choose, "balanced", partial(by_documents, heavy=0.1, order=1)):
-                    context = make_context(
+                    context = make_attention_context(
                         tokens, torch.distributed.group.WORLD, scheme, name, edges, heads=8, kv_heads=2
                     )
                 assert context.exchanges
@@ -313,7 +313,7 @@ def leak(rank, world, name, masked):
     """For every scheme: whether document B's output is the same to the last bit after document A has changed."""
     same = {}
     for scheme in SCHEMES:
-        context = make_context(
+        context = make_attention_context(
             3000, torch.distributed.group.WORLD, scheme, name, (0, 1100, 3000) if masked else None, heads=8, kv_heads=2
         )
         outs = []

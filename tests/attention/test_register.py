@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 from attention_yardstick import relative
 
-from ultralong.attention import NAME, make_context
+from ultralong.attention import NAME, make_attention_context
 from ultralong.attention.register import DeferredMask, register
 
 SIZE = {
@@ -99,7 +99,7 @@ def test_with_a_context_no_mask_is_built_and_the_answer_is_the_models(family, id
     mine, eager = pair(family)
     expected = eager(ids).logits
     monkeypatch.setattr("ultralong.attention.register.sdpa_mask", never)
-    context = make_context(24, heads=4, kv_heads=2)
+    context = make_attention_context(24, heads=4, kv_heads=2)
     found = mine(ids, position_ids=context.positions(), attention_context=context, use_cache=False).logits
     assert relative(found, expected) <= CLOSE
     every = torch.ones_like(ids)
@@ -109,7 +109,9 @@ def test_with_a_context_no_mask_is_built_and_the_answer_is_the_models(family, id
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 def test_documents_in_a_context_are_separate_calls(family, ids):
     model = model_of(family)
-    context = make_context(24, heads=4, kv_heads=2, boundaries=torch.tensor([0, 1, 15, 24], dtype=torch.int32))
+    context = make_attention_context(
+        24, heads=4, kv_heads=2, boundaries=torch.tensor([0, 1, 15, 24], dtype=torch.int32)
+    )
     together = model(ids, position_ids=context.positions(), attention_context=context, use_cache=False).logits
     for start, stop in ((0, 1), (1, 15), (15, 24)):
         positions = torch.arange(start, stop)[None]
@@ -124,7 +126,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids, reentrant):
         model = model_of("Llama", dtype=torch.float64).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        context = make_context(24, heads=4, kv_heads=2)
+        context = make_attention_context(24, heads=4, kv_heads=2)
         model(ids, labels=ids, attention_context=context, use_cache=False).loss.backward()
         gradients.append([weight.grad for weight in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
@@ -134,7 +136,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids, reentrant):
 def test_autocast_computes_attention_in_its_type(family, ids):
     """Qwen3's norms hand over float32 queries beside bfloat16 values."""
     mine, theirs = model_of(family), model_of(family, "sdpa")
-    context = make_context(24, heads=4, kv_heads=2)
+    context = make_attention_context(24, heads=4, kv_heads=2)
     with torch.autocast("cpu", torch.bfloat16):
         found = mine(ids, attention_context=context, use_cache=False).logits
         found.float().sum().backward()
@@ -157,7 +159,7 @@ def test_a_mask_is_built_once_for_all_layers(ids, monkeypatch):
 
 
 def test_what_a_context_cannot_honour_is_refused_by_name(ids):
-    context = make_context(24, heads=4, kv_heads=2)
+    context = make_attention_context(24, heads=4, kv_heads=2)
     call = {"attention_context": context, "use_cache": False}
     model = model_of("Llama")
     mask = torch.ones_like(ids)

@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import ultralong.attention as ua
-from ultralong.attention import PeerLost, choose, gathered, make_context
+from ultralong.attention import PeerLost, choose, gathered, make_attention_context
 from ultralong.attention.balance import balanced, by_documents
 from ultralong.attention.collectives import copy_rows
 from ultralong.attention.layout import zigzag
-from ultralong.attention.ulysses import stage_counts
+from ultralong.attention.ulysses import head_chunk_counts
 from ultralong.bench.attention.error_curve import error_curve
 from ultralong.utils.local_ranks import RankFailed, run_ranks
 
@@ -39,7 +39,7 @@ def context_with(layout, *arguments, **options):
     """A context whose packed rows are shared out by one of `LAYOUTS`."""
     choose.choose_layout.cache_clear()
     with patch.object(choose, "balanced", LAYOUTS[layout]):
-        return make_context(*arguments, **options)
+        return make_attention_context(*arguments, **options)
 
 
 def wanted(tokens, edges, window, heads, kv_heads, dtype, seed, batch, sink):
@@ -100,15 +100,15 @@ def cases(draw):
 def check_case(case, group, tried):
     heads, kv_heads = case.heads
     window = None if case.scheme == "ring" else case.window
-    stages = [1, kv_heads][case.stage % 2] if case.scheme == "gathered" and dist.get_world_size() > 1 else None
+    head_chunks = [1, kv_heads][case.stage % 2] if case.scheme == "gathered" and dist.get_world_size() > 1 else None
     if case.scheme == "ulysses":
         try:
-            counts = stage_counts(heads, kv_heads, dist.get_world_size())
+            counts = head_chunk_counts(heads, kv_heads, dist.get_world_size())
         except ValueError:
             with pytest.raises(ValueError, match=r"can't split .* Use scheme='gathered'"):
-                make_context(case.tokens, group, "ulysses", heads=heads, kv_heads=kv_heads)
+                make_attention_context(case.tokens, group, "ulysses", heads=heads, kv_heads=kv_heads)
             return
-        stages = counts[case.stage % len(counts)] if dist.get_world_size() > 1 else 1
+        head_chunks = counts[case.stage % len(counts)] if dist.get_world_size() > 1 else 1
     context = context_with(
         case.layout,
         case.tokens,
@@ -117,7 +117,7 @@ def check_case(case, group, tried):
         boundaries=case.edges,
         heads=heads,
         kv_heads=kv_heads,
-        stages=stages,
+        head_chunks=head_chunks,
     )
     inputs, expected, sink_grad = wanted(
         case.tokens, case.edges, window, heads, kv_heads, case.dtype, case.seed, case.batch, case.sink
@@ -158,7 +158,9 @@ def whole(rank, world, shape):
     edges, found = (0, 5, 8, 13, 16, 21, 24, 29, 32), {}
     for scheme in ("ulysses", "gathered", "ring") if shape is None else ("auto", "hybrid-gathered", "hybrid-ring"):
         for tokens, stop in ((32, None), (31, 31)):  # one token of padding is a document too
-            context = make_context(tokens, group, scheme, boundaries=(*edges[:-1], stop or 32), heads=8, kv_heads=4)
+            context = make_attention_context(
+                tokens, group, scheme, boundaries=(*edges[:-1], stop or 32), heads=8, kv_heads=4
+            )
             inputs, expected, sinks = wanted(tokens, (*edges[:-1], stop or 32), None, 8, 4, torch.float64, 7, 2, True)
             sink = torch.linspace(-2, 2, 8, dtype=torch.float64)
             q, k, v = (context.shard(x).requires_grad_() for x in inputs[:3])
@@ -181,7 +183,7 @@ def in_rounds(rank, world):
     for limit in (3 * 64 * 8 * 8, 1):  # bytes; a kv head of 64 keys takes 2 * 64 * 8 * 8, and the first rank sees all
         gathered.BYTES_AT_ONCE = limit
         for edges in (None, (0, 3, 40, 61)):
-            context = make_context(61, dist.group.WORLD, "gathered", boundaries=edges, heads=8, kv_heads=4)
+            context = make_attention_context(61, dist.group.WORLD, "gathered", boundaries=edges, heads=8, kv_heads=4)
             errors.append(error_of(context, *wanted(61, edges, None, 8, 4, torch.float64, 3, 1, False)[:2]))
     return max(errors)
 
@@ -197,9 +199,9 @@ def two_levels(rank, world, shape):
     for scheme in ("hybrid-gathered", "hybrid-ring", "auto"):
         for edges in (None, (0, 1, 17, 18, 50, 61)):
             for heads, kv_heads in ((8, 8), (8, 1), (24, 3)):
-                for stages in stage_counts(heads, kv_heads, shape[1])[:2]:
-                    context = make_context(
-                        61, mesh, scheme, boundaries=edges, heads=heads, kv_heads=kv_heads, stages=stages
+                for head_chunks in head_chunk_counts(heads, kv_heads, shape[1])[:2]:
+                    context = make_attention_context(
+                        61, mesh, scheme, boundaries=edges, heads=heads, kv_heads=kv_heads, head_chunks=head_chunks
                     )
                     assert context.size == world
                     window = 9 if scheme == "hybrid-gathered" else None
@@ -220,7 +222,9 @@ def probe(rank, world, masked):
     """For every scheme: is the output of document B the same to the last bit after document A has changed?"""
     edges, same = (0, 23, 61), {}
     for scheme in ONE_LEVEL:
-        context = make_context(61, dist.group.WORLD, scheme, boundaries=edges if masked else None, heads=8, kv_heads=2)
+        context = make_attention_context(
+            61, dist.group.WORLD, scheme, boundaries=edges if masked else None, heads=8, kv_heads=2
+        )
         outs = []
         for change in (0.0, 1.0):
             q, k, v, _ = random_qkv(1, 1, 61, 61, 8, 2, 8, torch.float32)
@@ -273,7 +277,7 @@ def model_error(rank, world, family, scheme, edges, tokens=45):
     ids = torch.randint(0, 64, (1, tokens), generator=make)
     labels = torch.where(torch.rand(1, tokens, generator=make) < 0.2, -100, ids.roll(-1, 1))
     model = tiny(family)
-    context = make_context(tokens, dist.group.WORLD, scheme, boundaries=edges, heads=4, kv_heads=2)
+    context = make_attention_context(tokens, dist.group.WORLD, scheme, boundaries=edges, heads=4, kv_heads=2)
     loss = summed_loss(
         model, context.shard(ids), context.shard(labels, pad=-100), context.positions(), attention_context=context
     )
@@ -331,7 +335,7 @@ def kept(rank, world, scheme):
     """Gradients under activation checkpointing with a keeper and without checkpointing, and the kernel calls saved."""
     results, calls = [], []
     for keeper, recompute in ((None, False), (Keeper(), True)):
-        context = make_context(50, dist.group.WORLD, scheme, heads=4, kv_heads=2, keeper=keeper)
+        context = make_attention_context(50, dist.group.WORLD, scheme, heads=4, kv_heads=2, keeper=keeper)
         leaves = [context.shard(x).clone().requires_grad_() for x in random_qkv(0, 1, 50, 50, 4, 2, 8)[:3]]
         inside = partial(counted, context, calls)
         out = checkpoint(inside, *leaves, use_reentrant=False) if recompute else inside(*leaves)
@@ -373,7 +377,7 @@ def thrice(context, q, k, v):
 
 
 def dies(rank, world, scheme):
-    context = make_context(64, dist.group.WORLD, scheme, heads=4, kv_heads=2)
+    context = make_attention_context(64, dist.group.WORLD, scheme, heads=4, kv_heads=2)
     q, k, v, _ = (context.shard(x) for x in random_qkv(0, 1, 64, 64, 4, 2, 8))
     context.attend(q, k, v)
     if rank == 1:
@@ -395,7 +399,9 @@ def test_a_dead_rank_does_not_hang_the_others(scheme):
 def sleeps(rank, world):
     if rank == 1:
         time.sleep(60)
-    return make_context(8, dist.group.WORLD, "ulysses", heads=2).attend(*(torch.zeros(1, 4, 2, 8) for _ in range(3)))
+    return make_attention_context(8, dist.group.WORLD, "ulysses", heads=2).attend(
+        *(torch.zeros(1, 4, 2, 8) for _ in range(3))
+    )
 
 
 def test_a_rank_that_does_not_arrive_is_a_timeout_with_a_message():
@@ -440,31 +446,31 @@ def bad_input(rank, world):
     first = dist.new_group([0])
     if rank == 1:
         with pytest.raises(ValueError, match="process 1 is not a member of the group"):
-            make_context(16, first, heads=8)
+            make_attention_context(16, first, heads=8)
     else:
-        assert make_context(16, first, heads=8).scheme == "single"
-    good = partial(make_context, 16, group, heads=8, kv_heads=2)
+        assert make_attention_context(16, first, heads=8).scheme == "single"
+    good = partial(make_attention_context, 16, group, heads=8, kv_heads=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
     for call, message in (
         (partial(good, scheme="rings"), "scheme must be one of auto, .*'rings'"),
         (partial(good, kernel="fast"), "kernel must be one of auto, .*'fast'"),
         (partial(good, scheme="single"), "'single' is for one process, found a group of 2"),
         (partial(good, scheme="hybrid-ring"), "two levels of ranks .* found one of 2"),
-        (partial(good, scheme="ulysses", stages=3), r"stages must be one of \[1, 2, 4\] .* found 3"),
-        (partial(good, scheme="ring", stages=2), r"one of \[1\] .* 'ring', found 2"),
+        (partial(good, scheme="ulysses", head_chunks=3), r"head_chunks must be one of \[1, 2, 4\] .* found 3"),
+        (partial(good, scheme="ring", head_chunks=2), r"one of \[1\] .* 'ring', found 2"),
         (partial(good, boundaries=[0, 8, 8, 16]), "must rise, found 8 followed by 8 at entry 2"),
         (partial(good, boundaries=[0, 9, 12]), "must end at the length 16, found 12"),
         (partial(good, boundaries=torch.tensor([1, 16])), "must begin with 0"),
         (partial(good, boundaries=torch.tensor([0.0, 16.0])), "int32 or int64 tensor, found torch.float32"),
-        (partial(make_context, 16, group, heads=9, kv_heads=2), "multiple of kv heads, found 9 and 2"),
-        (partial(make_context, 16, group, "ulysses", heads=9, kv_heads=3), r"lcm\(3, 2\) = 6"),
-        (partial(make_context, 0, group, heads=8), "at least 1 token, found 0"),
+        (partial(make_attention_context, 16, group, heads=9, kv_heads=2), "multiple of kv heads, found 9 and 2"),
+        (partial(make_attention_context, 16, group, "ulysses", heads=9, kv_heads=3), r"lcm\(3, 2\) = 6"),
+        (partial(make_attention_context, 0, group, heads=8), "at least 1 token, found 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert make_context(16, mesh, "auto", heads=8).scheme == "ulysses"
+    assert make_attention_context(16, mesh, "auto", heads=8).scheme == "ulysses"
     short, long = range(0, 2**17 + 1, 2**12), (0, 2**16, 2**17)
-    for edges, tokens, heads, kv_heads, stages in (
+    for edges, tokens, heads, kv_heads, head_chunks in (
         (short, 2**17, 32, 8, 4),
         (short, 2**17, 32, 4, 2),
         (short, 2**17, 32, 1, 1),
@@ -472,9 +478,14 @@ def bad_input(rank, world):
         (None, 2**17, 32, 8, 1),
         (range(0, 2**14 + 1, 2**10), 2**14, 32, 8, 1),
     ):
-        assert make_context(tokens, group, "ulysses", boundaries=edges, heads=heads, kv_heads=kv_heads).stages == stages
-    assert make_context(16, group, "auto", heads=9, kv_heads=3).scheme == "gathered"
-    for edges, stages, scheme in (
+        assert (
+            make_attention_context(
+                tokens, group, "ulysses", boundaries=edges, heads=heads, kv_heads=kv_heads
+            ).head_chunks
+            == head_chunks
+        )
+    assert make_attention_context(16, group, "auto", heads=9, kv_heads=3).scheme == "gathered"
+    for edges, head_chunks, scheme in (
         (short, None, "gathered"),
         (short, 4, "gathered"),
         (short, 16, "ulysses"),
@@ -482,14 +493,18 @@ def bad_input(rank, world):
         ((0, 2**17 - 5, 2**17), None, "ulysses"),
         (None, None, "ulysses"),
     ):
-        made = make_context(2**17, group, "auto", boundaries=edges, heads=32, kv_heads=8, stages=stages)
+        made = make_attention_context(
+            2**17, group, "auto", boundaries=edges, heads=32, kv_heads=8, head_chunks=head_chunks
+        )
         assert made.scheme == scheme, "documents stay on one rank where that balances"
     for edges, scheme in (
         (range(0, 2**13 + 1, 2**10), "gathered"),
         ((0, 2**13 - 5, 2**13), "ulysses"),
         (None, "ulysses"),
     ):
-        assert make_context(2**13, group, "auto", boundaries=edges, heads=8).scheme == scheme, "as on short rows"
+        assert make_attention_context(2**13, group, "auto", boundaries=edges, heads=8).scheme == scheme, (
+            "as on short rows"
+        )
     context = good(scheme="gathered")
     q, k = torch.zeros(1, 8, 8, 4), torch.zeros(1, 8, 2, 4)
     for tensors, message in (
@@ -515,4 +530,4 @@ def test_bad_input_is_refused_with_the_value_and_the_rule():
 
 
 def test_names_are_public():
-    assert {"make_context", "AttentionContext", "PeerLost", "KERNELS", "SCHEMES"} <= set(ua.__all__)
+    assert {"make_attention_context", "AttentionContext", "PeerLost", "KERNELS", "SCHEMES"} <= set(ua.__all__)

@@ -14,7 +14,7 @@ TOKENS, HEADS, KV_HEADS, SIZE = 64, 8, 4, 8
 
 
 def traffic(rank: int, world: int, scheme: str) -> list:
-    context = attention.make_context(TOKENS, dist.group.WORLD, scheme, heads=HEADS, kv_heads=KV_HEADS)
+    context = attention.make_attention_context(TOKENS, dist.group.WORLD, scheme, heads=HEADS, kv_heads=KV_HEADS)
     share = TOKENS // world
     q = torch.randn(1, share, HEADS, SIZE)
     k, v = (torch.randn(1, share, KV_HEADS, SIZE) for _ in range(2))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ultralong.attention import gathered, make_context
+from ultralong.attention import gathered, make_attention_context
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.layout import zigzag
 from ultralong.attention.scheme import Scheme
@@ -109,7 +109,7 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
         return pair
 
     memory.keeper.take = taken
-    context = make_context(TOKENS, heads=2, kv_heads=1, keeper=memory.keeper)
+    context = make_attention_context(TOKENS, heads=2, kv_heads=1, keeper=memory.keeper)
     ids, places = torch.zeros(1, TOKENS, dtype=torch.int64), torch.arange(TOKENS)[None]
     logits = model(input_ids=ids, position_ids=places, use_cache=False, attention_context=context).logits
     job = job_of(config)
@@ -186,7 +186,7 @@ def test_the_stand_in_for_attention_holds_as_much_as_the_exchange(heads, stages)
 def gathered_peaks(rank: int, world: int, heads: tuple[int, int], stages: int, at_once: int) -> list[int]:
     with patch.object(gathered, "BYTES_AT_ONCE", at_once):
         layout = zigzag(64 * world, world)
-        scheme = gathered.Gathered(dist.group.WORLD, layout, AllocatingKernel(), stages=stages)
+        scheme = gathered.Gathered(dist.group.WORLD, layout, AllocatingKernel(), head_chunks=stages)
         row = [x.float() for x in tensors(*heads)]
         return [min(peaks) for peaks in zip(*(passes_peaks(scheme, *row) for _ in range(5)))]
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ultralong.attention import make_context
+from ultralong.attention import make_attention_context
 from ultralong.training import fused_ops as lean
 from ultralong.training import loss
 from ultralong.training import swiglu as gated
@@ -78,7 +78,7 @@ def test_what_runs_in_one_pass_is_compiled_and_rounds_no_worse(name, caplog):
 
 def gradients(model, memory):
     ids = torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(3)).cuda()
-    context = make_context(TOKENS, heads=8, kv_heads=2, keeper=memory.keeper if memory else None)
+    context = make_attention_context(TOKENS, heads=8, kv_heads=2, keeper=memory.keeper if memory else None)
     total, _ = LanguageModelLoss(model, 1024)(
         input_ids=ids,
         labels=ids.roll(-1, 1),

@@ -13,7 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from ultralong.attention import make_context
+from ultralong.attention import make_attention_context
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory import Memory
@@ -70,7 +70,7 @@ def gradients(model, boundaries, tile, **plan):
     ids = torch.randint(0, 160, (2, TOKENS), generator=generator)
     labels = torch.randint(0, 160, (2, TOKENS), generator=generator)
     text = model.config
-    context = make_context(
+    context = make_attention_context(
         TOKENS,
         boundaries=boundaries,
         heads=text.num_attention_heads,
@@ -140,7 +140,7 @@ def test_without_a_context_the_layers_are_transformers_own(make_tiny_model):
 def test_a_pass_without_gradients_keeps_nothing(make_tiny_model):
     model = make_tiny_model()
     memory = Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8, attention_outputs_on_gpu=-1))
-    context = make_context(20, heads=4, kv_heads=2, keeper=memory.keeper)
+    context = make_attention_context(20, heads=4, kv_heads=2, keeper=memory.keeper)
     with torch.no_grad():
         model(torch.arange(20)[None], attention_context=context, use_cache=False)
     assert not memory.keeper._kept
@@ -162,8 +162,8 @@ def test_layers_that_are_not_known_are_refused(config, said):
 def test_hidden_tokens_and_caches_are_refused(make_tiny_model):
     model = make_tiny_model()
     Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
-    context = make_context(20, heads=4, kv_heads=2)
-    with pytest.raises(ValueError, match="pass boundaries to make_context"):
+    context = make_attention_context(20, heads=4, kv_heads=2)
+    with pytest.raises(ValueError, match="pass boundaries to make_attention_context"):
         model(torch.arange(20)[None], attention_context=context, use_cache=True)
 
 

@@ -1,13 +1,14 @@
 """Sequence-parallel attention: exact, aware of packed documents, for unmodified transformers models.
 
-`import ultralong.attention` makes `attn_implementation="ultralong"` known; `make_context` says how one row's attention
-is shared out; the model is then called with this rank's tokens and `attention_context=`.
+`import ultralong.attention` registers `attn_implementation="ultralong"` in transformers; `make_attention_context`
+decides how one row's attention is shared out; the model is then called with this rank's tokens and
+`attention_context=`.
 """
 
 from ultralong.attention.autograd import AttentionKeeper
 from ultralong.attention.choose import SCHEMES
 from ultralong.attention.collectives import PeerLost
-from ultralong.attention.context import AttentionContext, make_context
+from ultralong.attention.context import AttentionContext, make_attention_context
 from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
 from ultralong.attention.register import NAME
 from ultralong.attention.register import register as _register
@@ -21,7 +22,7 @@ __all__ = [
     "PeerLost",
     "available_kernels",
     "get_kernel",
-    "make_context",
+    "make_attention_context",
 ]
 
 _register()

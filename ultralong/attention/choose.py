@@ -1,4 +1,4 @@
-"""Which scheme computes a row's attention, in how many stages, and who holds which tokens.
+"""Which scheme computes a row's attention, in how many head chunks, and who holds which tokens.
 
 Legend: T tokens of the row, P ranks, H query heads, K kv heads.
 """
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ultralong.attention.balance import PAIRS_PER_CALL, PAIRS_PER_EXCHANGE, balanced, cost, sends_nothing, work
 from ultralong.attention.collectives import Group
 from ultralong.attention.layout import Layout, contiguous, zigzag
-from ultralong.attention.ulysses import default_stages, exchange_cost, head_split, stage_counts
+from ultralong.attention.ulysses import default_head_chunks, exchange_cost, head_chunk_counts, head_split
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ class Row:
         boundaries: Document boundaries when documents don't see each other, else None.
         heads: H.
         kv_heads: K.
-        stages: Head chunks, if somebody asked for a number.
+        head_chunks: Head chunks, if somebody asked for a number.
     """
 
     tokens: int
     boundaries: tuple[int, ...] | None
     heads: int
     kv_heads: int
-    stages: int | None = None
+    head_chunks: int | None = None
 
 
 def two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
@@ -56,7 +56,9 @@ def two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
     outer, inner = group if isinstance(group, tuple) else (group, None)
     for member in (outer, inner):
         if member is not None and dist.get_rank(member) < 0:
-            raise ValueError(f"process {dist.get_rank()} is not a member of the group that it passed to make_context")
+            raise ValueError(
+                f"process {dist.get_rank()} is not a member of the group that it passed to make_attention_context"
+            )
     outer, inner = (None if g is None or dist.get_world_size(g) == 1 else g for g in (outer, inner))
     return (outer, inner) if outer is not None or inner is None else (inner, None)
 
@@ -112,15 +114,15 @@ def _documents_stay(row: Row, ranks: int) -> bool:
     """Whether sharing out documents costs less than trading tokens for heads, as it does where they are short."""
     if row.boundaries is None:
         return False
-    if row.stages is not None and row.stages not in _counts("gathered", row, ranks):
+    if row.head_chunks is not None and row.head_chunks not in _counts("gathered", row, ranks):
         return False
-    traded = _traded(row, ranks, choose_stages("ulysses", ranks, row))
+    traded = _traded(row, ranks, choose_head_chunks("ulysses", ranks, row))
     return cost(choose_layout(row, ranks, 1), row.boundaries) < WORTH_IT * traded
 
 
-def _traded(row: Row, ranks: int, stages: int) -> float:
-    """What trading tokens for heads costs a rank, in query-key pairs: of `stages` all but one run beside the work."""
-    exchange = exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / stages
+def _traded(row: Row, ranks: int, head_chunks: int) -> float:
+    """Cost of the sequence-to-head all-to-alls for a rank, in query-key pairs; all head chunks but one are hidden."""
+    exchange = exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / head_chunks
     return work(0, row.tokens, row.boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE + exchange
 
 
@@ -142,29 +144,29 @@ def whole_documents(row: Row, processes: int) -> Layout | None:
     return None
 
 
-def choose_stages(scheme: str, degree: int, row: Row) -> int:
+def choose_head_chunks(scheme: str, degree: int, row: Row) -> int:
     """The number of head chunks of Ulysses over `degree` ranks, or of gathered keys.
 
     Raises:
         ValueError: The number asked for does not split the heads.
     """
     counts = _counts(scheme, row, degree)
-    if row.stages is None:
+    if row.head_chunks is None:
         few = row.kv_heads // degree
-        return default_stages(counts, row.tokens, row.boundaries, few) if scheme == "ulysses" else 1
-    if row.stages not in counts:
+        return default_head_chunks(counts, row.tokens, row.boundaries, few) if scheme == "ulysses" else 1
+    if row.head_chunks not in counts:
         raise ValueError(
-            f"stages must be one of {counts} for {row.heads} query and {row.kv_heads} kv heads under "
-            f"scheme {scheme!r}, found {row.stages}"
+            f"head_chunks must be one of {counts} for {row.heads} query and {row.kv_heads} kv heads under "
+            f"scheme {scheme!r}, found {row.head_chunks}"
         )
-    return row.stages
+    return row.head_chunks
 
 
 def _counts(scheme: str, row: Row, degree: int) -> list[int]:
     """The head chunks that a scheme can have."""
     if scheme == "gathered":
         return [count for count in range(1, row.kv_heads + 1) if row.kv_heads % count == 0]
-    return stage_counts(row.heads, row.kv_heads, degree) if degree > 1 else [1]
+    return head_chunk_counts(row.heads, row.kv_heads, degree) if degree > 1 else [1]
 
 
 @cache

@@ -19,9 +19,9 @@ from ultralong.attention.checks import check_boundaries, check_heads, check_tens
 from ultralong.attention.choose import (
     Groups,
     Row,
+    choose_head_chunks,
     choose_layout,
     choose_scheme,
-    choose_stages,
     two_levels,
     whole_documents,
 )
@@ -40,7 +40,7 @@ from ultralong.attention.ulysses import Ulysses, head_split
 class AttentionContext:
     """How the attention of one row (or a batch of rows with the same documents) is shared out.
 
-    Made by `make_context`, passed to an unmodified transformers model as `attention_context=`.
+    Made by `make_attention_context`, passed to an unmodified transformers model as `attention_context=`.
 
     Attributes:
         tokens: Length of the row, without padding.
@@ -53,7 +53,7 @@ class AttentionContext:
         boundaries: Document boundaries when documents don't see each other, else None: every token sees all before it.
         outer: Group of the layout's ranks (None for one rank).
         inner: Group that trades tokens for heads (Ulysses; None without).
-        stages: Head chunks of Ulysses and of gathered keys.
+        head_chunks: Head chunks of Ulysses and of gathered keys.
         keeper: Keeps attention results over recomputed forward passes.
         reason: Why `auto` chose this scheme, and whether there is anything for it to exchange.
     """
@@ -68,7 +68,7 @@ class AttentionContext:
     boundaries: tuple[int, ...] | None
     outer: Group | None = None
     inner: Group | None = None
-    stages: int = 1
+    head_chunks: int = 1
     keeper: AttentionKeeper | None = None
     reason: str = ""
     _made: dict[Kernel, Scheme] = field(default_factory=dict, repr=False)
@@ -213,14 +213,14 @@ class AttentionContext:
             elif self.scheme.endswith("ring"):
                 core = Ring(self.outer, self.layout, kernel, self.boundaries)
             else:
-                chunks = self.stages if self.inner is None else 1
+                chunks = self.head_chunks if self.inner is None else 1
                 core = Gathered(self.outer, self.layout, kernel, self.boundaries, chunks)
             trades = self.exchanges and self.inner is not None
-            self._made[kernel] = Ulysses(self.inner, core, self.stages) if trades else core
+            self._made[kernel] = Ulysses(self.inner, core, self.head_chunks) if trades else core
         return self._made[kernel]
 
 
-def make_context(
+def make_attention_context(
     tokens: int,
     group: Groups | None = None,
     scheme: str = "auto",
@@ -229,7 +229,7 @@ def make_context(
     *,
     heads: int,
     kv_heads: int | None = None,
-    stages: int | None = None,
+    head_chunks: int | None = None,
     keeper: AttentionKeeper | None = None,
 ) -> AttentionContext:
     """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
@@ -245,9 +245,9 @@ def make_context(
             nothing is exchanged, whatever the scheme.
         heads: Query heads of the model.
         kv_heads: Kv heads of the model, as many as query heads by default.
-        stages: Head chunks of Ulysses and of gathered keys: transfers of one run beside the computing of another, and
-            more make the exchanged buffers smaller, and each costs a little. None is 1, and up to 4 for Ulysses on
-            long rows of short documents.
+        head_chunks: Number of head chunks of Ulysses and of gathered keys. Transfers of one chunk run beside the
+            computing of another, and more chunks make the exchanged buffers smaller; each costs a little. None is 1,
+            and up to 4 for Ulysses on long rows of short documents.
         keeper: Keeps attention results over recomputed forward passes.
 
     Raises:
@@ -262,13 +262,13 @@ def make_context(
     edges = None if edges is not None and len(edges) == 2 else edges
     outer, inner = two_levels(group)
     outer_size, inner_size = (1 if g is None else dist.get_world_size(g) for g in (outer, inner))
-    row = Row(tokens, edges, heads, kv_heads, stages)
+    row = Row(tokens, edges, heads, kv_heads, head_chunks)
     name, reason = choose_scheme(scheme, outer_size, inner_size, row)
     if name == "ulysses":
         outer, inner, outer_size, inner_size = None, outer, 1, outer_size
     if inner is not None:
         head_split(heads, kv_heads, inner_size)
-    stages = choose_stages(name, inner_size, row)
+    head_chunks = choose_head_chunks(name, inner_size, row)
     whole = whole_documents(row, outer_size * inner_size) if inner is not None else None
     if whole is not None:
         reason += "; whole documents on every process, nothing is exchanged"
@@ -278,5 +278,5 @@ def make_context(
         edges = (*edges, layout.padded)
     process = outer_rank * inner_size + inner_rank
     return AttentionContext(
-        tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, stages, keeper, reason
+        tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, head_chunks, keeper, reason
     )

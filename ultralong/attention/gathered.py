@@ -148,7 +148,7 @@ class Gathered(Scheme):
         layout: Which tokens each holds (its inner level, if any, has been undone by an exchange around this scheme).
         kernel: Who computes.
         boundaries: Document boundaries of the padded row when documents don't see each other, else None.
-        stages: Rounds of kv heads at least: while one is computed, the next one's keys come and the last one's
+        head_chunks: Rounds of kv heads at least: while one is computed, the next one's keys come and the last one's
             gradients travel.
     """
 
@@ -156,7 +156,7 @@ class Gathered(Scheme):
     layout: Layout
     kernel: Kernel
     boundaries: tuple[int, ...] | None = None
-    stages: int = 1
+    head_chunks: int = 1
 
     @cached_property
     def _traffic(self) -> dict[int | None, Traffic]:
@@ -251,7 +251,7 @@ class Gathered(Scheme):
         """Rounds of kv heads with the K and V in front of this rank; the next round's are under way."""
         kv_heads = k.shape[2]
         size = 2 * k.shape[0] * self.traffic(window).most * k.shape[3] * k.element_size()
-        step = max(1, min(-(-kv_heads // self.stages), BYTES_AT_ONCE // size))
+        step = max(1, min(-(-kv_heads // self.head_chunks), BYTES_AT_ONCE // size))
         rounds = [slice(a, min(a + step, kv_heads)) for a in range(0, kv_heads, step)]
         coming = self._gather(k, v, rounds[0], window, 0)
         for number in range(1, len(rounds) + 1):

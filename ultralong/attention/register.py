@@ -143,7 +143,7 @@ def _refuse(
     if hidden:
         raise ValueError(
             f"{name}: an attention_mask with hidden tokens can't be used with an attention context; pass "
-            "boundaries to make_context instead (padding at the end of the row needs no mask)"
+            "boundaries to make_attention_context instead (padding at the end of the row needs no mask)"
         )
     if dropout:
         raise ValueError(

@@ -2,12 +2,12 @@
 
 Legend: B batch, T tokens a rank holds, P ranks, H query heads, K kv heads, D head size; M = lcm(K, P) kv heads after
 each is repeated M / K times (1 where the degree divides them), N = M / P of them a rank, G = H / M query heads for
-each; n and g those of one stage.
+each; n and g those of one chunk.
 
-DeepSpeed-Ulysses (arXiv 2309.14509), with the head-chunked stages of UPipe (arXiv 2602.21196): only the heads of one
-stage, and the exchange of the next one, are in the exchanged form at a time. What the backward pass needs is kept in
-the local form and exchanged again, which costs one more exchange but no second copy. K and V of a stage stay while
-the stages that share them run.
+DeepSpeed-Ulysses (arXiv 2309.14509), with the head chunks of UPipe (arXiv 2602.21196): only the heads of one
+chunk, and the exchange of the next one, are in the exchanged form at a time. What the backward pass needs is kept in
+the local form and exchanged again, which costs one more exchange but no second copy. K and V of a chunk stay while
+the chunks that share them run.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ def head_split(heads: int, kv_heads: int, degree: int) -> tuple[int, int]:
     return repeated // degree, heads // repeated
 
 
-def stage_counts(heads: int, kv_heads: int, degree: int) -> list[int]:
-    """The numbers of stages that split the heads evenly, rising (UPipe's head chunks)."""
+def head_chunk_counts(heads: int, kv_heads: int, degree: int) -> list[int]:
+    """The numbers of head chunks that split the heads evenly, rising (as in UPipe)."""
     kv, group = head_split(heads, kv_heads, degree)
     of_kv, of_group = ([s for s in range(1, count + 1) if count % s == 0] for count in (kv, group))
     return sorted({*of_kv, *(kv * s for s in of_group)})
 
 
-def default_stages(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
-    """One stage, or up to four on long rows of short documents, not splitting a kv head's query heads.
+def default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
+    """One chunk, or up to four on long rows of short documents, not splitting a kv head's query heads.
 
     A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.balance`), which shows where
-    documents are short: the exchange of one stage then runs beside the computing of another.
+    documents are short: the exchange of one chunk then runs beside the computing of another.
 
     Args:
-        counts: The numbers of stages that there are.
+        counts: The numbers of head chunks that split the heads evenly.
         tokens: Length of the row.
         boundaries: Document boundaries when documents don't see each other, else None.
         kv: Kv heads of a rank.
@@ -84,12 +84,12 @@ def exchange_cost(tokens: float, degree: int, group: int) -> float:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The heads of one stage, of every rank's N kv heads and of each one's G query heads."""
+class HeadChunk:
+    """The heads of one chunk, of every rank's N kv heads and of each one's G query heads."""
 
     kv: slice
     group: slice
-    first: bool  # the first stage with these kv heads
+    first: bool  # the first chunk with these kv heads
     last: bool  # the last one
 
 
@@ -100,12 +100,12 @@ class Ulysses(Scheme):
     Attributes:
         group: The ranks that share the heads; their tokens laid end to end are what the inner scheme holds.
         inner: Attention of the exchanged tokens (`Local`, or a scheme over other ranks: the two-level hybrid).
-        stages: Number of head chunks, one of `stage_counts`.
+        head_chunks: Number of head chunks, one of `head_chunk_counts`.
     """
 
     group: Group
     inner: Scheme
-    stages: int = 1
+    head_chunks: int = 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Pair:
         """`forward` without a sink."""
@@ -118,26 +118,26 @@ class Ulysses(Scheme):
         return self.backward(dout, q, k, v, out, lse, rule, wide=wide)[:3]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink: Tensor | None = None) -> Pair:
-        """Out (B, T, H, D), and lse (B, H / P, P T) of this rank's heads over the group's tokens, stage after stage."""
+        """Out (B, T, H, D), and lse (B, H / P, P T) of this rank's heads over the group's tokens, chunk after chunk."""
         split = self._split(q, k)
         queries, keys, values = split(q), split(k), split(v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         outs, lses, held = split(out), [], []
 
-        def outgoing(stage: Stage) -> list[Tensor]:
+        def outgoing(chunk: HeadChunk) -> list[Tensor]:
             return [
-                queries[:, :, :, stage.kv, stage.group],
-                *((x[:, :, :, stage.kv] for x in (keys, values)) if stage.first else ()),
+                queries[:, :, :, chunk.kv, chunk.group],
+                *((x[:, :, :, chunk.kv] for x in (keys, values)) if chunk.first else ()),
             ]
 
-        def compute(stage: Stage, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        def compute(chunk: HeadChunk, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
             held[:] = arrived[1:] or held
-            own = self._own(split, sink, stage)
+            own = self._own(split, sink, chunk)
             part, lse = self.inner.forward(arrived[0], *held, rule, None if own is None else own.flatten())
             lses.append(lse)
-            return [(part, outs[:, :, :, stage.kv, stage.group])]
+            return [(part, outs[:, :, :, chunk.kv, chunk.group])]
 
-        self._pipeline(split.stages(self.stages), outgoing, compute)
+        self._pipeline(split.chunks(self.head_chunks), outgoing, compute)
         return out, torch.cat(lses, 1)
 
     def backward(
@@ -153,8 +153,8 @@ class Ulysses(Scheme):
         *,
         wide: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Exchanges q, out, dout, k and v again, stage by stage, and the gradients back."""
-        split, stages = self._split(q, k), self._split(q, k).stages(self.stages)
+        """Exchanges q, out, dout, k and v again, chunk by chunk, and the gradients back."""
+        split, chunks = self._split(q, k), self._split(q, k).chunks(self.head_chunks)
         by_query, by_key = [split(x) for x in (q, out, dout)], [split(k), split(v)]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         home_type = accumulator(k.dtype) if wide or split.copies > 1 else k.dtype
@@ -162,18 +162,18 @@ class Ulysses(Scheme):
             torch.empty_like(x, dtype=home_type, memory_format=torch.contiguous_format) for x in by_key
         )  # (B, T, P, N, 1, D)
         dsink = None if sink is None else torch.zeros_like(sink)
-        dqs, statistics, held, sums = split(dq), iter(lse.chunk(self.stages, 1)), [], []
-        unrounded = home_type != k.dtype or not all(stage.first for stage in stages)  # several add up to one
+        dqs, statistics, held, sums = split(dq), iter(lse.chunk(self.head_chunks, 1)), [], []
+        unrounded = home_type != k.dtype or not all(chunk.first for chunk in chunks)  # several add up to one
 
-        def outgoing(stage: Stage) -> list[Tensor]:
+        def outgoing(chunk: HeadChunk) -> list[Tensor]:
             return [
-                *(x[:, :, :, stage.kv, stage.group] for x in by_query),
-                *((x[:, :, :, stage.kv] for x in by_key) if stage.first else ()),
+                *(x[:, :, :, chunk.kv, chunk.group] for x in by_query),
+                *((x[:, :, :, chunk.kv] for x in by_key) if chunk.first else ()),
             ]
 
-        def compute(stage: Stage, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        def compute(chunk: HeadChunk, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
             held[:] = arrived[3:] or held
-            own = self._own(split, sink, stage)
+            own = self._own(split, sink, chunk)
             query, attended, grad = arrived[:3]
             part, *to_keys, to_sink = self.inner.backward(
                 grad,
@@ -186,14 +186,14 @@ class Ulysses(Scheme):
                 wide=unrounded,
             )
             if to_sink is not None:
-                self._own(split, dsink, stage).copy_(to_sink.view_as(own))
-            sums[:] = to_keys if stage.first else [a + b for a, b in zip(sums, to_keys, strict=True)]
-            home = [(part, dqs[:, :, :, stage.kv, stage.group])]
-            if stage.last:
-                home += [(x.to(home_type), y[:, :, :, stage.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
+                self._own(split, dsink, chunk).copy_(to_sink.view_as(own))
+            sums[:] = to_keys if chunk.first else [a + b for a, b in zip(sums, to_keys, strict=True)]
+            home = [(part, dqs[:, :, :, chunk.kv, chunk.group])]
+            if chunk.last:
+                home += [(x.to(home_type), y[:, :, :, chunk.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
             return home
 
-        self._pipeline(stages, outgoing, compute)
+        self._pipeline(chunks, outgoing, compute)
         dk, dv = (split.sum_copies(x) if wide else split.sum_copies(x).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv, dsink
 
@@ -201,33 +201,33 @@ class Ulysses(Scheme):
         degree = dist.get_world_size(self.group)
         return Split(q.shape[2], k.shape[2], degree, *head_split(q.shape[2], k.shape[2], degree))
 
-    def _own(self, split: Split, per_head: Tensor | None, stage: Stage) -> Tensor | None:
-        """The view (n, g) of a per-head vector (H,) that belongs to this rank's heads of a stage."""
+    def _own(self, split: Split, per_head: Tensor | None, chunk: HeadChunk) -> Tensor | None:
+        """The view (n, g) of a per-head vector (H,) that belongs to this rank's heads of a chunk."""
         if per_head is None:
             return None
         rank = dist.get_rank(self.group)
-        return per_head.unflatten(0, (split.degree, split.kv, split.group))[rank, stage.kv, stage.group]
+        return per_head.unflatten(0, (split.degree, split.kv, split.group))[rank, chunk.kv, chunk.group]
 
     def _pipeline(
         self,
-        stages: list[Stage],
-        outgoing: Callable[[Stage], list[Tensor]],
-        compute: Callable[[Stage, list[Tensor]], list[tuple[Tensor, Tensor]]],
+        chunks: list[HeadChunk],
+        outgoing: Callable[[HeadChunk], list[Tensor]],
+        compute: Callable[[HeadChunk, list[Tensor]], list[tuple[Tensor, Tensor]]],
     ) -> None:
-        """Send each stage's tensors out, compute, send the results home; exchanges run beside the computing.
+        """Send each chunk's tensors out, compute, send the results home; exchanges run beside the computing.
 
         Args:
-            stages: The stages in order.
-            outgoing: What a stage needs, each (B, T, P, n, g, D).
+            chunks: The head chunks in order.
+            outgoing: What a chunk needs, each (B, T, P, n, g, D).
             compute: From the arrived tensors (B, P T, n g, D), results of this shape and where they belong.
         """
         landing: list[Home] = []
-        coming = _send_out(outgoing(stages[0]), self.group)
-        for index, stage in enumerate(stages):
+        coming = _send_out(outgoing(chunks[0]), self.group)
+        for index, chunk in enumerate(chunks):
             arrived = coming.tensors()
-            if index + 1 < len(stages):
-                coming = _send_out(outgoing(stages[index + 1]), self.group)
-            results = compute(stage, arrived)
+            if index + 1 < len(chunks):
+                coming = _send_out(outgoing(chunks[index + 1]), self.group)
+            results = compute(chunk, arrived)
             landing.append(_send_home(results, self.group))
             if index:
                 landing.pop(0).land()
@@ -261,13 +261,13 @@ class Split:
         grad = grad.flatten(2, 4)  # (B, T, M, D)
         return grad if self.copies == 1 else grad.unflatten(2, (self.kv_heads, -1)).sum(3)
 
-    def stages(self, count: int) -> list[Stage]:
-        """The stages in order, those with the same kv heads one after another."""
+    def chunks(self, count: int) -> list[HeadChunk]:
+        """The head chunks in order, those with the same kv heads one after another."""
         blocks = min(count, self.kv)
         parts = count // blocks
         kv, group = self.kv // blocks, self.group // parts
         return [
-            Stage(slice(i * kv, (i + 1) * kv), slice(j * group, (j + 1) * group), j == 0, j == parts - 1)
+            HeadChunk(slice(i * kv, (i + 1) * kv), slice(j * group, (j + 1) * group), j == 0, j == parts - 1)
             for i in range(blocks)
             for j in range(parts)
         ]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ultralong.attention import available_kernels, make_context
+from ultralong.attention import available_kernels, make_attention_context
 from ultralong.attention.kernels import get_kernel
 from ultralong.attention.spec import Rule
 from ultralong.bench.attention.timing import BACKWARD_WORK
@@ -131,7 +131,7 @@ def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[st
     k, v = (torch.randn(1, tokens, kv_heads, head_size, **make) for _ in range(2))  # (B, T, K, D)
     if kernel != "auto" and (reason := get_kernel(kernel, device).refusal(q, Rule(scale=head_size**-0.5))):
         return row | {"note": reason}
-    context = make_context(tokens, kernel=kernel, heads=heads, kv_heads=kv_heads)
+    context = make_attention_context(tokens, kernel=kernel, heads=heads, kv_heads=kv_heads)
     times = measure_passes(context.attend, (q, k, v), dout, repeats=3, budget=6.0)
     flops = 2.0 * tokens**2 * heads * head_size
     return row | {

@@ -34,7 +34,7 @@ def bench_train(
     sharded: bool = False,
     states: Literal["float32", "8bit"] = "float32",
     kernel: str = "auto",
-    stages: int | None = None,
+    head_chunks: int | None = None,
     memory: tuple[str, ...] = ("activation_checkpointing=true",),
     fit: bool = False,
     gpu_memory: float | None = None,
@@ -50,7 +50,7 @@ def bench_train(
 
     Examples:
       ultralong bench train meta-llama/Llama-3.2-1B --lengths 32768 131072 --json rows.json
-      ultralong bench train --lengths 1048576 --gpus 2 --sharded --states 8bit --kernel flash4 --stages 8
+      ultralong bench train --lengths 1048576 --gpus 2 --sharded --states 8bit --kernel flash4 --head-chunks 8
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
 
     Args:
@@ -61,7 +61,7 @@ def bench_train(
         sharded: Share the parameters out as well (FSDP2).
         states: Type of AdamW's states.
         kernel: Attention kernel.
-        stages: Head chunks of the attention scheme: more make its buffers smaller.
+        head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
         memory: Settings of the memory plan, name=value.
         fit: Let the planner choose what is kept, moved to the host and computed again.
         gpu_memory: With fit: GiB of one GPU; by default the machine's.
@@ -94,7 +94,7 @@ def bench_train(
                 sharded,
                 states,
                 kernel,
-                stages,
+                head_chunks,
                 plan,
                 fit,
                 gpu_memory,

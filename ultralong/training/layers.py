@@ -166,7 +166,7 @@ class WrittenLayers:
         if hidden or past_key_values is not None:
             raise ValueError(
                 "an attention_mask with hidden tokens and a key-value cache can't be used with an "
-                "attention context: pass boundaries to make_context, and use_cache=False"
+                "attention context: pass boundaries to make_attention_context, and use_cache=False"
             )
         call = Call(attention_context, *position_embeddings, autocast_now(hidden_states), torch.is_grad_enabled())
         return _Layer.apply(self, index, call, hidden_states, *cut.before_parameters(), *cut.after_parameters())

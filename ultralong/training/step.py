@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ultralong.attention import make_context
+from ultralong.attention import make_attention_context
 from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
@@ -131,7 +131,7 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extra = {}
     run.memory.clear()
     if run.processes.sequence > 1 or batch.boundaries is not None or run.memory.keeper is not None:
-        context = make_context(
+        context = make_attention_context(
             batch.input_ids.shape[1],
             run.processes.group,
             run.config.parallel.scheme,
@@ -139,7 +139,7 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             boundaries=batch.boundaries,
             heads=run.heads[0],
             kv_heads=run.heads[1],
-            stages=run.config.parallel.head_chunks,
+            head_chunks=run.config.parallel.head_chunks,
             keeper=run.memory.keeper,
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}

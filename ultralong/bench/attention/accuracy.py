@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention import AttentionContext, make_context
+from ultralong.attention import AttentionContext, make_attention_context
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -32,7 +32,7 @@ def exact_row(context: AttentionContext, row: Sequence[Tensor], heads_at_once: i
         of_query = slice(kv.start * group, kv.stop * group)
         q, k, v, dout = (x[:, :, at].to(wide) for x, at in zip(row, (of_query, kv, kv, of_query)))
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        whole = make_context(context.tokens, boundaries=edges, heads=q.shape[2], kv_heads=k.shape[2])
+        whole = make_attention_context(context.tokens, boundaries=edges, heads=q.shape[2], kv_heads=k.shape[2])
         out = whole.attend(*leaves)
         out.backward(dout)
         parts.append([out.detach(), *(leaf.grad for leaf in leaves)])

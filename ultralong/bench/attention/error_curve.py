@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention import make_context
+from ultralong.attention import make_attention_context
 from ultralong.utils.files import write_json
 from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.progress import progress
@@ -97,7 +97,7 @@ def _whole_row(row: list[Tensor]) -> list[Tensor]:
     *leaves, dout = (x.double() for x in row)
     for leaf in leaves:
         leaf.requires_grad_()
-    out = make_context(leaves[0].shape[1], kernel="reference", heads=HEADS, kv_heads=KV_HEADS).attend(*leaves)
+    out = make_attention_context(leaves[0].shape[1], kernel="reference", heads=HEADS, kv_heads=KV_HEADS).attend(*leaves)
     out.backward(dout)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -105,7 +105,7 @@ def _whole_row(row: list[Tensor]) -> list[Tensor]:
 def _errors(row: list[Tensor], exact: list[Tensor], scheme: str) -> Tensor:
     """Relative errors (4,) of output, dq, dk, dv."""
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    context = make_context(row[0].shape[1], group, scheme, heads=HEADS, kv_heads=KV_HEADS)
+    context = make_attention_context(row[0].shape[1], group, scheme, heads=HEADS, kv_heads=KV_HEADS)
     *leaves, dout = (context.shard(x).clone() for x in row)
     for leaf in leaves:
         leaf.requires_grad_()

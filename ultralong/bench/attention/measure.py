@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention import AttentionContext, available_kernels, get_kernel, make_context
+from ultralong.attention import AttentionContext, available_kernels, get_kernel, make_attention_context
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
 from ultralong.bench.attention.options import SCHEMES, AttentionBench, AttentionResult, described
 from ultralong.bench.attention.peers import PEERS, PeerMissing, peer
@@ -95,7 +95,7 @@ def _measure_all(
         if options.check and tokens <= options.check_length and (tokens, packed) not in exact:
             edges = documents(tokens, options.documents) if packed else None
             few = options.for_check()
-            context = make_context(tokens, boundaries=edges, heads=few.heads, kv_heads=few.kv_heads)
+            context = make_attention_context(tokens, boundaries=edges, heads=few.heads, kv_heads=few.kv_heads)
             exact = {(tokens, packed): exact_row(context, _inputs(few, tokens, device))}  # for all kernels
         add(
             _case(
@@ -138,8 +138,8 @@ def _context(
     options: AttentionBench, tokens: int, ranks: int, scheme: str, kernel: str, edges: tuple[int, ...] | None
 ) -> AttentionContext:
     alone = ranks == 1
-    stages = options.stages if scheme in ("ulysses", "gathered") else None
-    return make_context(
+    head_chunks = options.head_chunks if scheme in ("ulysses", "gathered") else None
+    return make_attention_context(
         tokens,
         None if alone else dist.group.WORLD,
         "auto" if alone else scheme,
@@ -147,7 +147,7 @@ def _context(
         edges,
         heads=options.heads,
         kv_heads=options.kv_heads,
-        stages=stages,
+        head_chunks=head_chunks,
     )
 
 
@@ -225,7 +225,9 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
     """One peer at one length."""
     try:
         with peer(name, tokens) as (attend, kernel):
-            context = make_context(tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads)
+            context = make_attention_context(
+                tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads
+            )
             row = [context.shard(x).contiguous() for x in _inputs(options, tokens, device)]
             times = measure(
                 attend,

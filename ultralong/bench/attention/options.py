@@ -34,7 +34,7 @@ class AttentionBench:
         head_size: D.
         dtype: Name of a torch type.
         ranks: Processes; all GPUs by default, two on a CPU.
-        stages: Head chunks of Ulysses and of gathered keys; by default as `make_context` chooses.
+        head_chunks: Head chunks of Ulysses and of gathered keys; by default as `make_attention_context` chooses.
         repeats: Timed runs of each case at most.
         budget: Seconds of timed runs after which no further one is started.
     """
@@ -53,7 +53,7 @@ class AttentionBench:
     head_size: int = 128
     dtype: str = "bfloat16"
     ranks: int | None = None
-    stages: int | None = None
+    head_chunks: int | None = None
     repeats: int = 5
     budget: float = 20.0
 
@@ -65,9 +65,9 @@ class AttentionBench:
             raise ValueError(f"lengths must be positive, found {self.lengths}")
 
     def for_check(self) -> AttentionBench:
-        """The same with the check's heads; stages as `make_context` chooses, for they may not split these."""
+        """The same with the check's heads, and the default head chunks: those asked for may not split these heads."""
         heads = min(self.heads, self.check_heads)
-        return replace(self, heads=heads, kv_heads=max(1, self.kv_heads * heads // self.heads), stages=None)
+        return replace(self, heads=heads, kv_heads=max(1, self.kv_heads * heads // self.heads), head_chunks=None)
 
     def for_this_machine(self) -> AttentionBench:
         """The same on a GPU; on a CPU small enough for one: at most 2,048 tokens, 8 heads of 32, float32."""

@@ -54,7 +54,7 @@ class TrainingCase:
         sharded: Share the parameters out as well (FSDP2).
         states: As in `OptimizerConfig`.
         kernel: As in `ParallelConfig`.
-        stages: As in `ParallelConfig`.
+        head_chunks: As in `ParallelConfig`.
         memory: As in `MemoryConfig`.
         fit: Let the planner choose what waits where, within these GiB of a GPU and of host memory for a process.
         gpu_memory: See `fit`; None is the machine's.
@@ -70,7 +70,7 @@ class TrainingCase:
     sharded: bool = False
     states: str = "float32"
     kernel: str = "auto"
-    stages: int | None = None
+    head_chunks: int | None = None
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
     fit: bool = False
     gpu_memory: float | None = None
@@ -120,7 +120,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
                 "sharded": case.sharded,
                 "states": case.states,
                 "kernel": case.kernel,
-                "stages": case.stages,
+                "stages": case.head_chunks,
                 "memory": settings.to_mapping(config.memory),
             }
             with ThreadPoolExecutor(1) as beside:
@@ -158,7 +158,7 @@ def _train_config(case: TrainingCase, made: dict[str, str], run: Path) -> TrainC
             context_parallel_size=case.gpus,
             fsdp_shard_degree=case.gpus if case.sharded else None,
             kernel=case.kernel,
-            head_chunks=case.stages,
+            head_chunks=case.head_chunks,
         ),
     )
 

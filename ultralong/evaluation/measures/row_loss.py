@@ -171,7 +171,7 @@ def _losses(loss: LanguageModelLoss, batch: Batch, kernel: str) -> np.ndarray:
     tokens = batch.input_ids.numel()
     if batch.boundaries is not None:
         heads, kv_heads = head_counts(model)
-        context = attention.make_context(
+        context = attention.make_attention_context(
             batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries, heads=heads, kv_heads=kv_heads
         )
         padding = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
