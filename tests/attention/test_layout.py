@@ -23,7 +23,7 @@ from ultralong.attention.gathered import traffic
 from ultralong.attention.kv_plan import needs
 from ultralong.attention.layout import contiguous, zigzag
 from ultralong.attention.ring import own_spans, rectangles, travelling
-from ultralong.attention.ulysses import head_split, stage_counts
+from ultralong.attention.ulysses import head_chunk_counts, head_split
 from ultralong.bench.attention.measure import documents
 
 MAKERS = {"contiguous": contiguous, "zigzag": zigzag}
@@ -278,7 +278,7 @@ def test_heads_are_split_evenly_or_refused(kv, group, degree):
         return
     assert each * serves * degree == heads
     assert (each * degree) % kv == 0
-    counts = stage_counts(heads, kv, degree)
+    counts = head_chunk_counts(heads, kv, degree)
     assert counts[0] == 1
     assert all(b > a for a, b in pairwise(counts))
     assert all((each * serves) % count == 0 for count in counts)
