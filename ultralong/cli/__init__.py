@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from ultralong import __version__
-from ultralong.cli import data, texts
+from ultralong.cli import course, data, texts
 from ultralong.cli.bench import bench_attention, bench_prefill, bench_train
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
@@ -45,6 +45,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench train": bench_train,
     "plan": plan,
     "launch": launch,
+    "course start": course.start,
+    "course check": course.check,
+    "course site": course.site,
     "demo": demo,
 }
 

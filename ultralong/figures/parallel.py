@@ -57,6 +57,7 @@ def work_of_ranks(pairs: Sequence[float], title: str = "", *, most: float | None
     figure.add_trace(
         graph_objects().Bar(x=[str(rank) for rank in range(len(pairs))], y=list(pairs), marker={"color": PALETTE[0]})
     )
+    figure.update_xaxes(type="category")
     figure.update_yaxes(range=[0, 1.08 * (most or max(pairs) or 1)])
     figure.update_layout(showlegend=False)
     return figure

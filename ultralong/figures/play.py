@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_FRAMES = 24
+CONTROLS = 84  # pixels of the slider and its button
 
 
 def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: int = 700) -> Figure:
@@ -56,7 +57,8 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
     play = {"label": "Play", "method": "animate", "args": [None, step | {"fromcurrent": True}]}
     halt = {"label": "Stop", "method": "animate", "args": [[None], step | {"frame": {"duration": 0, "redraw": False}}]}
     figure.update_layout(
-        margin={"b": 130},
+        height=(figure.layout.height or 380) + CONTROLS,  # below the axes, so that they keep their size
+        margin={"b": 56 + CONTROLS},
         legend={"y": -0.62},
         updatemenus=[
             {

@@ -1,0 +1,103 @@
+"""A course folder is a copy that keeps the learner's answers; the site stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ultralong import cli, course
+from ultralong.course import progress, site, workspace
+
+
+def test_a_course_folder_is_made_once_and_keeps_what_the_learner_wrote(tmp_path):
+    folder = tmp_path / "work"
+    copied = workspace.start(folder)
+    assert [path.name for path in copied] == [path.name for path in sorted(workspace.CLONE.glob("*.ipynb"))]
+    assert (folder / "results" / "attention_131k.json").is_file()
+    copied[0].write_text("mine")
+    (folder / copied[1].name).unlink()
+    assert workspace.start(folder) == [copied[1]]
+    assert copied[0].read_text() == "mine"
+
+
+def test_some_notebooks_can_be_chosen_and_unknown_ones_are_refused(tmp_path):
+    assert [path.stem for path in workspace.start(tmp_path / "a", ["06"])] == ["06_sequence_parallel"]
+    with pytest.raises(ValueError, match="No notebook starts with '99'"):
+        workspace.start(tmp_path / "b", ["99"])
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="Choose a folder outside"):
+        workspace.start(workspace.CLONE / "work")
+
+
+def test_the_overview_counts_solved_exercises(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="ultralong course start"):
+        workspace.overview(tmp_path)
+    cli.main(["course", "start", str(tmp_path / "work")])
+    monkeypatch.chdir(tmp_path / "work")
+    course.check("01.wavelength", course.exercise("01.wavelength").solution)
+    capsys.readouterr()
+    cli.main(["course", "check"])
+    shown = capsys.readouterr().out
+    assert "01_rope_frequencies   #...     1 of 4" in shown
+    assert "Next: 00.gain" in shown
+    assert json.loads((tmp_path / "work" / progress.FILE).read_text())["solved"].keys() == {"01.wavelength"}
+
+
+class Page(HTMLParser):
+    """What a page loads, links to and shows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads, self.links, self.figures, self.images = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag in ("script", "img", "link") and (found := given.get("src") or given.get("href")):
+            self.loads.append(found)
+        if tag == "a":
+            self.links.append(given["href"])
+        if tag == "div" and given.get("class") == "figure":
+            self.figures.append(given["aria-label"])
+        if tag == "img":
+            self.images.append(given.get("alt"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    site.build(folder)
+    return folder
+
+
+def test_pages_load_nothing_from_elsewhere_and_link_to_each_other(built):
+    for path in built.glob("*.html"):
+        page = Page(path.read_text())
+        assert all(load.startswith(("data:", "plotly.min.js", "pictures/")) for load in page.loads), path.name
+        for link in page.links:
+            if not re.match(r"https?:|#|\.\./", link):
+                assert (built / link).exists(), f"{path.name} links to {link}"
+
+
+def test_every_figure_has_a_sentence_and_a_still(built):
+    page = Page((built / "06_sequence_parallel.html").read_text())
+    assert len(page.figures) >= 8
+    assert all(len(alt.split()) > 5 for alt in page.figures)
+    assert page.images == page.figures, "each figure has its picture for readers without scripts"
+
+
+def test_formulas_are_mathml_and_code_keeps_its_dollars():
+    text = site._markdown("A factor $s = 8$ and `$PATH`.\n\n$$x^2$$\n\n```\ncost $5 and $6\n```\n")
+    assert text.count("<math") == 2
+    assert "$PATH" in text
+    assert "cost $5 and $6" in text
+
+
+def test_a_figure_can_not_end_its_script():
+    data = {site.PLOTLY: {"data": [], "layout": {"title": "</script><b>"}}, "text/plain": '"quoted" <b>'}
+    text = site._figure(data, "f")
+    assert "</script><b>" not in text
+    assert "&quot;quoted&quot; &lt;b&gt;" in text

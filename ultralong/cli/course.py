@@ -1,0 +1,56 @@
+"""Commands of the course: a folder to work in, how far it got, and the pages of a site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+def start(folder: Positional[Path], /, *, notebooks: tuple[str, ...] = ()) -> None:
+    """Copy the notebooks into a folder of your own, where your answers are kept.
+
+    Run it again after an update: new notebooks are added, yours are never overwritten.
+
+    Examples:
+      ultralong course start ~/ultralong-course
+      ultralong course start work --notebooks 01 06
+
+    Args:
+        folder: Your folder; made where it is missing.
+        notebooks: Numbers or names of notebooks; by default all.
+    """
+    from ultralong.course.workspace import start as copy
+
+    copied = copy(folder, notebooks)
+    print(f"{folder}: {len(copied)} notebooks copied" + (", the others were there already" if not copied else ""))
+    print(f"Next: jupyter lab {folder}    (then: ultralong course check {folder})")
+
+
+def check(folder: Positional[Path] = Path("."), /) -> None:
+    """Show which exercises you have solved.
+
+    Args:
+        folder: Your course folder, or one inside it.
+    """
+    from ultralong.course.workspace import overview
+
+    rows = overview(folder)
+    width = max(len(row.notebook) for row in rows)
+    for row in rows:
+        bar = "#" * row.solved + "." * (row.exercises - row.solved)
+        print(f"{row.notebook:{width}}  {bar:8} {row.solved} of {row.exercises}, {row.wrong} wrong tries")
+    left = [name for row in rows for name in row.open]
+    print(f"Next: {left[0]}" if left else "All exercises are solved.")
+
+
+def site(folder: Positional[Path], /) -> None:
+    """Write the course as static pages: figures play without a kernel, nothing is loaded from elsewhere.
+
+    Args:
+        folder: Where the pages go.
+    """
+    from ultralong.course.site import build
+
+    pages = build(folder)
+    print(f"{len(pages)} pages. Open {pages[0]}")

@@ -1,0 +1,173 @@
+"""The course as static pages: figures that play without a kernel, folded solutions, formulas as MathML.
+
+Every page stands alone beside one copy of plotly.js; nothing is loaded from elsewhere. Where scripts don't run, the
+still picture of each figure is shown.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ultralong.course.workspace import source_folder
+from ultralong.utils.extras import require
+from ultralong.utils.files import atomic_path, write_text
+
+PLOTLY = "application/vnd.plotly.v1+json"
+FENCE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.DOTALL)
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --quiet: #59636e; --line: #d1d9e0; --code: #f6f8fa;
+  --link: #0a58ca; --ok: #1a7f37; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --page: #0d1117; --quiet: #9198a1; --line: #3d444d;
+  --code: #161b22; --link: #6cb6ff; --ok: #57c26a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, sans-serif; }
+main, nav { max-width: 860px; margin: 0 auto; padding: 0 16px; }
+nav { display: flex; justify-content: space-between; gap: 12px; padding: 14px 16px; flex-wrap: wrap; }
+a { color: var(--link); }
+h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 0.6em; }
+pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
+  font: 13.5px/1.5 ui-monospace, monospace; }
+code { font-family: ui-monospace, monospace; background: var(--code); padding: 0 3px; border-radius: 4px; }
+pre code { padding: 0; background: none; }
+pre.output { background: none; border-left: 3px solid var(--line); border-width: 0 0 0 3px; border-radius: 0;
+  color: var(--quiet); white-space: pre-wrap; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1em 0; }
+thead th:empty { padding: 0; border: 0; }
+td, th { border: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top; }
+.figure { margin: 1em 0; overflow-x: auto; }
+.figure img, img { max-width: 100%; height: auto; }
+noscript img { background: white; }
+details { border: 1px solid var(--line); border-radius: 6px; padding: 6px 12px; margin: 1em 0; }
+summary { cursor: pointer; color: var(--quiet); }
+.parameters { border-left: 4px solid var(--link); padding-left: 10px; }
+math[display="block"] { margin: 1em 0; overflow-x: auto; }
+"""
+
+
+def build(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the course's pages.
+
+    Args:
+        folder: Where they go; pages of an earlier build are replaced.
+
+    Returns:
+        The pages, the front page first.
+
+    Raises:
+        ValueError: No notebooks are found, or one has not been executed.
+        ImportError: A package of the notebooks' extra is missing.
+    """
+    nbformat = require("nbformat", extra="notebooks")
+    target, source = Path(folder).expanduser(), source_folder()
+    target.mkdir(parents=True, exist_ok=True)
+    script = require("plotly.offline", extra="notebooks").get_plotlyjs()
+    write_text(target / "plotly.min.js", script)
+    paths = sorted(source.glob("[0-9][0-9]_*.ipynb"))
+    pages = []
+    front = source / "README.md"
+    if front.is_file():
+        pages.append(_write(target / "index.html", "The course", _markdown(front.read_text(encoding="utf-8")), ""))
+    for index, path in enumerate(paths):
+        notebook = nbformat.read(path, as_version=4)
+        body = "\n".join(_cell(cell, number, path) for number, cell in enumerate(notebook.cells))
+        around = _navigation(paths, index)
+        title = next((line[2:] for cell in notebook.cells for line in cell.source.splitlines() if line[:2] == "# "), "")
+        pages.append(_write(target / f"{path.stem}.html", title or path.stem, body, around))
+    for extra in ("pictures",):
+        for picture in sorted((source / extra).glob("*.svg")):
+            (target / extra).mkdir(exist_ok=True)
+            with atomic_path(target / extra / picture.name) as temporary:
+                temporary.write_bytes(picture.read_bytes())
+    return pages
+
+
+def _navigation(paths: list[Path], index: int) -> str:
+    before = f'<a href="{paths[index - 1].stem}.html">&larr; {paths[index - 1].stem}</a>' if index else "<span></span>"
+    after = (
+        f'<a href="{paths[index + 1].stem}.html">{paths[index + 1].stem} &rarr;</a>' if index + 1 < len(paths) else ""
+    )
+    return f'<nav>{before}<a href="index.html">all notebooks</a>{after or "<span></span>"}</nav>'
+
+
+def _write(path: Path, title: str, body: str, around: str) -> Path:
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n"
+        '<script src="plotly.min.js"></script>\n</head>\n'
+        f"<body>\n{around}\n<main>\n{body}\n</main>\n{around}\n</body>\n</html>\n"
+    )
+    write_text(path, page)
+    return path
+
+
+def _markdown(text: str) -> str:
+    """Markdown with formulas as HTML; links to notebooks become links to pages."""
+    mistune = require("mistune", extra="notebooks")
+    parts = FENCE.split(text)
+    text = "".join(part if index % 2 else MATH.sub(_formula, part) for index, part in enumerate(parts))
+    render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "footnotes", "task_lists"])
+    page = str(render(text))
+    page = re.sub(r'href="([0-9]{2}_\w+)\.ipynb"', r'href="\1.html"', page)
+    return page.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+
+
+def _formula(match: re.Match[str]) -> str:
+    converter = require("latex2mathml.converter", extra="notebooks")
+    block = match.group(1) is not None
+    return str(converter.convert(match.group(1) or match.group(2), display="block" if block else "inline"))
+
+
+def _cell(cell: Any, number: int, path: Path) -> str:
+    if cell.cell_type == "markdown":
+        return _markdown(cell.source)
+    if cell.execution_count is None:
+        raise ValueError(f"{path.name} has a cell that was not executed. Run: make notebooks NAMES={path.stem}")
+    tags = set(cell.metadata.get("tags", []))
+    kind = "parameters" if "parameters" in tags else "code"
+    code = f'<pre class="{kind}"><code>{html.escape(cell.source)}</code></pre>' if cell.source.strip() else ""
+    if "hide-input" in tags or "solution" in tags:
+        code = f"<details><summary>Show the code</summary>{code}</details>"
+    return "\n".join([code, *_outputs(cell, f"f{number}")])
+
+
+def _outputs(cell: Any, name: str) -> Iterator[str]:
+    for index, output in enumerate(cell.outputs):
+        data = output.get("data", {})
+        if output.output_type == "stream":
+            yield f'<pre class="output">{html.escape(output.text)}</pre>'
+        elif PLOTLY in data:
+            yield _figure(data, f"{name}-{index}")
+        elif "text/html" in data:
+            yield f'<div class="table">{data["text/html"]}</div>'
+        elif "image/png" in data:
+            yield _picture(data)
+        elif "text/plain" in data:
+            yield f'<pre class="output">{html.escape(data["text/plain"])}</pre>'
+
+
+def _picture(data: Any) -> str:
+    alt = html.escape(data.get("text/plain", ""), quote=True)
+    return f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"].strip()}">'
+
+
+def _figure(data: Any, name: str) -> str:
+    """An interactive figure with its still picture for readers without scripts, and its sentence for all."""
+    # "</" would end the script element, wherever it stands in a string.
+    figure = json.dumps(data[PLOTLY]).replace("<", "\\u003c")
+    alt = html.escape(data.get("text/plain", ""), quote=True)
+    still = f"<noscript>{_picture(data)}</noscript>" if "image/png" in data else ""
+    return (
+        f'<div class="figure" id="{name}" role="img" aria-label="{alt}"></div>{still}\n'
+        f"<script>{{ const f = {figure}; f.config = {{responsive: true, displayModeBar: false}}; "
+        f"Plotly.newPlot('{name}', f); }}</script>"
+    )

@@ -1,0 +1,108 @@
+"""The folder a learner works in: a copy of the notebooks, so that opening one never changes the clone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ultralong.course import progress
+from ultralong.course.exercise import exercises
+
+CLONE = Path(__file__).parents[2] / "notebooks"
+PACKAGED = Path(__file__).parent / "notebooks"
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one notebook is.
+
+    Attributes:
+        notebook: Its name.
+        solved: Exercises solved.
+        exercises: Exercises there are.
+        open: Names of those not solved yet.
+        wrong: Wrong answers so far.
+    """
+
+    notebook: str
+    solved: int
+    exercises: int
+    open: tuple[str, ...]
+    wrong: int
+
+
+def source_folder() -> Path:
+    """Where the notebooks are: in the clone, or inside the installed package.
+
+    Raises:
+        ValueError: Neither is there.
+    """
+    for folder in (CLONE, PACKAGED):
+        if any(folder.glob("[0-9][0-9]_*.ipynb")):
+            return folder
+    raise ValueError(f"No notebooks were found in {CLONE} or {PACKAGED}. Run this from a clone of the repository.")
+
+
+def start(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> list[Path]:
+    """Copy the notebooks, with the recorded results they show, into a work folder.
+
+    What is there already stays as it is: a learner's answers are never overwritten.
+
+    Args:
+        folder: The work folder; made where it is missing.
+        names: Notebooks to copy, by number or name; all when empty.
+
+    Returns:
+        The notebooks that were copied now.
+
+    Raises:
+        ValueError: A name fits no notebook, or the folder lies inside the notebooks' own.
+    """
+    source, target = source_folder(), Path(folder).expanduser()
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{target} lies inside the notebooks themselves. Choose a folder outside of {source}.")
+    found = sorted(source.glob("[0-9][0-9]_*.ipynb"))
+    for name in names:
+        if not any(path.stem.startswith(name) for path in found):
+            raise ValueError(f"No notebook starts with {name!r}. There are: {', '.join(path.stem for path in found)}.")
+    chosen = [path for path in found if not names or any(path.stem.startswith(name) for name in names)]
+    target.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for path in chosen:
+        if not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+            copied.append(target / path.name)
+    for extra in ("results", "pictures"):
+        if (source / extra).is_dir():
+            shutil.copytree(source / extra, target / extra, dirs_exist_ok=True)
+    if not (target / progress.FILE).exists():
+        progress.Progress(target / progress.FILE).save()
+    return copied
+
+
+def overview(folder: str | os.PathLike[str] = ".") -> list[Row]:
+    """How far each notebook with exercises is.
+
+    Raises:
+        ValueError: The folder is no course folder and lies in none.
+    """
+    if progress.find(Path(folder).expanduser()) is None:
+        raise ValueError(f"{folder} is no course folder. Make one: ultralong course start FOLDER")
+    kept = progress.load(Path(folder).expanduser())
+    rows: dict[str, list[str]] = {}
+    for task in exercises():
+        rows.setdefault(task.notebook, []).append(task.name)
+    titles = {path.stem[:2]: path.stem for path in sorted(source_folder().glob("[0-9][0-9]_*.ipynb"))}
+    return [
+        Row(
+            titles.get(number, number),
+            sum(name in kept.solved for name in names),
+            len(names),
+            tuple(name for name in names if name not in kept.solved),
+            sum(kept.tried.get(name, 0) for name in names),
+        )
+        for number, names in rows.items()
+    ]
