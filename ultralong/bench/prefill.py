@@ -1,4 +1,4 @@
-"""Speed and memory of reading long prompts here: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
+"""Speed and memory of prefill here: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
 
 The model has the shape asked for and random weights, made on the GPU; ids are random. A prompt is read as an evaluation
 reads it (`ultralong.inference.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ultralong import attention
 from ultralong.attention.kernels import attention_forward, choose_kernel
 from ultralong.attention.spec import Rule
+from ultralong.bench.results import write_rows
 from ultralong.inference.generate import prefill
 from ultralong.inference.long_reader import LongReader
 from ultralong.planner.shapes import Shape, model_config, shape_of
-from ultralong.utils.environment import machine_facts
-from ultralong.utils.files import write_json
 from ultralong.utils.local_ranks import run_ranks
+from ultralong.utils.units import GIB
 
-GIB = 2**30
 WARM = 16384  # tokens of the prompt that is read before anything is timed
 DECODED = 8
 RULE = (
@@ -46,7 +46,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class PrefillBench:
-    """What to measure.
+    """Options of the prefill bench.
 
     Attributes:
         model: A model folder, a hub id, or a shape that the planner knows; weights are random in any case.
@@ -113,9 +113,7 @@ def _measure_all(rank: int, world: int, options: PrefillBench, device: str, path
         if rank == 0:
             print(json.dumps(rows[-1]), flush=True)
             if path is not None:
-                write_json(
-                    path, {"machine": machine_facts(), "options": asdict(options), "flop_rule": RULE, "rows": rows}
-                )
+                write_rows(path, rows, options=asdict(options), flop_rule=RULE)
     return rows
 
 
@@ -131,12 +129,12 @@ def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int
     """Read one prompt and decode a little: the slowest process's seconds, and the most memory of any."""
     group = dist.group.WORLD if world > 1 else None
     kv = "fp8" if options.kv == "fp8" else "auto"
-    make = {"kv": kv, "kernel": options.kernel, "quiet": rank > 0}
+    make = partial(LongReader, model, group=group, kv=kv, kernel=options.kernel, quiet=rank > 0)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
-    apart = _warm_up(model, ids[:, :WARM], LongReader(model, WARM + DECODED, group, chunk=WARM // 2, **make))
+    apart = _warm_up(model, ids[:, :WARM], make(WARM + DECODED, chunk=WARM // 2))
     _clear(model.device)
-    reader = LongReader(model, tokens + DECODED, group, chunk=options.chunk, **make)
+    reader = make(tokens + DECODED, chunk=options.chunk)
     start = _now(model.device)
     logits = reader.prefill(ids)
     read = _now(model.device) - start

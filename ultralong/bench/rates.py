@@ -1,4 +1,4 @@
-"""The rates that the planner reckons with, measured here: `python -m ultralong.bench.rates --json FILE`.
+"""The rates that the planner calculates with, measured on this machine: `python -m ultralong.bench.rates --json FILE`.
 
 Few numbers, chosen to be those that a training step is made of: matrix products by the size of the weight, what
 everything else moves through memory, attention by kernel and length, the link to the host, and the optimizer's update.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,8 +33,8 @@ TRAFFIC_BYTES = (2**24, 2**26, 2**28, 2**30)
 LENGTHS = (8192, 32768, 131072, 524288)
 HEAD_SIZES = (64, 128)
 TOKENS = 32768
-SLOW = ("efficient", "reference")  # kernels that are there to be right, not to be planned with
-Cases = list[tuple[str, Callable[[], dict[str, Any]]]]
+SLOW = ("efficient", "reference")  # references for the tests; nobody plans with them
+Case = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def rates(
@@ -53,16 +54,16 @@ def rates(
     """
     small = device == "cpu"
     most = 1 if small else None
-    cases: Cases = [("matmul", lambda size=size: _matmul(size, device)) for size in WEIGHT_SIZES[:most]]
-    cases += [("traffic", lambda size=size: _traffic(size, device)) for size in TRAFFIC_BYTES[:most]]
+    cases: list[Case] = [("matmul", partial(_matmul, size, device)) for size in WEIGHT_SIZES[:most]]
+    cases += [("traffic", partial(_traffic, size, device)) for size in TRAFFIC_BYTES[:most]]
     kernels = ["auto"] if small else [name for name in available_kernels(device) if name not in SLOW]
     cases += [
-        ("attention", lambda kernel=kernel, head=head, tokens=tokens: _attention(kernel, head, tokens, device))
+        ("attention", partial(_attention, kernel, head, tokens, device))
         for kernel in kernels
         for head in HEAD_SIZES
         for tokens in lengths
     ]
-    cases += [("launch", lambda: _launch(device)), ("update", lambda: _update(device))]
+    cases += [("launch", partial(_launch, device)), ("update", partial(_update, device))]
     if not small:
         cases.append(("link", _link))
         if torch.cuda.device_count() > 1:
@@ -125,10 +126,11 @@ def _traffic(size: int, device: str) -> dict[str, Any]:
 def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[str, Any]:
     """Causal attention of eight query heads on two kv heads; on long rows the rate does not depend on their number."""
     heads, kv_heads = 8, 2
-    row = {"kernel": kernel, "head_size": head_size, "tokens": tokens}
-    make = {"device": device, "dtype": torch.bfloat16}
-    q, dout = (torch.randn(1, tokens, heads, head_size, **make) for _ in range(2))  # (B, T, H, D)
-    k, v = (torch.randn(1, tokens, kv_heads, head_size, **make) for _ in range(2))  # (B, T, K, D)
+    row: dict[str, Any] = {"kernel": kernel, "head_size": head_size, "tokens": tokens}
+    q, dout, k, v = (  # (B, T, H, D) twice, (B, T, K, D) twice
+        torch.randn(1, tokens, count, head_size, device=device, dtype=torch.bfloat16)
+        for count in (heads, heads, kv_heads, kv_heads)
+    )
     if kernel != "auto" and (reason := get_kernel(kernel, device).refusal(q, Rule(scale=head_size**-0.5))):
         return row | {"note": reason}
     context = make_attention_context(tokens, kernel=kernel, heads=heads, kv_heads=kv_heads)

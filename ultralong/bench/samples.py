@@ -21,14 +21,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from ultralong.bench.results import write_rows
 from ultralong.evaluation.tasks.groups import find_questions
 from ultralong.evaluation.tasks.samples import GENERATED, make_samples
-from ultralong.utils.environment import machine_facts
-from ultralong.utils.files import write_json
 from ultralong.utils.progress import progress
+from ultralong.utils.units import GIB
 
 LENGTHS = (4096, 32768, 131072, 1048576)
-GIB = 2**30
 
 
 def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None = None) -> list[dict[str, Any]]:
@@ -48,7 +47,7 @@ def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None 
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     loaded("A first text.")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in lengths:
         start, cpu = time.perf_counter(), time.process_time()
         try:
@@ -72,7 +71,7 @@ def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None 
 
 
 def _load() -> float | None:
-    """How many processes wanted a core over the last minute, where the system says so."""
+    """The load average of the last minute, where the system has one."""
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
@@ -97,15 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A process for each test, so that its peak is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             rows += other.submit(measure, task, asked.tokenizer, sorted(asked.lengths), asked.data).result()
-        write_json(
-            asked.json,
-            {
-                "machine": machine_facts(),
-                "load_average": _load(),
-                "tokenizer": Path(asked.tokenizer).name,
-                "rows": rows,
-            },
-        )
+        write_rows(asked.json, rows, load_average=_load(), tokenizer=Path(asked.tokenizer).name)
         print(rows[-1], flush=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong import __version__
+from ultralong.bench.results import rows_of
 from ultralong.utils.files import read_json, write_text
 
 SCHEMES = ("single", "ulysses", "gathered", "ring")
@@ -35,7 +36,7 @@ def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; lengths rise, whole rows before packed ones. What two files measured is the later's.
     """
-    results = [result for file in recorded for result in file["results"] if result["tflops"] is not None]
+    results = [row for file in recorded for row in rows_of(file) if row["tflops"] is not None]
     lengths = sorted({length for file in recorded for length in file["options"]["lengths"]})
     lines = ["| tokens | rows | kernel | one GPU | Ulysses | gathered | ring |", "|---|---|---|---|---|---|---|"]
     for length in lengths:
@@ -48,8 +49,8 @@ def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
                 lines.append(f"| {length:,} | {rows} | {KERNELS.get(kernel, kernel)} | {' | '.join(cells)} |")
             for peer in (r for r in here if r["name"] in PEERS):
                 name, column = PEERS[peer["name"]]
-                cells = "".join(f" {peer['tflops']:.0f} |" if scheme == column else " |" for scheme in SCHEMES)
-                lines.append(f"| {length:,} | whole | {name.format(**peer)} |{cells}")
+                rate = "".join(f" {peer['tflops']:.0f} |" if scheme == column else " |" for scheme in SCHEMES)
+                lines.append(f"| {length:,} | whole | {name.format(**peer)} |{rate}")
     return lines
 
 
@@ -69,7 +70,7 @@ def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; models, GPUs and lengths rise.
     """
-    rows = [row for file in recorded for row in file["rows"]]
+    rows = [row for file in recorded for row in rows_of(file)]
     rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
     lines = [
         "| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
@@ -110,7 +111,7 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = sorted((row for file in recorded for row in file["rows"]), key=lambda row: (row["tokens"], row["gpus"]))
+    rows = sorted((row for file in recorded for row in rows_of(file)), key=lambda row: (row["tokens"], row["gpus"]))
     lines = [
         "| model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU |",
         "|---|---|---|---|---|---|---|---|",

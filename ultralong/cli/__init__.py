@@ -10,7 +10,7 @@ import tyro
 
 from ultralong import __version__
 from ultralong.cli import course, data, texts
-from ultralong.cli.bench import bench_attention, bench_prefill, bench_train
+from ultralong.cli.bench import bench_attention, bench_compare, bench_prefill, bench_train
 from ultralong.cli.cluster import launch, plan
 from ultralong.cli.make import demo, extend, pack, sft, train
 from ultralong.cli.measure import answer, compare, evaluate, loss, make_samples, score
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval compare": compare,
     **BENCHES,
     "bench train": bench_train,
+    "bench compare": bench_compare,
     "plan": plan,
     "launch": launch,
     "course start": course.start,

@@ -75,7 +75,8 @@ def bench_train(
     """
     import tempfile
 
-    from ultralong.bench.training.measure import TrainingCase, add_row, measure
+    from ultralong.bench.results import append_row
+    from ultralong.bench.training.measure import TrainingCase, measure
     from ultralong.bench.training.peers import PEERS, measure_peer
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
@@ -105,10 +106,29 @@ def bench_train(
             names = PEERS if peers and gpus > 1 else ()
             for row in (measure(case, machine, place), *(measure_peer(name, case, place) for name in names)):
                 if json is not None:
-                    add_row(json, row)
+                    append_row(json, row)
                 print(_line(row), flush=True)
     if json is not None:
         print(f"{json}: rows appended. The table of the README: python -m ultralong.bench.tables", file=sys.stderr)
+
+
+def bench_compare(before: Positional[Path], after: Positional[Path], /, *, tolerance: float = 0.03) -> None:
+    """Compare two result files of the same measurement; exits with 1 if a value got worse by more than the tolerance.
+
+    Example: ultralong bench compare before.json after.json
+
+    Args:
+        before: JSON file of ultralong bench attention, prefill or train, or of the rates that the planner reads.
+        after: The same, measured later.
+        tolerance: Share by which a value may get worse: 0.03 is 3%.
+    """
+    from ultralong.bench.compare import compare
+    from ultralong.bench.results import read_rows
+
+    found = compare(read_rows(before), read_rows(after), tolerance)
+    print(found)
+    if found.regressions:
+        sys.exit(1)
 
 
 def _line(row: dict) -> str:

@@ -7,7 +7,7 @@ filled bands, error bars), bar and heatmap traces, subplots, log and category ax
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -125,7 +125,7 @@ def _make_panels(canvas: StaticFigure, figure: Figure, box: tuple[float, float, 
     return panels
 
 
-def _style_axis(panel: Axes, direction: str, axis: Any) -> None:
+def _style_axis(panel: Axes, direction: Literal["x", "y"], axis: Any) -> None:
     """Apply an axis' type, range, ticks, title and grid to a panel."""
     handle = panel.xaxis if direction == "x" else panel.yaxis
     set_limits = panel.set_xlim if direction == "x" else panel.set_ylim
@@ -251,7 +251,7 @@ def _draw_annotation(canvas: StaticFigure, panels: dict, box: tuple, annotation:
         _plain(annotation.text),
         (x, y),
         xycoords=_transform(panel, annotation.xref, annotation.yref),
-        xytext=tuple(value * POINTS_PER_PIXEL for value in shift),
+        xytext=(shift[0] * POINTS_PER_PIXEL, shift[1] * POINTS_PER_PIXEL),
         textcoords="offset points",
         arrowprops={"arrowstyle": "->", "color": INK} if annotation.showarrow is not False else None,
         **style,

@@ -12,10 +12,10 @@ from ultralong.attention.ulysses import head_split
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.training.config import TrainConfig
 from ultralong.utils.files import read_json
+from ultralong.utils.units import GIB
 
 # A checkpoint holds what AdamW needs: float32 parameters and two float32 states.
 CHECKPOINT_BYTES_A_PARAMETER = 12
-GIB = 2**30
 
 
 @dataclass(frozen=True)

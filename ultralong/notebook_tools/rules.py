@@ -111,7 +111,7 @@ def _parameters(source: Any) -> Iterator[str]:
             ast.literal_eval(statement.value)
         except ValueError:
             yield f"derives a parameter in the parameters cell, before injected values are known: {line}"
-        if not commented & set(range(statement.lineno, statement.end_lineno + 1)):
+        if not commented & set(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)):
             yield f"has a parameter without a comment: {names[-1]}"
     if "INTERACTIVE" not in names:
         yield "has no parameter INTERACTIVE, so its sliders cannot be turned off."

@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-GIB = 2**30
+from ultralong.utils.units import GIB
+
 RULE = "causal FLOP, nothing computed again counted, of the datasheet's dense bfloat16 rate"
 # Dense bfloat16 FLOP/s of the vendors' datasheets, by a part of the device's name; the first that fits counts.
 DATASHEET = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import ultralong
+from ultralong.utils.units import GIB
 
 PACKAGES = (
     "torch",
@@ -49,7 +50,7 @@ def machine_facts() -> dict[str, Any]:
             "devices": torch.cuda.device_count(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "memory_gib": round(properties.total_memory / GIB, 1),
             "multiprocessors": properties.multi_processor_count,
         }
     return facts

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, H query heads, K kv heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,19 @@ from torch import Tensor
 from ultralong.attention import AttentionContext, make_attention_context
 
 NAMES = ("out", "dq", "dk", "dv")
+
+
+def output_and_gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+    """Output of an attention, and the gradients of its inputs.
+
+    Args:
+        attend: A function of q (B, T, H, D), k and v (B, T, K, D) to the output (B, T, H, D).
+        inputs: q, k and v; they are left as they are.
+        dout: Gradient of the output, of its shape.
+    """
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 def exact_row(context: AttentionContext, row: Sequence[Tensor], heads_at_once: int = 1) -> list[Tensor]:
@@ -31,11 +44,8 @@ def exact_row(context: AttentionContext, row: Sequence[Tensor], heads_at_once: i
         kv = slice(start, start + heads_at_once)
         of_query = slice(kv.start * group, kv.stop * group)
         q, k, v, dout = (x[:, :, at].to(wide) for x, at in zip(row, (of_query, kv, kv, of_query)))
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         whole = make_attention_context(context.tokens, boundaries=edges, heads=q.shape[2], kv_heads=k.shape[2])
-        out = whole.attend(*leaves)
-        out.backward(dout)
-        parts.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        parts.append(output_and_gradients(whole.attend, (q, k, v), dout))
     return [torch.cat(column, 2) for column in zip(*parts)]
 
 
@@ -50,16 +60,12 @@ def relative_errors(
         exact: The result of `exact_row`, if it is there already.
     """
     exact = exact_row(context, row) if exact is None else exact
-    *leaves, dout = (context.shard(x).clone() for x in row)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out = context.attend(*leaves)
-    out.backward(dout)
+    *inputs, dout = (context.shard(x) for x in row)
     sums = torch.zeros(4, 2, dtype=torch.float64, device=dout.device)
-    for i, (found, wanted) in enumerate(zip((out, *(leaf.grad for leaf in leaves)), exact)):
+    for i, (found, wanted) in enumerate(zip(output_and_gradients(context.attend, inputs, dout), exact)):
         mine = context.shard(wanted, pad=0)
         real = context.positions(dout.device)[0] < context.tokens
-        sums[i, 0] = (found.detach()[:, real].to(mine.dtype) - mine[:, real]).double().square().sum()
+        sums[i, 0] = (found[:, real].to(mine.dtype) - mine[:, real]).double().square().sum()
         sums[i, 1] = mine[:, real].double().square().sum()
     if context.size > 1:
         for group in (context.inner, context.outer):

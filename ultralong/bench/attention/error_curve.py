@@ -3,8 +3,8 @@
 Legend: B batch, T tokens, H query heads, K kv heads, D head size, P ranks.
 
 The measure is the root mean square of the error over that of the exact value, which is computed in float64 from the
-same rounded inputs. Ulysses and gathered keys do what one process does, so their curves are flat. A ring joins P
-partial results: in float32 that costs nothing that can be seen; in bfloat16 each partial result comes rounded from its
+same rounded inputs. Ulysses and gathered keys do what one process does, so their curves are flat. A ring merges P
+partial results: in float32 at no visible cost; in bfloat16 each partial result comes rounded from its
 kernel, and the curve rises with P and levels off, since each part's weight shrinks as parts are added.
 """
 
@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention import make_attention_context
-from ultralong.utils.files import write_json
+from ultralong.bench.attention.accuracy import output_and_gradients
+from ultralong.bench.results import write_rows
 from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.progress import progress
 
@@ -94,24 +95,17 @@ def _row(seed: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
 
 def _whole_row(row: list[Tensor]) -> list[Tensor]:
     """Output and gradients of one process in float64."""
-    *leaves, dout = (x.double() for x in row)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out = make_attention_context(leaves[0].shape[1], kernel="reference", heads=HEADS, kv_heads=KV_HEADS).attend(*leaves)
-    out.backward(dout)
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
+    *inputs, dout = (x.double() for x in row)
+    context = make_attention_context(dout.shape[1], kernel="reference", heads=HEADS, kv_heads=KV_HEADS)
+    return output_and_gradients(context.attend, inputs, dout)
 
 
 def _errors(row: list[Tensor], exact: list[Tensor], scheme: str) -> Tensor:
     """Relative errors (4,) of output, dq, dk, dv."""
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     context = make_attention_context(row[0].shape[1], group, scheme, heads=HEADS, kv_heads=KV_HEADS)
-    *leaves, dout = (context.shard(x).clone() for x in row)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out = context.attend(*leaves)
-    out.backward(dout)
-    found = [context.unshard(x.detach()).double() for x in (out, *(leaf.grad for leaf in leaves))]
+    *inputs, dout = (context.shard(x) for x in row)
+    found = [context.unshard(x).double() for x in output_and_gradients(context.attend, inputs, dout)]
     return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)])
 
 
@@ -129,10 +123,7 @@ def main() -> None:
         values = asdict(point).values()
         print("  ".join(f"{value:9.2e}" if isinstance(value, float) else f"{value:>9}" for value in values))
     if arguments.json:
-        write_json(
-            arguments.json,
-            {"tokens": arguments.tokens, "torch": torch.__version__, "points": [asdict(point) for point in points]},
-        )
+        write_rows(arguments.json, [asdict(point) for point in points], tokens=arguments.tokens)
 
 
 if __name__ == "__main__":

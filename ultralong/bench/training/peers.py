@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultralong.bench.training.alst import alst_step
-from ultralong.bench.training.measure import DATASHEET_FLOPS, GIB, TrainingCase
+from ultralong.bench.training.measure import DATASHEET_FLOPS, TrainingCase
 from ultralong.bench.training.work import prepare, random_model
 from ultralong.planner.shapes import model_config, shape_of
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, write_json
+from ultralong.utils.units import GIB
 
 PEERS = ("torch-cp-flash", "torch-cp-cudnn", "deepspeed-alst")
 STEPS = 3  # the first does not count

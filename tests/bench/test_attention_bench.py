@@ -112,7 +112,7 @@ def test_a_small_run_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "result.json"
     main(["--lengths", "131072", "--repeats", "1", "--peers", "--check", "--json", str(path)])
     shown, saved = capsys.readouterr().out, json.loads(path.read_text())
-    results = saved["results"]
+    results = saved["rows"]
     assert {r["tokens"] for r in results} == {256, 2048}, "cut down to what a CPU can do"
     assert saved["machine"]["device"] == "cpu"
     assert saved["options"]["dtype"] == "float32"

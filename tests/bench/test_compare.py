@@ -1,0 +1,144 @@
+"""`ultralong bench compare` sees what got worse, in every form of file that has been recorded."""
+
+import copy
+import json
+
+import pytest
+from test_env import ROOT
+
+from ultralong.bench.compare import HIGHER_IS_BETTER, LOWER_IS_BETTER, case_name, compare
+from ultralong.bench.results import append_row, read_rows, rows_of, write_rows
+from ultralong.cli import main
+
+RECORDED = [
+    *sorted((ROOT / "notebooks" / "results").glob("attention_*.json")),
+    *sorted((ROOT / "notebooks" / "results").glob("prefill_*.json")),
+    *sorted((ROOT / "notebooks" / "results").glob("training_*.json")),
+    ROOT / "notebooks" / "results" / "samples_1m.json",
+    ROOT / "ultralong" / "planner" / "machines" / "h200.json",
+]
+
+
+def worsened(row: dict, value: str, by: float) -> dict:
+    """The row with one value worse by a share."""
+    return {**row, value: row[value] * (1 - by if value in HIGHER_IS_BETTER else 1 + by)}
+
+
+def compared(row: dict) -> list[str]:
+    """Values of a row that are compared."""
+    known = HIGHER_IS_BETTER | LOWER_IS_BETTER
+    return [value for value in row if value in known and isinstance(row[value], int | float) and row[value] > 0]
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_four_percent_are_seen_in_any_recorded_row_and_two_are_not(path):
+    rows = read_rows(path)
+    last = {case_name(row): index for index, row in enumerate(rows)}  # a case measured again replaces the first time
+    assert compare(rows, rows).regressions == ()
+    tried = 0
+    for index in last.values():
+        for value in compared(rows[index]):
+            for by, seen in ((0.04, True), (0.02, False), (-0.2, False)):
+                after = copy.copy(rows)
+                after[index] = worsened(rows[index], value, by)
+                found = compare(rows, after).regressions
+                assert [change.value for change in found] == ([value] if seen else [])
+            tried += 1
+    assert tried >= len(rows) / 2, "most recorded rows have values to compare"
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_different_cases_of_a_recorded_file_have_different_names(path):
+    """Two rows share a name only where the same case was measured twice."""
+    told_apart: dict[str, dict] = {}
+    measured = HIGHER_IS_BETTER | LOWER_IS_BETTER
+    for row in read_rows(path):
+        if compared(row):
+            before = told_apart.setdefault(case_name(row), row)
+            same = {key for key in row if key not in measured and row[key] == before.get(key)}
+            assert {"model", "tokens", "task", "kernel", "rate", "packed", "gpus"} & row.keys() <= same
+
+
+def test_a_case_that_ran_out_of_memory_is_a_regression():
+    before = [{"model": "M", "tokens": 8, "gpus": 1, "seconds_per_step": 2.0}]
+    after = [{"model": "M", "tokens": 8, "gpus": 1, "note": "CUDA out of memory"}]
+    found = compare(before, after)
+    assert [(change.value, change.after) for change in found.regressions] == [("seconds_per_step", None)]
+    assert "no number" in str(found)
+
+
+def test_the_report_names_cases_values_and_changes():
+    before = [{"name": "ring", "tokens": n, "ranks": 2, "tflops": 100.0, "forward_ms": 5.0} for n in (1, 2, 3)]
+    after = [
+        {"name": "ring", "tokens": 1, "ranks": 2, "tflops": 90.0, "forward_ms": 5.1},
+        {"name": "ring", "tokens": 2, "ranks": 2, "tflops": 120.0, "forward_ms": 5.0},
+        {"name": "ring", "tokens": 4, "ranks": 2, "tflops": 1.0, "forward_ms": 5.0},
+    ]
+    found = compare(before, after)
+    assert str(found).splitlines() == [
+        "worse   name ring, tokens 1, ranks 2: tflops 100 -> 90 (10.0% worse)",
+        "better  name ring, tokens 2, ranks 2: tflops 100 -> 120 (20.0% better)",
+        "not measured again  name ring, tokens 3, ranks 2",
+        "new  name ring, tokens 4, ranks 2",
+        "4 values compared: 1 worse and 1 better by more than 3%, 2 within it",
+    ]
+    assert compare(before, after, 0.2).regressions == ()
+
+
+def test_rows_with_old_names_are_the_same_cases():
+    old = {"model": "M", "tokens": 8, "gpus": 2, "stages": 4, "memory": {"checkpoint_layers": True, "inputs_host": 3}}
+    new = {
+        "model": "M",
+        "tokens": 8,
+        "gpus": 2,
+        "head_chunks": 4,
+        "memory": {"activation_checkpointing": True, "layer_inputs_offloaded": 3, "loss_tile": 2048},
+    }
+    assert case_name(old) == case_name(new)
+    assert case_name(new) != case_name({**new, "memory": {**new["memory"], "layer_inputs_offloaded": 4}})
+
+
+def test_what_has_nothing_in_common_is_an_error():
+    with pytest.raises(ValueError, match="no case in common"):
+        compare([{"tokens": 1, "seconds": 1.0}], [{"tokens": 2, "seconds": 1.0}])
+    with pytest.raises(ValueError, match="tolerance"):
+        compare([], [], -1.0)
+
+
+def test_a_file_is_written_and_read_alike(tmp_path):
+    path = tmp_path / "rows.json"
+    write_rows(path, [{"tokens": 1, "seconds": 2.0}], options={"repeats": 3})
+    append_row(path, {"tokens": 2, "seconds": 3.0})
+    recorded = json.loads(path.read_text())
+    assert recorded["options"] == {"repeats": 3}
+    assert recorded["machine"]["packages"]["torch"]
+    assert read_rows(path) == [{"tokens": 1, "seconds": 2.0}, {"tokens": 2, "seconds": 3.0}]
+    append_row(tmp_path / "new.json", {"tokens": 1})
+    assert read_rows(tmp_path / "new.json") == [{"tokens": 1}]
+
+
+def test_the_three_forms_of_files_are_read():
+    assert rows_of({"results": [{"tokens": 1}]}) == rows_of({"rows": [{"tokens": 1}]}) == [{"tokens": 1}]
+    assert rows_of({"rates": {"link": [{"gbps": 5.0}]}}) == [{"rate": "link", "gbps": 5.0}]
+    with pytest.raises(ValueError, match="no rows were found; the file has model"):
+        rows_of({"model": 1})
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"what": 1}'])
+def test_other_files_are_refused_by_name(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json is not"):
+        read_rows(tmp_path / "a.json")
+
+
+def test_the_command_exits_with_1_on_a_regression(tmp_path, capsys):
+    row = {"model": "M", "tokens": 8, "gpus": 1, "seconds": 10.0}
+    write_rows(tmp_path / "a.json", [row])
+    write_rows(tmp_path / "b.json", [row | {"seconds": 10.5}])
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "compare", *files])
+    assert stopped.value.code == 1
+    assert "seconds 10 -> 10.5 (5.0% worse)" in capsys.readouterr().out
+    main(["bench", "compare", *files, "--tolerance", "0.1"])
+    assert "1 values compared: 0 worse" in capsys.readouterr().out
