@@ -40,8 +40,8 @@ from transformers.utils import logging
 from ultralong import figures
 from ultralong.attention import available_kernels
 from ultralong.demo import Demo, load
-from ultralong.evaluation.report.report import describe_environment
 from ultralong.notebook_tools import store
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import read_json, read_jsonl
 
 logging.set_verbosity_error()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ultralong.evaluation.measures.baseline import collect, main
+from ultralong.evaluation.runs.baseline import collect, main
 from ultralong.utils.files import read_json
 
 

@@ -9,9 +9,10 @@ import pytest
 from fact_solver import solve
 from test_samples import prose
 
+from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.tasks.babilong_style import FACTS_TASKS, PEOPLE, PLACES, STORIES, FactsBuilder, only_named
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS, TABLES, TASK, name_alone
-from ultralong.evaluation.tasks.samples import make_samples, score_predictions
+from ultralong.evaluation.tasks.samples import make_samples
 from ultralong.evaluation.tasks.texts import Essays
 
 HAYSTACK = prose()

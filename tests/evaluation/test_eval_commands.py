@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 from ultralong.data.rows.separators import PackSettings
-from ultralong.evaluation.runs.commands import (
-    default_lengths,
-    measure,
-    open_model,
-    position_edges,
-    read_haystack,
-    summary,
-)
+from ultralong.evaluation.measures.perplexity import position_edges
+from ultralong.evaluation.runs.commands import default_lengths, measure, summary
+from ultralong.evaluation.tasks.haystack import read_haystack
+from ultralong.inference.load_model import load_model_and_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def test_the_whole_path_equals_the_plain_model(checkpoint):
 
     from ultralong.inference.generate import prefill
 
-    ours, _ = open_model(checkpoint, "cpu")
+    ours, _ = load_model_and_tokenizer(checkpoint, "cpu")
     plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     ids = torch.randint(5, 400, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -13,14 +13,9 @@ from induction import InductionModel
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ultralong.evaluation.measures.needle import (
-    NeedleFormat,
-    answer_forward,
-    answer_generate,
-    make_needle,
-    needle_grid,
-)
+from ultralong.evaluation.measures.needle import answer_forward, answer_generate, needle_grid
 from ultralong.evaluation.tasks.haystack import NOISE_LINE, Haystack, sentence_lead, split_sentences
+from ultralong.evaluation.tasks.needle import NeedleFormat, make_needle
 from ultralong.evaluation.tasks.prompts import encode, encode_continuation, make_frame
 
 COPY = NeedleFormat(answer_prefix=" One of the special magic numbers for {key} is:", digits=5)

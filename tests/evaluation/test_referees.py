@@ -7,9 +7,9 @@ import random
 
 import pytest
 
+from ultralong.evaluation.tasks.ruler import NIAH
 from ultralong.evaluation.tasks.ruler.counting import CODED_PREFIX, CodedBuilder
 from ultralong.evaluation.tasks.ruler.niah import DEPTHS, NiahBuilder
-from ultralong.evaluation.tasks.ruler.registry import NIAH
 
 NOISE_NAMES = {"noise": "repeat", "needle": "needle", "essay": "essay"}
 

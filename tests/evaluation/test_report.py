@@ -9,7 +9,8 @@ import pytest
 
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.report.page import duration, table
-from ultralong.evaluation.report.report import ReportData, count_needles, describe_environment, summarise, write_report
+from ultralong.evaluation.report.report import ReportData, count_needles, summarise, write_report
+from ultralong.utils.environment import describe_environment
 
 pytest.importorskip("plotly")
 pytest.importorskip("matplotlib")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from fact_solver import solve as solve_facts
 
+from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.tasks import babilong_style as facts
 from ultralong.evaluation.tasks import nonliteral
-from ultralong.evaluation.tasks.ruler import counting, niah, questions
-from ultralong.evaluation.tasks.ruler.registry import NIAH
-from ultralong.evaluation.tasks.samples import GENERATED, find_task, make_samples, prompt_ids, score_predictions
+from ultralong.evaluation.tasks.ruler import NIAH, counting, niah, questions
+from ultralong.evaluation.tasks.samples import GENERATED, find_task, make_samples, prompt_ids
 from ultralong.evaluation.tasks.texts import Essays, WordPairs, made_up_words
 
 LENGTH = 4096

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralong import miniature
 from ultralong.attention import NAME
-from ultralong.evaluation.measures.needle import make_needle
+from ultralong.evaluation.tasks.needle import make_needle
 from ultralong.inference.batched import generate_together
 from ultralong.inference.generate import prefill
 from ultralong.inference.long_reader import LongReader

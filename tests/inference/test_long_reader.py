@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ultralong import miniature
-from ultralong.evaluation.measures.needle import make_needle
+from ultralong.evaluation.tasks.needle import make_needle
 from ultralong.inference.generate import generate_greedy
 from ultralong.inference.kv_store import EIGHT_BITS, KvStore, to_eight_bits
 from ultralong.inference.long_reader import LongReader

@@ -5,7 +5,7 @@ Three steps, as the machine with the GPU need not have lm-eval, and the one with
     python tests/support/referee_lm_eval.py requests MODEL --samples 40 --out requests.jsonl     # lm-eval[ruler]
     python tests/support/referee_lm_eval.py answer MODEL requests.jsonl --out answers.jsonl      # transformers' own
     generate
-    python -m ultralong.evaluation.measures.baseline run MODEL --tests TASKS --lengths 4096 --samples 40 --no-chat
+    python -m ultralong.evaluation.runs.baseline run MODEL --tests TASKS --lengths 4096 --samples 40 --no-chat
     ...  # ours
     python tests/support/referee_lm_eval.py score answers.jsonl OURS --json FILE                 # lm-eval[ruler]
 
@@ -123,7 +123,7 @@ def count_same(answers: Path, same: Path) -> dict[str, Any]:
     """Of lm-eval's prompts answered by both ways, how many texts and how many scores are the same."""
     from lm_eval.tasks.ruler.common_utils import process_results
 
-    from ultralong.evaluation.tasks.samples import score_predictions
+    from ultralong.evaluation.measures.score import score_predictions
 
     theirs = {(record["task"], record["index"]): record for record in read_jsonl(answers)}
     found = [(record, theirs[record["task"], record["index"]]) for record in read_jsonl(same)]
@@ -218,7 +218,7 @@ def main() -> None:
     second.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     third = commands.add_parser("score")
     third.add_argument("answers", type=Path)
-    third.add_argument("ours", type=Path, help="JSON of `ultralong.evaluation.measures.baseline run`")
+    third.add_argument("ours", type=Path, help="JSON of `ultralong.evaluation.runs.baseline run`")
     third.add_argument("--model", default="SmolLM2-135M-Instruct, dequantised from Q4_1")
     third.add_argument("--json", type=Path, required=True)
     fourth = commands.add_parser("same")

@@ -146,8 +146,8 @@ def make_samples(
     """
     from transformers import AutoTokenizer
 
-    from ultralong.evaluation.runs.commands import read_haystack
     from ultralong.evaluation.runs.records import write_samples
+    from ultralong.evaluation.tasks.haystack import read_haystack
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     made = write_samples(

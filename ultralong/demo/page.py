@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 from ultralong.demo.stages import Demo
-from ultralong.evaluation.report.report import ReportData, describe_environment, write_report
+from ultralong.evaluation.report.report import ReportData, write_report
 from ultralong.utils import settings
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import read_json, read_jsonl
 
 

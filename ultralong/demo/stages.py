@@ -22,9 +22,10 @@ from ultralong.data.chat.synthetic_qa import reading_conversations
 from ultralong.data.recipe.build import find_recipe, pack_recipe, read_conversations, read_documents
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.demo.settings import DemoConfig, Stage
-from ultralong.evaluation.measures.needle import make_needle, needle_grid
+from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.perplexity import perplexity_by_position
 from ultralong.evaluation.tasks.haystack import Haystack
+from ultralong.evaluation.tasks.needle import make_needle
 from ultralong.launch.local import start
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.utils import settings

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong import attention
 
 
-def open_weights(
+def load_model(
     model: str | os.PathLike[str], device: str = "auto", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A causal language model with this library's attention, in evaluation mode.
@@ -33,3 +33,22 @@ def open_weights(
     except OSError as error:
         raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
     return loaded.to(device).eval()
+
+
+def load_model_and_tokenizer(
+    model: str | os.PathLike[str], device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint ready to be measured: float32 on a CPU, its own type on a GPU, attention without masks.
+
+    Args:
+        model: Folder or hub id.
+        device: `auto`, or any of torch's.
+
+    Raises:
+        ValueError: There is no such checkpoint, or no such device.
+    """
+    loaded = load_model(model, device)
+    try:
+        return loaded, AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"{model} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error

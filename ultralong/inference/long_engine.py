@@ -15,8 +15,8 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.attention.collectives import Group
-from ultralong.evaluation.runs.commands import open_model
 from ultralong.inference.engines import Engine, OneByOne
+from ultralong.inference.load_model import load_model_and_tokenizer
 from ultralong.inference.long_reader import LongReader
 from ultralong.utils.local_ranks import nccl_options, run_ranks
 
@@ -165,7 +165,7 @@ def _open_and_work(
     """One process's part: the first one works, the others follow. What a user did wrong is returned, not raised."""
     try:
         where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        loaded, tokenizer = open_model(model, where)
+        loaded, tokenizer = load_model_and_tokenizer(model, where)
         if world == 1 and kv == "auto":
             return work(loaded, tokenizer, None)
         engine = LongEngine(loaded, tokenizer, dist.group.WORLD if world > 1 else None, kv=kv, chunk=chunk, quiet=quiet)

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ PACKAGES = (
     "nvidia-cudnn-cu12",
     "triton",
 )
+REPORTED = ("ultralong", "torch", "transformers", "accelerate", "numpy", "safetensors")
+GIBIBYTE = 1 << 30
 
 
 def machine_facts() -> dict[str, Any]:
@@ -54,3 +57,43 @@ def machine_facts() -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
         }
     return facts
+
+
+def describe_environment() -> dict[str, str]:
+    """Date, machine and versions, as every measured number must carry them."""
+    facts = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+    }
+    memory = _memory_bytes()
+    if memory:
+        facts["memory"] = f"{memory / GIBIBYTE:.0f} GiB"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        facts[f"gpu {index}"] = f"{device.name}, {device.total_memory / GIBIBYTE:.0f} GiB"
+    return facts | {name: found for name in REPORTED if (found := _version(name))}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """Name of the processor: Linux keeps it in a file, elsewhere the platform knows it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0

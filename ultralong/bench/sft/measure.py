@@ -23,7 +23,7 @@ from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.demo import load
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.measures.row_loss import RowLoss, loss_change, open_for_loss, row_loss
-from ultralong.evaluation.report.report import describe_environment
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import read_json, read_jsonl, write_json
 from ultralong.utils.settings import to_mapping
 

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.measures.intervals import wilson
-from ultralong.evaluation.measures.needle import make_needle
 from ultralong.evaluation.tasks.haystack import Haystack
+from ultralong.evaluation.tasks.needle import make_needle
 from ultralong.inference.engines import Engine
 
 SPARE = 8  # tokens to decode beyond the answer's, for a few words around it

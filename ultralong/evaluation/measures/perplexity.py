@@ -22,6 +22,7 @@ from ultralong.inference.generate import make_cache
 from ultralong.utils.progress import progress
 
 IGNORED = -100
+FIRST_BIN = 256
 TILE_LOGITS = 1 << 25  # logits of one tile: 128 MiB in float32
 
 
@@ -107,6 +108,14 @@ def _positions(length: int, boundaries: np.ndarray | None, by: str) -> np.ndarra
         return places
     starts = np.asarray([0] if boundaries is None else boundaries[:-1])
     return places - starts[np.searchsorted(starts, places, side="right") - 1]
+
+
+def position_edges(length: int) -> tuple[int, ...]:
+    """Borders of perplexity bins that double: fine where the text begins, coarse where it is long."""
+    edges = [0, FIRST_BIN]
+    while edges[-1] < length:
+        edges.append(edges[-1] * 2)
+    return (*edges[:-1], length) if length > FIRST_BIN else (0, length)
 
 
 def perplexity_by_position(

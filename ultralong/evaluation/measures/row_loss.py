@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from ultralong import attention
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
-from ultralong.evaluation.report.report import describe_environment
-from ultralong.inference.load_model import open_weights
+from ultralong.inference.load_model import load_model
 from ultralong.training.batches import Batch, collate
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.model import head_counts
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.progress import progress
 
 Compute = Literal["auto", "bfloat16", "float32"]
@@ -93,7 +93,7 @@ def open_for_loss(model: str | os.PathLike[str], device: str = "auto") -> PreTra
     Raises:
         ValueError: There is no such checkpoint, or no such device.
     """
-    return open_weights(model, device, torch.float32)
+    return load_model(model, device, torch.float32)
 
 
 @torch.no_grad()

@@ -6,23 +6,16 @@ interactive. Every share stands with its count and its interval, and what went w
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.report.page import render
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json, write_text
-
-PACKAGES = ("ultralong", "torch", "transformers", "accelerate", "numpy", "safetensors")
-GIBIBYTE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -62,46 +55,6 @@ class ReportData:
     commands: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=lambda: describe_environment())
-
-
-def describe_environment() -> dict[str, str]:
-    """Date, machine and versions, as every measured number must carry them."""
-    facts = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-    }
-    memory = _memory_bytes()
-    if memory:
-        facts["memory"] = f"{memory / GIBIBYTE:.0f} GiB"
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        facts[f"gpu {index}"] = f"{device.name}, {device.total_memory / GIBIBYTE:.0f} GiB"
-    return facts | {name: found for name in PACKAGES if (found := _version(name))}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _processor() -> str:
-    """Name of the processor: Linux keeps it in a file, elsewhere the platform knows it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def count_needles(cells: Sequence[Mapping[str, Any]], shortest: int, longest: int) -> dict[str, Any] | None:

@@ -8,36 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.evaluation.measures.needle import needle_grid
-from ultralong.evaluation.measures.perplexity import perplexity_by_position
-from ultralong.evaluation.report.report import describe_environment
+from ultralong.evaluation.measures.perplexity import perplexity_by_position, position_edges
 from ultralong.evaluation.runs.records import answer_tasks
+from ultralong.evaluation.tasks.haystack import read_haystack
 from ultralong.inference.engines import Engine
-from ultralong.inference.load_model import open_weights
+from ultralong.inference.load_model import load_model_and_tokenizer
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json
 
 PREFILL_CHUNK = 16384
-FIRST_BIN = 256
-
-
-def open_model(model: str | os.PathLike[str], device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint ready to be measured: float32 on a CPU, its own type on a GPU, attention without masks.
-
-    Args:
-        model: Folder or hub id.
-        device: `auto`, or any of torch's.
-
-    Raises:
-        ValueError: There is no such checkpoint, or no such device.
-    """
-    loaded = open_weights(model, device)
-    try:
-        return loaded, AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"{model} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
 
 
 def answer(
@@ -69,32 +52,9 @@ def answer(
     )
 
 
-def read_haystack(path: str | os.PathLike[str] | None) -> list[str] | None:
-    """Texts of a file, or of all `.txt` and `.md` files under a folder in the order of their names.
-
-    Raises:
-        ValueError: There is nothing to read.
-    """
-    if path is None:
-        return None
-    path = Path(path)
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{path} holds no text to hide a needle in: give a text file, or a folder with .txt files.")
-    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
-
-
 def default_lengths(window: int) -> tuple[int, ...]:
     """Eighths of the window."""
     return tuple(window * part // 8 for part in range(1, 9))
-
-
-def position_edges(length: int) -> tuple[int, ...]:
-    """Borders of perplexity bins that double: fine where the text begins, coarse where it is long."""
-    edges = [0, FIRST_BIN]
-    while edges[-1] < length:
-        edges.append(edges[-1] * 2)
-    return (*edges[:-1], length) if length > FIRST_BIN else (0, length)
 
 
 def measure(
@@ -137,7 +97,7 @@ def measure(
     if task == "perplexity" and rows is None:
         raise ValueError("Perplexity needs packed rows to read: give --rows FOLDER, as written by `ultralong pack`.")
     texts = read_haystack(haystack)
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = load_model_and_tokenizer(model, device)
     window = int(loaded.config.get_text_config().max_position_embeddings)
     result: dict[str, Any] = {"task": task, "model": str(model), "window": window, "seed": seed}
     if task == "needle":

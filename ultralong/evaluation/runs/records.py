@@ -17,8 +17,9 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.measures.intervals import paired_difference
+from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.runs.sample_prefetch import Making
-from ultralong.evaluation.tasks.samples import find_task, make_samples, prompt_ids, score_predictions
+from ultralong.evaluation.tasks.samples import find_task, make_samples, prompt_ids
 from ultralong.inference.engines import Engine, OwnEngine
 from ultralong.utils.files import append_jsonl, locked, read_jsonl, write_json
 from ultralong.utils.progress import progress

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.runs.records import EFFECTIVE_SCORE, compare_answers, effective_length
 from ultralong.evaluation.tasks.groups import FAMILIES
-from ultralong.evaluation.tasks.samples import TASKS, find_task, score_predictions
+from ultralong.evaluation.tasks.samples import TASKS, find_task
 from ultralong.utils.files import read_json, read_jsonl, write_json, write_text
 
 SETTINGS_FILE = "run.yaml"

@@ -18,19 +18,21 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.measures.lm_eval import find_benchmarks, measure_standard
-from ultralong.evaluation.measures.needle import needle_grid, prepare_haystack
+from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.needle_ask import ask_cell
-from ultralong.evaluation.measures.perplexity import perplexity_by_position
-from ultralong.evaluation.report.report import describe_environment
-from ultralong.evaluation.runs.commands import open_model, position_edges, read_haystack
+from ultralong.evaluation.measures.perplexity import perplexity_by_position, position_edges
 from ultralong.evaluation.runs.records import answer_pairs
 from ultralong.evaluation.runs.results import SETTINGS_FILE, write_results
 from ultralong.evaluation.runs.settings import RunSettings, doubled_lengths, within_window
 from ultralong.evaluation.tasks.groups import SPECIAL, expand, find_questions
+from ultralong.evaluation.tasks.haystack import read_haystack
+from ultralong.evaluation.tasks.needle import prepare_haystack
 from ultralong.evaluation.tasks.samples import PUBLISHED, check_task
 from ultralong.inference.engines import Engine, OwnEngine, VllmEngine
+from ultralong.inference.load_model import load_model_and_tokenizer
 from ultralong.inference.long_engine import with_model
 from ultralong.utils import settings
+from ultralong.utils.environment import describe_environment
 from ultralong.utils.extras import require
 from ultralong.utils.files import append_jsonl, locked, read_jsonl, write_json
 from ultralong.utils.progress import progress
@@ -157,7 +159,7 @@ def _engine(
 def _open(wanted: RunSettings, device: str) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Model and tokenizer; no model for an engine that opens it itself."""
     if wanted.engine == "transformers":
-        return open_model(wanted.model, device)
+        return load_model_and_tokenizer(wanted.model, device)
     try:
         return None, AutoTokenizer.from_pretrained(wanted.model)
     except OSError as error:

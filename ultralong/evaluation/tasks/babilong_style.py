@@ -26,58 +26,20 @@ from itertools import pairwise
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
 from ultralong.evaluation.tasks.texts import Essays, essays
 
+# fmt: off
 PEOPLE = (
-    "Alarik",
-    "Berenike",
-    "Cosima",
-    "Dietmar",
-    "Eulalia",
-    "Fiorella",
-    "Gunnhild",
-    "Hartmut",
-    "Isolde",
-    "Jorunn",
-    "Kasimir",
-    "Leontine",
-    "Mechthild",
-    "Norbert",
-    "Ottilie",
-    "Philippa",
-    "Quirin",
-    "Roswitha",
-    "Sieglinde",
-    "Thaddeus",
-    "Ulrike",
-    "Valerian",
-    "Wendelin",
-    "Xaver",
+    "Alarik", "Berenike", "Cosima", "Dietmar", "Eulalia", "Fiorella", "Gunnhild", "Hartmut", "Isolde", "Jorunn",
+    "Kasimir", "Leontine", "Mechthild", "Norbert", "Ottilie", "Philippa", "Quirin", "Roswitha", "Sieglinde",
+    "Thaddeus", "Ulrike", "Valerian", "Wendelin", "Xaver",
 )
 PLACES = (
-    "boathouse",
-    "granary",
-    "lighthouse",
-    "orchard",
-    "quarry",
-    "sawmill",
-    "smithy",
-    "stable",
-    "tannery",
-    "vineyard",
-    "watchtower",
-    "windmill",
+    "boathouse", "granary", "lighthouse", "orchard", "quarry", "sawmill", "smithy", "stable", "tannery", "vineyard",
+    "watchtower", "windmill",
 )
 THINGS = (
-    "anvil",
-    "bellows",
-    "candlestick",
-    "compass",
-    "goblet",
-    "lantern",
-    "sextant",
-    "spyglass",
-    "tambourine",
-    "thimble",
+    "anvil", "bellows", "candlestick", "compass", "goblet", "lantern", "sextant", "spyglass", "tambourine", "thimble",
 )
+# fmt: on
 WALKS = (
     "{person} walked to the {place}.",
     "{person} went over to the {place}.",

@@ -8,14 +8,21 @@ prompt shows the rest of the way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from ultralong.evaluation.tasks.prompts import encode
+from ultralong.evaluation.tasks.task import Draft
 
 Made = TypeVar("Made")
 
 AIM = 0.9875  # share of the limit that is aimed at: the line may be wrong by as much again without a second prompt
 ENOUGH = 0.975
 MOST_TRIES = 12
+FEWEST_TOKENS = 64  # of a text that is cut
+MOST_CUTS = 8
 
 
 @dataclass(frozen=True)
@@ -96,3 +103,48 @@ def fit(make: Callable[[int], tuple[Made, int]], limit: int, smallest: int, line
     if best is None:
         return fit(make, limit, smallest, Line(line.base, 1.25 * line.cost))
     return best
+
+
+def truncate_middle(
+    tokenizer: PreTrainedTokenizerBase, draft: Draft, limit: int, tokens_of: Callable[[Draft], int]
+) -> tuple[Draft, int]:
+    """The draft with the middle of its message left out, so that the whole takes at most `limit` tokens.
+
+    Half of the tokens kept are the first ones and half the last. Where a half ends inside a character, as can happen
+    with byte-level tokenizers, the text shows the mark of an unknown character there, as in the official code.
+
+    Args:
+        tokenizer: Counts the tokens.
+        draft: The prompt.
+        limit: Most tokens of the framed prompt and the answer.
+        tokens_of: Counts those of a draft.
+
+    Returns:
+        The draft, and how many tokens it lost (0 for one that fits, which is returned as it is).
+
+    Raises:
+        ValueError: The frame, the answer and a few words do not fit.
+    """
+    total = tokens_of(draft)
+    if total <= limit:
+        return draft, 0
+    ids = encode(tokenizer, draft.input)
+    room = limit - (total - len(ids))
+    for _ in range(MOST_CUTS):
+        if room < FEWEST_TOKENS:
+            raise ValueError(
+                f"{limit:,} tokens are too few: frame and answer of this test take "
+                f"{total - len(ids):,} and its text needs {FEWEST_TOKENS}."
+            )
+        half = room // 2
+        kept = "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids[:half], ids[-half:]))
+        short = replace(draft, input=kept)
+        over = tokens_of(short) - limit
+        if over <= 0:
+            return short, len(ids) - 2 * half
+        # The two halves, read anew as one text, can take a token or two more.
+        room -= over
+    raise ValueError(
+        f"The tokenizer does not repeat its own text: cut to {room:,} tokens, it still takes "
+        f"{limit + over:,} of {limit:,}."
+    )

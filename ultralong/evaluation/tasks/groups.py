@@ -9,8 +9,7 @@ from pathlib import Path
 from ultralong.evaluation.tasks.babilong_style import FACTS_TASKS
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
-from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS
-from ultralong.evaluation.tasks.published.registry import LEVELS
+from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LEVELS, LVEVAL_TASKS
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.samples import find_task
 

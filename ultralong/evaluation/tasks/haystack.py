@@ -5,9 +5,11 @@ N tokens, S sentences.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -95,6 +97,21 @@ class Haystack:
         cuts = [cut for cut in [*cuts, 0, count] if 0 <= cut <= count]
         cut = min(cuts, key=lambda cut: abs(cut - wanted))
         return cut if abs(cut - wanted) <= max(count // 20, 1) else wanted
+
+
+def read_haystack(path: str | os.PathLike[str] | None) -> list[str] | None:
+    """Texts of a file, or of all `.txt` and `.md` files under a folder in the order of their names.
+
+    Raises:
+        ValueError: There is nothing to read.
+    """
+    if path is None:
+        return None
+    path = Path(path)
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"{path} holds no text to hide a needle in: give a text file, or a folder with .txt files.")
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 
 def split_sentences(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ultralong.evaluation.tasks.babilong_style import PEOPLE
-from ultralong.evaluation.tasks.needle_task import GOLDEN
+from ultralong.evaluation.tasks.needle import GOLDEN
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
 from ultralong.evaluation.tasks.texts import Essays, essays
 

@@ -5,6 +5,10 @@ says, and the code is followed: the gate is 0.2 for English and 0.4 for Chinese;
 that count as found, and not before F1; only the first reference counts.
 
 InfiniteBench: github.com/OpenBMB/InfiniteBench, compute_scores.py of June 2024.
+
+The two ROUGE scores look for common subsequences and count them differently. LV-Eval calls the package `rouge`, whose
+ROUGE-L counts different words: a word that stands twice counts once. InfiniteBench calls `rouge-score` through
+`evaluate`, whose ROUGE-Lsum follows the original program (Lin 2004): line by line, each word as often as it stands.
 """
 
 from __future__ import annotations
@@ -16,8 +20,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from ultralong.evaluation.tasks.published.catalogue import idle_words, marks
-from ultralong.evaluation.tasks.published.rouge import rouge_l
-from ultralong.evaluation.tasks.published.rouge import rouge_lsum as one_rouge_lsum
 from ultralong.utils.extras import require
 
 ENGLISH_GATE = 0.2
@@ -130,7 +132,7 @@ def rouge_lsum(answer: str, references: Sequence[str]) -> float:
 
     lm-eval's version stems words, which reads higher.
     """
-    return max(one_rouge_lsum(answer, reference) for reference in references)
+    return max(rouge_lsum_f(answer, reference) for reference in references)
 
 
 def chosen_letter(answer: str, references: Sequence[str]) -> float:
@@ -181,3 +183,77 @@ def _after(text: str, openings: Sequence[str]) -> str | None:
 def named_character(answer: str, references: Sequence[str]) -> float:
     """InfiniteBench's En.Dia: the first reference is a word of the answer in capitals; names of two words never are."""
     return float(references[0] in answer.translate(NAME_SEPARATORS).upper().split())
+
+
+def common_places(reference: Sequence[str], candidate: Sequence[str], *, keep_candidate: bool) -> list[int]:
+    """Places in the reference of one longest common subsequence.
+
+    Args:
+        reference: N words.
+        candidate: M words.
+        keep_candidate: Which of several subsequences of the same length is taken, as the two packages differ in it: on
+            the way back through the table, a tie drops a reference word (True) or a candidate word (False).
+    """
+    table = [[0] * (len(candidate) + 1)]  # (N + 1, M + 1)
+    for word in reference:
+        above, row = table[-1], [0]
+        for place, other in enumerate(candidate):
+            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
+        table.append(row)
+    places = []
+    i, j = len(reference), len(candidate)
+    while i and j:
+        if reference[i - 1] == candidate[j - 1]:
+            places.append(i - 1)
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1] or (keep_candidate and table[i - 1][j] == table[i][j - 1]):
+            i -= 1
+        else:
+            j -= 1
+    return places[::-1]
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L's F of the package `rouge` 1.0.1, from 0 to 1; 0 where either text holds no sentence.
+
+    That package walks back through its table by recursion and fails beyond some thousand words, which LV-Eval counts as
+    0; here such texts get their score.
+    """
+    said, wanted = _sentences(answer), _sentences(reference)
+    if not said or not wanted:
+        return 0.0
+    shared = {
+        sentence[place]
+        for sentence in wanted
+        for other in said
+        for place in common_places(sentence, other, keep_candidate=False)
+    }
+    precision = len(shared) / len({word for sentence in said for word in sentence})
+    recall = len(shared) / len({word for sentence in wanted for word in sentence})
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """Words of each part between full stops; a part of white space alone is one empty word, as in the package."""
+    return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+
+
+def rouge_lsum_f(answer: str, reference: str) -> float:
+    """ROUGE-Lsum's F of `rouge-score` without a stemmer, from 0 to 1: lines as sentences, no word counted twice."""
+    said, wanted = (
+        [re.findall(r"[a-z0-9]+", line.lower()) for line in text.split("\n") if line] for text in (answer, reference)
+    )
+    left_said, left_wanted = (Counter(word for line in lines for word in line) for lines in (said, wanted))
+    sizes = left_said.total(), left_wanted.total()
+    if not all(sizes):
+        return 0.0
+    hits = 0
+    for line in wanted:
+        places = {place for other in said for place in common_places(line, other, keep_candidate=True)}
+        for word in (line[place] for place in sorted(places)):
+            if left_said[word] and left_wanted[word]:
+                hits += 1
+                left_said[word] -= 1
+                left_wanted[word] -= 1
+    precision, recall = hits / sizes[0], hits / sizes[1]
+    return 2 * precision * recall / (precision + recall) if hits else 0.0

@@ -1,7 +1,7 @@
 """The committed baseline of a model before any extension: needles and RULER from 1K to past its window, in one JSON.
 
-    python -m ultralong.evaluation.measures.baseline run MODEL --out runs/baseline --json report.json
-    python -m ultralong.evaluation.measures.baseline collect --json baseline.json h200=report.json cpu=runs/cpu
+    python -m ultralong.evaluation.runs.baseline run MODEL --out runs/baseline --json report.json
+    python -m ultralong.evaluation.runs.baseline collect --json baseline.json h200=report.json cpu=runs/cpu
 
 `run` is `ultralong eval run` with the baseline's tests, for machines that lack the command line's packages; its folder
 goes on after a stop. `collect` puts runs under headings of one file, which keeps the headings that it has.
@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.runs.results import summarise
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
-from ultralong.evaluation.tasks.samples import score_predictions
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, read_jsonl, write_json
 
@@ -110,7 +110,7 @@ def collect(path: Path, runs: Mapping[str, Path], model: str | None = None) -> d
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ultralong.evaluation.measures.baseline",
+        prog="python -m ultralong.evaluation.runs.baseline",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
     )
