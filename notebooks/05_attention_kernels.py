@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 
 from ultralong import figures
-from ultralong.attention import available_kernels, make_context
+from ultralong.attention import available_kernels, make_attention_context
 from ultralong.attention.lse_merge import merge_into
 from ultralong.course import check, predict, reveal
 from ultralong.figures.play import play
@@ -220,8 +220,8 @@ check("05.backward", my_backward)
 # %%
 heads, kv_heads, size = 4, 2, 64
 row = [torch.randn(1, LENGTH, n, size, generator=generator, dtype=torch.float64) for n in (heads, kv_heads, kv_heads)]
-context = make_context(LENGTH, heads=heads, kv_heads=kv_heads)
-reference = make_context(LENGTH, kernel="reference", heads=heads, kv_heads=kv_heads).attend(*row)
+context = make_attention_context(LENGTH, heads=heads, kv_heads=kv_heads)
+reference = make_attention_context(LENGTH, kernel="reference", heads=heads, kv_heads=kv_heads).attend(*row)
 errors = {}
 for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
     found = context.attend(*(x.to(DEVICE, dtype) for x in row)).double().cpu()
@@ -229,7 +229,7 @@ for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
 rates = {}
 for length in (LENGTH // 4, LENGTH // 2, LENGTH):
     part = [x[:, :length].float().to(DEVICE) for x in row]
-    one = make_context(length, heads=heads, kv_heads=kv_heads)
+    one = make_attention_context(length, heads=heads, kv_heads=kv_heads)
     one.attend(*part)  # the first call prepares
     started = time.perf_counter()
     one.attend(*part)

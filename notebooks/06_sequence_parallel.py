@@ -105,11 +105,11 @@ def work_by_hop(layout):
     """For every rank its query-key pairs at each hop of a ring; hop 0 is its own block."""
     rows = []
     for rank in range(layout.ranks):
-        mine = layout.pieces(rank)
+        mine = layout.ranges(rank)
         own = sum(int((layout.positions(rank) <= q).sum()) for q in layout.positions(rank).tolist())
         hops = [own]
         for hop in range(1, layout.ranks):
-            theirs = layout.pieces((rank - hop) % layout.ranks)
+            theirs = layout.ranges((rank - hop) % layout.ranks)
             hops.append(sum((r.stop - r.start) * (k.stop - k.start) for r, k in rectangles(mine, theirs, None)))
         rows.append(hops)
     return rows

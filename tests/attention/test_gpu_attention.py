@@ -13,16 +13,16 @@ from ultralong.attention.kernels import (
     GQA,
     SOFTCAP,
     WINDOW,
-    add_backward,
     attention_backward,
     attention_forward,
-    backward_with_shares,
+    backward_accumulate,
+    backward_with_partials,
     choose_kernel,
-    flash4_tiles,
+    flash_attn_4_hooks,
     get_kernel,
 )
 from ultralong.attention.kernels.fallbacks import head_groups
-from ultralong.attention.spec import Rule, Spans
+from ultralong.attention.spec import AttentionSpec, VarlenSegments
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
 from ultralong.bench.attention.measure import SCHEMES, documents
 from ultralong.utils.local_ranks import run_ranks
@@ -54,19 +54,27 @@ def rms(found, exact):
 
 
 CALLS = {
-    "whole": (Rule(scale=0.1), 1000, 1000),
-    "full": (Rule(scale=0.1, causal=False), 300, 1000),
-    "clipped": (Rule(scale=0.1), 300, 1000),
-    "one query": (Rule(scale=0.1), 1, 1000),
-    "packed": (Rule(scale=0.1, spans=Spans((0, 1, 2, 500, 513, 1000), (0, 1, 2, 500, 513, 1000))), 1000, 1000),
-    "packed and clipped": (Rule(scale=0.1, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))), 600, 1000),
-    "window": (Rule(scale=0.1, window=100), 1000, 1000),
-    "window, packed and clipped": (
-        Rule(scale=0.1, window=64, spans=Spans((0, 40, 41, 600), (0, 440, 441, 1000))),
+    "whole": (AttentionSpec(scale=0.1), 1000, 1000),
+    "full": (AttentionSpec(scale=0.1, causal=False), 300, 1000),
+    "clipped": (AttentionSpec(scale=0.1), 300, 1000),
+    "one query": (AttentionSpec(scale=0.1), 1, 1000),
+    "packed": (
+        AttentionSpec(scale=0.1, segments=VarlenSegments((0, 1, 2, 500, 513, 1000), (0, 1, 2, 500, 513, 1000))),
+        1000,
+        1000,
+    ),
+    "packed and clipped": (
+        AttentionSpec(scale=0.1, segments=VarlenSegments((0, 40, 41, 600), (0, 440, 441, 1000))),
         600,
         1000,
     ),
-    "soft cap": (Rule(scale=0.1, softcap=2.0), 1000, 1000),
+    "window": (AttentionSpec(scale=0.1, window=100), 1000, 1000),
+    "window, packed and clipped": (
+        AttentionSpec(scale=0.1, window=64, segments=VarlenSegments((0, 40, 41, 600), (0, 440, 441, 1000))),
+        600,
+        1000,
+    ),
+    "soft cap": (AttentionSpec(scale=0.1, softcap=2.0), 1000, 1000),
 }
 
 
@@ -75,18 +83,18 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_equals_the_reference_in_float32(name, call, heads, kv_heads, size):
-    kernel, (rule, tokens_q, tokens_k) = get_kernel(name), CALLS[call]
+    kernel, (spec, tokens_q, tokens_k) = get_kernel(name), CALLS[call]
     dtype = torch.float32 if name == "efficient" else torch.bfloat16
     q, k, v, dout = tensors(tokens_q, tokens_k, heads, kv_heads, size, dtype)
-    refused = kernel.refusal(q, rule)
+    refused = kernel.unsupported_reason(q, spec)
     if refused:
-        assert (rule.window and WINDOW not in kernel.features) or (rule.softcap and SOFTCAP not in kernel.features)
+        assert (spec.window and WINDOW not in kernel.features) or (spec.softcap and SOFTCAP not in kernel.features)
         return
-    out, lse = attention_forward(kernel, q, k, v, rule)
-    grads = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    out, lse = attention_forward(kernel, q, k, v, spec)
+    grads = attention_backward(kernel, dout, q, k, v, out, lse, spec)
     reference, wide = get_kernel("reference"), [x.float() for x in (q, k, v, dout)]
-    exact, exact_lse = attention_forward(reference, *wide[:3], rule)
-    wanted = attention_backward(reference, wide[3], *wide[:3], exact, exact_lse, rule)
+    exact, exact_lse = attention_forward(reference, *wide[:3], spec)
+    wanted = attention_backward(reference, wide[3], *wide[:3], exact, exact_lse, spec)
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     assert (lse - exact_lse).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
     for part, found, expected in zip(("out", "dq", "dk", "dv"), (out, *grads), (exact, *wanted)):
@@ -98,12 +106,12 @@ def test_a_kernel_equals_the_reference_in_float32(name, call, heads, kv_heads, s
 @pytest.mark.parametrize("name", FAST)
 def test_backward_takes_a_pair_that_was_merged(name):
     """A ring's case: the pair of all keys, the backward pass of some of them."""
-    kernel, rule = get_kernel(name), Rule(scale=0.1, causal=False)
+    kernel, spec = get_kernel(name), AttentionSpec(scale=0.1, causal=False)
     q, k, v, dout = tensors(512, 1024, 8, 2, 128, torch.bfloat16)
-    out, lse = attention_forward(kernel, q, k, v, rule)
-    dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    out, lse = attention_forward(kernel, q, k, v, spec)
+    dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, spec)
     a, b = (
-        attention_backward(kernel, dout, q, k[:, part], v[:, part], out, lse, rule)
+        attention_backward(kernel, dout, q, k[:, part], v[:, part], out, lse, spec)
         for part in (slice(0, 256), slice(256, 1024))
     )
     assert rms(a[0].float() + b[0].float(), dq) <= 1e-2
@@ -117,8 +125,8 @@ def test_what_this_machine_has():
     if "cudnn" in KERNELS:
         assert GQA in get_kernel("cudnn").features
     q = torch.empty(1, 8, 8, 128, device="cuda", dtype=torch.bfloat16)
-    assert choose_kernel("auto", q, Rule(scale=1.0)).name == KERNELS[0]
-    assert choose_kernel("auto", q.float(), Rule(scale=1.0)).name == "efficient"
+    assert choose_kernel("auto", q, AttentionSpec(scale=1.0)).name == KERNELS[0]
+    assert choose_kernel("auto", q.float(), AttentionSpec(scale=1.0)).name == "efficient"
 
 
 @marked(one_gpu)
@@ -126,18 +134,18 @@ def test_what_this_machine_has():
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_shares_are_added_to_what_is_there(name, call, heads, kv_heads, size, caplog):
-    kernel, (rule, tokens_q, tokens_k) = get_kernel(name), CALLS[call]
+    kernel, (spec, tokens_q, tokens_k) = get_kernel(name), CALLS[call]
     dtype = torch.float32 if name == "efficient" else torch.bfloat16
     q, k, v, dout = tensors(tokens_q, tokens_k, heads, kv_heads, size, dtype)
-    if kernel.refusal(q, rule):
+    if kernel.unsupported_reason(q, spec):
         return
-    out, lse = attention_forward(kernel, q, k, v, rule)
+    out, lse = attention_forward(kernel, q, k, v, spec)
     reference, wide = get_kernel("reference"), [x.float() for x in (dout, q, k, v, out)]
-    wanted = attention_backward(reference, *wide, lse, rule)
+    wanted = attention_backward(reference, *wide, lse, spec)
     there = 2.0**-10  # as small as one query's gradients, which beside 1 would lose digits
     for _ in range(2):  # flash-attn 4 compares its sums with its result the first time only
         row = torch.full((2, 1, tokens_k + 3, kv_heads, size), there, device="cuda")
-        dq = add_backward(kernel, dout, q, k, v, out, lse, rule, row[0][:, 1:-2], row[1][:, 1:-2])
+        dq = backward_accumulate(kernel, dout, q, k, v, out, lse, spec, row[0][:, 1:-2], row[1][:, 1:-2])
         assert (row[:, :, [0, -2, -1]] == there).all()
         for part, found, expected in zip(("dq", "dk", "dv"), (dq, *(row[:, :, 1:-2] - there)), wanted):
             assert rms(found, expected) <= (1e-5 if dtype == torch.float32 else 1e-2), part
@@ -148,8 +156,8 @@ def test_shares_are_added_to_what_is_there(name, call, heads, kv_heads, size, ca
 @pytest.mark.skipif("flash4" not in KERNELS, reason="needs flash-attn 4")
 @pytest.mark.parametrize("call", CALLS)
 def test_flash_attn_4_is_right_with_the_tiles_for_many_keys(call, monkeypatch, caplog):
-    monkeypatch.setattr(flash4_tiles, "MANY", 0)
-    monkeypatch.setattr(flash4_tiles, "SOME", 0)
+    monkeypatch.setattr(flash_attn_4_hooks, "FORWARD_KEYS", 0)
+    monkeypatch.setattr(flash_attn_4_hooks, "BACKWARD_KEYS", 0)
     test_a_kernel_equals_the_reference_in_float32("flash4", call, 8, 2, 128)
     test_shares_are_added_to_what_is_there("flash4", call, 8, 2, 128, caplog)
 
@@ -161,21 +169,21 @@ def test_short_pieces_beside_each_other_and_long_ones_change_nothing(turn):
     lengths = [9000, 1, 300, 2048, 77, 4096, 12000, 513, 1024, 3000]
     lengths = lengths[turn:] + lengths[:turn]
     edges = (0, *accumulate(lengths))
-    kernel, rule = get_kernel("cudnn"), Rule(128**-0.5)
+    kernel, spec = get_kernel("cudnn"), AttentionSpec(128**-0.5)
     q, k, v, dout = tensors(edges[-1], edges[-1], 32, 8, 128, torch.bfloat16, seed=turn)
-    packed = rule.with_spans(Spans(edges, edges, frozenset({1, 6})))
+    packed = spec.with_segments(VarlenSegments(edges, edges, frozenset({1, 6})))
     out, lse = attention_forward(kernel, q, k, v, packed)
     grads = attention_backward(kernel, dout, q, k, v, out, lse, packed)
-    *finals, shares = backward_with_shares(kernel, dout, q, k, v, out, lse, packed)
+    *finals, shares = backward_with_partials(kernel, dout, q, k, v, out, lse, packed)
     torch.full((2**28,), float("nan"), device="cuda")  # whatever was given up too early is no longer there
     shared = {keys.start: sides for keys, *sides in shares}
     assert sorted(shared) == [edges[1], edges[6]]
     for piece, (a, b) in enumerate(pairwise(edges)):
         at = slice(a, b)
-        alone, alone_lse = attention_forward(kernel, q[:, at], k[:, at], v[:, at], rule)
+        alone, alone_lse = attention_forward(kernel, q[:, at], k[:, at], v[:, at], spec)
         assert torch.equal(out[:, at], alone)
         assert torch.equal(lse[:, :, at], alone_lse)
-        one = attention_backward(kernel, dout[:, at], q[:, at], k[:, at], v[:, at], alone, alone_lse, rule)
+        one = attention_backward(kernel, dout[:, at], q[:, at], k[:, at], v[:, at], alone, alone_lse, spec)
         wide = [finals[0][:, at], *(shared[a] if piece in {1, 6} else [grad[:, at] for grad in finals[1:]])]
         for expected, *found in zip(one, [grad[:, at] for grad in grads], wide, strict=True):
             most = 0.02 * expected.float().abs().max() + 1e-3  # of one token dq is nothing
@@ -187,7 +195,7 @@ def test_short_pieces_beside_each_other_and_long_ones_change_nothing(turn):
 @pytest.mark.parametrize("name", FAST)
 def test_shares_of_two_calls_are_as_exact_as_one_call(name, size):
     """With grouped heads; a kernel that rounds each call's share makes 1.2 times one call's error."""
-    kernel, (whole, full) = get_kernel(name), (Rule(scale=0.1), Rule(scale=0.1, causal=False))
+    kernel, (whole, full) = get_kernel(name), (AttentionSpec(scale=0.1), AttentionSpec(scale=0.1, causal=False))
     q, k, v, dout = tensors(4096, 4096, 8, 2, size, torch.bfloat16)
     wide = [x.float() for x in (q, k, v)]
     reference = get_kernel("reference")
@@ -196,19 +204,19 @@ def test_shares_of_two_calls_are_as_exact_as_one_call(name, size):
     out, lse = attention_forward(kernel, q, k, v, whole)
     once = attention_backward(kernel, dout, q, k, v, out, lse, whole)[1:]
     half, total = 2048, torch.zeros(2, *k.shape, device="cuda")
-    for rows, keys, rule in (
+    for rows, keys, spec in (
         (slice(0, half), slice(0, half), whole),
         (slice(half, None), slice(half, None), whole),
         (slice(half, None), slice(0, half), full),
     ):
-        add_backward(
+        backward_accumulate(
             kernel,
             *(x[:, rows].contiguous() for x in (dout, q)),
             k[:, keys],
             v[:, keys],
             out[:, rows].contiguous(),
             lse[:, :, rows].contiguous(),
-            rule,
+            spec,
             *total[:, :, keys],
         )
     ratios = [rms(found.to(torch.bfloat16), right) / rms(one, right) for found, one, right in zip(total, once, wanted)]
@@ -221,7 +229,7 @@ def errors_of_some_rows(kernel, tokens, heads, kv_heads):
 
     A kernel that takes heads in groups below its index gets the heads of one group: the call that it makes for them.
     """
-    size, rule = 128, Rule(scale=128**-0.5)
+    size, spec = 128, AttentionSpec(scale=128**-0.5)
     q, k, v, dout = tensors(tokens, tokens, heads, kv_heads, size, torch.bfloat16)
     rows = torch.tensor([0, 77, tokens // 2 + 1, tokens - 1], device="cuda")
     planted, group = tokens // 3, heads // kv_heads
@@ -233,16 +241,16 @@ def errors_of_some_rows(kernel, tokens, heads, kv_heads):
         (a, b), (c, d) = groups[0]
         q, dout, chosen = (x[:, :, a:b].contiguous() for x in (q, dout, chosen))
         k, v = (x[:, :, c:d].contiguous() for x in (k, v))
-    out, lse = attention_forward(kernel, q, k, v, rule)
-    dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    out, lse = attention_forward(kernel, q, k, v, spec)
+    dq, dk, dv = attention_backward(kernel, dout, q, k, v, out, lse, spec)
     seen, worst = torch.arange(tokens, device="cuda")[None] <= rows[:, None], {}  # (R, T)
     for kv in range(k.shape[2]):
         of = slice(kv * group, (kv + 1) * group)
         queries, keys, values, grad = q[0, rows, of].float(), k[0, :, kv].float(), v[0, :, kv].float(), chosen[0, :, of]
-        scores = (torch.einsum("rgd,td->rgt", queries, keys) * rule.scale).masked_fill(~seen[:, None], float("-inf"))
+        scores = (torch.einsum("rgd,td->rgt", queries, keys) * spec.scale).masked_fill(~seen[:, None], float("-inf"))
         p, grad = scores.softmax(-1), grad.float()
         exact = torch.einsum("rgt,td->rgd", p, values)
-        ds = p * (torch.einsum("rgd,td->rgt", grad, values) - (grad * exact).sum(-1, keepdim=True)) * rule.scale
+        ds = p * (torch.einsum("rgd,td->rgt", grad, values) - (grad * exact).sum(-1, keepdim=True)) * spec.scale
         for part, found, right in (
             ("out", out[0, rows, of], exact),
             ("dq", dq[0, rows, of], torch.einsum("rgt,td->rgd", ds, keys)),

@@ -14,64 +14,65 @@ import torch
 from attention_yardstick import plain_attention, random_qkv, relative, visible
 
 from ultralong.attention.kernels import (
-    add_backward,
     attention_backward,
     attention_forward,
-    backward_with_shares,
-    flash4_tiles,
+    backward_accumulate,
+    backward_with_partials,
     flash_attn,
-    sums_at,
+    flash_attn_4,
+    flash_attn_4_hooks,
+    partials_at,
     torch_cuda,
 )
 from ultralong.attention.kernels.base import SOFTCAP, WINDOW
 from ultralong.attention.kernels.reference import Reference
-from ultralong.attention.spec import Rule, Spans
+from ultralong.attention.spec import AttentionSpec, VarlenSegments
 
 PLAIN = Reference()
 
 
-def each_piece(function, tensors, edges, rule):
+def for_each_segment(function, tensors, edges, spec):
     """Run on packed (T, heads, D) tensors, piece by piece: queries' side first where `edges` has two lists."""
     results = []
     for (a, b), (c, d) in zip(*(pairwise(side.tolist()) for side in edges)):
         cut = [x[..., slice(*(c, d) if on_keys else (a, b)), :, :] for x, on_keys in tensors]
-        results.append(function([x[None] for x in cut], (a, b), rule))
+        results.append(function([x[None] for x in cut], (a, b), spec))
     return results
 
 
-def forward(q, k, v, rule, edges=None):
+def forward(q, k, v, spec, edges=None):
     """(B, T, H, D) or, with edges, (T, H, D); lse (B, H, T) or (H, T)."""
     if edges is None:
-        return PLAIN.forward(q, k, v, rule)
-    parts = each_piece(lambda x, _, r: PLAIN.forward(*x, r), [(q, 0), (k, 1), (v, 1)], edges, rule)
+        return PLAIN.forward(q, k, v, spec)
+    parts = for_each_segment(lambda x, _, r: PLAIN.forward(*x, r), [(q, 0), (k, 1), (v, 1)], edges, spec)
     return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
 
 
-def backward(dout, q, k, v, out, lse, rule, edges=None):
+def backward(dout, q, k, v, out, lse, spec, edges=None):
     assert all(x.is_contiguous() for x in (dout, out, lse))
     if edges is None:
-        return PLAIN.backward(dout, q, k, v, out, lse, rule)
-    parts = each_piece(
+        return PLAIN.backward(dout, q, k, v, out, lse, spec)
+    parts = for_each_segment(
         lambda x, at, r: PLAIN.backward(*x, lse[None, :, slice(*at)], r),
         [(dout, 0), (q, 0), (k, 1), (v, 1), (out, 0)],
         edges,
-        rule,
+        spec,
     )
     return tuple(torch.cat([grads[i][0] for grads in parts]) for i in range(3))
 
 
-def rule_of(scale, causal, left=-1, right=-1, softcap=0.0):
+def spec_of(scale, causal, left=-1, right=-1, softcap=0.0):
     left = -1 if left is None else left
     assert right in (None, -1, 0)
     assert left == -1 or causal or right != 0
-    return Rule(scale=scale, causal=causal, window=None if left < 0 else left + 1, softcap=softcap or None)
+    return AttentionSpec(scale=scale, causal=causal, window=None if left < 0 else left + 1, softcap=softcap or None)
 
 
-def edges_of(cu_q, cu_k, max_q, max_k):
+def edges_of(cu_q, cu_k, max_seqlen_q, max_seqlen_k):
     if cu_q is None:
         return None
     assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert (max_q, max_k) == (cu_q.diff().max().item(), cu_k.diff().max().item())
+    assert (max_seqlen_q, max_seqlen_k) == (cu_q.diff().max().item(), cu_k.diff().max().item())
     return cu_q, cu_k
 
 
@@ -101,7 +102,7 @@ def fa4_forward(
 ):
     TILES.append(tile_mn)
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = forward(q, k, v, rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
+    out, lse = forward(q, k, v, spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
     return out, lse if return_lse else None, None, None, None
 
 
@@ -143,9 +144,9 @@ def fa4_backward(
     """With grouped heads dK and dV go through buffers of sums, as in the package."""
     TILES.append(_tile_size_bwd_sm90(q.shape[-1], v.shape[-1], causal, False, sparse_block_size_q=None))
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    spec = spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grads = backward(*(x.to(wide) for x in (dout, q, k, v, out)), lse, rule, edges)
+    grads = backward(*(x.to(wide) for x in (dout, q, k, v, out)), lse, spec, edges)
     dq, dk, dv = (torch.empty_like(x) if y is None else y for x, y in zip((q, k, v), (dq, dk, dv)))
     if q.shape[-2] == k.shape[-2]:
         return tuple(place.copy_(grad) for place, grad in zip((dq, dk, dv), grads))
@@ -236,7 +237,7 @@ def fa3_forward(
     softcap=0.0,
 ):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = forward(q, k, v, rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
+    out, lse = forward(q, k, v, spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap), edges)
     return out, lse, torch.empty(0), torch.empty(0)
 
 
@@ -265,8 +266,8 @@ def fa3_backward(
     sm_margin=0,
 ):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = rule_of(softmax_scale, is_causal, window_size_left, window_size_right, softcap)
-    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule, edges)):
+    spec = spec_of(softmax_scale, is_causal, window_size_left, window_size_right, softcap)
+    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, spec, edges)):
         place.copy_(grad)
 
 
@@ -291,7 +292,7 @@ def fa3_old_forward(
     softcap=0.0,
 ):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return forward(q, k, v, rule_of(softmax_scale, causal, *window_size, softcap), edges)
+    return forward(q, k, v, spec_of(softmax_scale, causal, *window_size, softcap), edges)
 
 
 def fa3_old_backward(
@@ -316,8 +317,8 @@ def fa3_old_backward(
     softcap=0.0,
 ):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = rule_of(softmax_scale, causal, *window_size, softcap)
-    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule, edges)):
+    spec = spec_of(softmax_scale, causal, *window_size, softcap)
+    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, spec, edges)):
         place.copy_(grad)
 
 
@@ -339,8 +340,8 @@ def fa2_forward(
 ):
     assert dropout_p == 0.0
     assert alibi_slopes is None
-    rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
-    return *forward(q, k, v, rule), torch.empty(0), None
+    spec = spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    return *forward(q, k, v, spec), torch.empty(0), None
 
 
 def fa2_varlen_forward(
@@ -361,8 +362,8 @@ def fa2_varlen_forward(
     return_softmax=False,
 ):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
-    return *forward(q, k, v, rule, edges), torch.empty(0), None
+    spec = spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    return *forward(q, k, v, spec, edges), torch.empty(0), None
 
 
 def fa2_backward(
@@ -385,8 +386,8 @@ def fa2_backward(
     deterministic,
     rng_state=None,
 ):
-    rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
-    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule)):
+    spec = spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, spec)):
         place.copy_(grad)
 
 
@@ -415,8 +416,8 @@ def fa2_varlen_backward(
     rng_state=None,
 ):
     edges = edges_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = rule_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
-    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, rule, edges)):
+    spec = spec_of(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    for place, grad in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, spec, edges)):
         place.copy_(grad)
 
 
@@ -441,8 +442,8 @@ def torch_flash_forward(
 ):
     assert (dropout_p, return_debug_mask) == (0.0, False)
     edges = edges_of(cum_seq_q, cum_seq_k, max_q, max_k)
-    rule = rule_of(scale, is_causal, window_size_left, window_size_right)
-    return *forward(query, key, value, rule, edges), None, None, None
+    spec = spec_of(scale, is_causal, window_size_left, window_size_right)
+    return *forward(query, key, value, spec, edges), None, None, None
 
 
 def torch_flash_backward(
@@ -467,8 +468,8 @@ def torch_flash_backward(
 ):
     assert dropout_p == 0.0
     edges = edges_of(cum_seq_q, cum_seq_k, max_q, max_k)
-    rule = rule_of(scale, is_causal, window_size_left, window_size_right)
-    return backward(grad_out, query, key, value, out, logsumexp, rule, edges)
+    spec = spec_of(scale, is_causal, window_size_left, window_size_right)
+    return backward(grad_out, query, key, value, out, logsumexp, spec, edges)
 
 
 def cudnn_forward(
@@ -485,7 +486,7 @@ def cudnn_forward(
 ):
     assert (attn_bias, compute_log_sumexp, dropout_p, return_debug_mask) == (None, True, 0.0, False)
     assert not is_causal or query.shape[2] == key.shape[2], "cuDNN's causal mask is aligned at the top left"
-    out, lse = forward(*(x.transpose(1, 2) for x in (query, key, value)), rule_of(scale, is_causal))
+    out, lse = forward(*(x.transpose(1, 2) for x in (query, key, value)), spec_of(scale, is_causal))
     return out.transpose(1, 2), lse.unsqueeze(-1), *[None] * 7
 
 
@@ -512,7 +513,7 @@ def cudnn_backward(
     assert (max_q, max_k) == (query.shape[2], key.shape[2])
     assert logsumexp.shape == (*query.shape[:3], 1)
     tensors = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
-    return tuple(x.transpose(1, 2) for x in backward(*tensors, logsumexp.squeeze(-1), rule_of(scale, is_causal)))
+    return tuple(x.transpose(1, 2) for x in backward(*tensors, logsumexp.squeeze(-1), spec_of(scale, is_causal)))
 
 
 def efficient_forward(
@@ -532,7 +533,7 @@ def efficient_forward(
 ):
     assert (bias, cu_seqlens_q, cu_seqlens_k, dropout_p, compute_log_sumexp) == (None, None, None, 0.0, True)
     assert query.shape[2] == key.shape[2], "this kernel wants as many kv heads"
-    out, lse = forward(query, key, value, rule_of(scale, custom_mask_type == 2))
+    out, lse = forward(query, key, value, spec_of(scale, custom_mask_type == 2))
     return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=float("nan")), None, None, None, None
 
 
@@ -559,7 +560,7 @@ def efficient_backward(
     assert logsumexp.shape[2] % 32 == 0
     assert logsumexp[:, :, query.shape[1] :].isinf().all()
     lse = logsumexp[:, :, : query.shape[1]].contiguous()
-    return *backward(grad_out_, query, key, value, out, lse, rule_of(scale, custom_mask_type == 2)), None
+    return *backward(grad_out_, query, key, value, out, lse, spec_of(scale, custom_mask_type == 2)), None
 
 
 STAND_INS = {
@@ -584,7 +585,7 @@ STAND_INS = {
     ),
 }
 CLASSES = {
-    "flash4": flash_attn.FlashAttn4,
+    "flash4": flash_attn_4.FlashAttn4,
     "flash3": flash_attn.FlashAttn3,
     "flash3-old": flash_attn.FlashAttn3,
     "flash2": flash_attn.FlashAttn2,
@@ -598,7 +599,8 @@ CLASSES = {
 def kernel(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if request.param in STAND_INS:
-        monkeypatch.setattr(flash_attn, "_import", lambda *_: STAND_INS[request.param])
+        for module in (flash_attn, flash_attn_4):
+            monkeypatch.setattr(module, "import_package", lambda *_: STAND_INS[request.param])
     else:
         monkeypatch.setattr(torch_cuda, "_aten", STAND_INS["torch"])
         monkeypatch.setattr(torch_cuda, "_require", lambda *_: None)
@@ -625,13 +627,15 @@ def test_a_gpu_kernel_is_called_as_it_wants_to_be(kernel):
 
 def compare(kernel, causal, edges_q, edges_k, batch, window, softcap):
     q, k, v, dout = random_qkv(0, batch, edges_q[-1], edges_k[-1], 4, 2, 8)
-    rule = Rule(scale=0.4, causal=causal, window=window, softcap=softcap).with_spans(Spans(edges_q, edges_k))
+    spec = AttentionSpec(scale=0.4, causal=causal, window=window, softcap=softcap).with_segments(
+        VarlenSegments(edges_q, edges_k)
+    )
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     seen = visible(edges_q[-1], edges_k[-1], causal=causal, window=window, edges_q=edges_q, edges_k=edges_k)
     expected, expected_lse = plain_attention(*leaves, seen, scale=0.4, softcap=softcap)
     expected.backward(dout)
-    out, lse = attention_forward(kernel, q, k, v, rule)
-    grads = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    out, lse = attention_forward(kernel, q, k, v, spec)
+    grads = attention_backward(kernel, dout, q, k, v, out, lse, spec)
     wanted = (expected.detach(), expected_lse.detach(), *(x.grad for x in leaves))
     for found, right in zip((out, lse, *grads), wanted):
         assert found.shape == right.shape
@@ -648,12 +652,12 @@ LONG = ((0, 1, 130, 300), (0, 1, 200, 460))
 def test_shares_of_several_calls_add_up(kernel, edges, batch, heads):
     """What is there already stays, and what is added is the gradient."""
     q, k, v, dout = random_qkv(0, batch, edges[0][-1], edges[1][-1], *heads, 32)
-    rule = Rule(scale=0.4).with_spans(Spans(*edges, frozenset({1})))
-    out, lse = attention_forward(kernel, q, k, v, rule)
-    wanted = attention_backward(kernel, dout, q, k, v, out, lse, rule)
+    spec = AttentionSpec(scale=0.4).with_segments(VarlenSegments(*edges, frozenset({1})))
+    out, lse = attention_forward(kernel, q, k, v, spec)
+    wanted = attention_backward(kernel, dout, q, k, v, out, lse, spec)
     for _ in range(2):
         row = torch.ones(2, batch, k.shape[1] + 5, *k.shape[2:], dtype=torch.float64)
-        dq = add_backward(kernel, dout, q, k, v, out, lse, rule, row[0][:, 3:-2], row[1][:, 3:-2])
+        dq = backward_accumulate(kernel, dout, q, k, v, out, lse, spec, row[0][:, 3:-2], row[1][:, 3:-2])
         assert (row[:, :, :3] == 1).all()
         assert (row[:, :, -2:] == 1).all()
         for found, right in zip((dq, *(row[:, :, 3:-2] - 1)), wanted):
@@ -667,14 +671,14 @@ def test_shares_of_several_calls_add_up(kernel, edges, batch, heads):
 def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
     """Keys of shared pieces have a share, the others their gradient; the two fill dK and dV."""
     q, k, v, dout = random_qkv(0, batch, LONG[0][-1], LONG[1][-1], *heads, 32)
-    rule = Rule(scale=0.4, spans=Spans(*LONG, None if shared is None else frozenset(shared)))
-    out, lse = attention_forward(kernel, q, k, v, rule)
-    wanted = attention_backward(kernel, dout, q, k, v, out, lse, rule)
-    dq, dk, dv, shares = backward_with_shares(kernel, dout, q, k, v, out, lse, rule)
+    spec = AttentionSpec(scale=0.4, segments=VarlenSegments(*LONG, None if shared is None else frozenset(shared)))
+    out, lse = attention_forward(kernel, q, k, v, spec)
+    wanted = attention_backward(kernel, dout, q, k, v, out, lse, spec)
+    dq, dk, dv, shares = backward_with_partials(kernel, dout, q, k, v, out, lse, spec)
     own = [slice(*LONG[1][i : i + 2]) for i in range(3) if shared is not None and i not in shared]
     if shared == ():
         assert not shares
-    if batch == 1 and not kernel.rounds_heads:
+    if batch == 1 and not kernel.rounds_per_query_head:
         assert all(
             relative(found[:, keys], right[:, keys]) <= 1e-12
             for found, right in zip((dk, dv), wanted[1:])
@@ -686,12 +690,12 @@ def test_shares_stand_apart_from_what_is_final(kernel, shared, batch, heads):
         assert not of_shares & settled
     for keys, *sums in shares:
         one_key = slice(keys.stop - 1, keys.stop)
-        assert all(torch.equal(part, total[:, -1:]) for part, total in zip(sums_at(shares, one_key), sums))
+        assert all(torch.equal(part, total[:, -1:]) for part, total in zip(partials_at(shares, one_key), sums))
         for found, total in zip((dk, dv), sums):
             assert total.dtype == torch.float64
             found[:, keys] = total
-    with pytest.raises(LookupError, match="keys 460 to 461 have no share of their gradients; there are"):
-        sums_at(shares, slice(460, 461))
+    with pytest.raises(LookupError, match="keys 460 to 461 have no partial gradients; there are"):
+        partials_at(shares, slice(460, 461))
     for found, right in zip((dq, dk, dv), wanted):
         assert relative(found, right) <= 1e-12
 
@@ -708,19 +712,23 @@ def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, capl
         ("alone", (2, 2), None),
     ):
         q, k, v, dout = random_qkv(1, 1, 300, 460, *heads, size, torch.bfloat16)
-        rule = Rule(scale=0.1) if name in ("grouped", "alone") else Rule(scale=0.1, spans=Spans(*LONG, shared))
-        cuts = [Rule(scale=r.scale, spans=r.spans, softcap=c) for r, c in ((rule, None), (rule, 2.0))]
+        spec = (
+            AttentionSpec(scale=0.1)
+            if name in ("grouped", "alone")
+            else AttentionSpec(scale=0.1, segments=VarlenSegments(*LONG, shared))
+        )
+        cuts = [AttentionSpec(scale=r.scale, segments=r.segments, softcap=c) for r, c in ((spec, None), (spec, 2.0))]
         total, apart, exact = (torch.zeros(2, *k.shape, dtype=t) for t in 2 * [torch.float32] + [torch.float64])
         for cut in cuts:
             out, lse = attention_forward(kernel, q.double(), k.double(), v.double(), cut)
             low = [x.bfloat16() for x in (dout, q, k, v, out)]
-            kernel.add_backward(*low, lse.float(), cut, *total)
-            kernel.add_backward(*(x.double() for x in low), lse, cut, *exact)
+            kernel.backward_accumulate(*low, lse.float(), cut, *total)
+            kernel.backward_accumulate(*(x.double() for x in low), lse, cut, *exact)
             if name == "shared":
                 apart += torch.stack(
                     [
                         torch.cat(side, 1)
-                        for side in list(zip(*kernel.backward_with_shares(*low, lse.float(), cut)[3]))[1:]
+                        for side in list(zip(*kernel.backward_with_partials(*low, lse.float(), cut)[3]))[1:]
                     ]
                 )
         errors[name] = ((total - exact).norm() / exact.norm()).item()
@@ -734,13 +742,13 @@ def test_flash_attn_4s_shares_are_added_before_it_rounds_them(kernel, size, capl
 def test_an_unknown_order_of_flash_attn_4s_sums_is_noticed(kernel, monkeypatch, caplog):
     monkeypatch.setitem(globals(), "hopper_sums", lambda grad, edges: hopper_sums_before(grad, edges).roll(1, -1))
     q, k, v, dout = random_qkv(1, 1, 128, 128, 4, 2, 32)
-    rule = Rule(scale=0.1)
-    out, lse = attention_forward(kernel, q, k, v, rule)
+    spec = AttentionSpec(scale=0.1)
+    out, lse = attention_forward(kernel, q, k, v, spec)
     total = torch.zeros(2, *k.shape, dtype=torch.float64)
     for times in (1, 2):
-        kernel.add_backward(dout, q, k, v, out, lse, rule, *total)
+        kernel.backward_accumulate(dout, q, k, v, out, lse, spec, *total)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        wanted = kernel.backward(dout, q, k, v, out, lse, rule)[1:]
+        wanted = kernel.backward(dout, q, k, v, out, lse, spec)[1:]
         assert all(relative(found, times * right) <= 1e-12 for found, right in zip(total, wanted))
 
 
@@ -748,57 +756,57 @@ hopper_sums_before = hopper_sums
 
 USUAL, LARGER = [None, Tile(64)], [(128, 160), Tile(80, dQ_swapAB=True, num_stages_dO=1)]
 BETWEEN = [USUAL[0], LARGER[1]]
-HALVES = Spans((0, 100, 200), (0, 100, 300))  # as zigzag cuts a row: 50 and 150 keys in the mean
+HALVES = VarlenSegments((0, 100, 200), (0, 100, 300))  # as zigzag cuts a row: 50 and 150 keys in the mean
 
 
 @pytest.mark.parametrize("kernel", ["flash4"], indirect=True)
 @pytest.mark.parametrize(
-    ("tokens", "size", "rule", "capability", "tiles"),
+    ("tokens", "size", "spec", "capability", "tiles"),
     [
-        (200, 128, Rule(scale=0.1), (9, 0), LARGER),
-        (198, 128, Rule(scale=0.1), (9, 0), BETWEEN),
-        (100, 128, Rule(scale=0.1), (9, 0), BETWEEN),
-        (98, 128, Rule(scale=0.1), (9, 0), USUAL),
-        (200, 128, Rule(scale=0.1, spans=HALVES), (9, 0), LARGER),
-        (200, 128, Rule(scale=0.1, spans=Spans((0, 100, 200), (0, 100, 298))), (9, 0), BETWEEN),
-        (200, 128, Rule(scale=0.1), (10, 0), USUAL),
-        (200, 64, Rule(scale=0.1), (9, 0), USUAL),
-        (200, 128, Rule(scale=0.1, causal=False), (9, 0), USUAL),
-        (200, 128, Rule(scale=0.1, window=199), (9, 0), USUAL),
-        (200, 128, Rule(scale=0.1, softcap=2.0), (9, 0), USUAL),
+        (200, 128, AttentionSpec(scale=0.1), (9, 0), LARGER),
+        (198, 128, AttentionSpec(scale=0.1), (9, 0), BETWEEN),
+        (100, 128, AttentionSpec(scale=0.1), (9, 0), BETWEEN),
+        (98, 128, AttentionSpec(scale=0.1), (9, 0), USUAL),
+        (200, 128, AttentionSpec(scale=0.1, segments=HALVES), (9, 0), LARGER),
+        (200, 128, AttentionSpec(scale=0.1, segments=VarlenSegments((0, 100, 200), (0, 100, 298))), (9, 0), BETWEEN),
+        (200, 128, AttentionSpec(scale=0.1), (10, 0), USUAL),
+        (200, 64, AttentionSpec(scale=0.1), (9, 0), USUAL),
+        (200, 128, AttentionSpec(scale=0.1, causal=False), (9, 0), USUAL),
+        (200, 128, AttentionSpec(scale=0.1, window=199), (9, 0), USUAL),
+        (200, 128, AttentionSpec(scale=0.1, softcap=2.0), (9, 0), USUAL),
     ],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_flash_attn_4_has_larger_tiles_where_queries_see_many_keys(
-    kernel, tokens, size, rule, capability, tiles, kv_heads, monkeypatch
+    kernel, tokens, size, spec, capability, tiles, kv_heads, monkeypatch
 ):
-    monkeypatch.setattr(flash4_tiles, "MANY", 100)
-    monkeypatch.setattr(flash4_tiles, "SOME", 50)
+    monkeypatch.setattr(flash_attn_4_hooks, "FORWARD_KEYS", 100)
+    monkeypatch.setattr(flash_attn_4_hooks, "BACKWARD_KEYS", 50)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     q, k, v, dout = random_qkv(
-        1, 1, tokens, rule.spans.k[-1] if rule.spans else tokens, 2, kv_heads, size, torch.float64
+        1, 1, tokens, spec.segments.k[-1] if spec.segments else tokens, 2, kv_heads, size, torch.float64
     )
     TILES.clear()
-    out, lse = kernel.forward(q, k, v, rule)
-    kernel.backward(dout, q, k, v, out, lse, rule)
+    out, lse = kernel.forward(q, k, v, spec)
+    kernel.backward(dout, q, k, v, out, lse, spec)
     assert tiles == TILES
-    kernel.add_backward(dout, q, k, v, out, lse, rule, torch.zeros_like(k), torch.zeros_like(v))
+    kernel.backward_accumulate(dout, q, k, v, out, lse, spec, torch.zeros_like(k), torch.zeros_like(v))
     assert TILES[2:] == tiles[1:]
     assert fa4_backward.__globals__["_tile_size_bwd_sm90"](128, 128, True, False) == Tile(64), "the package's own stays"
 
 
 def test_the_larger_tiles_can_be_had_on_a_short_row():
     q, k, _, _ = random_qkv(1, 1, 8, 8, 2, 1, 128)
-    with flash4_tiles.everywhere():
-        assert flash4_tiles.sees_many(q, k, Rule(scale=0.1), 5)
-        assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1, window=4), 4)
-    assert not flash4_tiles.sees_many(q, k, Rule(scale=0.1), 5)
-    assert flash4_tiles.sees_many(q, k, Rule(scale=0.1), 4)
+    with flash_attn_4_hooks.tiles_everywhere():
+        assert flash_attn_4_hooks.sees_many_keys(q, k, AttentionSpec(scale=0.1), 5)
+        assert not flash_attn_4_hooks.sees_many_keys(q, k, AttentionSpec(scale=0.1, window=4), 4)
+    assert not flash_attn_4_hooks.sees_many_keys(q, k, AttentionSpec(scale=0.1), 5)
+    assert flash_attn_4_hooks.sees_many_keys(q, k, AttentionSpec(scale=0.1), 4)
 
 
 def test_a_backward_function_that_chooses_otherwise_is_left_alone():
-    assert flash4_tiles.with_tiles(fa3_backward) is fa3_backward
-    assert flash4_tiles.with_tiles(print) is print
+    assert flash_attn_4_hooks.with_tiles(fa3_backward) is fa3_backward
+    assert flash_attn_4_hooks.with_tiles(print) is print
 
 
 @pytest.mark.parametrize("name", STAND_INS["torch"].__dict__)

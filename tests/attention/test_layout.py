@@ -19,10 +19,9 @@ from ultralong.attention.balance import (
     subset,
     work,
 )
-from ultralong.attention.gathered import traffic
-from ultralong.attention.kv_plan import needs
+from ultralong.attention.kv_plan import exchange_plan, plan_kv
 from ultralong.attention.layout import contiguous, zigzag
-from ultralong.attention.ring import own_spans, rectangles, travelling
+from ultralong.attention.ring import circulating_ranges, own_segments, rectangles
 from ultralong.attention.ulysses import head_chunk_counts, head_split
 from ultralong.bench.attention.measure import documents
 
@@ -115,9 +114,9 @@ def test_32_documents_of_mixed_length_are_whole_on_two_ranks_with_equal_work(tok
     layout = balanced(tokens, 2, edges)
     assert imbalance(layout, edges) <= 1.001
     for rank in range(2):
-        route = traffic(layout, rank, edges, None)
-        assert route.alone, "nothing is sent"
-        assert [call.spans.shared for call in route.needs.calls] == [frozenset()], "one call of whole documents"
+        route = exchange_plan(layout, rank, edges, None)
+        assert route.is_local, "nothing is sent"
+        assert [call.segments.shared for call in route.kv_plan.calls] == [frozenset()], "one call of whole documents"
 
 
 def test_the_first_layout_that_is_good_ends_the_search(monkeypatch):
@@ -137,7 +136,7 @@ def test_documents_of_equal_length_are_dealt_out_whole(ranks):
     edges = tuple(range(0, 2**17 + 1, 2**11))
     layout = balanced(2**17, ranks, edges)
     assert imbalance(layout, edges) == 1.0
-    assert all(traffic(layout, rank, edges, None).alone for rank in range(ranks))
+    assert all(exchange_plan(layout, rank, edges, None).is_local for rank in range(ranks))
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), share=st.floats(0, 1), data=st.data())
@@ -162,22 +161,22 @@ def test_300_documents_over_8_ranks_are_not_cut_but_to_fill_up():
     edges = documents(2**20, 300)
     layout = balanced(2**20, 8, edges)
     assert imbalance(layout, edges) <= 1.01
-    routes = [traffic(layout, rank, edges, None) for rank in range(8)]
-    assert max(route.needs.tokens - layout.held for route in routes) < 4096
-    assert [len(route.needs.calls) for route in routes] == [1] * 8
+    routes = [exchange_plan(layout, rank, edges, None) for rank in range(8)]
+    assert max(route.kv_plan.tokens - layout.held for route in routes) < 4096
+    assert [len(route.kv_plan.calls) for route in routes] == [1] * 8
 
 
 def in_front(found, layout, rank, rules):
     """Global positions of the keys in front of a rank, put there as the exchange puts them; -1 where nothing came."""
-    keys = torch.full((found.needs.tokens,), -1)
+    keys = torch.full((found.kv_plan.tokens,), -1)
     for other in range(layout.ranks):
         theirs = layout.positions(other)
         if other == rank:
             sent = [(theirs[local], place) for local, place in found.own]
         else:
-            route = traffic(layout, other, *rules)
-            sent = [(theirs[local], place) for local, place in zip(route.going[rank], found.coming[other], strict=True)]
-            for (positions, _), place in zip(sent, route.landing[rank], strict=True):
+            route = exchange_plan(layout, other, *rules)
+            sent = [(theirs[local], place) for local, place in zip(route.send[rank], found.recv[other], strict=True)]
+            for (positions, _), place in zip(sent, route.grad_recv[rank], strict=True):
                 held = [(local, front) for local, front in route.own if front.start <= place.start < front.stop]
                 assert torch.equal(theirs[held[0][0]][place.start - held[0][1].start :][: len(positions)], positions)
         for positions, place in sent:
@@ -198,30 +197,30 @@ def test_gathered_calls_see_exactly_what_the_definition_says(row, masked, window
         shares = torch.zeros(layout.padded, dtype=torch.long)
         calls = []
         for rank in range(ranks):
-            mine, route = layout.positions(rank), traffic(layout, rank, *rules)
+            mine, route = layout.positions(rank), exchange_plan(layout, rank, *rules)
             keys = in_front(route, layout, rank, rules)
             assert torch.equal(keys, keys.sort().values)
-            assert not route.alone or torch.equal(keys, mine), "what is held stands in front as it is"
-            if len(route.needs.calls) == 1 and (spans := route.needs.calls[0].spans):
-                edges_k = [spans.k[piece : piece + 2] for piece in spans.shared]
-                for place in (place for places in (*route.coming, *route.landing) for place in places):
+            assert not route.is_local or torch.equal(keys, mine), "what is held stands in front as it is"
+            if len(route.kv_plan.calls) == 1 and (segments := route.kv_plan.calls[0].segments):
+                edges_k = [segments.k[piece : piece + 2] for piece in segments.shared]
+                for place in (place for places in (*route.recv, *route.grad_recv) for place in places):
                     assert any(a <= place.start and place.stop <= b for a, b in edges_k), "each has one share"
             found = torch.zeros(layout.held, layout.padded, dtype=torch.bool)
-            for call in route.needs.calls:
-                queries, columns = call.rows.stop - call.rows.start, keys[call.keys]
-                edges_q = call.spans.q if call.spans else (0, queries)
-                edges_k = call.spans.k if call.spans else (0, len(columns))
+            for call in route.kv_plan.calls:
+                queries, columns = call.queries.stop - call.queries.start, keys[call.keys]
+                edges_q = call.segments.q if call.segments else (0, queries)
+                edges_k = call.segments.k if call.segments else (0, len(columns))
                 block = visible(queries, len(columns), window=window, edges_q=edges_q, edges_k=edges_k)
-                assert not found[call.rows].any()
-                found[call.rows, columns] = block
+                assert not found[call.queries].any()
+                found[call.queries, columns] = block
                 shares[columns] += 1
                 calls.append((call, columns))
             assert torch.equal(found, seen[mine])
             assert len(keys) <= (seen[mine].any(0).sum() if window is None else layout.padded), "nothing comes in vain"
         for call, columns in calls:
-            for piece in range(call.spans.count if call.spans else 0):
-                keys = columns[call.spans.k[piece] : call.spans.k[piece + 1]]
-                assert call.spans.is_shared(piece) or (shares[keys] == 1).all(), "a shared piece is said to be one"
+            for piece in range(call.segments.count if call.segments else 0):
+                keys = columns[call.segments.k[piece] : call.segments.k[piece + 1]]
+                assert call.segments.is_shared(piece) or (shares[keys] == 1).all(), "a shared piece is said to be one"
 
 
 @settings(max_examples=150)
@@ -233,21 +232,21 @@ def test_ring_blocks_see_every_pair_once(row, masked):
         seen = visible(layout.padded, layout.padded, edges_q=bounds, edges_k=bounds)
         for rank in range(ranks):
             mine = layout.positions(rank)
-            spans = own_spans(layout.pieces(rank), bounds) if masked else None
-            cuts = spans.q if spans else (0, layout.local)
+            segments = own_segments(layout.ranges(rank), bounds) if masked else None
+            cuts = segments.q if segments else (0, layout.local)
             own = visible(layout.local, layout.local, edges_q=cuts, edges_k=cuts)
             assert torch.equal(own, seen[mine][:, mine])
             elsewhere = seen[torch.cat([layout.positions(r) for r in range(ranks) if r != rank] or [mine[:0]])][:, mine]
-            for piece in range(spans.count if spans else 0):
-                keys = slice(spans.k[piece], spans.k[piece + 1])
-                assert spans.is_shared(piece) or not elsewhere[:, keys].any(), "a shared piece is said to be one"
+            for piece in range(segments.count if segments else 0):
+                keys = slice(segments.k[piece], segments.k[piece + 1])
+                assert segments.is_shared(piece) or not elsewhere[:, keys].any(), "a shared piece is said to be one"
             for other in range(ranks):
                 if other == rank:
                     continue
                 found = torch.zeros(layout.local, layout.padded, dtype=torch.int)
-                sent = travelling(layout.pieces(other), layout.padded, bounds if masked else None)
+                sent = circulating_ranges(layout.ranges(other), layout.padded, bounds if masked else None)
                 positions = torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in sent)])
-                for rows_, keys in rectangles(layout.pieces(rank), sent, bounds if masked else None):
+                for rows_, keys in rectangles(layout.ranges(rank), sent, bounds if masked else None):
                     found[rows_, positions[keys]] += 1
                 theirs = layout.positions(other)
                 assert torch.equal(found[:, theirs], seen[mine][:, theirs].int())
@@ -258,7 +257,7 @@ def test_an_unpacked_ring_step_is_one_rectangle():
     layout = zigzag(64, 4)
     for rank in range(4):
         for other in set(range(4)) - {rank}:
-            ((rows_, keys),) = rectangles(layout.pieces(rank), layout.pieces(other), None)
+            ((rows_, keys),) = rectangles(layout.ranges(rank), layout.ranges(other), None)
             area = (rows_.stop - rows_.start) * (keys.stop - keys.start)
             assert area == layout.local**2 // 2, "every hop is half a square of work, for every rank"
 
@@ -290,6 +289,6 @@ def test_thousands_of_documents_are_dealt_out_as_well():
     layout = balanced(2**19, 8, edges)
     assert imbalance(layout, edges) <= 1.03
     for pieces in layout.owned:
-        seen = needs(pieces, edges)
+        seen = plan_kv(pieces, edges)
         assert seen.tokens - layout.held < 0.01 * layout.held
-        assert seen.tokens == sum(b.stop - b.start for other in layout.owned for _, b in seen.among(other))
+        assert seen.tokens == sum(b.stop - b.start for other in layout.owned for _, b in seen.overlap(other))

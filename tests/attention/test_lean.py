@@ -15,7 +15,7 @@ from ultralong.training import loss
 from ultralong.training import swiglu as gated
 from ultralong.training.fused_ops import add_product, added, normed, products, rotated
 from ultralong.training.swiglu import add_fed_forward, fed_forward_again
-from ultralong.utils.compiled import OnePass
+from ultralong.utils.compiled import CheckedCompile
 
 
 def test_the_norms_gradients_are_those_of_finite_differences():
@@ -176,7 +176,7 @@ def rows(count, *sizes):
 
 EACH = {
     "turn": (lean._turn, lambda count: rows(count, (4, 8), (8,), (8,))),
-    "join": (merge._between, lambda count: rows(count, (4, 8), (4, 8), (4,))),
+    "join": (merge._lerp_compiled, lambda count: rows(count, (4, 8), (4, 8), (4,))),
     "gate": (gated._gate_at_once, lambda count: rows(count, (10,), (10,))),
     "gate, back": (gated._gate_backward_at_once, lambda count: rows(count, (10,), (10,), (10,))),
     "normalise": (loss._normalise, lambda count: rows(count, (300,))),
@@ -208,7 +208,7 @@ def test_each_size_of_a_row_has_a_function_of_its_own():
     def double(x):
         return 2 * x
 
-    way = OnePass(double)
+    way = CheckedCompile(double)
     for size in range(1, 21):
         way._fast[size] = way.prepared(torch.ones(4, size), backend="aot_eager")
         assert way._fast[size] is not double
@@ -225,7 +225,7 @@ def test_a_gpu_that_is_full_is_no_fault_of_the_compilers(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
     with pytest.raises(torch.OutOfMemoryError):
-        OnePass(rows_doubled).prepared(torch.ones(3, 4))
+        CheckedCompile(rows_doubled).prepared(torch.ones(3, 4))
 
 
 def not_to_be_compiled(x):
@@ -241,6 +241,6 @@ def test_what_compiles_wrongly_or_not_at_all_runs_as_it_is_written(compiled, sai
         return x + 1
 
     with caplog.at_level(logging.WARNING):
-        assert OnePass(plus_one, compiled).prepared(torch.ones(3, 4), backend="aot_eager") is plus_one
+        assert CheckedCompile(plus_one, compiled).prepared(torch.ones(3, 4), backend="aot_eager") is plus_one
     assert "plus_one" in caplog.text
     assert said in caplog.text

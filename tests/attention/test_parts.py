@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultralong.attention.partial_rows import Parts
+from ultralong.attention.lse_merge import PartialRows
 
 ROWS = [slice(2, 7), slice(9, 10), slice(12, 20)]
 
@@ -29,25 +29,25 @@ def numbers(*sizes: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 )
 def test_what_is_added_or_put_is_in_the_whole(parts, dtype):
     own = numbers(2, 20, 3, 4, dtype=torch.float32)
-    total, kept = own.clone(), Parts(own, ROWS, dtype)
+    total, kept = own.clone(), PartialRows(own, ROWS, dtype)
     for rows, put in parts:
         part = numbers(2, rows.stop - rows.start, 3, 4, dtype=dtype)
         assert torch.equal(kept.at(rows), total[:, rows].to(dtype))
         if put:
-            kept.put(rows, part)
+            kept.set(rows, part)
             total[:, rows] = part
         else:
             kept.at(rows).add_(part)
             total[:, rows] += part
-    assert torch.equal(kept.whole(), total)
+    assert torch.equal(kept.result(), total)
 
 
 def test_a_part_of_all_rows_needs_no_copy():
-    parts, part = Parts(torch.zeros(1, 5, 1, 1), [slice(0, 5)], torch.float32), torch.ones(1, 5, 1, 1)
-    parts.put(slice(0, 5), part)
-    assert parts.whole() is part
+    parts, part = PartialRows(torch.zeros(1, 5, 1, 1), [slice(0, 5)], torch.float32), torch.ones(1, 5, 1, 1)
+    parts.set(slice(0, 5), part)
+    assert parts.result() is part
 
 
 def test_rows_that_are_not_held_are_named():
     with pytest.raises(LookupError, match="rows 6 to 8 are not among"):
-        Parts(torch.zeros(1, 20, 1, 1), ROWS, torch.float32).at(slice(6, 8))
+        PartialRows(torch.zeros(1, 20, 1, 1), ROWS, torch.float32).at(slice(6, 8))

@@ -181,7 +181,7 @@ def in_rounds(rank, world):
     """Errors where K and V in front of a rank don't fit at once: ranks that see different numbers of keys keep step."""
     errors = []
     for limit in (3 * 64 * 8 * 8, 1):  # bytes; a kv head of 64 keys takes 2 * 64 * 8 * 8, and the first rank sees all
-        gathered.BYTES_AT_ONCE = limit
+        gathered.BUFFER_BYTES = limit
         for edges in (None, (0, 3, 40, 61)):
             context = make_attention_context(61, dist.group.WORLD, "gathered", boundaries=edges, heads=8, kv_heads=4)
             errors.append(error_of(context, *wanted(61, edges, None, 8, 4, torch.float64, 3, 1, False)[:2]))
@@ -316,34 +316,34 @@ def test_whole_models_have_the_loss_and_gradients_of_one_process(world):
     assert max(found.values()) <= 1e-10, {key: value for key, value in found.items() if value > 1e-10}
 
 
-class Keeper:
+class Store:
     """Keeps every pair, and counts."""
 
     def __init__(self):
         self.pairs, self.taken = {}, 0
 
-    def take(self, layer):
+    def pop(self, layer):
         pair = self.pairs.pop(layer, None)
         self.taken += pair is not None
         return pair
 
-    def put(self, layer, out, lse):
+    def save(self, layer, out, lse):
         self.pairs[layer] = (out, lse)
 
 
 def kept(rank, world, scheme):
-    """Gradients under activation checkpointing with a keeper and without checkpointing, and the kernel calls saved."""
+    """Gradients under activation checkpointing with a store and without checkpointing, and the kernel calls saved."""
     results, calls = [], []
-    for keeper, recompute in ((None, False), (Keeper(), True)):
-        context = make_attention_context(50, dist.group.WORLD, scheme, heads=4, kv_heads=2, keeper=keeper)
+    for store, recompute in ((None, False), (Store(), True)):
+        context = make_attention_context(50, dist.group.WORLD, scheme, heads=4, kv_heads=2, store=store)
         leaves = [context.shard(x).clone().requires_grad_() for x in random_qkv(0, 1, 50, 50, 4, 2, 8)[:3]]
         inside = partial(counted, context, calls)
         out = checkpoint(inside, *leaves, use_reentrant=False) if recompute else inside(*leaves)
         out.sin().sum().backward()
         results.append([leaf.grad for leaf in leaves])
-        if keeper is not None:
-            assert keeper.taken == 1
-            assert not keeper.pairs
+        if store is not None:
+            assert store.taken == 1
+            assert not store.pairs
     assert calls == ["run", "run", "run"], "once plainly, and twice under checkpointing"
     return all(torch.equal(a, b) for a, b in zip(*results))
 

@@ -13,7 +13,7 @@ from ultralong.attention import gathered, make_attention_context
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.layout import zigzag
 from ultralong.attention.scheme import Scheme
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 from ultralong.attention.ulysses import Ulysses
 from ultralong.planner import fake_gathered as stand_in
 from ultralong.planner.fake_attention import Attention
@@ -109,7 +109,7 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
         return pair
 
     memory.keeper.take = taken
-    context = make_attention_context(TOKENS, heads=2, kv_heads=1, keeper=memory.keeper)
+    context = make_attention_context(TOKENS, heads=2, kv_heads=1, store=memory.keeper)
     ids, places = torch.zeros(1, TOKENS, dtype=torch.int64), torch.arange(TOKENS)[None]
     logits = model(input_ids=ids, position_ids=places, use_cache=False, attention_context=context).logits
     job = job_of(config)
@@ -123,30 +123,30 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
 class AllocatingKernel(Reference):
     """Allocates what flash-attn 4 does and computes nothing."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], q.shape[2], q.shape[1])
 
-    def backward(self, dout, q, k, v, out, lse, rule):
+    def backward(self, dout, q, k, v, out, lse, spec):
         sums = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         delta = torch.empty_like(lse)
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         del sums, delta
         return tuple(grads)
 
-    def add_backward(self, dout, q, k, v, out, lse, rule, dk, dv):
-        return self.backward(dout, q, k, v, out, lse, rule)[0]
+    def backward_accumulate(self, dout, q, k, v, out, lse, spec, dk, dv):
+        return self.backward(dout, q, k, v, out, lse, spec)[0]
 
 
 class Allocating(Scheme):
     """The same as one rank's scheme."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], q.shape[2], q.shape[1])
 
-    def attend_backward(self, dout, q, k, v, out, lse, rule, *, wide=False):
+    def attend_backward(self, dout, q, k, v, out, lse, spec, *, fp32_grads=False):
         sums = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         delta = torch.empty_like(lse)
-        kind = torch.float32 if wide else k.dtype
+        kind = torch.float32 if fp32_grads else k.dtype
         grads = [torch.empty(x.shape, dtype=t) for x, t in ((q, q.dtype), (k, kind), (v, kind))]
         del sums, delta
         return tuple(grads)
@@ -159,12 +159,12 @@ def tensors(heads: int, kv_heads: int) -> list[Tensor]:
 
 def passes_peaks(scheme, *tensors: Tensor) -> list[int]:
     """Most bytes of a forward and of a backward pass, beside what they are given."""
-    (q, k, v, out, dout), peaks, rule = tensors, [], Rule(scale=1.0)
+    (q, k, v, out, dout), peaks, spec = tensors, [], AttentionSpec(scale=1.0)
     with Tracker() as tracker:
-        lse = scheme.forward(q, k, v, rule)[1]
+        lse = scheme.forward(q, k, v, spec)[1]
         peaks.append(tracker.peak)
     with Tracker() as tracker:
-        scheme.backward(dout, q, k, v, out, lse, rule)
+        scheme.backward(dout, q, k, v, out, lse, spec)
         peaks.append(tracker.peak)
     return peaks
 
@@ -184,7 +184,7 @@ def test_the_stand_in_for_attention_holds_as_much_as_the_exchange(heads, stages)
 
 
 def gathered_peaks(rank: int, world: int, heads: tuple[int, int], stages: int, at_once: int) -> list[int]:
-    with patch.object(gathered, "BYTES_AT_ONCE", at_once):
+    with patch.object(gathered, "BUFFER_BYTES", at_once):
         layout = zigzag(64 * world, world)
         scheme = gathered.Gathered(dist.group.WORLD, layout, AllocatingKernel(), head_chunks=stages)
         row = [x.float() for x in tensors(*heads)]
@@ -198,7 +198,7 @@ def gathered_peaks(rank: int, world: int, heads: tuple[int, int], stages: int, a
 )
 def test_the_stand_in_for_gathered_keys_holds_as_much_as_they_do(world, heads, stages, at_once, monkeypatch):
     real = run_ranks(gathered_peaks, world, heads, stages, at_once)[0]
-    monkeypatch.setattr(stand_in, "BYTES_AT_ONCE", at_once)
+    monkeypatch.setattr(stand_in, "BUFFER_BYTES", at_once)
     row = [x.float() for x in tensors(*heads)]
     assert passes_peaks(stand_in.Gathered(stages, world), *row) == pytest.approx(real, rel=0.03)
 

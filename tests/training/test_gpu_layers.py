@@ -78,7 +78,7 @@ def test_what_runs_in_one_pass_is_compiled_and_rounds_no_worse(name, caplog):
 
 def gradients(model, memory):
     ids = torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(3)).cuda()
-    context = make_attention_context(TOKENS, heads=8, kv_heads=2, keeper=memory.keeper if memory else None)
+    context = make_attention_context(TOKENS, heads=8, kv_heads=2, store=memory.keeper if memory else None)
     total, _ = LanguageModelLoss(model, 1024)(
         input_ids=ids,
         labels=ids.roll(-1, 1),

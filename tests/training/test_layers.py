@@ -75,7 +75,7 @@ def gradients(model, boundaries, tile, **plan):
         boundaries=boundaries,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
-        keeper=memory.keeper if memory else None,
+        store=memory.keeper if memory else None,
     )
     total, _ = LanguageModelLoss(model, 16)(
         input_ids=ids, labels=labels, attention_context=context, position_ids=torch.arange(TOKENS)[None]
@@ -140,7 +140,7 @@ def test_without_a_context_the_layers_are_transformers_own(make_tiny_model):
 def test_a_pass_without_gradients_keeps_nothing(make_tiny_model):
     model = make_tiny_model()
     memory = Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8, attention_outputs_on_gpu=-1))
-    context = make_attention_context(20, heads=4, kv_heads=2, keeper=memory.keeper)
+    context = make_attention_context(20, heads=4, kv_heads=2, store=memory.keeper)
     with torch.no_grad():
         model(torch.arange(20)[None], attention_context=context, use_cache=False)
     assert not memory.keeper._kept

@@ -5,11 +5,11 @@ decides how one row's attention is shared out; the model is then called with thi
 `attention_context=`.
 """
 
-from ultralong.attention.autograd import AttentionKeeper
 from ultralong.attention.choose import SCHEMES
 from ultralong.attention.collectives import PeerLost
 from ultralong.attention.context import AttentionContext, make_attention_context
 from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
+from ultralong.attention.protocol import AttentionContextLike, AttentionOutputStore
 from ultralong.attention.register import NAME
 from ultralong.attention.register import register as _register
 
@@ -18,7 +18,8 @@ __all__ = [
     "NAME",
     "SCHEMES",
     "AttentionContext",
-    "AttentionKeeper",
+    "AttentionContextLike",
+    "AttentionOutputStore",
     "PeerLost",
     "available_kernels",
     "get_kernel",

@@ -6,26 +6,36 @@ Legend: T tokens of the row, P ranks, H query heads, K kv heads.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ultralong.attention.balance import PAIRS_PER_CALL, PAIRS_PER_EXCHANGE, balanced, cost, sends_nothing, work
+from ultralong.attention.balance import (
+    PAIRS_PER_CALL,
+    PAIRS_PER_EXCHANGE,
+    PAIRS_PER_TOKEN,
+    balanced,
+    cost,
+    sends_nothing,
+    work,
+)
 from ultralong.attention.collectives import Group
 from ultralong.attention.layout import Layout, contiguous, zigzag
-from ultralong.attention.ulysses import default_head_chunks, exchange_cost, head_chunk_counts, head_split
+from ultralong.attention.ulysses import head_chunk_counts, head_split
 
 log = logging.getLogger(__name__)
 
 SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
-WORTH_IT = 0.98  # cost over that of Ulysses, which needs no balance, from which another scheme is taken
-Groups = Group | DeviceMesh | tuple[Group, Group]
+LONG_ROW = 65536  # tokens from which a kernel's start is short beside its run even for a part of the heads
+WORTHWHILE = 0.98  # cost over that of Ulysses, which needs no balance, from which another scheme is taken
+GroupOrMesh = Group | DeviceMesh | tuple[Group, Group]
 
 
 @dataclass(frozen=True)
-class Row:
+class RowSpec:
     """What is known of a row when its scheme is chosen.
 
     Attributes:
@@ -43,7 +53,7 @@ class Row:
     head_chunks: int | None = None
 
 
-def two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
+def two_levels(group: GroupOrMesh | None) -> tuple[Group | None, Group | None]:
     """(outer, inner) groups; a group of one process is none."""
     if group is None:
         return None, None
@@ -54,16 +64,17 @@ def two_levels(group: Groups | None) -> tuple[Group | None, Group | None]:
             )
         group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
     outer, inner = group if isinstance(group, tuple) else (group, None)
-    for member in (outer, inner):
+    members: list[Group | None] = [outer, inner]
+    for member in members:
         if member is not None and dist.get_rank(member) < 0:
             raise ValueError(
                 f"process {dist.get_rank()} is not a member of the group that it passed to make_attention_context"
             )
-    outer, inner = (None if g is None or dist.get_world_size(g) == 1 else g for g in (outer, inner))
-    return (outer, inner) if outer is not None or inner is None else (inner, None)
+    first, second = (None if g is None or dist.get_world_size(g) == 1 else g for g in members)
+    return (first, second) if first is not None or second is None else (second, None)
 
 
-def choose_scheme(scheme: str, outer: int, inner: int, row: Row) -> tuple[str, str]:
+def choose_scheme(scheme: str, outer: int, inner: int, row: RowSpec) -> tuple[str, str]:
     """The scheme's name, and why.
 
     Args:
@@ -110,23 +121,37 @@ def choose_scheme(scheme: str, outer: int, inner: int, row: Row) -> tuple[str, s
     return _logged("ulysses", outer, f"the heads split over {outer} ranks: equal work for any documents")
 
 
-def _documents_stay(row: Row, ranks: int) -> bool:
-    """Whether sharing out documents costs less than trading tokens for heads, as it does where they are short."""
+def _documents_stay(row: RowSpec, ranks: int) -> bool:
+    """Whether whole documents on ranks cost less than Ulysses' all-to-alls, as they do where they are short."""
     if row.boundaries is None:
         return False
     if row.head_chunks is not None and row.head_chunks not in _counts("gathered", row, ranks):
         return False
-    traded = _traded(row, ranks, choose_head_chunks("ulysses", ranks, row))
-    return cost(choose_layout(row, ranks, 1), row.boundaries) < WORTH_IT * traded
+    ulysses = _ulysses_cost(row, ranks, choose_head_chunks("ulysses", ranks, row))
+    return cost(choose_layout(row, ranks, 1), row.boundaries) < WORTHWHILE * ulysses
 
 
-def _traded(row: Row, ranks: int, head_chunks: int) -> float:
-    """Cost of the sequence-to-head all-to-alls for a rank, in query-key pairs; all head chunks but one are hidden."""
-    exchange = exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / head_chunks
-    return work(0, row.tokens, row.boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE + exchange
+def _exchange_cost(tokens: float, degree: int, group: int) -> float:
+    """Cost of the all-to-alls for a rank, both passes together, in query-key pairs.
+
+    Args:
+        tokens: Tokens that the rank holds.
+        degree: Ranks.
+        group: Query heads of a kv head.
+    """
+    # q, k, v there and out back; q, k, v, out and its gradient there and three gradients back: 12 (H + K) D bytes,
+    # where a key and value seen from another rank (`PAIRS_PER_TOKEN`) are 16 K D.
+    return PAIRS_PER_TOKEN * tokens * 0.75 * (group + 1) * (degree - 1) / degree
 
 
-def whole_documents(row: Row, processes: int) -> Layout | None:
+def _ulysses_cost(row: RowSpec, ranks: int, head_chunks: int) -> float:
+    """Cost of Ulysses for a rank, in query-key pairs: its work, and the exchange of one chunk, as others' is hidden."""
+    exchange = _exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / head_chunks
+    boundaries = row.boundaries or (0, row.tokens)
+    return work(0, row.tokens, boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE + exchange
+
+
+def whole_documents(row: RowSpec, processes: int) -> Layout | None:
     """The layout in which every document lies on one process, so that no scheme has anything to exchange.
 
     Args:
@@ -139,12 +164,31 @@ def whole_documents(row: Row, processes: int) -> Layout | None:
     if row.boundaries is None or processes == 1:
         return None
     layout = choose_layout(row, processes, 1)
-    if sends_nothing(layout, row.boundaries) and cost(layout, row.boundaries) < WORTH_IT * _traded(row, processes, 1):
+    if sends_nothing(layout, row.boundaries) and cost(layout, row.boundaries) < WORTHWHILE * _ulysses_cost(
+        row, processes, 1
+    ):
         return layout
     return None
 
 
-def choose_head_chunks(scheme: str, degree: int, row: Row) -> int:
+def _default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
+    """One chunk, or up to four on long rows of short documents, not splitting a kv head's query heads.
+
+    A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.balance`), which shows where
+    documents are short: the exchange of one chunk then runs beside the computing of another.
+
+    Args:
+        counts: The numbers of head chunks that split the heads evenly.
+        tokens: Length of the row.
+        boundaries: Document boundaries when documents don't see each other, else None.
+        kv: Kv heads of a rank.
+    """
+    if boundaries is None or tokens < LONG_ROW or work(0, tokens, boundaries) >= 12 * PAIRS_PER_TOKEN * tokens:
+        return 1
+    return max(count for count in counts if count <= min(4, max(1, kv)))
+
+
+def choose_head_chunks(scheme: str, degree: int, row: RowSpec) -> int:
     """The number of head chunks of Ulysses over `degree` ranks, or of gathered keys.
 
     Raises:
@@ -153,7 +197,7 @@ def choose_head_chunks(scheme: str, degree: int, row: Row) -> int:
     counts = _counts(scheme, row, degree)
     if row.head_chunks is None:
         few = row.kv_heads // degree
-        return default_head_chunks(counts, row.tokens, row.boundaries, few) if scheme == "ulysses" else 1
+        return _default_head_chunks(counts, row.tokens, row.boundaries, few) if scheme == "ulysses" else 1
     if row.head_chunks not in counts:
         raise ValueError(
             f"head_chunks must be one of {counts} for {row.heads} query and {row.kv_heads} kv heads under "
@@ -162,7 +206,7 @@ def choose_head_chunks(scheme: str, degree: int, row: Row) -> int:
     return row.head_chunks
 
 
-def _counts(scheme: str, row: Row, degree: int) -> list[int]:
+def _counts(scheme: str, row: RowSpec, degree: int) -> list[int]:
     """The head chunks that a scheme can have."""
     if scheme == "gathered":
         return [count for count in range(1, row.kv_heads + 1) if row.kv_heads % count == 0]
@@ -176,7 +220,7 @@ def _logged(name: str, ranks: int, reason: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=8)
-def choose_layout(row: Row, outer: int, inner: int) -> Layout:
+def choose_layout(row: RowSpec, outer: int, inner: int) -> Layout:
     """Who holds which tokens, over `outer` ranks of `inner` members each."""
     if outer == 1:
         return contiguous(row.tokens, 1, inner)

@@ -57,17 +57,17 @@ class Pending:
 
 @dataclass
 class Exchange:
-    """Tensors under way between all pairs of ranks; `wait` puts what could not be received in place there."""
+    """Tensors under way between all pairs of ranks; `wait` copies what could not be received in place."""
 
     pending: Pending
-    late: list[tuple[Tensor, Tensor]]  # where it belongs, and where it was received
+    to_copy: list[tuple[Tensor, Tensor]]  # where it belongs, and the contiguous buffer it was received in
 
     def wait(self) -> None:
         """Wait until everything is in its place."""
         self.pending.wait()
-        for target, received in self.late:
+        for target, received in self.to_copy:
             copy_rows(target, received)
-        self.late = []
+        self.to_copy = []
 
 
 def all_to_all(x: Tensor, group: Group) -> Pending:
@@ -83,8 +83,8 @@ def all_to_all(x: Tensor, group: Group) -> Pending:
 def all_gather(x: Tensor, group: Group) -> Pending:
     """Everyone's `x` as (P, ...), in rank order. `x` is contiguous.
 
-    GPUs of one host send to each other directly: for so few ranks NCCL's own choice of ring and protocol took three
-    times as long (2.2 ms against 0.8 ms for 256 MiB between two H200s).
+    GPUs of one host send to each other directly: for so few ranks that is faster than NCCL's own choice of ring and
+    protocol (notebooks/results/design_measurements.md, "All-gather").
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     result = x.new_empty((size, *x.shape))
@@ -111,10 +111,10 @@ def exchange(
         outgoing: For every rank the tensors that go to it, none to this rank itself.
         incoming: For every rank where its tensors are received, of the shapes and in the order in which it sends them.
         group: The ranks.
-        tag: As for `pass_on`; that of a pair's first tensor, the next ones have the next numbers.
+        tag: As for `ring_send_recv`; that of a pair's first tensor, the next ones have the next numbers.
     """
-    _introduce(group)
-    operations, late, kept = [], [], []
+    _connect(group)
+    operations, to_copy, kept = [], [], []
     for rank, (sent, received) in enumerate(zip(outgoing, incoming, strict=True)):
         peer = dist.get_global_rank(group, rank)
         for number, x in enumerate(sent):
@@ -125,13 +125,13 @@ def exchange(
         for number, x in enumerate(received):
             place = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
             if place is not x:
-                late.append((x, place))
+                to_copy.append((x, place))
             operations.append(dist.P2POp(dist.irecv, place, peer, group, tag + number))
-    return Exchange(_started("exchange", operations, group, kept), late)
+    return Exchange(_started("exchange", operations, group, kept), to_copy)
 
 
-def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None = None) -> Pending:
-    """Send `x` to the next rank of the ring, receive the previous rank's.
+def ring_send_recv(x: Tensor, group: Group, tag: int = 0, recv_shape: Sequence[int] | None = None) -> Pending:
+    """Send `x` to the next rank of the ring and receive the previous rank's.
 
     Transfers under way at the same time need tags of their own where the backend has them (gloo); NCCL goes by order.
 
@@ -139,10 +139,10 @@ def pass_on(x: Tensor, group: Group, tag: int = 0, coming: Sequence[int] | None 
         x: What to send, contiguous; nothing is sent where it has no elements.
         group: The ring.
         tag: See above.
-        coming: Shape of what comes, where it is not x's.
+        recv_shape: Shape of what is received, where it is not x's.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    result = x.new_empty(x.shape if coming is None else coming)
+    result = x.new_empty(x.shape if recv_shape is None else recv_shape)
     return _send_and_receive(
         "ring send and receive", [(x, (rank + 1) % size, result, (rank - 1) % size)], group, tag, result
     )
@@ -152,7 +152,7 @@ def _send_and_receive(
     what: str, pairs: list[tuple[Tensor, int, Tensor, int]], group: Group, tag: int, result: Tensor
 ) -> Pending:
     """Start sends and receives together: (what to send, to whom, where to receive, from whom), ranks of the group."""
-    _introduce(group)
+    _connect(group)
     operations = []
     for outgoing, after, incoming, before in pairs:
         if outgoing.numel():
@@ -173,7 +173,7 @@ def _started(what: str, operations: list[dist.P2POp], group: Group, kept: Sequen
 
 
 @cache
-def _introduce(group: Group) -> None:
+def _connect(group: Group) -> None:
     """Make a group's connections before its first sends: with NCCL all ranks must take part in that, even idle ones."""
     if dist.get_backend(group) == "nccl":
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)

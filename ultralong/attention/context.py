@@ -13,12 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.autograd import AttentionKeeper, attention
 from ultralong.attention.balance import sends_nothing
-from ultralong.attention.checks import check_boundaries, check_heads, check_tensors
 from ultralong.attention.choose import (
-    Groups,
-    Row,
+    GroupOrMesh,
+    RowSpec,
     choose_head_chunks,
     choose_layout,
     choose_scheme,
@@ -28,11 +26,12 @@ from ultralong.attention.choose import (
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
-from ultralong.attention.kv_plan import needs
+from ultralong.attention.kv_plan import plan_kv
 from ultralong.attention.layout import Layout
+from ultralong.attention.protocol import AttentionOutputStore
 from ultralong.attention.ring import Ring
-from ultralong.attention.scheme import Local, Scheme
-from ultralong.attention.spec import Rule, Spans
+from ultralong.attention.scheme import Local, Scheme, attention
+from ultralong.attention.spec import AttentionSpec, VarlenSegments, check_boundaries, check_heads, check_tensors
 from ultralong.attention.ulysses import Ulysses, head_split
 
 
@@ -52,9 +51,9 @@ class AttentionContext:
         kv_heads: Kv heads K.
         boundaries: Document boundaries when documents don't see each other, else None: every token sees all before it.
         outer: Group of the layout's ranks (None for one rank).
-        inner: Group that trades tokens for heads (Ulysses; None without).
+        inner: Group of the sequence-to-head all-to-all (Ulysses; None without).
         head_chunks: Head chunks of Ulysses and of gathered keys.
-        keeper: Keeps attention results over recomputed forward passes.
+        store: Stores attention outputs over recomputed forward passes.
         reason: Why `auto` chose this scheme, and whether there is anything for it to exchange.
     """
 
@@ -69,9 +68,9 @@ class AttentionContext:
     outer: Group | None = None
     inner: Group | None = None
     head_chunks: int = 1
-    keeper: AttentionKeeper | None = None
+    store: AttentionOutputStore | None = None
     reason: str = ""
-    _made: dict[Kernel, Scheme] = field(default_factory=dict, repr=False)
+    _schemes: dict[Kernel, Scheme] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> int:
@@ -86,7 +85,7 @@ class AttentionContext:
     @property
     def kernels_used(self) -> tuple[str, ...]:
         """Names of the kernels that this context's attention has run on so far."""
-        return tuple(kernel.name for kernel in self._made)
+        return tuple(kernel.name for kernel in self._schemes)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Positions (1, local tokens) in the row of this process's tokens, for RoPE over the whole row."""
@@ -153,7 +152,7 @@ class AttentionContext:
             window: Sliding window in tokens, the query's own included.
             softcap: Scores become softcap * tanh(score / softcap).
             sink: (H,) logits of one more key with value zero.
-            layer: Name of this call for the keeper.
+            layer: Index of the calling layer, for the store.
 
         Returns:
             (B, local tokens, H, D).
@@ -161,10 +160,10 @@ class AttentionContext:
         Raises:
             ValueError: A shape, type or device differs from what the context is for, or no kernel can compute it.
         """
-        scheme, rule = self.call(q, k, v, scale=scale, window=window, softcap=softcap)
-        return attention(q, k, v, scheme, rule, sink=sink, keeper=self.keeper, layer=layer)
+        scheme, spec = self.scheme_and_spec(q, k, v, scale=scale, window=window, softcap=softcap)
+        return attention(q, k, v, scheme, spec, sink=sink, store=self.store, layer=layer)
 
-    def call(
+    def scheme_and_spec(
         self,
         q: Tensor,
         k: Tensor,
@@ -173,19 +172,21 @@ class AttentionContext:
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
-    ) -> tuple[Scheme, Rule]:
-        """The scheme and the rule that `attend` computes with, for callers that keep the pair (out, lse) themselves.
+    ) -> tuple[Scheme, AttentionSpec]:
+        """The scheme and the attention spec that `attend` computes with, for callers that store (out, lse) themselves.
 
         Args and errors as `attend`'s.
         """
         check_tensors(q, k, v, self.local_tokens, self.heads, self.kv_heads)
         window = None if window is None or window >= self.tokens else window
-        rule = Rule(scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None)
+        spec = AttentionSpec(
+            scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None
+        )
         if window is not None and self.scheme.endswith("ring"):
             raise ValueError(
                 f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or 'gathered'"
             )
-        return self._scheme(q, rule), rule
+        return self._scheme(q, spec), spec
 
     @cached_property
     def exchanges(self) -> bool:
@@ -195,34 +196,35 @@ class AttentionContext:
         return not sends_nothing(self.layout, self.boundaries)
 
     @cached_property
-    def _spans(self) -> Spans | None:
+    def _segments(self) -> VarlenSegments | None:
         """The row's documents, or this process's where all of them are its own."""
         if self.boundaries is None:
             return None
         if self.exchanges or self.size == 1:
-            return Spans(self.boundaries, self.boundaries)
-        (call,) = needs(self.layout.pieces(self.process), self.boundaries).calls
-        return call.spans
+            return VarlenSegments(self.boundaries, self.boundaries)
+        (call,) = plan_kv(self.layout.ranges(self.process), self.boundaries).calls
+        return call.segments
 
-    def _scheme(self, q: Tensor, rule: Rule) -> Scheme:
-        clipped = self.exchanges and "gathered" in self.scheme
-        kernel = choose_kernel(self.kernel, q, rule.with_spans(self._spans), clipped=clipped)
-        if kernel not in self._made:
+    def _scheme(self, q: Tensor, spec: AttentionSpec) -> Scheme:
+        bottom_right = self.exchanges and "gathered" in self.scheme
+        kernel = choose_kernel(self.kernel, q, spec.with_segments(self._segments), bottom_right=bottom_right)
+        if kernel not in self._schemes:
             if not self.exchanges or self.outer is None:
-                core: Scheme = Local(kernel, self._spans)
+                core: Scheme = Local(kernel, self._segments)
             elif self.scheme.endswith("ring"):
                 core = Ring(self.outer, self.layout, kernel, self.boundaries)
             else:
                 chunks = self.head_chunks if self.inner is None else 1
                 core = Gathered(self.outer, self.layout, kernel, self.boundaries, chunks)
-            trades = self.exchanges and self.inner is not None
-            self._made[kernel] = Ulysses(self.inner, core, self.head_chunks) if trades else core
-        return self._made[kernel]
+            if self.exchanges and self.inner is not None:
+                core = Ulysses(self.inner, core, self.head_chunks)
+            self._schemes[kernel] = core
+        return self._schemes[kernel]
 
 
 def make_attention_context(
     tokens: int,
-    group: Groups | None = None,
+    group: GroupOrMesh | None = None,
     scheme: str = "auto",
     kernel: str = "auto",
     boundaries: Tensor | Sequence[int] | None = None,
@@ -230,7 +232,7 @@ def make_attention_context(
     heads: int,
     kv_heads: int | None = None,
     head_chunks: int | None = None,
-    keeper: AttentionKeeper | None = None,
+    store: AttentionOutputStore | None = None,
 ) -> AttentionContext:
     """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
 
@@ -248,7 +250,7 @@ def make_attention_context(
         head_chunks: Number of head chunks of Ulysses and of gathered keys. Transfers of one chunk run beside the
             computing of another, and more chunks make the exchanged buffers smaller; each costs a little. None is 1,
             and up to 4 for Ulysses on long rows of short documents.
-        keeper: Keeps attention results over recomputed forward passes.
+        store: Stores attention outputs over recomputed forward passes.
 
     Raises:
         ValueError: A name is unknown, boundaries don't rise or don't end at `tokens`, heads can't be split, or the
@@ -262,7 +264,7 @@ def make_attention_context(
     edges = None if edges is not None and len(edges) == 2 else edges
     outer, inner = two_levels(group)
     outer_size, inner_size = (1 if g is None else dist.get_world_size(g) for g in (outer, inner))
-    row = Row(tokens, edges, heads, kv_heads, head_chunks)
+    row = RowSpec(tokens, edges, heads, kv_heads, head_chunks)
     name, reason = choose_scheme(scheme, outer_size, inner_size, row)
     if name == "ulysses":
         outer, inner, outer_size, inner_size = None, outer, 1, outer_size
@@ -278,5 +280,5 @@ def make_attention_context(
         edges = (*edges, layout.padded)
     process = outer_rank * inner_size + inner_rank
     return AttentionContext(
-        tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, head_chunks, keeper, reason
+        tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, head_chunks, store, reason
     )

@@ -2,9 +2,9 @@
 
 Legend: B batch, T tokens, P ranks.
 
-Each rank owns pieces of the padded row, as many tokens as every other, and holds them in rising order. Contiguous has
-one piece a rank. Zigzag has 2P equal chunks and gives rank r chunks r and 2P-1-r, so that causal work is equal.
-`ultralong.attention.balance` finds pieces for packed rows whose documents don't see each other. Where a second level
+Each rank owns ranges of the padded row, as many tokens as every other, and holds them in rising order. Contiguous has
+one range a rank. Zigzag has 2P equal chunks and gives rank r chunks r and 2P-1-r, so that causal work is equal.
+`ultralong.attention.balance` finds ranges for packed rows whose documents don't see each other. Where a second level
 splits each rank's tokens again (`inner`), member i holds the i-th contiguous part.
 """
 
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_tensor
 
-Piece = tuple[int, int]  # global positions [start, stop)
+TokenRange = tuple[int, int]  # global positions [start, stop)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which pieces of a row each rank holds.
+    """Which token ranges of a row each rank holds.
 
     Attributes:
         tokens: Length of the row before padding.
-        owned: For every rank its pieces, rising and apart; each rank has as many tokens.
+        owned: For every rank its ranges, rising and apart; each rank has as many tokens.
         inner: Members of the second level; the global rank of member i of rank r is `r * inner + i`.
     """
 
     tokens: int
-    owned: tuple[tuple[Piece, ...], ...]
+    owned: tuple[tuple[TokenRange, ...], ...]
     inner: int = 1
 
     @property
@@ -61,14 +61,14 @@ class Layout:
             return "contiguous"
         return "zigzag" if self.owned == zigzag(self.padded, self.ranks).owned else "balanced"
 
-    def pieces(self, rank: int) -> tuple[Piece, ...]:
+    def ranges(self, rank: int) -> tuple[TokenRange, ...]:
         """Global ranges that a first-level rank holds, rising and apart."""
         return self.owned[rank]
 
     def positions(self, process: int) -> Tensor:
         """Global positions (T_local,) int64 of the tokens of a process; those at or past `tokens` are padding."""
         rank, member = divmod(process, self.inner)
-        held = torch.cat([torch.arange(a, b) for a, b in self.pieces(rank)])
+        held = torch.cat([torch.arange(a, b) for a, b in self.ranges(rank)])
         return held[member * self.local : (member + 1) * self.local]
 
     def shard(self, x: Tensor, process: int, dim: int = 1, pad: float = 0) -> Tensor:
@@ -85,7 +85,7 @@ class Layout:
         dim = dim % x.dim()
         rank, member = divmod(process, self.inner)
         skip, take, parts = member * self.local, self.local, []
-        for start, stop in self.pieces(rank):
+        for start, stop in self.ranges(rank):
             a, b = start + min(skip, stop - start), stop
             skip -= a - start
             b = min(b, a + take)
@@ -103,7 +103,7 @@ class Layout:
     def restore(self, gathered: Tensor, dim: int = 1) -> Tensor:
         """The row in order and without padding, from the processes' tokens laid end to end along `dim`."""
         places, offset = {}, 0
-        for start, stop in (piece for own in self.owned for piece in own):
+        for start, stop in (each for own in self.owned for each in own):
             places[start] = (offset, stop - start)
             offset += stop - start
         if list(places) != sorted(places):
@@ -111,10 +111,10 @@ class Layout:
         return gathered.narrow(dim, 0, self.tokens)
 
 
-def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Pieces in rising order, neighbours joined."""
-    found: list[Piece] = []
-    for start, stop in sorted(pieces):
+def merge_adjacent(ranges: Iterable[TokenRange]) -> tuple[TokenRange, ...]:
+    """Ranges in rising order, adjacent ones merged."""
+    found: list[TokenRange] = []
+    for start, stop in sorted(ranges):
         if found and found[-1][1] == start:
             found[-1] = (found[-1][0], stop)
         else:
@@ -124,7 +124,7 @@ def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 def in_chunks(tokens: int, chunk: int, owners: Iterable[Iterable[int]], inner: int = 1) -> Layout:
     """A layout of equal chunks, from every rank's chunks."""
-    return Layout(tokens, tuple(joined((i * chunk, (i + 1) * chunk) for i in own) for own in owners), inner)
+    return Layout(tokens, tuple(merge_adjacent((i * chunk, (i + 1) * chunk) for i in own) for own in owners), inner)
 
 
 def chunk_size(tokens: int, chunks: int, each: int, inner: int) -> int:

@@ -17,11 +17,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from ultralong.attention.autograd import attention
-from ultralong.attention.context import AttentionContext
 from ultralong.attention.kernels import choose_kernel
-from ultralong.attention.scheme import Local
-from ultralong.attention.spec import Rule
+from ultralong.attention.protocol import AttentionContextLike
+from ultralong.attention.scheme import Local, attention
+from ultralong.attention.spec import AttentionSpec
 
 NAME = "ultralong"
 
@@ -78,7 +77,7 @@ def attention_function(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    attention_context: AttentionContext | None = None,
+    attention_context: AttentionContextLike | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it.
@@ -189,13 +188,13 @@ def _ordinary(
     scores = any(kwargs.get(option) is not None for option in ("softcap", "s_aux"))
     if plain and causal and not dropout and not special and (scores or query.shape[2] > 1):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        rule = Rule(
+        spec = AttentionSpec(
             scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=kwargs.get("softcap") or None,
             window=None if window is None or window >= k.shape[1] else window,
         )
-        kernel = choose_kernel("auto", q, rule, clipped=q.shape[1] != k.shape[1])
-        return attention(q, k, v, Local(kernel), rule, sink=kwargs.get("s_aux")), None
+        kernel = choose_kernel("auto", q, spec, bottom_right=q.shape[1] != k.shape[1])
+        return attention(q, k, v, Local(kernel), spec, sink=kwargs.get("s_aux")), None
     if scores:
         raise ValueError(
             f"{type(module).__name__}: soft caps and sinks together with padding, dropout or a static "

@@ -1,15 +1,16 @@
-"""Ring: queries stay, keys and values go round; partial results are joined by their log-sum-exp.
+"""Ring attention: queries stay, keys and values go round; partial results are merged by their log-sum-exp.
 
-Legend: B batch, T tokens a rank holds, P ranks, H query heads, K kv heads, D head size.
+Legend: B batch, T tokens a rank holds, N tokens of a circulating block, P ranks, H query heads, K kv heads,
+D head size.
 
-Ring attention (arXiv 2310.01889) over the zigzag layout. While a rank computes with one block of K and V, the next one
-comes. Output, log-sum-exp and all gradients are added in float32; the backward pass uses the joined pair, so that
-every block's share of the gradients simply adds up; what other ranks add to a block's dK and dV travels one hop behind
-the block and comes home after P - 1 hops.
+Ring attention (arXiv 2310.01889) over the zigzag layout. While a rank computes with one block of K and V, it receives
+the next one. Output, log-sum-exp and all gradients are accumulated in float32; the backward pass uses the merged pair,
+so that every block's part of the gradients simply adds up. What other ranks add to a block's dK and dV travels one hop
+behind the block and is back at its owner after P - 1 hops.
 
-Documents that don't see each other need no equal lengths here: two pieces of the row share at most one document (the
-one in which the earlier piece ends), so what a block adds to a piece is at most one full rectangle, never a mask. And
-only that document's keys and values travel.
+Documents that don't see each other may have any lengths: two ranges of the row share at most one document (the one in
+which the earlier range ends), so what a block adds to a range is at most one full rectangle, never a mask. And only
+that document's keys and values circulate.
 """
 
 from __future__ import annotations
@@ -24,49 +25,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group, Pending, copy_rows, pass_on
-from ultralong.attention.kernels import Kernel, Share, add_backward, attention_forward, backward_with_shares, sums_at
-from ultralong.attention.layout import Layout, Piece
-from ultralong.attention.lse_merge import accumulator, merged
-from ultralong.attention.partial_rows import Parts
-from ultralong.attention.scheme import Gradients, Pair, Scheme
-from ultralong.attention.spec import Rule, Spans
+from ultralong.attention.collectives import Group, Pending, copy_rows, ring_send_recv
+from ultralong.attention.kernels import (
+    Kernel,
+    PartialKVGrad,
+    attention_forward,
+    backward_accumulate,
+    backward_with_partials,
+    partials_at,
+)
+from ultralong.attention.layout import Layout, TokenRange
+from ultralong.attention.lse_merge import PartialRows, accumulation_dtype, merge
+from ultralong.attention.protocol import OutLse
+from ultralong.attention.scheme import Gradients, Scheme
+from ultralong.attention.spec import AttentionSpec, VarlenSegments
 
 Rectangle = tuple[slice, slice]  # local query rows, keys of the block; every row sees every key
 
 
-def own_spans(pieces: Sequence[Piece], boundaries: Sequence[int]) -> Spans | None:
-    """Documents among a rank's own tokens: pieces of one document count as one run, since both are in order."""
-    held: dict[Piece, int] = {}  # tokens by document, in order
-    for start, stop in pieces:
+def own_segments(ranges: Sequence[TokenRange], boundaries: Sequence[int]) -> VarlenSegments | None:
+    """Documents among a rank's own tokens; ranges of one document are one segment, since both are in order."""
+    held: dict[TokenRange, int] = {}  # tokens by document, in order
+    for start, stop in ranges:
         at = start
         while at < stop:
             document = _document(boundaries, at)
             end = min(stop, document[1])
             held[document] = held.get(document, 0) + end - at
             at = end
-    cuts = (0, *accumulate(held.values()))
+    cu_seqlens = (0, *accumulate(held.values()))
     shared = frozenset(i for i, ((start, stop), count) in enumerate(held.items()) if count < stop - start)
-    return Spans(cuts, cuts, shared) if len(held) > 1 else None
+    return VarlenSegments(cu_seqlens, cu_seqlens, shared) if len(held) > 1 else None
 
 
-def travelling(pieces: Sequence[Piece], end: int, boundaries: Sequence[int] | None) -> list[Piece]:
-    """Which of a rank's tokens other ranks see: of each piece the document that goes on after it.
+def circulating_ranges(ranges: Sequence[TokenRange], end: int, boundaries: Sequence[int] | None) -> list[TokenRange]:
+    """Which of a rank's tokens other ranks see: of each range the document that continues after it.
 
     Args:
-        pieces: Global ranges that the rank holds; what follows one is another rank's.
+        ranges: Global ranges that the rank holds; what follows one is another rank's.
         end: End of the row.
         boundaries: Document boundaries when documents don't see each other, else None.
     """
     found = []
-    for start, stop in pieces:
+    for start, stop in ranges:
         begin, finish = (0, end) if boundaries is None else _document(boundaries, stop - 1)
         if finish > stop:
             found.append((max(start, begin), stop))
     return found
 
 
-def rectangles(mine: Sequence[Piece], theirs: Sequence[Piece], boundaries: Sequence[int] | None) -> list[Rectangle]:
+def rectangles(
+    mine: Sequence[TokenRange], theirs: Sequence[TokenRange], boundaries: Sequence[int] | None
+) -> list[Rectangle]:
     """What a rank's tokens see of another rank's: full rectangles, neighbours joined.
 
     Args:
@@ -94,7 +104,7 @@ def _apart(a: slice, b: slice) -> bool:
     return a.stop <= b.start or b.stop <= a.start
 
 
-def _document(boundaries: Sequence[int], position: int) -> Piece:
+def _document(boundaries: Sequence[int], position: int) -> TokenRange:
     at = bisect_right(boundaries, position)
     return boundaries[at - 1], boundaries[at]
 
@@ -115,7 +125,7 @@ def _joined(found: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int,
 
 @dataclass(frozen=True, eq=False)
 class Ring(Scheme):
-    """Attention of a rank's queries with keys and values that go round.
+    """Attention of a rank's queries with keys and values that circulate.
 
     Attributes:
         group: The ranks of the ring.
@@ -135,13 +145,13 @@ class Ring(Scheme):
         return dist.get_rank(self.group)
 
     @cached_property
-    def own(self) -> Spans | None:
+    def segments(self) -> VarlenSegments | None:
         """Documents among this rank's own tokens."""
-        return None if self.boundaries is None else own_spans(self.layout.pieces(self.rank), self.boundaries)
+        return None if self.boundaries is None else own_segments(self.layout.ranges(self.rank), self.boundaries)
 
     @cached_property
-    def _rows(self) -> list[slice]:
-        """Which queries see other ranks' tokens, ranges apart: their results are sums, all others are done at once."""
+    def _merged_rows(self) -> list[slice]:
+        """Which queries see other ranks' tokens, ranges apart: only their results are merged from several calls."""
         found: list[slice] = []
         for rows in sorted((rows for seen in self.blocks for rows, _ in seen), key=lambda rows: rows.start):
             if found and rows.start <= found[-1].stop:
@@ -151,114 +161,121 @@ class Ring(Scheme):
         return found
 
     @cached_property
-    def _once(self) -> bool:
-        """Whether every query's results are of two parts at most: joined in their own type they round no more."""
+    def _merged_once(self) -> bool:
+        """Whether no query's result is merged more than once: then q's own dtype rounds no more than float32 would."""
         rows = [rows for seen in self.blocks for rows, _ in seen]
         return self.layout.ranks == 2 and all(_apart(a, b) for a, b in combinations(rows, 2))
 
-    def _wide(self, q: Tensor) -> torch.dtype:
-        """The type in which results of several parts are kept until all have come."""
-        return q.dtype if self._once else accumulator(q.dtype)
+    def _merge_dtype(self, q: Tensor) -> torch.dtype:
+        """The dtype in which results of several calls are kept until all have come."""
+        return q.dtype if self._merged_once else accumulation_dtype(q.dtype)
 
     @cached_property
-    def _sources(self) -> list[list[Piece]]:
-        """What travels of each rank's tokens, by hops behind this rank (0: this rank's own)."""
+    def _circulating(self) -> list[list[TokenRange]]:
+        """What circulates of each rank's tokens, by hops behind this rank (0: this rank's own)."""
         ranks = [(self.rank - hop) % self.layout.ranks for hop in range(self.layout.ranks)]
-        return [travelling(self.layout.pieces(rank), self.layout.padded, self.boundaries) for rank in ranks]
+        return [circulating_ranges(self.layout.ranges(rank), self.layout.padded, self.boundaries) for rank in ranks]
 
     @cached_property
-    def _leaving(self) -> list[slice]:
-        """Where this rank holds its own travelling tokens."""
+    def _own_circulating(self) -> list[slice]:
+        """Where this rank holds those of its own tokens that circulate."""
         found, offset = [], 0
-        for start, stop in self.layout.pieces(self.rank):
-            found += [slice(offset + a - start, offset + b - start) for a, b in self._sources[0] if start <= a < stop]
+        for start, stop in self.layout.ranges(self.rank):
+            found += [
+                slice(offset + a - start, offset + b - start) for a, b in self._circulating[0] if start <= a < stop
+            ]
             offset += stop - start
         return found
 
     @cached_property
     def blocks(self) -> list[list[Rectangle]]:
         """For every hop but the first, what this rank sees of the block that has come."""
-        mine = self.layout.pieces(self.rank)
-        return [rectangles(mine, pieces, self.boundaries) for pieces in self._sources[1:]]
+        mine = self.layout.ranges(self.rank)
+        return [rectangles(mine, ranges, self.boundaries) for ranges in self._circulating[1:]]
 
     def _block(self, k: Tensor, v: Tensor) -> Tensor:
-        """This rank's travelling keys and values, (2, B, N, K, D)."""
-        block = k.new_empty((2, k.shape[0], _length(self._sources[0]), *k.shape[2:]))
+        """This rank's circulating keys and values, (2, B, N, K, D)."""
+        block = k.new_empty((2, k.shape[0], _length(self._circulating[0]), *k.shape[2:]))
         for side, x in zip(block, (k, v), strict=True):
             offset = 0
-            for at in self._leaving:
+            for at in self._own_circulating:
                 copy_rows(side[:, offset : offset + at.stop - at.start], x[:, at])
                 offset += at.stop - at.start
         return block
 
-    def _next(self, x: Tensor, hop: int, tag: int = 0) -> Pending:
-        """Pass on a block, or what belongs to it; the one that comes has come `hop` hops."""
-        tokens = _length(self._sources[hop % self.layout.ranks])
-        return pass_on(x, self.group, tag, (*x.shape[:2], tokens, *x.shape[3:]))
+    def _rotate(self, x: Tensor, hop: int, tag: int = 0) -> Pending:
+        """Send a block (or its gradients) to the next rank, receive the previous one's, which has made `hop` hops."""
+        tokens = _length(self._circulating[hop % self.layout.ranks])
+        return ring_send_recv(x, self.group, tag, (*x.shape[:2], tokens, *x.shape[3:]))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Pair:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> OutLse:
         """The pair's lse is (B, H, T)."""
-        coming = self._next(self._block(k, v), 1)
-        out, lse = attention_forward(self.kernel, q, k, v, rule.with_spans(self.own))
-        sums, lse = Parts(out, self._rows, self._wide(q)), lse.contiguous()
-        for hop, seen in enumerate(self.blocks, start=1):
-            block = coming.wait()
-            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
-            for rows, keys in seen:
+        receiving: Pending | None = self._rotate(self._block(k, v), 1)
+        out, lse = attention_forward(self.kernel, q, k, v, spec.with_segments(self.segments))
+        merged, lse = PartialRows(out, self._merged_rows, self._merge_dtype(q)), lse.contiguous()
+        for hop, visible in enumerate(self.blocks, start=1):
+            assert receiving is not None
+            block = receiving.wait()
+            receiving = self._rotate(block, hop + 1) if hop < len(self.blocks) else None
+            for rows, keys in visible:
                 part, part_lse = attention_forward(
-                    self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys], rule.full()
+                    self.kernel, q[:, rows], block[0][:, keys], block[1][:, keys], spec.non_causal()
                 )
-                sums.put(rows, merged(sums.at(rows), lse[:, :, rows], part, part_lse))
-        return sums.whole(), lse
+                merged.set(rows, merge(merged.at(rows), lse[:, :, rows], part, part_lse))
+        return merged.result(), lse
 
     def attend_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        spec: AttentionSpec,
+        *,
+        fp32_grads: bool = False,
     ) -> Gradients:
         """The blocks go round once more; their gradients follow one hop behind."""
-        coming, behind = self._next(self._block(k, v), 1), None
-        own = rule.with_spans(self.own)
-        if wide:
-            dk, dv = (torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in (k, v))
-            dq = add_backward(self.kernel, dout, q, k, v, out, lse, own, dk, dv)
-            shares = [(slice(0, k.shape[1]), dk, dv)]
+        receiving: Pending | None = self._rotate(self._block(k, v), 1)
+        own, full, grads_behind = spec.with_segments(self.segments), spec.non_causal(), None
+        if fp32_grads:
+            dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (k, v))
+            dq = backward_accumulate(self.kernel, dout, q, k, v, out, lse, own, dk, dv)
+            partials = [(slice(0, k.shape[1]), dk, dv)]
         else:
-            dq, dk, dv, shares = backward_with_shares(self.kernel, dout, q, k, v, out, lse, own)
-        sums = Parts(dq, self._rows, self._wide(q))
-        for hop, seen in enumerate(self.blocks, start=1):
-            block = coming.wait()
-            coming = self._next(block, hop + 1) if hop < len(self.blocks) else None
-            share = torch.zeros_like(block, dtype=accumulator(k.dtype))
-            for rows, keys in seen:
-                sums.at(rows).add_(
-                    add_backward(
-                        self.kernel,
-                        dout[:, rows],
-                        q[:, rows],
-                        block[0][:, keys],
-                        block[1][:, keys],
-                        out[:, rows],
-                        lse[:, :, rows],
-                        rule.full(),
-                        share[0][:, keys],
-                        share[1][:, keys],
+            dq, dk, dv, partials = backward_with_partials(self.kernel, dout, q, k, v, out, lse, own)
+        merged = PartialRows(dq, self._merged_rows, self._merge_dtype(q))
+        for hop, visible in enumerate(self.blocks, start=1):
+            assert receiving is not None
+            block = receiving.wait()
+            receiving = self._rotate(block, hop + 1) if hop < len(self.blocks) else None
+            grads = torch.zeros_like(block, dtype=accumulation_dtype(k.dtype))
+            for rows, keys in visible:
+                tensors = (q[:, rows], block[0][:, keys], block[1][:, keys], out[:, rows], lse[:, :, rows])
+                merged.at(rows).add_(
+                    backward_accumulate(
+                        self.kernel, dout[:, rows], *tensors, full, grads[0][:, keys], grads[1][:, keys]
                     )
                 )
-            if behind is not None:
-                share += behind.wait()
-            behind = self._next(share, hop + 1, tag=1)
-        self._take_home(behind.wait(), shares)
-        for keys, to_keys, to_values in () if wide else shares:
+                del tensors
+            if grads_behind is not None:
+                grads += grads_behind.wait()
+            grads_behind = self._rotate(grads, hop + 1, tag=1)
+        assert grads_behind is not None
+        self._add_returned_grads(grads_behind.wait(), partials)
+        for keys, to_keys, to_values in () if fp32_grads else partials:
             dk[:, keys], dv[:, keys] = to_keys, to_values
-        return sums.whole(), dk, dv
+        return merged.result(), dk, dv
 
-    def _take_home(self, share: Tensor, shares: list[Share]) -> None:
-        """Add what the others add to this rank's own keys and values, (2, B, N, K, D)."""
+    def _add_returned_grads(self, returned: Tensor, partials: list[PartialKVGrad]) -> None:
+        """Add what the others computed for this rank's own keys and values, (2, B, N, K, D)."""
         offset = 0
-        for at in self._leaving:
-            for side, part in zip(sums_at(shares, at), share, strict=True):
-                side += part[:, offset : offset + at.stop - at.start]
+        for at in self._own_circulating:
+            for total, grad in zip(partials_at(partials, at), returned, strict=True):
+                total += grad[:, offset : offset + at.stop - at.start]
             offset += at.stop - at.start
 
 
-def _length(pieces: Sequence[Piece]) -> int:
-    return sum(stop - start for start, stop in pieces)
+def _length(ranges: Sequence[TokenRange]) -> int:
+    return sum(stop - start for start, stop in ranges)

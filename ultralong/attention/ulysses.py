@@ -1,32 +1,30 @@
-"""Ulysses: trade tokens for heads, attend over the whole row with a part of the heads, trade back.
+"""Ulysses: a sequence-to-head all-to-all, attention over the whole row with some of the heads, and the way back.
 
 Legend: B batch, T tokens a rank holds, P ranks, H query heads, K kv heads, D head size; M = lcm(K, P) kv heads after
 each is repeated M / K times (1 where the degree divides them), N = M / P of them a rank, G = H / M query heads for
-each; n and g those of one chunk.
+each; n and g those of one head chunk.
 
-DeepSpeed-Ulysses (arXiv 2309.14509), with the head chunks of UPipe (arXiv 2602.21196): only the heads of one
-chunk, and the exchange of the next one, are in the exchanged form at a time. What the backward pass needs is kept in
-the local form and exchanged again, which costs one more exchange but no second copy. K and V of a chunk stay while
-the chunks that share them run.
+DeepSpeed-Ulysses (arXiv 2309.14509), with the head chunks of UPipe (arXiv 2602.21196): only the heads of one chunk, and
+the exchange of the next one, are in the exchanged form at a time. What the backward pass needs is stored in the local
+form and exchanged again, which costs one more exchange but no second copy. K and V of a chunk stay while the chunks
+that share them run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.balance import PAIRS_PER_TOKEN, work
 from ultralong.attention.collectives import Group, Pending, all_to_all, copy_rows
-from ultralong.attention.lse_merge import accumulator
-from ultralong.attention.scheme import Gradients, Pair, Scheme
-from ultralong.attention.spec import Rule
-
-LONG_ROW = 65536  # tokens from which a kernel's start is short beside its run even for a part of the heads
+from ultralong.attention.lse_merge import accumulation_dtype
+from ultralong.attention.protocol import OutLse
+from ultralong.attention.scheme import Gradients, Scheme
+from ultralong.attention.spec import AttentionSpec
 
 
 def head_split(heads: int, kv_heads: int, degree: int) -> tuple[int, int]:
@@ -53,39 +51,9 @@ def head_chunk_counts(heads: int, kv_heads: int, degree: int) -> list[int]:
     return sorted({*of_kv, *(kv * s for s in of_group)})
 
 
-def default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
-    """One chunk, or up to four on long rows of short documents, not splitting a kv head's query heads.
-
-    A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.balance`), which shows where
-    documents are short: the exchange of one chunk then runs beside the computing of another.
-
-    Args:
-        counts: The numbers of head chunks that split the heads evenly.
-        tokens: Length of the row.
-        boundaries: Document boundaries when documents don't see each other, else None.
-        kv: Kv heads of a rank.
-    """
-    if boundaries is None or tokens < LONG_ROW or work(0, tokens, boundaries) >= 12 * PAIRS_PER_TOKEN * tokens:
-        return 1
-    return max(count for count in counts if count <= min(4, max(1, kv)))
-
-
-def exchange_cost(tokens: float, degree: int, group: int) -> float:
-    """What trading a rank's tokens for heads costs, both passes together, in query-key pairs.
-
-    Args:
-        tokens: Tokens that the rank holds.
-        degree: Ranks.
-        group: Query heads of a kv head.
-    """
-    # q, k, v there and out back; q, k, v, out and its gradient there and three gradients back: 12 (H + K) D bytes,
-    # where a key and value seen from another rank (`PAIRS_PER_TOKEN`) are 16 K D.
-    return PAIRS_PER_TOKEN * tokens * 0.75 * (group + 1) * (degree - 1) / degree
-
-
 @dataclass(frozen=True)
 class HeadChunk:
-    """The heads of one chunk, of every rank's N kv heads and of each one's G query heads."""
+    """The heads of one chunk: some of every rank's N kv heads, and of each one's G query heads."""
 
     kv: slice
     group: slice
@@ -95,7 +63,7 @@ class HeadChunk:
 
 @dataclass(frozen=True, eq=False)
 class Ulysses(Scheme):
-    """All-to-all between tokens and heads around an inner scheme.
+    """Sequence-to-head all-to-all around an inner scheme.
 
     Attributes:
         group: The ranks that share the heads; their tokens laid end to end are what the inner scheme holds.
@@ -107,37 +75,49 @@ class Ulysses(Scheme):
     inner: Scheme
     head_chunks: int = 1
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Pair:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> OutLse:
         """`forward` without a sink."""
-        return self.forward(q, k, v, rule)
+        return self.forward(q, k, v, spec)
 
     def attend_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, *, wide: bool = False
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        spec: AttentionSpec,
+        *,
+        fp32_grads: bool = False,
     ) -> Gradients:
         """`backward` without a sink."""
-        return self.backward(dout, q, k, v, out, lse, rule, wide=wide)[:3]
+        return self.backward(dout, q, k, v, out, lse, spec, fp32_grads=fp32_grads)[:3]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink: Tensor | None = None) -> Pair:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sink: Tensor | None = None) -> OutLse:
         """Out (B, T, H, D), and lse (B, H / P, P T) of this rank's heads over the group's tokens, chunk after chunk."""
         split = self._split(q, k)
-        queries, keys, values = split(q), split(k), split(v)
+        queries, by_key = split(q), (split(k), split(v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        outs, lses, held = split(out), [], []
+        outs = split(out)
+        lses: list[Tensor] = []
+        kv: list[Tensor] = []  # the current chunk's keys and values
 
-        def outgoing(chunk: HeadChunk) -> list[Tensor]:
+        def inputs(chunk: HeadChunk) -> list[Tensor]:
             return [
                 queries[:, :, :, chunk.kv, chunk.group],
-                *((x[:, :, :, chunk.kv] for x in (keys, values)) if chunk.first else ()),
+                *((x[:, :, :, chunk.kv] for x in by_key) if chunk.first else ()),
             ]
 
         def compute(chunk: HeadChunk, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-            held[:] = arrived[1:] or held
+            kv[:] = arrived[1:] or kv
+            keys, values = kv
             own = self._own(split, sink, chunk)
-            part, lse = self.inner.forward(arrived[0], *held, rule, None if own is None else own.flatten())
+            part, lse = self.inner.forward(arrived[0], keys, values, spec, None if own is None else own.flatten())
             lses.append(lse)
             return [(part, outs[:, :, :, chunk.kv, chunk.group])]
 
-        self._pipeline(split.chunks(self.head_chunks), outgoing, compute)
+        self._pipeline(split.chunks(self.head_chunks), inputs, compute)
         return out, torch.cat(lses, 1)
 
     def backward(
@@ -148,60 +128,57 @@ class Ulysses(Scheme):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        rule: Rule,
+        spec: AttentionSpec,
         sink: Tensor | None = None,
         *,
-        wide: bool = False,
+        fp32_grads: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Exchanges q, out, dout, k and v again, chunk by chunk, and the gradients back."""
         split, chunks = self._split(q, k), self._split(q, k).chunks(self.head_chunks)
         by_query, by_key = [split(x) for x in (q, out, dout)], [split(k), split(v)]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        home_type = accumulator(k.dtype) if wide or split.copies > 1 else k.dtype
+        kv_dtype = accumulation_dtype(k.dtype) if fp32_grads or split.copies > 1 else k.dtype
         dk, dv = (
-            torch.empty_like(x, dtype=home_type, memory_format=torch.contiguous_format) for x in by_key
+            torch.empty_like(x, dtype=kv_dtype, memory_format=torch.contiguous_format) for x in by_key
         )  # (B, T, P, N, 1, D)
         dsink = None if sink is None else torch.zeros_like(sink)
-        dqs, statistics, held, sums = split(dq), iter(lse.chunk(self.head_chunks, 1)), [], []
-        unrounded = home_type != k.dtype or not all(chunk.first for chunk in chunks)  # several add up to one
+        dqs, lses = split(dq), iter(lse.chunk(self.head_chunks, 1))
+        kv: list[Tensor] = []  # the current chunk's keys and values
+        sums: list[Tensor] = []  # and their gradients, of all chunks with these kv heads so far
+        partial = kv_dtype != k.dtype or not all(chunk.first for chunk in chunks)  # several add up to one
 
-        def outgoing(chunk: HeadChunk) -> list[Tensor]:
+        def inputs(chunk: HeadChunk) -> list[Tensor]:
             return [
                 *(x[:, :, :, chunk.kv, chunk.group] for x in by_query),
                 *((x[:, :, :, chunk.kv] for x in by_key) if chunk.first else ()),
             ]
 
         def compute(chunk: HeadChunk, arrived: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-            held[:] = arrived[3:] or held
+            kv[:] = arrived[3:] or kv
             own = self._own(split, sink, chunk)
-            query, attended, grad = arrived[:3]
-            part, *to_keys, to_sink = self.inner.backward(
-                grad,
-                query,
-                *held,
-                attended,
-                next(statistics),
-                rule,
-                None if own is None else own.flatten(),
-                wide=unrounded,
+            own_sink = None if own is None else own.flatten()
+            (query, attended, grad), (keys, values) = arrived[:3], kv
+            part, *kv_grads, sink_grad = self.inner.backward(
+                grad, query, keys, values, attended, next(lses), spec, own_sink, fp32_grads=partial
             )
-            if to_sink is not None:
-                self._own(split, dsink, chunk).copy_(to_sink.view_as(own))
-            sums[:] = to_keys if chunk.first else [a + b for a, b in zip(sums, to_keys, strict=True)]
-            home = [(part, dqs[:, :, :, chunk.kv, chunk.group])]
+            own_dsink = self._own(split, dsink, chunk)
+            if own_dsink is not None and sink_grad is not None:
+                own_dsink.copy_(sink_grad.view_as(own_dsink))
+            sums[:] = kv_grads if chunk.first else [a + b for a, b in zip(sums, kv_grads, strict=True)]
+            results = [(part, dqs[:, :, :, chunk.kv, chunk.group])]
             if chunk.last:
-                home += [(x.to(home_type), y[:, :, :, chunk.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
-            return home
+                results += [(x.to(kv_dtype), y[:, :, :, chunk.kv]) for x, y in zip(sums, (dk, dv), strict=True)]
+            return results
 
-        self._pipeline(chunks, outgoing, compute)
-        dk, dv = (split.sum_copies(x) if wide else split.sum_copies(x).to(k.dtype) for x in (dk, dv))
+        self._pipeline(chunks, inputs, compute)
+        dk, dv = (split.sum_copies(x) if fp32_grads else split.sum_copies(x).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv, dsink
 
-    def _split(self, q: Tensor, k: Tensor) -> Split:
+    def _split(self, q: Tensor, k: Tensor) -> HeadSplit:
         degree = dist.get_world_size(self.group)
-        return Split(q.shape[2], k.shape[2], degree, *head_split(q.shape[2], k.shape[2], degree))
+        return HeadSplit(q.shape[2], k.shape[2], degree, *head_split(q.shape[2], k.shape[2], degree))
 
-    def _own(self, split: Split, per_head: Tensor | None, chunk: HeadChunk) -> Tensor | None:
+    def _own(self, split: HeadSplit, per_head: Tensor | None, chunk: HeadChunk) -> Tensor | None:
         """The view (n, g) of a per-head vector (H,) that belongs to this rank's heads of a chunk."""
         if per_head is None:
             return None
@@ -211,31 +188,31 @@ class Ulysses(Scheme):
     def _pipeline(
         self,
         chunks: list[HeadChunk],
-        outgoing: Callable[[HeadChunk], list[Tensor]],
+        inputs: Callable[[HeadChunk], list[Tensor]],
         compute: Callable[[HeadChunk, list[Tensor]], list[tuple[Tensor, Tensor]]],
     ) -> None:
-        """Send each chunk's tensors out, compute, send the results home; exchanges run beside the computing.
+        """Exchange each chunk's inputs, compute, exchange the results back; exchanges run beside the computing.
 
         Args:
             chunks: The head chunks in order.
-            outgoing: What a chunk needs, each (B, T, P, n, g, D).
-            compute: From the arrived tensors (B, P T, n g, D), results of this shape and where they belong.
+            inputs: What a chunk needs, each (B, T, P, n, g, D).
+            compute: From the exchanged tensors (B, P T, n g, D), results of this shape and where they belong.
         """
-        landing: list[Home] = []
-        coming = _send_out(outgoing(chunks[0]), self.group)
+        returning: list[OutputAllToAll] = []
+        following = _start_inputs(inputs(chunks[0]), self.group)
         for index, chunk in enumerate(chunks):
-            arrived = coming.tensors()
+            arrived = following.wait()
             if index + 1 < len(chunks):
-                coming = _send_out(outgoing(chunks[index + 1]), self.group)
+                following = _start_inputs(inputs(chunks[index + 1]), self.group)
             results = compute(chunk, arrived)
-            landing.append(_send_home(results, self.group))
+            returning.append(_start_outputs(results, self.group))
             if index:
-                landing.pop(0).land()
-        landing.pop().land()
+                returning.pop(0).wait()
+        returning.pop().wait()
 
 
 @dataclass(frozen=True)
-class Split:
+class HeadSplit:
     """How heads are shared out: `split(x)` shows a (B, T, heads, D) tensor as (B, T, P, N, G or 1, D)."""
 
     heads: int
@@ -274,43 +251,43 @@ class Split:
 
 
 @dataclass
-class Out:
-    """Tensors on their way to the heads' ranks."""
+class InputAllToAll:
+    """Sequence-to-head all-to-all under way."""
 
     pending: Pending
     heads: list[int]
 
-    def tensors(self) -> list[Tensor]:
-        """Each (B, P T, n g, D), once they are there."""
+    def wait(self) -> list[Tensor]:
+        """The tensors, each (B, P T, n g, D)."""
         x = self.pending.wait().transpose(0, 1).flatten(1, 2)  # (P, B, T, h, D) -> (B, P T, h, D)
         return list(x.split(self.heads, 2))
 
 
 @dataclass
-class Home:
-    """Results on their way to the tokens' ranks, and where each belongs, (B, T, P, n, g, D)."""
+class OutputAllToAll:
+    """Head-to-sequence all-to-all under way: results, and where each belongs, (B, T, P, n, g, D)."""
 
     pending: list[tuple[Pending, Tensor]]
 
-    def land(self) -> None:
-        """Write each into its place."""
+    def wait(self) -> None:
+        """Write each result into its place."""
         for pending, target in self.pending:
             x = pending.wait().permute(1, 2, 0, 3, 4)  # (P, B, T, h, D) -> (B, T, P, h, D)
             copy_rows(target, x.unflatten(3, target.shape[3:5]))
 
 
-def _send_out(tensors: list[Tensor], group: Group) -> Out:
-    """Start one exchange of several (B, T, P, n, g, D) tensors."""
+def _start_inputs(tensors: list[Tensor], group: Group) -> InputAllToAll:
+    """Start one sequence-to-head all-to-all of several (B, T, P, n, g, D) tensors."""
     heads = [x.shape[3] * x.shape[4] for x in tensors]
     batch, tokens, degree, *_, size = tensors[0].shape
     buffer = tensors[0].new_empty((degree, batch, tokens, sum(heads), size))
     for x, slot in zip(tensors, buffer.split(heads, 3), strict=True):
         copy_rows(slot.unflatten(3, x.shape[3:5]), x.permute(2, 0, 1, 3, 4, 5))  # (P, B, T, n, g, D)
-    return Out(all_to_all(buffer, group), heads)
+    return InputAllToAll(all_to_all(buffer, group), heads)
 
 
-def _send_home(results: list[tuple[Tensor, Tensor]], group: Group) -> Home:
-    """Start the exchanges of several results (B, P T, n g, D); a single row needs no copy."""
+def _start_outputs(results: list[tuple[Tensor, Tensor]], group: Group) -> OutputAllToAll:
+    """Start the head-to-sequence all-to-alls of several results (B, P T, n g, D); a single row needs no copy."""
     degree = dist.get_world_size(group)
     parts = [x.unflatten(1, (degree, -1)).transpose(0, 1).contiguous() for x, _ in results]  # (P, B, T, h, D)
-    return Home([(all_to_all(part, group), target) for part, (_, target) in zip(parts, results, strict=True)])
+    return OutputAllToAll([(all_to_all(part, group), target) for part, (_, target) in zip(parts, results, strict=True)])

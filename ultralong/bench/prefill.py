@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong import attention
 from ultralong.attention.kernels import attention_forward, choose_kernel
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 from ultralong.bench.results import write_rows
 from ultralong.inference.generate import prefill
 from ultralong.inference.long_reader import LongReader
@@ -175,12 +175,12 @@ def kernel_rate(name: str, tokens: int, shape: Shape, world: int, model: PreTrai
         torch.randn(1, tokens, count, shape.head_dim, generator=make, device=model.device, dtype=model.dtype)
         for count in (heads, kv_heads, kv_heads)
     )
-    rule = Rule(scale=shape.head_dim**-0.5)
-    kernel = choose_kernel(name, q, rule)
+    spec = AttentionSpec(scale=shape.head_dim**-0.5)
+    kernel = choose_kernel(name, q, spec)
     short = slice(min(tokens, WARM))
-    attention_forward(kernel, q[:, short], k[:, short], v[:, short], rule)
+    attention_forward(kernel, q[:, short], k[:, short], v[:, short], spec)
     start = _now(model.device)
-    attention_forward(kernel, q, k, v, rule)
+    attention_forward(kernel, q, k, v, spec)
     seconds = _slowest(_now(model.device) - start, model.device)
     del q, k, v
     _clear(model.device)

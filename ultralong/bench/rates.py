@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ultralong.attention import available_kernels, make_attention_context
 from ultralong.attention.kernels import get_kernel
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 from ultralong.bench.attention.timing import BACKWARD_WORK
 from ultralong.bench.attention.timing import measure as measure_passes
 from ultralong.utils.environment import machine_facts
@@ -131,7 +131,9 @@ def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[st
         torch.randn(1, tokens, count, head_size, device=device, dtype=torch.bfloat16)
         for count in (heads, heads, kv_heads, kv_heads)
     )
-    if kernel != "auto" and (reason := get_kernel(kernel, device).refusal(q, Rule(scale=head_size**-0.5))):
+    if kernel != "auto" and (
+        reason := get_kernel(kernel, device).unsupported_reason(q, AttentionSpec(scale=head_size**-0.5))
+    ):
         return row | {"note": reason}
     context = make_attention_context(tokens, kernel=kernel, heads=heads, kv_heads=kv_heads)
     times = measure_passes(context.attend, (q, k, v), dout, repeats=3, budget=6.0)

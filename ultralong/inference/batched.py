@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ultralong import attention
 from ultralong.attention.kernels import choose_kernel
 from ultralong.attention.scheme import Local
-from ultralong.attention.spec import Rule, Spans
+from ultralong.attention.spec import AttentionSpec, VarlenSegments
 from ultralong.inference.generate import end_tokens
 from ultralong.inference.long_reader import check_model
 
@@ -47,7 +47,7 @@ class BatchedAttention:
         self.capacity = -(-capacity // BLOCK) * BLOCK
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) tokens held
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # (B, K, C, D) each
-        self._packed: Spans | None = None
+        self._packed: VarlenSegments | None = None
         self._places: tuple[Tensor, Tensor] | None = None
         self._mask: Tensor | None = None
         self._bias: Tensor | None = None
@@ -55,7 +55,7 @@ class BatchedAttention:
     def begin_prompts(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Whole prompts come next, packed end to end into these rows; returns their positions (1, n)."""
         device = self.lengths.device
-        self._packed = Spans(edges := (0, *accumulate(lengths)), edges)
+        self._packed = VarlenSegments(edges := (0, *accumulate(lengths)), edges)
         sizes = torch.tensor(lengths, device=device)
         position = torch.cat([torch.arange(length, device=device) for length in lengths])  # (n,)
         self._places = torch.tensor(rows, device=device).repeat_interleave(sizes), position
@@ -112,9 +112,9 @@ class BatchedAttention:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         self._write(layer, k, v)
         if self._packed is not None:
-            rule = Rule(scale=scale)
-            kernel = choose_kernel("auto", q, rule.with_spans(self._packed))
-            return Local(kernel, self._packed).attend(q, k, v, rule)[0]
+            spec = AttentionSpec(scale=scale)
+            kernel = choose_kernel("auto", q, spec.with_segments(self._packed))
+            return Local(kernel, self._packed).attend(q, k, v, spec)[0]
         return self._attend_token(q, scale, layer)
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:

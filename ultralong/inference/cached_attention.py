@@ -26,9 +26,9 @@ from ultralong.attention.collectives import Group, all_gather, all_to_all
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import attention_forward, choose_kernel, get_kernel
 from ultralong.attention.layout import Layout, zigzag
-from ultralong.attention.lse_merge import accumulator, add_sink, merge_into
-from ultralong.attention.scheme import Local, Pair, Scheme
-from ultralong.attention.spec import Rule
+from ultralong.attention.lse_merge import accumulation_dtype, add_sink, merge_into
+from ultralong.attention.scheme import Local, OutLse, Scheme
+from ultralong.attention.spec import AttentionSpec
 from ultralong.inference.kv_store import KvStore
 
 BYTES_AT_ONCE = 2**30  # widened keys and values
@@ -104,7 +104,7 @@ class CachedAttention:
             owner = min(range(self.ranks), key=lambda rank: (self.counts[rank], rank))
             return [[(0, 1)] if rank == owner else [] for rank in range(self.ranks)]
         return [
-            [(start, min(stop, self._tokens)) for start, stop in self._layout.pieces(rank) if start < self._tokens]
+            [(start, min(stop, self._tokens)) for start, stop in self._layout.ranges(rank) if start < self._tokens]
             for rank in range(self.ranks)
         ]
 
@@ -143,8 +143,8 @@ class CachedAttention:
                 f"This model has a sliding window of {window} tokens: it can't be read over several GPUs "
                 "or with an 8-bit cache. Leave --gpus and --kv away."
             )
-        rule = Rule(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap or None)
-        out, lse = self._one(q, k, v, rule, layer) if self._layout is None else self._chunk(q, k, v, rule, layer)
+        spec = AttentionSpec(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap or None)
+        out, lse = self._one(q, k, v, spec, layer) if self._layout is None else self._chunk(q, k, v, spec, layer)
         if sink is not None:
             out, lse = add_sink(out, lse, sink)
         return out.to(q.dtype)
@@ -154,49 +154,49 @@ class CachedAttention:
         if mine:
             self.store.write(layer, self.counts[self.rank], k[:, :mine], v[:, :mine])
 
-    def _one(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, layer: int) -> Pair:
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layer: int) -> OutLse:
         """One token, the same everywhere: each process attends to what it holds, all join all results."""
         self._write(k, v, layer)
         counts = [
             have + sum(stop - start for start, stop in new)
             for have, new in zip(self.counts, self._new_pieces(), strict=True)
         ]
-        part = self._with_cache(q, rule, layer, counts[self.rank])
-        wide = accumulator(q.dtype)
+        part = self._with_cache(q, spec, layer, counts[self.rank])
+        wide = accumulation_dtype(q.dtype)
         out, lse = torch.zeros_like(q, dtype=wide), q.new_full((q.shape[0], q.shape[2], 1), float("-inf"), dtype=wide)
         for rank, (rows, statistic) in enumerate(self._from_all(part)):
             if counts[rank]:
                 merge_into(out, lse, rows, statistic)
         return out, lse
 
-    def _from_all(self, part: Pair) -> list[Pair]:
+    def _from_all(self, part: OutLse) -> list[OutLse]:
         if self.group is None:
             return [part]
         outs, lses = (all_gather(x.contiguous(), self.group).wait() for x in part)
         return list(zip(outs, lses, strict=True))
 
-    def _chunk(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, layer: int) -> Pair:
+    def _chunk(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layer: int) -> OutLse:
         """The chunk's own tokens, then what was there before."""
         if self._scheme is None:
-            kernel = choose_kernel(self.kernel, q, rule, clipped=self.ranks > 1)
+            kernel = choose_kernel(self.kernel, q, spec, bottom_right=self.ranks > 1)
             self._scheme = Local(kernel) if self.group is None else Gathered(self.group, self._layout, kernel)
-        out, lse = self._scheme.attend(q, k, v, rule)
+        out, lse = self._scheme.attend(q, k, v, spec)
         if self.length:
-            out = out.to(accumulator(q.dtype))
-            for part, part_lse in self._past(q, rule, layer):
+            out = out.to(accumulation_dtype(q.dtype))
+            for part, part_lse in self._past(q, spec, layer):
                 merge_into(out, lse, part, part_lse)
         self._write(k, v, layer)
         return out, lse
 
-    def _past(self, q: Tensor, rule: Rule, layer: int) -> Iterator[Pair]:
+    def _past(self, q: Tensor, spec: AttentionSpec, layer: int) -> Iterator[OutLse]:
         """Results (B, T, H, D) and (B, H, T) of this process's queries with each process's part of the cache."""
         count = self.counts[self.rank]
         if self.group is None:
-            yield self._with_cache(q, rule, layer, count)
+            yield self._with_cache(q, spec, layer, count)
             return
         everyone = all_gather(q.contiguous(), self.group).wait()  # (P, B, T, H, D)
         rows = everyone.transpose(0, 1).flatten(1, 2)  # (B, P T, H, D)
-        out, lse = self._with_cache(rows, rule, layer, count)
+        out, lse = self._with_cache(rows, spec, layer, count)
         outs = out.unflatten(1, (self.ranks, -1)).transpose(0, 1).contiguous()  # (P, B, T, H, D)
         lses = lse.unflatten(2, (self.ranks, -1)).permute(2, 0, 1, 3).contiguous()  # (P, B, H, T)
         coming = all_to_all(outs, self.group), all_to_all(lses, self.group)
@@ -204,22 +204,22 @@ class CachedAttention:
             if self.counts[rank]:
                 yield pair
 
-    def _with_cache(self, q: Tensor, rule: Rule, layer: int, count: int) -> Pair:
+    def _with_cache(self, q: Tensor, spec: AttentionSpec, layer: int, count: int) -> OutLse:
         """Every query (B, T, H, D) with all `count` tokens held here; nothing, with weight zero, where none are."""
-        wide = accumulator(q.dtype)
+        wide = accumulation_dtype(q.dtype)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide)
         if not count:
             return torch.zeros_like(q), lse
-        rule = rule.full()
+        spec = spec.non_causal()
         if q.shape[1] == 1:
-            return self._by_keys(q, rule, layer, count, lse)
-        kernel = choose_kernel(self.kernel, q, rule, clipped=True)
+            return self._by_keys(q, spec, layer, count, lse)
+        kernel = choose_kernel(self.kernel, q, spec, bottom_right=True)
         if self.store.kv == "auto":
-            return attention_forward(kernel, q, *self.store.read(layer, slice(count), slice(None)), rule)
+            return attention_forward(kernel, q, *self.store.read(layer, slice(count), slice(None)), spec)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for heads, of_query in self._head_groups(q, layer, count):
             keys, values = self.store.read(layer, slice(count), heads)
-            out[:, :, of_query], lse[:, of_query] = attention_forward(kernel, q[:, :, of_query], keys, values, rule)
+            out[:, :, of_query], lse[:, of_query] = attention_forward(kernel, q[:, :, of_query], keys, values, spec)
         return out, lse
 
     def _head_groups(self, q: Tensor, layer: int, count: int) -> Iterator[tuple[slice, slice]]:
@@ -232,10 +232,10 @@ class CachedAttention:
             stop = min(start + step, kv_heads)
             yield slice(start, stop), slice(start * group, stop * group)
 
-    def _by_keys(self, q: Tensor, rule: Rule, layer: int, count: int, lse: Tensor) -> Pair:
+    def _by_keys(self, q: Tensor, spec: AttentionSpec, layer: int, count: int, lse: Tensor) -> OutLse:
         """One query a row: blocks of keys, joined. Kernels made for many queries would leave most of a GPU idle."""
         out = torch.zeros_like(q, dtype=lse.dtype)
         for start in range(0, count, KEYS_AT_ONCE):
             keys, values = self.store.read(layer, slice(start, min(start + KEYS_AT_ONCE, count)), slice(None))
-            merge_into(out, lse, *get_kernel("reference", q.device.type).forward(q.to(lse.dtype), keys, values, rule))
+            merge_into(out, lse, *get_kernel("reference", q.device.type).forward(q.to(lse.dtype), keys, values, spec))
         return out, lse

@@ -170,7 +170,7 @@ class Context:
         """Who attends."""
         return (Gathered if self.gathered else Attention)(self.stages, self.ranks)
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Attention | Gathered, None]:
+    def scheme_and_spec(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Attention | Gathered, None]:
         """The scheme, and no rule."""
         return self.scheme, None
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralong.attention.gathered import BYTES_AT_ONCE
+from ultralong.attention.gathered import BUFFER_BYTES
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Gathered:
         """Kv heads of every round, with keys and values in front of the rank; the next round's are there too."""
         kv_heads, keys = k.shape[2], self.ranks * k.shape[1]
         size = 2 * k.shape[0] * keys * k.shape[3] * k.element_size()
-        step = max(1, min(-(-kv_heads // self.stages), BYTES_AT_ONCE // max(1, size)))
+        step = max(1, min(-(-kv_heads // self.stages), BUFFER_BYTES // max(1, size)))
         rounds = [min(step, kv_heads - first) for first in range(0, kv_heads, step)]
         coming = self._coming(k, rounds[0])
         for number, heads in enumerate(rounds, start=1):

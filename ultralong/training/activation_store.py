@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ultralong.attention.scheme import Pair
+from ultralong.attention.scheme import OutLse
 from ultralong.training.offload import Moved, Mover
 
 
@@ -49,7 +49,7 @@ class Keeper:
         """Keep a layer's pair on the device, whatever the plan says."""
         self._kept[layer] = out, lse
 
-    def take(self, layer: int) -> Pair | None:
+    def take(self, layer: int) -> OutLse | None:
         """A layer's pair, given up; the result of the layer whose turn is next starts to come back."""
         found = self._kept.pop(layer, None)
         if found is None:
@@ -59,7 +59,7 @@ class Keeper:
         self.fetch_ahead(layer - 1)
         return out, lse
 
-    def look(self, layer: int) -> Pair | None:
+    def look(self, layer: int) -> OutLse | None:
         """A layer's pair, which stays kept; None when there is none."""
         found = self._kept.get(layer)
         if found is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ultralong.training.tiled import autocast_now
-from ultralong.utils.compiled import OnePass
+from ultralong.utils.compiled import CheckedCompile
 
 
 @torch.library.custom_op("ultralong::rms_norm", mutates_args=())
@@ -90,7 +90,7 @@ def _turned_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat((-x[..., half:], x[..., :half]), -1) * sin.unsqueeze(1)
 
 
-_turn = OnePass(_turned, _turned_at_once)
+_turn = CheckedCompile(_turned, _turned_at_once)
 
 
 @torch.library.custom_op("ultralong::rotated", mutates_args=())

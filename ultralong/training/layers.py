@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ultralong.attention.scheme import Pair, Scheme
-from ultralong.attention.spec import Rule
+from ultralong.attention.scheme import OutLse, Scheme
+from ultralong.attention.spec import AttentionSpec
 from ultralong.training.activation_store import Inputs, Keeper
 from ultralong.training.fused_ops import add_product, added, normed, products, rotated
 from ultralong.training.swiglu import add_fed_forward, fed_forward_again
@@ -205,9 +205,9 @@ class WrittenLayers:
             call.autocast,
         )
         qkv = self._project(cut, call, x) if qkv is None else qkv
-        scheme, rule = self._rule(cut, call, qkv)
+        scheme, spec = self._rule(cut, call, qkv)
         with torch.autocast(x.device.type, enabled=False):
-            dq, dk, dv, _ = scheme.backward(dout, *qkv, out, lse, rule)
+            dq, dk, dv, _ = scheme.backward(dout, *qkv, out, lse, spec)
         del qkv, out, lse, dout
 
         def turned_back(place: slice) -> list[Tensor]:
@@ -253,13 +253,13 @@ class WrittenLayers:
                     target[:, place] = part
         return tuple(whole)
 
-    def _rule(self, cut: Cut, call: Call, qkv: tuple[Tensor, ...]) -> tuple[Scheme, Rule]:
-        return call.context.call(*qkv, scale=cut.layer.self_attn.scaling, window=cut.window)
+    def _rule(self, cut: Cut, call: Call, qkv: tuple[Tensor, ...]) -> tuple[Scheme, AttentionSpec]:
+        return call.context.scheme_and_spec(*qkv, scale=cut.layer.self_attn.scaling, window=cut.window)
 
-    def _attend(self, cut: Cut, call: Call, qkv: tuple[Tensor, ...]) -> Pair:
-        scheme, rule = self._rule(cut, call, qkv)
+    def _attend(self, cut: Cut, call: Call, qkv: tuple[Tensor, ...]) -> OutLse:
+        scheme, spec = self._rule(cut, call, qkv)
         with torch.no_grad(), torch.autocast(qkv[0].device.type, enabled=False):
-            return scheme.forward(*qkv, rule)
+            return scheme.forward(*qkv, spec)
 
     def _finish(self, cut: Cut, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, T, d)."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultralong.utils.compiled import OnePass
+from ultralong.utils.compiled import CheckedCompile
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 
@@ -76,7 +76,10 @@ def _softmax_minus_targets_at_once(logits: Tensor, normaliser: Tensor, wanted: T
     return torch.where(words == wanted, softmax - 1, softmax).to(dtype)
 
 
-_normalise, _by_logits = OnePass(_normaliser), OnePass(_softmax_minus_targets, _softmax_minus_targets_at_once)
+_normalise, _by_logits = (
+    CheckedCompile(_normaliser),
+    CheckedCompile(_softmax_minus_targets, _softmax_minus_targets_at_once),
+)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

@@ -140,7 +140,7 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             heads=run.heads[0],
             kv_heads=run.heads[1],
             head_chunks=run.config.parallel.head_chunks,
-            keeper=run.memory.keeper,
+            store=run.memory.keeper,
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ultralong.training.fused_ops import add_product, is_product, products, sum_of_products
 from ultralong.training.tiled import autocast_now
-from ultralong.utils.compiled import OnePass
+from ultralong.utils.compiled import CheckedCompile
 
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 SILU = ("SiLU", "SiLUActivation")
@@ -28,7 +28,7 @@ def _gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     return active * up, torch.ops.aten.silu_backward(dy * up, gate), dy * active
 
 
-_gate_at_once, _gate_backward_at_once = OnePass(_gate), OnePass(_gate_backward)
+_gate_at_once, _gate_backward_at_once = CheckedCompile(_gate), CheckedCompile(_gate_backward)
 
 
 @torch.library.custom_op("ultralong::gated", mutates_args=())

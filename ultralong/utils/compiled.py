@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 FEW = 1024  # rows that a compiled function is tried on: enough for the compiler to take them for many
 
 
-class OnePass:
+class CheckedCompile:
     """A function that treats every row alike, in one pass over memory on a GPU, where torch compiles it into a kernel.
 
     A kernel is made at the first call with rows of a size, for any number of rows: the sizes of a row are constants in

@@ -13,12 +13,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels.backward import add_backward, attention_backward, backward_with_shares, sums_at
-from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, SOFTCAP, VARLEN, WINDOW, Kernel, Share
+from ultralong.attention.kernels.backward import attention_backward, backward_accumulate, backward_with_partials
+from ultralong.attention.kernels.base import (
+    BOTTOM_RIGHT,
+    GQA,
+    SOFTCAP,
+    VARLEN,
+    WINDOW,
+    Kernel,
+    PartialKVGrad,
+    partials_at,
+)
 from ultralong.attention.kernels.fallbacks import attention_forward
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.kernels.torch_cpu import TorchCpu
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 
 __all__ = [
     "BOTTOM_RIGHT",
@@ -28,22 +37,22 @@ __all__ = [
     "VARLEN",
     "WINDOW",
     "Kernel",
-    "Share",
-    "add_backward",
+    "PartialKVGrad",
     "attention_backward",
     "attention_forward",
     "available_kernels",
-    "backward_with_shares",
+    "backward_accumulate",
+    "backward_with_partials",
     "choose_kernel",
     "get_kernel",
-    "sums_at",
+    "partials_at",
 ]
 
 log = logging.getLogger(__name__)
 
 
 def _flash4() -> Kernel:
-    from ultralong.attention.kernels.flash_attn import FlashAttn4
+    from ultralong.attention.kernels.flash_attn_4 import FlashAttn4
 
     return FlashAttn4()
 
@@ -122,30 +131,30 @@ def available_kernels(device: str) -> dict[str, Kernel]:
     return found
 
 
-def choose_kernel(name: str, q: Tensor, rule: Rule, *, clipped: bool = False) -> Kernel:
+def choose_kernel(name: str, q: Tensor, spec: AttentionSpec, *, bottom_right: bool = False) -> Kernel:
     """The kernel for a call: the named one, or the fastest that is present and right for it.
 
     Args:
         name: A kernel's name, or "auto".
         q: Query (.., D) of the call, for its device, type and head size.
-        rule: The call's rule.
-        clipped: Whether calls will have more keys than queries (gathered keys).
+        spec: The call's spec.
+        bottom_right: Whether calls will have more keys than queries (gathered KV).
 
     Returns:
         The kernel. `auto` logs its choice once per kind of call.
 
     Raises:
-        ValueError: The named kernel can't compute this call, or none can; says which rule it breaks.
+        ValueError: The named kernel can't compute this call, or none can; says why.
         ImportError: As `get_kernel`.
     """
     if name != "auto":
         kernel = get_kernel(name, q.device.type)
-        reason = kernel.refusal(q, rule)
+        reason = kernel.unsupported_reason(q, spec)
         if reason is not None:
             raise ValueError(f"kernel {name!r} can't compute this attention: {reason}")
         return kernel
-    packed, square = rule.spans is not None, not clipped
-    return _auto(q.device.type, q.dtype, q.shape[-1], packed, square, rule.window, rule.softcap)
+    packed, square = spec.segments is not None, not bottom_right
+    return _auto(q.device.type, q.dtype, q.shape[-1], packed, square, spec.window, spec.softcap)
 
 
 @cache
@@ -159,11 +168,11 @@ def _auto(
     softcap: float | None,
 ) -> Kernel:
     q = torch.empty(1, 1, 1, head_size, dtype=dtype, device=device)
-    rule = Rule(scale=1.0, window=window, softcap=softcap)
+    spec = AttentionSpec(scale=1.0, window=window, softcap=softcap)
     reasons: list[str] = []
     fits: list[Kernel] = []
     for kernel in available_kernels(device).values():
-        reason = kernel.refusal(q, rule)
+        reason = kernel.unsupported_reason(q, spec)
         if reason is None:
             fits.append(kernel)
         else:

@@ -11,24 +11,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 
 GQA = "gqa"  # fewer kv heads than query heads, without copying them
-VARLEN = "varlen"  # pieces of a packed row in one call
+VARLEN = "varlen"  # segments of a packed row in one call
 BOTTOM_RIGHT = "bottom_right"  # causal with more keys than queries
 WINDOW = "window"  # sliding window
 SOFTCAP = "softcap"  # capped scores
 
 ANY_ELEMENTS = 2**62
-Share = tuple[slice, Tensor, Tensor]  # keys, and what a call adds to their dK and dV (B, n, K, D) in a wide type
+PartialKVGrad = tuple[slice, Tensor, Tensor]  # keys, and partial dK and dV (B, n, K, D) in the accumulation dtype
+
+
+def partials_at(partials: list[PartialKVGrad], place: slice) -> list[Tensor]:
+    """Partial dK and dV (B, n, K, D) of a range of keys, as views to be read or added to.
+
+    Raises:
+        LookupError: None holds the whole range.
+    """
+    for keys, *sums in partials:
+        if keys.start <= place.start and place.stop <= keys.stop:
+            return [x[:, place.start - keys.start : place.stop - keys.start] for x in sums]
+    held = ", ".join(f"{keys.start} to {keys.stop}" for keys, *_ in partials) or "none"
+    raise LookupError(f"keys {place.start} to {place.stop} have no partial gradients; there are {held}")
 
 
 class Kernel(ABC):
-    """One attention kernel: `(q, k, v, rule) -> (out, lse)` and its backward from the saved pair.
+    """One attention kernel: `(q, k, v, spec) -> (out, lse)` and its backward from the saved pair.
 
     Shapes: q, out and their gradients (B, T_q, H, D); k, v and their gradients (B, T_k, K, D); lse (B, H, T_q) in
-    float32 (float64 for float64 input), natural logarithm. A call with pieces (`rule.spans`) has B = 1.
-    `backward` takes any pair (out, lse): one merged from several calls gives this call's share of the gradients.
+    float32 (float64 for float64 input), natural logarithm. A call with segments (`spec.segments`) has B = 1.
+    `backward` takes any pair (out, lse): one merged from several calls gives this call's part of the gradients.
 
     Attributes:
         name: What users ask for.
@@ -39,8 +52,8 @@ class Kernel(ABC):
         head_sizes: Largest head size, and what the size must be divisible by.
         max_elements: Largest tensor that it indexes rightly.
         splits_backward: Whether the backward pass of a causal call with more keys than queries is faster as a square
-            and a full rectangle, whose shares of dq are added.
-        rounds_heads: Whether, of grouped heads, it rounds each query head's share of dk and dv before it adds them.
+            and a full rectangle, whose dq are added.
+        rounds_heads: Whether, of grouped heads, it rounds each query head's part of dk and dv before it adds them.
     """
 
     name: ClassVar[str]
@@ -49,20 +62,20 @@ class Kernel(ABC):
     features: frozenset[str] = frozenset()
     head_sizes: tuple[int, int] = (256, 8)
     max_elements: int = ANY_ELEMENTS
-    splits_backward: bool = False
-    rounds_heads: bool = False
+    prefers_split_backward: bool = False
+    rounds_per_query_head: bool = False
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Attention output and log-sum-exp."""
 
     @abstractmethod
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
 
-    def add_backward(
+    def backward_accumulate(
         self,
         dout: Tensor,
         q: Tensor,
@@ -70,7 +83,7 @@ class Kernel(ABC):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        rule: Rule,
+        spec: AttentionSpec,
         dk: Tensor,
         dv: Tensor,
     ) -> Tensor:
@@ -78,24 +91,26 @@ class Kernel(ABC):
 
         A kernel that can adds them unrounded; this one adds what `backward` gives.
         """
-        dq, to_keys, to_values = self.backward(dout, q, k, v, out, lse, rule)
+        dq, to_keys, to_values = self.backward(dout, q, k, v, out, lse, spec)
         dk += to_keys
         dv += to_values
         return dq
 
-    def backward_with_shares(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
-    ) -> tuple[Tensor, Tensor, Tensor, list[Share]]:
-        """`backward` of packed pieces (one row), and the shares of those that are marked as shared.
+    def backward_with_partials(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor, list[PartialKVGrad]]:
+        """`backward` of packed segments (one row), and partial gradients of those that are marked as shared.
 
         A kernel that can gives them unrounded; this one gives what `backward` gives.
         """
-        dq, dk, dv = self.backward(dout, q, k, v, out, lse, rule)
-        wide = torch.promote_types(k.dtype, torch.float32)
-        places = [slice(*rule.spans.k[piece : piece + 2]) for piece in sorted(rule.spans.shared)]
-        return dq, dk, dv, [(place, dk[:, place].to(wide), dv[:, place].to(wide)) for place in places]
+        assert spec.segments is not None
+        assert spec.segments.shared is not None
+        dq, dk, dv = self.backward(dout, q, k, v, out, lse, spec)
+        fp32 = torch.promote_types(k.dtype, torch.float32)
+        places = [slice(*spec.segments.k[segment : segment + 2]) for segment in sorted(spec.segments.shared)]
+        return dq, dk, dv, [(place, dk[:, place].to(fp32), dv[:, place].to(fp32)) for place in places]
 
-    def refusal(self, q: Tensor, rule: Rule) -> str | None:
+    def unsupported_reason(self, q: Tensor, spec: AttentionSpec) -> str | None:
         """Why this kernel can't compute this call, or None when it can."""
         largest, multiple = self.head_sizes
         if q.device.type != self.device:
@@ -104,10 +119,10 @@ class Kernel(ABC):
             return f"it takes {', '.join(sorted(str(d) for d in self.dtypes))}, the tensors are {q.dtype}"
         if q.shape[-1] > largest or q.shape[-1] % multiple:
             return f"it takes head sizes up to {largest} divisible by {multiple}, found {q.shape[-1]}"
-        if rule.window is not None and WINDOW not in self.features:
-            return f"it has no sliding window, asked for {rule.window}"
-        if rule.softcap and SOFTCAP not in self.features:
-            return f"it has no soft cap on scores, asked for {rule.softcap}"
+        if spec.window is not None and WINDOW not in self.features:
+            return f"it has no sliding window, asked for {spec.window}"
+        if spec.softcap and SOFTCAP not in self.features:
+            return f"it has no soft cap on scores, asked for {spec.softcap}"
         return None
 
     def __repr__(self) -> str:

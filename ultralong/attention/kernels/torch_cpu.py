@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ultralong.attention.kernels.base import GQA, Kernel
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,13 +29,13 @@ class TorchCpu(Kernel):
     def __init__(self) -> None:
         self.features = frozenset({GQA} if _has_gqa() else {})
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """One operator call on transposed views."""
-        out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, rule.causal, scale=rule.scale)
+        out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, spec.causal, scale=spec.scale)
         return out.transpose(1, 2), lse  # (B, T, H, D), (B, H, T)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One operator call; the operator reads the log-sum-exp token by token, heads innermost."""
         statistic = lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -47,8 +47,8 @@ class TorchCpu(Kernel):
             out.transpose(1, 2),
             statistic,
             0.0,
-            rule.causal,
-            scale=rule.scale,
+            spec.causal,
+            scale=spec.scale,
         )
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv

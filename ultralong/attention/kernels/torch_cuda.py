@@ -1,6 +1,6 @@
 """PyTorch's own CUDA kernels: cuDNN, flash and memory-efficient, called so that they give the log-sum-exp.
 
-Legend: B batch, T tokens, H query heads, K kv heads, D head size, N pieces.
+Legend: B batch, T tokens, H query heads, K kv heads, D head size, N segments.
 
 The operators are private and have changed between releases, so each kernel checks on creation that its operators take
 the arguments used here. That is also why dropout's random state is an empty stand-in: nothing here drops anything.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, WINDOW, Kernel
 from ultralong.attention.kernels.reference import Reference
-from ultralong.attention.spec import Rule
+from ultralong.attention.spec import AttentionSpec
 
 log = logging.getLogger(__name__)
 _aten = torch.ops.aten
@@ -46,53 +46,53 @@ class TorchFlash(Kernel):
     device = "cuda"
     features = frozenset({GQA, VARLEN, BOTTOM_RIGHT, WINDOW})
     max_elements = INT32_ELEMENTS
-    rounds_heads = True
+    rounds_per_query_head = True
 
     def __init__(self) -> None:
         _require("_flash_attention_forward", "cum_seq_q", "cum_seq_k", "window_size_left", "scale")
         _require("_flash_attention_backward", "cum_seq_q", "cum_seq_k", "rng_state", "window_size_left", "scale")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        """The operator takes (B, T, H, D), or (T, H, D) with the pieces' edges."""
-        if rule.spans is None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """The operator takes (B, T, H, D), or (T, H, D) with the segments' edges."""
+        if spec.segments is None:
             out, lse, *_ = _aten._flash_attention_forward(
-                q, k, v, None, None, q.shape[1], k.shape[1], 0.0, rule.causal, False, **_options(rule)
+                q, k, v, None, None, q.shape[1], k.shape[1], 0.0, spec.causal, False, **_options(spec)
             )
             return out, lse
-        edges, longest = rule.spans.tensors(q.device), (rule.spans.max_q, rule.spans.max_k)
+        edges, longest = spec.segments.cu_seqlens(q.device), (spec.segments.max_seqlen_q, spec.segments.max_seqlen_k)
         out, lse, *_ = _aten._flash_attention_forward(
-            q[0], k[0], v[0], *edges, *longest, 0.0, rule.causal, False, **_options(rule)
+            q[0], k[0], v[0], *edges, *longest, 0.0, spec.causal, False, **_options(spec)
         )
         return out[None], lse[None]  # (1, T, H, D), (1, H, T)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
         state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         tensors = [x.contiguous() for x in (dout, q, k, v, out, lse)]
-        if rule.spans is None:
+        if spec.segments is None:
             dq, dk, dv = _aten._flash_attention_backward(
-                *tensors, None, None, q.shape[1], k.shape[1], 0.0, rule.causal, *state, **_options(rule)
+                *tensors, None, None, q.shape[1], k.shape[1], 0.0, spec.causal, *state, **_options(spec)
             )
             return dq, dk, dv
-        edges, longest = rule.spans.tensors(q.device), (rule.spans.max_q, rule.spans.max_k)
+        edges, longest = spec.segments.cu_seqlens(q.device), (spec.segments.max_seqlen_q, spec.segments.max_seqlen_k)
         grads = _aten._flash_attention_backward(
-            *(x[0] for x in tensors), *edges, *longest, 0.0, rule.causal, *state, **_options(rule)
+            *(x[0] for x in tensors), *edges, *longest, 0.0, spec.causal, *state, **_options(spec)
         )
         dq, dk, dv = (grad[None] for grad in grads)
         return dq, dk, dv
 
 
-def _options(rule: Rule) -> dict[str, float | int]:
-    if rule.window is None:
-        return {"scale": rule.scale}
-    right = {"window_size_right": 0} if rule.causal else {"window_size_right": -1}
-    return {"scale": rule.scale, "window_size_left": rule.window - 1, **right}
+def _options(spec: AttentionSpec) -> dict[str, float | int]:
+    if spec.window is None:
+        return {"scale": spec.scale}
+    right = {"window_size_right": 0} if spec.causal else {"window_size_right": -1}
+    return {"scale": spec.scale, "window_size_left": spec.window - 1, **right}
 
 
 class TorchCudnn(Kernel):
-    """cuDNN's fused attention: Hopper speed without an extra package; one unpacked piece a call.
+    """cuDNN's fused attention: Hopper speed without an extra package; one unpacked segment a call.
 
     Its plan for a backward call is looked up by the strides of q, k and v alone, so out, dout and lse are always given
     in one layout. It refuses a single query with a single key: single queries go to the reference, in float32. Of a
@@ -103,7 +103,7 @@ class TorchCudnn(Kernel):
     device = "cuda"
     head_sizes = (128, 8)
     max_elements = INT32_ELEMENTS
-    rounds_heads = True
+    rounds_per_query_head = True
 
     def __init__(self) -> None:
         _require("_scaled_dot_product_cudnn_attention", "compute_log_sumexp", "is_causal", "scale")
@@ -115,10 +115,10 @@ class TorchCudnn(Kernel):
             log.info("cuDNN's grouped heads don't work here: kv heads are repeated")
             self.features = frozenset()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """The operator takes (B, H, T, D) in any strides."""
         if q.shape[1] == 1:
-            return Reference().forward(q, k, v, rule)
+            return Reference().forward(q, k, v, spec)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -126,18 +126,18 @@ class TorchCudnn(Kernel):
             None,
             True,
             0.0,
-            rule.causal,
+            spec.causal,
             False,
-            scale=rule.scale,
+            scale=spec.scale,
         )
         return out.transpose(1, 2), lse.flatten(2)  # lse comes as (B, H, T, 1)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`."""
         if q.shape[1] == 1:
-            return Reference().backward(dout, q, k, v, out, lse, rule)
+            return Reference().backward(dout, q, k, v, out, lse, spec)
         seed = torch.zeros(1, dtype=torch.int64, device=q.device)
         dout, out = (x.contiguous().transpose(1, 2) for x in (dout, out))
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -155,8 +155,8 @@ class TorchCudnn(Kernel):
             q.shape[1],
             k.shape[1],
             0.0,
-            rule.causal,
-            scale=rule.scale,
+            spec.causal,
+            scale=spec.scale,
         )
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv
@@ -168,17 +168,17 @@ def _agrees(kernel: Kernel) -> bool:
         torch.manual_seed(0)
         q, dout = (torch.randn(1, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(1, 128, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    rule = Rule(scale=0.125)
+    spec = AttentionSpec(scale=0.125)
     try:
-        out, lse = kernel.forward(q, k, v, rule)
-        mine = (out, lse, *kernel.backward(dout, q, k, v, out, lse, rule))
+        out, lse = kernel.forward(q, k, v, spec)
+        mine = (out, lse, *kernel.backward(dout, q, k, v, out, lse, spec))
     except RuntimeError:
         return False
-    expected, expected_lse = Reference().forward(q.float(), k.float(), v.float(), rule)
+    expected, expected_lse = Reference().forward(q.float(), k.float(), v.float(), spec)
     theirs = (
         expected,
         expected_lse,
-        *Reference().backward(dout.float(), q.float(), k.float(), v.float(), expected, expected_lse, rule),
+        *Reference().backward(dout.float(), q.float(), k.float(), v.float(), expected, expected_lse, spec),
     )
     return all(a.shape == b.shape and (a.float() - b).abs().max() < 0.05 * b.abs().max() for a, b in zip(mine, theirs))
 
@@ -196,21 +196,21 @@ class TorchEfficient(Kernel):
         _require("_efficient_attention_forward", "custom_mask_type", "compute_log_sumexp", "scale")
         _require("_efficient_attention_backward", "custom_mask_type", "logsumexp", "scale")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """The operator takes (B, T, H, D) and pads its log-sum-exp."""
-        mask = CAUSAL_BOTTOM_RIGHT if rule.causal else NO_MASK
+        mask = CAUSAL_BOTTOM_RIGHT if spec.causal else NO_MASK
         out, lse, *_ = _aten._efficient_attention_forward(
-            q, k, v, None, None, None, q.shape[1], k.shape[1], 0.0, mask, True, scale=rule.scale
+            q, k, v, None, None, None, q.shape[1], k.shape[1], 0.0, mask, True, scale=spec.scale
         )
         return out, lse[:, :, : q.shape[1]]
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mirror of `forward`; padded queries get an infinite log-sum-exp, hence no probability."""
         padding = -q.shape[1] % LSE_ALIGNMENT
         statistic = torch.nn.functional.pad(lse, (0, padding), value=math.inf).contiguous()
-        mask = CAUSAL_BOTTOM_RIGHT if rule.causal else NO_MASK
+        mask = CAUSAL_BOTTOM_RIGHT if spec.causal else NO_MASK
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = _aten._efficient_attention_backward(
             dout.contiguous(),
@@ -229,6 +229,6 @@ class TorchEfficient(Kernel):
             seed,
             mask,
             False,
-            scale=rule.scale,
+            scale=spec.scale,
         )
         return dq, dk, dv

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ultralong.attention.kernels import flash4_tiles
+from ultralong.attention.kernels import flash_attn_4_hooks
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.tokenize import tokenize_corpus
@@ -111,7 +111,7 @@ def work(folder: Path, short: str, profile: bool = False) -> None:
         run = assemble(config, processes, RunFolder(Path(config.out)), order, model)
         reserve_host_memory(run)
         take_step(replace(run, order=warm), 0)
-        with flash4_tiles.everywhere():  # a long row's kernels, compiled here and not in what is timed
+        with flash_attn_4_hooks.tiles_everywhere():  # a long row's kernels, compiled here and not in what is timed
             take_step(replace(run, order=warm), 0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -39,7 +39,7 @@ def check_zigzag(answer: Any) -> str:
             f"Chunks {held} cost {work} (in half chunks squared): rank {work.index(max(work))} works longest and all "
             "others wait for it. Later chunks see more: give a rank an early one and a late one that even out."
         )
-        right = [zigzag_layout(64, ranks).pieces(rank) for rank in range(ranks)]
+        right = [zigzag_layout(64, ranks).ranges(rank) for rank in range(ranks)]
         size = 64 // (2 * ranks)
         mine = [tuple(sorted((chunk * size, (chunk + 1) * size) for chunk in own)) for own in held]
         joined = [((pieces[0][0], pieces[1][1]),) if pieces[0][1] == pieces[1][0] else pieces for pieces in mine]
@@ -56,7 +56,7 @@ def sees(mine: list[Piece], theirs: list[Piece]) -> set[tuple[int, int]]:
 
 
 def check_sees(answer: Any) -> str:
-    pieces = [list(zigzag_layout(64, 4).pieces(rank)) for rank in range(4)]
+    pieces = [list(zigzag_layout(64, 4).ranges(rank)) for rank in range(4)]
     for one in range(4):
         for other in range(4):
             if one == other or len(pieces[one]) + len(pieces[other]) != 4:
