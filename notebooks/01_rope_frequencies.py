@@ -2,7 +2,7 @@
 # # 1. Rotary pairs: wavelengths, and the pairs that never turn once
 #
 # A model with rotary position embedding (RoPE) has no table of positions. It turns pairs of numbers, each pair at its
-# own speed, and reads a distance from how far two tokens were turned apart. Why such a model breaks past its window,
+# own speed, and reads the distance of two tokens from the angle between them. Why such a model breaks past its window,
 # and why one small change to a table of 64 numbers repairs it, follows from those speeds alone.
 #
 # ### At a glance
@@ -18,7 +18,7 @@
 # * what the wavelength of a pair is, and how base and head size set it;
 # * that an attention score depends on the distance of two tokens, not on where they are;
 # * which pairs never complete a turn in training, and what they meet beyond the window;
-# * how far 32-bit numbers carry an angle, up to 4 million tokens.
+# * how exact 32-bit angles are, up to 4 million tokens.
 #
 # **Before this:** [00_quickstart](00_quickstart.ipynb). **After this:** [02_yarn](02_yarn.ipynb).
 
@@ -50,9 +50,10 @@ print(f"torch {torch.__version__.split('+')[0]}, {HEAD_DIM // 2} pairs a head, b
 #
 # $$\omega_i = b^{-2i/d} \quad \text{radians,}$$
 #
-# with base $b$ and head size $d$. Pair 0 turns by one radian a token, so it is once around after 6.3 tokens; each
-# next pair is a fixed factor slower. The **wavelength** $\lambda_i = 2\pi/\omega_i$ is the number of tokens for one
-# turn: a second hand at one end, a hand of years at the other. Here is the whole table:
+# with base $b$ and head size $d$. Pair 0 turns by one radian a token, a full turn in 6.3 tokens; each next pair is
+# slower by a fixed factor. The **wavelength** $\lambda_i = 2\pi/\omega_i$ is the number of tokens for one full turn.
+# The pairs are like the hands of a clock: the fastest is the second hand, the slowest would take years. Here is the
+# whole table:
 
 
 # %%
@@ -73,7 +74,7 @@ theirs, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(LlamaConfig(
 exact, _ = inverse_frequencies(plain, dtype=torch.float64)
 assert torch.allclose(omega, exact, rtol=1e-12), "the library computes another formula than the one above"
 assert torch.equal(ours, theirs), "transformers computes another table: the model would read positions it never saw"
-print("ok: ten lines, ultralong.rope and transformers give the same table, the last two to the last bit")
+print("ok: the formula, ultralong.rope and transformers give the same table, the last two to the last bit")
 
 # %%
 figures.show(
@@ -135,8 +136,8 @@ figures.show(
 #
 # Because the weights learned from the angles they were shown. A pair that turns many times in the window has shown
 # every angle, and at position one million it shows the same ones again. A pair slower than the window has only ever
-# moved over the first part of its circle. Beyond the window it enters the rest for the first time, and what the
-# weights make of it is anyone's guess.
+# moved over the first part of its circle. Beyond the window it enters the rest for the first time, and nothing in
+# training has fixed what the weights do there.
 
 # %%
 before = [min(1.0, WINDOW / length) for length in turn.tolist()]
@@ -150,7 +151,7 @@ figures.show(
 
 # %% [markdown]
 # **What you should see.** Blue to the top for the fast pairs. For the slow ones almost all of the bar is orange:
-# angles that training never showed. Every method of the next notebook is a way to make the orange go away.
+# angles that training never showed. Every method of the next notebook is a way to avoid these angles.
 #
 # The recipe's way: leave the fast pairs alone, divide the speed of the slow ones by `target / window`, and blend in
 # between. Then position 1,048,576 turns a slow pair as far as position 8,192 did before.
@@ -176,10 +177,11 @@ figures.show(
 # in the new one either.
 
 # %% [markdown]
-# ## Turn the knobs
+# ## Change base, window and method
 #
-# Three things set the picture. A larger **base** makes the slow end slower (the fast end stays). A longer **window**
-# moves the dashed line up. A **method** bends the line. With a running kernel each row of panels has a slider below it.
+# Three settings decide the picture. A larger **base** makes the slow end slower (the fast end stays). A longer
+# **window** moves the dashed line up. A **method** bends the line. With a running kernel each row of panels has a
+# slider below it.
 
 # %%
 bases = {"10k": 1e4, "100k": 1e5, "500k": 5e5, "1M": 1e6, "10M": 1e7, "100M": 1e8}
@@ -219,10 +221,10 @@ figures.explore(
 # the fast ones too; `ntk` tilts the line; `yarn` and `llama3` lift the slow half and leave the rest.
 
 # %% [markdown]
-# ## How far 32-bit numbers carry an angle
+# ## How exact a 32-bit angle is
 #
 # Position times speed is computed in 32-bit floats, which hold 24 binary digits. At position 4,194,304 and a speed
-# near one, 22 of them are used up by the whole part of the angle, and what is left is coarse.
+# near one, 22 of them hold the integer part of the angle, and only two are left for the fraction.
 
 
 # %%
@@ -261,11 +263,11 @@ print("ok: largest error " + ", ".join(f"{value:.4f} rad {name}" for name, value
 # 3. The factor replaces an earlier one, it does not multiply it. Llama-3.1 ships with factor 8 on a window of 8,192.
 #    How far does its slowest pair turn at 1,048,576 tokens with factor 128, and how far with 8 x 128?
 #
-# The next cell holds one solution for each.
+# The next cell has one solution for each.
 
 # %% tags=["solution", "hide-input"]
 # 1. 2 pi b^((d-2)/d) = 8192. All pairs would have seen every angle, but none would be slow enough to tell near from
-#    far without ambiguity: the slow hands are what orders the fast ones.
+#    far: only a pair that has not yet completed a turn gives each distance an angle of its own.
 single = (WINDOW / (2 * torch.pi)) ** (HEAD_DIM / (HEAD_DIM - 2))
 print(f"1. base {single:,.0f}")
 
@@ -289,8 +291,11 @@ assert turned[1] == turned[0] > 7 * turned[2]
 #   dividing their speed by `target / window` they don't.
 # * 32-bit angles are good to an eighth of a radian at 4M tokens.
 #
-# **Next:** [02_yarn](02_yarn.ipynb) compares the ways to slow the pairs down, holds them against transformers to the
-# last bit, and tries them on a model.
+# **Next:** [02_yarn](02_yarn.ipynb) compares the ways to slow the pairs down, checks them against transformers bit by
+# bit, and tries them on a model.
+#
+# **Read more:** [RoFormer](https://arxiv.org/abs/2104.09864) (RoPE), [Scaling laws of RoPE-based
+# extrapolation](https://arxiv.org/abs/2310.05209) (pairs that never turn).
 
 # %%
 store(never_turn=never, worst_angle_error_4m=worst["at 4M tokens"])

@@ -2,8 +2,9 @@
 # # 2. YaRN: slow the slow pairs, keep the fast ones
 #
 # [Before](01_rope_frequencies.ipynb) we saw what breaks: beyond its window a model's slow rotary pairs meet angles that
-# they never saw. Here are the ways to slow them down, each in a line; all of them held against transformers to the
-# last bit; the recipe of [From 128K to 4M](https://arxiv.org/abs/2504.06214) among them; and what each does to a model.
+# they never saw. Here are the ways to slow them down, each in a line, the recipe of
+# [From 128K to 4M](https://arxiv.org/abs/2504.06214) among them. Each is compared with transformers bit by bit, and
+# each is tried on a model.
 #
 # ### At a glance
 #
@@ -71,12 +72,14 @@ print(f"torch {torch.__version__.split('+')[0]} on {device}")
 #
 # At `FACTOR` times the window, slow pairs must be at most `FACTOR` times slower than before. What about the others?
 #
-# * **Position interpolation** (PI): slow everyone down alike. No new angles, but neighbours now differ by a
-#   hundredth of the turn that the weights expect.
-# * **NTK-aware** scaling: change the base, so that the slowest pair is divided by the factor and the fastest by
-#   nothing. Every pair in between moves a little, and most of them not enough.
-# * **YaRN** (NTK by parts): ask each pair how often it turned in the old window, $r = L / \lambda$. More than $\beta$
-#   times: leave it. Less than $\alpha$ times: divide it. In between: blend. The recipe has $\alpha = 1$, $\beta = 4$.
+# * **Position interpolation** ([PI](https://arxiv.org/abs/2306.15595)): slow all pairs by the factor. No new angles,
+#   but two neighbours now differ by a hundredth of the angle that the weights expect.
+# * **NTK-aware** scaling ([first described here](https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/)): change the
+#   base, so that the speed of the slowest pair is divided by the factor and that of the fastest stays. Every pair in
+#   between slows a little, most of them not enough.
+# * **YaRN** ([NTK by parts](https://arxiv.org/abs/2309.00071)): count how often each pair turned in the old window,
+#   $r = L / \lambda$. More than $\beta$ times: leave it. Less than $\alpha$ times: divide it. In between: blend. The
+#   recipe has $\alpha = 1$, $\beta = 4$.
 
 # %%
 i = torch.arange(HEAD_DIM // 2, dtype=torch.float64)
@@ -97,7 +100,7 @@ library = {
 for name, (table, scaling) in library.items():
     assert torch.allclose(table, inverse_frequencies(scaling, dtype=torch.float64)[0], rtol=1e-12), \
         f"{name}: the line above and ultralong.rope disagree"
-assert keep[0] == 1 and keep[-1] == 0, "a ramp the wrong way round slows the pairs that carry the word order"  # noqa: PT018
+assert keep[0] == 1 and keep[-1] == 0, "a reversed ramp slows the pairs that carry the word order"  # noqa: PT018
 print("ok: three lines of arithmetic, equal to ultralong.rope in float64")
 
 # %%
@@ -109,7 +112,7 @@ figures.show(
 
 # %% [markdown]
 # **What you should see.** Three shapes between untouched (top) and fully slowed down (bottom). PI sacrifices the fast
-# pairs. NTK leaves all slow pairs but the last too fast: they still run into new angles. YaRN is a step with a short
+# pairs. NTK leaves all slow pairs but the last too fast: they still reach new angles. YaRN is a step with a short
 # ramp, and the ramp lies where pairs turn between one and four times in the old window.
 
 # %%
@@ -136,7 +139,8 @@ figures.explore(shapes, "factor", list(factors), stills=["8", "128", "512"], int
 # The paper blends linearly in the number of turns, as above. The code released with it, and with it transformers and
 # vLLM, blends linearly in the *index* of the pair, between bounds rounded to whole pairs. Llama 3.1's own scaling, the
 # type `llama3`, blends in turns with $\alpha = 1$, $\beta = 4$: it **is** YaRN as the paper has it, without a
-# temperature. So the recipe for Llama-3.1 is its own configuration with a larger factor and nothing else.
+# temperature. So Llama-3.1's own configuration with a larger factor gives the recipe's table of frequencies. Whether
+# the recipe also used YaRN's temperature is not published; see below.
 
 # %%
 recipe = replace(plain, method="llama3", factor=FACTOR)
@@ -164,9 +168,9 @@ print(f"ok: factor 128, 256, 512 equal llama3 to the last bit; the ramps differ 
       f"pairs, by up to {float(apart.max()):.0%}")
 
 # %% [markdown]
-# **What you should see.** The same two ends and another way down. Up to 83% of a pair's speed hang on which ramp a
-# program means by "YaRN", and none of them says so when it reads the other's checkpoint. `ultralong extend` writes
-# `llama3` where a model has it, which every program reads alike.
+# **What you should see.** The same two ends and another slope between them. A pair's speed differs by up to 83% with
+# the ramp that a program means by "YaRN", and no program warns when it reads a checkpoint made with the other one.
+# `ultralong extend` writes `llama3` where a model has it, which all programs read in the same way.
 #
 # The factor counts from the *unscaled* pretraining: 1,048,576 / 8,192 = 128. Llama-3.1 ships with factor 8; the new
 # factor replaces it. Multiplying, 8 x 128, would leave seven eighths of the angles that slow pairs know
@@ -175,9 +179,9 @@ print(f"ok: factor 128, 256, 512 equal llama3 to the last bit; the ramps differ 
 # %% [markdown]
 # ## A check that can fail
 #
-# A table of frequencies is 64 numbers that nobody reads. A ramp the wrong way round, a factor applied twice, the other
-# ramp: the model loads, answers, and is quietly bad. So the library's tables are compared with transformers' own,
-# bit by bit, for each method at real sizes; and the same check is shown wrong tables, to see it fail.
+# A table of frequencies is 64 numbers that nobody looks at. With a reversed ramp, a factor applied twice, or the other
+# ramp, the model loads and answers, only worse. So the library's tables are compared with transformers' own, bit by
+# bit, for each method at real sizes; and the same check is given wrong tables, to see it fail.
 
 
 # %%
@@ -200,7 +204,7 @@ for head_dim in (64, 128):
             count += 1
 right, fast = inverse_frequencies(recipe)[0], inverse_frequencies(plain)[0]
 wrong_tables = {
-    "ramp the wrong way round": (1 - keep).float() * fast + keep.float() * fast / FACTOR,
+    "reversed ramp": (1 - keep).float() * fast + keep.float() * fast / FACTOR,
     "factor multiplied by Llama-3.1's 8": inverse_frequencies(replace(recipe, factor=8 * FACTOR))[0],
     "the other ramp": inverse_frequencies(by_index)[0],
     "one bit in one number": torch.cat((right[:-1], torch.nextafter(right[-1:], torch.ones(1)))),
@@ -279,10 +283,14 @@ figures.show(
     "climbs; YaRN stays nearly flat over all eight windows.")
 
 # %% [markdown]
-# **What you should see.** Four textbook lines from one small model. *No scaling*: fine to the window, then lost. *PI*:
-# lost everywhere, as the fast pairs that carry spelling were slowed down too; it needs training to recover. *NTK*:
-# holds for about two windows, then its slow pairs run out of known angles. *YaRN*: flat to the end, without a step of
-# training, at a small price inside the old window.
+# **What you should see.** Four typical lines from one small model. *No scaling*: good up to the window, then it fails.
+# *PI*: bad everywhere, as the fast pairs that carry spelling were slowed down too; it needs training to recover.
+# *NTK*: good for about two windows, then its slow pairs reach unknown angles. *YaRN*: flat to the end, without a step
+# of training, at a small cost inside the old window.
+#
+# This is one model and one kind of text. Published comparisons after training disagree:
+# [LongRoPE2](https://arxiv.org/abs/2502.20082) and [LCEG](https://arxiv.org/abs/2409.12181) found NTK-like scaling
+# ahead of YaRN, the paper of this recipe found the reverse.
 
 # %% tags=["check"]
 inside = {name: bins[1]["perplexity"] for name, bins in curves.items()}  # the second half of the old window
@@ -295,9 +303,9 @@ print(f"ok: at {STRETCH} windows perplexity is " + ", ".join(f"{value:.1f} ({nam
 # %% [markdown]
 # ## Temperature
 #
-# With more tokens in the softmax, the weight of the right one is thinned out. YaRN sharpens: cosine and sine are both
-# multiplied by the **attention factor** $m = 0.1 \ln s + 1$, so that logits are multiplied by $m^2$. The paper fitted
-# the formula to measurements. We can make some, too:
+# With more tokens in the softmax, each gets a smaller weight, the right one too. YaRN sharpens the softmax: cosine and
+# sine are both multiplied by the **attention factor** $m = 0.1 \ln s + 1$, so that logits are multiplied by $m^2$. The
+# YaRN paper fitted the formula to measurements. Here are some of our own:
 
 # %%
 own = attention_factor(stretched)
@@ -318,12 +326,14 @@ print(f"ok: best of those tried {best:.3f}, the formula says {own:.3f}; turned o
       f"{at_end[tried.index(1.0)] / min(at_end) - 1:.0%}")
 
 # %% [markdown]
-# **What you should see.** A steep wall on the left, a flat floor, and the formula's dashed line standing on the floor:
+# **What you should see.** A steep fall on the left, a flat minimum, and the formula's dashed line inside the minimum:
 # too little sharpening costs far more than too much.
 #
-# Then why has `llama3` none? Because training follows. The formula helps a model that has to cope untrained; the
-# released recipe trains on a billion tokens at the new length, and what a temperature gives, the weights can learn.
-# `ultralong extend` keeps each type's own: `llama3` without, `yarn` with; `attention_factor=1.0` turns it off.
+# Then should the recipe have one? That is open. The paper says "YaRN" and does not mention the temperature; the type
+# `llama3`, whose frequencies are the recipe's, has none. What is measured above is a model without training at the new
+# length. The recipe trains on a billion tokens there, and the weights may learn what a temperature gives; whether they
+# do was not compared in the paper. `ultralong extend` keeps each type's own: `llama3` without, `yarn` with;
+# `attention_factor=1.0` turns it off.
 
 # %% [markdown]
 # ## The same in one command
@@ -352,13 +362,13 @@ print("ok: transformers opens the longer model with exactly this table and the s
 #
 # 1. The YaRN paper recommends $\beta = 32$ for Llama. How many of the 64 pairs does that put on the ramp, against six
 #    with $\beta = 4$? Is it better for the model above?
-# 2. Someone extends to 8 windows with the factor of 64 windows, to have room later. What does it cost now?
+# 2. Someone extends to 8 windows with the factor for 64 windows, to be able to grow later. What does it cost now?
 # 3. Extend a model twice, first to 2 windows, then to 8. Compare the result with extending it once.
 #
-# The next cell holds one solution for each.
+# The next cell has one solution for each.
 
 # %% tags=["solution", "hide-input"]
-# 1. A longer ramp: 32 turns are reached ten pairs earlier. On this model the two differ by a few percent.
+# 1. A longer ramp: it begins ten pairs earlier, where pairs turn 32 times. Here the two differ by a few percent.
 wide = replace(recipe, beta=32.0)
 print(f"1. {pair_counts(wide)['ramp']} pairs on the ramp, {pair_counts(recipe)['ramp']} with beta 4; perplexity at the "
       f"end {measure(replace(stretched, beta=32.0))[-1]['perplexity']:.2f} and {last['YaRN']:.2f}")
@@ -380,8 +390,9 @@ print(f"3. factor {twice.factor:g} both ways")
 # ## Recap
 #
 # * PI slows every pair, NTK tilts the table, YaRN divides only the pairs that never turned.
-# * The recipe is YaRN with $\alpha = 1$, $\beta = 4$, a factor of target / 8,192 and no temperature. That is the type
-#   `llama3` with a larger factor, to the last bit. transformers' `yarn` blends another way and is close, not equal.
+# * The recipe is YaRN with $\alpha = 1$, $\beta = 4$ and a factor of target / 8,192. Its frequencies are those of the
+#   type `llama3` with a larger factor, to the last bit; whether it had a temperature is not published. transformers'
+#   `yarn` blends in another way and is close, not equal.
 # * The factor counts from the unscaled pretraining and replaces an earlier one.
 # * Untrained, YaRN holds a small model over eight windows. Training makes the rest of the difference.
 #

