@@ -32,6 +32,7 @@ LAYERS = (
     {"miniature"},  # trains the committed model, so it stands above the trainer
     {"demo"},  # runs the whole recipe on the miniature
     {"bench"},  # times all of the rooms, the demo included
+    {"api"},  # what `from ultralong import ...` gives
     {"cli"},
     {"__main__"},
 )

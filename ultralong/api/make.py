@@ -1,0 +1,149 @@
+"""Functions that make something: a longer window, rows, an attention context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from ultralong.api.names import folder_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ultralong.attention import AttentionContext
+    from ultralong.attention.choose import GroupOrMesh
+    from ultralong.checkpoints.extend import ExtendReport
+    from ultralong.data.recipe.build import PackReport
+
+    StrPath: TypeAlias = str | os.PathLike[str]
+
+
+def extend(
+    model: StrPath,
+    to: int,
+    out: StrPath,
+    method: str = "auto",
+    *,
+    factor: float | None = None,
+    attention_factor: float | None = None,
+    original_window: int | None = None,
+    theta: float | None = None,
+    beta: float | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+) -> ExtendReport:
+    """Write a copy of a checkpoint with a longer context window: RoPE rescaled in one step, weights untouched.
+
+    >>> report = extend("miniature", to=1024, out="long", quiet=True)
+    >>> print(report.method, report.factor, report.old_window, report.new_window)
+    yarn 2.0 512 1024
+
+    Args:
+        model: Checkpoint folder with safetensors weights, hub id, or "miniature".
+        to: Tokens of the new window.
+        out: New folder; it must not exist or be empty.
+        method: "auto" keeps a model's llama3 scaling and gives any other yarn; or one of `ultralong.rope.METHODS`.
+        factor: Scaling factor; None is `to` over the window of the unscaled pretraining.
+        attention_factor: Factor on cosine and sine; 1.0 switches YaRN's temperature off.
+        original_window: Tokens of the unscaled pretraining, where the config does not tell.
+        theta: Another RoPE base.
+        beta: Turns within the original window above which a pair keeps its speed; None is the recipe's 4.
+        revision: Branch, tag or commit of a hub model.
+        quiet: No progress bar.
+
+    Returns:
+        What was done: see `ultralong.checkpoints.extend.ExtendReport`.
+
+    Raises:
+        ValueError: The model can't be extended so; nothing is written then.
+    """
+    from ultralong.checkpoints.extend import extend as run
+
+    return run(
+        folder_of(model),
+        to,
+        out,
+        method,
+        factor=factor,
+        attention_factor=attention_factor,
+        original_window=original_window,
+        theta=theta,
+        beta=beta,
+        revision=revision,
+        quiet=quiet,
+    )
+
+
+def pack(
+    recipe: StrPath,
+    tokenizer: PreTrainedTokenizerBase | StrPath,
+    length: int,
+    out: StrPath,
+    *,
+    limit: int | None = None,
+    workers: int = 1,
+    quiet: bool = False,
+) -> PackReport:
+    """Turn documents (or conversations) into packed rows of exactly `length` tokens. A stopped call is resumed.
+
+    >>> report = pack("texts", "long", length=1024, out="rows", quiet=True)
+    >>> report.rows > 0
+    True
+
+    Args:
+        recipe: A recipe's name, its YAML file, or a folder of texts.
+        tokenizer: A tokenizer, or the folder or hub id of a model.
+        length: Tokens of a row.
+        out: Folder of the rows.
+        limit: Take about this many tokens of each source at most.
+        workers: Processes that tokenise.
+        quiet: No progress bars.
+
+    Returns:
+        Rows, tokens, documents and times: see `ultralong.data.recipe.build.PackReport`.
+
+    Raises:
+        ValueError: The recipe is wrong, a source cannot be read, or `out` was made from something else.
+    """
+    from ultralong.data.recipe.build import pack_recipe
+
+    return pack_recipe(recipe, folder_of(tokenizer), length, out, limit=limit, workers=workers, quiet=quiet)
+
+
+def make_attention_context(
+    tokens: int,
+    group: GroupOrMesh | None = None,
+    scheme: str = "auto",
+    kernel: str = "auto",
+    boundaries: Tensor | Sequence[int] | None = None,
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    head_chunks: int | None = None,
+) -> AttentionContext:
+    """Decide how the attention of one row is shared out over processes (context parallelism).
+
+    A model that was loaded with `attn_implementation="ultralong"` takes the result as `attention_context=`.
+
+    >>> context = make_attention_context(1024, heads=4, kv_heads=2)
+    >>> print(context.tokens, context.scheme)
+    1024 single
+
+    Args:
+        tokens: Tokens of the row.
+        group: The processes that share it: a process group or a device mesh; None is this process alone.
+        scheme: "auto", or one of `ultralong.attention.SCHEMES`.
+        kernel: "auto", or one of `ultralong.attention.KERNELS`.
+        boundaries: (N + 1,) cumulative document lengths where documents must not see each other.
+        heads: Query heads of the model.
+        kv_heads: Kv heads of the model; None is as many as query heads.
+        head_chunks: Chunks of heads that the scheme works through one after another.
+
+    Raises:
+        ValueError: A name is unknown, boundaries don't fit, or the heads can't be split over the group.
+    """
+    from ultralong.attention import make_attention_context as make
+
+    return make(tokens, group, scheme, kernel, boundaries, heads=heads, kv_heads=kv_heads, head_chunks=head_chunks)

@@ -1,0 +1,132 @@
+"""Functions that measure a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ultralong.api.names import folder_of
+
+if TYPE_CHECKING:
+    StrPath: TypeAlias = str | os.PathLike[str]
+
+
+def needle(
+    model: StrPath,
+    lengths: Sequence[int] = (),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 5,
+    *,
+    haystack: StrPath | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: StrPath | None = None,
+) -> dict[str, Any]:
+    """Hide a number in a long text and ask the model for it, at every length and depth.
+
+    >>> found = needle("miniature", lengths=[256], depths=[0.5], samples=2)
+    >>> print(found["cells"][0]["n"])
+    2
+
+    Args:
+        model: Folder, hub id or "miniature".
+        lengths: Tokens of the prompts; eighths of the model's window when empty.
+        depths: Where the needle stands, from 0 (first) to 1 (last).
+        samples: Prompts a cell.
+        haystack: Text file or folder to hide it in; None is repeated filler.
+        seed: Seed of the prompts.
+        device: "auto", or any of torch's.
+        out: Folder for numbers and a picture; None writes nothing.
+
+    Returns:
+        `cells` (each with length, depth, n and correct), what they were measured with, and `environment`.
+
+    Raises:
+        ValueError: No such model, or lengths and depths that no prompt can have.
+    """
+    from ultralong.evaluation.runs.commands import measure
+
+    return measure(
+        "needle",
+        folder_of(model),
+        lengths=lengths,
+        depths=depths,
+        samples=samples,
+        haystack=haystack,
+        seed=seed,
+        device=device,
+        out=out,
+    )
+
+
+def perplexity(
+    model: StrPath,
+    rows: StrPath,
+    max_rows: int = 16,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    out: StrPath | None = None,
+) -> dict[str, Any]:
+    """Measure perplexity by position on packed rows.
+
+    >>> bins = perplexity("run/model", "rows", max_rows=1)["bins"]
+    >>> print(bins[0]["start"], bins[-1]["end"])
+    0 1024
+
+    Args:
+        model: Folder, hub id or "miniature".
+        rows: Folder of packed rows.
+        max_rows: Rows to read.
+        seed: Seed of the bootstrap behind the intervals.
+        device: "auto", or any of torch's.
+        out: Folder for numbers and a picture; None writes nothing.
+
+    Returns:
+        `bins` (each with start, end, perplexity and its 95% interval, low and high) and `environment`.
+
+    Raises:
+        ValueError: No such model or rows.
+    """
+    from ultralong.evaluation.runs.commands import measure
+
+    return measure("perplexity", folder_of(model), rows=rows, max_rows=max_rows, seed=seed, device=device, out=out)
+
+
+def evaluate(
+    model: StrPath,
+    tasks: str | Iterable[str],
+    out: StrPath,
+    *,
+    before: StrPath | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a model on tests such as RULER, and leave a report. A stopped call is resumed.
+
+    >>> result = evaluate("miniature", "niah_single_1", "measured", lengths=(512,), samples=1, quiet=True)
+    >>> print(result["families"][0]["n"])
+    1
+
+    Args:
+        model: Folder, hub id or "miniature".
+        tasks: Tests and groups of tests, such as "needle,ruler,facts".
+        out: Folder of answers and report.
+        before: Folder of a run of the model before, to set beside it.
+        device: "auto", or any of torch's.
+        quiet: No progress bars.
+        **settings: Fields of `ultralong.evaluation.runs.settings.RunSettings`, such as `lengths` and `samples`.
+
+    Returns:
+        The content of `report.json`; empty on the other processes of torchrun.
+
+    Raises:
+        ValueError: `out` holds another run; a test is unknown or misses its data; or no length is in the window.
+    """
+    from ultralong.evaluation.runs.run import RunSettings, run
+
+    names = tuple(tasks.split(",")) if isinstance(tasks, str) else tuple(tasks)
+    wanted = RunSettings(model=str(folder_of(model)), tasks=names, **settings)
+    return run(wanted, out, before=before, device=device, quiet=quiet) or {}

@@ -1,0 +1,214 @@
+"""Functions of a training run: its config, its plan, the run, its scripts for a cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ultralong.api.names import as_overrides
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ultralong.planner import Machine, Plan
+    from ultralong.training.config import TrainConfig
+    from ultralong.training.loop import TrainResult
+
+    StrPath: TypeAlias = str | os.PathLike[str]
+
+
+def load_config(config: TrainConfig | StrPath, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Read a training config: a preset's name or a YAML file, with changes.
+
+    >>> config = load_config("tiny-cpu", {"model": "long", "optimizer.lr": 1e-4, "length": 1024})
+    >>> print(config.model, config.optimizer.lr, config.steps)
+    long 0.0001 40
+
+    Args:
+        config: Name of a preset, YAML file, or a config to change.
+        changes: New values by key, with dots for groups; values as in YAML.
+
+    Raises:
+        ValueError: There is no such config, a key is unknown, or a value is of the wrong type.
+    """
+    from ultralong.training.config import TrainConfig, preset
+    from ultralong.utils import settings
+
+    wanted = as_overrides(changes)
+    if not isinstance(config, TrainConfig):
+        return settings.load(TrainConfig, preset(config), wanted)
+    return settings.from_mapping(TrainConfig, settings.override(settings.to_mapping(config), wanted, TrainConfig))
+
+
+def plan(
+    config: TrainConfig | StrPath,
+    gpus: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    machine: Machine | str = "h200",
+    tokens: int | None = None,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    price: float | None = None,
+    fit: bool = False,
+) -> Plan:
+    """Estimate memory, seconds, GPU-hours and cost of a training run before it starts. Needs no GPU.
+
+    >>> made = plan("tiny-cpu", 1, {"model": "long", "parallel.context_parallel_size": 1}, tokens=1024)
+    >>> made.fits
+    True
+
+    Args:
+        config: As in `load_config`.
+        gpus: GPUs of the run; None is as many as share one row.
+        changes: As in `load_config`.
+        machine: "h200", "h100", "a100", or a machine that `ultralong.bench.rates` measured.
+        tokens: Tokens of a row; None takes those of the packed rows, or the config's.
+        gpu_memory: GiB of one GPU; None is the machine's.
+        host_memory: GiB of host memory for one process; None is not judged.
+        price: Of one GPU-hour, in any currency.
+        fit: Choose what is kept on the GPU, offloaded and recomputed instead of taking it from the config.
+
+    Returns:
+        The plan; `print` shows it as a table.
+
+    Raises:
+        ValueError: The model cannot be found, or the number of GPUs does not fit the config.
+    """
+    from ultralong.planner import plan as run
+
+    return run(
+        load_config(config, changes),
+        gpus,
+        machine=machine,
+        tokens=tokens,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        price=price,
+        fit=fit,
+    )
+
+
+def train(
+    config: TrainConfig | StrPath,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    processes: int | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train on packed rows: continued pretraining, or SFT (see `sft`).
+
+    >>> settings = {"model": "long", "data": [{"rows": "rows"}], "out": "run", "length": 1024, "steps": 2}
+    >>> result = train("tiny-cpu", settings | {"parallel.context_parallel_size": 1}, quiet=True)
+    >>> print(result.model, result.steps, result.tokens)
+    run/model 2 2048
+
+    Args:
+        config: As in `load_config`.
+        changes: As in `load_config`.
+        resume: Resume from the newest checkpoint of the run's folder; start anew where there is none.
+        processes: Start this many processes on this machine; None trains in this process (or torchrun's).
+        quiet: No progress bar.
+
+    Returns:
+        The trained model's folder, steps, tokens, loss (nats per target) and seconds.
+
+    Raises:
+        ValueError: Settings that do not fit the rows, the model or the processes; or a run's folder in use.
+        RuntimeError: A run of several processes failed; its own message is on standard error.
+        FloatingPointError: The loss or the gradient became NaN or infinite.
+    """
+    return _train(load_config(config, changes), "train", resume, processes, quiet)
+
+
+def sft(
+    config: TrainConfig | StrPath,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    processes: int | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train on the answers of conversations (supervised fine-tuning). Rows of documents are refused.
+
+    >>> report = pack("talks.yaml", "run/model", length=512, out="chat", quiet=True)
+    >>> settings = {"model": "run/model", "data": [{"rows": "chat"}], "out": "sft", "steps": 2, "length": 512}
+    >>> sft("smollm2-135m-sft", settings | {"dtype": "float32"}, quiet=True).model
+    'sft/model'
+
+    Args:
+        config: As in `load_config`.
+        changes: As in `load_config`.
+        resume: As in `train`.
+        processes: As in `train`.
+        quiet: As in `train`.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        ValueError: As in `train`; and rows that were not packed from conversations.
+    """
+    from ultralong.data.rows.packed_rows import PackedRows
+
+    resolved = load_config(config, changes)
+    for source in resolved.data:
+        if "template" not in PackedRows(source.rows).manifest:
+            raise ValueError(f"{source.rows} holds documents, not conversations: pack a recipe of kind chat.")
+    return _train(resolved, "sft", resume, processes, quiet)
+
+
+def render_launch(
+    config: TrainConfig | StrPath,
+    nodes: int,
+    gpus_per_node: int,
+    out: StrPath,
+    scheduler: str = "torchrun",
+    changes: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write the scripts that start a run on several hosts and resume it after a host was lost.
+
+    >>> files = render_launch("llama31-8b-4m", nodes=4, gpus_per_node=8, out="scripts", scheduler="slurm")
+    >>> print(files[0].name)
+    submit.sh
+
+    Args:
+        config: As in `load_config`.
+        nodes: Hosts.
+        gpus_per_node: GPUs of a host, one process each.
+        out: Folder for the scripts.
+        scheduler: "torchrun", "slurm" or "accelerate".
+        changes: As in `load_config`.
+
+    Returns:
+        The files; the first is the one to start.
+
+    Raises:
+        ValueError: The scheduler is unknown, or the processes do not fit the config.
+    """
+    from ultralong.launch import launch
+
+    return launch(load_config(config, changes), nodes, gpus_per_node, scheduler, out)
+
+
+def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:
+    from ultralong.training.loop import TrainResult
+    from ultralong.training.loop import train as run
+
+    if processes is None:
+        return run(config, resume, quiet)
+    import tempfile
+    from pathlib import Path
+
+    from ultralong.launch.local import start
+    from ultralong.utils import settings
+    from ultralong.utils.files import read_json
+
+    with tempfile.TemporaryDirectory() as scratch:
+        settings.save(config, Path(scratch) / "config.yaml")
+        start(Path(scratch) / "config.yaml", processes, resume, quiet, command)
+    result = read_json(Path(config.out) / "result.json")
+    loss = float("nan") if result["loss"] is None else result["loss"]
+    return TrainResult(result["model"], result["steps"], result["tokens"], loss, result["seconds"])
