@@ -3,14 +3,16 @@
 import json
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
+from ultralong import cli
 from ultralong.attention import make_attention_context
+from ultralong.bench.attention import measure as measuring
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
-from ultralong.bench.attention.measure import SCHEMES, AttentionBench, bench_attention, documents, main, options_from
-from ultralong.bench.attention.options import described
+from ultralong.bench.attention.measure import SCHEMES, AttentionBench, bench_attention, documents
 from ultralong.bench.attention.peers import PEERS
 from ultralong.bench.attention.timing import causal_flops, measure
 from ultralong.utils.local_ranks import run_ranks
@@ -34,30 +36,26 @@ def test_documents_are_of_mixed_length_and_the_same_each_time(tokens):
     assert tokens < 1000 or len(lengths) == 32
 
 
-def test_options_come_from_the_command_line(capsys):
-    options, path = options_from(
-        [
-            "--lengths",
-            "131072,524288",
-            "--schemes",
-            "all",
-            "--kernels",
-            "auto,cudnn,flash",
-            "--peers",
-            "--json",
-            "out.json",
-            "--budget",
-            "8",
-        ]
-    )
-    assert options == AttentionBench(kernels=("auto", "cudnn", "flash"), peers=True, budget=8.0)
-    assert path.name == "out.json"
-    with pytest.raises(SystemExit):
-        options_from(["--help"])
-    told = " ".join(capsys.readouterr().out.replace("comma-\n", "comma-").split())
-    assert "usage: ultralong bench attention" in told
-    assert all(text.rstrip(".") in told for text in described(AttentionBench).values())
-    assert described(AttentionBench).keys() == vars(AttentionBench()).keys()
+def test_options_come_from_the_command_line(monkeypatch):
+    asked = []
+    monkeypatch.setattr(measuring, "bench_attention", lambda options, path: asked.append((options, path)) or [])
+    words = [
+        "--schemes",
+        "all",
+        "--kernels",
+        "auto",
+        "cudnn",
+        "flash",
+        "--peers",
+        "--json",
+        "out.json",
+        "--budget",
+        "8",
+    ]
+    for lengths in (["131072,524288"], ["128k", "512k"]):
+        cli.main(["bench", "attention", "--lengths", *lengths, *words])
+    expected = AttentionBench(kernels=("auto", "cudnn", "flash"), peers=True, budget=8.0)
+    assert asked == [(expected, Path("out.json"))] * 2
     with pytest.raises(ValueError, match=r"schemes must be among all, .* found rings"):
         AttentionBench(schemes=("rings",))
     with pytest.raises(ValueError, match=r"one of auto, .* found 'fast'"):
@@ -110,7 +108,7 @@ def test_no_ranks_backward_pass_begins_before_every_ranks_forward_pass_has_ended
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs at full size where there is a GPU")
 def test_a_small_run_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "result.json"
-    main(["--lengths", "131072", "--repeats", "1", "--peers", "--check", "--json", str(path)])
+    cli.main(["bench", "attention", "--lengths", "131072", "--repeats", "1", "--peers", "--check", "--json", str(path)])
     shown, saved = capsys.readouterr().out, json.loads(path.read_text())
     results = saved["rows"]
     assert {r["tokens"] for r in results} == {256, 2048}, "cut down to what a CPU can do"

@@ -2,26 +2,15 @@
 
 from test_env import ROOT
 
-from ultralong.bench.samples import main
+from ultralong import cli
 from ultralong.evaluation.tasks.samples import GENERATED, make_samples
 from ultralong.utils.files import read_json
 
 
 def test_rows_say_what_was_made(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    main(
-        [
-            str(tmp_path / "tokenizer"),
-            "--tasks",
-            "infinitebench_passkey",
-            "ruler_qa_hotpot",
-            "--lengths",
-            "4096",
-            "2048",
-            "--json",
-            str(tmp_path / "out.json"),
-        ]
-    )
+    words = ["--tasks", "infinitebench_passkey", "ruler_qa_hotpot", "--lengths", "4096", "2k", "--json"]
+    cli.main(["bench", "samples", str(tmp_path / "tokenizer"), *words, str(tmp_path / "out.json")])
     found = read_json(tmp_path / "out.json")
     assert [(row["task"], row["length"]) for row in found["rows"]] == [
         ("infinitebench_passkey", 2048),

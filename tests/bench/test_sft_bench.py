@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ultralong import miniature
-from ultralong.bench.sft.measure import found, main
+from ultralong import cli, miniature
+from ultralong.bench.sft.measure import found
 from ultralong.data.chat.holdout import hold_out
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.rows.packed_rows import PackedRows
@@ -97,13 +97,13 @@ def settings(tmp_path):
 def test_the_measurement_from_recipes_to_its_table(settings, tmp_path, capsys):
     base, rows, out = str(miniature.path()), tmp_path / "rows", tmp_path / "run"
     common = ["--settings", str(settings), "--base", base]
-    main(["prepare", *common, "--out", str(rows), "--heldout", "12"])
+    cli.main(["bench", "sft-prepare", *common, "--out", str(rows), "--heldout", "12"])
     facts = read_json(rows / "rows.json")["conversations"]
     assert (facts["answers"]["documents"], facts["training"]["documents"], facts["overlapping"]) == (12, 48, 0)
     assert facts["licenses"] == {"talks": "MIT"}
     assert not list(rows.rglob("tokens-*")), "the token store travels for nothing"
-    command = ["run", *common, "--rows", str(rows), "--out", str(out), "--json", str(tmp_path / "sft.json")]
-    main(command)
+    command = ["bench", "sft", *common, "--rows", str(rows), "--out", str(out), "--json", str(tmp_path / "sft.json")]
+    cli.main(command)
     said, result = capsys.readouterr().out, read_json(tmp_path / "sft.json")
     assert "after SFT" in said
     assert result["answer_loss"]["base"]["targets"] == PackedRows(rows / "answers").manifest["target_tokens"]
@@ -119,7 +119,7 @@ def test_the_measurement_from_recipes_to_its_table(settings, tmp_path, capsys):
     assert "licences: MIT" in card
     # A second call finds every stage on disk.
     log = read_jsonl(out / "tuning" / "log.jsonl")
-    main(command)
+    cli.main(command)
     assert read_jsonl(out / "tuning" / "log.jsonl") == log
     assert read_json(tmp_path / "sft.json")["answer_loss"] == losses
 

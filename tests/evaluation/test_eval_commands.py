@@ -34,7 +34,7 @@ def test_needle_leaves_numbers_and_picture(checkpoint, tmp_path):
 
 def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
     """Also without a file to write to: the numbers of a long measurement must not be lost."""
-    from ultralong.cli.measure import evaluate
+    from ultralong.cli.measure import needle
     from ultralong.evaluation.runs import commands
 
     cells = [
@@ -42,7 +42,7 @@ def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
         for length, depth, correct in ((131072, 0.0, 5), (131072, 0.5, 4), (1048576, 0.0, 0), (1048576, 0.5, 3))
     ]
     monkeypatch.setattr(commands, "needle_grid", lambda *_, **__: cells)
-    evaluate("needle", str(checkpoint), lengths=(512,))
+    needle(str(checkpoint), lengths=(512,))
     assert capsys.readouterr().out.splitlines() == [
         f"needles found by {checkpoint}, by length and depth",
         "     tokens       0%      50%",

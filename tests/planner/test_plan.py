@@ -303,9 +303,9 @@ def test_a_file_without_rates_is_refused(tmp_path):
 
 
 def test_a_machine_measured_here_can_be_planned_with(tmp_path, tiny_folder):
-    from ultralong.bench.rates import main
+    from ultralong import cli
 
-    main(["--lengths", "64", "--json", str(tmp_path / "here.json")])
+    cli.main(["bench", "rates", "--lengths", "64", "--json", str(tmp_path / "here.json")])
     made = plan(config(tiny_folder, dtype="float32"), machine=str(tmp_path / "here.json"), tokens=1024, gpu_memory=1.0)
     assert made.seconds_per_step > 0
     assert {line.basis for line in made.lines if line.place == "step"} == {"measured"}

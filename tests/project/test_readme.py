@@ -137,7 +137,7 @@ def test_extras_that_are_named_exist():
 
 
 def test_the_tables_are_what_was_recorded():
-    """`python -m ultralong.bench.tables` would change nothing."""
+    """`ultralong bench tables` would change nothing."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- table attention -->" in text
     assert filled(text, ROOT / "notebooks" / "results") == text

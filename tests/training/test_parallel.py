@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 
-from ultralong.launch.local import start
+from ultralong.launch.local import launch_local
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
@@ -44,7 +44,7 @@ PLANS = {
 def run(config, folder, processes, **changes):  # noqa: F811
     changed = replace(config, out=str(folder / "run"), **changes)
     settings.save(changed, folder / "run.yaml")
-    start(folder / "run.yaml", processes=processes, quiet=True)
+    launch_local(folder / "run.yaml", processes=processes, quiet=True)
     return changed
 
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
         for number, folder in RunFolder(tmp_path / f"from {step}").checkpoints():
             if number > step:
                 shutil.rmtree(folder)
-        start(tmp_path / "after.yaml", processes=processes, resume=True, quiet=True)
+        launch_local(tmp_path / "after.yaml", processes=processes, resume=True, quiet=True)
         assert_same_curves(after, whole, 9)
         before = after
 

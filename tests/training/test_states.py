@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ultralong.launch.local import start
+from ultralong.launch.local import launch_local
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import OptimizerConfig, ParallelConfig
 from ultralong.training.loop import train
@@ -80,7 +80,7 @@ def test_eight_bit_states_go_on_on_another_mesh(narrow, made, make_tiny_model, t
     shutil.copytree(two.out, four.out, ignore=shutil.ignore_patterns("model", "result.json", "step-0000006"))
     assert [step for step, _ in RunFolder(tmp_path / "four").checkpoints()] == [3]
     settings.save(four, tmp_path / "four.yaml")
-    start(tmp_path / "four.yaml", processes=4, resume=True, quiet=True)
+    launch_local(tmp_path / "four.yaml", processes=4, resume=True, quiet=True)
     assert_same_curves(four, two, 6)
 
 

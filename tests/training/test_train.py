@@ -18,7 +18,7 @@ from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import pack
 from ultralong.data.rows.separators import PackSettings
 from ultralong.data.tokens.tokenize import tokenize_corpus
-from ultralong.launch.local import start
+from ultralong.launch.local import launch_local
 from ultralong.training import checkpoint, loop
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
@@ -98,7 +98,7 @@ def test_two_sequence_parallel_processes_train_as_one(config, made, tmp_path, ro
     two = replace(one, out=str(tmp_path / "two"), parallel=ParallelConfig(context_parallel_size=2))
     train(one, quiet=True)
     settings.save(two, tmp_path / "two.yaml")
-    start(tmp_path / "two.yaml", processes=2)
+    launch_local(tmp_path / "two.yaml", processes=2)
     assert curve(two, "targets") == curve(one, "targets")
     assert curve(two) == pytest.approx(curve(one), rel=2e-5)
     assert curve(two, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=1e-4)

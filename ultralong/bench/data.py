@@ -1,6 +1,6 @@
 """Measure the way from documents to rows on this machine: seconds, memory, bytes, and what a SIGKILL half-way leaves.
 
-    python -m ultralong.bench.data debian-docs --source rfc --tokenizer llama3 --tokens 50000000 --work /tmp/bench \
+    ultralong bench data debian-docs --source rfc --tokenizer llama3 --tokens 50000000 --work /tmp/bench \
         --json pack.json
 
 Every measured run is a process of its own, so that its CPU seconds and peak memory are its own. The bare tokenizer,
@@ -10,7 +10,6 @@ changes from minute to minute; CPU seconds (user and system, all threads) are wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -141,7 +140,7 @@ def _start(work: Path, job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Pa
     result = work / "result.json"
     result.unlink(missing_ok=True)
     write_json(work / "job.json", {**job, "result": str(result)})
-    return subprocess.Popen([sys.executable, "-m", "ultralong.bench.data", "--job", str(work / "job.json")]), result
+    return subprocess.Popen([sys.executable, "-m", "ultralong.bench.data", str(work / "job.json")]), result
 
 
 def _child(work: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -241,37 +240,5 @@ def _versions() -> dict[str, str]:
     return {"ultralong": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def main() -> None:
-    """Run from the command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m ultralong.bench.data", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", help="a data recipe")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer")
-    parser.add_argument("--work", type=Path, help="folder to work in")
-    parser.add_argument("--tokens", type=int, default=50_000_000, help="size of the corpus, about")
-    parser.add_argument("--length", type=int, default=131_072, help="tokens per row")
-    parser.add_argument("--source", help="only this source of the recipe")
-    parser.add_argument("--cache", type=Path, help="where fetched packages are kept")
-    parser.add_argument("--json", type=Path, help="write the measurements to this file")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.job is not None:
-        _run_job(options.job)
-        return
-    if None in (options.recipe, options.tokenizer, options.work):
-        parser.error("a recipe, --tokenizer and --work are needed")
-    result = bench(
-        options.recipe,
-        options.tokenizer,
-        options.work,
-        tokens=options.tokens,
-        length=options.length,
-        source=options.source,
-        cache=options.cache,
-    )
-    if options.json is not None:
-        write_json(options.json, result)
-    print(json.dumps(result, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    _run_job(Path(sys.argv[1]))  # one measured run, started by `_start`

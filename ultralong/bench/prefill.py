@@ -11,13 +11,10 @@ two readings' logits over their spread (rounding of the model's type, and what a
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ultralong import attention
 from ultralong.attention.kernels import attention_forward, choose_kernel
 from ultralong.attention.spec import AttentionSpec
+from ultralong.bench.prefill_options import PrefillBench
 from ultralong.bench.results import write_rows
 from ultralong.inference.generate import prefill
 from ultralong.inference.long_reader import LongReader
@@ -42,37 +40,6 @@ DECODED = 8
 RULE = (
     "causal: 2 T^2 H D a layer for attention, 2 for each token and parameter of the layers, the head for one token only"
 )
-
-
-@dataclass(frozen=True)
-class PrefillBench:
-    """Options of the prefill bench.
-
-    Attributes:
-        model: A model folder, a hub id, or a shape that the planner knows; weights are random in any case.
-        lengths: Tokens of the prompts.
-        gpus: Processes that share a prompt.
-        layers: Decoder layers to keep; None keeps all. A model cut short is named so in its rows.
-        kv: Type of keys and values: bf16 or fp8.
-        chunk: Tokens of one pass; None takes 65,536 a GPU.
-        kernel: Name of the attention kernel, or auto.
-    """
-
-    model: str
-    lengths: tuple[int, ...] = (262144, 1048576)
-    gpus: int = 1
-    layers: int | None = None
-    kv: str = "bf16"
-    chunk: int | None = None
-    kernel: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.kv not in ("bf16", "fp8"):
-            raise ValueError(f"kv must be bf16 or fp8, found {self.kv!r}")
-        if min(self.lengths, default=0) < 2:
-            raise ValueError(f"lengths must be two tokens or more, found {list(self.lengths)}")
-        if self.gpus < 1 or (self.layers is not None and self.layers < 1):
-            raise ValueError(f"gpus and layers must be 1 or more, found {self.gpus} and {self.layers}")
 
 
 def bench_prefill(options: PrefillBench, path: Path | None = None) -> list[dict[str, Any]]:
@@ -245,28 +212,3 @@ def _clear(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 1 and a sentence where something cannot be."""
-    parser = argparse.ArgumentParser(prog="ultralong bench prefill", description=__doc__)
-    default = PrefillBench("")
-    parser.add_argument("model", help="folder, hub id, or known shape such as meta-llama/Llama-3.1-8B")
-    parser.add_argument("--lengths", type=int, nargs="+", default=default.lengths, help="tokens of the prompts")
-    parser.add_argument("--gpus", type=int, default=1, help="processes that share a prompt")
-    parser.add_argument("--layers", type=int, help="keep this many decoder layers; the result says so")
-    parser.add_argument("--kv", default="bf16", help="type of keys and values: bf16 or fp8")
-    parser.add_argument("--chunk", type=int, help="tokens of one pass; 65,536 a GPU by default")
-    parser.add_argument("--kernel", default="auto", help="attention kernel")
-    parser.add_argument("--json", type=Path, help="write machine, options and rows to this file")
-    found = vars(parser.parse_args(arguments))
-    path = found.pop("json")
-    try:
-        bench_prefill(PrefillBench(**found | {"lengths": tuple(found["lengths"])}), path)
-    except (ValueError, ImportError, RuntimeError) as error:
-        print(f"ultralong bench prefill: error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

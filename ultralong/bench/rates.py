@@ -1,4 +1,4 @@
-"""The rates that the planner calculates with, measured on this machine: `python -m ultralong.bench.rates --json FILE`.
+"""The rates that the planner calculates with, measured on this machine: `ultralong bench rates --json FILE`.
 
 Few numbers, chosen to be those that a training step is made of: matrix products by the size of the weight, what
 everything else moves through memory, attention by kernel and length, the link to the host, and the optimizer's update.
@@ -7,7 +7,6 @@ everything else moves through memory, attention by kernel and length, the link t
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -187,28 +186,22 @@ def _exchange_rate(rank: int, world: int) -> float:
     return sent.numel() * (world - 1) / world / took / 1e9
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m ultralong.bench.rates", description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="row lengths for attention, in tokens")
-    parser.add_argument("--only", nargs="+", default=(), help="names of the rates to measure, such as attention link")
-    parser.add_argument("--json", type=Path, help="write the rates to this file; with --only, the others in it stay")
-    options = parser.parse_args(arguments)
+def measure_rates(
+    lengths: tuple[int, ...] = (), only: Collection[str] = (), path: Path | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure the rates of this machine, and write them to a file that `ultralong plan --machine` takes.
+
+    Args:
+        lengths: Row lengths for attention, in tokens; by default those of the device.
+        only: Names of the rates to measure; all when empty. The others in the file stay.
+        path: The file; None writes nothing.
+
+    Returns:
+        As `rates`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = tuple(options.lengths or (LENGTHS if device == "cuda" else (256,)))
-    found = rates(device, lengths, options.only)
-    for name, rows in found.items():
-        for row in rows:
-            print(
-                name,
-                ", ".join(
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-                ),
-            )
-    if options.json is not None:
-        before = read_json(options.json)["rates"] if options.only and options.json.exists() else {}
-        write_json(options.json, {"machine": machine_facts(), "rates": before | found})
-
-
-if __name__ == "__main__":
-    main()
+    found = rates(device, lengths or (LENGTHS if device == "cuda" else (256,)), only)
+    if path is not None:
+        before = read_json(path)["rates"] if only and path.exists() else {}
+        write_json(path, {"machine": machine_facts(), "rates": before | found})
+    return found

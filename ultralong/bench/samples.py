@@ -1,4 +1,4 @@
-"""Time and memory of making one sample of each test: `python -m ultralong.bench.samples TOKENIZER --json FILE`.
+"""Time and memory of making one sample of each test: `ultralong bench samples TOKENIZER --json FILE`.
 
 Each test is made in a process of its own, on one core where the system can pin it, from nothing but its texts on disk
 to a finished sample, its fitting included; importing and opening the tokenizer do not count. Wall seconds are of a
@@ -8,7 +8,6 @@ take.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import sys
@@ -81,24 +80,26 @@ def _peak_gib() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every test, print and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m ultralong.bench.samples", description=__doc__)
-    parser.add_argument("tokenizer", help="folder or hub id")
-    parser.add_argument("--tasks", nargs="+", default=list(GENERATED), help="tests; by default all that are generated")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens")
-    parser.add_argument("--data", help="folder of published questions, or package")
-    parser.add_argument("--json", type=Path, required=True, help="write machine and rows to this file, test by test")
-    asked = parser.parse_args(arguments)
+def measure_samples(
+    tokenizer: str, path: Path, tasks: Sequence[str] = (), lengths: Sequence[int] = LENGTHS, data: str | None = None
+) -> list[dict[str, Any]]:
+    """Make one sample of every test at every length, each test in a process of its own.
+
+    Args:
+        tokenizer: Folder or hub id.
+        path: JSON file for machine and rows, written test by test.
+        tasks: Tests; all that are generated when empty.
+        lengths: Tokens.
+        data: Folder of published questions, or `package`.
+
+    Returns:
+        The rows of `measure`, test by test.
+    """
     os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizers' own threads, in the processes that are started
     rows: list[dict[str, Any]] = []
-    for task in progress(asked.tasks, desc="samples", unit="test"):
+    for task in progress(tasks or list(GENERATED), desc="samples", unit="test"):
         # A process for each test, so that its peak is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-            rows += other.submit(measure, task, asked.tokenizer, sorted(asked.lengths), asked.data).result()
-        write_rows(asked.json, rows, load_average=_load(), tokenizer=Path(asked.tokenizer).name)
-        print(rows[-1], flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            rows += other.submit(measure, task, tokenizer, sorted(lengths), data).result()
+        write_rows(path, rows, load_average=_load(), tokenizer=Path(tokenizer).name)
+    return rows

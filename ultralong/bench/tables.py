@@ -1,4 +1,4 @@
-"""The README's tables, made from recorded measurements: `python -m ultralong.bench.tables` rewrites them.
+"""The README's tables, made from recorded measurements: `ultralong bench tables` rewrites them.
 
 A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
@@ -6,7 +6,6 @@ A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end --
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ultralong import __version__
 from ultralong.bench.results import rows_of
 from ultralong.utils.files import read_json, write_text
 
+ROOT = Path(__file__).parents[2]  # of a clone
 SCHEMES = ("single", "ulysses", "gathered", "ring")
 # Peers, and the column of the scheme that they use.
 PEERS = {
@@ -164,13 +164,14 @@ def filled(text: str, results: Path) -> str:
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite the tables of README.md, or of the Markdown files named."""
-    root = Path(__file__).parents[2]
-    for file in [Path(name) for name in arguments or ()] or [root / "README.md"]:
-        write_text(file, filled(file.read_text(encoding="utf-8"), root / "notebooks" / "results"))
-        print(f"{file}: written")
+def rewrite(files: Sequence[Path]) -> None:
+    """Write the tables of Markdown files anew from the recorded measurements of this clone.
 
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    Raises:
+        ValueError: This is no clone of the repository, or a table has an unknown name.
+    """
+    results = ROOT / "notebooks" / "results"
+    if not results.is_dir():
+        raise ValueError(f"There are no recorded measurements at {results}: run this in a clone of the repository.")
+    for file in files:
+        write_text(file, filled(file.read_text(encoding="utf-8"), results))

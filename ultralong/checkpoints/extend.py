@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from ultralong.rope import (
 from ultralong.rope import attention_factor as attention_factor_of
 from ultralong.utils.files import read_json, write_json, write_text
 from ultralong.utils.progress import progress
+from ultralong.utils.token_count import parse_tokens
 
 CARD, REPORT = "README.md", "extend.json"
 EDITED = ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -97,7 +99,7 @@ class ExtendReport:
 
 def extend(
     source: str | os.PathLike[str],
-    to: int,
+    to: int | str,
     out: str | os.PathLike[str],
     method: str = "auto",
     *,
@@ -117,7 +119,7 @@ def extend(
 
     Args:
         source: Checkpoint folder with safetensors weights, or a hub id.
-        to: Tokens of the new window.
+        to: Tokens of the new window, as a number or as "1m"; "8x" is eight times the source's window.
         out: New folder; it must not exist or be empty.
         method: "auto" keeps a model's `llama3` type and gives any other `yarn`; or one of `ultralong.rope.METHODS`.
         factor: As in `Extension`; the default is `to` over the window of the unscaled pretraining.
@@ -136,13 +138,14 @@ def extend(
         ValueError: The source is no whole checkpoint, its RoPE can't be rescaled, the target is not longer than its
             window, the settings contradict each other, or `out` is in use. Nothing is written then.
     """
-    wish = Extension(
-        to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors, long_factors
-    )
     target = Path(out).expanduser().absolute()
     _check_free(target)
     folder = locate(source, revision)
     config = _load_config(folder)
+    to = target_window(to, window_of(config)) if isinstance(to, str) else to
+    wish = Extension(
+        to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors, long_factors
+    )
     scaling = choose_scaling(config, wish)
     weights = weight_files(folder)
     companions, left_out = companion_files(folder)
@@ -168,6 +171,21 @@ def extend(
         write_text(temporary / CARD, model_card(report, licence, cache_bytes_per_token(config)))
         write_json(temporary / REPORT, report.to_dict())
     return report
+
+
+def target_window(text: str, window: int) -> int:
+    """Tokens of the window that a text asks for: "1048576", "1m", or "8x" for eight times `window`.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    times = re.fullmatch(r"(\d+(?:\.\d+)?)x", text.strip().lower())
+    if times is None:
+        return parse_tokens(text)
+    tokens = float(times[1]) * window
+    if tokens != int(tokens):
+        raise ValueError(f"{text} of a window of {window:,} tokens is {tokens:,} tokens: give a whole number.")
+    return int(tokens)
 
 
 def _check_free(target: Path) -> None:

@@ -1,82 +1,97 @@
-"""Commands that time this machine."""
+"""Commands that measure this machine."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional
+from ultralong.cli.options import Group, takes
+from ultralong.cli.shared import Json, is_main
+from ultralong.utils.token_count import Tokens
 
-
-def bench_attention(words: Sequence[str]) -> None:
-    """Time attention on this machine: every kernel, scheme and peer in one table, beside one GPU."""
-    from ultralong.bench.attention.measure import main as run
-
-    run(words)
-
-
-def bench_prefill(words: Sequence[str]) -> None:
-    """Time reading a long prompt on this machine: seconds, memory, and the share of the attention kernel's rate."""
-    from ultralong.bench.prefill import main as run
-
-    run(words)
+if TYPE_CHECKING:
+    from ultralong.bench.attention.options import AttentionBench
+    from ultralong.bench.prefill_options import PrefillBench
+    from ultralong.bench.training.case import TrainingCase
 
 
-def bench_train(
-    model: Positional[str] = "meta-llama/Llama-3.1-8B",
-    /,
+@takes(wanted=Group("ultralong.bench.attention.options:AttentionBench"))
+def attention(wanted: AttentionBench, *, json: Json = None) -> None:
+    """Time every attention kernel, scheme and peer here, in one table beside one GPU.
+
+    Runs in as many processes as there are GPUs, or in torchrun's. Without a GPU sizes are cut down first.
+
+    Example: ultralong bench attention --lengths 128k 512k --kernels auto cudnn --json attention.json
+
+    Args:
+        wanted: What to measure.
+        json: Write machine, options and results as JSON to this file, after every case.
+    """
+    import logging
+
+    from ultralong.bench.attention.measure import bench_attention
+    from ultralong.bench.attention.report import table
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results = bench_attention(wanted, json)
+    if is_main():
+        print(table(results))
+
+
+@takes(wanted=Group("ultralong.bench.prefill_options:PrefillBench", positional=("model",)))
+def prefill(wanted: PrefillBench, *, json: Json = None) -> None:
+    """Time reading a long prompt here: seconds, memory, share of the attention kernel's rate.
+
+    The model has the shape asked for and random weights. Prints one line of JSON for each length.
+
+    Example: ultralong bench prefill meta-llama/Llama-3.1-8B --lengths 256k --gpus 2 --json prefill.json
+
+    Args:
+        wanted: What to measure.
+        json: Write machine, options and rows as JSON to this file, after every length.
+    """
+    from ultralong.bench.prefill import bench_prefill
+
+    bench_prefill(wanted, json)
+
+
+@takes(
+    case=Group(
+        "ultralong.bench.training.case:TrainingCase", positional=("model",), given={"tokens": 1}, left_out=("memory",)
+    )
+)
+def train(
+    case: TrainingCase,
     *,
-    lengths: tuple[int, ...] = (131072,),
-    gpus: int = 1,
-    layers: int | None = None,
-    sharded: bool = False,
-    states: Literal["float32", "8bit"] = "float32",
-    kernel: str = "auto",
-    head_chunks: int | None = None,
+    lengths: tuple[Tokens, ...] = (131072,),
     memory: tuple[str, ...] = ("activation_checkpointing=true",),
-    fit: bool = False,
-    gpu_memory: float | None = None,
-    host_memory: float | None = None,
-    steps: int = 2,
     peers: bool = False,
-    profile: bool = False,
     machine: str = "h200",
     folder: Path | None = None,
-    json: Path | None = None,
+    json: Json = None,
 ) -> None:
-    """Time training steps on this machine, with random weights, beside what the plan says of them.
+    """Time training steps here, with random weights, beside what the plan says of them.
 
     Examples:
-      ultralong bench train meta-llama/Llama-3.2-1B --lengths 32768 131072 --json rows.json
-      ultralong bench train --lengths 1048576 --gpus 2 --sharded --states 8bit --kernel flash4 --head-chunks 8
+      ultralong bench train meta-llama/Llama-3.2-1B --lengths 32k 128k --json rows.json
+      ultralong bench train --lengths 1m --gpus 2 --sharded --states 8bit --kernel flash4 --head-chunks 8
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
 
     Args:
-        model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
-        lengths: Tokens of the rows.
-        gpus: Processes, all of which share a row.
-        layers: Decoder layers to keep; by default all.
-        sharded: Share the parameters out as well (FSDP2).
-        states: Type of AdamW's states.
-        kernel: Attention kernel.
-        head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
-        memory: Settings of the memory plan, name=value.
-        fit: Let the planner choose what is kept, moved to the host and computed again.
-        gpu_memory: With fit: GiB of one GPU; by default the machine's.
-        host_memory: With fit: GiB of host memory for one process; without it nothing is moved.
-        steps: Measured steps; one on a short row comes before.
+        case: What to train.
+        lengths: Tokens of the rows, one case each.
+        memory: Settings of the memory plan.
         peers: Measure other projects that are installed as well (two GPUs or more).
-        profile: Follow one more step and say what its kernels took, by kind and by name.
-        machine: Rates that the plan reckons with.
+        machine: Rates that the plan uses: h200, h100, a100, or a file of ultralong bench rates.
         folder: Keep models and rows here for the next measurement.
-        json: Append the rows to this file.
+        json: Append the rows to this JSON file.
     """
     import tempfile
+    from dataclasses import replace
 
     from ultralong.bench.results import append_row
-    from ultralong.bench.training.measure import TrainingCase, measure
+    from ultralong.bench.training.measure import measure
     from ultralong.bench.training.peers import PEERS, measure_peer
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
@@ -84,54 +99,20 @@ def bench_train(
     plan = settings.from_mapping(
         MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
     )
+    names = PEERS if peers and case.gpus > 1 else ()
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         for tokens in lengths:
-            case = TrainingCase(
-                model,
-                tokens,
-                layers,
-                gpus,
-                sharded,
-                states,
-                kernel,
-                head_chunks,
-                plan,
-                fit,
-                gpu_memory,
-                host_memory,
-                steps,
-                profile,
-            )
-            names = PEERS if peers and gpus > 1 else ()
-            for row in (measure(case, machine, place), *(measure_peer(name, case, place) for name in names)):
+            one = replace(case, tokens=tokens, memory=plan)
+            for row in (measure(one, machine, place), *(measure_peer(name, one, place) for name in names)):
                 if json is not None:
                     append_row(json, row)
                 print(_line(row), flush=True)
     if json is not None:
-        print(f"{json}: rows appended. The table of the README: python -m ultralong.bench.tables", file=sys.stderr)
+        print(f"{json}: rows appended. For the table of the README: ultralong bench tables", file=sys.stderr)
 
 
-def bench_compare(before: Positional[Path], after: Positional[Path], /, *, tolerance: float = 0.03) -> None:
-    """Compare two result files of the same measurement; exits with 1 if a value got worse by more than the tolerance.
-
-    Example: ultralong bench compare before.json after.json
-
-    Args:
-        before: JSON file of ultralong bench attention, prefill or train, or of the rates that the planner reads.
-        after: The same, measured later.
-        tolerance: Share by which a value may get worse: 0.03 is 3%.
-    """
-    from ultralong.bench.compare import compare
-    from ultralong.bench.results import read_rows
-
-    found = compare(read_rows(before), read_rows(after), tolerance)
-    print(found)
-    if found.regressions:
-        sys.exit(1)
-
-
-def _line(row: dict) -> str:
+def _line(row: dict[str, Any]) -> str:
     """One measured row as text."""
     name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {row['tokens']:,} tokens, {row['gpus']} x {row['gpu']}: "
     if "note" in row:
@@ -147,3 +128,64 @@ def _line(row: dict) -> str:
     for kernel in row.get("kernels", ())[:12]:
         text += f"\n{kernel['seconds']:10.3f} s  {kernel['calls']:7,} x {kernel['name'][:90]}"
     return name + text
+
+
+def compare(before: Positional[Path], after: Positional[Path], /, *, tolerance: float = 0.03) -> None:
+    """Compare two result files of the same measurement; exits with 1 where a value got worse.
+
+    Example: ultralong bench compare before.json after.json
+
+    Args:
+        before: JSON file of ultralong bench attention, prefill or train, or of the rates that the planner reads.
+        after: The same, measured later.
+        tolerance: Share by which a value may get worse: 0.03 is 3%.
+    """
+    from ultralong.bench.compare import compare as find
+    from ultralong.bench.results import read_rows
+
+    found = find(read_rows(before), read_rows(after), tolerance)
+    print(found)
+    if found.regressions:
+        sys.exit(1)
+
+
+def rates(*, lengths: tuple[Tokens, ...] = (), only: tuple[str, ...] = (), json: Json = None) -> None:
+    """Measure the rates that ultralong plan reckons with: products, memory, attention, links.
+
+    Example: ultralong bench rates --json here.json   and then: ultralong plan CONFIG --machine here.json
+
+    Args:
+        lengths: Row lengths for attention; by default 8k to 512k on a GPU.
+        only: Names of the rates to measure, such as attention link; by default all.
+        json: Write the rates as JSON to this file; with --only, the others in it stay.
+    """
+    from ultralong.bench.rates import measure_rates
+
+    for name, rows in measure_rates(lengths, only, json).items():
+        for row in rows:
+            values = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+            print(name, ", ".join(values))
+
+
+def error_curve(*, ranks: tuple[int, ...] = (1, 2, 4, 8, 16), tokens: Tokens = 512, json: Json = None) -> None:
+    """Measure the error of each attention scheme against exact attention, by number of ranks.
+
+    Example: ultralong bench error-curve --ranks 1 2 4 --json error.json
+
+    Args:
+        ranks: Numbers of ranks, each a process on this machine's CPU.
+        tokens: Length of the row.
+        json: Write the points as JSON to this file.
+    """
+    from dataclasses import asdict
+
+    from ultralong.bench.attention.error_curve import error_curve as measure
+    from ultralong.bench.attention.error_curve import table
+    from ultralong.bench.results import write_rows
+
+    points = measure(ranks, tokens=tokens)
+    if json is not None:
+        write_rows(json, [asdict(point) for point in points], tokens=tokens)
+    print(table(points))

@@ -8,6 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, leave
+from ultralong.utils.token_count import Tokens
 
 
 def plan(
@@ -16,7 +17,7 @@ def plan(
     *,
     gpus: int | None = None,
     machine: str = "h200",
-    tokens: int | None = None,
+    tokens: Tokens | None = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
     price: float | None = None,
@@ -24,22 +25,23 @@ def plan(
     set: tuple[str, ...] = (),
     json: Json = None,
 ) -> None:
-    """Bytes, seconds, GPU-hours and cost of a run before anything starts; each line says measured or estimated.
+    """Estimate memory, time, GPU-hours and cost of a run before anything starts.
 
-    Needs no GPU and reads no weights. Where a run does not fit, it says what to change, with the figure that would.
+    Each line says measured or estimated. Needs no GPU and reads no weights. Where a run does not fit, it says what to
+    change, with the figure that would.
 
     Example: ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5
 
     Args:
         config: Name of a preset, or a YAML file.
         gpus: GPUs of the run; by default as many as share one row.
-        machine: The GPU: h200, h100, a100, or a file that python -m ultralong.bench.rates made on yours.
+        machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.
         tokens: Tokens of a row; by default those of the packed rows, or the model's window where there are none yet.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process.
         price: Of one GPU-hour, in any currency.
         fit: Choose what is kept on the GPU, moved to the host and computed again, and say what was chosen.
-        set: key=value, with dots for groups.
+        set: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         json: Write the plan as JSON to this file.
     """
     from ultralong.planner import plan as estimate
@@ -68,10 +70,11 @@ def launch(
     gpus_per_node: int,
     out: Path,
     scheduler: Literal["torchrun", "slurm", "accelerate"] = "torchrun",
+    overwrite: bool = False,
     set: tuple[str, ...] = (),
     json: Json = None,
 ) -> None:
-    """Write the scripts that start a run on several hosts, and resume it after a host was lost.
+    """Write scripts that start a run on several hosts and resume it: torchrun, Slurm, accelerate.
 
     What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
     their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
@@ -84,15 +87,20 @@ def launch(
         gpus_per_node: GPUs of a host, one process each.
         out: Folder for the scripts.
         scheduler: What starts the processes.
-        set: key=value, with dots for groups.
+        overwrite: Replace scripts that are there.
+        set: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         json: Write the list of files as JSON to this file.
     """
     from ultralong.launch import launch as render
     from ultralong.training.config import TrainConfig, preset
     from ultralong.utils import settings
 
-    files = render(settings.load(TrainConfig, preset(config), set), nodes, gpus_per_node, scheduler, out)
+    wanted = settings.load(TrainConfig, preset(config), set)
+    files = render(wanted, nodes, gpus_per_node, scheduler, out, overwrite)
     leave(json, {"files": [str(file) for file in files]})
+    if not wanted.save_every:
+        every = settings.load(TrainConfig, out / "config.yaml").save_every
+        print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
     print(
         f"Wrote {', '.join(file.name for file in files)} to {out}. Next: read the variables at the top of "
         f"{files[0]}, then {files[0]} --dry-run"

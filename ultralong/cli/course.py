@@ -30,6 +30,8 @@ def start(folder: Positional[Path], /, *, notebooks: tuple[str, ...] = ()) -> No
 def check(folder: Positional[Path] = Path("."), /) -> None:
     """Show which exercises you have solved.
 
+    Example: ultralong course check ~/ultralong-course
+
     Args:
         folder: Your course folder, or one inside it.
     """
@@ -46,6 +48,8 @@ def check(folder: Positional[Path] = Path("."), /) -> None:
 
 def site(folder: Positional[Path], /) -> None:
     """Write the course as static pages: figures play without a kernel, nothing is loaded from elsewhere.
+
+    Example: ultralong course site pages
 
     Args:
         folder: Where the pages go.

@@ -10,6 +10,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, leave
+from ultralong.utils.hub import load_tokenizer
+from ultralong.utils.token_count import Tokens
 
 
 def build(
@@ -18,20 +20,20 @@ def build(
     *,
     tokenizer: str,
     out: Path,
-    length: int = 131072,
-    limit: int | None = None,
+    length: Tokens = 131072,
+    limit: Tokens | None = None,
     set: tuple[str, ...] = (),
     cache: Path | None = None,
     workers: int = 1,
     quiet: bool = False,
     json: Json = None,
 ) -> None:
-    """Build a recipe into packed rows, and print what went in: fetch, read, clean, sample, tokenise, pack, count.
+    """Pack a recipe into rows, and show what went in: lengths by source, time, memory.
 
     The same rows as pack; besides, the lengths before and after sampling for every source, the time of each stage and
-    the peak of memory. Stop it at any time; the same command goes on to the same bytes.
+    the peak of memory. Stop it at any time; the same command resumes and ends in the same bytes.
 
-    Example: ultralong data build debian-docs --tokenizer llama-1m --length 1048576 --limit 2000000 --out rows
+    Example: ultralong data build debian-docs --tokenizer llama-1m --length 1m --limit 2m --out rows
 
     Args:
         recipe: A recipe's name, its YAML file, or a folder of texts.
@@ -39,20 +41,18 @@ def build(
         out: Folder to write the rows into.
         length: Tokens of a row.
         limit: Take about this many tokens of each source at most, to try a recipe out.
-        set: key=value changes of the recipe, such as seed=1.
-        cache: Where fetched packages are kept; ~/.cache/ultralong/sources when not given.
+        set: Changes of the recipe, such as seed=1.
+        cache: Where fetched packages are kept; by default ~/.cache/ultralong/sources.
         workers: Processes that tokenise; 1 leaves it to the tokenizer's threads.
         quiet: No progress bars.
         json: Write the report as JSON to this file.
     """
     import resource
 
-    from transformers import AutoTokenizer
-
     from ultralong.data.recipe import stats
     from ultralong.data.recipe.build import load_recipe, pack_recipe
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     report = pack_recipe(
         load_recipe(recipe, set), loaded, length, out, limit=limit, cache=cache, workers=workers, quiet=quiet
@@ -68,14 +68,14 @@ def stats(
     target: Positional[str],
     /,
     *,
-    limit: int | None = None,
+    limit: Tokens | None = None,
     set: tuple[str, ...] = (),
     cache: Path | None = None,
     picture: Path | None = None,
     quiet: bool = False,
     json: Json = None,
 ) -> None:
-    """Documents and tokens by length, before and after sampling, for every source, as a table and a picture.
+    """Count documents and tokens by length, before and after sampling, for every source.
 
     A folder of finished rows answers at once. A recipe is read and sampled without being tokenised, so its lengths are
     estimated from characters.
@@ -85,7 +85,7 @@ def stats(
     Args:
         target: A folder of rows, or a recipe's name, YAML file or folder of texts.
         limit: With a recipe: about this many tokens of each source at most.
-        set: With a recipe: key=value changes of it, such as lengths.long_copies=2.
+        set: With a recipe: changes of it, such as lengths.long_copies=2.
         cache: Where fetched packages are kept.
         picture: Write the picture to this PNG file.
         quiet: No progress bars.
@@ -120,7 +120,7 @@ def show(
     html: Path | None = None,
     json: Json = None,
 ) -> None:
-    """Print a packed row: its documents in colours, the separator between them, the labels around the boundaries.
+    """Print a packed row: its documents in colours, separators, labels around the boundaries.
 
     Example: ultralong data show rows --tokenizer llama-1m --row 3
 
@@ -137,13 +137,11 @@ def show(
     """
     from dataclasses import asdict
 
-    from transformers import AutoTokenizer
-
     from ultralong.data.rows.inspect_rows import as_html, as_text, peek
     from ultralong.data.rows.packed_rows import PackedRows
     from ultralong.utils.files import write_text
 
-    view = peek(PackedRows(rows), AutoTokenizer.from_pretrained(tokenizer), row, edge=edge, joints=joints)
+    view = peek(PackedRows(rows), load_tokenizer(tokenizer), row, edge=edge, joints=joints)
     leave(json, asdict(view))
     paint = colour == "always" or (colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     print(as_text(view, colour=paint, most=most))

@@ -11,32 +11,34 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, is_main, leave
+from ultralong.utils.hub import load_tokenizer
+from ultralong.utils.token_count import Tokens
 
 
 def extend(
-    source: Positional[str],
+    model: Positional[str],
     /,
     *,
-    to: int,
+    to: str,
     out: Path,
     method: str = "auto",
     factor: float | None = None,
     attention_factor: float | None = None,
-    original_window: int | None = None,
+    original_window: Tokens | None = None,
     theta: float | None = None,
     revision: str | None = None,
     json: Json = None,
 ) -> None:
-    """Write a copy of a checkpoint whose window is longer: RoPE rescaled in one step, weights untouched.
+    """Write a copy of a checkpoint with a longer window: RoPE rescaled, weights untouched.
 
     The copy opens in transformers and vLLM by its config alone. Train it on packed rows afterwards (ultralong pack,
     ultralong train).
 
-    Example: ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1048576 --out llama-1m
+    Example: ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1m --out llama-1m
 
     Args:
-        source: Checkpoint folder with safetensors weights, or a hub id.
-        to: Tokens of the new window, for example 1048576.
+        model: Checkpoint folder with safetensors weights, or a hub id.
+        to: Tokens of the new window, such as 1048576 or 1m, or how many times the old one, such as 8x.
         out: Folder to write; it must be empty or not exist.
         method: auto keeps a model's llama3 scaling and gives any other yarn; or linear, ntk, dynamic, yarn, llama3.
         factor: Scaling factor; by default the new window over the window of the unscaled pretraining.
@@ -49,7 +51,7 @@ def extend(
     from ultralong.checkpoints.extend import extend as run
 
     report = run(
-        source,
+        model,
         to,
         out,
         method,
@@ -62,7 +64,7 @@ def extend(
     leave(json, report.to_dict())
     print(
         f"{out}: window {report.old_window:,} -> {report.new_window:,} tokens ({report.method}, factor "
-        f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {to} --out rows"
+        f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {report.new_window} --out rows"
     )
 
 
@@ -71,17 +73,17 @@ def pack(
     /,
     *,
     tokenizer: str,
-    length: int,
+    length: Tokens,
     out: Path,
-    limit: int | None = None,
+    limit: Tokens | None = None,
     json: Json = None,
 ) -> None:
-    """Turn documents into rows of exactly LENGTH tokens: read, sample by length, tokenise, join by the separator.
+    """Turn documents into rows of exactly LENGTH tokens: read, sample, tokenise, join.
 
-    Stop it at any time; the same command goes on where it was. RECIPE says which documents, from where, under which
+    Stop it at any time; the same command resumes where it stopped. RECIPE says which documents, from where, under which
     licence, and how they are sampled and joined: see data_recipes/README.md.
 
-    Example: ultralong pack data_recipes/tiny.yaml --tokenizer llama-1m --length 1048576 --out rows
+    Example: ultralong pack data_recipes/tiny.yaml --tokenizer llama-1m --length 1m --out rows
 
     Args:
         recipe: A recipe's name or its YAML file.
@@ -91,11 +93,9 @@ def pack(
         limit: Stop after about this many tokens, to try a recipe out.
         json: Write the report as JSON to this file.
     """
-    from transformers import AutoTokenizer
-
     from ultralong.data.recipe.build import pack_recipe
 
-    report = pack_recipe(recipe, AutoTokenizer.from_pretrained(tokenizer), length, out, limit=limit)
+    report = pack_recipe(recipe, load_tokenizer(tokenizer), length, out, limit=limit)
     leave(json, report.to_dict())
     print(report)
 
@@ -110,7 +110,7 @@ def train(
     quiet: bool = False,
     json: Json = None,
 ) -> None:
-    """Train on packed rows: continued pretraining, or SFT on rows packed from conversations.
+    """Train on packed rows: continued pretraining on whole documents.
 
     CONFIG is a preset's name or a YAML file; any of its keys can be changed with --set. The run's folder gets
     config.yaml (every setting), log.jsonl (a line a step), checkpoints/ and, at the end, model/.
@@ -122,8 +122,8 @@ def train(
 
     Args:
         config: Name of a preset, or a YAML file.
-        set: key=value, with dots for groups: optimizer.lr=1e-5.
-        resume: Go on from the newest checkpoint of the run's folder.
+        set: Changes of the config, with dots for groups, such as optimizer.lr=1e-5.
+        resume: Resume from the newest checkpoint of the run's folder.
         processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
         quiet: No progress bar.
         json: Write the result as JSON to this file.
@@ -138,11 +138,11 @@ def train(
     if processes is not None:
         import tempfile
 
-        from ultralong.launch.local import start
+        from ultralong.launch.local import launch_local
 
         with tempfile.TemporaryDirectory() as scratch:
             settings.save(resolved, Path(scratch) / "config.yaml")
-            start(Path(scratch) / "config.yaml", processes, resume, quiet)
+            launch_local(Path(scratch) / "config.yaml", processes, resume, quiet)
         result = read_json(Path(resolved.out) / "result.json")
     else:
         from ultralong.training.loop import train as run
@@ -167,17 +167,17 @@ def sft(
     quiet: bool = False,
     json: Json = None,
 ) -> None:
-    """Train on the answers of conversations: the same loop as train, on rows that `pack` made from a recipe of chat.
+    """Train on the answers of conversations (SFT), on rows packed from a recipe of chat.
 
-    Rows of documents are refused, as every token of theirs is a target. The paper's SFT: learning rate 5e-6, 128
-    examples a step, nothing above 8K tokens.
+    The same loop as train. Rows of documents are refused, as every token of theirs is a target. The paper's SFT:
+    learning rate 5e-6, 128 examples a step, nothing above 8K tokens.
 
     Example: ultralong sft sft.yaml --set data='[{rows: chat-rows}]' optimizer.lr=5e-6
 
     Args:
         config: Name of a preset, or a YAML file.
-        set: key=value, with dots for groups: optimizer.lr=1e-5.
-        resume: Go on from the newest checkpoint of the run's folder.
+        set: Changes of the config, with dots for groups, such as optimizer.lr=1e-5.
+        resume: Resume from the newest checkpoint of the run's folder.
         processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
         quiet: No progress bar.
         json: Write the result as JSON to this file.
@@ -200,14 +200,16 @@ def demo(
     seed: int | None = None,
     json: Json = None,
 ) -> None:
-    """The whole recipe in miniature, on real input, in minutes: a model's window grows eightfold and the page shows it.
+    """Run all steps in minutes on a small model: its window grows eightfold, and a page shows it.
 
     Documents, tokens, separator-packed rows, RoPE rescaled in one step, continued pretraining on two sequence-parallel
     processes, short SFT, needle grid and perplexity before and after, a checkpoint that plain transformers opens.
 
+    Example: ultralong demo --out runs/demo
+
     Args:
-        model: miniature (a small model that ships with the package) or smollm2 (SmolLM2-135M-Instruct; wants a GPU).
-        set: key=value changes of the demo's settings, such as target=8192.
+        model: miniature (a small model that ships with the package) or smollm2 (SmolLM2-135M-Instruct; needs a GPU).
+        set: Changes of the demo's settings, such as target=8192.
         out: Folder of everything that is made; the page is report.html.
         seed: Seed of documents' order, questions and needles.
         json: Write the report's numbers as JSON to this file.

@@ -1,66 +1,87 @@
-"""Commands that measure: a model, answers, a machine."""
+"""Commands that measure a model, and samples and answers of tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, OutFile, leave
+from ultralong.utils.hub import find_checkpoint, load_tokenizer
+from ultralong.utils.token_count import Tokens
 
 
-def evaluate(
-    task: Positional[Literal["needle", "perplexity"]],
+def needle(
     model: Positional[str],
     /,
     *,
-    lengths: tuple[int, ...] = (),
+    lengths: tuple[Tokens, ...] = (),
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 5,
     seed: int = 0,
     haystack: Path | None = None,
-    rows: Path | None = None,
-    max_rows: int = 16,
     device: str = "auto",
     out: Path | None = None,
     json: Json = None,
 ) -> None:
-    """Measure a model: needle retrieval over lengths and depths, or perplexity by position.
+    """Hide a number in long prompts and ask for it: how often it is found, by length and depth.
 
-    Examples:
-      ultralong eval needle model --lengths 4096 16384 65536 --samples 10 --out runs/needle
-      ultralong eval perplexity model --rows rows --out runs/perplexity
+    The map of a whole run, beside other tests and over several GPUs, is in: ultralong eval run needle MODEL.
+
+    Example: ultralong eval needle model --lengths 4k 16k 64k --samples 10 --out runs/needle
 
     Args:
-        task: What to measure.
         model: Folder or hub id.
-        lengths: needle: tokens of the prompts; by default eighths of the model's window.
-        depths: needle: where the needle stands, from 0 (first) to 1 (last).
-        samples: needle: prompts a cell.
+        lengths: Tokens of the prompts; by default eighths of the model's window.
+        depths: Where the needle stands, from 0 (first) to 1 (last).
+        samples: Prompts of each length and depth.
         seed: Seed of the prompts.
-        haystack: needle: text file or folder to hide the needle in; repeated filler without it.
-        rows: perplexity: folder of packed rows.
-        max_rows: perplexity: rows to use.
+        haystack: Text file or folder to hide the needle in; repeated filler without it.
         device: auto, cpu or cuda.
         out: Folder for a picture and the numbers.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.runs.commands import measure, summary
+    from ultralong.evaluation.runs.commands import measure
 
-    result = measure(
-        task,
-        model,
-        lengths=lengths,
-        depths=depths,
-        samples=samples,
-        seed=seed,
-        haystack=haystack,
-        rows=rows,
-        max_rows=max_rows,
-        device=device,
-        out=out,
-    )
+    place = find_checkpoint(model)
+    wanted = {"lengths": lengths, "depths": depths, "samples": samples, "seed": seed, "haystack": haystack}
+    _show(measure("needle", place, device=device, out=out, **wanted), out, json)
+
+
+def perplexity(
+    model: Positional[str],
+    /,
+    *,
+    rows: Path,
+    max_rows: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+    json: Json = None,
+) -> None:
+    """Measure perplexity by position on packed rows, with an interval for each stretch.
+
+    Example: ultralong eval perplexity model --rows rows --out runs/perplexity
+
+    Args:
+        model: Folder or hub id.
+        rows: Folder of packed rows.
+        max_rows: Rows to use.
+        seed: Seed of the intervals.
+        device: auto, cpu or cuda.
+        out: Folder for a picture and the numbers.
+        json: Write the numbers as JSON to this file.
+    """
+    from ultralong.evaluation.runs.commands import measure
+
+    place = find_checkpoint(model)
+    _show(measure("perplexity", place, rows=rows, max_rows=max_rows, seed=seed, device=device, out=out), out, json)
+
+
+def _show(result: dict[str, Any], out: Path | None, json: Path | None) -> None:
+    from ultralong.evaluation.runs.commands import summary
+
     leave(json, result)
     print(summary(result))
     print(f"Picture and numbers are in {out}." if out else "For a picture and the numbers: --out FOLDER.")
@@ -71,14 +92,14 @@ def loss(
     rows: Positional[Path],
     /,
     *,
-    before: str | None = None,
+    before: Annotated[str | None, arg(metavar="MODEL")] = None,
     max_rows: int | None = None,
     micro_batch_size: int = 1,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     device: str = "auto",
     json: Json = None,
 ) -> None:
-    """Measure the loss on packed rows by the trainer's own path: on answers, where the rows are of conversations.
+    """Measure the loss on packed rows as training does; on answers, in rows of conversations.
 
     The number is what a training step on these rows would log, with an interval over documents. With --before, a
     second model reads the same rows and the change is given with its own interval.
@@ -97,8 +118,9 @@ def loss(
     """
     from ultralong.evaluation.measures.row_loss import measure_loss
 
+    place, other = find_checkpoint(model), None if before is None else find_checkpoint(before)
     result = measure_loss(
-        model, rows, before=before, device=device, most=max_rows, micro_batch_size=micro_batch_size, dtype=dtype
+        place, rows, before=other, device=device, most=max_rows, micro_batch_size=micro_batch_size, dtype=dtype
     )
     leave(json, result)
     print(f"{model}: {_loss_line(result)}")
@@ -120,23 +142,25 @@ def make_samples(
     task: Positional[str],
     /,
     *,
-    length: int,
+    length: Tokens,
     samples: int,
     tokenizer: str,
-    out: Path,
+    out: OutFile,
     seed: int = 0,
     haystack: Path | None = None,
     questions: str | None = None,
     json: Json = None,
 ) -> None:
-    """Write samples of a test without a model: RULER, InfiniteBench, LV-Eval, chained facts, needles.
+    """Write samples of a test to a file, for a model that runs elsewhere.
 
-    Example: ultralong eval make ruler_vt --length 131072 --samples 20 --tokenizer model --out vt.jsonl
+    Tests are RULER's, InfiniteBench's, LV-Eval's, chained facts and needles.
+
+    Example: ultralong eval make ruler_vt --length 128k --samples 20 --tokenizer model --out vt.jsonl
 
     Args:
         task: Name of the test, such as needle, niah_single_1, ruler_vt, facts_qa2 or lveval_cmrc_mixup_16k.
         length: Most tokens of prompt and answer together.
-        samples: How many.
+        samples: Number of samples.
         tokenizer: Folder or hub id of the model whose tokenizer counts.
         out: File of JSON lines: input, answer_prefix, outputs, length, max_new_tokens.
         seed: Seed of all draws; sample k of a seed is always the same.
@@ -144,12 +168,10 @@ def make_samples(
         questions: File or folder of published questions, or package, for the tests that need them.
         json: Write what was made as JSON to this file.
     """
-    from transformers import AutoTokenizer
-
     from ultralong.evaluation.runs.records import write_samples
     from ultralong.evaluation.tasks.haystack import read_haystack
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     made = write_samples(
         task, loaded, length, samples, seed, out, haystack=read_haystack(haystack), questions=questions
     )
@@ -161,7 +183,9 @@ def make_samples(
 
 
 def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json = None) -> None:
-    """Score answers by the test's own rule: each line a sample with the model's `prediction`.
+    """Score a file of answers by the test's own rule.
+
+    Each line is a sample of `ultralong eval make` with the model's `prediction`.
 
     Example: ultralong eval score ruler_vt answers.jsonl
 
@@ -182,23 +206,25 @@ def answer(
     /,
     *,
     tasks: tuple[str, ...],
-    lengths: tuple[int, ...],
+    lengths: tuple[Tokens, ...],
     out: Path,
     samples: int = 20,
     seed: int = 0,
     haystack: Path | None = None,
-    chunk: int | None = None,
+    chunk: Tokens | None = None,
     gpus: int = 1,
     kv: Literal["auto", "fp8"] = "auto",
     batch: int | None = None,
     device: str = "auto",
     json: Json = None,
 ) -> None:
-    """Let a model answer tests at several lengths, and score it. Stop it at any time; it goes on where it was.
+    """Let a model answer tests at several lengths, and score it.
+
+    Stop it at any time; the same command resumes where it stopped.
 
     Examples:
-      ultralong eval answer model --tasks niah_single_1 ruler_vt --lengths 4096 32768 --out runs/ruler
-      ultralong eval answer model --tasks niah_single_1 --lengths 1048576 --gpus 2 --kv fp8 --out runs/long
+      ultralong eval answer model --tasks niah_single_1 ruler_vt --lengths 4k 32k --out runs/ruler
+      ultralong eval answer model --tasks niah_single_1 --lengths 1m --gpus 2 --kv fp8 --out runs/long
 
     Args:
         model: Folder or hub id.
@@ -222,7 +248,7 @@ def answer(
 
     result = with_model(
         partial(work, tasks, lengths, samples, seed, out, haystack, chunk, batch),
-        model,
+        find_checkpoint(model),
         gpus=gpus,
         kv=kv,
         chunk=chunk,
@@ -237,7 +263,7 @@ def answer(
 
 
 def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json = None) -> None:
-    """Two models on the same samples: differences test by test, with intervals.
+    """Compare two models on the same samples: differences test by test, with intervals.
 
     Example: ultralong eval compare runs/before runs/after
 

@@ -10,7 +10,8 @@ from tyro.conf import arg
 
 from ultralong.utils.files import write_json
 
-Json = Annotated[Path | None, arg(metavar="FILE", help="Write the numbers as JSON to this file.")]
+Json = Annotated[Path | None, arg(metavar="FILE")]
+OutFile = Annotated[Path, arg(metavar="FILE")]
 
 
 def is_main() -> bool:

@@ -26,7 +26,7 @@ from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.perplexity import perplexity_by_position
 from ultralong.evaluation.tasks.haystack import Haystack
 from ultralong.evaluation.tasks.needle import make_needle
-from ultralong.launch.local import start
+from ultralong.launch.local import launch_local
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
@@ -242,5 +242,5 @@ class Demo:
         )
         settings.save(config, self.out / f"{name}.yaml")
         resume = (out / "config.yaml").exists()
-        start(self.out / f"{name}.yaml", processes, resume=resume, quiet=self.quiet, command=command)
+        launch_local(self.out / f"{name}.yaml", processes, resume=resume, quiet=self.quiet, command=command)
         return out / "model"

@@ -7,31 +7,30 @@ import signal
 import subprocess
 import sys
 
+from ultralong.utils.exits import ChildFailed
 
-def start(
+
+def launch_local(
     config: str | os.PathLike[str], processes: int, resume: bool = False, quiet: bool = False, command: str = "train"
 ) -> None:
     """Run `ultralong train CONFIG` (or `ultralong sft CONFIG`) on `processes` processes of this machine, and wait.
 
-    With one process nothing is started: the run happens in a fresh interpreter all the same, so that what it leaves
-    behind (process groups, thread counts, CUDA memory) cannot reach the caller.
+    One process is a fresh interpreter all the same, so that what the run leaves behind (process groups, thread counts,
+    CUDA memory) cannot reach the caller. The processes end when the caller does, however it ends.
 
     Args:
         config: A settings file, see `TrainConfig`.
-        processes: How many.
-        resume: Go on from the newest checkpoint.
+        processes: Number of processes.
+        resume: Resume from the newest checkpoint.
         quiet: No progress bar.
         command: `train`, or `sft`, which refuses rows of documents.
 
     Raises:
-        RuntimeError: The run failed; its own message went to standard error.
+        ultralong.utils.exits.ChildFailed: The run failed; its own message went to standard error.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
-    words = [sys.executable, "-m"]
-    if processes > 1:
-        # --standalone takes a free port by itself, so that two runs on a machine do not meet.
-        words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    words += ["ultralong", command, str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
+    words = [sys.executable, "-m", "ultralong.launch.agent", str(processes)]
+    words += [command, str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     # Freed blocks of a long row are of many sizes; segments that grow let one be used for the next.
     environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -44,4 +43,5 @@ def start(
         process.wait()
         raise
     if code:
-        raise RuntimeError(f"Training stopped with exit code {code}; its own message is above.")
+        code = code if code > 0 else 128 - code
+        raise ChildFailed(f"Training stopped with exit code {code}; its own message is above.", code)

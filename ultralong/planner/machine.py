@@ -1,4 +1,4 @@
-"""A GPU in rates: measured by `python -m ultralong.bench.rates`, or scaled from such a measurement by datasheets."""
+"""A GPU in rates: measured by `ultralong bench rates`, or scaled from such a measurement by datasheets."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Machine:
         if not sizes:
             raise ValueError(
                 f"No rates of the attention kernel {kernel!r} on {self.name}; there are: "
-                f"{', '.join(names)}. Measure them: python -m ultralong.bench.rates --json FILE, then "
+                f"{', '.join(names)}. Measure them: ultralong bench rates --json FILE, then "
                 "plan with that file."
             )
         nearest = min((size for _, size in self.attention), key=lambda size: abs(size - head_dim))
@@ -107,7 +107,7 @@ def load_machine(name: str | os.PathLike[str]) -> Machine:
     if not path.is_file():
         raise ValueError(
             f"{name!r} is neither a known machine (h200, {', '.join(SCALED)}) nor a file of rates. "
-            "Measure this machine: python -m ultralong.bench.rates --json FILE"
+            "Measure this machine: ultralong bench rates --json FILE"
         )
     content = read_json(path)
     try:

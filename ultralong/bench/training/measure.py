@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
+from ultralong.bench.training.case import TrainingCase
 from ultralong.bench.training.work import WARM, prepare
 from ultralong.planner import plan
 from ultralong.planner.shapes import model_config, shape_of
@@ -41,48 +42,6 @@ KINDS = {
     "copies": ("memcpy", "memset"),
     "matrix products": ("gemm", "nvjet", "cublas", "cutlass", "::mm", "::addmm", "::bmm"),
 }
-
-
-@dataclass(frozen=True)
-class TrainingCase:
-    """One run to measure.
-
-    Attributes:
-        model: A model folder, a hub id, or a shape that the planner knows.
-        tokens: Tokens of a row.
-        layers: Decoder layers to keep; None keeps all. A model cut short is named so in its result.
-        gpus: Processes, all of which share a row.
-        sharded: Share the parameters out as well (FSDP2).
-        states: As in `OptimizerConfig`.
-        kernel: As in `ParallelConfig`.
-        head_chunks: As in `ParallelConfig`.
-        memory: As in `MemoryConfig`.
-        fit: Let the planner choose what waits where, within these GiB of a GPU and of host memory for a process.
-        gpu_memory: See `fit`; None is the machine's.
-        host_memory: See `fit`; None moves nothing.
-        steps: Measured steps.
-        profile: Follow one more step and say what its kernels took.
-    """
-
-    model: str
-    tokens: int
-    layers: int | None = None
-    gpus: int = 1
-    sharded: bool = False
-    states: Literal["float32", "8bit"] = "float32"
-    kernel: str = "auto"
-    head_chunks: int | None = None
-    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
-    fit: bool = False
-    gpu_memory: float | None = None
-    host_memory: float | None = None
-    steps: int = 2
-    profile: bool = False
-
-    @property
-    def name(self) -> str:
-        """The model, and whether it was cut short."""
-        return Path(self.model).name + (f", {self.layers} layers" if self.layers is not None else "")
 
 
 def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = None) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultralong.bench.training.alst import alst_step
-from ultralong.bench.training.measure import DATASHEET_FLOPS, TrainingCase
+from ultralong.bench.training.case import TrainingCase
+from ultralong.bench.training.measure import DATASHEET_FLOPS
 from ultralong.bench.training.work import prepare, random_model
 from ultralong.planner.shapes import model_config, shape_of
 from ultralong.utils.environment import machine_facts

@@ -30,9 +30,9 @@ class Endpoint:
     """Where requests go and how often they are tried.
 
     Attributes:
-        url: Up to and with the version, such as `http://localhost:8000/v1`.
+        url: The endpoint up to and with its version, such as `http://localhost:8000/v1`.
         model: The model's name there.
-        key_variable: The environment variable that holds the key; None sends none.
+        key_variable: Environment variable that holds the key; without it no key is sent.
         temperature: 0 asks for the likeliest answer.
         max_tokens: An answer's longest length.
         options: More fields of the request, such as `{"top_p": 0.9}`.

@@ -40,10 +40,10 @@ class RefineSettings:
     Attributes:
         endpoint: Whom.
         instruction: The system message of every request.
-        turns: "last" refines a conversation's last answer, "all" each in turn, with the refined ones before it.
+        turns: last refines a conversation's last answer, all each in turn, with the refined ones before it.
         concurrency: Requests under way at once.
-        budget_tokens: Tokens of prompts and answers together that may be used over all runs; None is no limit.
-        budget_money: The same in money; needs prices.
+        budget_tokens: Tokens of prompts and answers together that may be used over all runs; by default no limit.
+        budget_money: Money that may be spent over all runs; needs the two prices.
         prompt_price: Money for a million tokens of prompt.
         answer_price: Money for a million tokens of answer.
     """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from ultralong.inference.kv_store import KV_TYPES
+from ultralong.utils.token_count import Tokens
 
+KV = Literal["auto", "fp8"]  # names of `ultralong.inference`, which is heavy to import
 SHORTEST = 4096  # RULER's first length
 ONE_PASS = 32768  # prompts up to this go in one pass unless a chunk is asked for
 
@@ -20,38 +21,42 @@ class RunSettings:
     Attributes:
         model: Folder or hub id.
         tasks: Tests and groups of tests.
-        lengths: Tokens of prompt and answer; doubled from 4,096 to the model's window when empty. Published texts have
+        lengths: Tokens of prompt and answer; by default doubled from 4,096 to the model's window. Published texts have
             the length that they have: they are asked once, cut where they exceed the longest of these.
         samples: Samples of each test at each length.
-        grid: Lengths and depths of the needle map, evenly spaced up to the longest length.
-        grid_samples: Prompts in each cell of the map.
+        grid: Needle map: how many lengths and depths, evenly spaced up to the longest length.
+        grid_samples: Needle map: prompts of each cell.
         seed: Seed of the samples.
-        chunk: Tokens of one prefill pass; None takes 16,384 for prompts beyond 32,768 tokens.
-        chat: True asks in the chat template, False plainly; None takes the template where there is one.
+        chunk: Tokens of one prefill pass; by default 16,384 for prompts beyond 32,768 tokens.
+        chat: Ask in the model's chat template, or not; by default where there is one.
         haystack: Text file or folder to fill prompts with.
-        data: Folder of published data, or `package` for SQuAD from a package registry.
-        rows: Folder of packed rows, for perplexity.
-        max_rows: Rows to use of them.
+        data: Folder of published data (LV-Eval, InfiniteBench, SQuAD, HotpotQA, benchmarks), or package for what a
+            package registry has.
+        rows: Perplexity: folder of packed rows.
+        max_rows: Perplexity: rows to use.
         beyond_window: Ask also at lengths beyond the model's window.
         skip_missing: Leave out tests whose data is missing instead of stopping.
-        benchmarks: Short benchmarks to take of lm-eval's; all when empty.
-        limit: Samples of each of their tasks; None takes all.
-        run_code: HumanEval may run the programs that the model wrote.
-        engine: What answers samples: transformers, or vllm, which must be installed.
-        gpus: GPUs that share a prompt, or that vllm splits the model over.
-        kv_dtype: Type of keys and values: auto, or fp8 (8 bits, half the memory).
-        batch: Short prompts to answer together; None takes as many as fit on a GPU, one on a CPU.
-        workers: Processes that make samples ahead; 0 makes them as they are asked.
+        benchmarks: Standard: which benchmarks; by default all (MMLU MMLU-Pro MATH GSM-8K HumanEval HellaSwag ARC-Easy
+            ARC-Challenge PIQA).
+        limit: Standard: samples of each task, to try it out; by default all.
+        run_code: Standard: let HumanEval run the programs that the model wrote, on this machine.
+        engine: What answers samples: transformers, or vllm, which must be installed; the needle map and perplexity
+            need transformers.
+        gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
+            model over.
+        kv_dtype: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
+        batch: Short prompts to answer together; by default as many as fit on a GPU, one on a CPU.
+        workers: Processes that make samples ahead of the model; 0 makes them as they are asked.
     """
 
     model: str
     tasks: tuple[str, ...]
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[Tokens, ...] = ()
     samples: int = 20
     grid: tuple[int, int] = (40, 10)
     grid_samples: int = 3
     seed: int = 0
-    chunk: int | None = None
+    chunk: Tokens | None = None
     chat: bool | None = None
     haystack: str | None = None
     data: str | None = None
@@ -64,7 +69,7 @@ class RunSettings:
     run_code: bool = False
     engine: Literal["transformers", "vllm"] = "transformers"
     gpus: int = 1
-    kv_dtype: str = "auto"
+    kv_dtype: KV = "auto"
     batch: int | None = None
     workers: int = 0
 
@@ -76,9 +81,9 @@ class RunSettings:
             )
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"lengths are tokens, got {list(self.lengths)}.")
-        if self.kv_dtype not in KV_TYPES or self.gpus < 1 or self.workers < 0:
+        if self.kv_dtype not in get_args(KV) or self.gpus < 1 or self.workers < 0:
             raise ValueError(
-                f"kv is {' or '.join(KV_TYPES)}, gpus at least 1 and workers not negative, got "
+                f"kv is {' or '.join(get_args(KV))}, gpus at least 1 and workers not negative, got "
                 f"{self.kv_dtype}, {self.gpus} and {self.workers}."
             )
         if self.shared and {"perplexity", "standard"} & set(self.tasks):

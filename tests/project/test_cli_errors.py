@@ -1,0 +1,150 @@
+"""How commands end: one line or a traceback, said once by several processes, which end with who started them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import make_run
+
+from ultralong import miniature
+from ultralong.cli.errors import guarded
+from ultralong.training.config import ParallelConfig
+from ultralong.utils import settings
+from ultralong.utils.exits import ChildFailed
+
+
+def run(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "ultralong", *map(str, words)], capture_output=True, text=True, **options
+    )
+
+
+def test_an_error_is_one_line_and_exit_code_1(tmp_path):
+    done = run("extend", miniature.path(), "--to", 100, "--out", tmp_path / "x")
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("ultralong extend: error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+    assert run("extend", miniature.path()).returncode == 2
+    whole = run("extend", miniature.path(), "--to", 100, "--out", tmp_path / "x", "--traceback")
+    assert whole.returncode == 1
+    assert "Traceback (most recent call last)" in whole.stderr
+    assert "ValueError: " in whole.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b"), "error: a b"),
+        (FloatingPointError("the loss is nan"), "error: the loss is nan"),
+        (ImportError("datasets is needed: pip install"), "error: datasets is needed: pip install"),
+        (FileNotFoundError(2, "No such file or directory", "rows/x"), "error: rows/x: No such file or directory."),
+        (OSError(28, "No space left on device"), "error: a file: No space left on device."),
+        (OSError("no model of that name\nreally"), "error: no model of that name really"),
+        (RuntimeError("CUDA error: an illegal memory access"), None),
+        (ModuleNotFoundError("No module named 'torch.x'", name="torch.x"), None),
+        (ConnectionResetError(104, "Connection reset by peer"), None),
+        (KeyError("weight"), None),
+        (AssertionError(), None),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("rank", [None, "3"])
+def test_one_line_for_what_can_be_mended_and_a_traceback_for_the_rest(error, line, whole, rank, capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "8")
+    else:
+        monkeypatch.delenv("RANK", raising=False)
+
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        guarded("train", work, whole)
+    told = capsys.readouterr().err
+    assert left.value.code == 1
+    if line is not None and not whole:
+        assert told == f"ultralong train: {line}\n"
+        return
+    place = f" on rank 3 of 8, host {socket.gethostname()}:" if rank else ":"
+    assert told.startswith(f"ultralong train: failed{place}\nTraceback (most recent call last):\n")
+    assert f"\n{type(error).__name__}" in told or f".{type(error).__name__}" in told
+
+
+def test_ctrl_c_and_failed_children_keep_their_exit_codes(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    def fail():
+        raise ChildFailed("its own message is above", 7)
+
+    for work, code, told in ((stop, 130, "ultralong train: stopped.\n"), (fail, 7, "")):
+        with pytest.raises(SystemExit) as left:
+            guarded("train", work)
+        assert (left.value.code, capsys.readouterr().err) == (code, told)
+
+
+@pytest.mark.parametrize("how", ["--processes", "torchrun"])
+def test_a_run_of_several_processes_says_its_error_once(tmp_path, tiny_model, tiny_tokenizer, how):
+    two = ParallelConfig(context_parallel_size=2)
+    config = make_run(tmp_path, tiny_model, tiny_tokenizer, parallel=two, length=128)
+    settings.save(config, tmp_path / "run.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if how == "--processes":
+        done = run("train", "run.yaml", "--processes", 2, "--quiet", cwd=tmp_path, env=environment)
+    else:
+        words = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "ultralong",
+            "train",
+            "run.yaml",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("ultralong train: error: ") == 1
+    if how == "--processes":
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr.split("ultralong train: error: ")[1].split("\n")[0]
+
+
+def test_ranks_end_with_the_command_that_started_them(tmp_path, tiny_model, tiny_tokenizer):
+    config = make_run(
+        tmp_path, tiny_model, tiny_tokenizer, steps=5000, parallel=ParallelConfig(context_parallel_size=2)
+    )
+    settings.save(config, tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "ultralong", "train", "run.yaml", "--processes", "2", "--quiet"]
+    log = tmp_path / "run" / "log.jsonl"
+    with open(tmp_path / "said", "wb") as out:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out)
+
+    def wait_for(condition, seconds):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+
+    try:
+        wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 2, 120)
+    finally:
+        process.kill()
+        process.wait()
+
+    def still():
+        before = log.read_text()
+        time.sleep(2)
+        return log.read_text() == before
+
+    wait_for(still, 60)

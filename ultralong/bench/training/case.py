@@ -1,0 +1,52 @@
+"""What the training bench measures: one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ultralong.training.config import MemoryConfig
+from ultralong.utils.token_count import Tokens
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One run to measure.
+
+    Attributes:
+        model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
+        tokens: Tokens of a row.
+        layers: Decoder layers to keep; by default all. A model cut short is named so in its result.
+        gpus: Processes, all of which share a row.
+        sharded: Shard the parameters over the processes as well (FSDP2).
+        states: Type of AdamW's states.
+        kernel: Attention kernel.
+        head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
+        memory: As in `MemoryConfig`.
+        fit: Let the planner choose what is kept, offloaded and recomputed.
+        gpu_memory: With fit: GiB of one GPU; by default the machine's.
+        host_memory: With fit: GiB of host memory for one process; without it nothing is offloaded.
+        steps: Measured steps; one on a short row comes before.
+        profile: Profile one more step and say what its kernels took, by kind and by name.
+    """
+
+    model: str = "meta-llama/Llama-3.1-8B"
+    tokens: Tokens = 131072
+    layers: int | None = None
+    gpus: int = 1
+    sharded: bool = False
+    states: Literal["float32", "8bit"] = "float32"
+    kernel: str = "auto"
+    head_chunks: int | None = None
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
+    fit: bool = False
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+    steps: int = 2
+    profile: bool = False
+
+    @property
+    def name(self) -> str:
+        """The model, and whether it was cut short."""
+        return Path(self.model).name + (f", {self.layers} layers" if self.layers is not None else "")

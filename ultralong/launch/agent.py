@@ -1,0 +1,55 @@
+"""The process between `launch_local` and the ranks: torchrun's agent without its own report of a failure.
+
+A rank that fails says why itself (see `ultralong.cli.errors`); torchrun would add forty lines to that. What only the
+agent can know, that a rank was ended by a signal, is said here in one line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import runpy
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
+
+
+def end_with_parent() -> None:
+    """Have this process receive SIGTERM when the one that started it ends, by whatever cause. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(words: list[str]) -> int:
+    """Run `ultralong` with the words after the first on as many processes as the first says; returns the exit code."""
+    end_with_parent()
+    processes, *command = words
+    if int(processes) == 1:
+        sys.argv = ["ultralong", *command]
+        runpy.run_module("ultralong", run_name="__main__", alter_sys=True)
+        return 0
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # --standalone takes a free port by itself, so that two runs on a machine do not meet.
+    options = parse_args(["--standalone", "--nproc-per-node", processes, "-m", "ultralong", *command])
+    try:
+        run(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        cause = ", often because the host ran out of memory" if name == "SIGKILL" else ""
+        print(f"ultralong {command[0]}: error: rank {rank} was ended by {name}{cause}.", file=sys.stderr)
+        return 128 - failure.exitcode
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
