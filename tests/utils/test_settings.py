@@ -9,6 +9,7 @@ import pytest
 
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig, preset
 from ultralong.utils import settings
+from ultralong.utils.token_count import parse_tokens
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,31 @@ def test_old_keys_work_in_overrides_and_never_beside_the_new_ones(tmp_path):
     assert settings.load(TrainConfig, path, ["parallel.sequence=4"]).parallel.context_parallel_size == 4
     with pytest.raises(ValueError, match="'sequence' is the old name of 'context_parallel_size', and both are there"):
         settings.from_mapping(ParallelConfig, {"sequence": 2, "context_parallel_size": 2})
+
+
+def test_tokens_are_read_with_units_in_files_and_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("{model: m, out: o, data: [{rows: r}], steps: 1, length: 128k}")
+    assert settings.load(TrainConfig, path).length == 131072
+    found = settings.load(TrainConfig, path, ["length=1m", "memory.loss_tile=8k"])
+    assert (found.length, found.memory.loss_tile) == (1048576, 8192)
+    assert settings.load(TrainConfig, path, ["length=4096"]).length == 4096
+    for wrong in ("lots", "0.3k", "-5", "1e3", "12x"):
+        with pytest.raises(ValueError, match=r"c\.yaml: length: tokens are a whole number such as 131072, 128k or 1m"):
+            settings.load(TrainConfig, path, [f"length='{wrong}'"])
+    with pytest.raises(ValueError, match="steps must be of type int, found '1k'"):
+        settings.load(TrainConfig, path, ["steps=1k"])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("131072", 131072), ("131,072", 131072), ("131_072", 131072), ("128k", 131072), ("128K", 131072),
+     (" 1m ", 1048576), ("1.5M", 1572864), ("0.5k", 512), ("2g", 2**31), ("0", 0)],
+)  # fmt: skip
+def test_tokens_as_people_write_them(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+def test_an_override_that_is_no_yaml_is_named():
+    with pytest.raises(ValueError, match=r"--set data=\[: the value is not valid YAML"):
+        settings.override({}, ["data=["])

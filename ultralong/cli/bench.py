@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tyro.conf import Positional
+
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, is_main
+from ultralong.cli.shared import File, Json, is_main
 from ultralong.utils.token_count import Tokens
 
 if TYPE_CHECKING:
@@ -130,13 +132,13 @@ def _line(row: dict[str, Any]) -> str:
     return name + text
 
 
-def compare(before: Positional[Path], after: Positional[Path], /, *, tolerance: float = 0.03) -> None:
+def compare(before: Positional[File], after: Positional[File], /, *, tolerance: float = 0.03) -> None:
     """Compare two result files of the same measurement; exits with 1 where a value got worse.
 
     Example: ultralong bench compare before.json after.json
 
     Args:
-        before: JSON file of ultralong bench attention, prefill or train, or of the rates that the planner reads.
+        before: JSON file that another bench command wrote.
         after: The same, measured later.
         tolerance: Share by which a value may get worse: 0.03 is 3%.
     """

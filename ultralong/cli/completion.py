@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Callable, Mapping
 from dataclasses import field, make_dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
+import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, arg, subcommand
 
+from ultralong.cli.options import parser_of
 
-def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
-    """Print a script that completes commands, options and their choices in a shell.
 
-    A shell started afterwards knows the commands; zsh needs ~/.zfunc in its fpath before compinit.
-
-    Examples:
-      ultralong completion bash > ~/.local/share/bash-completion/completions/ultralong
-      ultralong completion zsh > ~/.zfunc/_ultralong
-      ultralong completion fish > ~/.config/fish/completions/ultralong.fish
+def script(shell: str, commands: Mapping[str, Callable[..., None]], groups: Mapping[str, str]) -> str:
+    """The script that completes a command line, as tyro writes it for all commands together.
 
     Args:
-        shell: The shell that the script is for.
+        shell: bash, zsh or fish.
+        commands: The commands by name; one in a group is named with the group first.
+        groups: What is said of each group.
     """
-    print(script(shell))
-
-
-def script(shell: str) -> str:
-    """The script of `completion`, as tyro writes it for all commands together."""
-    import contextlib
-    import io
-
-    import tyro
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(_everything(), prog="ultralong", args=["--tyro-print-completion", shell])
+        tyro.cli(_everything(commands, groups), prog="ultralong", args=["--tyro-print-completion", shell])
     return out.getvalue()
 
 
-def _everything() -> Any:
+def _everything(commands: Mapping[str, Callable[..., None]], groups: Mapping[str, str]) -> Any:
     """All commands as one parser with commands inside groups; only its shape is used."""
-    from ultralong.cli.options import parser_of
-    from ultralong.cli.table import COMMANDS, GROUPS, explanation
-
     parsers = {
         name: Annotated[
-            parser_of(command), subcommand(name.split()[-1], description=explanation(command).split("\n\n")[0])
+            parser_of(command), subcommand(name.split()[-1], description=(command.__doc__ or "").splitlines()[0])
         ]
-        for name, command in COMMANDS.items()
+        for name, command in commands.items()
     }
     outer = [parser for name, parser in parsers.items() if " " not in name]
-    for group, text in GROUPS.items():
-        inner = Union[tuple(parser for name, parser in parsers.items() if name.startswith(f"{group} "))]  # noqa: UP007
+    for group, text in groups.items():
+        inner: Any = Union[tuple(parser for name, parser in parsers.items() if name.startswith(f"{group} "))]  # noqa: UP007
         made = make_dataclass(group, [("command", Annotated[inner, arg(name="")], field())])
         outer.append(Annotated[made, subcommand(group, description=text)])
     return Annotated[Union[tuple(outer)], OmitSubcommandPrefixes, OmitArgPrefixes]  # noqa: UP007

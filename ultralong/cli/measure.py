@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ultralong.cli.shared import Json, OutFile, leave
+from ultralong.cli.shared import File, Json, leave
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
 from ultralong.utils.token_count import Tokens
 
@@ -44,9 +44,18 @@ def needle(
     """
     from ultralong.evaluation.runs.commands import measure
 
-    place = find_checkpoint(model)
-    wanted = {"lengths": lengths, "depths": depths, "samples": samples, "seed": seed, "haystack": haystack}
-    _show(measure("needle", place, device=device, out=out, **wanted), out, json)
+    result = measure(
+        "needle",
+        find_checkpoint(model),
+        lengths=lengths,
+        depths=depths,
+        samples=samples,
+        seed=seed,
+        haystack=haystack,
+        device=device,
+        out=out,
+    )
+    _show(result, out, json)
 
 
 def perplexity(
@@ -145,7 +154,7 @@ def make_samples(
     length: Tokens,
     samples: int,
     tokenizer: str,
-    out: OutFile,
+    out: File,
     seed: int = 0,
     haystack: Path | None = None,
     questions: str | None = None,

@@ -27,7 +27,7 @@ METAVARS = {
     "model": "MODEL", "tokenizer": "MODEL", "base": "FOLDER", "config": "CONFIG", "recipe": "RECIPE",
     "target": "RECIPE", "out": "FOLDER", "rows": "FOLDER", "cache": "FOLDER", "folder": "FOLDER", "work": "FOLDER",
     "data": "FOLDER", "haystack": "PATH", "json": "FILE", "picture": "FILE", "html": "FILE", "instruction": "FILE",
-    "predictions": "FILE", "language_model": "FILE", "against": "PATH", "first": "FOLDER", "second": "FOLDER", "after": "FOLDER",
+    "predictions": "FILE", "language_model": "FILE", "against": "PATH", "first": "FOLDER", "second": "FOLDER",
     "set": "KEY=VALUE", "memory": "NAME=VALUE", "kernel": "KERNEL", "kernels": "KERNEL", "schemes": "SCHEME",
     "machine": "MACHINE", "device": "DEVICE", "method": "METHOD", "revision": "REVISION", "url": "URL",
     "key_variable": "VARIABLE", "task": "TASK", "tasks": "TASK", "benchmarks": "NAME", "fields": "FIELD",
@@ -92,9 +92,7 @@ class Option:
 
     def field(self) -> tuple[str, Any, Any]:
         """The field of the dataclass that tyro reads."""
-        kind, extras = (self.kind, ())
-        if get_origin(kind) is Annotated:
-            kind, *extras = get_args(kind)
+        kind, *extras = get_args(self.kind) if get_origin(self.kind) is Annotated else (self.kind,)
         own = next((extra.metavar for extra in extras if getattr(extra, "metavar", None)), None)
         kind, markers = _parsed(self.name, Annotated[(kind, *extras)] if extras else kind, self.commas)
         required = self.default is dataclasses.MISSING

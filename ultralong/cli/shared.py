@@ -11,7 +11,7 @@ from tyro.conf import arg
 from ultralong.utils.files import write_json
 
 Json = Annotated[Path | None, arg(metavar="FILE")]
-OutFile = Annotated[Path, arg(metavar="FILE")]
+File = Annotated[Path, arg(metavar="FILE")]
 
 
 def is_main() -> bool:

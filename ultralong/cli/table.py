@@ -9,13 +9,31 @@ import io
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import tyro
 
 from ultralong import __version__
 from ultralong.cli import bench, bench_data, cluster, course, data, make, measure, runs, texts
-from ultralong.cli.completion import completion
+from ultralong.cli.completion import script
 from ultralong.cli.options import parser_of
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print a script that completes commands, options and their choices in a shell.
+
+    A shell started afterwards knows the commands; zsh needs ~/.zfunc in its fpath before compinit.
+
+    Examples:
+      ultralong completion bash > ~/.local/share/bash-completion/completions/ultralong
+      ultralong completion zsh > ~/.zfunc/_ultralong
+      ultralong completion fish > ~/.config/fish/completions/ultralong.fish
+
+    Args:
+        shell: The shell that the script is for.
+    """
+    print(script(shell, COMMANDS, GROUPS))
+
 
 SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
     "See it work": {"demo": make.demo},

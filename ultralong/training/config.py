@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from ultralong.utils.token_count import Tokens
+
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
@@ -150,8 +152,8 @@ class MemoryConfig:
     }
 
     activation_checkpointing: bool = False
-    loss_tile: int = 2048
-    layer_tile: int = 0
+    loss_tile: Tokens = 2048
+    layer_tile: Tokens = 0
     attention_outputs_on_gpu: int = 0
     attention_outputs_offloaded: int = 0
     layer_inputs_offloaded: int = 0
@@ -239,7 +241,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
     base_model: str | None = None
-    length: int | None = None
+    length: Tokens | None = None
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -39,7 +39,7 @@ class CheckedCompile:
         if not arguments[0].is_cuda or len(arguments[0]) < 2:  # the compiler makes a kernel of its own for one row
             return self._function(*arguments)
         with torch.no_grad():
-            arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
+            arguments = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
             key = tuple((x.shape[1:], x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
             if key not in self._fast:
                 self._fast[key] = self.prepared(*(x[:FEW] if isinstance(x, Tensor) else x for x in arguments))

@@ -61,7 +61,7 @@ def run_ranks(
     """
     if device == "cuda" and world > torch.cuda.device_count():
         raise ValueError(f"{world} ranks need {world} GPUs, found {torch.cuda.device_count()}")
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     results = context.Queue()
     port = free_port()
     processes = [

@@ -14,11 +14,12 @@ import sys
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ultralong.utils.files import write_text
+from ultralong.utils.token_count import TokenCount, parse_tokens
 
 T = TypeVar("T")
 
@@ -63,8 +64,10 @@ def renamed(cls: type[Any], values: Mapping[str, Any], where: str = "settings") 
         if name != key:
             _note(f"{where}: {key!r} is now called {name!r}. The old name will be refused by the next version.")
         inner = _dataclass_in(hints.get(name))
-        nested = inner is not None and isinstance(value, Mapping)
-        found[name] = renamed(inner, value, f"{where}: {name}") if nested else _copy(value)
+        if inner is not None and isinstance(value, Mapping):
+            found[name] = renamed(inner, value, f"{where}: {name}")
+        else:
+            found[name] = _copy(value)
     return found
 
 
@@ -77,7 +80,8 @@ def override(values: Mapping[str, Any], overrides: Iterable[str], cls: type[Any]
         cls: The dataclass that the values are for: keys of the version before are then understood (see `renamed`).
 
     Raises:
-        ValueError: A string without `=`, or a path that goes through something that is not a mapping.
+        ValueError: A string without `=`, a value that is not YAML, or a path that goes through something that is not a
+            mapping.
     """
     changed = _copy(values)
     for text in overrides:
@@ -92,7 +96,10 @@ def override(values: Mapping[str, Any], overrides: Iterable[str], cls: type[Any]
             place = place[parent]
             if not isinstance(place, dict):
                 raise ValueError(f"--set {text}: {parent!r} is not a group of settings.")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {text}: the value is not valid YAML: {error}") from error
     return changed
 
 
@@ -103,7 +110,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
         ValueError: See `load`.
     """
     values = renamed(cls, values, where)
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     names = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in names:
@@ -173,6 +180,10 @@ def _plain(value: Any) -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if isinstance(value, str) and any(isinstance(extra, TokenCount) for extra in arguments[1:]):
+            return _tokens(value, where)
+        return _convert(arguments[0], value, where)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, where)
     if origin is Literal:
@@ -180,24 +191,36 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}.")
         return value
     if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a list, found {value!r}.")
-        kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
-        if len(kinds) != len(value):
-            raise ValueError(f"{where} must have {len(kinds)} values, found {value!r}.")
-        items = [_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
-        return origin(items)
+        return _convert_list(origin, arguments, value, where)
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a mapping, found {value!r}.")
         return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a group of settings, found {value!r}.")
         return from_mapping(hint, value, where)
     return _convert_plain(hint, value, where)
+
+
+def _convert_list(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where} must be a list, found {value!r}.")
+    kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
+    if len(kinds) != len(value):
+        raise ValueError(f"{where} must have {len(kinds)} values, found {value!r}.")
+    return origin(
+        _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _tokens(text: str, where: str) -> int:
+    try:
+        return parse_tokens(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -4,9 +4,9 @@
     ultralong bench sft-convert MODEL.gguf BASE            # without a hub: SmolLM2, from 4 bits
     ultralong bench sft --base BASE --rows rows --out runs/sft --json sft.json   # with a GPU
 
-`bench sft` extends the model, continues pretraining, runs `ultralong sft`, and measures: the loss on held-out answers of the
-original model, before and after SFT, by the trainer's own loss path; needles before and after SFT on the same prompts;
-perplexity of held-out texts. Every stage stays on disk, so an interrupted run resumes where it stopped.
+`bench sft` extends the model, continues pretraining, runs `ultralong sft`, and measures: the loss on held-out answers
+of the original model, before and after SFT, by the trainer's own loss path; needles before and after SFT on the same
+prompts; perplexity of held-out texts. Every stage stays on disk, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
