@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_tokenizer, tmp_path):
     script = textwrap.dedent(f"""
         import os, signal
         from transformers import AutoTokenizer
-        from tests.test_tokens import corpus
+        from tests.data.test_tokens import corpus
         from ultralong.data.tokens.tokenize import tokenize_corpus
         def dying():
             yield from corpus()[:20]

@@ -158,7 +158,7 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(row, tmp_path):
     model.save_pretrained(tmp_path)
     run = config(
         str(tmp_path),
-        memory=MemoryConfig(activation_checkpointing=row["activation_checkpointing"]),
+        memory=MemoryConfig(activation_checkpointing=row["checkpoint_layers"]),
         parallel=ParallelConfig(context_parallel_size=row["gpus"]),
     )
     said = plan(run, row["gpus"], tokens=row["tokens"]).to_dict()

@@ -145,7 +145,7 @@ def test_sharing_the_parameters_out_divides_their_bytes():
     config = settings.load(TrainConfig, preset("llama31-8b-1m"), overrides)
     by_shard = {}
     for shard in (2, 8):
-        lines = plan(replace(config, parallel=replace(config.parallel, shard=shard)), 8, tokens=2**17).lines
+        lines = plan(replace(config, parallel=replace(config.parallel, fsdp_shard_degree=shard)), 8, tokens=2**17).lines
         by_shard[shard] = sum(line.value for line in lines if line.name.startswith(STATES))
     assert by_shard[2] == pytest.approx(4 * by_shard[8])
     assert by_shard[8] == pytest.approx(12 * 8.03e9 / 8, rel=1e-3)

@@ -11,11 +11,12 @@ from urllib.parse import unquote
 import pytest
 from test_env import EXTRAS, ROOT, tracked
 
-from ultralong.bench.tables import filled
+from ultralong.bench.tables import TABLES, filled
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MAKEFILE = (ROOT / "Makefile").read_text()
+PAGES = [path for path in tracked() if path.suffix == ".md" and path != ROOT / "README.md"]
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
 BINARIES = {"make", "ultralong", "pip", "uv", "conda", "git", "cd", "torchrun", "python", "bash", "source"}
 
@@ -54,7 +55,9 @@ def test_the_first_screen_is_one_sentence_one_picture_and_two_commands():
     assert "<picture>" in screen
     assert "prefers-color-scheme: dark" in screen
     assert re.search(r'<img [^>]*alt="[^"]{30,}"', screen)
-    blocks = [text for _, text in re.findall(r"^```(\w*)\n(.*?)^```", screen, re.MULTILINE | re.DOTALL)]
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", screen, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in fences] == ["bash", "python"]
+    blocks = [text for language, text in fences if language == "bash"]
     assert [words_of(line)[:2] for block in blocks for line in block.splitlines()] == [
         ["make", "demo"],
         ["make", "test"],
@@ -139,8 +142,55 @@ def test_extras_that_are_named_exist():
 
 def test_the_tables_are_what_was_recorded():
     """`ultralong bench tables` would change nothing."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- table attention -->" in text
-    assert filled(text, ROOT / "notebooks" / "results") == text
+    results = ROOT / "notebooks" / "results"
+    text = (results / "README.md").read_text(encoding="utf-8")
+    for name in TABLES:
+        assert f"<!-- table {name} -->" in text
+    assert filled(text, results) == text
     with pytest.raises(ValueError, match="no table 'speed'; there are attention"):
         filled("<!-- table speed -->\n<!-- end -->", ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_other_pages_link_to_what_is_there(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        if not re.match(r"https?:|#", target):
+            assert (page.parent / unquote(target).partition("#")[0]).exists(), f"{page} links to {target}"
+
+
+def test_the_first_page_is_short_where_it_matters():
+    sections = re.split(r"^## ", README, flags=re.MULTILINE)
+    assert [section.splitlines()[0] for section in sections[1:6]] == [
+        "What it does for you", "What was measured", "Install", "Layout", "Limits"
+    ]  # fmt: skip
+    measured = next(section for section in sections if section.startswith("What was measured"))
+    assert sum(line.startswith("|") for line in measured.splitlines()) <= 12
+    plain = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", plain):
+        lines = paragraph.strip().splitlines()
+        if lines and not lines[0].startswith(("|", "*", "<", "#")):
+            assert len(lines) <= 5, f"a paragraph of {len(lines)} lines: {lines[0]}"
+
+
+@pytest.mark.slow
+def test_the_blocks_run_in_order_on_the_miniature(tmp_path):
+    """The first page's Python and its three blocks, as they stand, in a folder that has what a clone has."""
+    for name in ("ultralong", "data_recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    section = README[README.index("## What it does for you") : README.index("## What was measured")]
+    python = next(text for language, text in FENCES if language == "python")
+    blocks = [
+        text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", section, re.M | re.S) if language == "bash"
+    ]
+    assert len(blocks) == 3
+    shim = tmp_path / "bin" / "ultralong"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ultralong "$@"\n')
+    shim.chmod(0o755)
+    environment = os.environ | {"PATH": f"{shim.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for command in ([sys.executable, "-c", python], *(["bash", "-euo", "pipefail", "-c", block] for block in blocks)):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    for made in ("extended/config.json", "cpt/model/model.safetensors", "job/config.yaml", "eval/report.html"):
+        assert (tmp_path / "runs" / "tiny" / made).exists(), made

@@ -1,4 +1,4 @@
-"""The README's tables, made from recorded measurements: `ultralong bench tables` rewrites them.
+"""The tables of `notebooks/results/README.md`, made from recorded measurements: `ultralong bench tables`.
 
 A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
 """

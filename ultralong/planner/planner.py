@@ -60,7 +60,7 @@ def plan(
     machine = load_machine(machine) if isinstance(machine, str) else machine
     gpus = config.parallel.context_parallel_size if gpus is None else gpus
     _check_gpus(config, gpus)
-    model = model_config(config.model)
+    model = model_config(_model_of(config))
     packed = tokens or _row_length(config)
     tokens = packed or model.get_text_config().max_position_embeddings
     job = Job(config, model, shape_of(model), machine, tokens, gpus)
@@ -139,7 +139,7 @@ def _with_memory(job: Job, memory: MemoryConfig) -> Job:
 
 
 def _with_sequence(job: Job, sequence: int) -> Job:
-    parallel = replace(job.config.parallel, sequence=sequence)
+    parallel = replace(job.config.parallel, context_parallel_size=sequence)
     return replace(job, config=replace(job.config, parallel=parallel), gpus=max(job.gpus, sequence))
 
 
@@ -166,8 +166,16 @@ def _check_gpus(config: TrainConfig, gpus: int) -> None:
 
 
 def _row_length(config: TrainConfig) -> int | None:
+    """Tokens of the packed rows, or of those that the config says will be packed."""
     folder = Path(config.data[0].rows)
-    return PackedRows(folder).length if (folder / "manifest.json").is_file() else None
+    return PackedRows(folder).length if (folder / "manifest.json").is_file() else config.length
+
+
+def _model_of(config: TrainConfig) -> str:
+    """Whose shape is planned: the model's where its folder is there, else that of the model it is extended from."""
+    if config.base_model is None or (Path(config.model) / "config.json").is_file():
+        return config.model
+    return config.base_model
 
 
 def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:

@@ -15,6 +15,7 @@ from ultralong.training.throughput import pairs, step_flops
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
 _SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 # Shapes of models that are planned for before anyone has downloaded them.
+MINIATURE = Path(__file__).parents[1] / "miniature" / "model"  # by place: the miniature is made by the trainer
 KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": _LLAMA_3
     | {
@@ -106,12 +107,12 @@ class Shape:
 
 
 def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The config of a folder, of a known shape (also with `-Instruct`), or of a hub id.
+    """The config of a folder, of `miniature`, of a known shape (also with `-Instruct`), or of a hub id.
 
     Raises:
         ValueError: There is none to be had.
     """
-    name = str(model)
+    name = str(MINIATURE if str(model) == "miniature" else model)
     if (Path(name) / "config.json").is_file():
         return AutoConfig.from_pretrained(name)
     if (known := KNOWN.get(name.removesuffix("-Instruct"))) is not None:
