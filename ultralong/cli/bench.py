@@ -111,7 +111,7 @@ def train(
                     append_row(json, row)
                 print(_line(row), flush=True)
     if json is not None:
-        print(f"{json}: rows appended. For the tables of notebooks/results/README.md: ultralong bench tables", file=sys.stderr)
+        print(f"{json}: rows appended. Tables of recorded results: ultralong bench tables", file=sys.stderr)
 
 
 def _line(row: dict[str, Any]) -> str:

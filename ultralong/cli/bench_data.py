@@ -143,10 +143,10 @@ def sft(
     print("\n".join(table(result)))
 
 
-def tables(files: Positional[tuple[Path, ...]] = (Path("README.md"),), /) -> None:
+def tables(files: Positional[tuple[Path, ...]] = (Path("notebooks/results/README.md"),), /) -> None:
     """Write the tables in Markdown files anew from the recorded measurements, in a clone.
 
-    Example: ultralong bench tables README.md
+    Example: ultralong bench tables notebooks/results/README.md
 
     Args:
         files: Markdown files with table marks.
