@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forked import train_over
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 
-from ultralong.launch.local import launch_local
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
-from ultralong.utils import settings
 
 PLANS = {
     "recomputed": MemoryConfig(activation_checkpointing=True),
@@ -43,8 +42,7 @@ PLANS = {
 
 def run(config, folder, processes, **changes):  # noqa: F811
     changed = replace(config, out=str(folder / "run"), **changes)
-    settings.save(changed, folder / "run.yaml")
-    launch_local(folder / "run.yaml", processes=processes, quiet=True)
+    train_over(changed, processes)
     return changed
 
 
@@ -95,11 +93,10 @@ def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
     for step, processes, parallel in meshes:
         after = replace(whole, out=str(tmp_path / f"from {step}"), parallel=parallel)
         shutil.copytree(before.out, after.out, ignore=shutil.ignore_patterns("model", "result.json"))
-        settings.save(after, tmp_path / "after.yaml")
         for number, folder in RunFolder(tmp_path / f"from {step}").checkpoints():
             if number > step:
                 shutil.rmtree(folder)
-        launch_local(tmp_path / "after.yaml", processes=processes, resume=True, quiet=True)
+        train_over(after, processes, resume=True)
         assert_same_curves(after, whole, 9)
         before = after
 
