@@ -7,6 +7,8 @@ SHELL := bash
 
 VENV ?= .venv
 PYTHON ?=
+# Where a CPU build of torch is: an index, or a folder or page of wheels. Read where there is no GPU.
+TORCH_INDEX ?=
 ARGS ?=
 NAMES ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
@@ -19,11 +21,29 @@ STAMP := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
+# On Linux PyPI's torch is the CUDA build, gigabytes that a machine without a GPU has no use for. The CPU build has the
+# same version with a local suffix, which pip prefers and the step after this one keeps. uv knows where that build is;
+# without uv, TORCH_INDEX says it. Where neither is within reach, as behind a mirror, PyPI's build is taken and works.
+define CPU_TORCH
+if command -v nvidia-smi >/dev/null || "$(BIN)/python" -c 'import torch' 2>/dev/null; then \
+  true; \
+elif [ -n "$(TORCH_INDEX)" ]; then \
+  if [ -d "$(TORCH_INDEX)" ] || [[ "$(TORCH_INDEX)" == *.html ]]; then from=--find-links; else from=--extra-index-url; fi; \
+  "$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt "$$from" "$(TORCH_INDEX)" torch; \
+elif command -v uv >/dev/null && \
+  uv pip install --python "$(BIN)/python" --torch-backend cpu -c constraints.txt torch; then \
+  true; \
+else \
+  echo "No GPU here, and no CPU build of torch was found: PyPI's build follows, which may be gigabytes of CUDA." >&2; \
+  echo "To avoid that, install uv, or name an index of CPU builds: make setup TORCH_INDEX=URL" >&2; \
+fi
+endef
+
 .PHONY: help setup demo test notebooks lint flash flash4 clean distclean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "  Options: PYTHON=/path/to/python3.12  JOBS=2  NAMES='01_rope_frequencies'  ARGS='--seed 1'"
+	@echo "  Options: PYTHON=/path/to/python3.12  TORCH_INDEX=URL_OF_CPU_BUILDS  JOBS=2  NAMES='01_rope_frequencies'  ARGS='--seed 1'"
 
 setup: $(STAMP)  ## Create .venv/ and install everything (again only when pyproject.toml or constraints.txt changes)
 
@@ -43,6 +63,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Creating $(VENV) with $$("$$found" --version)"; \
 	  "$$found" -m venv --clear "$(VENV)"; \
 	fi
+	@$(CPU_TORCH)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch "$@"
 

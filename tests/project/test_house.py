@@ -67,7 +67,9 @@ def test_the_top_level_is_what_it_is_said_to_be():
         "data_recipes",
         "tests",
         "README.md",
+        "CONTRIBUTING.md",
         "pyproject.toml",
+        "setup.py",
         "constraints.txt",
         "Makefile",
         "LICENSE",
@@ -76,6 +78,7 @@ def test_the_top_level_is_what_it_is_said_to_be():
         "CONTRIBUTING.md",
         ".github",
         ".ci",
+        ".github",
         ".gitignore",
         ".gitattributes",
     }

@@ -23,7 +23,9 @@ from ultralong.data.select.length_rule import LengthRule
 from ultralong.utils.settings import from_mapping, load
 
 YAML_ENDINGS = (".yaml", ".yml")
-RECIPES = Path(__file__).parents[3] / "data_recipes"
+# A wheel has the recipes inside the package (see setup.py), a clone beside it.
+_INSIDE = Path(__file__).parents[2] / "data_recipes"
+RECIPES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[3] / "data_recipes"
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Recipe:
 
 
 def find_recipe(name: str | os.PathLike[str]) -> Path:
-    """The file of a recipe: `name` itself if it exists, else `data_recipes/NAME.yaml` of the checkout we run from.
+    """The file of a recipe: `name` itself if it exists, else one of `data_recipes/` by its name.
 
     Raises:
         ValueError: There is neither; the message lists what there is.
