@@ -75,10 +75,8 @@ def test_the_top_level_is_what_it_is_said_to_be():
         "LICENSE",
         "CHANGELOG.md",
         "CITATION.cff",
-        "CONTRIBUTING.md",
         ".github",
         ".ci",
-        ".github",
         ".gitignore",
         ".gitattributes",
     }
