@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,8 @@ from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
+from ultralong.training.parallel import connect
+from ultralong.utils.local_ranks import RankFailed, run_ranks
 
 PLANS = {
     "recomputed": MemoryConfig(activation_checkpointing=True),
@@ -125,3 +129,26 @@ def test_runs_that_cannot_be_are_refused(config, change, said):  # noqa: F811
 def test_plans_that_cannot_be_are_refused(plan, said):
     with pytest.raises(ValueError, match=said):
         MemoryConfig(**plan)
+
+
+def fail_on_rank_1(rank, world, config):  # noqa: F811
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
+    with connect(config) as processes:
+        assert processes.accelerator.num_processes == 2
+        if rank == 1:
+            raise RuntimeError("the device has fallen off the bus")
+
+
+def test_an_error_names_its_rank_and_host(config):  # noqa: F811
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(fail_on_rank_1, 2, config)
+    said = f"RuntimeError: the device has fallen off the bus\nThis is rank 1 of 2, on host {socket.gethostname()}."
+    assert said in str(caught.value)
+    assert "rank 0 of 2" not in str(caught.value)

@@ -176,17 +176,77 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(config, tmp_path, mon
     assert curve(cut) == curve(config)
 
 
-def test_a_damaged_checkpoint_is_named(config):
-    train(config, quiet=True)
-    newest = checkpoint.RunFolder(Path(config.out)).checkpoints()[-1][1]
-    victim = next(newest.glob("*.distcp"))
+def truncate(checkpoint):
+    victim = next(checkpoint.glob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:1000])
+
+
+def overwrite(pattern, start=0):
+    def damage(checkpoint):
+        victim = next(checkpoint.glob(pattern))
+        content = victim.read_bytes()
+        victim.write_bytes(content[:start] + b"\x00" * (len(content) - start))
+
+    return damage
+
+
+def remove(pattern):
+    return lambda checkpoint: next(checkpoint.glob(pattern)).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        overwrite("*.distcp"),
+        remove("*.distcp"),
+        overwrite(".metadata"),
+        remove(".metadata"),
+        overwrite("random-0.safetensors"),
+        remove("random-0.safetensors"),
+        overwrite("state.json"),
+        remove("state.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(config, damage):
+    train(replace(config, steps=2, save_every=1), quiet=True)
+    newest = checkpoint.RunFolder(Path(config.out)).checkpoints()[-1][1]
+    damage(newest)
     shutil.rmtree(f"{config.out}/model")
-    with pytest.raises(ValueError, match=r"step-0000006 cannot be read.*the checkpoint before it"):
-        train(config, resume=True, quiet=True)
+    with pytest.raises(ValueError, match=r"step-0000002 is damaged: .*Remove that folder.*the checkpoint before it"):
+        train(replace(config, steps=2, save_every=1), resume=True, quiet=True)
     shutil.rmtree(newest)
-    train(config, resume=True, quiet=True)
-    assert len(curve(config)) == 6
+    train(replace(config, steps=2, save_every=1), resume=True, quiet=True)
+    assert len(curve(config)) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("the host is full"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ConnectionError("Connection reset by peer"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted"),
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Connection closed by peer"),
+        OSError(5, "Input/output error"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("place", ["read_data", "set_state_dict"])
+def test_what_is_no_damage_is_raised_as_it_is(config, monkeypatch, error, place):
+    """Whether torch wraps it (inside of its loader) or not: the error and its traceback, and no advice to remove."""
+    train(replace(config, steps=1), quiet=True)
+
+    def failing(*_, **__):
+        raise error
+
+    owner = torch.distributed.checkpoint.FileSystemReader if place == "read_data" else checkpoint
+    monkeypatch.setattr(owner, place, failing)
+    with pytest.raises(type(error)) as caught:
+        train(replace(config, steps=1), resume=True, quiet=True)
+    assert caught.value is error
+    assert failing.__name__ in [entry.name for entry in caught.traceback], "it says where it came from"
+    assert checkpoint.RunFolder(Path(config.out)).checkpoints(), "nothing was removed"
 
 
 def test_a_folder_in_use_is_refused(config, tmp_path):

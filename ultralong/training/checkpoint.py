@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,6 +54,9 @@ FREE_TO_CHANGE = (
     "base_model",
     "length",
 )
+# How damaged files show when they are read.
+FORMAT_ERRORS = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError, SafetensorError)
+TORCH_FORMAT_ERRORS = ("PytorchStreamReader",)  # torch raises plain RuntimeErrors for broken zip archives
 NAME = re.compile(r"step-(\d{7})")
 
 
@@ -163,37 +169,72 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
         The step it was saved after.
 
     Raises:
-        ValueError: A file of it is missing or damaged; the message names the folder and what to do.
+        ValueError: A file of it is missing, truncated or corrupt; the message names the folder and what to do. Every
+            other error, such as running out of memory or losing a connection, is raised as it is.
     """
     try:
-        state = read_json(path / "state.json")
-        parameters, states = get_state_dict(model, optimizer)
-        loaded = {"model": parameters, "optimizer": plain_states(states)}
-        with _without_warning():
-            dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
-        if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
-            loaded["optimizer"] = states  # whose 8-bit states were loaded in place
-        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-        # Resumed on another number of processes, the random state of the first serves the new ones: training itself
-        # draws no numbers unless the model has dropout.
-        rank = processes.accelerator.process_index
-        rank = rank if rank < state["processes"] else 0
-        _restore_random_state(load_file(path / f"random-{rank}.safetensors"))
-    except (
-        OSError,
-        KeyError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-        dcp.api.CheckpointException,
-        ValueError,
-    ) as error:
-        said = next(iter(str(error).splitlines()), "damaged")
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {said}). "
-            "Remove that folder and run again with --resume: the checkpoint before it is used."
-        ) from error
+        return _load(path, processes, model, optimizer)
+    except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
+        cause = _cause(error, processes.accelerator.process_index)
+        if (damage := _damage(path, cause)) is not None:
+            raise ValueError(
+                f"{path} is damaged: {damage}. "
+                "Remove that folder and run again with --resume: the checkpoint before it is used."
+            ) from cause
+        if cause is error:
+            raise
+        raise cause from error  # whose text has the tracebacks of the ranks that failed
+
+
+def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    state = read_json(path / "state.json")
+    parameters, states = get_state_dict(model, optimizer)
+    loaded = {"model": parameters, "optimizer": plain_states(states)}
+    with _without_warning():
+        dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
+    if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
+        loaded["optimizer"] = states  # whose 8-bit states were loaded in place
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    # Resumed on another number of processes, the random state of the first serves the new ones: training itself
+    # draws no numbers unless the model has dropout.
+    rank = processes.accelerator.process_index
+    rank = rank if rank < state["processes"] else 0
+    _restore_random_state(load_file(path / f"random-{rank}.safetensors"))
     return int(state["step"])
+
+
+def _cause(error: BaseException, rank: int) -> BaseException:
+    """What a checkpoint exception of torch was raised for: this rank's failure, else the first rank's that failed."""
+    if not isinstance(error, dcp.CheckpointException) or not error.failures:
+        return error
+    return error.failures.get(rank, next(iter(error.failures.values())))[0]
+
+
+def _damage(path: Path, error: BaseException) -> str | None:
+    """What is wrong with a checkpoint's files, given the error that loading it raised; None where they are whole.
+
+    Only a failed format counts. Removing a checkpoint must never be advised because memory or a connection gave out.
+    """
+    if isinstance(error, FORMAT_ERRORS) or any(text in str(error) for text in TORCH_FORMAT_ERRORS):
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'a file ends too early')}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | ConnectionError | dist.DistError):
+        return None
+    try:
+        if not {"step", "processes"} <= set(read_json(path / "state.json")):
+            return "state.json lacks the step or the number of processes"
+        items = dcp.FileSystemReader(path).read_metadata().storage_data or {}
+    except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, *FORMAT_ERRORS) as found:
+        return f"{type(found).__name__}: {found}"
+    ends: dict[str, int] = {}
+    for item in items.values():
+        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+    for name, size in ends.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size < size:
+            return f"{name} has {(path / name).stat().st_size:,} bytes where {size:,} were written"
+    randoms = [path / f"random-{rank}.safetensors" for rank in range(read_json(path / "state.json")["processes"])]
+    return next((f"{file.name} is missing" for file in randoms if not file.is_file()), None)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def whole(x: Tensor) -> Tensor:
 def connect(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes of the run, and leave the group at the end if this call made it.
 
+    An error raised inside carries a note that names this process's rank and host, where there are several processes.
+
     Raises:
         ValueError: The number of processes does not fit `parallel.context_parallel_size` or `global_batch_size`.
     """
@@ -154,6 +157,11 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
             made = dist.new_group(ranks, timeout=timeout, pg_options=options)
             group = made if accelerator.process_index in ranks else group
         yield Processes(accelerator, sequence, group, mesh)
+    except Exception as error:
+        if accelerator.num_processes > 1:
+            rank, size = accelerator.process_index, accelerator.num_processes
+            error.add_note(f"This is rank {rank} of {size}, on host {socket.gethostname()}.")
+        raise
     finally:
         accelerator.free_memory()
         # accelerate keeps one state per interpreter; without this a second run could not choose another precision.
