@@ -83,7 +83,7 @@ def job_of(
         data=(DataSource("rows"),),
         steps=1,
         memory=memory,
-        optimizer=OptimizerConfig(states="8bit"),
+        optimizer=OptimizerConfig(state_precision="8bit"),
         parallel=ParallelConfig(
             context_parallel_size=gpus, fsdp_shard_degree=gpus, kernel="flash4", head_chunks=stages
         ),

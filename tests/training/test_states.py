@@ -35,14 +35,16 @@ def narrow(config, monkeypatch):  # noqa: F811
     """The tiny run with 8-bit states; without the compiler, which would take longer than the run."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
-    yield replace(config, optimizer=replace(config.optimizer, states="8bit"))
+    yield replace(config, optimizer=replace(config.optimizer, state_precision="8bit"))
     torch.compiler.set_stance("default")
 
 
 @needs_torchao
 @pytest.mark.slow
 def test_eight_bits_train_as_float32_does(narrow, tmp_path):
-    wide = replace(narrow, optimizer=replace(narrow.optimizer, states="float32"), out=str(tmp_path / "wide"), steps=20)
+    wide = replace(
+        narrow, optimizer=replace(narrow.optimizer, state_precision="float32"), out=str(tmp_path / "wide"), steps=20
+    )
     train(wide, quiet=True)
     train(replace(narrow, steps=20), quiet=True)
     assert curve(narrow) == pytest.approx(curve(wide), rel=0.01)
@@ -101,7 +103,7 @@ def test_plain_tensors_are_the_states_themselves(narrow):
 def test_a_missing_torchao_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ImportError, match=r"ultralong\[optim\]"):
-        make_optimizer(nn.Linear(4, 4), OptimizerConfig(states="8bit"))
+        make_optimizer(nn.Linear(4, 4), OptimizerConfig(state_precision="8bit"))
 
 
 def test_uneven_shares_are_refused():

@@ -87,13 +87,15 @@ def test_an_unknown_preset_lists_the_known_ones():
 def test_keys_of_the_version_before_are_read_with_a_note(capsys):
     old = {
         "model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "rows_per_step": 4, "rows_at_once": 2,
-        "largest_jump": 2.0, "parallel": {"sequence": 2, "shard": 4, "reshard": False, "stages": 2},
+        "largest_jump": 2.0, "optimizer": {"states": "8bit"},
+        "parallel": {"sequence": 2, "shard": 4, "reshard": False, "stages": 2},
         "memory": {"checkpoint_layers": True, "layer_tile": 64, "attention_kept": 1, "attention_host": 2,
                    "inputs_host": 3, "inputs_every": 4},
     }  # fmt: skip
     found = settings.from_mapping(TrainConfig, old, "old.yaml")
     assert (found.global_batch_size, found.micro_batch_size, found.loss_spike_threshold) == (4, 2, 2.0)
     assert found.parallel == ParallelConfig(2, 4, False, head_chunks=2)
+    assert found.optimizer.state_precision == "8bit"
     assert found.memory == MemoryConfig(True, 2048, 64, 1, 2, 3, 4)
     notes = capsys.readouterr().err
     assert "old.yaml: 'rows_per_step' is now called 'global_batch_size'" in notes

@@ -77,7 +77,7 @@ def train(
 
     Examples:
       ultralong bench train meta-llama/Llama-3.2-1B --lengths 32k 128k --json rows.json
-      ultralong bench train --lengths 1m --gpus 2 --sharded --states 8bit --kernel flash4 --head-chunks 8
+      ultralong bench train --lengths 1m --gpus 2 --sharded --state-precision 8bit --kernel flash4 --head-chunks 8
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
 
     Args:

@@ -30,7 +30,7 @@ IN_FLIGHT = 2  # moved tensors that are on the device all the same: one on its w
 
 def gpu_lines(job: Job) -> list[Line]:
     """Bytes on each GPU at the worst moment of a step."""
-    count, states = job.shape.parameters / (job.shard or 1), job.config.optimizer.states
+    count, states = job.shape.parameters / (job.shard or 1), job.config.optimizer.state_precision
     lines = [
         _line("parameters, float32", FLOAT * count),
         _line(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
@@ -150,7 +150,7 @@ def host_lines(job: Job) -> list[Line]:
         lines.append(
             Line("host", f"attention results of {moved} layers, pinned", moved * job.result_bytes, "estimated", "bytes")
         )
-    saved = (SAVED_BYTES + STATE_BYTES[job.config.optimizer.states]) * job.shape.parameters / (job.shard or 1)
+    saved = (SAVED_BYTES + STATE_BYTES[job.config.optimizer.state_precision]) * job.shape.parameters / (job.shard or 1)
     beyond = saved - sum(line.value for line in lines[1:])
     if beyond > 0:
         more = " beyond what was pinned" if len(lines) > 1 else ""

@@ -48,9 +48,11 @@ class OptimizerConfig:
         schedule: What follows the warm-up: constant, or a linear or cosine fall to `final_ratio` x lr at the last step.
         final_ratio: See `schedule`.
         clip_norm: Largest global gradient norm; 0 switches clipping off.
-        states: How AdamW's two states are held: float32, or 8bit in blocks of 256 with a scale each (torchao, after
-            arXiv 2110.02861), a quarter of the memory.
+        state_precision: Precision of AdamW's two states: float32, or 8bit in blocks of 256 with a scale each (torchao,
+            after arXiv 2110.02861), a quarter of the memory.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"states": "state_precision"}
 
     lr: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.95)
@@ -60,7 +62,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_ratio: float = 0.1
     clip_norm: float = 1.0
-    states: Literal["float32", "8bit"] = "float32"
+    state_precision: Literal["float32", "8bit"] = "float32"
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

@@ -71,7 +71,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if config.states == "8bit":
+    if config.state_precision == "8bit":
         check_shares(parameters)
         return eight_bit_adamw()(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)

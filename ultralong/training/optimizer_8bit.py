@@ -51,9 +51,9 @@ def check_shares(parameters: list[nn.Parameter]) -> None:
             shares *= size if isinstance(place, Shard) else 1
         if parameter.shape[0] % shares:
             raise ValueError(
-                "optimizer.states=8bit needs parameters whose rows divide evenly over parallel.fsdp_shard_degree, "
-                f"found one of shape {tuple(parameter.shape)} over {shares} processes: use another "
-                "parallel.fsdp_shard_degree, or optimizer.states=float32."
+                "optimizer.state_precision=8bit needs parameters whose rows divide evenly over "
+                f"parallel.fsdp_shard_degree, found one of shape {tuple(parameter.shape)} over {shares} processes: "
+                "use another parallel.fsdp_shard_degree, or optimizer.state_precision=float32."
             )
 
 

@@ -20,7 +20,7 @@ class TrainingCase:
         layers: Decoder layers to keep; by default all. A model cut short is named so in its result.
         gpus: Processes, all of which share a row.
         sharded: Shard the parameters over the processes as well (FSDP2).
-        states: Type of AdamW's states.
+        state_precision: Precision of AdamW's states.
         kernel: Attention kernel.
         head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
         memory: As in `MemoryConfig`.
@@ -36,7 +36,7 @@ class TrainingCase:
     layers: int | None = None
     gpus: int = 1
     sharded: bool = False
-    states: Literal["float32", "8bit"] = "float32"
+    state_precision: Literal["float32", "8bit"] = "float32"
     kernel: str = "auto"
     head_chunks: int | None = None
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))

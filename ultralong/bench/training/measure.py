@@ -78,7 +78,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
             settings.save(config, Path(run) / "config.yaml")
             row |= {
                 "sharded": case.sharded,
-                "states": case.states,
+                "states": case.state_precision,
                 "kernel": case.kernel,
                 "head_chunks": case.head_chunks,
                 "memory": settings.to_mapping(config.memory),
@@ -112,7 +112,7 @@ def _train_config(case: TrainingCase, made: dict[str, str], run: Path) -> TrainC
         out=str(run / "run"),
         data=(DataSource(made["rows"]),),
         steps=case.steps,
-        optimizer=OptimizerConfig(states=case.states),
+        optimizer=OptimizerConfig(state_precision=case.state_precision),
         memory=case.memory,
         parallel=ParallelConfig(
             context_parallel_size=case.gpus,
