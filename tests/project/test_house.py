@@ -19,15 +19,23 @@ from structure import (
 )
 from test_env import ROOT, tracked
 
-MOST_LINES_A_FILE = 380  # to be lowered again when the rooms are cleared
-MOST_LINES_A_FUNCTION = 90  # likewise
+MOST_LINES_A_FILE = 300
+MOST_LINES_A_FUNCTION = 60
 # What does not hold yet. These lists may only shrink; an entry that is no longer needed is to be removed.
 ARROWS_TO_REMOVE = {
-    ("inference", "evaluation"),  # an option of the command line is read in the engine
     ("data", "figures"),  # a recipe's statistics come with their picture
 }
-ROOM_CYCLES_TO_REMOVE = [["evaluation", "inference"]]
-FOLDERS_TO_SHRINK = {"ultralong/attention": 16, "ultralong/training": 18}
+FOLDERS_TO_SHRINK = {"ultralong/training": 18}
+FILES_TO_SHRINK = {
+    "ultralong/checkpoints/extend.py": 310,
+    "ultralong/data/recipe/build.py": 305,
+    "ultralong/data/recipe/datatrove_script.py": 306,
+    "ultralong/evaluation/report/run_page.py": 359,
+    "ultralong/evaluation/runs/records.py": 340,
+    "ultralong/evaluation/runs/run.py": 304,
+    "ultralong/training/layers.py": 312,
+}
+FUNCTIONS_TO_SHRINK = {"ultralong/evaluation/runs/run.py run": 63}
 PACKAGE = sorted((ROOT / "ultralong").rglob("*.py"))
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".cff", ".ipynb", ".json", ""}
 # In pieces, so that this file does not hold what it looks for.
@@ -42,13 +50,15 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_a_module_is_short_and_plain(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES_A_FILE, "split it: a longer file is two rooms"
+    most = FILES_TO_SHRINK.get(name(path), MOST_LINES_A_FILE)
+    assert len(text.splitlines()) <= most, "split it: a longer file is two rooms"
     assert text.isascii(), "ASCII only, so that every editor and terminal shows the same"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-            assert lines <= MOST_LINES_A_FUNCTION, f"{node.name} has {lines} lines: it is two functions"
+            most = FUNCTIONS_TO_SHRINK.get(f"{name(path)} {node.name}", MOST_LINES_A_FUNCTION)
+            assert lines <= most, f"{node.name} has {lines} lines: it is two functions"
 
 
 @pytest.mark.parametrize("path", [path for path in tracked() if path.suffix in SUFFIXES], ids=name)
@@ -106,7 +116,7 @@ def test_every_room_has_its_place_in_the_table():
 
 def test_no_cycle_between_rooms_or_modules():
     assert cycles(GRAPH) == []
-    assert [group for group in cycles(rooms_graph(GRAPH)) if group not in ROOM_CYCLES_TO_REMOVE] == []
+    assert cycles(rooms_graph(GRAPH)) == []
 
 
 def test_the_package_itself_is_no_way_round_the_table():

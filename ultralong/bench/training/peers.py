@@ -7,6 +7,7 @@ which holds the logits of every token. `deepspeed-alst` is DeepSpeed's (`ultralo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ from ultralong.utils.files import read_json, write_json
 from ultralong.utils.units import GIB
 
 PEERS = ("torch-cp-flash", "torch-cp-cudnn", "deepspeed-alst")
+NEEDED = {"deepspeed-alst": "deepspeed"}  # packages beyond those that this project needs itself
 STEPS = 3  # the first does not count
 
 
@@ -61,6 +63,9 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
         "date": facts["date"],
         "versions": facts["packages"],
     }
+    needed = NEEDED.get(name)
+    if needed is not None and importlib.util.find_spec(needed) is None:  # before rows are made and processes started
+        return row | {"note": f"{needed} is not installed (pip install {needed})"}
     made = prepare(folder, case.model, case.layers, case.tokens)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         command = [
