@@ -257,6 +257,11 @@ def test_more_gpus_take_less_time_and_attention_goes_with_the_square(tiny_folder
             3,
             "3 GPUs are not a multiple of parallel.context_parallel_size",
         ),
+        (
+            config(parallel=ParallelConfig(context_parallel_size=2, fsdp_shard_degree=8)),
+            12,
+            r"12 GPUs are not a multiple of parallel.fsdp_shard_degree \(8\).* such as 6",
+        ),
         (config(), 2, r"global_batch_size \(1\) is not a multiple of 2 groups"),
         (config("no/such-model"), 1, "'no/such-model' is neither a model folder"),
         (
@@ -269,6 +274,31 @@ def test_more_gpus_take_less_time_and_attention_goes_with_the_square(tiny_folder
 def test_what_cannot_be_planned_is_refused(run, gpus, message):
     with pytest.raises(ValueError, match=message):
         plan(run, gpus, tokens=4096)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"gpus": 0}, r"gpus must be from 1 to 1,048,576, found 0"),
+        ({"gpus": -8}, r"gpus must be from 1 .* found -8"),
+        ({"gpus": 10**5000}, r"gpus must be from 1"),
+        ({"tokens": 0}, r"tokens must be from 1 .* found 0"),
+        ({"tokens": -4096}, r"tokens must be from 1 .* found -4,096"),
+        ({"tokens": 10**30}, r"tokens must be from 1 .* found 1e\+30"),
+        ({"gpu_memory": 0.0}, r"gpu_memory must be above 0 .* GiB, found 0"),
+        ({"gpu_memory": -80.0}, r"gpu_memory must be above 0"),
+        ({"gpu_memory": float("nan")}, r"gpu_memory must be above 0 .* found nan"),
+        ({"host_memory": -1.0}, r"host_memory must be from 0"),
+        ({"host_memory": float("inf")}, r"host_memory must be from 0 .* found inf"),
+        ({"price": -2.5}, r"price must be from 0"),
+    ],
+    ids=range(12),
+)
+def test_numbers_without_sense_are_refused_in_one_line(numbers, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        plan(config(), **numbers)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 200
 
 
 # ---- Machines.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -28,15 +29,16 @@ def plan(
     """Estimate memory, time, GPU-hours and cost of a run before anything starts.
 
     Each line says measured or estimated. Needs no GPU and reads no weights. Where a run does not fit, it says what to
-    change, with the figure that would.
+    change, with the figure that would result, and exits with 1.
 
     Example: ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5
 
     Args:
         config: Name of a preset, or a YAML file.
-        gpus: GPUs of the run; by default as many as share one row.
+        gpus: GPUs of the run; by default as many as share one row, or the parameters where those are more.
         machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.
-        tokens: Tokens of a row; by default those of the packed rows, or the model's window where there are none yet.
+        tokens: Tokens of a row; by default those of the packed rows, or where there are none yet the config's length,
+            or the model's window.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process.
         price: Of one GPU-hour, in any currency.
@@ -60,6 +62,8 @@ def plan(
     )
     leave(json, made.to_dict())
     print(made)
+    if not made.fits:
+        sys.exit(1)
 
 
 def launch(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.planner.autotune import choose_memory
+from ultralong.planner.checks import check_gpus, check_numbers
 from ultralong.planner.machine import Machine, load_machine
 from ultralong.planner.memory import FRAGMENTED, gpu_lines, host_lines
 from ultralong.planner.report import GIB, Line, Plan
-from ultralong.planner.shapes import model_config, shape_of
+from ultralong.planner.shapes import planned_model, shape_of
 from ultralong.planner.step_time import run_lines, step_lines
 from ultralong.planner.workload import Job
 from ultralong.training.config import MemoryConfig, TrainConfig
@@ -41,9 +42,10 @@ def plan(
     Args:
         config: The run, as the trainer reads it. Its model may be a folder, a known shape or a hub id; no weights are
             read.
-        gpus: GPUs of the run; by default as many as share one row.
+        gpus: GPUs of the run; by default as many as share one row, or the parameters where those are more.
         machine: The GPU, by name or with rates of its own.
-        tokens: Tokens of a row; by default those of the packed rows, or the model's window where there are none yet.
+        tokens: Tokens of a row; by default those of the packed rows, or where there are none yet the config's `length`,
+            or the model's window.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process; unknown by default, and then not judged.
         price: Of one GPU-hour, in any currency.
@@ -55,14 +57,15 @@ def plan(
         The plan. It takes some seconds, and no GPU.
 
     Raises:
-        ValueError: The model cannot be found, or the number of GPUs does not fit the config.
+        ValueError: The model cannot be found, the number of GPUs does not fit the config, or a number has no sense.
     """
+    check_numbers(gpus=gpus, tokens=tokens, gpu_memory=gpu_memory, host_memory=host_memory, price=price)
     machine = load_machine(machine) if isinstance(machine, str) else machine
-    gpus = config.parallel.context_parallel_size if gpus is None else gpus
-    _check_gpus(config, gpus)
-    model = model_config(_model_of(config))
-    packed = tokens or _row_length(config)
-    tokens = packed or model.get_text_config().max_position_embeddings
+    gpus = _fewest_gpus(config) if gpus is None else gpus
+    check_gpus(config, gpus)
+    model, named = planned_model(config.model, config.base_model)
+    known = tokens or _row_length(config) or config.length
+    tokens = known or model.get_text_config().max_position_embeddings
     job = Job(config, model, shape_of(model), machine, tokens, gpus)
     budget = machine.memory if gpu_memory is None else gpu_memory * GIB
     host = None if host_memory is None else host_memory * GIB
@@ -74,7 +77,7 @@ def plan(
     lines = (*gpu_lines(job), *host_lines(job), *steps, *run_lines(job, seconds, price))
     growth = _Growth(job)
     return Plan(
-        model=Path(config.model).name,
+        model=Path(named).name,
         parameters=job.shape.parameters,
         tokens=tokens,
         gpus=gpus,
@@ -87,7 +90,7 @@ def plan(
         longest=growth.longest(budget),
         advice=(*_gpu_advice(job, budget, growth), *_host_advice(lines, host)),
         assumed=""
-        if packed
+        if known
         else f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
         "For others pack them first, or pass --tokens N.",
     )
@@ -151,31 +154,14 @@ def _total(job: Job) -> float:
     return sum(line.value for line in gpu_lines(job) if line.counts)
 
 
-def _check_gpus(config: TrainConfig, gpus: int) -> None:
-    sequence = config.parallel.context_parallel_size
-    if gpus < 1 or gpus % sequence:
-        raise ValueError(
-            f"{gpus} GPUs are not a multiple of parallel.context_parallel_size ({sequence}). Plan with a multiple of "
-            f"it, or set parallel.context_parallel_size to a divisor of {gpus}."
-        )
-    if config.global_batch_size % (gpus // sequence * config.micro_batch_size):
-        raise ValueError(
-            f"global_batch_size ({config.global_batch_size}) is not a multiple of {gpus // sequence} groups of "
-            f"GPUs x micro_batch_size ({config.micro_batch_size})."
-        )
+def _fewest_gpus(config: TrainConfig) -> int:
+    return math.lcm(config.parallel.context_parallel_size, config.parallel.fsdp_shard_degree or 1)
 
 
 def _row_length(config: TrainConfig) -> int | None:
     """Tokens of the packed rows, or of those that the config says will be packed."""
     folder = Path(config.data[0].rows)
     return PackedRows(folder).length if (folder / "manifest.json").is_file() else config.length
-
-
-def _model_of(config: TrainConfig) -> str:
-    """Whose shape is planned: the model's where its folder is there, else that of the model it is extended from."""
-    if config.base_model is None or (Path(config.model) / "config.json").is_file():
-        return config.model
-    return config.base_model
 
 
 def _gpu_advice(job: Job, budget: float, growth: _Growth) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,25 @@ def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{name!r} is neither a model folder, nor a hub id that can be reached, nor a shape that the "
             f"planner knows: {', '.join(KNOWN)}."
         ) from error
+
+
+def planned_model(model: str, base_model: str | None) -> tuple[PreTrainedConfig, str]:
+    """The config of the model to train, and whose it is: the base model's where the checkpoint does not exist yet.
+
+    Extending a window changes neither shapes nor parameters, so a plan of the base model is a plan of the extended one.
+
+    Args:
+        model: Folder or hub id of the checkpoint to train.
+        base_model: What it is extended from: a folder, a known shape, a hub id, or `miniature`; None if not known.
+
+    Raises:
+        ValueError: There is neither to be had.
+    """
+    if base_model is None or (Path(model) / "config.json").is_file():
+        return model_config(model), model
+    if base_model == "miniature":
+        return model_config(str(resources.files("ultralong.miniature").joinpath("model"))), base_model
+    return model_config(base_model), base_model
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
