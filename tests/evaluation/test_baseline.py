@@ -44,20 +44,21 @@ def test_a_baseline_is_run_and_collected(checkpoint, tmp_path, capsys):
         main([*words, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "report.json")])
     assert "left out: ruler_qa_hotpot" in capsys.readouterr().out
     made = read_json(tmp_path / "report.json")
-    assert [(row["length"], row["n"]) for row in made["scores"]] == [(1024, 3), (2048, 3)]
-    assert all({"low", "high"} <= row.keys() for row in made["scores"])
+    needle, passkey = made["results"]
+    assert [(part["length"], part["n"]) for part in passkey["by_length"]] == [(1024, 3), (2048, 3)]
+    assert all({"low", "high"} <= part.keys() for part in passkey["by_length"])
     assert made["machine"]["date"]
     assert "the folder of data holds none of hotpot" in made["skipped"]["ruler_qa_hotpot"]
-    assert len(made["needle"]) == 4
+    assert len(needle["by_depth"]) == 4
     collect(tmp_path / "all.json", {"gpu": tmp_path / "report.json"}, "A tiny model.")
     main(["collect", "--json", str(tmp_path / "all.json"), f"cpu={tmp_path / 'run'}"])
     held = read_json(tmp_path / "all.json")
     assert held["model"] == "A tiny model."
     assert held["runs"]["gpu"] == made
-    assert [
-        {**row, "each": found["each"]} for row, found in zip(held["runs"]["cpu"]["scores"], made["scores"], strict=True)
-    ] == made["scores"]
-    assert all(len(row["each"]) == row["n"] for row in made["scores"])
+    again = held["runs"]["cpu"]["results"]
+    each = [part["details"].pop("each") for part in passkey["by_length"]]
+    assert again == [needle, passkey]
+    assert [len(scores) for scores in each] == [3, 3]
     assert str(tmp_path) not in json.dumps(held)
 
 

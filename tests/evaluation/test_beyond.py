@@ -10,7 +10,14 @@ from fact_solver import solve
 from test_samples import prose
 
 from ultralong.evaluation.measures.score import score_predictions
-from ultralong.evaluation.tasks.babilong_style import FACTS_TASKS, PEOPLE, PLACES, STORIES, FactsBuilder, only_named
+from ultralong.evaluation.tasks.babilong_style import (
+    BABILONG_STYLE_TASKS,
+    PEOPLE,
+    PLACES,
+    STORIES,
+    StoryBuilder,
+    only_named,
+)
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS, TABLES, TASK, name_alone
 from ultralong.evaluation.tasks.samples import make_samples
 from ultralong.evaluation.tasks.texts import Essays
@@ -30,13 +37,13 @@ def make(task, tokenizer, length=4096, samples=1, seed=0, **options):
     return list(make_samples(task, tokenizer, length, samples, seed, haystack=HAYSTACK, **options))
 
 
-@pytest.mark.parametrize("task", sorted(FACTS_TASKS))
+@pytest.mark.parametrize("task", sorted(BABILONG_STYLE_TASKS))
 def test_reading_the_facts_in_order_scores_full_and_one_fact_alone_does_not(task, tokenizer_of_words):
     records = make(task, tokenizer_of_words, samples=60, seed=2)
     solved = [{**record, "prediction": f" The {solve(record['input'])}."} for record in records]
-    assert score_predictions(task, solved)["score"] == 100
+    assert score_predictions(task, solved).value == 100
     for guess in (PLACES[0], PEOPLE[0], "I do not know", " ".join((*PLACES, *PEOPLE))):
-        assert score_predictions(task, [{**record, "prediction": guess} for record in records])["score"] < 30
+        assert score_predictions(task, [{**record, "prediction": guess} for record in records]).value < 30
     assert len({record["outputs"][0] for record in records}) >= 5, "no answer is likely by itself"
 
 
@@ -45,7 +52,7 @@ def test_an_answer_needs_all_the_facts_it_is_said_to_rest_on(name):
     """Without one of them, the same reader comes to another answer or to none."""
     for seed in range(40):
         story = STORIES[name](random.Random(seed), PEOPLE)
-        assert len(story.needed) == {"facts_qa1": 1, "facts_qa3": 3}.get(name, 2)
+        assert len(story.needed) == {"babilong_style_qa1": 1, "babilong_style_qa3": 3}.get(name, 2)
         ask = f" Question: {story.question} Answer with one word"
         assert solve(" ".join(story.lines) + ask) == story.answer
         for missing in story.needed:
@@ -55,7 +62,7 @@ def test_an_answer_needs_all_the_facts_it_is_said_to_rest_on(name):
 
 
 def test_facts_stand_in_order_where_they_are_said(tokenizer_of_words):
-    builder = FactsBuilder(STORIES["facts_qa3"], Essays(HAYSTACK, "test"))
+    builder = StoryBuilder(STORIES["babilong_style_qa3"], Essays(HAYSTACK, "test"))
     depths = []
     for seed in range(120):
         draft = builder.build(random.Random(seed), 3000, 0)
@@ -116,7 +123,7 @@ def test_the_needle_stands_once_at_an_even_depth(task, tokenizer_of_words):
     counts, _ = np.histogram([record["depth"] for record in records], bins=5, range=(0, 1))
     assert set(counts.tolist()) <= {11, 12, 13}
     names = [{**record, "prediction": f" {record['outputs'][0]}"} for record in records]
-    assert score_predictions(task, names)["score"] == 100
+    assert score_predictions(task, names).value == 100
 
 
 def test_names_that_the_text_holds_are_not_hidden_in_it(tokenizer_of_words):

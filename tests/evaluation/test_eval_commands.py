@@ -1,13 +1,19 @@
 """`ultralong eval` on a checkpoint on disk: numbers, a picture, and sentences where it cannot."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from ultralong.data.rows.separators import PackSettings
 from ultralong.evaluation.measures.perplexity import position_edges
-from ultralong.evaluation.runs.commands import default_lengths, measure, summary
+from ultralong.evaluation.measures.result import Result, perplexity_result, read_measurements
+from ultralong.evaluation.report.table import position_lines
+from ultralong.evaluation.runs.commands import measure
+from ultralong.evaluation.runs.direct import grid_lengths
+from ultralong.evaluation.runs.run import run
+from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.evaluation.tasks.haystack import read_haystack
 from ultralong.inference.load_model import load_model_and_tokenizer
 
@@ -20,40 +26,61 @@ def checkpoint(tmp_path_factory, make_tiny_model, tiny_tokenizer):
     return folder
 
 
-def test_needle_leaves_numbers_and_picture(checkpoint, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_needle_command_is_a_run_of_its_own(checkpoint, tmp_path):
     result = measure(
-        "needle", checkpoint, lengths=(600, 1024), depths=(0.0, 1.0), samples=1, device="cpu", out=tmp_path
+        "needle", checkpoint, lengths=(600, 1024), depths=(0.0, 1.0), samples=1, device="cpu", out=tmp_path / "short"
     )
-    assert [(cell["length"], cell["n"]) for cell in result["cells"]] == [(600, 1), (600, 1), (1024, 1), (1024, 1)]
-    assert json.loads((tmp_path / "needle.json").read_text()) == result
-    assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
+    (needle,) = (Result.from_dict(values) for values in result["results"])
+    assert [(part.length, part.depth, part.n) for part in needle.by_depth] == [
+        (600, 0.0, 1),
+        (600, 1.0, 1),
+        (1024, 0.0, 1),
+        (1024, 1.0, 1),
+    ]
+    assert json.loads((tmp_path / "short" / "report.json").read_text()) == result
+    assert read_measurements(tmp_path / "short" / "results.json") == [needle]
+    assert (tmp_path / "short" / "report.html").exists()
     assert result["window"] == 1024
     assert result["environment"]["torch"]
+    assert "LlamaForCausalLM" in result["environment"]["model"]
+    # The same as `eval run needle` with the same map, cell by cell.
+    wanted = RunSettings(
+        str(checkpoint), ("needle",), (600, 1024), needle_lengths=(600, 1024), needle_depths=(0.0, 1.0), grid_samples=1
+    )
+    assert run(wanted, tmp_path / "long", device="cpu")["results"] == result["results"]
 
 
 def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
     """Also without a file to write to: the numbers of a long measurement must not be lost."""
     from ultralong.cli.measure import needle
-    from ultralong.evaluation.runs import commands
+    from ultralong.evaluation.runs import direct
 
-    cells = [
-        {"length": length, "depth": depth, "n": 5, "correct": correct}
-        for length, depth, correct in ((131072, 0.0, 5), (131072, 0.5, 4), (1048576, 0.0, 0), (1048576, 0.5, 3))
-    ]
-    monkeypatch.setattr(commands, "needle_grid", lambda *_, **__: cells)
-    needle(str(checkpoint), lengths=(512,))
+    found = {(512, 0.0): 5, (512, 0.5): 4, (1024, 0.0): 0, (1024, 0.5): 3}
+
+    def cells(model, tokenizer, lengths, depths, samples, *_, **__):
+        return [
+            {"length": length, "depth": depth, "n": samples, "correct": found[length, depth]}
+            for length in lengths
+            for depth in depths
+        ]
+
+    monkeypatch.setattr(direct, "needle_grid", cells)
+    needle(str(checkpoint), lengths=(512, 1024), depths=(0.0, 0.5), device="cpu")
     assert capsys.readouterr().out.splitlines() == [
         f"needles found by {checkpoint}, by length and depth",
         "     tokens       0%      50%",
-        "    131,072      5/5      4/5",
-        "  1,048,576      0/5      3/5",
-        "For a picture and the numbers: --out FOLDER.",
+        "        512      5/5      4/5",
+        "      1,024      0/5      3/5",
+        "For a page with figures: --out FOLDER.",
     ]
-    bins = [{"start": 0, "end": 256, "perplexity": 9.2745, "low": 3.3, "high": 25.8}]
-    assert summary({"task": "perplexity", "model": "m", "rows": 2, "bins": bins}).splitlines() == [
-        "perplexity of m by position, 2 rows (95% interval)",
+    bins = [
+        {"start": 0, "end": 256, "n": 512, "rows": 2, "perplexity": 9.2745, "low": 3.3, "high": 25.8},
+        {"start": 256, "end": 512, "n": 9, "rows": 1, "perplexity": 8.0, "low": None, "high": None},
+    ]
+    assert position_lines(perplexity_result(bins, "row"), "m") == [
+        "perplexity of m by position in the row (95% interval)",
         "          0 to         256       9.27  (3.30 to 25.80)",
+        "        256 to         512       8.00  (n = 1 row)",
     ]
 
 
@@ -68,10 +95,20 @@ def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):
     store = tokenize_corpus(documents, tiny_tokenizer, tmp_path / "tokens")
     pack(store, tiny_tokenizer, tmp_path / "rows", PackSettings(length=512))
     result = measure("perplexity", checkpoint, rows=tmp_path / "rows", max_rows=3, device="cpu")
-    assert result["rows"] == 3
-    assert [(item["start"], item["end"]) for item in result["bins"]] == [(0, 256), (256, 512)]
+    by_row, by_document = (Result.from_dict(values) for values in result["results"])
+    assert [item.metric for item in (by_row, by_document)] == ["perplexity_by_row", "perplexity_by_document"]
+    assert [(part.start, part.end, part.details["rows"]) for part in by_row.by_position] == [(0, 256, 3), (256, 512, 3)]
     # A random model is about as surprised as one that guesses among 512 tokens.
-    assert all(300 < item["perplexity"] < 900 for item in result["bins"])
+    assert all(300 < part.value < 900 for part in by_row.by_position)
+    # Both are of the same tokens, counted from another place.
+    assert by_row.n == by_document.n
+    assert by_row.value == pytest.approx(by_document.value)
+    loss = measure("loss", checkpoint, rows=tmp_path / "rows", max_rows=3, device="cpu", out=tmp_path / "loss")
+    (found,) = (Result.from_dict(values) for values in loss["results"])
+    assert (found.metric, found.unit, found.n) == ("loss", "nats per target", by_row.n)
+    assert found.value == pytest.approx(math.log(by_row.value), abs=1e-4)
+    assert [(part.start, part.end) for part in found.by_position] == [(64 * k, 64 * k + 64) for k in range(8)]
+    assert "Loss on packed rows" in (tmp_path / "loss" / "report.html").read_text()
 
 
 def test_the_whole_path_equals_the_plain_model(checkpoint):
@@ -126,5 +163,4 @@ def test_bins_double_and_end_with_the_row():
     assert position_edges(1024) == (0, 256, 512, 1024)
     assert position_edges(1500) == (0, 256, 512, 1024, 1500)
     assert position_edges(200) == (0, 200)
-    assert default_lengths(4096)[0] == 512
-    assert default_lengths(4096)[-1] == 4096
+    assert grid_lengths(9, 4096) == [256, *range(512, 4097, 512)]

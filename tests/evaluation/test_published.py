@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from ultralong.evaluation.measures.score import score_predictions
+from ultralong.evaluation.measures.score import grades
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS, reader, scores
 from ultralong.evaluation.tasks.published.catalogue import catalogue, idle_words, marks
 from ultralong.evaluation.tasks.published.scores import rouge_l, rouge_lsum_f
@@ -342,9 +342,9 @@ def test_keywords_travel_with_the_answer(data, tiny_tokenizer):
         )
     ]
     records[0]["prediction"] = records[0]["prediction"].format(records[0]["row"] * 7)
-    assert score_predictions(task, records)["scores"] == [approx(2 * 3 / 8), 0.0, approx(2 * 2 / 8)]
+    assert grades(task, records) == [approx(2 * 3 / 8), 0.0, approx(2 * 2 / 8)]
     without = [{**record, "keywords": None} for record in records]
-    assert score_predictions(task, without)["scores"][1] == approx(2 * 1 / 6), "no keywords, no gate"
+    assert grades(task, without)[1] == approx(2 * 1 / 6), "no keywords, no gate"
 
 
 def test_data_is_found_as_a_file_in_a_folder_or_in_its_archive(tmp_path, tiny_tokenizer, monkeypatch):

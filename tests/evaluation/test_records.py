@@ -5,14 +5,11 @@ import json
 import pytest
 from induction import InductionModel
 
-from ultralong.evaluation.runs.records import (
-    answer_tasks,
-    compare_answers,
-    effective_length,
-    mean_by_length,
-    score_file,
-    write_samples,
-)
+from ultralong.evaluation.measures.result import Part, Result, read_measurements
+from ultralong.evaluation.measures.score import effective_length, mean_by_length
+from ultralong.evaluation.runs.answer_files import score_file
+from ultralong.evaluation.runs.compare import compare_answers
+from ultralong.evaluation.runs.records import answer_tasks, write_samples
 from ultralong.utils.files import read_jsonl
 
 # Tests whose answer is a copy of a line of the prompt, which a model of repetition can give.
@@ -55,7 +52,7 @@ def test_files_of_answers_are_scored(tiny_tokenizer, tmp_path):
             for number, record in enumerate(records)
         )
     )
-    assert score_file("needle", answers)["score"] == 75
+    assert score_file("needle", answers).value == 75
     with pytest.raises(ValueError, match="no file"):
         score_file("needle", tmp_path / "missing.jsonl")
 
@@ -64,13 +61,14 @@ def test_a_model_answers_within_its_window_and_a_stopped_run_goes_on(tiny_tokeni
     model = InductionModel(len(tiny_tokenizer), window=1500)
     arguments = (model, tiny_tokenizer, TASKS, (1024, 4096), 8, 0)
     whole = answer_tasks(*arguments, tmp_path / "whole", chat=False, quiet=True)
-    short = [item for item in whole["scores"] if item["length"] == 1024]
-    long = [item for item in whole["scores"] if item["length"] == 4096]
-    assert all(item["score"] == 100 for item in short), short
-    # Samples 0 to 7 put the key into the first eighth of the text, far outside of this model's window.
-    assert all(item["score"] == 0 for item in long), long
+    results = [Result.from_dict(values) for values in whole["results"]]
+    assert [result.task for result in results] == list(TASKS)
+    # Samples 0 to 7 put the key into the first eighth of the text, far outside of this model's window at 4,096.
+    assert [[(part.length, part.value) for part in result.by_length] for result in results] == [
+        [(1024, 100), (4096, 0)]
+    ] * 2
     assert whole["means"] == [{"length": 1024, "tasks": 2, "score": 100.0}, {"length": 4096, "tasks": 2, "score": 0.0}]
-    assert json.loads((tmp_path / "whole" / "scores.json").read_text()) == whole
+    assert read_measurements(tmp_path / "whole" / "results.json") == results
     record = read_jsonl(tmp_path / "whole" / "infinitebench_passkey-1024.jsonl")[3]
     assert "input" not in record
     assert record["outputs"][0] in record["prediction"]
@@ -92,20 +90,21 @@ def test_a_model_answers_within_its_window_and_a_stopped_run_goes_on(tiny_tokeni
     monkeypatch.setattr(InductionModel, "next_token", forward)
     again = answer_tasks(*arguments, tmp_path / "stopped", chat=False, quiet=True)
     assert (tmp_path / "stopped" / "infinitebench_passkey-1024.jsonl").read_bytes().startswith(first)
-    assert [item["score"] for item in again["scores"]] == [item["score"] for item in whole["scores"]]
+    assert [item["value"] for item in again["results"]] == [item["value"] for item in whole["results"]]
 
 
 def test_means_and_effective_length():
     scores = [
-        {"task": task, "length": length, "score": score}
-        for task, length, score in (
-            ("a", 4096, 100.0),
-            ("b", 4096, 80.0),
-            ("a", 8192, 90.0),
-            ("b", 8192, 50.0),
-            ("a", 16384, 100.0),
-            ("b", 16384, 100.0),
+        Result(
+            task,
+            "score",
+            0.0,
+            1,
+            "per cent",
+            "samples",
+            by_length=tuple(Part(value, 1, length=length) for length, value in zip((4096, 8192, 16384), values)),
         )
+        for task, values in (("a", (100.0, 90.0, 100.0)), ("b", (80.0, 50.0, 100.0)))
     ]
     means = mean_by_length(scores)
     assert [mean["score"] for mean in means] == [90.0, 70.0, 100.0]

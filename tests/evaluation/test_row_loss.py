@@ -102,10 +102,11 @@ def test_the_command_says_it_and_compares(tmp_path, make_tiny_model, tiny_tokeni
         ]
     )
     said, kept = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert re.search(rf"model: {kept['loss']:.4f} \[.*\] nats per target, 192 targets of 24 documents", said)
-    assert f"{kept['change']:+.4f}" in said
-    assert kept["documents"] == 24
-    assert kept["before"]["loss"] + kept["change"] == pytest.approx(kept["loss"])
+    result, before = kept["result"], kept["before"]["result"]
+    assert re.search(rf"model: {result['value']:.4f} \[.*\] nats per target, 192 targets of 24 documents", said)
+    assert f"{kept['change']['change']:+.4f}" in said
+    assert result["details"]["documents"] == 24
+    assert before["value"] + kept["change"]["change"] == pytest.approx(result["value"])
 
 
 def test_what_does_not_fit_is_refused(tmp_path, make_tiny_model, tiny_tokenizer):

@@ -12,9 +12,14 @@ from test_report import Page
 from test_samples import prose
 
 from ultralong import cli
+from ultralong.evaluation.measures.result import Part, Result, read_measurements
 from ultralong.evaluation.report.run_page import paper_tables, render_run
+from ultralong.evaluation.report.sections import join_depths
+from ultralong.evaluation.runs.checks import plan_pairs
+from ultralong.evaluation.runs.direct import grid_lengths
 from ultralong.evaluation.runs.results import mean_of_tasks, paper_means, quote, summarise, write_results
-from ultralong.evaluation.runs.run import RunSettings, doubled_lengths, grid_lengths, plan_pairs, run, within_window
+from ultralong.evaluation.runs.run import run
+from ultralong.evaluation.runs.settings import RunSettings, doubled_lengths, within_window
 from ultralong.evaluation.tasks.groups import FAMILIES, GROUPS, expand, find_questions
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.samples import TASKS
@@ -45,6 +50,17 @@ def model(tokenizer, window=None):
     return InductionModel(len(tokenizer), window=window), tokenizer
 
 
+def results_of(summary):
+    return {values["task"]: Result.from_dict(values) for values in summary["results"]}
+
+
+def numbers(summary):
+    return [
+        (result.task, result.value, [(p.length, p.value) for p in result.by_length])
+        for result in results_of(summary).values()
+    ]
+
+
 def page_of(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
@@ -52,24 +68,25 @@ def page_of(folder):
 def test_a_run_leaves_scores_maps_and_a_page_and_goes_on_after_a_stop(wanted, tiny_tokenizer, tmp_path, monkeypatch):
     whole = run(wanted, tmp_path / "whole", opened=model(tiny_tokenizer), quiet=True)
     assert json.loads((tmp_path / "whole" / "report.json").read_text()) == whole
-    assert {(item["task"], item["length"]): item["n"] for item in whole["scores"]} == {
-        (task, length): 3 for task in wanted.tasks[1:] for length in wanted.lengths
-    }
-    passkeys = [item for item in whole["scores"] if item["task"] == "infinitebench_passkey"]
-    assert all(item["score"] == 100 and 40 < item["low"] < 100 and item["high"] == 100 for item in passkeys)
-    nonliteral = [item for item in whole["scores"] if item["task"] == "nonliteral_world"]
-    assert all(item["score"] == 0 and item["low"] == 0 and 0 < item["high"] < 60 for item in nonliteral), (
+    assert read_measurements(tmp_path / "whole" / "results.json") == list(results_of(whole).values())
+    results = results_of(whole)
+    needle, passkeys, nonliteral = (results[task] for task in wanted.tasks)
+    assert [[(part.length, part.n) for part in result.by_length] for result in (passkeys, nonliteral)] == [
+        [(length, 3) for length in wanted.lengths]
+    ] * 2
+    assert all(part.value == 100 and 40 < part.low < 100 and part.high == 100 for part in passkeys.by_length)
+    assert all(part.value == 0 and part.low == 0 and 0 < part.high < 60 for part in nonliteral.by_length), (
         "a model that only repeats cannot see a meaning"
     )
-    assert [(cell["length"], cell["depth"]) for cell in whole["needle"]] == [
+    assert [(part.length, part.depth) for part in needle.by_depth] == [
         (length, depth) for length in (1024, 2048) for depth in (0.0, 0.5, 1.0)
     ]
     # RULER's wording repeats all but the needle's colon: the reader gets every digit but the first.
-    assert all(
-        cell["n"] == 1 and cell["wrong"][0]["got"].endswith(cell["wrong"][0]["expected"][1:])
-        for cell in whole["needle"]
-    )
-    assert sum(cell["n"] for cell in whole["depths"]) == 12, "passkeys and names stand at one depth each"
+    quoted = [part.details["wrong"][0] for part in needle.by_depth]
+    assert all(wrong["got"].endswith(wrong["expected"][1:]) for wrong in quoted)
+    assert all(part.n == 1 for part in needle.by_depth)
+    joined = join_depths([passkeys, nonliteral])
+    assert sum(part.n for part in joined) == 12, "passkeys and names stand at one depth each"
     assert whole["failures"][0]["task"] == "nonliteral_world"
     assert whole["failures"][0]["expected"]
     assert (whole["effective"], whole["paper_means"], whole["window"]) == (None, {}, 2048)
@@ -80,12 +97,12 @@ def test_a_run_leaves_scores_maps_and_a_page_and_goes_on_after_a_stop(wanted, ti
     for said in (
         "Needle in a haystack",
         "non-literal needle",
-        f"{passkeys[0]['low']:.1f} to 100.0",
+        f"{passkeys.by_length[0].low:.1f} to 100.0",
         "(published)",
         "What it got wrong",
         "haystack:",
         whole["failures"][0]["expected"],
-        whole["needle"][0]["wrong"][0]["got"],
+        quoted[0]["got"],
     ):
         assert said in text
 
@@ -109,9 +126,8 @@ def test_a_run_leaves_scores_maps_and_a_page_and_goes_on_after_a_stop(wanted, ti
     again = run(wanted, stopped, opened=model(tiny_tokenizer), quiet=True)
     for name, content in there.items():
         assert (stopped / name).read_bytes().startswith(content), "what was there is kept as it was"
-    same = [{key: item[key] for key in ("task", "length", "n", "score")} for item in whole["scores"]]
-    assert [{key: item[key] for key in ("task", "length", "n", "score")} for item in again["scores"]] == same
-    assert again["needle"] == whole["needle"]
+    assert numbers(again) == numbers(whole)
+    assert results_of(again)["needle"] == needle
 
 
 def test_more_may_be_asked_of_a_run_but_nothing_else(wanted, tiny_tokenizer, tmp_path):
@@ -123,7 +139,7 @@ def test_more_may_be_asked_of_a_run_but_nothing_else(wanted, tiny_tokenizer, tmp
     first = file.read_bytes()
     more = run(replace(less, samples=3), tmp_path / "run", opened=model(tiny_tokenizer), quiet=True)
     assert file.read_bytes().startswith(first)
-    assert more["scores"][0]["n"] == 3
+    assert more["results"][0]["n"] == 3
     kept = settings.load(RunSettings, tmp_path / "run" / "run.yaml")
     assert (kept.samples, kept.lengths) == (3, (1024,))
     for change in ({"model": "other"}, {"seed": 1}, {"chat": None}):
@@ -165,17 +181,17 @@ def test_lengths_beyond_the_window_are_asked_only_if_told_to():
 def test_what_cannot_be_made_is_said_before_the_first_answer(wanted, tiny_tokenizer, tmp_path):
     from dataclasses import replace
 
-    names = expand(["ruler_vt,facts_qa1,ruler_qa_squad,ruler_qa_hotpot,lveval_cmrc_mixup_16k,needle"])
+    names = expand(["ruler_vt,babilong_style_qa1,ruler_qa_squad,ruler_qa_hotpot,lveval_cmrc_mixup_16k,needle"])
     with pytest.raises(ValueError, match=r"cannot be made\. ruler_qa_squad: .*; ruler_qa_hotpot: .*--skip-missing"):
         plan_pairs(names, [4096, 8192], tiny_tokenizer, replace(wanted, data=None), prose(count=2))
     lenient = replace(wanted, skip_missing=True)
     pairs, _, skipped = plan_pairs(names, [4096, 8192], tiny_tokenizer, lenient, prose(count=2))
-    assert pairs == [("ruler_vt", 4096), ("facts_qa1", 4096), ("ruler_vt", 8192), ("facts_qa1", 8192)]
+    assert pairs == [("ruler_vt", 4096), ("babilong_style_qa1", 4096), ("ruler_vt", 8192), ("babilong_style_qa1", 8192)]
     assert set(skipped) == {"ruler_qa_squad", "ruler_qa_hotpot", "lveval_cmrc_mixup_16k"}
-    with pytest.raises(ValueError, match=r"facts_qa1 at 300: 300 tokens are too few: .* takes [\d,]+\. Ask"):
-        plan_pairs(["facts_qa1"], [300, 8192], tiny_tokenizer, wanted, prose(count=2))
-    pairs, _, skipped = plan_pairs(["facts_qa1"], [300, 8192], tiny_tokenizer, lenient, prose(count=2))
-    assert (pairs, list(skipped)) == ([("facts_qa1", 8192)], ["facts_qa1 at 300"])
+    with pytest.raises(ValueError, match=r"babilong_style_qa1 at 300: 300 tokens are too few: .* takes [\d,]+\. Ask"):
+        plan_pairs(["babilong_style_qa1"], [300, 8192], tiny_tokenizer, wanted, prose(count=2))
+    pairs, _, skipped = plan_pairs(["babilong_style_qa1"], [300, 8192], tiny_tokenizer, lenient, prose(count=2))
+    assert (pairs, list(skipped)) == ([("babilong_style_qa1", 8192)], ["babilong_style_qa1 at 300"])
     with pytest.raises(ValueError, match="needs packed rows"):
         run(replace(wanted, tasks=("perplexity",)), tmp_path / "x", opened=model(tiny_tokenizer))
     assert not (tmp_path / "x").exists()
@@ -192,12 +208,13 @@ def test_published_sets_are_asked_once_at_the_longest_length(wanted, tiny_tokeni
     (tmp_path / "deep" / "longbook_qa_eng.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     asked = replace(wanted, tasks=("infinitebench_longbook_qa_eng",), data=str(tmp_path))
     result = run(asked, tmp_path / "run", opened=model(tiny_tokenizer), quiet=True)
-    assert [(item["length"], item["n"], item["cut"]) for item in result["scores"]] == [(2048, 2, 2)]
+    (part,) = result["results"][0]["by_length"]
+    assert (part["length"], part["n"], part["details"]["cut"]) == (2048, 2, 2)
     assert "lost their middle" in " ".join(page_of(tmp_path / "run").text)
 
 
 def test_groups_name_every_test_once():
-    assert set(expand(["ruler,infinitebench,lveval,facts,nonliteral,needle"])) == set(TASKS)
+    assert set(expand(["ruler,infinitebench,lveval,babilong_style,nonliteral,needle"])) == set(TASKS)
     assert (len(GROUPS["ruler"]), len(GROUPS["infinitebench"]), len(GROUPS["lveval_64k"])) == (13, 12, 11)
     assert expand(["ruler_vt", "niah, ruler_vt"])[:2] == ["ruler_vt", "niah_single_1"]
     assert set(FAMILIES) == set(TASKS) - {"needle"}
@@ -275,14 +292,14 @@ def test_effective_length_and_the_papers_means_come_from_all_thirteen(tmp_path):
 
 
 def test_intervals_of_means_shrink_with_the_number_of_tests():
-    one = {"score": 50.0, "low": 40.0, "high": 62.0}
+    one = Part(50.0, 9, 40.0, 62.0)
     mean = mean_of_tasks([one] * 16)
     assert (mean["score"], mean["low"], mean["high"]) == pytest.approx((50, 50 - 10 / 4, 50 + 12 / 4))
-    sure = {"score": 100.0, "low": 84.0, "high": 100.0}
+    sure = Part(100.0, 9, 84.0, 100.0)
     assert mean_of_tasks([sure] * 4) == {"score": 100, "low": 92, "high": 100}
     mixed = mean_of_tasks([one, sure])
     assert mixed["low"] == pytest.approx(75 - math.hypot(10, 16) / 2)
-    assert mean_of_tasks([one, {"score": 1.0, "low": None, "high": None}])["low"] is None
+    assert mean_of_tasks([one, Part(1.0, 1)])["low"] is None
 
 
 def test_the_papers_tables_hold_what_it_printed():
@@ -326,7 +343,7 @@ def test_the_command_line_runs_and_reports(tmp_path, make_tiny_model, tiny_token
         cli.main(["eval", "run", *words])
         assert "InfiniteBench" in capsys.readouterr().out
     assert len(read_jsonl(out / "infinitebench_passkey-1024.jsonl")) == 2, "the second time there was nothing to do"
-    assert json.loads((tmp_path / "r.json").read_text())["scores"][0]["n"] == 2
+    assert json.loads((tmp_path / "r.json").read_text())["results"][0]["n"] == 2
     (out / "report.html").unlink()
     cli.main(["eval", "report", str(out)])
     assert (out / "report.html").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fact_solver import solve as solve_facts
 
-from ultralong.evaluation.measures.score import score_predictions
+from ultralong.evaluation.measures.score import grades, score_predictions
 from ultralong.evaluation.tasks import babilong_style as facts
 from ultralong.evaluation.tasks import nonliteral
 from ultralong.evaluation.tasks.ruler import NIAH, counting, niah, questions
@@ -163,7 +163,7 @@ SOLVERS = {
     "infinitebench_code_run": solve_code,
     "infinitebench_math_find": solve_find,
     "infinitebench_math_calc": solve_sum,
-    **{name: lambda text, prefix: solve_facts(text) for name in facts.FACTS_TASKS},
+    **{name: lambda text, prefix: solve_facts(text) for name in facts.BABILONG_STYLE_TASKS},
     **{
         name: lambda text, prefix: next(person for person in facts.PEOPLE if person in text)
         for name in nonliteral.NONLITERAL_TASKS
@@ -178,10 +178,10 @@ def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tok
     records = make(task, chat=chat, **options)
     solved = [{**record, "prediction": SOLVERS[task](record["input"], record["answer_prefix"])} for record in records]
     result = score_predictions(task, solved)
-    assert result["score"] == 100, result["scores"]
+    assert result.value == 100, grades(task, solved)
     assert result["n"] == options["samples"]
     blind = score_predictions(task, [{**record, "prediction": "I do not know, 5."} for record in records])
-    assert blind["score"] <= 10
+    assert blind.value <= 10
 
 
 @pytest.mark.parametrize("length", [4096, 16384])
@@ -318,10 +318,10 @@ def test_scores_come_by_length_with_intervals():
         for right in rights
     ]
     result = score_predictions("needle", records)
-    assert (result["score"], result["n"]) == (50, 8)
-    assert [(part["length"], part["score"], part["n"]) for part in result["lengths"]] == [(4096, 75, 4), (8192, 25, 4)]
-    assert result["low"] < 50 < result["high"]
-    assert score_predictions("needle", records[:1])["low"] is None
+    assert (result.value, result.n) == (50, 8)
+    assert [(part.length, part.value, part.n) for part in result.by_length] == [(4096, 75, 4), (8192, 25, 4)]
+    assert result.low < 50 < result.high
+    assert score_predictions("needle", records[:1]).low is None
     for bad in ([], [{"outputs": ["5"]}], [{"prediction": "5"}], [{"outputs": [], "prediction": "5"}]):
         with pytest.raises(ValueError, match=r"no predictions|Record 1 has"):
             score_predictions("needle", bad)

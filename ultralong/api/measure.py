@@ -26,21 +26,22 @@ def needle(
     """Hide a number in a long text and ask the model for it, at every length and depth.
 
     >>> found = needle("miniature", lengths=[256], depths=[0.5], samples=2)
-    >>> print(found["cells"][0]["n"])
+    >>> print(found["results"][0]["by_depth"][0]["n"])
     2
 
     Args:
         model: Folder, hub id or "miniature".
-        lengths: Tokens of the prompts; eighths of the model's window when empty.
+        lengths: Tokens of the prompts; a short one and eighths of the model's window when empty.
         depths: Where the needle stands, from 0 (first) to 1 (last).
         samples: Prompts a cell.
         haystack: Text file or folder to hide it in; None is repeated filler.
         seed: Seed of the prompts.
         device: "auto", or any of torch's.
-        out: Folder for numbers and a picture; None writes nothing.
+        out: Folder of the run and its report; None writes nothing.
 
     Returns:
-        `cells` (each with length, depth, n and correct), what they were measured with, and `environment`.
+        The content of `report.json`: the needle's result in `results`, with `by_length` and `by_depth` (each with
+        value in per cent, n and its 95% interval, low and high), `settings` and `environment`.
 
     Raises:
         ValueError: No such model, or lengths and depths that no prompt can have.
@@ -71,8 +72,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Measure perplexity by position on packed rows.
 
-    >>> bins = perplexity("run/model", "rows", max_rows=1)["bins"]
-    >>> print(bins[0]["start"], bins[-1]["end"])
+    >>> parts = perplexity("run/model", "rows", max_rows=1)["results"][0]["by_position"]
+    >>> print(parts[0]["start"], parts[-1]["end"])
     0 1024
 
     Args:
@@ -81,10 +82,11 @@ def perplexity(
         max_rows: Rows to read.
         seed: Seed of the bootstrap behind the intervals.
         device: "auto", or any of torch's.
-        out: Folder for numbers and a picture; None writes nothing.
+        out: Folder of the run and its report; None writes nothing.
 
     Returns:
-        `bins` (each with start, end, perplexity and its 95% interval, low and high) and `environment`.
+        The content of `report.json`: in `results` perplexity by position in the row, and by distance from the start of
+        the document, each with `by_position` (start, end, value and its 95% interval, low and high).
 
     Raises:
         ValueError: No such model or rows.
@@ -112,7 +114,7 @@ def evaluate(
 
     Args:
         model: Folder, hub id or "miniature".
-        tasks: Tests and groups of tests, such as "needle,ruler,facts".
+        tasks: Tests and groups of tests, such as "needle,ruler".
         out: Folder of answers and report.
         before: Folder of a run of the model before, to set beside it.
         device: "auto", or any of torch's.

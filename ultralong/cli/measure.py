@@ -27,19 +27,19 @@ def needle(
 ) -> None:
     """Hide a number in long prompts and ask for it: how often it is found, by length and depth.
 
-    The map of a whole run, beside other tests and over several GPUs, is in: ultralong eval run needle MODEL.
+    This is `ultralong eval run needle MODEL` with a small map; with --out it is resumed there after a stop.
 
     Example: ultralong eval needle model --lengths 4k 16k 64k --samples 10 --out runs/needle
 
     Args:
         model: Folder or hub id.
-        lengths: Tokens of the prompts; by default eighths of the model's window.
+        lengths: Tokens of the prompts; by default a short one and eighths of the model's window.
         depths: Where the needle stands, from 0 (first) to 1 (last).
         samples: Prompts of each length and depth.
         seed: Seed of the prompts.
         haystack: Text file or folder to hide the needle in; repeated filler without it.
         device: auto, cpu or cuda.
-        out: Folder for a picture and the numbers.
+        out: Folder of the run and its report.
         json: Write the numbers as JSON to this file.
     """
     from ultralong.evaluation.runs.commands import measure
@@ -79,7 +79,7 @@ def perplexity(
         max_rows: Rows to use.
         seed: Seed of the intervals.
         device: auto, cpu or cuda.
-        out: Folder for a picture and the numbers.
+        out: Folder of the run and its report.
         json: Write the numbers as JSON to this file.
     """
     from ultralong.evaluation.runs.commands import measure
@@ -93,7 +93,7 @@ def _show(result: dict[str, Any], out: Path | None, json: Path | None) -> None:
 
     leave(json, result)
     print(summary(result))
-    print(f"Picture and numbers are in {out}." if out else "For a picture and the numbers: --out FOLDER.")
+    print(f"The report is {out / 'report.html'}." if out else "For a page with figures: --out FOLDER.")
 
 
 def loss(
@@ -132,19 +132,20 @@ def loss(
         place, rows, before=other, device=device, most=max_rows, micro_batch_size=micro_batch_size, dtype=dtype
     )
     leave(json, result)
-    print(f"{model}: {_loss_line(result)}")
+    print(f"{model}: {_loss_line(result['result'])}")
     if before is not None:
-        print(f"{before}: {_loss_line(result['before'])}")
-        between = (
-            "" if result["change_low"] is None else f" [{result['change_low']:+.4f}, {result['change_high']:+.4f}]"
-        )
-        print(f"change {result['change']:+.4f}{between}; the loss fell for {result['better']:.0%} of the documents")
+        change = result["change"]
+        print(f"{before}: {_loss_line(result['before']['result'])}")
+        between = "" if change["low"] is None else f" [{change['low']:+.4f}, {change['high']:+.4f}]"
+        print(f"change {change['change']:+.4f}{between}; the loss fell for {change['better']:.0%} of the documents")
 
 
 def _loss_line(found: dict[str, Any]) -> str:
-    between = "" if found["low"] is None else f" [{found['low']:.4f}, {found['high']:.4f}]"
-    of = f"{found['targets']:,} targets of {found['documents']:,} documents"
-    return f"{found['loss']:.4f}{between} nats per target, {of}"
+    from ultralong.evaluation.measures.result import Result, interval_text
+
+    result = Result.from_dict(found)
+    of = f"{result.n:,} targets of {result.details['documents']:,} documents"
+    return f"{result.value:.4f} [{interval_text(result, '{:.4f}')}] nats per target, {of}"
 
 
 def make_samples(
@@ -162,12 +163,12 @@ def make_samples(
 ) -> None:
     """Write samples of a test to a file, for a model that runs elsewhere.
 
-    Tests are RULER's, InfiniteBench's, LV-Eval's, chained facts and needles.
+    Tests are RULER's, InfiniteBench's, LV-Eval's, BABILong-style questions and needles.
 
     Example: ultralong eval make ruler_vt --length 128k --samples 20 --tokenizer model --out vt.jsonl
 
     Args:
-        task: Name of the test, such as needle, niah_single_1, ruler_vt, facts_qa2 or lveval_cmrc_mixup_16k.
+        task: Name of the test, such as needle, niah_single_1, ruler_vt, babilong_style_qa2 or lveval_cmrc_mixup_16k.
         length: Most tokens of prompt and answer together.
         samples: Number of samples.
         tokenizer: Folder or hub id of the model whose tokenizer counts.
@@ -203,11 +204,12 @@ def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json
         predictions: File of JSON lines.
         json: Write the score as JSON to this file.
     """
-    from ultralong.evaluation.runs.records import score_file
+    from ultralong.evaluation.measures.result import interval_text
+    from ultralong.evaluation.runs.answer_files import score_file
 
     result = score_file(task, predictions)
-    leave(json, result)
-    print(", ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, list | dict)))
+    leave(json, result.to_dict())
+    print(f"{result.task}  {result.value:.1f}  [{interval_text(result)}]  n {result.n}")
 
 
 def answer(
@@ -252,6 +254,7 @@ def answer(
     """
     from functools import partial
 
+    from ultralong.evaluation.measures.result import Result, interval_text
     from ultralong.evaluation.runs.commands import answer as work
     from ultralong.inference.long_engine import with_model
 
@@ -266,9 +269,9 @@ def answer(
     if result is None:  # one of torchrun's other processes
         return
     leave(json, result)
-    for row in result["scores"]:
-        interval = f"[{row['low']:.1f}, {row['high']:.1f}]"
-        print(f"{row['task']:24} {row['length']:>9,}  {row['score']:6.1f}  {interval}  n {row['n']}")
+    for found in (Result.from_dict(values) for values in result["results"]):
+        for part in found.by_length:
+            print(f"{found.task:24} {part.length:>9,}  {part.value:6.1f}  [{interval_text(part)}]  n {part.n}")
 
 
 def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json = None) -> None:
@@ -281,13 +284,14 @@ def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json 
         second: The same for the other.
         json: Write the differences as JSON to this file.
     """
-    from ultralong.evaluation.runs.records import compare_answers
+    from ultralong.evaluation.measures.result import Part, interval_text
+    from ultralong.evaluation.runs.compare import compare_answers
 
     rows = compare_answers(first, second)
     leave(json, rows)
     for row in rows:
-        between = "" if row["low"] is None else f"  [{row['low']:+.1f}, {row['high']:+.1f}]"
+        change = interval_text(Part(row["difference"], row["n"], row["low"], row["high"]), "{:+.1f}")
         print(
             f"{row['task']:24} {row['length']:>9,}  {row['first']:6.1f} -> {row['second']:6.1f}  "
-            f"{row['difference']:+.1f}{between}  n {row['n']}"
+            f"{row['difference']:+.1f}  [{change}]  n {row['n']}"
         )

@@ -30,11 +30,11 @@ def run(wanted: RunSettings, *, out: Path, before: Path | None = None, device: s
     Stop it at any time; the same command resumes where it stopped.
 
     Tests are named with commas between them; groups are ruler, niah, infinitebench, infinitebench_synthetic,
-    infinitebench_published, lveval, lveval_16k to lveval_256k, facts, nonliteral, needle (the map), perplexity and
-    standard (lm-eval).
+    infinitebench_published, lveval, lveval_16k to lveval_256k, babilong_style, nonliteral, needle (the map),
+    perplexity, loss and lm_eval (short benchmarks).
 
     Examples:
-      ultralong eval run needle,ruler,facts,nonliteral model --lengths 4k 32k 128k --samples 50 --out runs/model
+      ultralong eval run needle,ruler,babilong_style model --lengths 4k 32k 128k --samples 50 --out runs/model
       ultralong eval run lveval,infinitebench model --lengths 128k --data published --out runs/model
       ultralong eval run ruler model --lengths 1m --gpus 2 --out runs/long
 
@@ -48,7 +48,7 @@ def run(wanted: RunSettings, *, out: Path, before: Path | None = None, device: s
     from ultralong.evaluation.runs.run import run as measure
 
     wanted = replace(wanted, model=find_checkpoint(wanted.model))
-    result = measure(wanted, out, before=before, device=device)
+    result = measure(wanted, out, before=before, device=device, draw=False)
     if result is None:  # one of torchrun's other processes
         return
     leave(json, result)
@@ -69,21 +69,14 @@ def report(folder: Positional[Path], /, *, before: Path | None = None, json: Jso
     """
     from ultralong.evaluation.runs.results import write_results
 
-    result = write_results(folder, before)
+    result = write_results(folder, before, draw=False)
     leave(json, result)
     _tell(result, folder)
 
 
 def _tell(result: dict[str, Any], out: Path) -> None:
-    for item in result["families"]:
-        between = "" if item["low"] is None else f"  [{item['low']:.1f}, {item['high']:.1f}]"
-        print(
-            f"{item['family']:20} {item['length']:>9,}  {item['score']:6.1f}{between}  {item['tasks']} tests, "
-            f"n {item['n']}"
-        )
-    if result["effective"] is not None:
-        reached = result["effective"]["length"]
-        print(f"effective length (RULER, {result['effective']['bar']}): {f'{reached:,}' if reached else 'none'}")
-    for item in (result["standard"] or {}).get("scores", ()):
-        print(f"{item['task']:20} {item['score']:16.2f}  n {item['n']}")
-    print(f"{out / 'report.html'}")
+    from ultralong.evaluation.report.run_page import draw_run
+    from ultralong.evaluation.report.table import table_lines
+
+    print("\n".join(table_lines(result)), flush=True)
+    print(f"{draw_run(result, out)}")

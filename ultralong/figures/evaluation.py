@@ -16,6 +16,7 @@ from ultralong.figures.theme import (
     SCORE_SCALE,
     graph_objects,
     new_figure,
+    plain_text,
     tokens_label,
     translucent,
 )
@@ -144,8 +145,9 @@ def perplexity_curve(
     *,
     base_window: int | None = None,
     window_name: str = "old window",
+    by: str = "row",
 ) -> Figure:
-    """Perplexity by position in the document, one line a model, with its interval as a band.
+    """Perplexity by position, one line a model, with its interval as a band.
 
     Args:
         curves: Name of the model to its bins, as `perplexity_by_position` returns them: `start`, `end` (tokens),
@@ -153,8 +155,9 @@ def perplexity_curve(
         title: Title of the figure.
         base_window: The old window in tokens, drawn as a vertical line.
         window_name: What the line is called.
+        by: What positions are counted from, as `perplexity_by_position` was told: `row` or `document`.
     """
-    figure = new_figure(title, "position in the document (tokens)", "perplexity", height=360)
+    figure = new_figure(title, f"position in the {by} (tokens)", "perplexity", height=360)
     scatter = graph_objects().Scatter
     for index, (name, bins) in enumerate(curves.items()):
         colour = PALETTE[index % len(PALETTE)]
@@ -176,12 +179,12 @@ def perplexity_curve(
             scatter(
                 x=x,
                 y=[item["perplexity"] for item in bins],
-                name=name,
+                name=plain_text(name),
                 mode="lines+markers",
                 line={"color": colour, "dash": DASHES[index % len(DASHES)]},
                 marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
                 customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
-                hovertemplate="%{customdata}: %{y:.2f}<extra>" + name + "</extra>",
+                hovertemplate="%{customdata}: %{y:.2f}<extra>%{fullData.name}</extra>",
             )
         )
     figure.update_layout(showlegend=True)
@@ -246,7 +249,7 @@ def score_curves(
             graph_objects().Scatter(
                 x=[item["length"] for item in items],
                 y=[item["score"] for item in items],
-                name=task,
+                name=plain_text(task),
                 mode="lines+markers",
                 line={"color": colour, "dash": DASHES[index // len(PALETTE) % len(DASHES)], "width": 2},
                 marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},

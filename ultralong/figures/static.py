@@ -7,6 +7,7 @@ filled bands, error bars), bar and heatmap traces, subplots, log and category ax
 
 from __future__ import annotations
 
+import html
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -163,7 +164,8 @@ def _plain(text: str | None) -> str:
     plain = (text or "").replace("<br>", "\n")
     for tag in ("<b>", "</b>", "<i>", "</i>", "<sub>", "</sub>", "<sup>", "</sup>"):
         plain = plain.replace(tag, "")
-    return plain
+    # A dollar sign would begin a formula.
+    return html.unescape(plain).replace("$", r"\$")
 
 
 def _find_panel(panels: dict, x_reference: str | None, y_reference: str | None) -> Axes:
@@ -272,7 +274,7 @@ def _draw_title_and_legend(canvas: StaticFigure, figure: Figure, panels: dict, s
         }
         canvas.legend(
             list(handles.values()),
-            list(handles),
+            [_plain(label) for label in handles],
             loc="lower left",
             bbox_to_anchor=(min(panel.get_position().x0 for panel in panels.values()), 0.0),
             ncols=int(np.ceil(len(handles) / rows)),

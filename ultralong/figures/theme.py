@@ -81,6 +81,11 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
     return figure
 
 
+def plain_text(text: str) -> str:
+    """A text that plotly shows as it is: its labels read `<b>` and the like as markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def tokens_label(tokens: float) -> str:
     """A short name for a number of tokens, in binary thousands as lengths are given: 512, 8K, 1.5K, 1M.
 

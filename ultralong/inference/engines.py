@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +108,22 @@ class OwnEngine:
         return self.tokenizer.decode(said, skip_special_tokens=True), self._shared.reused
 
 
+def require_vllm() -> ModuleType:
+    """VLLM.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return importlib.import_module("vllm")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "vllm is needed for this engine and is not installed. It pins the torch that it was "
+            "built for: make an environment of its own (pip install vllm), install ultralong into "
+            "that, or leave --engine away."
+        ) from error
+
+
 class VllmEngine(OneByOne):
     """vLLM, with its own prefix cache. It pins the torch that it was built for, so it lives where that fits.
 
@@ -134,14 +151,7 @@ class VllmEngine(OneByOne):
         kv_dtype: str = "auto",
         chunk: int | None = None,
     ) -> None:
-        try:
-            self._vllm = importlib.import_module("vllm")
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "vllm is needed for this engine and is not installed. It pins the torch that it was "
-                "built for: make an environment of its own (pip install vllm), install ultralong into "
-                "that, or leave --engine away."
-            ) from error
+        self._vllm = require_vllm()
         self.tokenizer = tokenizer
         options: dict[str, Any] = {"max_num_seqs": 1, "enable_prefix_caching": True, "kv_cache_dtype": kv_dtype}
         if chunk is not None:

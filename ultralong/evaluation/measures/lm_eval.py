@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.evaluation.measures.lm_eval_data import MATH_SUBJECTS, local_folder
+from ultralong.evaluation.measures.result import Result, benchmark_result
 from ultralong.utils.extras import require
 from ultralong.utils.files import read_json, write_json
 from ultralong.utils.progress import progress
@@ -51,7 +52,7 @@ class Benchmark:
 
 # The paper's five (MMLU and MMLU-Pro with 5 examples, MATH 0, GSM-8K 8, HumanEval 0), then four more. The tasks are
 # those that lm-eval keeps for Llama-3 Instruct; the paper does not say which prompts it used.
-STANDARD = {
+BENCHMARKS = {
     item.name: item
     for item in (
         Benchmark("MMLU", ("mmlu_llama",), "exact_match,strict_match"),
@@ -73,11 +74,11 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     Raises:
         ValueError: There is none of that name.
     """
-    known = {name.lower(): item for name, item in STANDARD.items()}
+    known = {name.lower(): item for name, item in BENCHMARKS.items()}
     unknown = [name for name in names if name.lower() not in known]
     if unknown:
-        raise ValueError(f"There is no short benchmark {unknown[0]!r}. There are: {', '.join(STANDARD)}.")
-    return [known[name.lower()] for name in names] or list(STANDARD.values())
+        raise ValueError(f"There is no short benchmark {unknown[0]!r}. There are: {', '.join(BENCHMARKS)}.")
+    return [known[name.lower()] for name in names] or list(BENCHMARKS.values())
 
 
 def command_for(
@@ -110,7 +111,7 @@ def command_for(
         "--model",
         "hf",
         "--model_args",
-        f"pretrained={model},dtype={dtype}",
+        f"pretrained={_plain_value(model)},dtype={dtype}",
         "--tasks",
         ",".join(benchmark.tasks),
         "--device",
@@ -133,7 +134,18 @@ def command_for(
     return words
 
 
-def measure_standard(
+def _plain_value(model: str) -> str:
+    """A model's name where lm-eval reads `name=value` pairs: a comma in it would add arguments of its own.
+
+    Raises:
+        ValueError: It holds one.
+    """
+    if "," in model:
+        raise ValueError(f"{model} holds a comma, at which lm-eval would cut the name: move or link the folder.")
+    return model
+
+
+def measure_lm_eval(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -145,13 +157,13 @@ def measure_standard(
     run_code: bool = False,
     include: Path | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> tuple[list[Result], dict[str, str]]:
     """Run short benchmarks; those whose result is in the folder are not run again.
 
     Args:
         model: Folder or hub id.
         out: Folder for one JSON file a benchmark.
-        names: Benchmarks, as in `STANDARD`; all for none.
+        names: Benchmarks, as in `BENCHMARKS`; all for none.
         data: Folder with copies of the data under the hub's names, `package` for those that a package registry has, or
             None for the hub.
         device: cpu or cuda.
@@ -162,8 +174,7 @@ def measure_standard(
         quiet: True draws no progress bar.
 
     Returns:
-        `scores`, one a benchmark (`task`: its name, `lm_eval`: its tasks, `metric`, `score` and `stderr` in per cent,
-        `n`), `skipped` (benchmark to reason), `version` of lm-eval.
+        The results, and the reason of each benchmark left out.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -176,7 +187,7 @@ def measure_standard(
     named = str(where.absolute()) if where.exists() else str(model)
     folder = local_folder(data)
     skipped: dict[str, str] = {}
-    scores = []
+    results = []
     for item in progress(chosen, desc="short benchmarks", unit="benchmark", quiet=quiet):
         kept = out / f"{item.name}.json"
         if item.runs_code and not run_code:
@@ -190,11 +201,12 @@ def measure_standard(
                     skipped[item.name] = reason
                     continue
                 write_json(kept, read_score(item, Path(scratch)))
-        scores.append(read_json(kept))
-    return {"scores": scores, "skipped": skipped, "version": _version()}
+        results.append(benchmark_result(read_json(kept)))
+    return results, skipped
 
 
-def _version() -> str:
+def lm_eval_version() -> str:
+    """Version of the installed lm-eval; `unknown` where there is none."""
     try:
         return version("lm-eval")
     except PackageNotFoundError:
@@ -230,7 +242,7 @@ def read_score(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     if not counts or any(benchmark.metric not in values for values in measured.values()):
         raise ValueError(
             f"lm-eval's results for {benchmark.name} do not hold {benchmark.metric} for each of its "
-            f"tasks: another version of lm-eval? This one is {_version()}."
+            f"tasks: another version of lm-eval? This one is {lm_eval_version()}."
         )
     total = sum(counts.values())
     score = sum(count * measured[task][benchmark.metric] for task, count in counts.items()) / total

@@ -1,33 +1,34 @@
-"""Needle in a haystack: a number hidden in a long text, asked for at its end, by prompt length and depth.
+"""The needle map: how often a hidden number is found, by prompt length and depth.
 
-Every prompt is exactly as long as asked, for any tokenizer, because it is put together from ids: the frame, haystack up
-to the needle, the needle, haystack that fills what is left, the question. Wording and scoring follow RULER's
-`niah_single` tasks (Hsieh et al. 2024); the grid is the passkey map that long-context papers print. It is the easiest
-long-context test there is: it shows that positions work, not that the model understands what it reads.
+The grid is the passkey map that long-context papers print. It is the easiest long-context test there is: it shows that
+positions work, not that the model understands what it reads.
 
-B batch, T tokens, A answer tokens, V vocabulary.
+B batch, T tokens, A answer tokens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.tasks.haystack import Haystack
 from ultralong.evaluation.tasks.needle import NeedleFormat, NeedleSample, make_needle, prepare_haystack
-from ultralong.inference.generate import generate_greedy, prefill
+from ultralong.inference.engines import Engine, OwnEngine
+from ultralong.inference.generate import prefill
 from ultralong.utils.progress import progress
+
+SPARE = 8  # tokens to decode beyond the answer's, for a few words around it
+Judged = list[tuple[bool, str]]  # for each needle whether it was found, and what was said
 
 
 def needle_grid(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     depths: Sequence[float],
@@ -38,6 +39,8 @@ def needle_grid(
     form: NeedleFormat | None = None,
     chat: bool | None = None,
     method: str = "forward",
+    engine: Engine | None = None,
+    capacity: int | None = None,
     batch_tokens: int = 8192,
     chunk: int | None = None,
     keep_wrong: int = 3,
@@ -46,7 +49,7 @@ def needle_grid(
     """Needle retrieval for every length and depth.
 
     Args:
-        model: A causal language model; it is put into eval mode.
+        model: A causal language model; it is put into eval mode. None where an engine answers.
         tokenizer: Its tokenizer.
         lengths: Tokens of prompt and answer together.
         depths: Fractions from 0 (first) to 1 (last).
@@ -58,6 +61,9 @@ def needle_grid(
         method: `"forward"` feeds the answer behind the prompt and asks whether every one of its tokens is the most
             likely: one pass a batch, and the same outcome as greedy decoding of that answer. `"generate"` decodes and
             compares the first number, which also finds an answer put in other words or split into other tokens.
+        engine: What decodes, where the model's own forward pass cannot hold the prompt; `method` is then `"generate"`.
+        capacity: With an engine: tokens of the longest prompt of a map that is asked in several calls, so that one
+            cache serves all.
         batch_tokens: Tokens of one forward pass, at least one prompt.
         chunk: Tokens of one prefill pass, for prompts whose activations do not fit.
         keep_wrong: Wrong answers to keep in each cell.
@@ -68,53 +74,74 @@ def needle_grid(
         (Wilson's interval at 95%) and `wrong`, a list of `sample`, `expected` and `got`.
 
     Raises:
-        ValueError: An empty grid, another method, or what `make_needle` refuses.
+        ValueError: An empty grid, another method, neither model nor engine, or what `make_needle` refuses.
     """
     if not len(lengths) or not len(depths) or samples < 1:
         raise ValueError("A needle grid needs at least one length, one depth and one sample a cell.")
-    if method not in ("forward", "generate"):
-        raise ValueError(f"method must be 'forward' or 'generate', got {method!r}.")
-    model.eval()
     haystack = prepare_haystack(tokenizer, haystack, max(lengths))
-    cells = {
-        (length, depth): {"length": int(length), "depth": float(depth), "n": 0, "correct": 0, "wrong": []}
-        for length in lengths
-        for depth in depths
-    }
+    judge = _judge(model, tokenizer, method, engine, chunk, max(*lengths, capacity or 0))
+    cells = []
     with progress(
         total=sum(lengths) * len(depths) * samples, desc="needle", unit="tok", unit_scale=True, quiet=quiet
     ) as bar:
         for length in lengths:
-            wanted = [(depth, sample) for depth in depths for sample in range(samples)]
+            wanted = [(float(depth), sample) for depth in depths for sample in range(samples)]
             size = max(1, batch_tokens // length)
+            judged: Judged = []
+            expected: list[str] = []
             for first in range(0, len(wanted), size):
-                batch = [
-                    (
-                        depth,
-                        sample,
-                        make_needle(tokenizer, length, depth, seed, haystack, sample=sample, form=form, chat=chat),
-                    )
+                needles = [
+                    make_needle(tokenizer, length, depth, seed, haystack, sample=sample, form=form, chat=chat)
                     for depth, sample in wanted[first : first + size]
                 ]
-                needles = [needle for _, _, needle in batch]
-                answers = (
-                    answer_forward(model, tokenizer, needles, chunk=chunk)
-                    if method == "forward"
-                    else answer_generate(model, tokenizer, needles, chunk=chunk)
-                )
-                for (depth, sample, needle), (correct, got) in zip(batch, answers, strict=True):
-                    _count(cells[length, depth], sample, needle.answer, correct, got, keep_wrong)
-                bar.update(length * len(batch))
-    for cell in cells.values():
-        cell["low"], cell["high"] = wilson(cell["correct"], cell["n"])
-    return list(cells.values())
+                judged += judge(needles)
+                expected += [needle.answer for needle in needles]
+                bar.update(length * len(needles))
+            for place, depth in enumerate(depths):
+                part = slice(place * samples, (place + 1) * samples)
+                cells.append(_cell(length, float(depth), judged[part], expected[part], keep_wrong))
+    return cells
 
 
-def _count(cell: dict[str, Any], sample: int, expected: str, correct: bool, got: str, keep_wrong: int) -> None:
-    cell["n"] += 1
-    cell["correct"] += int(correct)
-    if not correct and len(cell["wrong"]) < keep_wrong:
-        cell["wrong"].append({"sample": sample, "expected": expected, "got": got})
+def _judge(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    engine: Engine | None,
+    chunk: int | None,
+    longest: int,
+) -> Callable[[Sequence[NeedleSample]], Judged]:
+    """What tells of needles of one length whether they are found."""
+    if method not in ("forward", "generate"):
+        raise ValueError(f"method must be 'forward' or 'generate', got {method!r}.")
+    if engine is None:
+        if model is None:
+            raise ValueError("A needle grid needs a model or an engine.")
+        if method == "forward":
+            ready = model.eval()
+            return lambda needles: answer_forward(ready, tokenizer, needles, chunk=chunk)
+        engine = OwnEngine(model, tokenizer, chunk)
+    answering = engine
+    return lambda needles: answer_by_engine(answering, needles, longest)
+
+
+def _cell(length: int, depth: float, judged: Judged, expected: Sequence[str], keep_wrong: int) -> dict[str, Any]:
+    correct = sum(right for right, _ in judged)
+    low, high = wilson(correct, len(judged))
+    wrong = [
+        {"sample": sample, "expected": answer, "got": got}
+        for sample, ((right, got), answer) in enumerate(zip(judged, expected, strict=True))
+        if not right
+    ]
+    return {
+        "length": int(length),
+        "depth": depth,
+        "n": len(judged),
+        "correct": correct,
+        "wrong": wrong[:keep_wrong],
+        "low": low,
+        "high": high,
+    }
 
 
 def answer_forward(
@@ -123,7 +150,7 @@ def answer_forward(
     needles: Sequence[NeedleSample],
     *,
     chunk: int | None = None,
-) -> list[tuple[bool, str]]:
+) -> Judged:
     """Check answers in one pass: each is right if each of its tokens is the most likely after those before it.
 
     Args:
@@ -144,47 +171,33 @@ def answer_forward(
     longest = max(len(needle.answer_ids) for needle in needles)
     # The last token predicts nothing that is asked for.
     guesses = prefill(model, whole[:, :-1], keep=longest, chunk=chunk).argmax(-1)  # (B, A)
-    return [
-        _compare(tokenizer, guesses[row, longest - len(needle.answer_ids) :], needle)
-        for row, needle in enumerate(needles)
-    ]
+    judged = []
+    for row, needle in enumerate(needles):
+        ids = guesses[row, longest - len(needle.answer_ids) :].tolist()
+        judged.append((ids == list(needle.answer_ids), str(tokenizer.decode(ids)).strip()))
+    return judged
 
 
-def _compare(tokenizer: PreTrainedTokenizerBase, guess: Tensor, needle: NeedleSample) -> tuple[bool, str]:
-    ids = guess.tolist()
-    return ids == list(needle.answer_ids), tokenizer.decode(ids).strip()
-
-
-def answer_generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    needles: Sequence[NeedleSample],
-    *,
-    chunk: int | None = None,
-    spare: int = 8,
-) -> list[tuple[bool, str]]:
-    """Decode answers greedily: each is right if the first number in it is the hidden one.
+def answer_by_engine(engine: Engine, needles: Sequence[NeedleSample], longest: int, *, spare: int = SPARE) -> Judged:
+    """Let an engine answer: right is an answer whose first number is the hidden one.
 
     Args:
-        model: A causal language model in eval mode.
-        tokenizer: Its tokenizer.
-        needles: Samples of one length; prompts whose answers take different numbers of tokens run apart.
-        chunk: Tokens of one prefill pass.
+        engine: What answers.
+        needles: Samples.
+        longest: Tokens of the longest prompt of all calls, so that one cache serves all.
         spare: Tokens to decode beyond those of the answer, for a few words around it.
 
     Returns:
-        For each sample whether it is right, and what was decoded.
+        For each sample whether it is right, and what was said.
     """
-    answers: dict[int, tuple[bool, str]] = {}
-    by_length: dict[int, list[int]] = {}
-    for index, needle in enumerate(needles):
-        by_length.setdefault(len(needle.input_ids), []).append(index)
-    for indices in by_length.values():
-        prompts = np.stack([needles[index].input_ids for index in indices]).astype(np.int64)  # (B, T)
-        budget = max(len(needles[index].answer_ids) for index in indices) + spare
-        decoded = generate_greedy(model, torch.from_numpy(prompts).to(model.device), budget, chunk=chunk)
-        for index, ids in zip(indices, decoded, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            found = re.search(r"\d+", text)
-            answers[index] = (found is not None and found.group() == needles[index].answer, text)
-    return [answers[index] for index in range(len(needles))]
+    prompts = [needle.input_ids.tolist() for needle in needles]
+    budgets = [len(needle.answer_ids) + spare for needle in needles]
+    if len(needles) > 1 and engine.at_once(longest + spare) > 1:
+        said = engine.answer_many(prompts, budgets)
+    else:
+        said = [engine.answer(ids, most, longest + spare)[0] for ids, most in zip(prompts, budgets, strict=True)]
+    judged = []
+    for needle, text in zip(needles, said, strict=True):
+        found = re.search(r"\d+", text)
+        judged.append((found is not None and found.group() == needle.answer, text.strip()))
+    return judged

@@ -26,7 +26,7 @@ FIRST_BIN = 256
 TILE_LOGITS = 1 << 25  # logits of one tile: 128 MiB in float32
 
 
-def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     """The model below its head, and the head, checked to give the model's own logits together.
 
     Raises:
@@ -44,7 +44,7 @@ def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return decoder, head
 
 
-def _tile_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def _tile_losses(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
     """Losses (N,) of hidden states (N, d) against labels (N,), a tile of logits at a time; 0 where ignored."""
     losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
     tile = max(1, TILE_LOGITS // head.weight.shape[0])

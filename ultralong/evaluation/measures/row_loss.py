@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ultralong import attention
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
+from ultralong.evaluation.measures.result import Part, Result
 from ultralong.inference.load_model import load_model
 from ultralong.training.batches import Batch, collate
 from ultralong.training.loss import LanguageModelLoss
@@ -40,6 +42,7 @@ class RowLoss:
         place_sums: (C,) float64, nats of each equal stretch of the row, over all rows.
         place_counts: (C,) float64, its targets.
         rows: Rows read.
+        length: T, tokens of a row; 0 where an older record did not say.
     """
 
     sums: np.ndarray
@@ -47,6 +50,7 @@ class RowLoss:
     place_sums: np.ndarray
     place_counts: np.ndarray
     rows: int
+    length: int = 0
 
     @property
     def mean(self) -> float:
@@ -72,15 +76,45 @@ class RowLoss:
             "loss_by_position": [total / count if count else None for total, count in places],
         }
 
+    def result(self, seed: int = 0) -> Result:
+        """The mean loss with its interval, and the loss of each stretch of the row (by position, in targets).
+
+        Args:
+            seed: Seed of the bootstrap over documents.
+        """
+        said = self.summary(seed)
+        edges = [-(-place * self.length // len(self.place_sums)) for place in range(len(self.place_sums) + 1)]
+        parts = tuple(
+            Part(float(total / count), int(count), start=edges[place], end=edges[place + 1])
+            for place, (total, count) in enumerate(zip(self.place_sums, self.place_counts, strict=True))
+            if count
+        )
+        details = {"documents": said["documents"], "rows": self.rows}
+        ends = (said["low"], said["high"])
+        return Result(
+            "loss",
+            "loss",
+            self.mean,
+            said["targets"],
+            "nats per target",
+            "targets",
+            *ends,
+            by_position=parts,
+            details=details,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; `RowLoss.from_dict` reads it."""
         arrays = ("sums", "counts", "place_sums", "place_counts")
-        return {**{name: getattr(self, name).tolist() for name in arrays}, "rows": self.rows}
+        return {**{name: getattr(self, name).tolist() for name in arrays}, "rows": self.rows, "length": self.length}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RowLoss:
         """The reverse of `to_dict`."""
-        return cls(**{key: value if key == "rows" else np.asarray(value, float) for key, value in values.items()})
+        sums, counts, place_sums, place_counts = (
+            np.asarray(values[name], float) for name in ("sums", "counts", "place_sums", "place_counts")
+        )
+        return cls(sums, counts, place_sums, place_counts, int(values["rows"]), int(values.get("length", 0)))
 
 
 def open_for_loss(model: str | os.PathLike[str], device: str = "auto") -> PreTrainedModel:
@@ -135,7 +169,8 @@ def row_loss(
             f"At least one row, one row at once and one place are needed, found {count}, {micro_batch_size} "
             f"and {places}."
         )
-    vocabulary, size = rows.manifest["tokenizer"]["vocabulary"], model.get_input_embeddings().weight.shape[0]
+    vocabulary = rows.manifest["tokenizer"]["vocabulary"]
+    size = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if vocabulary > size:
         raise ValueError(
             f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}: "
@@ -149,7 +184,7 @@ def row_loss(
         chosen = [rows[index] for index in range(first, min(first + micro_batch_size, count))]
         batch = collate(chosen, (), rows.mask_documents)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
-            losses = _losses(loss, batch, kernel).reshape(len(chosen), -1)  # (B, T)
+            losses = _losses(model, loss, batch, kernel).reshape(len(chosen), -1)  # (B, T)
         for row, nats in zip(chosen, losses, strict=True):
             used = (row.labels != IGNORE).astype(float)  # (T,)
             stretch = np.arange(rows.length) * places // rows.length
@@ -160,12 +195,12 @@ def row_loss(
     sums, counts = np.asarray(documents).T
     if not counts.sum():
         raise ValueError(f"{rows.folder}: none of the {count} rows read has a target.")
-    return RowLoss(sums, counts, *stretches, rows=count)
+    return RowLoss(sums, counts, stretches[0], stretches[1], count, rows.length)
 
 
-def _losses(loss: LanguageModelLoss, batch: Batch, kernel: str) -> np.ndarray:
+def _losses(model: PreTrainedModel, loss: LanguageModelLoss, batch: Batch, kernel: str) -> np.ndarray:
     """(B * T,) float64 losses of a batch, 0 where there is no target, computed as a training step on one process."""
-    model, extra = loss.model, {}
+    extra: dict[str, Any] = {}
     names = ("input_ids", "labels", "position_ids")
     tensors = {name: getattr(batch, name).to(model.device) for name in names}
     tokens = batch.input_ids.numel()
@@ -230,30 +265,25 @@ def measure_loss(
         **options: As `row_loss` takes them.
 
     Returns:
-        `model`, `rows_folder`, the summary of `RowLoss`, `environment`, and with `before` its summary and the change.
+        `model`, `rows_folder`, `environment`, `result` (a `Result` as JSON values), and with `before` its `model` and
+        `result`, and `change` as `loss_change` gives it.
 
     Raises:
         ValueError: As `open_for_loss`, `PackedRows` and `row_loss`.
     """
     packed = PackedRows(rows)
     found = row_loss(open_for_loss(model, device), packed, **options)
-    result = {
+    measured: dict[str, Any] = {
         "model": str(model),
         "rows_folder": str(rows),
-        **found.summary(seed),
+        "result": found.result(seed).to_dict(),
         "environment": describe_environment(),
     }
     if before is not None:
         first = row_loss(open_for_loss(before, device), packed, **options)
-        change = loss_change(first, found, seed=seed)
-        result |= {
-            "before": {"model": str(before), **first.summary(seed)},
-            "change": change["change"],
-            "change_low": change["low"],
-            "change_high": change["high"],
-            "better": change["better"],
-        }
-    return result
+        measured["before"] = {"model": str(before), "result": first.result(seed).to_dict()}
+        measured["change"] = loss_change(first, found, seed=seed)
+    return measured
 
 
 def _number(value: float) -> float | None:

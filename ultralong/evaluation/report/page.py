@@ -1,96 +1,142 @@
-"""The page of a report: parts in reading order, each left out when there is nothing to show."""
+"""Pages by templates: everything is escaped, a page opens offline, and every figure is a still picture first."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ultralong import figures
-from ultralong.evaluation.measures.intervals import wilson
-from ultralong.evaluation.report.style import SCRIPT, STYLE
-from ultralong.figures import tokens_label
 from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from ultralong.evaluation.report.report import ReportData
-
-MOST_QUOTED = 12
-PICTURE_WIDTH = 920
-
-
-def render(data: ReportData, summary: Mapping[str, Any], *, interactive: bool) -> str:
-    """The whole page as one string of HTML.
-
-    Args:
-        data: What to tell.
-        summary: Needles found inside and beyond the old window, before and after.
-        interactive: True adds plotly's script and each figure's data.
-    """
-    parts = [
-        _header(data, summary),
-        _needle(data, interactive),
-        _perplexity(data, interactive),
-        _training(data, interactive),
-        _rows(data, interactive),
-        _failures(data),
-        _commands(data),
-        _notes(data),
-        _settings(data),
-        _environment(data),
-    ]
-    return page(data.title, parts, interactive=interactive)
+WIDTH = 920  # pixels of a picture that has the page's width
+HALF_WIDTH = 480
+DRAWS = ("plotly.graph_objects", "matplotlib.figure", "PIL.Image")
 
 
-def page(title: str, parts: Iterable[str], *, interactive: bool) -> str:
-    """A page of parts, with its style and nothing outside of it.
-
-    Args:
-        title: Title of the window.
-        parts: HTML of each part; empty ones are left out.
-        interactive: True adds plotly's script.
-    """
-    script = ""
-    if interactive:
-        library = require("plotly.offline", extra="notebooks").get_plotlyjs()
-        # mtime=0: the same report gives the same bytes.
-        packed = base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode()
-        script = f'<script type="text/plain" id="library">{packed}</script>\n<script>{SCRIPT}</script>\n'
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + f"\n</main>\n{script}</body>\n</html>\n"
+@functools.cache
+def templates() -> Environment:
+    """The package's templates; every value that they show is escaped."""
+    return Environment(
+        loader=PackageLoader("ultralong.evaluation.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
+def render_page(template: str, values: Mapping[str, Any], *, interactive: bool) -> str:
+    """A page as a string of HTML that needs nothing beside it.
+
+    Args:
+        template: Name of the template.
+        values: What it shows, `title` among them.
+        interactive: True adds plotly's script.
+    """
+    library = plotly_library() if interactive and missing_for_figures() is None else ""
+    return templates().get_template(template).render(**values, library=library)
+
+
+@functools.cache
+def plotly_library() -> str:
+    """Plotly's script, compressed and in base 64."""
+    library = require("plotly.offline", extra="notebooks").get_plotlyjs()
+    # mtime=0: the same report gives the same bytes.
+    return base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode()
+
+
+def missing_for_figures() -> str | None:
+    """What is missing to draw figures and the command that installs it, or None."""
+    try:
+        for module in DRAWS:
+            require(module, extra="notebooks")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure of a group: its `name` above it, a `picture` (PNG in base 64) of a `width`, and plotly's `data`."""
+
+    name: str
+    picture: str
+    width: int
+    data: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Figures that belong together, with one sentence on what they show; `stacked` keeps them below each other."""
+
+    alt: str
+    panels: tuple[Panel, ...]
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Draws figures for a page, or leaves them out where what draws them is not installed.
+
+    Attributes:
+        interactive: Add each figure's data for plotly's script.
+    """
+
+    interactive: bool
+
+    @functools.cached_property
+    def missing(self) -> str | None:
+        """Why nothing is drawn, or None."""
+        return missing_for_figures()
+
+    def __call__(
+        self, alt: str, *make: Callable[[], Figure], names: Sequence[str] = ("",), stacked: bool = False
+    ) -> Drawn | None:
+        """Draw figures side by side where there is room.
+
+        Args:
+            alt: What they show, in a sentence; printed under them as well.
+            make: What gives each figure; called only where it can be drawn.
+            names: Name of each.
+            stacked: Keep them below each other, for figures that need the page's width.
+        """
+        if self.missing is not None:
+            return None
+        width = WIDTH if stacked or len(make) == 1 else HALF_WIDTH
+        return Drawn(
+            alt,
+            tuple(_panel(name, one(), width, self.interactive) for name, one in zip(names, make, strict=True)),
+            stacked,
+        )
+
+
+def _panel(name: str, figure: Figure, width: int, interactive: bool) -> Panel:
+    scale = 1.5 if width == WIDTH else 2.0
+    picture = base64.b64encode(figures.png_bytes(figure, width=width, scale=scale)).decode()
+    return Panel(name, picture, width, json.loads(figure.to_json()) if interactive else None)
+
+
 def figure_block(figure: Figure, alt: str, *, interactive: bool) -> str:
-    """A figure as a picture that a script may bring to life.
+    """A figure as HTML: a picture that a script may bring to life.
 
     Args:
         figure: The figure.
         alt: What it shows, in a sentence; printed under it as well.
         interactive: True adds the figure's data for the script.
     """
-    picture = base64.b64encode(figures.png_bytes(figure, width=PICTURE_WIDTH, scale=1.5)).decode()
-    data = ""
-    if interactive:
-        # "</" inside a script would end it.
-        content = json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("</", "<\\/")
-        data = f'<script type="application/json">{content}</script>'
-    return (
-        f'<figure><div class="plot"><img src="data:image/png;base64,{picture}" alt="{escape(alt)}" '
-        f'width="{PICTURE_WIDTH}">{data}</div><figcaption>{escape(alt)}</figcaption></figure>'
-    )
+    return _part("figure", Drawn(alt, (_panel("", figure, WIDTH, interactive),)))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
@@ -101,16 +147,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool =
         rows: Text of the cells.
         numbers: True aligns all but the first column to the right.
     """
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    kind = ' class="numbers"' if numbers else ""
-    return (
-        f'<div class="scroll" tabindex="0"><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
-    )
+    return _part("table", head, list(rows), numbers)
+
+
+def _part(macro: str, *values: Any) -> str:
+    return str(getattr(templates().get_template("parts.html.j2").module, macro)(*values)).strip()
 
 
 def duration(seconds: float) -> str:
@@ -122,154 +163,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _share(count: Mapping[str, Any] | None) -> str:
-    return "not measured" if count is None else f"{count['correct']} of {count['n']}"
-
-
-def _interval(correct: int, n: int) -> str:
-    low, high = wilson(correct, n)
-    return f"{low:.0%} to {high:.0%}"
-
-
-def _header(data: ReportData, summary: Mapping[str, Any]) -> str:
-    before, after = summary["before_beyond"], summary["after_beyond"]
-    tiles = [("window", f"{tokens_label(data.base_window)} \u2192 {tokens_label(data.target_window)}", "tokens")]
-    if after is not None:
-        tiles.append(
-            (
-                "needles found beyond the old window",
-                f"{'' if before is None else format(before['share'], '.0%') + ' '}\u2192 {after['share']:.0%}",
-                f"{_share(before)} \u2192 {_share(after)}",
-            )
-        )
-    tiles.append(("time", duration(data.seconds), "the whole run"))
-    shown = "".join(
-        f'<div class="tile"><span class="label">{escape(label)}</span><span class="value">{escape(value)}'
-        f'</span><span class="detail">{escape(detail)}</span></div>'
-        for label, value, detail in tiles
-    )
-    facts = {"checkpoint": data.checkpoint, **data.facts}
-    return (
-        f'<header><h1>{escape(data.title)}</h1><div class="tiles">{shown}</div></header>'
-        f"<section>{table(['what', 'value'], facts.items(), numbers=False)}</section>"
-    )
-
-
-def _needle(data: ReportData, interactive: bool) -> str:
-    both = data.needle_before and data.needle_after
-    cells = data.needle_after or data.needle_before
-    if not cells:
+def settings_text(values: Mapping[str, Any]) -> str:
+    """Settings as YAML, or nothing for none."""
+    if not values:
         return ""
-    if both:
-        figure = figures.needle_before_after(data.needle_before, data.needle_after, base_window=data.base_window)
-        alt = "Needles found by prompt length and depth, before and after; the line marks the old window."
-    else:
-        figure = figures.needle_heatmap(cells, base_window=data.base_window)
-        alt = "Needles found by prompt length and depth; the line marks the old window."
-    rows = []
-    for length in sorted({cell["length"] for cell in (*data.needle_before, *data.needle_after)}):
-        row = [f"{length:,}" + ("" if length <= data.base_window else " (beyond)")]
-        for side in (data.needle_before, data.needle_after):
-            chosen = [cell for cell in side if cell["length"] == length]
-            n, correct = sum(cell["n"] for cell in chosen), sum(cell["correct"] for cell in chosen)
-            row += [f"{correct} of {n}", _interval(correct, n)] if n else ["", ""]
-        rows.append(row)
-    columns = ["prompt and answer (tokens)", "before", "95% interval", "after", "95% interval"]
-    return (
-        f"<section><h2>Needle in a haystack</h2>{figure_block(figure, alt, interactive=interactive)}"
-        f"<details><summary>Counts by length</summary>{table(columns, rows)}</details></section>"
-    )
+    return yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
 
 
-def _perplexity(data: ReportData, interactive: bool) -> str:
-    if not data.perplexity:
-        return ""
-    figure = figures.perplexity_curve(data.perplexity, base_window=data.base_window)
-    alt = "Perplexity by position in the document; bands are 95% bootstrap intervals over documents."
-    rows = [
-        [
-            f"{name}, {item['start']:,} to {item['end']:,}",
-            f"{item['perplexity']:.2f}",
-            "" if item["low"] is None else f"{item['low']:.2f} to {item['high']:.2f}",
-            f"{item['n']:,}",
-        ]
-        for name, bins in data.perplexity.items()
-        for item in bins
-    ]
-    columns = ["model, positions", "perplexity", "95% interval", "tokens"]
-    return (
-        f"<section><h2>Perplexity by position</h2>{figure_block(figure, alt, interactive=interactive)}"
-        f"<details><summary>Values</summary>{table(columns, rows)}</details></section>"
-    )
+def model_label(name: str) -> str:
+    """A short name of a model that still tells it from others: a hub id, or the last two folders of a path.
 
-
-def _training(data: ReportData, interactive: bool) -> str:
-    if not data.losses:
-        return ""
-    figure = figures.loss_curve(data.losses)
-    return (
-        "<section><h2>Training</h2>"
-        + figure_block(figure, "Training loss by step, one line a stage.", interactive=interactive)
-        + "</section>"
-    )
-
-
-def _rows(data: ReportData, interactive: bool) -> str:
-    if not data.packed_rows:
-        return ""
-    figure = figures.packed_row(data.packed_rows)
-    alt = f"{len(data.packed_rows)} packed rows: each block is a document, or a part of one."
-    return f"<section><h2>What it was trained on</h2>{figure_block(figure, alt, interactive=interactive)}</section>"
-
-
-def _failures(data: ReportData) -> str:
-    rows = [
-        [f"{cell['length']:,} tokens, depth {cell['depth']:.0%}", str(wrong["expected"]), str(wrong["got"])]
-        for cell in data.needle_after
-        for wrong in cell.get("wrong", ())
-    ]
-    if not rows:
-        return ""
-    more = f"<p>{len(rows) - MOST_QUOTED} more are in report.json.</p>" if len(rows) > MOST_QUOTED else ""
-    return (
-        "<section><h2>What it got wrong</h2>"
-        + table(["where", "hidden", "answered"], rows[:MOST_QUOTED], numbers=False)
-        + f"{more}</section>"
-    )
-
-
-def _commands(data: ReportData) -> str:
-    if not data.commands:
-        return ""
-    items = "".join(
-        f"<p>{escape(what)}</p><pre><code>{escape(line)}</code></pre>" for line, what in data.commands.items()
-    )
-    return f"<section><h2>Go on from here</h2>{items}</section>"
-
-
-def _notes(data: ReportData) -> str:
-    if not data.notes:
-        return ""
-    return (
-        "<section><h2>How to read this</h2><ul>"
-        + "".join(f"<li>{escape(note)}</li>" for note in data.notes)
-        + "</ul></section>"
-    )
-
-
-def _settings(data: ReportData) -> str:
-    if not data.settings:
-        return ""
-    text = yaml.safe_dump(json.loads(json.dumps(data.settings, default=str)), sort_keys=False, allow_unicode=True)
-    return (
-        f"<section><details><summary>Every setting of the run</summary><pre><code>{escape(text)}</code></pre>"
-        "</details></section>"
-    )
-
-
-def _environment(data: ReportData) -> str:
-    return (
-        "<section><h2>Where it ran</h2>"
-        + table(["what", "value"], data.environment.items(), numbers=False)
-        + "</section>"
-    )
+    Most checkpoints of a run lie in a folder called `model`, so the last one alone says nothing.
+    """
+    parts = [part for part in Path(name).parts if part not in ("/", "..", ".")]
+    return "/".join(parts[-2:]) or name

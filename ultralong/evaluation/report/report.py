@@ -9,13 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ultralong import figures
 from ultralong.evaluation.measures.intervals import wilson
-from ultralong.evaluation.report.page import render
+from ultralong.evaluation.report.page import Drawer, Drawn, duration, render_page, settings_text
+from ultralong.figures import tokens_label
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json, write_text
+
+MOST_QUOTED = 12
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,17 @@ def summarise(data: ReportData) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a title, a figure, and a table that can be unfolded."""
+
+    title: str
+    figure: Drawn | None
+    summary: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
 def write_report(folder: str | os.PathLike[str], data: ReportData, *, interactive: bool = True) -> Path:
     """Write `report.json` and `report.html` into a folder, each whole or not at all.
 
@@ -116,3 +132,114 @@ def write_report(folder: str | os.PathLike[str], data: ReportData, *, interactiv
     page = folder / "report.html"
     write_text(page, render(data, summary, interactive=interactive))
     return page
+
+
+def render(data: ReportData, summary: Mapping[str, Any], *, interactive: bool) -> str:
+    """The whole page as one string of HTML.
+
+    Args:
+        data: What to tell.
+        summary: Needles found inside and beyond the old window, before and after.
+        interactive: True adds plotly's script and each figure's data.
+    """
+    draw = Drawer(interactive)
+    wrong = [
+        [f"{cell['length']:,} tokens, depth {cell['depth']:.0%}", str(item["expected"]), str(item["got"])]
+        for cell in data.needle_after
+        for item in cell.get("wrong", ())
+    ]
+    values = {
+        "title": data.title,
+        "tiles": _tiles(data, summary),
+        "facts": {"checkpoint": data.checkpoint, **data.facts},
+        "sections": _sections(data, draw),
+        "failures": wrong[:MOST_QUOTED],
+        "more_failures": max(0, len(wrong) - MOST_QUOTED),
+        "commands": data.commands,
+        "notes": [*data.notes, *([f"Figures are left out: {draw.missing}"] if draw.missing else [])],
+        "settings": settings_text(data.settings),
+        "environment": data.environment,
+    }
+    return render_page("report.html.j2", values, interactive=interactive)
+
+
+def _tiles(data: ReportData, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    before, after = summary["before_beyond"], summary["after_beyond"]
+    tiles = [("window", f"{tokens_label(data.base_window)} \u2192 {tokens_label(data.target_window)}", "tokens")]
+    if after is not None:
+        start = "" if before is None else f"{before['share']:.0%} "
+        tiles.append(
+            (
+                "needles found beyond the old window",
+                f"{start}\u2192 {after['share']:.0%}",
+                f"{_share(before)} \u2192 {_share(after)}",
+            )
+        )
+    return [*tiles, ("time", duration(data.seconds), "the whole run")]
+
+
+def _share(count: Mapping[str, Any] | None) -> str:
+    return "not measured" if count is None else f"{count['correct']} of {count['n']}"
+
+
+def _sections(data: ReportData, draw: Drawer) -> list[Section]:
+    sections = [_needle(data, draw), _perplexity(data, draw)]
+    if data.losses:
+        figure = draw("Training loss by step, one line a stage.", lambda: figures.loss_curve(data.losses))
+        sections.append(Section("Training", figure))
+    if data.packed_rows:
+        alt = f"{len(data.packed_rows)} packed rows: each block is a document, or a part of one."
+        sections.append(Section("What it was trained on", draw(alt, lambda: figures.packed_row(data.packed_rows))))
+    return [section for section in sections if section is not None]
+
+
+def _needle(data: ReportData, draw: Drawer) -> Section | None:
+    sides = {"before": data.needle_before, "after": data.needle_after}
+    shown = {name: cells for name, cells in sides.items() if cells}
+    if not shown:
+        return None
+    alt = "Needles found by prompt length and depth{}; the line marks the old window."
+    figure = draw(
+        alt.format(", before and after" if len(shown) > 1 else ""),
+        *(partial(figures.needle_heatmap, cells, base_window=data.base_window) for cells in shown.values()),
+        names=tuple(shown) if len(shown) > 1 else ("",),
+    )
+    rows = []
+    for length in sorted({cell["length"] for cells in shown.values() for cell in cells}):
+        row = [f"{length:,}" + ("" if length <= data.base_window else " (beyond)")]
+        for cells in sides.values():
+            chosen = [cell for cell in cells if cell["length"] == length]
+            n, correct = sum(cell["n"] for cell in chosen), sum(cell["correct"] for cell in chosen)
+            row += [f"{correct} of {n}", _interval(correct, n)] if n else ["", ""]
+        rows.append(row)
+    head = ("prompt and answer (tokens)", "before", "95% interval", "after", "95% interval")
+    return Section("Needle in a haystack", figure, "Counts by length", head, rows)
+
+
+def _interval(correct: int, n: int) -> str:
+    if n < 2:
+        return f"n = {n}"
+    low, high = wilson(correct, n)
+    return f"{low:.0%} to {high:.0%}"
+
+
+def _perplexity(data: ReportData, draw: Drawer) -> Section | None:
+    if not data.perplexity:
+        return None
+    figure = draw(
+        "Perplexity by position in the row; bands are 95% bootstrap intervals over rows.",
+        lambda: figures.perplexity_curve(data.perplexity, base_window=data.base_window),
+    )
+    rows = [
+        [
+            f"{name}, {item['start']:,} to {item['end']:,}",
+            f"{item['perplexity']:.2f}",
+            f"n = {item.get('rows', 1)}" if item["low"] is None else f"{item['low']:.2f} to {item['high']:.2f}",
+            f"{item['n']:,}",
+        ]
+        for name, bins in data.perplexity.items()
+        for item in bins
+    ]
+    return Section(
+        "Perplexity by position", figure, "Values", ("model, positions", "perplexity", "95% interval", "tokens"), rows
+    )

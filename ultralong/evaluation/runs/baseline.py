@@ -4,7 +4,7 @@
     python -m ultralong.evaluation.runs.baseline collect --json baseline.json h200=report.json cpu=runs/cpu
 
 `run` is `ultralong eval run` with the baseline's tests, for machines that lack the command line's packages; its folder
-goes on after a stop. `collect` puts runs under headings of one file, which keeps the headings that it has.
+is resumed after a stop. `collect` puts runs under headings of one file, which keeps the headings that it has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong.evaluation.measures.score import score_predictions
+from ultralong.evaluation.measures.score import grades
+from ultralong.evaluation.report.page import model_label
+from ultralong.evaluation.runs.answer_files import answer_files
 from ultralong.evaluation.runs.results import summarise
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
@@ -30,11 +32,9 @@ KEPT = (
     "window",
     "environment",
     "machine",
-    "scores",
+    "results",
     "families",
     "effective",
-    "needle",
-    "depths",
     "failures",
     "skipped",
     "sources",
@@ -49,32 +49,34 @@ def measure(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool
     Raises:
         ValueError: As for `run`.
     """
-    try:
-        run(wanted, out, device=device, quiet=quiet)
-    except ImportError as error:
-        # The page is drawn last, from numbers that are written: a machine of a cluster may lack what draws it.
-        if not (out / "report.json").exists():
-            raise
-        print(f"No page was drawn: {error}", file=sys.stderr)
+    run(wanted, out, device=device, quiet=quiet)
     result = shortened(summarise(out) | {"machine": machine_facts()})
-    for row in result["scores"]:
-        records = read_jsonl(out / f"{row['task']}-{row['length']}.jsonl")
-        row["each"] = [round(float(value), 4) for value in score_predictions(row["task"], records)["scores"]]
+    files = answer_files(out)
+    for found in result["results"]:
+        if found["metric"] == "score":
+            for part in found["by_length"]:
+                records = read_jsonl(files[found["task"], part["length"]])
+                part["details"]["each"] = [round(value, 4) for value in grades(found["task"], records)]
     return result
 
 
 def shortened(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's summary without what names this machine's folders, and with one failure a test and length."""
-    kept = {key: summary[key] for key in KEPT if key in summary}
+    kept: dict[str, Any] = {key: summary[key] for key in KEPT if key in summary}
     settings = {key: value for key, value in summary["settings"].items() if key in ASKED}
-    settings["model"] = Path(settings["model"]).name
+    settings["model"] = model_label(settings["model"])
     data = str(summary["settings"].get("data") or "")
     if data:
         kept["skipped"] = {test: reason.replace(data, "the folder of data") for test, reason in kept["skipped"].items()}
     first: dict[tuple[str, int], Any] = {}
     for failure in summary["failures"]:
         first.setdefault((failure["task"], failure["length"]), failure)
-    seconds = sum(row["seconds"] for row in summary["scores"])
+    seconds = sum(
+        part["details"].get("seconds", 0.0)
+        for found in summary["results"]
+        if found["metric"] == "score"
+        for part in found["by_length"]
+    )
     return kept | {"settings": settings, "answer_minutes": round(seconds / 60, 2), "failures": list(first.values())}
 
 
@@ -92,7 +94,7 @@ def collect(path: Path, runs: Mapping[str, Path], model: str | None = None) -> d
     Raises:
         ValueError: A folder without a run, or a file that is none.
     """
-    held = read_json(path) if path.exists() else {"model": "", "runs": {}}
+    held: dict[str, Any] = read_json(path) if path.exists() else {"model": "", "runs": {}}
     for heading, place in runs.items():
         if place.is_dir():
             held["runs"][heading] = shortened(summarise(place))
@@ -100,7 +102,7 @@ def collect(path: Path, runs: Mapping[str, Path], model: str | None = None) -> d
         if not place.is_file():
             raise ValueError(f"{heading}={place}: there is no such folder or file.")
         found = read_json(place)
-        if "scores" not in found:
+        if not {"results", "scores"} & found.keys():
             raise ValueError(f"{place} is not what `run` of this command writes.")
         held["runs"][heading] = found
     held["model"] = model or held["model"]

@@ -1,7 +1,7 @@
-"""Samples and answers as files: written one by one, continued where a run stopped, scored whole.
+"""Samples and answers written one by one, resumed where a run stopped, scored whole.
 
 A file is one JSON record a line. What is there is never written again: a run that is started anew with the same
-settings goes on behind the last whole line, and one with other settings is refused.
+settings resumes behind the last whole line, and one with other settings is refused.
 """
 
 from __future__ import annotations
@@ -13,41 +13,16 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.evaluation.measures.intervals import paired_difference
-from ultralong.evaluation.measures.score import score_predictions
-from ultralong.evaluation.runs.sample_prefetch import Making
+from ultralong.evaluation.measures.result import Result, write_measurements
+from ultralong.evaluation.measures.score import mean_by_length
+from ultralong.evaluation.runs.answer_files import answers_path, done_already, task_results
+from ultralong.evaluation.runs.sample_prefetch import SamplePrefetch
 from ultralong.evaluation.tasks.samples import find_task, make_samples, prompt_ids
 from ultralong.inference.engines import Engine, OwnEngine
-from ultralong.utils.files import append_jsonl, locked, read_jsonl, write_json
+from ultralong.utils.files import append_jsonl, locked
 from ultralong.utils.progress import progress
-
-SAME = ("task", "seed", "max_length")
-# RULER's bar: the score of Llama-2-7B-chat at 4K tokens (Hsieh et al. 2024, section 4).
-EFFECTIVE_SCORE = 85.6
-
-
-def done_already(path: str | os.PathLike[str], task: str, length: int, seed: int) -> list[dict[str, Any]]:
-    """Records that a file holds, checked to be of this task, length and seed and in order.
-
-    Raises:
-        ValueError: They are of another run.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    records = read_jsonl(path)
-    for number, record in enumerate(records):
-        found = [record.get(key) for key in SAME]
-        if found != [task, seed, length] or record.get("index") != number:
-            raise ValueError(
-                f"{path}, line {number + 1} is of another run: task, seed, length {found} and index "
-                f"{record.get('index')}, expected {[task, seed, length]} and {number}. Give another --out "
-                "or delete the file."
-            )
-    return records
 
 
 def write_samples(
@@ -63,7 +38,7 @@ def write_samples(
     questions: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Make samples into a file, going on where an earlier call stopped.
+    """Make samples into a file; what an earlier call left there is kept.
 
     Args:
         task: Name of the test.
@@ -83,8 +58,8 @@ def write_samples(
     Raises:
         ValueError: As for `make_samples`; or the file is of another run.
     """
+    task = find_task(task).name
     there = done_already(out, task, length, seed)
-    find_task(task)
     lengths = [record["length"] for record in there]
     source = there[-1]["source"] if there else ""
     missing = max(0, samples - len(there))
@@ -110,18 +85,6 @@ def write_samples(
     }
 
 
-def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]:
-    """Score a file of answers: each line the sample's `outputs` (and `max_length`) with the model's `prediction`.
-
-    Raises:
-        ValueError: There is no such file, or what `score_predictions` refuses.
-    """
-    path = Path(predictions)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    return score_predictions(task, read_jsonl(path))
-
-
 def answer_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,7 +105,7 @@ def answer_tasks(
     """Let a model answer tests at several lengths, and score it.
 
     Answers are appended to `out/TASK-LENGTH.jsonl` as they come (without the prompts, which can be made again), and the
-    scores are written to `out/scores.json` at the end. Started again after a stop, it goes on.
+    scores are written to `out/results.json` at the end. Started again after a stop, it resumes.
 
     Args:
         model: A causal language model; it is put into eval mode.
@@ -161,20 +124,19 @@ def answer_tasks(
         quiet: True draws no progress bar.
 
     Returns:
-        `scores`, one dictionary a test and length (`task`, `length`, `n`, `score`, `low`, `high`, `seconds`), and
-        `means`, one a length with the unweighted mean over the tests (`length`, `tasks`, `score`).
+        `results`, one `Result` a test as JSON values, and `means`, one a length with the unweighted mean over the
+        tests (`length`, `tasks`, `score`).
 
     Raises:
         ValueError: As for `make_samples`; or the folder holds another run.
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
     engine = OwnEngine(model, tokenizer, chunk, batch) if engine is None else engine
-    scores = answer_pairs(
+    results = answer_pairs(
         engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack, questions=questions, quiet=quiet
     )
-    result = {"scores": scores, "means": mean_by_length(scores)}
-    write_json(Path(out) / "scores.json", result)
-    return result
+    write_measurements(Path(out) / "results.json", results)
+    return {"results": [result.to_dict() for result in results], "means": mean_by_length(results)}
 
 
 def answer_pairs(
@@ -190,8 +152,8 @@ def answer_pairs(
     haystack: Sequence[str] | None = None,
     questions: Mapping[str, str | os.PathLike[str]] | None = None,
     quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the scores, writes none.
+) -> list[Result]:
+    """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the results, writes none.
 
     A set of published texts may hold fewer samples than asked for; `n` says how many there were. `workers` processes
     make samples ahead.
@@ -199,19 +161,13 @@ def answer_pairs(
     out = Path(out)
     with locked(out):
         held = {
-            (task, length): done_already(out / f"{task}-{length}.jsonl", task, length, seed)[:samples]
+            (task, length): done_already(answers_path(out, task, length), task, length, seed)[:samples]
             for task, length in pairs
         }
         _fill(
             held, engine, tokenizer, samples, seed, out, workers, questions, {"chat": chat, "haystack": haystack}, quiet
         )
-    scores = []
-    for (task, length), there in held.items():
-        scored = score_predictions(task, there)
-        kept = {key: scored[key] for key in ("n", "score", "low", "high")}
-        seconds = round(sum(record["seconds"] for record in there), 3)
-        scores.append({"task": task, "length": length, **kept, "seconds": seconds})
-    return scores
+    return task_results(held)
 
 
 def _fill(
@@ -232,14 +188,14 @@ def _fill(
         progress(
             total=sum(length for _, length in held) * samples, desc="answers", unit="tok", unit_scale=True, quiet=quiet
         ) as bar,
-        Making(tokenizer, wanted, seed, workers=workers, questions=questions, **options) as making,
+        SamplePrefetch(tokenizer, wanted, seed, workers=workers, questions=questions, **options) as prefetch,
     ):
         # Neighbours of one length are answered together, whatever the test.
         for length, group in groupby(held, key=lambda pair: pair[1]):
             together = list(group)
             bar.update(length * sum(len(held[pair]) for pair in together))
-            for record in _answered(engine, tokenizer, making.of(together), length):
-                append_jsonl(out / f"{record['task']}-{length}.jsonl", record)
+            for record in _answered(engine, tokenizer, prefetch.of(together), length):
+                append_jsonl(answers_path(out, record["task"], length), record)
                 held[record["task"], length].append(record)
                 bar.set_postfix_str(f"{record['task']} {length:,}")
                 bar.update(length)
@@ -262,79 +218,3 @@ def _answered(
         for sample, (said, reused) in zip(batch, answers, strict=True):
             kept = {key: value for key, value in sample.items() if key != "input"}
             yield {**kept, "prediction": said, "engine": engine.name, "reused": reused, "seconds": round(seconds, 3)}
-
-
-def mean_by_length(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Unweighted mean over the tests at each length, as RULER averages; `tasks` says over how many."""
-    groups = [
-        (length, [item["score"] for item in scores if item["length"] == length])
-        for length in sorted({item["length"] for item in scores})
-    ]
-    return [{"length": length, "tasks": len(group), "score": float(np.mean(group))} for length, group in groups]
-
-
-def compare_answers(
-    first: str | os.PathLike[str], second: str | os.PathLike[str], *, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Two models on the same samples: the difference of each test at each length, sample by sample.
-
-    Args:
-        first: Folder that `answer_tasks` wrote for the first model.
-        second: The same for the second.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        One dictionary a test and length that both have: `task`, `length`, `n`, `first` and `second` (per cent), and
-        `difference`, `low`, `high` (per cent points, second minus first; the ends are None below two samples).
-
-    Raises:
-        ValueError: Nothing in common, or files of the same name whose samples differ.
-    """
-    names = sorted(
-        {path.name for path in Path(first).glob("*-*.jsonl")} & {path.name for path in Path(second).glob("*-*.jsonl")}
-    )
-    if not names:
-        raise ValueError(f"{first} and {second} hold no answers to the same test at the same length.")
-    compared = []
-    for name in names:
-        pairs = list(zip(*(read_jsonl(Path(folder) / name) for folder in (first, second)), strict=False))
-        if not pairs or any(_identity(one) != _identity(other) for one, other in pairs):
-            raise ValueError(
-                f"{name} holds other samples in {first} than in {second}: use the same seed and the same tokenizer."
-            )
-        task, length = pairs[0][0]["task"], pairs[0][0]["max_length"]
-        grade = find_task(task).grade
-        scores = [[100 * grade(record) for record in records] for records in zip(*pairs, strict=True)]
-        difference = paired_difference(*scores, seed=seed)
-        ends = (difference.low, difference.high) if len(pairs) > 1 else (None, None)
-        compared.append(
-            {
-                "task": task,
-                "length": length,
-                "n": len(pairs),
-                "first": float(np.mean(scores[0])),
-                "second": float(np.mean(scores[1])),
-                "difference": difference.mean,
-                "low": ends[0],
-                "high": ends[1],
-            }
-        )
-    return sorted(compared, key=lambda item: (item["task"], item["length"]))
-
-
-def _identity(record: Mapping[str, Any]) -> list[Any]:
-    """What makes two samples the same one."""
-    return [*(record[key] for key in (*SAME, "index")), *record["outputs"]]
-
-
-def effective_length(means: Sequence[Mapping[str, Any]], bar: float = EFFECTIVE_SCORE) -> int | None:
-    """The longest length up to which every mean score reaches the bar; None where the shortest does not.
-
-    RULER calls the longest length above the bar effective; a model that dips below in between is not given the rest.
-    """
-    reached = None
-    for mean in sorted(means, key=lambda mean: mean["length"]):
-        if mean["score"] < bar:
-            break
-        reached = mean["length"]
-    return reached

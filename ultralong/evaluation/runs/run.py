@@ -1,44 +1,35 @@
-"""`ultralong eval run`: make samples, let a model answer, score, report; stop it at any time, it goes on where it was.
+"""`ultralong eval run`: make samples, let a model answer, score, report; after a stop it resumes where it stopped.
 
 A folder holds one run: `run.yaml` (what was asked), `TASK-LENGTH.jsonl` (answers, appended one by one), `needle.jsonl`
-(cells of the grid, appended one by one), `perplexity.json`, `standard.json`, and the report, which is made from those
-files alone and can be made again without the model (`ultralong eval report`).
+(cells of the map, appended one by one), `perplexity.json`, `loss.json`, `lm_eval.json`, and what is made from those
+files alone and can be made again without the model (`ultralong eval report`): `results.json`, which holds every
+measurement in one shape (`Result`), `report.json` and the page.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.evaluation.measures.lm_eval import find_benchmarks, measure_standard
-from ultralong.evaluation.measures.needle import needle_grid
-from ultralong.evaluation.measures.needle_ask import ask_cell
-from ultralong.evaluation.measures.perplexity import perplexity_by_position, position_edges
+from ultralong.evaluation.runs.checks import check_needs, check_same_run, plan_pairs
+from ultralong.evaluation.runs.direct import grid_axes, measure_benchmarks, measure_grid, measure_rows
 from ultralong.evaluation.runs.records import answer_pairs
 from ultralong.evaluation.runs.results import SETTINGS_FILE, write_results
 from ultralong.evaluation.runs.settings import RunSettings, doubled_lengths, within_window
-from ultralong.evaluation.tasks.groups import SPECIAL, expand, find_questions
+from ultralong.evaluation.tasks.groups import expand
 from ultralong.evaluation.tasks.haystack import read_haystack
-from ultralong.evaluation.tasks.needle import prepare_haystack
-from ultralong.evaluation.tasks.samples import PUBLISHED, check_task
 from ultralong.inference.engines import Engine, OwnEngine, VllmEngine
 from ultralong.inference.load_model import load_model_and_tokenizer
 from ultralong.inference.long_engine import with_model
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
-from ultralong.utils.extras import require
-from ultralong.utils.files import append_jsonl, locked, read_jsonl, write_json
-from ultralong.utils.progress import progress
-
-CONTROL = 1024  # the needle map's first column, where the published one has the length 0
-FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine", "kv_dtype")
+from ultralong.utils.files import write_json
 
 
 def run(
@@ -49,6 +40,7 @@ def run(
     device: str = "auto",
     opened: tuple[PreTrainedModel | None, PreTrainedTokenizerBase] | None = None,
     engine: Engine | None = None,
+    draw: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any] | None:
     """Do what is missing of a run, and report.
@@ -60,6 +52,7 @@ def run(
         device: `auto`, or any of torch's.
         opened: The model and its tokenizer when they are open already.
         engine: What answers, when it is there already.
+        draw: False writes the numbers alone, see `write_results`.
         quiet: True draws no progress bars.
 
     Returns:
@@ -68,10 +61,13 @@ def run(
     Raises:
         ValueError: The folder holds another run; a test is unknown, misses its data or needs longer prompts; or no
             length lies within the window.
+        ImportError: A package that one of the tests needs is not installed.
     """
+    names = expand(wanted.tasks)
+    check_needs(names, wanted)
     if opened is None and wanted.shared:
         return with_model(
-            partial(_run_opened, wanted, out, before, quiet),
+            partial(_run_opened, wanted, out, before, draw, quiet),
             wanted.model,
             gpus=wanted.gpus,
             kv=wanted.kv_dtype,
@@ -80,12 +76,6 @@ def run(
             quiet=quiet,
         )
     out = Path(out)
-    names = expand(wanted.tasks)
-    if "perplexity" in names and wanted.rows is None:
-        raise ValueError("Perplexity needs packed rows to read: give --rows FOLDER, as written by `ultralong pack`.")
-    if "standard" in names:
-        find_benchmarks(wanted.benchmarks)
-        require("lm_eval", "eval")
     check_same_run(wanted, out)
     texts = read_haystack(wanted.haystack)
     model, tokenizer = opened or _open(wanted, device)
@@ -94,14 +84,15 @@ def run(
     lengths = within_window(wanted.lengths or doubled_lengths(window), window, wanted.beyond_window)
     pairs, questions, skipped = plan_pairs(names, lengths, tokenizer, wanted, texts)
     asked = replace(wanted, tasks=tuple(names), lengths=tuple(lengths))
-    settings.save(asked, out / SETTINGS_FILE, "Repeat or go on with: ultralong eval run")
-    write_json(out / "environment.json", {"window": window, "skipped": skipped, **describe_environment()})
+    settings.save(asked, out / SETTINGS_FILE, "Repeat or resume with: ultralong eval run")
+    facts = {"window": window, "skipped": skipped, "model": describe_model(config, model), **describe_environment()}
+    write_json(out / "environment.json", facts)
     if "needle" in names:
-        measure_grid(model, tokenizer, wanted, max(lengths), texts, out / "needle.jsonl", engine, quiet=quiet)
+        axes = grid_axes(wanted, max(lengths), window)
+        measure_grid(model, tokenizer, wanted, axes, texts, out / "needle.jsonl", engine, quiet=quiet)
     if pairs:
-        engine = _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine
         answer_pairs(
-            engine,
+            _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine,
             tokenizer,
             pairs,
             wanted.samples,
@@ -113,38 +104,47 @@ def run(
             questions=questions,
             quiet=quiet,
         )
-    if "perplexity" in names and not (out / "perplexity.json").exists():
-        write_json(out / "perplexity.json", _perplexity(model, wanted, quiet))
-    if "standard" in names:
-        chat = bool(tokenizer.chat_template) if wanted.chat is None else wanted.chat
-        write_json(
-            out / "standard.json",
-            measure_standard(
-                wanted.model,
-                out / "standard",
-                names=wanted.benchmarks,
-                data=wanted.data,
-                device="cuda" if model is None else model.device.type,
-                chat=chat,
-                limit=wanted.limit,
-                run_code=wanted.run_code,
-                quiet=quiet,
-            ),
-        )
-    return write_results(out, before)
+    if model is not None:
+        measure_rows(names, model, wanted, window, out, device, quiet)
+    if "lm_eval" in names:
+        measure_benchmarks(wanted, model, tokenizer, out, quiet)
+    return write_results(out, before, draw=draw)
+
+
+def describe_model(config: PretrainedConfig, model: PreTrainedModel | None) -> str:
+    """What a model is, in a line: its class, size, window and RoPE scaling, as its config says.
+
+    Args:
+        config: The model's config.
+        model: The model, whose parameters are counted; None leaves their number out.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    scaling = f"{rope.get('rope_type', 'default')}" + (f", factor {rope['factor']:g}" if rope.get("factor") else "")
+    count = sum(parameter.numel() for parameter in model.parameters()) if isinstance(model, torch.nn.Module) else 0
+    return "; ".join(
+        [
+            ", ".join(getattr(config, "architectures", None) or [str(config.model_type)]),
+            *([f"{count:,} parameters"] if count else []),
+            f"{text.num_hidden_layers} layers",
+            f"window of {text.max_position_embeddings:,} tokens",
+            f"RoPE {scaling}",
+        ]
+    )
 
 
 def _run_opened(
     wanted: RunSettings,
     out: str | os.PathLike[str],
     before: str | os.PathLike[str] | None,
+    draw: bool,
     quiet: bool,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     engine: Engine | None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """`run` with its arguments in the order that `with_model` fills."""
-    return run(wanted, out, before=before, opened=(model, tokenizer), engine=engine, quiet=quiet)
+    return run(wanted, out, before=before, opened=(model, tokenizer), engine=engine, draw=draw, quiet=quiet)
 
 
 def _engine(
@@ -164,141 +164,3 @@ def _open(wanted: RunSettings, device: str) -> tuple[PreTrainedModel | None, Pre
         return None, AutoTokenizer.from_pretrained(wanted.model)
     except OSError as error:
         raise ValueError(f"{wanted.model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
-
-
-def check_same_run(wanted: RunSettings, out: Path) -> None:
-    """See that a folder is free, or holds a run that this one goes on with.
-
-    Raises:
-        ValueError: It holds another run.
-    """
-    if not (out / SETTINGS_FILE).exists():
-        return
-    there = settings.load(RunSettings, out / SETTINGS_FILE)
-    for name in FIXED:
-        if getattr(there, name) != getattr(wanted, name):
-            raise ValueError(
-                f"{out} holds a run with {name} {getattr(there, name)}, this one has "
-                f"{getattr(wanted, name)}. Give another --out, or remove the folder."
-            )
-
-
-def plan_pairs(
-    names: Sequence[str],
-    lengths: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: RunSettings,
-    texts: Sequence[str] | None,
-) -> tuple[list[tuple[str, int]], dict[str, Path], dict[str, str]]:
-    """Which test is asked at which length, with all that could stop it found before the first answer.
-
-    Returns:
-        Pairs of test and length, shortest first; files of questions by test; and the reason of each test, or test at a
-        length, left out.
-
-    Raises:
-        ValueError: A test cannot be made and `skip_missing` is not set; the message names all such tests.
-    """
-    pairs: list[tuple[str, int]] = []
-    questions: dict[str, Path] = {}
-    skipped: dict[str, str] = {}
-    data = None if wanted.data is None else Path(wanted.data)
-    for name in (name for name in names if name not in SPECIAL):
-        chosen = [max(lengths)] if name in PUBLISHED else sorted(lengths)
-        reasons: dict[int, str] = {}
-        for place, length in enumerate(chosen):
-            try:
-                found = find_questions(name, data)
-                check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found)
-            except (ValueError, ImportError) as error:
-                reasons[length] = str(error)
-                continue
-            # What can be made at one length can be made at all longer ones.
-            pairs += [(name, longer) for longer in chosen[place:]]
-            questions |= {} if found is None else {name: found}
-            break
-        if len(reasons) == len(chosen):
-            skipped[name] = reasons[chosen[-1]]
-        else:
-            skipped |= {f"{name} at {length:,}": reason for length, reason in reasons.items()}
-    if skipped and not wanted.skip_missing:
-        told = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        raise ValueError(f"Some tests cannot be made. {told}{more} (--skip-missing runs the rest.)")
-    return sorted(pairs, key=lambda pair: pair[1]), questions, skipped
-
-
-def grid_lengths(count: int, longest: int) -> list[int]:
-    """Evenly spaced lengths up to the longest; the first, which would be 0, becomes a short control."""
-    spaced = [round(length) for length in np.linspace(0, longest, count)][1:] if count > 1 else [longest]
-    control = [min(CONTROL, spaced[0] // 2)] if count > 1 else []
-    return [*control, *spaced]
-
-
-def measure_grid(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: RunSettings,
-    longest: int,
-    texts: Sequence[str] | None,
-    path: Path,
-    engine: Engine | None = None,
-    *,
-    quiet: bool = False,
-) -> None:
-    """The needle map, cell by cell, into a file of JSON lines; cells that are there are kept.
-
-    Answers are read off the model's own forward pass, or decoded by an engine that has the model to itself.
-
-    Raises:
-        ValueError: As for `needle_grid`.
-    """
-    cells = [
-        (length, float(depth), wanted.grid_samples)
-        for length in grid_lengths(wanted.grid[0], longest)
-        for depth in (np.linspace(0, 1, wanted.grid[1]) if wanted.grid[1] > 1 else [0.5])
-    ]
-    haystack = prepare_haystack(tokenizer, texts, longest)
-    with (
-        locked(path.parent),
-        progress(
-            total=sum(length for length, _, _ in cells), desc="needle map", unit="tok", unit_scale=True, quiet=quiet
-        ) as bar,
-    ):
-        done = {(cell["length"], cell["depth"], cell["n"]) for cell in (read_jsonl(path) if path.exists() else ())}
-        for length, depth, samples in cells:
-            if (length, depth, samples) not in done:
-                if engine is not None:
-                    cell = ask_cell(
-                        engine, tokenizer, length, depth, samples, wanted.seed, haystack, wanted.chat, longest
-                    )
-                else:
-                    (cell,) = needle_grid(
-                        model,
-                        tokenizer,
-                        [length],
-                        [depth],
-                        samples,
-                        wanted.seed,
-                        haystack,
-                        chat=wanted.chat,
-                        chunk=wanted.chunk_for(length),
-                        quiet=True,
-                    )
-                append_jsonl(path, {**cell, "haystack": haystack.name})
-            bar.update(length)
-
-
-def _perplexity(model: PreTrainedModel, wanted: RunSettings, quiet: bool) -> dict[str, Any]:
-    """Perplexity by position in the row and by distance from the start of the token's own document."""
-    from ultralong.data.rows.packed_rows import PackedRows
-
-    packed = PackedRows(Path(wanted.rows or ""))
-    rows = [packed[index] for index in range(min(wanted.max_rows, len(packed)))]
-    edges = position_edges(packed.length)
-    return {
-        by: perplexity_by_position(
-            model, rows, edges, by=by, chunk=wanted.chunk_for(packed.length), seed=wanted.seed, quiet=quiet
-        )
-        for by in ("row", "document")
-    }

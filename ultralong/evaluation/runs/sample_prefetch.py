@@ -15,7 +15,7 @@ from ultralong.evaluation.tasks.samples import make_samples
 Pair = tuple[str, int]
 
 
-class Making:
+class SamplePrefetch:
     """Samples of several tests at several lengths: made here when they are asked for, or ahead by other processes.
 
     Use it in a `with` block. Ahead, all samples of a run are held in memory (about 5 bytes a token).
@@ -50,7 +50,7 @@ class Making:
                 pair: self._pool.submit(_make_list, self._make, pair, *place) for pair, place in self._wanted.items()
             }
 
-    def __enter__(self) -> Making:
+    def __enter__(self) -> SamplePrefetch:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,22 +26,24 @@ class RunSettings:
         samples: Samples of each test at each length.
         grid: Needle map: how many lengths and depths, evenly spaced up to the longest length.
         grid_samples: Needle map: prompts of each cell.
+        needle_lengths: Needle map: its lengths, instead of evenly spaced ones.
+        needle_depths: Needle map: its depths, from 0 (first) to 1 (last), instead of evenly spaced ones.
         seed: Seed of the samples.
         chunk: Tokens of one prefill pass; by default 16,384 for prompts beyond 32,768 tokens.
         chat: Ask in the model's chat template, or not; by default where there is one.
         haystack: Text file or folder to fill prompts with.
         data: Folder of published data (LV-Eval, InfiniteBench, SQuAD, HotpotQA, benchmarks), or package for what a
             package registry has.
-        rows: Perplexity: folder of packed rows.
-        max_rows: Perplexity: rows to use.
+        rows: Perplexity and loss: folder of packed rows.
+        max_rows: Perplexity and loss: rows to use.
         beyond_window: Ask also at lengths beyond the model's window.
         skip_missing: Leave out tests whose data is missing instead of stopping.
-        benchmarks: Standard: which benchmarks; by default all (MMLU MMLU-Pro MATH GSM-8K HumanEval HellaSwag ARC-Easy
+        benchmarks: lm_eval: which benchmarks; by default all (MMLU MMLU-Pro MATH GSM-8K HumanEval HellaSwag ARC-Easy
             ARC-Challenge PIQA).
-        limit: Standard: samples of each task, to try it out; by default all.
-        run_code: Standard: let HumanEval run the programs that the model wrote, on this machine.
-        engine: What answers samples: transformers, or vllm, which must be installed; the needle map and perplexity
-            need transformers.
+        limit: lm_eval: samples of each task, to try it out; by default all.
+        run_code: lm_eval: let HumanEval run the programs that the model wrote, on this machine.
+        engine: What answers samples: transformers, or vllm, which must be installed; the needle map, perplexity
+            and loss need transformers.
         gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
             model over.
         kv_dtype: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
@@ -55,6 +57,8 @@ class RunSettings:
     samples: int = 20
     grid: tuple[int, int] = (40, 10)
     grid_samples: int = 3
+    needle_lengths: tuple[Tokens, ...] = ()
+    needle_depths: tuple[float, ...] = ()
     seed: int = 0
     chunk: Tokens | None = None
     chat: bool | None = None
@@ -79,23 +83,23 @@ class RunSettings:
                 "samples, grid_samples and both sides of grid must be at least 1, got "
                 f"{self.samples}, {self.grid_samples} and {self.grid}."
             )
-        if any(length < 1 for length in self.lengths):
-            raise ValueError(f"lengths are tokens, got {list(self.lengths)}.")
+        if any(length < 1 for length in (*self.lengths, *self.needle_lengths)):
+            raise ValueError(f"lengths are tokens, got {[*self.lengths, *self.needle_lengths]}.")
         if self.kv_dtype not in get_args(KV) or self.gpus < 1 or self.workers < 0:
             raise ValueError(
                 f"kv is {' or '.join(get_args(KV))}, gpus at least 1 and workers not negative, got "
                 f"{self.kv_dtype}, {self.gpus} and {self.workers}."
             )
-        if self.shared and {"perplexity", "standard"} & set(self.tasks):
+        if self.shared and {"perplexity", "loss", "lm_eval", "standard"} & set(self.tasks):
             raise ValueError(
-                "Perplexity and the standard benchmarks run on one GPU with keys and values in the "
+                "Perplexity, loss and lm-eval's benchmarks run on one GPU with keys and values in the "
                 "model's own type: measure them in a run of their own, without --gpus and --kv."
             )
         if self.shared and self.batch not in (None, 1):
             raise ValueError("Several GPUs or 8-bit keys and values read one prompt at a time: leave --batch away.")
-        if self.engine == "vllm" and {"needle", "perplexity"} & set(self.tasks):
+        if self.engine == "vllm" and {"needle", "perplexity", "loss"} & set(self.tasks):
             raise ValueError(
-                "The needle map and perplexity read the model's own forward pass, which vllm does not "
+                "The needle map, perplexity and loss read the model's own forward pass, which vllm does not "
                 "give: leave them out, or --engine away."
             )
 

@@ -1,4 +1,4 @@
-"""Facts chained over a long text: five questions as in bAbI (Weston et al. 2015), in a haystack as in BABILong (2024).
+"""BABILong-style questions: chained facts as in bAbI (Weston et al. 2015), hidden in a long text as in BABILong (2024).
 
 A few people walk about, carry things and hand them on; the sentences that say so stand in order among a text that has
 nothing to do with them. Finding one sentence is not enough: the answer follows from the last one that counts, or from
@@ -7,11 +7,11 @@ compare with BABILong's.
 
 | test | asks | facts needed |
 |---|---|---|
-| `facts_qa1` | where a person is | 1, the last of several |
-| `facts_qa2` | where a thing is that somebody carries | 2 |
-| `facts_qa3` | where a thing was before it came to a place | 3 |
-| `facts_qa4` | which place lies two steps in a direction | 2, each told from either end |
-| `facts_qa5` | who gave a thing to the one who gave it on | 2 |
+| `babilong_style_qa1` | where a person is | 1, the last of several |
+| `babilong_style_qa2` | where a thing is that somebody carries | 2 |
+| `babilong_style_qa3` | where a thing was before it came to a place | 3 |
+| `babilong_style_qa4` | which place lies two steps in a direction | 2, each told from either end |
+| `babilong_style_qa5` | who gave a thing to the one who gave it on | 2 |
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def where_is_a_thing(draw: random.Random, people: Sequence[str]) -> Story:
     """qa2: who took it, and where that one went last."""
     story, cast = Story([]), draw.sample(people, 3)
     things = draw.sample(THINGS, 3)
-    taken, last = {}, {}
+    taken: dict[str, int] = {}
+    last: dict[str, tuple[str, int]] = {}
     for person, thing in zip(cast, things, strict=True):
         story.tell(_walk(draw, person, draw.choice(PLACES)))
         taken[person] = story.tell(draw.choice(TAKES).format(person=person, thing=thing))
@@ -185,16 +186,16 @@ def who_gave_it_first(draw: random.Random, people: Sequence[str]) -> Story:
 
 
 STORIES: dict[str, Callable[[random.Random, Sequence[str]], Story]] = {
-    "facts_qa1": where_is_a_person,
-    "facts_qa2": where_is_a_thing,
-    "facts_qa3": where_was_a_thing,
-    "facts_qa4": what_lies_two_steps_away,
-    "facts_qa5": who_gave_it_first,
+    "babilong_style_qa1": where_is_a_person,
+    "babilong_style_qa2": where_is_a_thing,
+    "babilong_style_qa3": where_was_a_thing,
+    "babilong_style_qa4": what_lies_two_steps_away,
+    "babilong_style_qa5": who_gave_it_first,
 }
 
 
 @dataclass(frozen=True)
-class FactsBuilder:
+class StoryBuilder:
     """Scatters a story over running text; a unit of size is a word of that text.
 
     Attributes:
@@ -206,7 +207,7 @@ class FactsBuilder:
     story: Callable[[random.Random, Sequence[str]], Story]
     text: Essays
     people: tuple[str, ...] = field(init=False)
-    smallest: int = 200
+    smallest: int = 120
     probe: int = 2000
 
     def __post_init__(self) -> None:
@@ -261,11 +262,21 @@ def only_named(
     return float(said - {word.lower() for word in named or ()} == {references[0].lower()})
 
 
-def prepare(name: str, setting: Setting) -> FactsBuilder:
+def prepare(name: str, setting: Setting) -> StoryBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    return FactsBuilder(
+    return StoryBuilder(
         STORIES[name], essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
     )
 
 
-FACTS_TASKS = {name: Task(name, 16, partial(prepare, name), only_named, ("kind", "named")) for name in STORIES}
+BABILONG_STYLE_TASKS = {
+    name: Task(
+        name,
+        16,
+        partial(prepare, name),
+        only_named,
+        ("kind", "named"),
+        former_name=name.replace("babilong_style", "facts"),
+    )
+    for name in STORIES
+}

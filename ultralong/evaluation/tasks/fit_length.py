@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ultralong.evaluation.tasks.prompts import encode
+from ultralong.evaluation.tasks.prompts import encode_texts
 from ultralong.evaluation.tasks.task import Draft
 
 Made = TypeVar("Made")
@@ -128,7 +128,7 @@ def truncate_middle(
     total = tokens_of(draft)
     if total <= limit:
         return draft, 0
-    ids = encode(tokenizer, draft.input)
+    (ids,) = encode_texts(tokenizer, [draft.input])
     room = limit - (total - len(ids))
     for _ in range(MOST_CUTS):
         if room < FEWEST_TOKENS:
@@ -137,7 +137,9 @@ def truncate_middle(
                 f"{total - len(ids):,} and its text needs {FEWEST_TOKENS}."
             )
         half = room // 2
-        kept = "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids[:half], ids[-half:]))
+        kept = "".join(
+            str(tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in (ids[:half], ids[-half:])
+        )
         short = replace(draft, input=kept)
         over = tokens_of(short) - limit
         if over <= 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from ultralong.evaluation.tasks.babilong_style import FACTS_TASKS
+from ultralong.evaluation.tasks.babilong_style import BABILONG_STYLE_TASKS
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LEVELS, LVEVAL_TASKS
@@ -14,14 +15,15 @@ from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.samples import find_task
 
 # Measured by other means than samples and answers: a grid, losses, lm-eval.
-SPECIAL = ("needle", "perplexity", "standard")
+SPECIAL = ("needle", "perplexity", "loss", "lm_eval")
+RENAMED_GROUPS = {"facts": "babilong_style", "standard": "lm_eval"}  # as version 0.3 called them
 GROUPS: dict[str, tuple[str, ...]] = {
     "ruler": tuple(RULER_TASKS),
     "niah": tuple(name for name in RULER_TASKS if name.startswith("niah")),
     "infinitebench": (*INFINITEBENCH_TASKS, *INFINITEBENCH_PUBLISHED),
     "infinitebench_synthetic": tuple(INFINITEBENCH_TASKS),
     "infinitebench_published": tuple(INFINITEBENCH_PUBLISHED),
-    "facts": tuple(FACTS_TASKS),
+    "babilong_style": tuple(BABILONG_STYLE_TASKS),
     "nonliteral": tuple(NONLITERAL_TASKS),
     "lveval": tuple(LVEVAL_TASKS),
     **{f"lveval_{level}": tuple(name for name in LVEVAL_TASKS if name.endswith(f"_{level}")) for level in LEVELS},
@@ -29,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 FAMILIES = {
     **dict.fromkeys(RULER_TASKS, "RULER"),
     **dict.fromkeys(GROUPS["infinitebench"], "InfiniteBench"),
-    **dict.fromkeys(FACTS_TASKS, "chained facts"),
+    **dict.fromkeys(BABILONG_STYLE_TASKS, "BABILong-style"),
     **dict.fromkeys(NONLITERAL_TASKS, "non-literal needle"),
     **{name: f"LV-Eval {name.rsplit('_', 1)[1]}" for name in LVEVAL_TASKS},
 }
@@ -50,7 +52,10 @@ def expand(words: Iterable[str]) -> list[str]:
         ValueError: None at all, or one that is neither.
     """
     names: list[str] = []
-    for word in (part.strip() for text in words for part in text.split(",")):
+    for given in (part.strip() for text in words for part in text.split(",")):
+        word = RENAMED_GROUPS.get(given, given)
+        if word != given:
+            warnings.warn(f"{given} is called {word} now; the old name will go.", stacklevel=2)
         if word in GROUPS:
             names += GROUPS[word]
         elif word in SPECIAL:

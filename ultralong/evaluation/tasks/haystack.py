@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ultralong.evaluation.tasks.prompts import encode_texts
+
 # The filler of the passkey test (Mohtashami and Jaggi 2023), which RULER and InfiniteBench use word for word.
 NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])|\n\s*\n")
@@ -62,7 +64,7 @@ class Haystack:
         total = 0
         for batch in _batches([texts] if isinstance(texts, str) else texts, lead):
             numbers.update(number for text in batch for number in re.findall(r"\d+", text))
-            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            for ids in encode_texts(tokenizer, batch):
                 pieces.append(np.asarray(ids, np.int32))
                 total += len(ids)
             if limit is not None and total >= limit:
@@ -156,6 +158,6 @@ def sentence_lead(tokenizer: PreTrainedTokenizerBase) -> str:
             for text in ("One.", lead + "Two.")
             for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ]
-        if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "One. Two.":
+        if str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() == "One. Two.":
             return lead
     return " "

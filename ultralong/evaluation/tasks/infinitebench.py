@@ -120,10 +120,10 @@ class CodeBuilder:
         code = "\n\n".join(_function(number, *steps[number]) for number in sorted(steps))
         start, argument = draw.choice(groups[0]), draw.randint(-10, 10)
         chain, value = [], argument
-        number: int | None = start
-        while number is not None:
-            chain.append(f"def func_{number}(x):")
-            number, addend = steps[number]
+        following: int | None = start
+        while following is not None:
+            chain.append(f"def func_{following}(x):")
+            following, addend = steps[following]
             value += addend
         name, call = f"func_{start}", f"func_{start}({argument})"
         context = f"\nHere is the content of functions_module.py:\n\n{code}"

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.tasks.haystack import NOISE_LINE, Haystack, sentence_lead
-from ultralong.evaluation.tasks.prompts import encode, encode_continuation, make_frame
+from ultralong.evaluation.tasks.prompts import encode, encode_continuation, encode_texts, make_frame
 from ultralong.evaluation.tasks.scoring import first_integer
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
 from ultralong.evaluation.tasks.texts import Essays
@@ -142,7 +142,7 @@ def make_needle(
     frame, lead = make_frame(tokenizer, chat), sentence_lead(tokenizer)
     opening, closing = form.prompt.replace("{key}", key).split("{context}")
     head = [*frame.leading, *encode(tokenizer, frame.before + opening)]
-    needle = encode(tokenizer, lead + form.needle.replace("{key}", key).replace("{value}", answer))
+    (needle,) = encode_texts(tokenizer, [lead + form.needle.replace("{key}", key).replace("{value}", answer)])
     tail, answer_ids = encode_continuation(
         tokenizer, closing + frame.after + form.answer_prefix.replace("{key}", key), " " + answer
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 # Survives templates that strip or rewrite what surrounds the message.
 MARK = "\u2402message\u2403"
+LONGEST_MERGE = 32  # characters that no token begins at
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,76 @@ class Frame:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` alone: nothing added in front or behind, special tokens in it recognised."""
+    """Ids of `text` alone: nothing added in front or behind, control tokens in it recognised."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of texts that are data: what is spelled like a control token stays text, as in packed rows."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What matches any control token as it is spelled; None where a tokenizer has none."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelled = sorted(filter(None, added | set(tokenizer.all_special_tokens)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spelled))) if spelled else None
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A framed prompt as ids.
+
+    Attributes:
+        ids: All ids, the frame's leading ones first.
+        tokenizer: What encoded it.
+        text: The text that the message was encoded in.
+        shift: Characters of that text in front of the message.
+        encoding: What the tokenizer gave for that text.
+        before: Ids in front of those of that text.
+    """
+
+    ids: list[int]
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    shift: int
+    encoding: Any
+    before: int
+
+    def token_at(self, character: int) -> int:
+        """Index of the token at a character of the message; of the next one where a merge swallowed it."""
+        at = self.shift + character
+        if self.encoding.is_fast:
+            found = (self.encoding.char_to_token(place) for place in range(at, at + LONGEST_MERGE))
+            return self.before + next(token for token in found if token is not None)
+        return self.before + len(encode(self.tokenizer, self.text[:at]))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, frame: Frame, message: str, answer_prefix: str) -> EncodedPrompt:
+    """A message in its frame, with the start of the answer behind it.
+
+    The frame's control tokens are control tokens; those that the message spells out stay text.
+
+    Args:
+        tokenizer: Any tokenizer.
+        frame: What stands around the message.
+        message: The user's message.
+        answer_prefix: Start of the answer.
+    """
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    leading, tail = list(frame.leading), frame.after + answer_prefix
+    pattern = _control_tokens(tokenizer)
+    if pattern is None or not pattern.search(message):
+        text = frame.before + message + tail
+        encoding = tokenizer(text, **options)
+        return EncodedPrompt(
+            [*leading, *encoding["input_ids"]], tokenizer, text, len(frame.before), encoding, len(leading)
+        )
+    head = [*leading, *encode(tokenizer, frame.before)]
+    encoding = tokenizer(message, split_special_tokens=True, **options)
+    ids = [*head, *encoding["input_ids"], *encode(tokenizer, tail)]
+    return EncodedPrompt(ids, tokenizer, message, 0, encoding, len(head))
 
 
 def make_frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> Frame:
@@ -52,7 +124,7 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> 
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
     )
-    before, found, after = text.partition(MARK)
+    before, found, after = str(text).partition(MARK)
     if not found:
         raise ValueError("The tokenizer's chat template does not repeat the user's message: it cannot be used here.")
     return Frame(before, after, ())

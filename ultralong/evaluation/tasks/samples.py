@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ultralong.evaluation.tasks.babilong_style import FACTS_TASKS
+from ultralong.evaluation.tasks.babilong_style import BABILONG_STYLE_TASKS
 from ultralong.evaluation.tasks.fit_length import Line, fit, learn_line, truncate_middle
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.needle import NEEDLE_TASK
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
-from ultralong.evaluation.tasks.prompts import make_frame
+from ultralong.evaluation.tasks.prompts import EncodedPrompt, Frame, encode_prompt, make_frame
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.task import Builder, Draft, Reader, Setting, Task
@@ -28,19 +29,28 @@ GENERATED: dict[str, Task] = {
     NEEDLE_TASK.name: NEEDLE_TASK,
     **RULER_TASKS,
     **INFINITEBENCH_TASKS,
-    **FACTS_TASKS,
+    **BABILONG_STYLE_TASKS,
     **NONLITERAL_TASKS,
 }
 PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LVEVAL_TASKS}
 TASKS = GENERATED | PUBLISHED
+RENAMED = {task.former_name: name for name, task in TASKS.items() if task.former_name}  # as version 0.3 called them
+
+
+def current_name(name: str) -> str:
+    """The name of a test as it is today, for one that a record of version 0.3 may hold."""
+    return RENAMED.get(name, name)
 
 
 def find_task(name: str) -> Task:
-    """A test by its name.
+    """A test by its name. One of version 0.3 is understood, with a warning that names today's.
 
     Raises:
         ValueError: There is none; the message lists those there are.
     """
+    if name in RENAMED:
+        warnings.warn(f"The test {name} is called {RENAMED[name]} now; the old name will go.", stacklevel=3)
+        name = RENAMED[name]
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         known = ", ".join(task for task in TASKS if task not in LVEVAL_TASKS)
@@ -100,7 +110,7 @@ def make_samples(
             yield _read_one(found, setting, builder, measure, seed, index)
         return
     line = learn_line(
-        lambda size: measure.tokens(builder.build(random.Random(f"{task} probe"), size, 0)),
+        lambda size: measure.tokens(builder.build(random.Random(f"{found.seed_name} probe"), size, 0)),
         builder.smallest,
         builder.probe,
     )
@@ -130,9 +140,9 @@ def check_task(
     Raises:
         ValueError: As for `make_samples`.
     """
-    _, _, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
+    found, _, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
     if not isinstance(builder, Reader):
-        shortest = measure.tokens(builder.build(random.Random(f"{task} probe"), builder.smallest, 0))
+        shortest = measure.tokens(builder.build(random.Random(f"{found.seed_name} probe"), builder.smallest, 0))
         if shortest > length:
             raise ValueError(
                 f"{length:,} tokens are too few: the shortest prompt of this test takes "
@@ -163,46 +173,24 @@ class _Measure:
     def __init__(self, setting: Setting, max_new_tokens: int) -> None:
         self.setting, self.max_new_tokens = setting, max_new_tokens
 
-    def encode(self, draft: Draft) -> Any:
+    def encode(self, draft: Draft) -> EncodedPrompt:
         """The framed prompt, encoded."""
-        frame = self.setting.frame
-        return self.setting.tokenizer(
-            frame.before + draft.input + frame.after + draft.answer_prefix,
-            verbose=False,
-            add_special_tokens=False,
-            return_attention_mask=False,
-        )
+        return encode_prompt(self.setting.tokenizer, self.setting.frame, draft.input, draft.answer_prefix)
 
     def budget(self, draft: Draft) -> int:
         """Tokens to answer in."""
         return self.max_new_tokens if draft.max_new_tokens is None else draft.max_new_tokens
 
-    def tokens(self, draft: Draft, encoded: Any = None) -> int:
+    def tokens(self, draft: Draft, encoded: EncodedPrompt | None = None) -> int:
         """Tokens of prompt and answer."""
-        encoded = self.encode(draft) if encoded is None else encoded
-        return len(self.setting.frame.leading) + len(encoded["input_ids"]) + self.budget(draft)
-
-    def place(self, encoded: Any, draft: Draft, character: int) -> int:
-        """Token at a character of the message."""
-        frame = self.setting.frame
-        if encoded.is_fast:
-            # A character that belongs to no token (a space swallowed by a merge) stands with the next that does.
-            at = len(frame.before) + character
-            found = next(token for shift in range(32) if (token := encoded.char_to_token(at + shift)) is not None)
-        else:
-            found = len(
-                self.setting.tokenizer(frame.before + draft.input[:character], verbose=False, add_special_tokens=False)[
-                    "input_ids"
-                ]
-            )
-        return len(frame.leading) + found
+        return len((self.encode(draft) if encoded is None else encoded).ids) + self.budget(draft)
 
 
 def _make_one(
     task: Task, setting: Setting, builder: Builder, measure: _Measure, line: Line, seed: int, index: int
 ) -> dict[str, Any]:
-    def make(size: int) -> tuple[tuple[Draft, Any], int]:
-        draft = builder.build(random.Random(f"{task.name} {setting.length} {seed} {index}"), size, index)
+    def make(size: int) -> tuple[tuple[Draft, EncodedPrompt], int]:
+        draft = builder.build(random.Random(f"{task.seed_name} {setting.length} {seed} {index}"), size, index)
         encoded = measure.encode(draft)
         return (draft, encoded), measure.tokens(draft, encoded)
 
@@ -219,9 +207,16 @@ def _read_one(task: Task, setting: Setting, reader: Reader, measure: _Measure, s
 
 
 def _record(
-    task: Task, setting: Setting, source: str, measure: _Measure, seed: int, index: int, draft: Draft, encoded: Any
+    task: Task,
+    setting: Setting,
+    source: str,
+    measure: _Measure,
+    seed: int,
+    index: int,
+    draft: Draft,
+    encoded: EncodedPrompt,
 ) -> dict[str, Any]:
-    positions = [measure.place(encoded, draft, character) for character in draft.gold]
+    positions = [encoded.token_at(character) for character in draft.gold]
     depth = draft.depth
     if depth is None and draft.gold:
         depth = float(np.mean(draft.gold)) / len(draft.input)
@@ -251,10 +246,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) ->
         record: A record of `make_samples`.
     """
     frame = _frame(tokenizer, bool(record["chat"]))
-    text = frame.before + record["input"] + frame.after + record["answer_prefix"]
-    return [*frame.leading, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    return encode_prompt(tokenizer, frame, record["input"], record["answer_prefix"]).ids
 
 
 @functools.lru_cache(maxsize=4)
-def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Any:
+def _frame(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Frame:
     return make_frame(tokenizer, chat)

@@ -58,17 +58,22 @@ class Setting:
 
 
 class Builder(Protocol):
-    """Makes prompts of one test under one setting.
+    """Makes prompts of one test under one setting."""
 
-    Attributes:
-        source: What the text is made from, for reports.
-        smallest: The smallest size.
-        probe: How much larger a second prompt is made to learn what a unit of size costs in tokens.
-    """
+    @property
+    def source(self) -> str:
+        """What the text is made from, for reports."""
+        ...
 
-    source: str
-    smallest: int
-    probe: int
+    @property
+    def smallest(self) -> int:
+        """The smallest size."""
+        ...
+
+    @property
+    def probe(self) -> int:
+        """How much larger a second prompt is made to learn what a unit of size costs in tokens."""
+        ...
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """A prompt of `size` units (lines, words, pairs: the test's own); `index` is the sample's number."""
@@ -103,6 +108,8 @@ class Task:
         prepare: From a setting to a builder, or to a reader of published texts.
         score: From an answer and the references to a score from 0 to 1.
         extra: Further fields of a record that `score` takes, by name.
+        former_name: Its name in version 0.3, where that was another one.
+        needs: Package that `score` imports, where it is an optional one.
     """
 
     name: str
@@ -110,6 +117,13 @@ class Task:
     prepare: Callable[[Setting], Builder | Reader]
     score: Callable[..., float]
     extra: tuple[str, ...] = ()
+    former_name: str = ""
+    needs: str = ""
+
+    @property
+    def seed_name(self) -> str:
+        """The name that seeds the draws: a renamed test still gives the samples that it gave."""
+        return self.former_name or self.name
 
     def grade(self, record: Mapping[str, Any]) -> float:
         """The score of a record with `prediction` and `outputs`, from 0 to 1."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def word_lists() -> WordLists:
     )
 
 
-class WordPairs(Sequence[str]):
+class WordPairs:
     """Every `adjective-noun`, in sorted order without repeats, as a sequence that is never written out.
 
     RULER draws its keys from the sorted list of all six million pairs. The list takes half a gigabyte; its order can be

@@ -22,7 +22,12 @@ def _task(benchmark: str, name: str, level: str | None, extra: tuple[str, ...]) 
     known = catalogue(benchmark)[name]
     full = f"{benchmark}_{name}" + ("" if level is None else f"_{level}")
     return Task(
-        full, known.max_new_tokens, partial(prepare, benchmark, name, level), getattr(scores, known.score), extra
+        full,
+        known.max_new_tokens,
+        partial(prepare, benchmark, name, level),
+        getattr(scores, known.score),
+        extra,
+        needs="jieba" if known.score in scores.SEGMENTED else "",
     )
 
 

@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ LETTERS = "ABCD"
 HUBS = {"lveval": "Infinigence/LVEval", "infinitebench": "xinrongzhang2022/InfiniteBench"}
 
 
-class Rows(Sequence[dict[str, Any]]):
+class Rows:
     """Records of a JSON-lines file.
 
     Args:

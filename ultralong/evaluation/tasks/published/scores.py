@@ -24,6 +24,7 @@ from ultralong.utils.extras import require
 
 ENGLISH_GATE = 0.2
 CHINESE_GATE = 0.4
+SEGMENTED = ("chinese_f1", "gated_chinese_f1", "chinese_rouge_l")  # scores that split Chinese into words by jieba
 ASCII_MARKS = str.maketrans("", "", string.punctuation)
 CHOICE_SEPARATORS = str.maketrans(dict.fromkeys("\n\"'.,?!{}", " "))
 NAME_SEPARATORS = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))

@@ -60,7 +60,8 @@ class NiahBuilder:
         object.__setattr__(self, "smallest", 100 if essay else self.kind.key_count * self.kind.value_count)
         object.__setattr__(self, "probe", 2000 if essay else 50)
         names = {"noise": "repeated noise", "needle": "needles"}
-        object.__setattr__(self, "source", names.get(self.kind.haystack) or self.text.name)
+        text = "" if self.text is None else self.text.name
+        object.__setattr__(self, "source", names.get(self.kind.haystack, text))
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """A prompt of `size` units."""
@@ -96,8 +97,8 @@ class NiahBuilder:
         )
 
     def _context(self, draw: random.Random, size: int, needles: list[str], keys: list[str]) -> str:
-        if self.kind.haystack == "essay":
-            return self._in_text(draw, size, needles)
+        if self.text is not None:
+            return _in_text(self.text, draw, size, needles)
         if self.kind.haystack == "noise":
             lines = [NOISE_LINE] * size
         else:
@@ -110,13 +111,14 @@ class NiahBuilder:
             lines.insert(place, needle)
         return "\n".join(lines)
 
-    def _in_text(self, draw: random.Random, size: int, needles: list[str]) -> str:
-        sentences = self.text.sentences(size)
-        cuts = sorted(int(len(sentences) * (depth / 100)) for depth in draw.sample(DEPTHS, len(needles)))
-        parts: list[str] = []
-        for start, end, needle in zip([0, *cuts], cuts, needles, strict=False):
-            parts += [" ".join(sentences[start:end]), needle]
-        return " ".join([*parts, " ".join(sentences[cuts[-1] :])])
+
+def _in_text(text: Essays, draw: random.Random, size: int, needles: list[str]) -> str:
+    sentences = text.sentences(size)
+    cuts = sorted(int(len(sentences) * (depth / 100)) for depth in draw.sample(DEPTHS, len(needles)))
+    parts: list[str] = []
+    for start, end, needle in zip([0, *cuts], cuts, needles, strict=False):
+        parts += [" ".join(sentences[start:end]), needle]
+    return " ".join([*parts, " ".join(sentences[cuts[-1] :])])
 
 
 def prepare(kind: NiahKind, setting: Setting) -> NiahBuilder:

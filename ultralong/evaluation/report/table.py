@@ -1,0 +1,78 @@
+"""What a run measured as lines of text, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ultralong.evaluation.measures.result import Part, Result, interval_text
+
+MOST_CELLS = 12  # lengths and depths of a needle map that is printed whole
+POSITIONS = {
+    "perplexity_by_row": "perplexity of {} by position in the row",
+    "perplexity_by_document": "perplexity of {} by distance from the document's start",
+    "loss": "loss of {} by position in the row, nats per target",
+}
+
+
+def table_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The numbers of a run.
+
+    Args:
+        summary: As `results.summarise` gives it.
+    """
+    model = summary["settings"]["model"]
+    lines: list[str] = []
+    for result in (Result.from_dict(values) for values in summary["results"]):
+        if result.task == "needle":
+            lines += needle_lines(result, model)
+        elif result.metric in POSITIONS:
+            lines += position_lines(result, model)
+        elif not result.by_length:
+            lines.append(f"{result.task:20} {result.value:16.1f}  [{interval_text(result)}]  n {result.n}")
+    for item in summary["families"]:
+        mean = Part(item["score"], item["n"], item["low"], item["high"])
+        lines.append(
+            f"{item['family']:20} {item['length']:>9,}  {item['score']:6.1f}  [{interval_text(mean)}]  "
+            f"{item['tasks']} tests, n {item['n']}"
+        )
+    if summary["effective"] is not None:
+        reached, bar = summary["effective"]["length"], summary["effective"]["bar"]
+        lines.append(f"effective length (RULER, {bar}): {f'{reached:,}' if reached else 'none'}")
+    return lines
+
+
+def needle_lines(result: Result, model: str) -> list[str]:
+    """A needle map as found of asked by length and depth; a large one by length alone."""
+    cells = {(part.length or 0, part.depth or 0.0): part for part in result.by_depth}
+    lengths, depths = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    if len(depths) > MOST_CELLS or len(lengths) > MOST_CELLS:
+        return [
+            f"needles found by {model}, by length, per cent (95% interval)",
+            *(f"{part.length or 0:>11,}  {part.value:6.1f}  ({interval_text(part)})" for part in result.by_length),
+        ]
+    rows = [
+        f"{length:>11,}" + "".join(f"{_found(cells.get((int(length), depth))):>9}" for depth in depths)
+        for length in lengths
+    ]
+    head = "     tokens" + "".join(f"{depth:>9.0%}" for depth in depths)
+    return [f"needles found by {model}, by length and depth", head, *rows]
+
+
+def _found(part: Part | None) -> str:
+    return "" if part is None else f"{part.value * part.n / 100:.0f}/{part.n}"
+
+
+def position_lines(result: Result, model: str) -> list[str]:
+    """Perplexity or loss by position, with intervals."""
+    form = "{:.4f}" if result.metric == "loss" else "{:.2f}"
+    lines = [POSITIONS[result.metric].format(model) + " (95% interval)"]
+    if result.metric == "loss":
+        lines.append(
+            f"{'all':>26}  {result.value:9.4f}  ({interval_text(result, form)}), {result.n:,} targets of "
+            f"{result.details['documents']:,} documents"
+        )
+    for part in result.by_position:
+        ends = "" if result.metric == "loss" else f"  ({interval_text(part, form)})"
+        lines.append(f"{part.start or 0:>11,} to {part.end or 0:>11,}  {form.format(part.value):>9}{ends}")
+    return lines

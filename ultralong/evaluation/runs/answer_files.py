@@ -1,0 +1,114 @@
+"""Files of answers: found, checked, read and scored, also those that version 0.3 or another program wrote."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ultralong.evaluation.measures.result import Part, Result
+from ultralong.evaluation.measures.score import score_predictions
+from ultralong.evaluation.tasks.samples import TASKS, current_name, find_task
+from ultralong.utils.files import read_jsonl
+
+ANSWERS = re.compile(r"(\w+)-(\d+)\.jsonl")
+
+
+def done_already(path: str | os.PathLike[str], task: str, length: int, seed: int) -> list[dict[str, Any]]:
+    """Records that a file holds, checked to be of this task, length and seed and in order.
+
+    Raises:
+        ValueError: They are of another run.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = read_jsonl(path)
+    for number, record in enumerate(records):
+        found = [current_name(record.get("task", "")), record.get("seed"), record.get("max_length")]
+        if found != [task, seed, length] or record.get("index") != number:
+            raise ValueError(
+                f"{path}, line {number + 1} is of another run: task, seed, length {found} and index "
+                f"{record.get('index')}, expected {[task, seed, length]} and {number}. Give another --out "
+                "or delete the file."
+            )
+    return records
+
+
+def score_file(task: str, predictions: str | os.PathLike[str]) -> Result:
+    """Score a file of answers: each line the sample's `outputs` (and `max_length`) with the model's `prediction`.
+
+    Raises:
+        ValueError: There is no such file, a line is no JSON object, or what `score_predictions` refuses.
+    """
+    return score_predictions(task, read_answers(Path(predictions)))
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Records of a file of JSON lines made by any program: the last line counts also without a line break.
+
+    Raises:
+        ValueError: There is no such file, or a line is no JSON object; the message names the line.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    records = []
+    # Split at bytes: str.splitlines also splits at separators that JSON strings may hold, such as U+2028.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: an object of fields is needed, found {type(record).__name__}.")
+        records.append(record)
+    return records
+
+
+def answers_path(folder: Path, task: str, length: int) -> Path:
+    """The file of a test's answers; one that version 0.3 wrote under the test's former name is kept in use."""
+    path, former = folder / f"{task}-{length}.jsonl", find_task(task).former_name
+    older = folder / f"{former}-{length}.jsonl"
+    return older if former and older.exists() and not path.exists() else path
+
+
+def answer_files(folder: Path) -> dict[tuple[str, int], Path]:
+    """Files of answers in a folder, by test and length, in the order of their names."""
+    found = {}
+    for path in sorted(folder.glob("*-*.jsonl")):
+        match = ANSWERS.fullmatch(path.name)
+        if match is not None and current_name(match.group(1)) in TASKS:
+            found[current_name(match.group(1)), int(match.group(2))] = path
+    return found
+
+
+def task_results(held: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> list[Result]:
+    """One result a test from its answers at several lengths, in the order of the tests.
+
+    Details of each length: `seconds` that answering took, and `cut`, samples that lost their middle.
+
+    Args:
+        held: Records by test and length.
+
+    Raises:
+        ValueError: As for `score_predictions`.
+    """
+    results = []
+    for task in sorted({task for task, _ in held}, key=list(TASKS).index):
+        lengths = {length: records for (name, length), records in sorted(held.items()) if name == task}
+        scored = score_predictions(task, [record for records in lengths.values() for record in records])
+        by_length = tuple(_noted(part, lengths[part.length or 0]) for part in scored.by_length)
+        results.append(replace(scored, by_length=by_length))
+    return results
+
+
+def _noted(part: Part, records: Sequence[Mapping[str, Any]]) -> Part:
+    seconds = round(sum(record["seconds"] for record in records), 3)
+    return replace(part, details={"seconds": seconds, "cut": sum(record.get("cut", 0) > 0 for record in records)})

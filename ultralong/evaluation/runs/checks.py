@@ -1,0 +1,108 @@
+"""What is checked of a run before a model is opened or asked: packages, data, settings of an earlier start, lengths."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ultralong.evaluation.measures.lm_eval import find_benchmarks
+from ultralong.evaluation.report.page import missing_for_figures
+from ultralong.evaluation.runs.results import SETTINGS_FILE
+from ultralong.evaluation.runs.settings import RunSettings
+from ultralong.evaluation.tasks.groups import SPECIAL, find_questions
+from ultralong.evaluation.tasks.samples import PUBLISHED, TASKS, check_task
+from ultralong.inference.engines import require_vllm
+from ultralong.utils import settings
+from ultralong.utils.extras import require
+
+FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine", "kv_dtype")
+
+
+def check_needs(names: Sequence[str], wanted: RunSettings) -> None:
+    """See that everything is there that the tests of a run need, before a model is opened.
+
+    Figures are an extra: without what draws them a run says so now, and leaves a page of tables.
+
+    Raises:
+        ValueError: Perplexity or loss without rows, or an unknown benchmark.
+        ImportError: A package is missing; the message holds the command that installs it.
+    """
+    for name in ("perplexity", "loss"):
+        if name in names and wanted.rows is None:
+            raise ValueError(
+                f"{name.capitalize()} needs packed rows to read: give --rows FOLDER, as written by `ultralong pack`."
+            )
+    if "lm_eval" in names:
+        find_benchmarks(wanted.benchmarks)
+        require("lm_eval", "eval")
+    if wanted.engine == "vllm":
+        require_vllm()
+    if (reason := missing_for_figures()) is not None:
+        warnings.warn(f"The report will hold tables and no figures: {reason}", stacklevel=3)
+
+
+def check_same_run(wanted: RunSettings, out: Path) -> None:
+    """See that a folder is free, or holds a run that this one continues.
+
+    Raises:
+        ValueError: It holds another run.
+    """
+    if not (out / SETTINGS_FILE).exists():
+        return
+    there = settings.load(RunSettings, out / SETTINGS_FILE)
+    for name in FIXED:
+        if getattr(there, name) != getattr(wanted, name):
+            raise ValueError(
+                f"{out} holds a run with {name} {getattr(there, name)}, this one has "
+                f"{getattr(wanted, name)}. Give another --out, or remove the folder."
+            )
+
+
+def plan_pairs(
+    names: Sequence[str],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: RunSettings,
+    texts: Sequence[str] | None,
+) -> tuple[list[tuple[str, int]], dict[str, Path], dict[str, str]]:
+    """Which test is asked at which length, with all that could stop it found before the first answer.
+
+    Returns:
+        Pairs of test and length, shortest first; files of questions by test; and the reason of each test, or test at a
+        length, left out.
+
+    Raises:
+        ValueError: A test cannot be made and `skip_missing` is not set; the message names all such tests.
+    """
+    pairs: list[tuple[str, int]] = []
+    questions: dict[str, Path] = {}
+    skipped: dict[str, str] = {}
+    data = None if wanted.data is None else Path(wanted.data)
+    for name in (name for name in names if name not in SPECIAL):
+        chosen = [max(lengths)] if name in PUBLISHED else sorted(lengths)
+        reasons: dict[int, str] = {}
+        for place, length in enumerate(chosen):
+            try:
+                if TASKS[name].needs:
+                    require(TASKS[name].needs, "eval")
+                found = find_questions(name, data)
+                check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found)
+            except (ValueError, ImportError) as error:
+                reasons[length] = str(error)
+                continue
+            # What can be made at one length can be made at all longer ones.
+            pairs += [(name, longer) for longer in chosen[place:]]
+            questions |= {} if found is None else {name: found}
+            break
+        if len(reasons) == len(chosen):
+            skipped[name] = reasons[chosen[-1]]
+        else:
+            skipped |= {f"{name} at {length:,}": reason for length, reason in reasons.items()}
+    if skipped and not wanted.skip_missing:
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise ValueError(f"Some tests cannot be made. {told}{more} (--skip-missing runs the rest.)")
+    return sorted(pairs, key=lambda pair: pair[1]), questions, skipped
