@@ -70,14 +70,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## Run the whole recipe in miniature; the result is runs/demo/report.html
 	"$(BIN)/ultralong" demo $(ARGS)
 
-test: setup lint  ## Lint, unit and property tests, and every notebook
+test: setup lint  ## Lint, then run all tests and every notebook
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-notebooks: setup  ## Execute the percent sources in notebooks/ and write the .ipynb beside them (NAMES= for some)
+notebooks: setup  ## Execute notebooks/*.py and write the .ipynb beside each (NAMES= for some of them)
 	$(TEST_ENV) "$(BIN)/python" -m ultralong.notebook_tools run $(NAMES)
 
-lint: setup  ## Check the style of the code and of the shell scripts
+lint: setup  ## Check style, formatting and shell scripts
 	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check --quiet ultralong tests
 	"$(BIN)/shellcheck" .ci/run
 
 flash4: setup  ## Install flash-attn 4 (Hopper, Blackwell): a wheel, nothing is built

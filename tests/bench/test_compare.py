@@ -86,12 +86,20 @@ def test_the_report_names_cases_values_and_changes():
 
 
 def test_rows_with_old_names_are_the_same_cases():
-    old = {"model": "M", "tokens": 8, "gpus": 2, "stages": 4, "memory": {"checkpoint_layers": True, "inputs_host": 3}}
+    old = {
+        "model": "M",
+        "tokens": 8,
+        "gpus": 2,
+        "stages": 4,
+        "states": "8bit",
+        "memory": {"checkpoint_layers": True, "inputs_host": 3},
+    }
     new = {
         "model": "M",
         "tokens": 8,
         "gpus": 2,
         "head_chunks": 4,
+        "state_precision": "8bit",
         "memory": {"activation_checkpointing": True, "layer_inputs_offloaded": 3, "loss_tile": 2048},
     }
     assert case_name(old) == case_name(new)

@@ -19,7 +19,19 @@ TOLERANCE = 0.03
 # What describes a case, in the order of its printed name.
 CASE = (
     *("rate", "task", "peer", "name", "model", "layers", "kernel", "dtype", "head_size", "size", "bytes"),
-    *("tokens", "length", "packed", "gpus", "ranks", "sharded", "states", "head_chunks", "memory", "kv", "chunk"),
+    *(
+        "tokens",
+        "length",
+        "packed",
+        "gpus",
+        "ranks",
+        "sharded",
+        "state_precision",
+        "head_chunks",
+        "memory",
+        "kv",
+        "chunk",
+    ),
     *("begun", "checkpoint_layers"),
 )
 HIGHER_IS_BETTER = frozenset(
@@ -29,7 +41,7 @@ LOWER_IS_BETTER = frozenset(
     ("forward_ms", "backward_ms", "seconds", "seconds_per_step", "decode_seconds_per_token", "seconds_per_parameter")
     + ("cpu_seconds", "peak_gib", "cache_gib", "peak_gpu_gib", "peak_host_gib", "pinned_host_gib")
 )
-RENAMED = {"stages": "head_chunks"}  # columns of rows recorded before 0.4
+RENAMED = {"stages": "head_chunks", "states": "state_precision"}  # columns of rows recorded before 0.4
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
             settings.save(config, Path(run) / "config.yaml")
             row |= {
                 "sharded": case.sharded,
-                "states": case.state_precision,
+                "state_precision": case.state_precision,
                 "kernel": case.kernel,
                 "head_chunks": case.head_chunks,
                 "memory": settings.to_mapping(config.memory),
