@@ -1,4 +1,4 @@
-"""Measure the way from documents to rows on this machine: seconds, memory, bytes, and what a SIGKILL half-way leaves.
+"""Speed, memory and bytes from documents to rows on this machine, and resuming after a SIGKILL half-way.
 
     ultralong bench data debian-docs --source rfc --tokenizer llama3 --tokens 50000000 --work /tmp/bench \
         --json pack.json

@@ -1,4 +1,4 @@
-"""Speed and memory of prefill here: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
+"""Speed and memory of prefill on this machine: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
 
 The model has the shape asked for and random weights, made on the GPU; ids are random. A prompt is read as an evaluation
 reads it (`ultralong.inference.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
@@ -126,7 +126,7 @@ def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int
 
 
 def _warm_up(model: PreTrainedModel, ids: Tensor, reader: LongReader) -> float:
-    """Read a short prompt as the long one will be read, and once plainly: how far apart the logits are, in spreads."""
+    """Read a short prompt in chunks and in one plain pass: mean distance of the logits over their deviation."""
     logits = reader.prefill(ids).float()
     reader.step(ids[:, :1])
     plain = prefill(model, ids)[:, -1].float()

@@ -1,4 +1,4 @@
-"""What the prefill bench measures."""
+"""Options of the prefill bench."""
 
 from __future__ import annotations
 

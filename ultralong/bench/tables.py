@@ -1,4 +1,4 @@
-"""The tables of `notebooks/results/README.md`, made from recorded measurements: `ultralong bench tables`.
+"""Tables of `notebooks/results/README.md`, made from recorded measurements: `ultralong bench tables`.
 
 A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
@@ -62,7 +62,7 @@ def _cell(result: dict[str, Any] | None) -> str:
 
 
 def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Training steps: measured, and in brackets what the planner had said before; peers below ours.
+    """Training steps as measured, with the plan's value in brackets; peers below ours.
 
     Args:
         recorded: What `ultralong bench train --json` wrote, one or more files.
@@ -103,7 +103,7 @@ def _beside(row: dict[str, Any], key: str) -> str:
 
 
 def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Reading a long prompt: seconds, memory, and the share of the attention kernel's own rate.
+    """Prefill of a long prompt: seconds, memory, and the share of the attention kernel's own rate.
 
     Args:
         recorded: What `ultralong bench prefill --json` wrote, one or more files.
@@ -143,7 +143,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
 
 
 def filled(text: str, results: Path) -> str:
-    """A Markdown text with every table in it made anew.
+    """A Markdown text with every table in it filled from the recorded files.
 
     Args:
         text: With pairs of comment lines as this module's docstring says.
@@ -165,7 +165,7 @@ def filled(text: str, results: Path) -> str:
 
 
 def rewrite(files: Sequence[Path]) -> None:
-    """Write the tables of Markdown files anew from the recorded measurements of this clone.
+    """Fill the tables of Markdown files from the recorded measurements of this clone.
 
     Raises:
         ValueError: This is no clone of the repository, or a table has an unknown name.

@@ -59,7 +59,7 @@ def packed_row(
 
 
 def token_table(lines: Mapping[str, Sequence[str]], owners: Mapping[str, Sequence[int]], title: str = "") -> Figure:
-    """Tokens one below the other's place, each in its cell, coloured by the document it belongs to.
+    """Lines of tokens, aligned, each token in a cell coloured by its document.
 
     Args:
         lines: Name of each line (such as "input", "label") to its tokens as text; all lines of one length.
@@ -98,7 +98,7 @@ def token_table(lines: Mapping[str, Sequence[str]], owners: Mapping[str, Sequenc
 
 
 def attention_mask(boundaries: Sequence[int], masked: bool, title: str = "") -> Figure:
-    """Which token may look at which in one row, as a square: query down, key across.
+    """Attention mask of one row as a square: query down, key across.
 
     Args:
         boundaries: Cumulative document lengths from 0 to the row's length; a short row, for every cell is drawn.
@@ -174,7 +174,7 @@ def length_buckets(
 
 
 def shares(bars: Mapping[str, Mapping[str, float]], title: str = "", x: str = "tokens") -> Figure:
-    """Stacked horizontal bars: for each name, how much of it is what.
+    """Stacked horizontal bars: the parts of each total.
 
     Args:
         bars: Name of each bar to its parts, in order; the same parts have the same colour in all bars.

@@ -35,7 +35,7 @@ def needle_heatmap(
     base_window: int | None = None,
     window_name: str = "old window",
 ) -> Figure:
-    """Retrieval by prompt length and needle depth: blue found, orange lost.
+    """Retrieval by prompt length and needle depth: blue is found, orange is missed.
 
     Small grids carry the counts in their cells, so that colour is not the only sign. A grey line marks the window the
     model had before it was extended.

@@ -64,7 +64,7 @@ def rgba(colour: str) -> Any:
 
 
 def number_format(specification: str) -> Any:
-    """Tick labels for one of plotly's number formats that Python spells alike: `.0%`, `.2f`, `,`, `,.1f`.
+    """Tick labels for the number formats of plotly that Python writes in the same way: `.0%`, `.2f`, `,`, `,.1f`.
 
     Raises:
         ValueError: Another format.

@@ -91,7 +91,7 @@ def rank_timeline(pairs: Sequence[Sequence[float]], title: str = "") -> Figure:
 
 
 def shares_of_one(rates: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
-    """Bars of what each scheme reaches of one GPU's rate.
+    """Bars of each scheme's rate per GPU relative to one GPU's.
 
     Args:
         rates: Name of the kernel to the share, 0 to 1, of each scheme.
@@ -114,7 +114,7 @@ def shares_of_one(rates: Mapping[str, Mapping[str, float]], title: str = "") -> 
 
 
 def traffic(sent: Sequence[Sequence[float]], title: str = "", *, unit: str = "bytes") -> Figure:
-    """Who sends how much to whom.
+    """Bytes that each rank sends to each other rank.
 
     Args:
         sent: For every sending rank what it sends to each rank.

@@ -20,7 +20,7 @@ CONTROLS = 84  # pixels of the slider and its button
 
 
 def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: int = 700) -> Figure:
-    """One figure that goes through others, by slider and Play button.
+    """One figure with a slider and a Play button that steps through several.
 
     Args:
         frames: Figures with one pair of axes, whose traces agree in number and type; axes are the first one's.
@@ -95,7 +95,7 @@ def play(
     stills: Sequence[int] | None = None,
     milliseconds: int = 700,
 ) -> None:
-    """Show an animation: with frames where scripts run (no kernel is needed), as a filmstrip where they don't.
+    """Show an animation: with frames where scripts run (no kernel is needed), as a filmstrip where they do not.
 
     Args:
         frames: See `animated`.

@@ -25,7 +25,7 @@ def lines(
     markers: bool = False,
     height: int = 360,
 ) -> Figure:
-    """Curves over a common axis, told apart by colour and dash.
+    """Curves over a common axis, distinguished by colour and dash.
 
     Args:
         curves: Name of the curve to its horizontal and vertical values.

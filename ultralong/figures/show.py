@@ -1,4 +1,4 @@
-"""Show a figure so that it survives everywhere: interactive in Jupyter, a picture on GitHub, a sentence in a terminal.
+"""Show a figure everywhere: interactive in Jupyter, as a picture on GitHub, as a sentence in a terminal.
 
 A plotly figure alone vanishes on GitHub, which strips scripts; a picture alone cannot be explored. `show` sends both
 and a sentence as one display bundle, and each reader picks what it can draw.

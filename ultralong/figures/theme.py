@@ -1,4 +1,4 @@
-"""The look shared by every figure: colours that colour-blind readers can tell apart, and plain axes.
+"""The style of every figure: colours that colour-blind readers can distinguish, and plain axes.
 
 Plotly figures are transparent with mid-grey text and grid, so that they read on light and dark pages alike. Colour is
 never the only sign: lines also differ in dash or marker, heatmap cells carry their count.
@@ -32,7 +32,7 @@ def graph_objects() -> Any:
 
 
 def new_figure(title: str = "", x: str = "", y: str = "", *, height: int = 380, width: int | None = None) -> Figure:
-    """An empty figure in the project's look.
+    """An empty figure in the project's style.
 
     Args:
         title: Title above the plot.
@@ -49,7 +49,7 @@ def new_figure(title: str = "", x: str = "", y: str = "", *, height: int = 380, 
 
 
 def style(figure: Figure, *, title: str = "", height: int = 380, width: int | None = None) -> Figure:
-    """Give an existing figure (such as one from `make_subplots`) the project's look, in place.
+    """Give an existing figure (such as one from `make_subplots`) the project's style, in place.
 
     Returns:
         The same figure.

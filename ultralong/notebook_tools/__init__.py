@@ -1,4 +1,4 @@
-"""Notebooks from their percent sources: executed, cleaned, checked and written by one command, never saved by hand.
+"""Notebooks made from percent sources: executed, cleaned, checked and written by one command, never saved by hand.
 
 `notebooks/NN_name.py` is what people write and review; `notebooks/NN_name.ipynb`, with its outputs, is what people
 read. `python -m ultralong.notebook_tools run` makes the second from the first, with the parameters and limits in

@@ -1,4 +1,4 @@
-"""What a notebook of this repository has to be, as checks that name what is wrong.
+"""Rules for the notebooks of this repository, as checks that name what is wrong.
 
 Rules of the source: one typed parameters cell, links to its neighbours, a table of times, short cells, real checks.
 Rules of the executed file: made from that source, no errors or warnings left in it, every figure readable without

@@ -1,4 +1,4 @@
-"""From a percent source to an executed notebook: parameters in, outputs kept, everything of the moment taken out.
+"""Execute a percent source: inject parameters, keep outputs, remove what belongs to one run or one machine.
 
 What is taken out is what would differ between two runs of the same source or could break a page that renders it:
 papermill's and the kernel's timestamps, the injected parameters cell, widget state, progress bars, absolute paths.

@@ -11,7 +11,7 @@ MIME = "application/vnd.ultralong.values+json"
 
 
 def store(**values: float | int | str | bool) -> None:
-    """Record what this notebook found, for `notebooks/ci.yml` to hold against its bounds.
+    """Record what this notebook found, to be checked against the bounds in `notebooks/ci.yml`.
 
     Outside of IPython the values are printed.
 

@@ -1,8 +1,8 @@
-"""The two functions of flash-attn 2 that ring-flash-attn's zigzag ring calls, on the kernels that torch carries.
+"""Stand-in for the two functions of flash-attn 2 that ring-flash-attn's zigzag ring calls, on torch's own kernels.
 
 Legend: B batch, T tokens, H query heads, K kv heads, D head size.
 
-flash-attn 2 has no wheel for recent torch and takes long to build, but torch has FlashAttention-2's kernels built in.
+flash-attn 2 has no wheel for recent torch and takes long to build; torch has FlashAttention-2's kernels built in.
 The functions have the names, arguments and results of `flash_attn/flash_attn_interface.py` 2.8; what is measured with
 them is ring-flash-attn's own code on torch's kernels, and its row says so.
 """

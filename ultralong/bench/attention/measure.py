@@ -1,4 +1,4 @@
-"""Speed of every kernel and scheme here: `ultralong bench attention --lengths 131072 --json FILE`.
+"""Speed of every kernel and scheme on this machine: `ultralong bench attention --lengths 131072 --json FILE`.
 
 Legend: B batch, T tokens, H query heads, K kv heads, D head size, P ranks.
 
@@ -29,7 +29,7 @@ from ultralong.utils.progress import progress
 
 
 def bench_attention(options: AttentionBench, path: Path | None = None) -> list[AttentionResult]:
-    """Measure, in as many processes as this machine has GPUs (two on a CPU), or in torchrun's.
+    """Measure in one process for each GPU (two on a CPU), or in torchrun's processes.
 
     Args:
         options: What to measure. On a machine without a GPU sizes are cut down first (`for_this_machine`).
@@ -110,7 +110,7 @@ def _measure_all(
 
 
 def documents(tokens: int, count: int) -> tuple[int, ...]:
-    """Boundaries of so many documents whose lengths spread over two orders of magnitude, the same each time."""
+    """Boundaries of `count` documents whose lengths spread over two orders of magnitude, the same each time."""
     make = torch.Generator().manual_seed(0)
     shares = torch.exp(torch.empty(count, dtype=torch.float64).uniform_(0.0, 4.6, generator=make))
     edges = (shares.cumsum(0) / shares.sum() * tokens).round().long().tolist()

@@ -91,11 +91,11 @@ class AttentionBench:
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """One line of the table.
+    """One row of the results.
 
     Attributes:
         name: Scheme, `single`, or a peer.
-        kernel: Kernel that ran.
+        kernel: Name of the kernel that ran.
         tokens: Row length.
         packed: Whether it held documents that do not see each other.
         ranks: GPUs that shared the row.

@@ -1,4 +1,4 @@
-"""Other projects' sequence-parallel attention, run on the same tensors in the same process group, where installed.
+"""Sequence-parallel attention of other projects, where installed, on the same tensors in the same process group.
 
 Legend: B batch, T tokens a rank holds, H query heads, K kv heads, D head size.
 """

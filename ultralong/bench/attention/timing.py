@@ -132,7 +132,7 @@ def _once(
     backlog: Backlog | None = None,
     seconds: float = 0.0,
 ) -> tuple[float, float, float]:
-    """Seconds of one forward and one backward pass on this rank, begun with the others', and of the host to start both.
+    """Seconds of a forward pass, of a backward pass, and of the host to start both, on this rank.
 
     Args:
         attend: What is timed.

@@ -30,7 +30,7 @@ RULE = (
     "bootstrap over conversations; needle: RULER niah_single wording, 7 digits, chat template, held-out documents "
     "as haystack, greedy exact match; perplexity: held-out documents packed to the new window, by position"
 )
-MODELS = {"base": "as it came", "pretrained": "before SFT", "tuned": "after SFT"}
+MODELS = {"base": "original", "pretrained": "before SFT", "tuned": "after SFT"}
 GRIDS = ("pretrained", "tuned")
 
 
@@ -82,7 +82,7 @@ def run(demo: PreparedDemo, say: Callable[[str], None] = print) -> dict[str, Any
 
 
 def answer_loss(demo: PreparedDemo, which: str) -> RowLoss:
-    """Loss of a stage's model on the conversations kept apart; kept in the demo's folder.
+    """Loss of a stage's model on held-out conversations; stored in the demo's folder.
 
     Args:
         demo: The stages.

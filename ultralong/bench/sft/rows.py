@@ -1,8 +1,8 @@
-"""Rows of `ultralong.bench.sft.measure`, made where there is a package registry and carried to where there is a GPU.
+"""Rows for `ultralong.bench.sft.measure`: made on a machine with a package registry, used on one with a GPU.
 
-A folder of them holds: `documents/` (rows of the new length for continued pretraining), `heldout/` (rows of documents
-kept apart), `haystack.jsonl` (their texts, to hide needles in), `training/` and `answers/` (packed conversations, and
-those kept apart), and `rows.json`, which says what went in, under which licences. Nothing else is needed there.
+A folder of them holds: `documents/` (rows of the new length for continued pretraining), `heldout/` (rows of held-out
+documents), `haystack.jsonl` (their texts, to hide needles in), `training/` and `answers/` (packed conversations, and
+held-out ones), and `rows.json` with their sources and licences. Nothing else is needed there.
 """
 
 from __future__ import annotations

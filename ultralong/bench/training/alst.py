@@ -22,7 +22,7 @@ from ultralong.utils.units import GIB
 
 
 def alst_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
-    """Make the model and its engine in a process of torchrun, and return one training step.
+    """One training step of a model and its engine, made in a process of torchrun.
 
     Args:
         model_folder: Folder of the model's config.

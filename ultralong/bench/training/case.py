@@ -1,4 +1,4 @@
-"""What the training bench measures: one run."""
+"""One case of the training bench."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TrainingCase:
         gpu_memory: With fit: GiB of one GPU; by default the machine's.
         host_memory: With fit: GiB of host memory for one process; without it nothing is offloaded.
         steps: Measured steps; one on a short row comes before.
-        profile: Profile one more step and say what its kernels took, by kind and by name.
+        profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
     """
 
     model: str = "meta-llama/Llama-3.1-8B"

@@ -1,7 +1,7 @@
-"""Time and memory of training steps here: `ultralong bench train MODEL --lengths N --json FILE`.
+"""Time and memory of training steps on this machine: `ultralong bench train MODEL --lengths N --json FILE`.
 
 Each case is a real run of the trainer on a model with random weights and rows of random text, in processes of its own,
-so that one that runs out of memory leaves no trace in the next. A step on a short row, which compiles, fills caches and
+so that one that runs out of memory does not affect the next. A step on a short row, which compiles, fills caches and
 makes the optimizer's states, comes before the measured ones. Useful work is causal work without recomputation
 (`ultralong.planner.shapes.Shape.model_flops`), against the 989 TF/s that the datasheet of H100 and H200 gives for
 bfloat16. Beside what is measured stands what `ultralong plan` says of the same config.
@@ -45,7 +45,7 @@ KINDS = {
 
 
 def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = None) -> dict[str, Any]:
-    """Train for some steps and say what they took.
+    """Time and memory of a case's training steps, beside the plan's.
 
     Args:
         case: What to train.

@@ -1,8 +1,8 @@
-"""Other projects' training of the same model on the same rows, in the same kind of processes, where installed.
+"""Training by other projects, where installed: the same model on the same rows in the same kind of processes.
 
 `torch-cp` is accelerate's context parallelism (torch's `context_parallel`, keys and values gathered) over FSDP2 with
-activation checkpointing and torch's AdamW in float32: what accelerate's own guide sets up. Its loss is transformers',
-which holds the logits of every token. `deepspeed-alst` is DeepSpeed's (`ultralong.bench.training.alst`).
+activation checkpointing and torch's AdamW in float32: what accelerate's own guide sets up. Its loss is
+transformers', which holds the logits of every token. `deepspeed-alst` is DeepSpeed's (`ultralong.bench.training.alst`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
 
 
 def work(name: str, model_folder: str, tokens: int, place: Path) -> None:
-    """Train some steps; leave seconds and peak."""
+    """Train some steps; write their seconds and the peak of memory."""
     cuda, rank = torch.cuda.is_available(), os.environ["RANK"]
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,4 +1,4 @@
-"""What the processes of a training case do: `python -m ultralong.bench.training.work FOLDER SHORT [profile]`.
+"""The processes of a training case: `python -m ultralong.bench.training.work FOLDER SHORT [profile]`.
 
 The models have random weights and rows of random letters; how long a step takes depends on neither.
 """
@@ -71,7 +71,7 @@ def _make_model(folder: Path, model: str, layers: int | None) -> None:
 
 
 def _make_rows(folder: Path, model: Path, length: int) -> None:
-    """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has learnt nothing."""
+    """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has no merges."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -94,9 +94,9 @@ def random_model(
 
 
 def work(folder: Path, short: str, profile: bool = False) -> None:
-    """Train as `folder/config.yaml` says, a short row first; leave the log and this process's peaks in bytes.
+    """Train as `folder/config.yaml` says, on a short row first; write the log and this process's peaks in bytes.
 
-    With `profile`, one more step follows, and the first process leaves what its kernels took (`kernels.json`).
+    With `profile`, one more step follows, and the first process writes the time of its kernels (`kernels.json`).
     """
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
@@ -115,7 +115,7 @@ def work(folder: Path, short: str, profile: bool = False) -> None:
             take_step(replace(run, order=warm), 0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # what the warm-up left cached would count as the run's reserved memory
             torch.cuda.reset_peak_memory_stats()
         for step in range(config.steps):
             processes.wait()
