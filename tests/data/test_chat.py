@@ -141,7 +141,7 @@ def test_rows_hold_whole_examples_once(tiny_tokenizer, tmp_path):
     talks[9] = talk(300)
     report = ReadReport()
     rows = pack_chat(
-        talks, tiny_tokenizer, tmp_path, ChatSettings(128, window_rows=3), report=report, rows_per_shard=4, quiet=True
+        talks, tiny_tokenizer, tmp_path, ChatSettings(128, buffer_rows=3), report=report, rows_per_shard=4, quiet=True
     )
     assert rows.mask_documents
     assert report.skipped == {"no answer": 1, "longer than 128 tokens": 1}
@@ -198,7 +198,7 @@ def test_nothing_left_is_an_error(tiny_tokenizer, tmp_path):
         pack_chat([talk(300)], tiny_tokenizer, tmp_path, ChatSettings(64), quiet=True)
 
 
-@pytest.mark.parametrize("wrong", [{"length": 1}, {"window_rows": 0}, {"max_tokens": 65}, {"max_tokens": 1}])
+@pytest.mark.parametrize("wrong", [{"length": 1}, {"buffer_rows": 0}, {"max_tokens": 65}, {"max_tokens": 1}])
 def test_nonsense_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         ChatSettings(**{"length": 64, **wrong})

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ultralong.data.chat.pack import ChatSettings, encode_chat, pack_chat
-from ultralong.data.chat.subsample import Chosen, Subsample
-from ultralong.data.read.conversations import Conversation, Pairs, to_messages
-from ultralong.data.recipe.build import load_recipe, pack_recipe, read_conversations, read_documents
+from ultralong.data.chat.subsample import HashSample, Subsample
+from ultralong.data.read.conversations import Conversation, PairFields, to_messages
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import load_recipe
+from ultralong.data.recipe.texts import read_conversations, read_documents
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.select.length_rule import uniform
 from ultralong.data.tokens.store import TokenStore
@@ -57,7 +59,7 @@ def test_every_shape_comes_to_the_same(record, expected):
 
 
 def test_named_fields_and_named_styles():
-    assert to_messages({"q": "Where?", "a": "There.", "messages": []}, pairs=Pairs("q", "a")) == [ASK, SAY]
+    assert to_messages({"q": "Where?", "a": "There.", "messages": []}, pairs=PairFields("q", "a")) == [ASK, SAY]
     both = {"messages": [ASK, SAY], "instruction": "Other?", "output": "Other."}
     assert to_messages(both) == [ASK, SAY]
     assert to_messages(both, "pairs")[0]["content"] == "Other?"
@@ -142,7 +144,9 @@ def test_malformed_records_are_counted_named_and_cost_nothing_else(tmp_path, tin
     assert row["target_tokens"] == report.counts["target_tokens"]
     assert sum(row["lengths"]["before"]["documents"]) == 11
     assert sum(row["lengths"]["after"]["documents"]) == 10
-    assert [talk[0]["content"] for talk in read_conversations(path)][-5:] == [f"Where is {n}?" for n in range(3, 8)]
+    assert [talk.messages[0]["content"] for talk in read_conversations(path)][-5:] == [
+        f"Where is {n}?" for n in range(3, 8)
+    ]
 
 
 def test_an_answer_that_nobody_asked_for_is_left_off_and_noted(tmp_path, tiny_tokenizer):
@@ -153,7 +157,7 @@ def test_an_answer_that_nobody_asked_for_is_left_off_and_noted(tmp_path, tiny_to
     records = [[opening, *turns], [system, opening, opening, *turns], turns, [opening, turns[0]], [opening]]
     lines = [json.dumps({"id": f"c{n}", "conversations": record}).encode() for n, record in enumerate(records)]
     path = recipe(tmp_path, lines)
-    roles = [[turn["role"] for turn in talk] for talk in read_conversations(path)]
+    roles = [[turn["role"] for turn in talk.messages] for talk in read_conversations(path)]
     assert roles == [["user", "assistant"], ["system", "user", "assistant"], ["user", "assistant"]]
     report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     assert report.skipped == {"no answer": 1, "no question": 1}
@@ -170,7 +174,7 @@ def test_an_answer_that_nobody_asked_for_is_left_off_and_noted(tmp_path, tiny_to
 @pytest.mark.parametrize("budget", [1, 40, 400, 10_000])
 def test_a_budget_is_met_within_one_conversation(tmp_path, tiny_tokenizer, budget):
     path = recipe(tmp_path, [line(n, "There. " * (1 + n % 7)) for n in range(60)])
-    every = [sum(len(turn["content"]) for turn in talk) / 3.68 for talk in read_conversations(path)]
+    every = [sum(len(turn["content"]) for turn in talk.messages) / 3.68 for talk in read_conversations(path)]
     report = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", limit=budget, quiet=True)
     taken = report.counts["documents"]
     assert taken == 60 or sum(every[:taken]) >= budget
@@ -258,7 +262,7 @@ TALKS = [
 @given(order=st.permutations(range(60)), seed=st.integers(0, 50), total=st.integers(1, 40))
 def test_the_choice_hangs_on_seed_and_id_alone(order, seed, total):
     shares = {"a": 0.5, "b": 0.25, "c": 0.25}
-    chosen = Chosen(Subsample(total, shares), seed)
+    chosen = HashSample(Subsample(total, shares), seed)
     for number, place in enumerate(order):
         talk = TALKS[place]
         if chosen.wanted(talk.id, talk.category):

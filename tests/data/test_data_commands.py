@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from ultralong import cli, figures
+from ultralong import cli
 from ultralong.data.recipe import stats
 from ultralong.data.recipe.build import pack_recipe
-from ultralong.data.rows.inspect_rows import as_html, as_text, check_row, peek
+from ultralong.data.rows.inspect_rows import as_html, as_text, check_row, inspect_row
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.store import TokenStore
@@ -37,7 +37,7 @@ def recipe(tmp_path):
             {
                 "name": "mine",
                 "description": "d",
-                "lengths": RULE,
+                "length_rule": RULE,
                 "sources": [{"name": name, "license": "CC0-1.0", "path": name} for name in ("short", "long")],
             }
         )
@@ -101,7 +101,16 @@ def test_limit_and_overrides_reach_the_recipe(recipe, tmp_path, capsys):
     one = read_json(tmp_path / "a.json")["sources"]["long"]["lengths"]["after"]
     assert 700 <= sum(one["tokens"]) < 1500
     cli.main(
-        ["data", "stats", str(recipe), "--set", "lengths.long_copies=3", "--quiet", "--json", str(tmp_path / "b.json")]
+        [
+            "data",
+            "stats",
+            str(recipe),
+            "--set",
+            "length_rule.long_copies=3",
+            "--quiet",
+            "--json",
+            str(tmp_path / "b.json"),
+        ]
     )
     three = read_json(tmp_path / "b.json")["sources"]["long"]["lengths"]
     assert sum(three["after"]["documents"]) == 3 * sum(three["before"]["documents"]) == 18
@@ -116,31 +125,31 @@ def test_stats_of_a_recipe_and_of_its_rows_tell_the_same_story(recipe, rows):
         assert sum(told["sources"]["long"]["lengths"]["after"]["documents"]) == 12
     both = stats.totals(counted["sources"])
     assert sum(both["before"]["documents"]) == 12
-    text = stats.table(counted)
+    text = stats.format_table(counted)
     assert [line.split()[0] for line in text.splitlines() if " before " in line] == ["short", "long", "all"]
-    bars = stats.picture(counted).data
-    assert {trace.name for trace in bars} == set(stats.buckets(both["edges"]))
-    for place in range(len(bars[0].x)):
-        assert sum(trace.x[place] for trace in bars) == pytest.approx(0.0 if bars[0].y[place] == "short, after" else 1)
-    assert figures.png_bytes(stats.picture(counted)).startswith(b"\x89PNG")
+    bars = stats.shares_by_length(counted)
+    assert all(list(shares) == stats.bucket_names(both["edges"]) for shares in bars.values())
+    assert set(bars) == {f"{name}, {when}" for name in ("short", "long", "all") for when in ("before", "after")}
+    for name, shares in bars.items():
+        assert sum(shares.values()) == pytest.approx(0.0 if name == "short, after" else 1)
     with pytest.raises(ValueError, match="neither a recipe"):
         stats.folder_stats(recipe.parent)
 
 
 def test_a_view_is_the_row(rows, tiny_tokenizer):
     store = TokenStore(rows.folder / "tokens")
-    between = rows.manifest["joints"]["between"]
+    between = rows.manifest["separators"]["between"]
     for number in range(len(rows)):
-        row, view = rows[number], peek(rows, tiny_tokenizer, number, joints=100)
+        row, view = rows[number], inspect_row(rows, tiny_tokenizer, number, boundaries=100)
         assert [s.start for s in view.segments] + [1500] == row.boundaries.tolist()
         for segment in view.segments:
             assert segment.facts == store.describe(segment.document)
             if segment.separator:
                 assert row.input_ids[segment.end - len(between) : segment.end].tolist() == between
-        assert view.checks["joints_with_separator"] == view.checks["joints"] == len(view.segments) - 1
+        assert view.checks["boundaries_with_separator"] == view.checks["boundaries"] == len(view.segments) - 1
         assert view.checks["labels_that_are_the_next_input"] == 1499
-        for joint in view.joints:
-            for place, text, label, position in joint:
+        for boundary in view.boundaries:
+            for place, text, label, position in boundary:
                 assert text == tiny_tokenizer.decode([int(row.input_ids[place])])
                 assert label == tiny_tokenizer.decode([int(row.labels[place])])
                 assert position == place
@@ -151,7 +160,7 @@ def test_masked_padded_and_broken_rows_are_told_apart(rows, tmp_path, tiny_token
     masked = pack(
         store, tiny_tokenizer, tmp_path / "masked", PackSettings(4096, mask_documents=True, tail="pad"), quiet=True
     )
-    view = peek(masked, tiny_tokenizer, -1)
+    view = inspect_row(masked, tiny_tokenizer, -1)
     assert view.segments[-1].name == "padding"
     assert view.segments[-1].targets == 0
     assert view.checks["masked_labels"] >= view.segments[-1].end - view.segments[-1].start
@@ -160,25 +169,25 @@ def test_masked_padded_and_broken_rows_are_told_apart(rows, tmp_path, tiny_token
     row.labels[7] = row.labels[7] + 1
     cut = int(row.boundaries[1])
     row.input_ids[cut - 1] += 1
-    found = check_row(row, rows.manifest["joints"]["between"])
-    assert found["joints_with_separator"] == found["joints"] - 1
+    found = check_row(row, rows.manifest["separators"]["between"])
+    assert found["boundaries_with_separator"] == found["boundaries"] - 1
     assert found["labels_that_are_the_next_input"] == 1499 - 2
 
 
 def test_long_rows_are_shown_at_both_ends(rows, tiny_tokenizer):
-    view = peek(rows, tiny_tokenizer, 0)
+    view = inspect_row(rows, tiny_tokenizer, 0)
     assert len(view.segments) >= 2
     whole = as_text(view)
     assert "\x1b" not in whole
     assert whole.count("document ") == len(view.segments)
-    many = type(view)(0, view.length, view.segments * 20, view.joints, view.checks)
+    many = type(view)(0, view.length, view.segments * 20, view.boundaries, view.checks)
     assert f"{20 * len(view.segments) - 4} more segments" in as_text(many, most=2)
     assert f"{20 * len(view.segments) - 4} more" in as_html(many, most=2)
     assert "&lt;s&gt;" in as_html(view)
 
 
 def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
-    box = row_browser(len(rows), lambda n: as_html(peek(rows, tiny_tokenizer, n)))
+    box = row_browser(len(rows), lambda n: as_html(inspect_row(rows, tiny_tokenizer, n)))
     slider, table = box.children
     assert (slider.min, slider.max) == (0, len(rows) - 1)
     first = table.value
@@ -186,7 +195,9 @@ def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
     assert table.value != first
     assert f"Row {len(rows) - 1}:" in table.value
     browse_rows(
-        len(rows), lambda n: as_html(peek(rows, tiny_tokenizer, n)), lambda n: as_text(peek(rows, tiny_tokenizer, n))
+        len(rows),
+        lambda n: as_html(inspect_row(rows, tiny_tokenizer, n)),
+        lambda n: as_text(inspect_row(rows, tiny_tokenizer, n)),
     )
     assert capsys.readouterr().out.startswith("row 0:")
     with pytest.raises(ValueError, match="no row 99"):
@@ -195,7 +206,7 @@ def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
 
 def test_what_cannot_be_shown_is_refused(rows, tiny_tokenizer):
     with pytest.raises(ValueError, match="no row"):
-        peek(rows, tiny_tokenizer, len(rows))
+        inspect_row(rows, tiny_tokenizer, len(rows))
 
 
 def test_conversations_are_counted_and_shown_too(tmp_path, tiny_tokenizer, capsys):
@@ -231,7 +242,7 @@ def test_conversations_are_counted_and_shown_too(tmp_path, tiny_tokenizer, capsy
     table = stats.folder_stats(tmp_path / "rows")["sources"]["a"]["lengths"]
     assert (sum(table["before"]["documents"]), sum(table["after"]["documents"])) == (12, 6)
     packed = PackedRows(tmp_path / "rows")
-    view = peek(packed, tiny_tokenizer, 0)
+    view = inspect_row(packed, tiny_tokenizer, 0)
     shown = [segment for segment in view.segments if segment.name != "padding"]
     assert sum(segment.targets for segment in shown) == packed.manifest["target_tokens"] > 0
     assert all(0 < segment.targets < segment.end - segment.start for segment in shown)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from ultralong.cli import main
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import Document, ReadReport
-from ultralong.data.recipe.build import pack_recipe, read_documents
-from ultralong.data.select.decontaminate import Decontaminate, Filter, TestSet, cut, read_tests
-from ultralong.data.select.overlap import Grams, spans_of, words_of
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.texts import read_documents
+from ultralong.data.select.decontaminate import Decontaminate, OverlapFilter, TestSet, cut, read_tests
+from ultralong.data.select.overlap import NgramIndex, spans_of, words_of
 from ultralong.utils.files import read_jsonl
 
 QUESTION = "If a train leaves at nine and the tide comes in at dawn, when does the keeper light his lamp?"
@@ -42,7 +43,7 @@ WORDS = st.lists(st.sampled_from(["a", "b,", "C", "d.", "--", "it's"]), max_size
 def test_hits_are_those_of_a_plain_search(text, items, most, least):
     expected = plain_hits(text, items, most, least)
     try:
-        grams = Grams((("t", str(n), item) for n, item in enumerate(items)), most, least)
+        grams = NgramIndex((("t", str(n), item) for n, item in enumerate(items)), most, least)
     except ValueError:
         assert all(len(words_of(item)) < least for item in items)
         return
@@ -56,23 +57,23 @@ def test_spans_are_those_of_the_words(text):
 
 
 def test_thirteen_words_in_a_row_and_no_fewer():
-    grams = Grams([("t", "q", QUESTION)])
+    grams = NgramIndex([("t", "q", QUESTION)])
     words = QUESTION.split()
     assert grams.hits("x " + " ".join(words[2:15]) + " y")[0].item == "q"
     assert grams.hits("IF A TRAIN - leaves at nine; and the tide (comes) in at dawn... when, does") != []
     assert grams.hits(" ".join([*words[2:14], "other", *words[15:]])) == []
-    short = Grams([("t", "eight", "one two three four five six seven eight"), ("t", "seven", "a b c d e f g")])
+    short = NgramIndex([("t", "eight", "one two three four five six seven eight"), ("t", "seven", "a b c d e f g")])
     assert [hit.words for hit in short.hits("so one two three four five six seven eight it is")] == [8]
     assert (short.items, short.too_short) == ({"t": 1}, {"t": 1})
     with pytest.raises(ValueError, match="nothing to look for"):
-        Grams([("t", "seven", "a b c d e f g")])
+        NgramIndex([("t", "seven", "a b c d e f g")])
 
 
 def test_many_texts_at_speed_and_without_false_hits():
     draw = random.Random(0)
     vocabulary = [f"w{n}" for n in range(50)]
     items = [("t", str(n), " ".join(draw.choices(vocabulary, k=20))) for n in range(200)]
-    grams = Grams(items)
+    grams = NgramIndex(items)
     noise = " ".join(draw.choices(vocabulary, k=100_000))
     assert grams.hits(noise) == []
     planted = noise[:3000] + " " + items[7][2] + " " + noise[3000:]
@@ -89,7 +90,7 @@ def text_around(gram: str, before: int, after: int) -> str:
     ("before", "after", "expected"), [(1000, 1000, [801, 801]), (1000, 300, [801]), (100, 398, []), (100, 399, [200])]
 )
 def test_cutting_takes_the_words_and_two_hundred_characters(before, after, expected):
-    grams = Grams([("t", "q", QUESTION)])
+    grams = NgramIndex([("t", "q", QUESTION)])
     text = text_around(QUESTION, before, after)
     pieces = cut(text, grams.hits(text))
     assert [len(piece) for piece in pieces] == expected
@@ -97,7 +98,7 @@ def test_cutting_takes_the_words_and_two_hundred_characters(before, after, expec
 
 
 def test_a_document_full_of_tests_is_dropped():
-    grams = Grams([("t", "q", QUESTION)])
+    grams = NgramIndex([("t", "q", QUESTION)])
     for times, left in ((9, 10), (10, 0)):
         text = ("x" * 900 + " " + QUESTION + " ") * times + "x" * 900
         assert len(cut(text, grams.hits(text))) == left
@@ -137,7 +138,7 @@ def test_conversations_with_a_test_question_are_dropped_and_named(tests):
         )
 
     report = ReadReport()
-    clean = Filter(tests, read_tests(tests), report)
+    clean = OverlapFilter(tests, read_tests(tests), report)
     kept = list(clean.conversations([talk(0, "Where?"), talk(1, "Tell me: " + QUESTION.upper()), talk(2, "When?")]))
     assert [talk.id for talk in kept] == ["t0", "t2"]
     assert report.skipped == {"overlaps with a test": 1}
@@ -212,7 +213,7 @@ def test_a_recipe_of_conversations_keeps_its_report(tests, tmp_path, tiny_tokeni
 
 def test_nothing_is_lost_without_overlap(tests):
     documents = [Document(f"d{n}", f"Text {n}. " * 50) for n in range(10)]
-    clean = Filter(tests, read_tests(tests), ReadReport())
+    clean = OverlapFilter(tests, read_tests(tests), ReadReport())
     assert list(clean.documents(documents)) == documents
 
 

@@ -10,9 +10,9 @@ import random
 
 import pytest
 
+from ultralong.data.read.datasets import Dataset, dataset_rows
 from ultralong.data.read.documents import Document, ReadReport
-from ultralong.data.read.readers import Reader, ReadSettings, list_files
-from ultralong.data.recipe.schema import Dataset
+from ultralong.data.read.readers import ReadSettings, RecordReader, list_files
 from ultralong.data.select.clean import strip_gutenberg, strip_rfc
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -28,7 +28,7 @@ LINES = b"".join(json.dumps({"text": f"text number {i}", "n": i}).encode() + b"\
 
 
 def read(path, **settings) -> tuple[list[Document], ReadReport]:
-    reader = Reader(ReadSettings(**settings))
+    reader = RecordReader(ReadSettings(**settings))
     return list(reader.documents(list_files(path), "s", "CC0-1.0")), reader.report
 
 
@@ -142,18 +142,18 @@ def test_a_dataset_saved_on_disk(tmp_path):
     rows.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
     for name in ("plain", "splits"):
-        reader = Reader(ReadSettings(id_field="id"))
+        reader = RecordReader(ReadSettings(id_field="id"))
         assert list(reader.dataset(Dataset(str(tmp_path / name)))) == [("a", "one"), ("b", "two")]
     with pytest.raises(ValueError, match="split 'test' cannot be opened"):
-        list(Reader().dataset(Dataset(str(tmp_path / "splits"), "test")))
+        list(RecordReader().dataset(Dataset(str(tmp_path / "splits"), "test")))
     with pytest.raises(ValueError, match="no column 'body'"):
-        list(Reader(ReadSettings(field="body")).dataset(Dataset(str(tmp_path / "plain"))))
+        list(RecordReader(ReadSettings(field="body")).dataset(Dataset(str(tmp_path / "plain"))))
     (tmp_path / "plain").rename(tmp_path / "before")
     (tmp_path / "elsewhere").mkdir()
     rows.remove_columns("id").save_to_disk(tmp_path / "plain")
     rows.remove_columns("id").save_to_disk(tmp_path / "elsewhere" / "plain")
     names = [
-        [name for name, _ in Reader().dataset_rows(Dataset(str(folder / "plain")))]
+        [name for name, _ in dataset_rows(Dataset(str(folder / "plain")))]
         for folder in (tmp_path, tmp_path / "elsewhere")
     ]
     assert names == [["plain:0", "plain:1"]] * 2, "a folder that is moved gives the same corpus"

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import pytest
 
-from ultralong.data.read.archives import extract, wanted
+from ultralong.data.read.archives import extract, matches
 from ultralong.data.read.fetch import Package, describe, fetch, unpack
 from ultralong.utils.files import sha256
 
@@ -99,7 +99,7 @@ def pypi(archive: Path, **changes) -> Package:
             "version": "1.0",
             "sha256": sha256(archive),
             "file": "texts-1.0.tar.gz",
-            "members": ("*.txt",),
+            "include": ("*.txt",),
             **changes,
         }
     )
@@ -169,7 +169,7 @@ print(json.dumps([{{"filename": "scope-texts-1.0.0.tgz"}}]))
 """,
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    package = Package("npm", "@scope/texts", "1.0.0", sha256(archive), members=("package/*.txt",))
+    package = Package("npm", "@scope/texts", "1.0.0", sha256(archive), include=("package/*.txt",))
     assert (unpack(package, tmp_path / "cache", quiet=True) / "package" / "a.txt").read_bytes() == b"one"
     script(tmp_path / "bin", "npm", "import sys; sys.exit('npm error 404 Not Found')")
     with pytest.raises(ValueError, match="404 Not Found"):
@@ -213,9 +213,9 @@ else:
 """,
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    loose = Package("deb", "texts", members=("usr/src/*.txt",))
+    loose = Package("deb", "texts", include=("usr/src/*.txt",))
     assert (unpack(loose, tmp_path / "cache", quiet=True) / "usr/src/a.txt").read_text() == "one"
-    pinned = Package("deb", "texts", "1.0", sha256(deb), inside="usr/src/tree.tar.xz", members=("*.c",))
+    pinned = Package("deb", "texts", "1.0", sha256(deb), inside="usr/src/tree.tar.xz", include=("*.c",))
     folder = unpack(pinned, tmp_path / "cache", quiet=True)
     assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == ["tree/x.c"]
     with pytest.raises(ValueError, match="Unable to locate package"):
@@ -271,9 +271,9 @@ def test_nothing_matching_and_unknown_kinds_are_errors(tmp_path):
 
 
 def test_patterns():
-    assert wanted("a/b/c.txt", ("*.txt",))
-    assert wanted("a/b/c.txt", ("a/*",), ("*.md",))
-    assert not wanted("a/b/c.txt", ("*.txt",), ("a/b/*",))
+    assert matches("a/b/c.txt", ("*.txt",))
+    assert matches("a/b/c.txt", ("a/*",), ("*.md",))
+    assert not matches("a/b/c.txt", ("*.txt",), ("a/b/*",))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from ultralong.data.read.datasets import Dataset
 from ultralong.data.read.documents import Document
-from ultralong.data.recipe.build import load_recipe, pack_recipe, read_conversations, read_documents
-from ultralong.data.recipe.schema import Dataset, Parts, Recipe, Source
-from ultralong.data.recipe.sources import OpenSource
-from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample_parts
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import Recipe, Source, Subsets, load_recipe
+from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.recipe.texts import read_conversations, read_documents
+from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample_subsets
 
 # A record of each data set, with the fields of its card; Q and A are put in.
 CHAT = {
@@ -92,7 +94,7 @@ def test_instruction_blends(name, tmp_path, tiny_tokenizer):
     recipe = stand_in(
         loaded, lambda source: [filled(CHAT[source], f"Question {n} of {source}?", f"Answer {n}.") for n in range(20)]
     )
-    talks = list(read_conversations(recipe, quiet=True))
+    talks = [talk.messages for talk in read_conversations(recipe, quiet=True)]
     assert len(talks) == 20 * len(recipe.sources)
     assert {len(talk) for talk in talks} <= {2, 3}
     assert all(
@@ -129,20 +131,24 @@ def part_rows(count):
 def test_slimpajama_by_source(tmp_path):
     pytest.importorskip("datasets")
     loaded = load_recipe("slimpajama-per-source")
-    assert sum(loaded.sources[0].parts.shares.values()) == pytest.approx(1.0, abs=1e-6)
-    assert (loaded.lengths.short_below, loaded.lengths.short_keep, loaded.lengths.long_above) == (4096, 0.1, 8192)
+    assert sum(loaded.sources[0].subsets.shares.values()) == pytest.approx(1.0, abs=1e-6)
+    assert (loaded.length_rule.short_below, loaded.length_rule.short_keep, loaded.length_rule.long_above) == (
+        4096,
+        0.1,
+        8192,
+    )
     recipe = replace(stand_in(loaded, lambda source: part_rows(3000)), tokens=2_000_000)
-    opened = OpenSource(recipe.sources[0], recipe, None, quiet=True)
+    opened = SourceReader(recipe.sources[0], recipe, None, quiet=True)
     taken = Counter()
     longest = 2 * 60_000 / 3.68
     for document in opened.documents():
         taken[document.source] += len(document.text) / 3.68
-    for part, share in loaded.sources[0].parts.shares.items():
+    for part, share in loaded.sources[0].subsets.shares.items():
         budget = share * 2_000_000
         assert budget <= taken[f"slimpajama/{part}"] <= budget + longest
     assert opened.report.skipped["of no wanted part"] > 0
     notes = opened.notes()
-    assert set(notes) == {f"slimpajama/{part}" for part in loaded.sources[0].parts.shares}
+    assert set(notes) == {f"slimpajama/{part}" for part in loaded.sources[0].subsets.shares}
     short = Counter()
     for name, row in notes.items():
         assert sum(row["lengths"]["after"]["tokens"]) == pytest.approx(taken[name], rel=0.01)
@@ -159,15 +165,15 @@ def test_parts_reach_the_report_of_the_rows(tmp_path, tiny_tokenizer):
         "CC0-1.0",
         path=str(tmp_path / "in.jsonl"),
         characters_per_token=1.0,
-        parts=Parts("kind.name", {"a": 0.25, "b": 0.75}),
+        subsets=Subsets("kind.name", {"a": 0.25, "b": 0.75}),
     )
     recipe = Recipe("m", "d", (source,), tokens=4000)
     report = pack_recipe(recipe, tiny_tokenizer, 128, tmp_path / "rows", quiet=True)
     # Texts of 240 characters below number 10 and of 260 from there: five of the one, five and seven of the other.
     assert {name: row["characters"] for name, row in report.sources.items()} == {"mix/a": 1200, "mix/b": 3020}
     assert report.sources["mix/a"]["budget"] == 1000
-    limited = pack_recipe(recipe, tiny_tokenizer, 128, tmp_path / "few", limit=600, quiet=True)
-    assert {name: row["documents"] for name, row in limited.sources.items()} == {"mix/a": 3, "mix/b": 3}
+    with_token_limit = pack_recipe(recipe, tiny_tokenizer, 128, tmp_path / "few", limit=600, quiet=True)
+    assert {name: row["documents"] for name, row in with_token_limit.sources.items()} == {"mix/a": 3, "mix/b": 3}
 
 
 def test_web_books_and_code(tmp_path):
@@ -200,7 +206,7 @@ def test_a_stream_of_parts_ends_when_all_have_theirs():
 
     counts = {"a": LengthCounts(), "b": LengthCounts()}
     got = list(
-        sample_parts(
+        sample_subsets(
             endless(), {"a": 100, "b": 30}, rule=LengthRule(0, 1, 5, 1.0), characters_per_token=1.0, counts=counts
         )
     )
@@ -212,7 +218,7 @@ def test_a_stream_of_parts_ends_when_all_have_theirs():
     ("changes", "message"),
     [
         ({"share": 0.5}, "tokens: a takes a share"),
-        ({"parts": Parts("k", {"x": 1.0}), "share": 0.5}, "their own shares"),
+        ({"subsets": Subsets("k", {"x": 1.0}), "share": 0.5}, "their own shares"),
         ({"share": -1.0}, "share must be positive"),
     ],
 )

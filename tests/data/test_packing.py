@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultralong.data.read.documents import Document
-from ultralong.data.rows.packing import PackedRows, PackSettings, RowStream, pack, resolve_joints
+from ultralong.data.rows.packing import PackedRows, PackSettings, RowStream, pack, resolve_separators
 from ultralong.data.rows.permutation import permuted
 from ultralong.data.tokens.shards import verify
 from ultralong.data.tokens.tokenize import tokenize_corpus
@@ -72,7 +72,7 @@ def test_rows_are_the_stream(tiny_tokenizer, texts, how, rows_per_shard):
         padded = how.tail == "pad"
         assert counts["padding_tokens"] == (how.length - over if padded and over else 0)
         assert counts["tail_dropped_tokens"] == (0 if padded else over)
-        assert counts["document_tokens"] + counts["joint_tokens"] == len(stream)
+        assert counts["document_tokens"] + counts["separator_tokens"] == len(stream)
         assert counts["document_tokens"] + counts["dropped_tokens"] == store.tokens
         assert counts["documents"] + counts["dropped_documents"] == len(store)
 
@@ -104,14 +104,14 @@ def check_row(row, stream, begin, how):
 def test_the_stream_resumes_at_every_row(tiny_tokenizer, texts, how, cut):
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(tiny_tokenizer, folder, texts)
-        joints = resolve_joints(how, tiny_tokenizer)
-        stream = RowStream(store, how, joints)
+        separators = resolve_separators(how, tiny_tokenizer)
+        stream = RowStream(store, how, separators)
         states, rows = [stream.state_dict()], []
         for row in stream:
             rows.append(row)
             states.append(stream.state_dict())
         cut = min(cut, len(rows))
-        again = list(RowStream(store, how, joints, states[cut]))
+        again = list(RowStream(store, how, separators, states[cut]))
         assert len(again) == len(rows) - cut
         for old, new in zip(rows[cut:], again, strict=True):
             assert np.array_equal(old[0], new[0])
@@ -159,10 +159,10 @@ def test_a_crash_between_the_last_shard_and_the_manifest(tiny_tokenizer, tmp_pat
 
 
 def test_the_separator_is_encoded_alone(tiny_tokenizer):
-    joints = resolve_joints(PackSettings(8), tiny_tokenizer)
-    assert tiny_tokenizer.decode(list(joints.between)) == "<s>"
-    assert len(joints.between) > 1, "in this tokenizer, as in Llama-3's, <s> is ordinary text"
-    assert joints.before == joints.after == ()
+    separators = resolve_separators(PackSettings(8), tiny_tokenizer)
+    assert tiny_tokenizer.decode(list(separators.between)) == "<s>"
+    assert len(separators.between) > 1, "in this tokenizer, as in Llama-3's, <s> is ordinary text"
+    assert separators.before == separators.after == ()
 
 
 def test_same_seed_same_rows_other_seed_other_rows(tiny_tokenizer, tmp_path):
@@ -219,8 +219,8 @@ def test_nonsense_settings_are_refused(wrong, message):
 
 def test_joints_the_tokenizer_lacks_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="gives no token"):
-        resolve_joints(PackSettings(8, separator=""), tiny_tokenizer)
+        resolve_separators(PackSettings(8, separator=""), tiny_tokenizer)
     other = pickle.loads(pickle.dumps(tiny_tokenizer))  # noqa: S301 - our own object
     other.bos_token = None
     with pytest.raises(ValueError, match="BOS None"):
-        resolve_joints(PackSettings(8, join="bos_eos"), other)
+        resolve_separators(PackSettings(8, join="bos_eos"), other)

@@ -9,9 +9,10 @@ import pickle
 import numpy as np
 import pytest
 
-from ultralong.data.recipe.build import find_recipe, load_recipe, pack_recipe, read_conversations, read_documents
-from ultralong.data.recipe.schema import RECIPES, Recipe, Source
-from ultralong.data.recipe.sources import OpenSource
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import RECIPES, Recipe, Source, find_recipe, load_recipe
+from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.recipe.texts import read_conversations, read_documents
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.select.length_rule import LengthRule
 from ultralong.utils.files import read_json
@@ -65,7 +66,7 @@ def test_shipped_recipes_are_valid_pinned_and_described(name):
 
 def test_the_heldout_works_are_not_in_the_training_recipe():
     train, held = (load_recipe(name).sources[0].packages[0] for name in ("tiny", "tiny-heldout"))
-    assert set(held.members) == set(train.exclude)
+    assert set(held.include) == set(train.exclude)
     assert train.sha256 == held.sha256
 
 
@@ -95,19 +96,21 @@ def test_the_heldout_works_are_not_in_the_training_recipe():
         ),
         ({"sources": []}, "one or more"),
         ({"sources": [{"name": "a", "license": "x", "path": "p"}] * 2}, "different names"),
-        ({"lengths": {"short_keep": 2}}, "lengths: short_keep"),
+        ({"length_rule": {"short_keep": 2}}, "length_rule: short_keep"),
         ({"packing": {"joint": "none"}}, "unknown key 'joint'; did you mean 'join'"),
         ({"packing": {"join": "comma"}}, "packing: join must be one of"),
         ({"packing": {"seed": 1}}, "seed does not belong here"),
-        ({"kind": "chat", "packing": {}, "lengths": {}}, "lengths: the length rule is for documents"),
+        ({"kind": "chat", "packing": {}, "length_rule": {}}, "length_rule: the length rule is for documents"),
         (
             {
                 "kind": "chat",
                 "packing": {},
                 "tokens": 9,
-                "sources": [{"name": "a", "license": "x", "path": "p", "parts": {"field": "f", "shares": {"b": 1.0}}}],
+                "sources": [
+                    {"name": "a", "license": "x", "path": "p", "subsets": {"field": "f", "shares": {"b": 1.0}}}
+                ],
             },
-            "parts: they are for documents; a is of conversations",
+            "subsets: they are for documents; a is of conversations",
         ),
     ],
 )
@@ -196,10 +199,10 @@ def test_limit_takes_a_part_that_is_not_the_beginning_of_the_alphabet(tmp_path, 
     report = pack_recipe(recipe_file(tmp_path), tiny_tokenizer, 64, tmp_path / "rows", limit=200, quiet=True)
     assert 0 < report.sources["a"]["documents"] < 12
     recipe = load_recipe(recipe_file(tmp_path))
-    limited = Recipe("m", "d", (Source("a", "x", path=str(texts), budget=10**9),))
-    names = [name for name, _ in OpenSource(limited.sources[0], limited, None).files]
+    with_token_limit = Recipe("m", "d", (Source("a", "x", path=str(texts), budget=10**9),))
+    names = [name for name, _ in SourceReader(with_token_limit.sources[0], with_token_limit, None).files]
     assert names != sorted(names)
-    assert sorted(names) == [name for name, _ in OpenSource(recipe.sources[0], recipe, None).files]
+    assert sorted(names) == [name for name, _ in SourceReader(recipe.sources[0], recipe, None).files]
 
 
 def test_a_budget_does_not_undo_the_length_rule(tmp_path):
@@ -208,9 +211,9 @@ def test_a_budget_does_not_undo_the_length_rule(tmp_path):
         (tmp_path / f"{number}.txt").write_text("x" * 100)
     rule = LengthRule(short_below=1000, short_keep=0.1, long_above=1000)
     recipe = Recipe(
-        "m", "d", (Source("a", "x", path=str(tmp_path), budget=1000, characters_per_token=1.0),), lengths=rule
+        "m", "d", (Source("a", "x", path=str(tmp_path), budget=1000, characters_per_token=1.0),), length_rule=rule
     )
-    opened = OpenSource(recipe.sources[0], recipe, None)
+    opened = SourceReader(recipe.sources[0], recipe, None)
     kept = list(opened.documents())
     counts = opened.counts["a"].as_json()
     assert counts["after"]["documents"][0] == len(kept) == 10
@@ -224,7 +227,7 @@ def test_characters_per_token_are_measured_all_over_a_source(tmp_path, tiny_toke
         text = "The tide came in at dawn. " if number < 30 else "0x1F2E3D4C, ~!@%^ "
         (tmp_path / f"{number:03d}.txt").write_text(text * 20)
     source = Source("a", "x", path=str(tmp_path))
-    opened = OpenSource(source, Recipe("m", "d", (source,)), None)
+    opened = SourceReader(source, Recipe("m", "d", (source,)), None)
     texts = [document.text for document in opened.documents(tiny_tokenizer)]
     whole = sum(map(len, texts)) / sum(len(tiny_tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
     assert opened.characters_per_token == pytest.approx(whole, rel=0.03)
@@ -233,11 +236,11 @@ def test_characters_per_token_are_measured_all_over_a_source(tmp_path, tiny_toke
 
 def test_sampling_copies_are_tokenised_like_the_first(tmp_path, texts, tiny_tokenizer):
     rule = {"short_below": 20, "short_keep": 0.0, "long_above": 100, "long_copies": 3.0}
-    report = pack_recipe(recipe_file(tmp_path, lengths=rule), tiny_tokenizer, 64, tmp_path / "rows", quiet=True)
+    report = pack_recipe(recipe_file(tmp_path, length_rule=rule), tiny_tokenizer, 64, tmp_path / "rows", quiet=True)
     lengths = report.sources["a"]["lengths"]
     assert lengths["before"]["documents"][0] == 12
     documents = list(
-        read_documents(Recipe("m", "d", load_recipe(recipe_file(tmp_path)).sources, lengths=LengthRule(**rule)))
+        read_documents(Recipe("m", "d", load_recipe(recipe_file(tmp_path)).sources, length_rule=LengthRule(**rule)))
     )
     assert len([d for d in documents if d.id.endswith("#3")]) > 3
     from ultralong.data.tokens.store import TokenStore
@@ -301,7 +304,7 @@ def chat_recipe(tmp_path, system):
 )
 def test_conversations_to_rows(tmp_path, tiny_tokenizer, system, first):
     path = chat_recipe(tmp_path, system)
-    talks = list(read_conversations(path))
+    talks = [talk.messages for talk in read_conversations(path)]
     assert len(talks) == 20
     assert f"{talks[0][0]['role']}:{talks[0][0]['content']}" == first
     report = pack_recipe(path, tiny_tokenizer, 128, tmp_path / "rows", quiet=True)

@@ -21,7 +21,7 @@ from ultralong.data.chat.budget import Budget
 from ultralong.data.chat.endpoint import Endpoint
 from ultralong.data.chat.refine import INSTRUCTION, RefineSettings, prompt, refine
 from ultralong.data.read.conversations import Conversation
-from ultralong.data.recipe.build import read_conversations
+from ultralong.data.recipe.texts import read_conversations
 from ultralong.utils.files import read_json, read_jsonl
 
 KEY = "sk-this-is-secret"
@@ -242,7 +242,7 @@ def test_many_threads_cannot_overdraw():
 
     def take():
         for _ in range(200):
-            if budget.set_aside(7, 3):
+            if budget.reserve(7, 3):
                 granted.append(1)
                 budget.settle((7, 3), (4, 3))
 
@@ -337,7 +337,7 @@ def test_killed_and_resumed_by_command(server, tmp_path):
             }
         )
     )
-    assert all(talk[-1]["content"] == "Refined: There." for talk in read_conversations(tmp_path / "read.yaml"))
+    assert all(talk.messages[-1]["content"] == "Refined: There." for talk in read_conversations(tmp_path / "read.yaml"))
 
 
 def test_another_question_is_another_folder(server, tmp_path):

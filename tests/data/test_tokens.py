@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultralong.data.read.documents import Document
-from ultralong.data.tokens.encoding import identify, make_encoder, token_dtype
+from ultralong.data.tokens.encoding import make_encoder, token_dtype, tokenizer_fingerprint
 from ultralong.data.tokens.shards import verify
 from ultralong.data.tokens.store import TokenStore
 from ultralong.data.tokens.tokenize import tokenize_corpus
@@ -143,7 +143,7 @@ def test_another_tokenizer_is_refused(tiny_tokenizer, tmp_path):
     store = tokenize_corpus(corpus(), tiny_tokenizer, tmp_path, quiet=True)
     store.check_tokenizer(tiny_tokenizer)
     other = pickle.loads(pickle.dumps(tiny_tokenizer))  # noqa: S301 - our own object
-    assert identify(other) == identify(tiny_tokenizer)
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_tokenizer)
     other.add_tokens(["lighthouse"])
     with pytest.raises(ValueError, match="another tokenizer"):
         store.check_tokenizer(other)
@@ -154,11 +154,11 @@ def test_another_tokenizer_is_refused(tiny_tokenizer, tmp_path):
 def test_identity_survives_saving_and_use(tiny_tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
-    before = identify(tiny_tokenizer)
+    before = tokenizer_fingerprint(tiny_tokenizer)
     tiny_tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     loaded(["a", "b c d"], padding=False, truncation=True, max_length=1)
-    assert identify(loaded)["sha256"] == before["sha256"]
+    assert tokenizer_fingerprint(loaded)["sha256"] == before["sha256"]
 
 
 def test_two_writers_do_not_meet(tiny_tokenizer, tmp_path):
@@ -166,7 +166,7 @@ def test_two_writers_do_not_meet(tiny_tokenizer, tmp_path):
         yield from corpus()
         tokenize_corpus(corpus(), tiny_tokenizer, tmp_path, quiet=True)
 
-    with pytest.raises(ValueError, match="another process"):
+    with pytest.raises(ValueError, match="Another process"):
         tokenize_corpus(second_writer(), tiny_tokenizer, tmp_path, quiet=True)
 
 

@@ -27,8 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from ultralong import __version__
-from ultralong.data.read.readers import Reader, list_files
-from ultralong.data.recipe.build import load_recipe, load_tokenizer, pack_recipe, read_documents
+from ultralong.data.read.readers import RecordReader, list_files
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import load_recipe
+from ultralong.data.recipe.texts import read_documents
+from ultralong.data.tokens.encoding import load_tokenizer
 from ultralong.data.tokens.tokenize import batched
 from ultralong.utils.files import atomic_path, read_json, sha256, write_json
 from ultralong.utils.progress import progress
@@ -129,7 +132,7 @@ def _write_corpus(recipe: str, source: str | None, tokens: int, work: Path, cach
         raise ValueError(
             f"recipe {recipe} has no source {source!r}; it has {', '.join(s.name for s in loaded.sources)}."
         )
-    limited = replace(loaded, sources=chosen, lengths=None)
+    limited = replace(loaded, sources=chosen, length_rule=None)
     with atomic_path(target) as partial, open(partial, "w", encoding="utf-8") as out:
         for document in progress(read_documents(limited, cache=cache), desc="read", unit="doc"):
             out.write(json.dumps({"text": document.text, "id": document.id}, ensure_ascii=False) + "\n")
@@ -213,7 +216,7 @@ def _bare(tokenizer: Any, corpus: Path) -> dict[str, float]:
     """Encode all texts, in the same batches, from memory; reading them is not timed, nothing is kept."""
     core = tokenizer.backend_tokenizer
     seconds = cpu = 0.0
-    documents = Reader().documents(list_files(corpus), "bare", "")
+    documents = RecordReader().documents(list_files(corpus), "bare", "")
     for batch in progress(batched(documents, BATCH_CHARACTERS), desc="bare tokenizer", unit="batch"):
         texts = [document.text for document in batch]
         started, used = time.perf_counter(), time.process_time()

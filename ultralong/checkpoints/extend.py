@@ -6,7 +6,6 @@ beside its final place and moved there in one step: it is complete or it does no
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from ultralong.rope import (
     window_of,
 )
 from ultralong.rope import attention_factor as attention_factor_of
-from ultralong.utils.files import read_json, write_json, write_text
+from ultralong.utils.files import file_lock, read_json, write_json, write_text
 from ultralong.utils.progress import progress
 from ultralong.utils.token_count import parse_tokens
 
@@ -217,13 +216,10 @@ def _folder_beside(target: Path, needed: int) -> Iterator[Path]:
     A run that was killed leaves its folder behind without the lock on it; the next run to the same place clears it.
     """
     temporary = target.parent / f".{target.name}.partial"
-    temporary.mkdir(parents=True, exist_ok=True)
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"Another run is writing {target} right now. Wait for it or choose another.") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"Another run is writing {target} right now. Wait for it or choose another."
+    with file_lock(target.parent / f".{target.name}.lock", busy, remove=True):
+        temporary.mkdir(exist_ok=True)
         try:
             for left in temporary.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -233,8 +229,6 @@ def _folder_beside(target: Path, needed: int) -> Iterator[Path]:
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary)
-    finally:
-        os.close(lock)
 
 
 def _copy(folder: Path, target: Path, names: list[str], quiet: bool) -> None:

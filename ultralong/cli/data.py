@@ -50,7 +50,8 @@ def build(
     import resource
 
     from ultralong.data.recipe import stats
-    from ultralong.data.recipe.build import load_recipe, pack_recipe
+    from ultralong.data.recipe.build import pack_recipe
+    from ultralong.data.recipe.schema import load_recipe
 
     loaded = load_tokenizer(tokenizer)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -60,7 +61,7 @@ def build(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     leave(json, {**report.to_dict(), "peak_memory_bytes": peak, "of_it_before_reading_bytes": before})
     print(report)
-    print(stats.table(stats.folder_stats(out)))
+    print(stats.format_table(stats.folder_stats(out)))
     print(f"seconds: {report.seconds}; peak memory {peak / 2**20:,.0f} MiB")
 
 
@@ -85,25 +86,27 @@ def stats(
     Args:
         target: A folder of rows, or a recipe's name, YAML file or folder of texts.
         limit: With a recipe: about this many tokens of each source at most.
-        set: With a recipe: changes of it, such as lengths.long_copies=2.
+        set: With a recipe: changes of it, such as length_rule.long_copies=2.
         cache: Where fetched packages are kept.
         picture: Write the picture to this PNG file.
         quiet: No progress bars.
         json: Write the numbers as JSON to this file.
     """
     from ultralong.data.recipe import stats as counting
-    from ultralong.data.recipe.build import load_recipe
+    from ultralong.data.recipe.schema import load_recipe
 
     if (Path(target) / "report.json").is_file():
         counted = counting.folder_stats(target)
     else:
         counted = counting.recipe_stats(load_recipe(target, set), limit=limit, cache=cache, quiet=quiet)
     leave(json, counted)
-    print(counting.table(counted))
+    print(counting.format_table(counted))
     if picture is not None:
-        from ultralong.figures import save_png
+        from ultralong import figures
 
-        save_png(counting.picture(counted), picture)
+        title = f"{counted['recipe']}: tokens by the length of their document"
+        figure = figures.shares(counting.shares_by_length(counted), title, "share of tokens")
+        figures.save_png(figure.update_xaxes(tickformat=".0%"), picture)
         print(f"picture: {picture}")
 
 
@@ -114,7 +117,7 @@ def show(
     tokenizer: str,
     row: int = 0,
     edge: int = 24,
-    joints: int = 3,
+    boundaries: int = 3,
     most: int = 12,
     colour: Literal["auto", "always", "never"] = "auto",
     html: Path | None = None,
@@ -129,7 +132,7 @@ def show(
         tokenizer: Folder or hub id of the tokenizer that they were made with.
         row: Which row; -1 is the last.
         edge: Tokens shown of each document's beginning and end.
-        joints: For how many boundaries the tokens, labels and positions around are listed.
+        boundaries: For how many boundaries the tokens, labels and positions around are listed.
         most: Documents shown at either end of the row.
         colour: Colours when the output is a terminal (auto), always or never.
         html: Write the row as an HTML page to this file.
@@ -137,11 +140,11 @@ def show(
     """
     from dataclasses import asdict
 
-    from ultralong.data.rows.inspect_rows import as_html, as_text, peek
+    from ultralong.data.rows.inspect_rows import as_html, as_text, inspect_row
     from ultralong.data.rows.packed_rows import PackedRows
     from ultralong.utils.files import write_text
 
-    view = peek(PackedRows(rows), load_tokenizer(tokenizer), row, edge=edge, joints=joints)
+    view = inspect_row(PackedRows(rows), load_tokenizer(tokenizer), row, edge=edge, boundaries=boundaries)
     leave(json, asdict(view))
     paint = colour == "always" or (colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     print(as_text(view, colour=paint, most=most))

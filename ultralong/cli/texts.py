@@ -14,7 +14,7 @@ from ultralong.utils.token_count import Tokens
 if TYPE_CHECKING:
     from ultralong.data.chat.endpoint import Endpoint
     from ultralong.data.chat.refine import RefineSettings
-    from ultralong.data.recipe.datatrove_script import TroveSettings
+    from ultralong.data.recipe.datatrove_script import DatatroveSettings
 
 
 def decontaminate(
@@ -50,8 +50,8 @@ def decontaminate(
         quiet: No progress bars.
         json: Write the report as JSON to this file.
     """
-    from ultralong.data.recipe.build import load_recipe
     from ultralong.data.recipe.clean_files import write_clean
+    from ultralong.data.recipe.schema import load_recipe
     from ultralong.data.select.decontaminate import Decontaminate, TestSet
 
     tests = tuple(TestSet(path.name, str(path), fields=fields) for path in against)
@@ -107,20 +107,20 @@ def refine(
     from itertools import islice
 
     from ultralong.data.chat.refine import refine as run
-    from ultralong.data.recipe.build import load_recipe
-    from ultralong.data.recipe.clean_files import conversations
+    from ultralong.data.recipe.schema import load_recipe
+    from ultralong.data.recipe.texts import read_conversations
 
     settings = replace(wanted, endpoint=endpoint)
     if instruction is not None:
         settings = replace(settings, instruction=instruction.read_text(encoding="utf-8"))
-    report = run(islice(conversations(load_recipe(recipe), cache, quiet), limit), out, settings, quiet=quiet)
+    report = run(islice(read_conversations(load_recipe(recipe), cache=cache, quiet=quiet), limit), out, settings, quiet=quiet)
     leave(json, report.to_dict())
     print(report)
     print(f"{out / 'refined.jsonl'}: a recipe reads it with kind chat and read: {{field: messages, id_field: id}}")
 
 
-@takes(wanted=Group("ultralong.data.recipe.datatrove_script:TroveSettings"))
-def render(recipe: Positional[str], /, wanted: TroveSettings, *, out: Path, set: tuple[str, ...] = ()) -> None:
+@takes(wanted=Group("ultralong.data.recipe.datatrove_script:DatatroveSettings"))
+def render(recipe: Positional[str], /, wanted: DatatroveSettings, *, out: Path, set: tuple[str, ...] = ()) -> None:
     """Write a recipe as a datatrove program, for many processes or for Slurm.
 
     The program reads, filters, deduplicates and tokenises; it is one Python file, and running it again resumes with
@@ -177,9 +177,9 @@ def merge(
         json: Write the report as JSON to this file.
     """
     from ultralong.data.recipe import stats
-    from ultralong.data.tokens.merge import pack_merged
+    from ultralong.data.recipe.merge import pack_merged
 
     report = pack_merged(base, recipe, tokenizer, length, out, quiet=quiet)
     leave(json, report.to_dict())
     print(report)
-    print(stats.table(stats.folder_stats(out)))
+    print(stats.format_table(stats.folder_stats(out)))

@@ -1,10 +1,9 @@
 """Documents become tokens, tokens become packed rows.
 
-`readers` reads documents, `sampling` applies the length rule and the budgets, `tokens` tokenises into memory-mapped
-shards, `packing` cuts them into rows of exactly the target length, `fetch` brings public sources to this machine, and
-`recipe` runs all of it from one YAML file. `rows.PackedRows` is what training reads; `stats` and `peek` look at it.
+The rooms, each of which may import those before it: `read` (documents and conversations from files, archives,
+registries and datasets), `select` (the length rule, cleaning, decontamination), `tokens` (tokenizing into memory-mapped
+shards), `rows` (separator packing: rows of exactly the target length), `chat` (conversations to tokens and a loss mask;
+sub-sampling, refinement) and `recipe` (all of it from one YAML file, on one machine or on many through datatrove).
 
-Conversations: `conversations` brings records to one form, `subsample` chooses among them, `chat` packs them, `refine`
-has their answers improved. `decontaminate` keeps test sets out of both kinds. `trove_script`, `trove` and `merge` run a
-recipe on many machines through datatrove.
+`rows.packed_rows.PackedRows` is what training reads; `rows.inspect_rows` and `recipe.stats` show what is in there.
 """

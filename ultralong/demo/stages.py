@@ -18,8 +18,10 @@ import ultralong.attention  # noqa: F401 - makes attn_implementation="ultralong"
 from ultralong import miniature
 from ultralong.checkpoints.extend import extend
 from ultralong.data.chat.pack import ChatSettings, pack_chat
-from ultralong.data.chat.synthetic_qa import reading_conversations
-from ultralong.data.recipe.build import find_recipe, pack_recipe, read_conversations, read_documents
+from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import find_recipe
+from ultralong.data.recipe.texts import read_conversations, read_documents
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.demo.settings import DemoConfig, Stage
 from ultralong.evaluation.measures.needle import needle_grid
@@ -140,7 +142,9 @@ class Demo:
         tokenizer, window = self.tokenizer(), self.base_window()
         questions = int(self.config.examples * self.config.questions)
         texts = [document.text for document in read_documents(find_recipe(self.config.documents), quiet=True)]
-        mixed = list(reading_conversations(texts, tokenizer, count=questions, max_tokens=window, seed=self.config.seed))
+        mixed = list(
+            synthetic_qa_conversations(texts, tokenizer, count=questions, max_tokens=window, seed=self.config.seed)
+        )
         for conversation in read_conversations(find_recipe(self.config.conversations), quiet=True):
             if len(mixed) >= self.config.examples:
                 break

@@ -22,8 +22,8 @@ def browse_rows(
 
     Args:
         count: How many rows there are.
-        html_of: From a row's number to HTML, such as `as_html(peek(...))`.
-        text_of: From a row's number to plain text, such as `as_text(peek(...))`.
+        html_of: From a row's number to HTML, such as `as_html(inspect_row(...))`.
+        text_of: From a row's number to plain text, such as `as_text(inspect_row(...))`.
         interactive: True adds the slider (needs ipywidgets and a running kernel).
         first: The row of the table.
 

@@ -35,10 +35,11 @@ def make(
     from ultralong.miniature import build
 
     if what == "prepare":
-        from ultralong.data.recipe.build import find_recipe, read_conversations, read_documents
+        from ultralong.data.recipe.schema import find_recipe
+        from ultralong.data.recipe.texts import read_conversations, read_documents
 
         documents = list(read_documents(find_recipe("miniature")))
-        build.prepare(documents, list(read_conversations(find_recipe("sft-offline"))), folder)
+        build.prepare(documents, [talk.messages for talk in read_conversations(find_recipe("sft-offline"))], folder)
     elif what == "train":
         from ultralong.training.loop import train
 

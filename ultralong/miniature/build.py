@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from ultralong.data.chat.pack import ChatSettings, pack_chat
-from ultralong.data.chat.synthetic_qa import reading_conversations
-from ultralong.data.chat.template import Message
+from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
+from ultralong.data.read.conversations import Message
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import pack
 from ultralong.data.rows.separators import PackSettings
@@ -84,7 +84,7 @@ def prepare(
     settings = ChatSettings(length=WINDOW, seed=SEED)
     pack_chat(conversations, tokenizer, out / "rows" / "chat", settings)
     texts = [document.text for document in documents]
-    made = reading_conversations(texts, tokenizer, count=questions, max_tokens=WINDOW, seed=SEED)
+    made = synthetic_qa_conversations(texts, tokenizer, count=questions, max_tokens=WINDOW, seed=SEED)
     pack_chat(made, tokenizer, out / "rows" / "reading", settings)
     _untrained(tokenizer, out / "untrained")
     return out

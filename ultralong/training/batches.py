@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultralong.data.rows.packed_rows import PackedRows, Row
+from ultralong.data.rows.packed_rows import PackedRow, PackedRows
 from ultralong.data.rows.permutation import permuted
 from ultralong.training.config import DataSource
 
@@ -103,7 +103,7 @@ class RowOrder:
         return f"{rows.folder} row {place.row} (documents {shown})"
 
 
-def collate(rows: list[Row], places: tuple[Place, ...], mask_documents: bool) -> Batch:
+def collate(rows: list[PackedRow], places: tuple[Place, ...], mask_documents: bool) -> Batch:
     """Put rows together. Under a document mask they are laid end to end and only their boundaries keep them apart."""
     stacked = {
         name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))  # (B, T)

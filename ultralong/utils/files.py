@@ -6,7 +6,6 @@ crash, a full disk or a second reader never sees half of it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 TAIL = 1 << 16  # bytes read at a time from the end of a log
 
@@ -71,7 +72,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Write into a folder as the only process that does; let go at the end, also by dying.
+    """Hold a folder for writing as the only process that does; the system releases it even when the process is killed.
 
     Args:
         folder: Made when missing. The lock is its file `.lock`, which stays.
@@ -81,14 +82,37 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another process is writing to {folder}: wait for it, end it, or give another --out."
-            ) from error
+    with file_lock(
+        folder / ".lock", f"Another process is writing to {folder}: wait for it, end it, or give another --out."
+    ):
         yield
+
+
+@contextmanager
+def file_lock(path: str | os.PathLike[str], busy: str, *, remove: bool = False) -> Iterator[None]:
+    """Hold a lock file as the only process that does, without waiting for it.
+
+    Args:
+        path: The lock file, made when missing. A link is refused: what it points to is not ours.
+        busy: The error's message when another process holds it.
+        remove: True removes the file at the end, while it is still held.
+
+    Raises:
+        ValueError: Another process holds it, or it is a link.
+    """
+    if os.path.islink(path):
+        raise ValueError(f"{path} is a link, and locks are files of their own. Remove it.")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(busy) from None
+    try:
+        yield
+    finally:
+        if remove:
+            Path(path).unlink(missing_ok=True)
+        lock.release()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -20,8 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ultralong.data.chat.holdout import SHORTEST, WORDS, hold_out
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.read.documents import ReadReport
-from ultralong.data.recipe.build import find_recipe, load_recipe, pack_recipe, read_documents
-from ultralong.data.recipe.sources import OpenSource
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import find_recipe, load_recipe
+from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.recipe.texts import read_documents
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.demo import Demo, DemoConfig
 from ultralong.evaluation.tasks.haystack import Haystack
@@ -87,7 +89,7 @@ def _conversations(
     if recipe.kind != "chat":
         raise ValueError(f"conversations: recipe {recipe.name} is of {recipe.kind}, one of kind chat is needed.")
     report = ReadReport()
-    opened = [OpenSource(source, recipe, cache, quiet, report) for source in recipe.sources]
+    opened = [SourceReader(source, recipe, cache, quiet, report) for source in recipe.sources]
     split = hold_out(itertools.chain.from_iterable(source.conversations() for source in opened), heldout, recipe.seed)
     settings = ChatSettings(length=window, max_tokens=min(MOST_TOKENS, window), seed=config.seed)
     facts: dict[str, Any] = {

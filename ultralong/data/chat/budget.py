@@ -47,7 +47,7 @@ class Budget:
         """Money used."""
         return self._price(self.prompt, self.answer)
 
-    def set_aside(self, prompt: int, answer: int) -> bool:
+    def reserve(self, prompt: int, answer: int) -> bool:
         """Reserve what a request costs at most; False when that is more than is left."""
         with self._lock:
             most = (self.prompt + self._aside[0] + prompt, self.answer + self._aside[1] + answer)

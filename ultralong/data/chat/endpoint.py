@@ -80,7 +80,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What came back.
 
     Attributes:
@@ -96,7 +96,7 @@ class Answer:
     perhaps_billed: int = 0
 
 
-class Failed(Exception):
+class RequestFailed(Exception):
     """No answer: refused, or every repetition failed.
 
     Attributes:
@@ -108,7 +108,7 @@ class Failed(Exception):
         self.perhaps_billed = perhaps_billed
 
 
-class Stopped(Exception):
+class RequestStopped(Exception):
     """The run is being stopped; the request was not made."""
 
 
@@ -140,7 +140,7 @@ class Client:
         self._on_retry = on_retry or (lambda reason: None)
         self._open = urllib.request.build_opener(_NoRedirect).open
 
-    def ask(self, messages: list[dict[str, str]], allow: Callable[[], bool] = lambda: True) -> Answer:
+    def ask(self, messages: list[dict[str, str]], allow: Callable[[], bool] = lambda: True) -> Completion:
         """One answer.
 
         Args:
@@ -148,8 +148,8 @@ class Client:
             allow: Asked before a repetition that will be paid for a second time; False gives up.
 
         Raises:
-            Failed: There is none.
-            Stopped: `stop` was set.
+            RequestFailed: There is none.
+            RequestStopped: `stop` was set.
         """
         endpoint, billed = self.endpoint, 0
         body = json.dumps(
@@ -163,22 +163,22 @@ class Client:
         ).encode()
         for attempt in range(endpoint.retries + 1):
             if self.stop.is_set():
-                raise Stopped
+                raise RequestStopped
             try:
                 text, usage = self._once(body)
-                return Answer(text, usage.get("prompt_tokens"), usage.get("completion_tokens"), billed)
-            except Failed as error:
-                raise Failed(str(error), billed + error.perhaps_billed) from None
+                return Completion(text, usage.get("prompt_tokens"), usage.get("completion_tokens"), billed)
+            except RequestFailed as error:
+                raise RequestFailed(str(error), billed + error.perhaps_billed) from None
             except _Again as error:
                 billed += error.billed
                 reason, wait, paid = self._hidden(str(error)), error.wait, error.billed
             if attempt < endpoint.retries:
                 if paid and not allow():
-                    raise Failed(f"{reason}, and the budget allows no repetition", billed)
+                    raise RequestFailed(f"{reason}, and the budget allows no repetition", billed)
                 self._on_retry(reason)
                 backoff = endpoint.backoff * 2**attempt * random.uniform(0.5, 1.0)
                 self.stop.wait(min(max(wait or 0.0, backoff), endpoint.longest_backoff))
-        raise Failed(f"{reason}, after {endpoint.retries + 1} requests", billed)
+        raise RequestFailed(f"{reason}, after {endpoint.retries + 1} requests", billed)
 
     def _once(self, body: bytes) -> tuple[str, dict[str, Any]]:
         request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/chat/completions", body, method="POST")
@@ -194,7 +194,7 @@ class Client:
                 said = self._hidden(error.read(4096).decode("utf-8", "replace"))[:SHOWN]
             if error.code in AGAIN:
                 raise _Again(f"HTTP {error.code}: {said}", _retry_after(error.headers)) from None
-            raise Failed(f"HTTP {error.code}: {said}") from None
+            raise RequestFailed(f"HTTP {error.code}: {said}") from None
         except TimeoutError:
             raise _Again(f"no answer in {self.endpoint.timeout:g} s", billed=True) from None
         except urllib.error.URLError as error:
@@ -218,7 +218,7 @@ def _parse(content: bytes) -> tuple[str, dict[str, Any]]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise _Again(f"unreadable answer: {content[:SHOWN]!r}", billed=True) from None
     if choice.get("finish_reason") == "length":
-        raise Failed("the answer was cut at max_tokens", 1)
+        raise RequestFailed("the answer was cut at max_tokens", 1)
     if not isinstance(text, str) or not text.strip():
         raise _Again("empty answer", billed=True)
     return text, {key: count for key, count in usage.items() if isinstance(count, int)}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultralong.data.chat.subsample import Chosen, Subsample
-from ultralong.data.chat.template import Message, encode_chat
-from ultralong.data.read.conversations import Conversation
+from ultralong.data.chat.subsample import HashSample, Subsample
+from ultralong.data.chat.template import encode_chat
+from ultralong.data.read.conversations import Conversation, Message
 from ultralong.data.read.documents import ReadReport
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts
 from ultralong.data.tokens.encoding import token_dtype
@@ -42,7 +42,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedConversations:
     """All examples that will be packed.
 
     Attributes:
@@ -59,7 +59,7 @@ class Encoded:
     subsampled: dict[str, dict[str, int]] | None
 
 
-def encode_all(
+def encode_conversations(
     conversations: Iterable[Conversation | list[Message]],
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
@@ -67,7 +67,7 @@ def encode_all(
     seed: int,
     subsample: Subsample | None = None,
     quiet: bool = False,
-) -> Encoded:
+) -> EncodedConversations:
     """Encode what can be encoded and choose among it.
 
     Args:
@@ -82,7 +82,7 @@ def encode_all(
     Raises:
         ValueError: The tokenizer has no template, a category has no share, or nothing is left.
     """
-    chosen: Chosen[Example] | None = None if subsample is None else Chosen(subsample, seed)
+    chosen: HashSample[Example] | None = None if subsample is None else HashSample(subsample, seed)
     lengths: dict[str, LengthCounts] = {}
     examples: list[Example] = []
     dtype = token_dtype(len(tokenizer))
@@ -109,7 +109,7 @@ def encode_all(
         examples = chosen.taken()
     if not examples:
         raise ValueError(f"no conversation could be used: {report}. Examples: {report.examples}")
-    return Encoded(
+    return EncodedConversations(
         examples, _digest(examples), _count(examples, lengths, report), None if chosen is None else chosen.as_json()
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.select.length_rule import uniform
-from ultralong.data.select.overlap import Grams
+from ultralong.data.select.overlap import NgramIndex
 
 WORDS, SHORTEST = 13, 8
 
@@ -51,7 +51,7 @@ def hold_out(conversations: Iterable[Conversation], count: int, seed: int = 0) -
     ranked = sorted(range(len(talks)), key=lambda place: (uniform(seed, f"held out {talks[place].id}"), place))
     apart = set(ranked[:count])
     heldout = [talk for place, talk in enumerate(talks) if place in apart]
-    grams = Grams(
+    grams = NgramIndex(
         (
             ("heldout", f"{talk.id}#{turn}", message["content"])
             for talk in heldout

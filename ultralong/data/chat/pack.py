@@ -7,21 +7,22 @@ whatever the length of the window they are trained in. How one conversation beco
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ultralong.data.chat.examples import Example, encode_all
+from ultralong.data.chat.examples import Example, encode_conversations
 from ultralong.data.chat.subsample import Subsample
-from ultralong.data.chat.template import Message, encode_chat
-from ultralong.data.read.conversations import Conversation
+from ultralong.data.chat.template import encode_chat
+from ultralong.data.read.conversations import Conversation, Message
 from ultralong.data.read.documents import ReadReport
 from ultralong.data.rows.packed_rows import FORMAT, PADDING, PackedRows, RowWriter
 from ultralong.data.rows.permutation import permuted
-from ultralong.data.tokens.encoding import identify, token_dtype
+from ultralong.data.tokens.encoding import token_dtype, tokenizer_fingerprint
 from ultralong.data.tokens.shards import ShardFolder
+from ultralong.utils.files import locked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,20 +37,22 @@ class ChatSettings:
     Attributes:
         length: Tokens per row, T.
         max_tokens: A longer example is left out and counted; None means T. The recipe uses 8,192.
-        window_rows: Examples are fitted into rows a window of about this many rows' tokens at a time.
+        buffer_rows: Examples are fitted into rows a window of about this many rows' tokens at a time.
         shuffle: True takes the examples of a window's worth in a pseudo-random order.
         seed: Names that order.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"window_rows": "buffer_rows"}
+
     length: int
     max_tokens: int | None = None
-    window_rows: int = 64
+    buffer_rows: int = 64
     shuffle: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 2 or self.window_rows < 1:
-            raise ValueError(f"length must be at least 2 and window_rows 1: {self.length}, {self.window_rows}.")
+        if self.length < 2 or self.buffer_rows < 1:
+            raise ValueError(f"length must be at least 2 and buffer_rows 1: {self.length}, {self.buffer_rows}.")
         if self.max_tokens is not None and not 2 <= self.max_tokens <= self.length:
             raise ValueError(f"max_tokens must lie in 2..{self.length} (the row), found {self.max_tokens}.")
 
@@ -61,6 +64,7 @@ def pack_chat(
     settings: ChatSettings,
     *,
     provenance: dict[str, Any] | None = None,
+    upgrade_provenance: Callable[[Any], Any] | None = None,
     report: ReadReport | None = None,
     subsample: Subsample | None = None,
     rows_per_shard: int | None = None,
@@ -79,6 +83,7 @@ def pack_chat(
         settings: Row length, limit, order.
         provenance: Plain JSON values that decide which conversations come; kept. With it, a finished folder is returned
             without reading the conversations again; without, they are read and compared.
+        upgrade_provenance: Brings a provenance that an earlier version kept into the form of today.
         report: Counts go here too, when the caller has a report of its own.
         subsample: How many are taken, by category; None takes all. `settings.seed` decides which.
         rows_per_shard: Rows in a shard; by default as many as make about 16.8 million tokens, and at least one.
@@ -99,19 +104,21 @@ def pack_chat(
         "max_tokens": limit,
         "mask_documents": True,
         "positions": "document",
-        "tokenizer": identify(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "dtype": token_dtype(len(tokenizer)).str,
         "provenance": provenance,
         "subsample": None if subsample is None else asdict(subsample),
         "rows_per_shard": rows_per_shard or max(1, (1 << 24) // settings.length),
     }
-    if provenance is not None and ShardFolder(out, "rows", resolved).manifest(ignore=("input_sha256",)) is not None:
-        return PackedRows(out)
-    encoded = encode_all(conversations, tokenizer, limit, report, settings.seed, subsample, quiet)
-    folder = ShardFolder(out, "rows", {**resolved, "input_sha256": encoded.sha256})
+    if provenance is not None:
+        finished = ShardFolder(out, "rows", resolved, upgrade_provenance)
+        if finished.manifest(ignore=("input_sha256",)) is not None:
+            return PackedRows(out)
+    encoded = encode_conversations(conversations, tokenizer, limit, report, settings.seed, subsample, quiet)
+    folder = ShardFolder(out, "rows", {**resolved, "input_sha256": encoded.sha256}, upgrade_provenance)
     if folder.manifest() is None:
-        with folder.locked():
+        with locked(folder.folder):
             counts = {"sources": encoded.sources, "subsampled": encoded.subsampled}
             folder.finish({**_write_rows(encoded.examples, settings, folder, report), **counts})
     return PackedRows(out)
@@ -143,7 +150,7 @@ def _write_rows(
         "rows": rows,
         "documents": len(examples),
         "document_tokens": tokens,
-        "joint_tokens": 0,
+        "separator_tokens": 0,
         "target_tokens": targets,
         "padding_tokens": rows * settings.length - tokens,
         "tail_dropped_tokens": 0,
@@ -163,7 +170,7 @@ def _fit(examples: list[Example], settings: ChatSettings) -> Iterator[list[Examp
     for place in order:
         window.append(examples[place])
         size += examples[place].ids.size
-        if size >= settings.window_rows * settings.length:
+        if size >= settings.buffer_rows * settings.length:
             # The last row of a window is the emptiest; what is in it gets another chance in the next.
             *full, left = _first_fit(left + window, settings.length)
             yield from full

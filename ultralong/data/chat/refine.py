@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultralong.data.chat.budget import Budget
-from ultralong.data.chat.endpoint import Client, Endpoint, Failed, Stopped
-from ultralong.data.chat.template import Message
-from ultralong.data.read.conversations import Conversation
+from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed, RequestStopped
+from ultralong.data.read.conversations import Conversation, Message
 from ultralong.utils.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
@@ -219,12 +218,12 @@ class _Worker:
         try:
             for place in answers if self.settings.turns == "all" else answers[-1:]:
                 messages[place]["content"] = self._answer(messages[: place + 1], usage)
-        except (_Exhausted, Stopped):
+        except (_Exhausted, RequestStopped):
             # An answer of several may be paid for already; a budget that keeps it is worth less than one that holds.
             if not any(usage.values()):
                 return None
             return {**record, "status": "failed", "messages": talk.messages, "error": "budget used up half-way"}
-        except Failed as error:
+        except RequestFailed as error:
             return {**record, "status": "failed", "messages": talk.messages, "error": str(error)}
         return {**record, "status": "refined", "messages": messages}
 
@@ -236,7 +235,7 @@ class _Worker:
 
         def allow() -> bool:
             nonlocal asides
-            allowed = self.budget.set_aside(most, longest)
+            allowed = self.budget.reserve(most, longest)
             asides += allowed
             return allowed
 
@@ -251,7 +250,7 @@ class _Worker:
                 longest if answer.answer_tokens is None else answer.answer_tokens,
             )
             return answer.text.strip()
-        except Failed as error:
+        except RequestFailed as error:
             billed = error.perhaps_billed
             raise
         finally:

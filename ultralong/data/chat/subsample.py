@@ -57,7 +57,7 @@ class Subsample:
         return quotas
 
 
-class Chosen(Generic[T]):
+class HashSample(Generic[T]):
     """Holds the best of what came by: at most `total` of each category, whatever the size of the stream.
 
     Args:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ultralong.data.chat.template import Message, encode_chat
+from ultralong.data.chat.template import encode_chat
+from ultralong.data.read.conversations import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ WORDINGS = (
 )
 
 
-def reading_conversations(
+def synthetic_qa_conversations(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,

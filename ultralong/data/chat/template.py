@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ultralong.data.read.conversations import Message, check_messages
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
@@ -52,27 +52,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Every token that the tokenizer reads as a control token when it meets its text."""
     return tuple(sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}))
-
-
-def check_messages(messages: Any, controls: tuple[str, ...] = ()) -> None:
-    """Refuse a conversation that is malformed; the message is short, for it becomes a line in a report.
-
-    Raises:
-        ValueError: What is wrong with it.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError("missing or unknown role")
-        if not isinstance(message.get("content"), str):
-            raise ValueError("missing content")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError("empty answer")
-        if any(control in message["content"] for control in controls):
-            raise ValueError("control token in the text")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no answer")
 
 
 def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:

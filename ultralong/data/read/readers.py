@@ -11,15 +11,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from ultralong.data.read.compressed import DECOMPRESSORS, Damaged, lines, pieces, salvaged
+from ultralong.data.read.compressed import DECOMPRESSORS, DamagedFile, lines, pieces, salvage_records
 from ultralong.data.read.conversations import is_unicode
+from ultralong.data.read.datasets import Dataset, dataset_rows
 from ultralong.data.read.documents import Document, ReadReport, UniqueIds
 from ultralong.utils.extras import require
-
-if TYPE_CHECKING:
-    from ultralong.data.recipe.schema import Dataset
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -47,7 +45,7 @@ class ReadSettings:
     strict: bool = False
 
 
-class Reader:
+class RecordReader:
     """Reads records out of files; what is wrong with one goes to the report, or is raised.
 
     Args:
@@ -96,50 +94,13 @@ class Reader:
         yield from self._records(files)
 
     def dataset(self, dataset: Dataset, seed: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, Any]]:
-        """(name, field) of every row of part i of n of a dataset: a folder, or an id on the hub, streamed.
+        """(name, field) of every row of part i of n of a dataset; see `dataset_rows`.
 
         Raises:
             ValueError: There is no such dataset or split, or the column is missing.
         """
-        for name, row in self.dataset_rows(dataset, seed, part):
+        for name, row in dataset_rows(dataset, seed, part):
             yield self._field(row, name, "column")
-
-    def dataset_rows(
-        self, dataset: Dataset, seed: int = 0, part: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, whole row) of every row of part i of n of a dataset; `seed` decides on their order.
-
-        Raises:
-            ValueError: There is no such dataset or split.
-        """
-        id, split = dataset.id, dataset.split
-        datasets = require("datasets", extra="data")
-        try:
-            if Path(id).is_dir() and any((Path(id) / name).exists() for name in ("state.json", "dataset_dict.json")):
-                rows = datasets.load_from_disk(id)
-                rows = rows[split] if isinstance(rows, dict) else rows
-            else:
-                rows = datasets.load_dataset(
-                    id,
-                    dataset.config,
-                    split=split,
-                    revision=dataset.revision,
-                    data_files=dataset.data_files,
-                    streaming=True,
-                )
-            if dataset.shuffle_buffer:
-                streamed = isinstance(rows, datasets.IterableDataset)
-                rows = rows.shuffle(seed, **({"buffer_size": dataset.shuffle_buffer} if streamed else {}))
-            place = ""
-            if part[1] > 1:
-                rows = require("datasets.distributed", extra="data").split_dataset_by_node(rows, *part)
-                place = f"{part[0]}of{part[1]}:"
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
-        # Names decide on what is kept: a folder that is moved must give the same corpus.
-        name = Path(id).resolve().name if Path(id).is_dir() else id
-        for number, row in enumerate(rows):
-            yield f"{name}:{place}{number}", row
 
     def unique(self, where: str) -> str:
         """The id, or another one when a source that names its own has given it before.
@@ -185,7 +146,7 @@ class Reader:
     def _content(self, name: str, path: Path) -> bytes | None:
         try:
             return b"".join(pieces(path))
-        except Damaged as error:
+        except DamagedFile as error:
             self.skip("truncated or damaged file", f"{name} ({error})")
             return None
 
@@ -208,7 +169,7 @@ class Reader:
             for number, line in enumerate(lines(path), start=1):
                 if line.strip():
                     yield from self._parsed(f"{name}:{number}", line)
-        except Damaged as error:
+        except DamagedFile as error:
             self.skip("truncated or damaged file", f"{name} after line {number} ({error})")
 
     def _json(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -224,7 +185,7 @@ class Reader:
             self.skip("not UTF-8", name)
             return
         except (json.JSONDecodeError, RecursionError):
-            found = list(salvaged(data))
+            found = list(salvage_records(data))
             yield from self._checked_rows(name, found, many=True)
             self.skip("not JSON", f"{name} after record {len(found)}" if found else name)
             return
@@ -274,13 +235,13 @@ class Reader:
             raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(found)}.")
 
 
-def list_files(root: Path, members: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
+def list_files(root: Path, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
     """(path below `root`, path) of every file below a folder, sorted, hidden ones left out; or of `root` if a file.
 
     Raises:
         ValueError: There is nothing there, or nothing that matches.
     """
-    from ultralong.data.read.archives import wanted
+    from ultralong.data.read.archives import matches
 
     if root.is_file():
         return [(root.name, root)]
@@ -290,9 +251,9 @@ def list_files(root: Path, members: tuple[str, ...] = ("*",), exclude: tuple[str
     for path in root.rglob("*"):
         name = path.relative_to(root).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if path.is_file() and not path.is_symlink() and not hidden and wanted(name, members, exclude):
+        if path.is_file() and not path.is_symlink() and not hidden and matches(name, include, exclude):
             found.append((name, path))
     if not found:
-        raise ValueError(f"{root} holds no file that matches {', '.join(members)}.")
+        raise ValueError(f"{root} holds no file that matches {', '.join(include)}.")
     # By directory first, so that the files of one directory come one after the other.
     return sorted(found, key=lambda item: item[0].rpartition("/")[::2])

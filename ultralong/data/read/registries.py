@@ -25,7 +25,7 @@ SECONDS_TO_ANSWER = 20
 ATTEMPTS = 3
 
 
-class Unreachable(Exception):
+class RegistryError(Exception):
     """A registry could not be asked, or does not have the file; the message says which and why."""
 
 
@@ -39,7 +39,7 @@ def download_pypi(name: str, file: str, target: Path, quiet: bool = False) -> No
         quiet: True shows no progress bar.
 
     Raises:
-        Unreachable: pip is not there, or none of its indexes has the file.
+        RegistryError: pip is not there, or none of its indexes has the file.
     """
     config = _pip_config()
     for folder in config.get("find-links", "").split():
@@ -59,17 +59,17 @@ def download_pypi(name: str, file: str, target: Path, quiet: bool = False) -> No
             problems.append(f"{_shown(index)} does not list {file}")
         except OSError as error:
             problems.append(f"{_shown(index)}: {error}")
-    raise Unreachable("; ".join(problems))
+    raise RegistryError("; ".join(problems))
 
 
 def download_npm(name: str, version: str, target: Path, quiet: bool = False) -> None:
     """Download a package's archive with `npm pack`, which takes it from npm's registry and runs nothing.
 
     Raises:
-        Unreachable: npm is not installed, or failed.
+        RegistryError: npm is not installed, or failed.
     """
     if shutil.which("npm") is None:
-        raise Unreachable("npm is not installed (it knows the registry); install Node.js")
+        raise RegistryError("npm is not installed (it knows the registry); install Node.js")
     command = [
         "npm",
         "pack",
@@ -81,7 +81,7 @@ def download_npm(name: str, version: str, target: Path, quiet: bool = False) -> 
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=target.parent, timeout=1800)
     if done.returncode != 0:
-        raise Unreachable(f"npm pack: {_last_line(done.stderr)}")
+        raise RegistryError(f"npm pack: {_last_line(done.stderr)}")
     listed = json.loads(done.stdout)
     # A list in npm up to 11, an object by package name in some releases.
     first = next(iter(listed.values())) if isinstance(listed, dict) else listed[0]
@@ -99,23 +99,23 @@ def download_deb(name: str, version: str | None, pool: str | None, target: Path,
         quiet: True shows no progress bar.
 
     Raises:
-        Unreachable: apt is not there, does not know the package, or the mirror fails.
+        RegistryError: apt is not there, does not know the package, or the mirror fails.
     """
     if pool is not None:
         mirror = re.match(r"'([^']+?)/pool/", apt_uris("base-files"))
         if mirror is None:
-            raise Unreachable("apt did not say which mirror it uses; run apt-get update")
+            raise RegistryError("apt did not say which mirror it uses; run apt-get update")
         try:
             _download(f"{mirror.group(1)}/{pool}", target, None, quiet)
         except OSError as error:
-            raise Unreachable(f"{pool} on apt's mirror: {error}") from error
+            raise RegistryError(f"{pool} on apt's mirror: {error}") from error
         return
     wanted = name if version is None else f"{name}={version}"
     done = subprocess.run(
         ["apt-get", "download", wanted], capture_output=True, text=True, cwd=target.parent, timeout=3600
     )
     if done.returncode != 0:
-        raise Unreachable(f"apt-get download {wanted}: {_last_line(done.stderr)}")
+        raise RegistryError(f"apt-get download {wanted}: {_last_line(done.stderr)}")
     found = sorted(target.parent.glob(f"{name}_*.deb"))
     found[-1].replace(target)
 
@@ -124,13 +124,13 @@ def apt_uris(package: str) -> str:
     """What `apt-get download --print-uris` says of a package: address, file name, size and hash in one line.
 
     Raises:
-        Unreachable: apt is not there or does not know the package.
+        RegistryError: apt is not there or does not know the package.
     """
     if shutil.which("apt-get") is None:
-        raise Unreachable("apt-get is not on this machine; Debian packages need a Debian or Ubuntu system")
+        raise RegistryError("apt-get is not on this machine; Debian packages need a Debian or Ubuntu system")
     done = subprocess.run(["apt-get", "download", "--print-uris", package], capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
-        raise Unreachable(f"apt-get: {_last_line(done.stderr)}; run apt-get update")
+        raise RegistryError(f"apt-get: {_last_line(done.stderr)}; run apt-get update")
     return done.stdout
 
 
@@ -138,7 +138,7 @@ def _pip_config() -> dict[str, str]:
     """Settings of pip for downloads, strongest last: config file, then its environment, as pip itself ranks them."""
     done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=120)
     if done.returncode != 0:
-        raise Unreachable("pip is not installed in this environment (it knows the index); run python -m ensurepip")
+        raise RegistryError("pip is not installed in this environment (it knows the index); run python -m ensurepip")
     config: dict[str, str] = {}
     ranks = {"global": 0, "download": 1, ":env:": 2}
     lines = [re.match(r"([^.]+)\.([^=]+)='(.*)'$", line) for line in done.stdout.splitlines()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,32 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.subsample import summary
-from ultralong.data.chat.template import Message
-from ultralong.data.read.documents import Document, NameList, ReadReport
-from ultralong.data.recipe.schema import Recipe, find_recipe, load_recipe
-from ultralong.data.recipe.sources import OpenSource
-from ultralong.data.recipe.stats import limited
+from ultralong.data.read.documents import ReadReport, SkipLog
+from ultralong.data.recipe.schema import Recipe, load_recipe
+from ultralong.data.recipe.sources import SourceReader
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.rows.packing import PackSettings, pack, resolve_joints
-from ultralong.data.select.decontaminate import HitList, read_tests
+from ultralong.data.rows.packing import PackSettings, pack, resolve_separators
+from ultralong.data.select.decontaminate import OverlapLog, read_tests
 from ultralong.data.tokens.encoding import load_tokenizer
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.utils.files import drop_partials, read_json, write_json
 from ultralong.utils.progress import Stopwatch
-from ultralong.utils.settings import save, to_mapping
+from ultralong.utils.settings import from_mapping, save, to_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "PackReport",
-    "find_recipe",
-    "load_recipe",
-    "load_tokenizer",
-    "pack_recipe",
-    "read_conversations",
-    "read_documents",
-]
 
 
 @dataclass(frozen=True)
@@ -129,20 +116,21 @@ def pack_recipe(
     Raises:
         ValueError: The recipe is wrong, a source cannot be had or read, or `out` was made from something else.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    recipe = limited(recipe, limit)
+    recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).with_token_limit(limit)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
     settings = recipe.row_settings(length)
     if isinstance(settings, PackSettings):
-        resolve_joints(settings, tokenizer)  # what the tokenizer lacks is better said before an hour's work than after
+        resolve_separators(
+            settings, tokenizer
+        )  # what the tokenizer lacks is better said before an hour's work than after
     watch, out = Stopwatch(), Path(out)
-    names, hits = NameList(out / "left_out.jsonl"), HitList(out / "contaminated.jsonl")
+    names, hits = SkipLog(out / "left_out.jsonl"), OverlapLog(out / "contaminated.jsonl")
     tests = None if recipe.decontaminate is None else read_tests(recipe.decontaminate, cache, quiet)
     shared = ReadReport(every=names)  # of conversations, whose defects may show only when they are encoded
     with watch.stage("fetch"):
         opened = [
-            OpenSource(
+            SourceReader(
                 source, recipe, cache, quiet, shared if recipe.kind == "chat" else ReadReport(every=names), tests, hits
             )
             for source in recipe.sources
@@ -158,47 +146,9 @@ def pack_recipe(
     return result
 
 
-def read_documents(
-    recipe: Recipe | str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None, quiet: bool = False
-) -> Iterator[Document]:
-    """The documents of a recipe as they would be tokenised, for looking at them or for other uses of the texts.
-
-    Lengths are estimated at 3.68 characters a token where the recipe does not say, since no tokenizer is at hand.
-
-    Args:
-        recipe: A recipe, its name or its YAML file.
-        cache: Where fetched packages are kept.
-        quiet: True shows no progress bars.
-    """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    for source in recipe.sources:
-        yield from OpenSource(source, recipe, cache, quiet).documents()
-
-
-def read_conversations(
-    recipe: Recipe | str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None, quiet: bool = False
-) -> Iterator[list[Message]]:
-    """The conversations of a recipe of kind chat that are well formed; the others are left out.
-
-    Args:
-        recipe: A recipe, its name or its YAML file.
-        cache: Where fetched packages are kept.
-        quiet: True shows no progress bars.
-
-    Raises:
-        ValueError: The recipe is of documents.
-    """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if recipe.kind != "chat":
-        raise ValueError(f"recipe {recipe.name} is of {recipe.kind}; conversations come from one of kind chat.")
-    for source in recipe.sources:
-        for conversation in OpenSource(source, recipe, cache, quiet).conversations():
-            yield conversation.messages
-
-
 def _pack_documents(
     recipe: Recipe,
-    opened: list[OpenSource],
+    opened: list[SourceReader],
     tokenizer: PreTrainedTokenizerBase,
     settings: PackSettings,
     out: Path,
@@ -209,7 +159,13 @@ def _pack_documents(
     documents = (document for source in opened for document in source.documents(tokenizer))
     with watch.stage("tokenise"):
         store = tokenize_corpus(
-            documents, tokenizer, out / "tokens", workers=workers, provenance=_provenance(recipe, opened), quiet=quiet
+            documents,
+            tokenizer,
+            out / "tokens",
+            workers=workers,
+            provenance=_provenance(recipe, opened),
+            upgrade_provenance=_upgraded,
+            quiet=quiet,
         )
         notes = store.folder / "sources.json"
         if not notes.exists():
@@ -226,7 +182,7 @@ def _pack_documents(
 
 def _pack_chat(
     recipe: Recipe,
-    opened: list[OpenSource],
+    opened: list[SourceReader],
     tokenizer: PreTrainedTokenizerBase,
     settings: ChatSettings,
     out: Path,
@@ -242,6 +198,7 @@ def _pack_chat(
             out,
             settings,
             provenance=provenance,
+            upgrade_provenance=_upgraded,
             report=report,
             subsample=recipe.subsample,
             quiet=quiet,
@@ -263,10 +220,22 @@ def _pack_chat(
     }
 
 
-def _provenance(recipe: Recipe, opened: list[OpenSource]) -> dict[str, Any]:
+def _provenance(recipe: Recipe, opened: list[SourceReader]) -> dict[str, Any]:
     """Everything that decides which documents come: the recipe without its packing, and what the sources hold."""
-    decides = {key: value for key, value in to_mapping(recipe).items() if key not in ("packing", "description")}
-    return {"recipe": decides, "sources": {source.source.name: source.provenance() for source in opened}}
+    return {"recipe": _decides(recipe), "sources": {source.source.name: source.provenance() for source in opened}}
+
+
+def _upgraded(provenance: Any) -> Any:
+    """A provenance as an earlier version wrote it, with the keys and defaults of today."""
+    try:
+        recipe = from_mapping(Recipe, {"description": "", **provenance["recipe"]}, "recipe of an earlier version")
+    except (ValueError, TypeError, KeyError):
+        return provenance  # no recipe of ours: it is compared as it is
+    return {**provenance, "recipe": _decides(recipe)}
+
+
+def _decides(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in to_mapping(recipe).items() if key not in ("packing", "description")}
 
 
 def make_report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, Any]], watch: Stopwatch) -> PackReport:
@@ -275,7 +244,7 @@ def make_report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, A
     keys = (
         "documents",
         "document_tokens",
-        "joint_tokens",
+        "separator_tokens",
         "target_tokens",
         "padding_tokens",
         "tail_dropped_tokens",

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ultralong.data.read.conversations import Conversation
 from ultralong.data.recipe.schema import Recipe
-from ultralong.data.recipe.sources import OpenSource
-from ultralong.data.select.decontaminate import Decontaminate, HitList, read_tests
+from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.select.decontaminate import Decontaminate, OverlapLog, read_tests
 from ultralong.utils.files import atomic_path, write_json
-
-
-def conversations(
-    recipe: Recipe, cache: str | os.PathLike[str] | None = None, quiet: bool = False
-) -> Iterator[Conversation]:
-    """The well-formed conversations of a recipe.
-
-    Raises:
-        ValueError: The recipe is of documents.
-    """
-    if recipe.kind != "chat":
-        raise ValueError(f"recipe {recipe.name} is of {recipe.kind}; conversations come from one of kind chat.")
-    for source in recipe.sources:
-        yield from OpenSource(source, recipe, cache, quiet).conversations()
 
 
 def write_clean(
@@ -53,9 +37,9 @@ def write_clean(
         The report: for every source texts checked, dropped, cut, and hits by test set.
     """
     out = Path(out)
-    recipe = replace(recipe, lengths=None, decontaminate=settings)
+    recipe = replace(recipe, length_rule=None, decontaminate=settings)
     tests, report = read_tests(settings, cache, quiet), {}
-    hits = HitList(out / "contaminated.jsonl")
+    hits = OverlapLog(out / "contaminated.jsonl")
     (out / "contaminated.jsonl").unlink(missing_ok=True)
     with (
         closing(hits),
@@ -63,7 +47,7 @@ def write_clean(
         open(partial, "w", encoding="utf-8") as stream,
     ):
         for source in recipe.sources:
-            opened = OpenSource(source, recipe, cache, quiet, tests=tests, hits=hits)
+            opened = SourceReader(source, recipe, cache, quiet, tests=tests, hits=hits)
             for item in opened.documents() if recipe.kind == "documents" else opened.conversations():
                 stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
             report[source.name] = opened.overlap()["decontaminated"]

@@ -52,7 +52,7 @@ CODES = {
 
 
 @dataclass(frozen=True)
-class TroveSettings:
+class DatatroveSettings:
     """How a recipe runs on datatrove.
 
     Attributes:
@@ -223,7 +223,9 @@ DEDUP_IMPORTS = {
 }
 
 
-def render(recipe: str, settings: TroveSettings, out: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> Path:
+def render(
+    recipe: str, settings: DatatroveSettings, out: str | os.PathLike[str], overrides: tuple[str, ...] = ()
+) -> Path:
     """Write `out/pipeline.py` and, beside it, `out/recipe.yaml`, the recipe it reads with every setting written out.
 
     Args:
@@ -247,9 +249,9 @@ def render(recipe: str, settings: TroveSettings, out: str | os.PathLike[str], ov
     return out / "pipeline.py"
 
 
-def script(name: str, recipe: str, settings: TroveSettings) -> str:
+def script(name: str, recipe: str, settings: DatatroveSettings) -> str:
     """The program's text."""
-    slurm, identify = settings.executor == "slurm", "language" in settings.filters
+    slurm, tokenizer_fingerprint = settings.executor == "slurm", "language" in settings.filters
     imports = [
         *(FILTER_IMPORTS[key] for key in settings.filters if key in FILTER_IMPORTS),
         *(DEDUP_IMPORTS[key] for key in settings.dedup),
@@ -261,7 +263,7 @@ def script(name: str, recipe: str, settings: TroveSettings) -> str:
     site = (
         f"LANGUAGE_CODE = {settings.language_code or CODES[settings.language]!r}\n"
         f"LANGUAGE_MODEL = {settings.language_model!r}\n"
-        if identify
+        if tokenizer_fingerprint
         else ""
     )
     site += (
@@ -280,7 +282,7 @@ def script(name: str, recipe: str, settings: TroveSettings) -> str:
         f"--tokenizer {shlex.quote(settings.tokenizer)} --length 1048576 --out rows"
     )
     head = HEAD.format(
-        steps="Prepare, Read, Tokenise" + (", language_filter" if identify else ""),
+        steps="Prepare, Read, Tokenise" + (", language_filter" if tokenizer_fingerprint else ""),
         name=name,
         executor=settings.executor,
         module=settings.executor,

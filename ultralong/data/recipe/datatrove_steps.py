@@ -15,8 +15,8 @@ from typing import Any
 
 from ultralong.data.read.documents import Document
 from ultralong.data.recipe.schema import Recipe, load_recipe
-from ultralong.data.recipe.sources import OpenSource
-from ultralong.data.select.length_rule import LengthCounts, sample_parts
+from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.select.length_rule import LengthCounts, sample_subsets
 from ultralong.data.tokens.encoding import load_tokenizer
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.utils.extras import require
@@ -63,7 +63,7 @@ class Prepare(Step):
         recipe, tokenizer = self.recipe(), load_tokenizer(self.tokenizer)
         ratios = {}
         for source in recipe.sources:
-            opened = OpenSource(source, recipe, self.cache, quiet=True)
+            opened = SourceReader(source, recipe, self.cache, quiet=True)
             if opened.characters_per_token is None:
                 opened.measure(opened.texts(), tokenizer)
             ratios[source.name] = opened.characters_per_token
@@ -78,13 +78,13 @@ class Read(Step):
         made = require("datatrove.data", extra="cluster").Document
         recipe, ratios = self.recipe(), read_json(self.base / RATIOS)
         for source in recipe.sources:
-            opened = OpenSource(source, recipe, self.cache, quiet=True, part=(rank, world_size))
+            opened = SourceReader(source, recipe, self.cache, quiet=True, part=(rank, world_size))
             # What a budget will never reach need not be read.
             spare = {
                 name: math.inf if budget is None else SPARE * budget / world_size
                 for name, budget in opened.budgets.items()
             }
-            texts = sample_parts(opened.texts(), spare, characters_per_token=ratios[source.name])
+            texts = sample_subsets(opened.texts(), spare, characters_per_token=ratios[source.name])
             for document in texts:
                 yield made(
                     text=document.text,
@@ -132,8 +132,8 @@ class Tokenise(Step):
                 yield Document(item.id, item.text, item.metadata["source"], item.metadata["license"])
 
         out = self.base / "tokens" / f"{rank:05d}"
-        taken = sample_parts(
-            documents(), budgets, rule=recipe.lengths, seed=recipe.seed, characters_per_token=rates, counts=counts
+        taken = sample_subsets(
+            documents(), budgets, rule=recipe.length_rule, seed=recipe.seed, characters_per_token=rates, counts=counts
         )
         tokenize_corpus(taken, load_tokenizer(self.tokenizer), out, quiet=True)
         write_json(

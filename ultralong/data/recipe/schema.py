@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ultralong.data.chat.pack import ChatSettings
 from ultralong.data.chat.subsample import Subsample
-from ultralong.data.read.conversations import Pairs, Style
+from ultralong.data.read.conversations import PairFields, Style
+from ultralong.data.read.datasets import Dataset
 from ultralong.data.read.fetch import Package
 from ultralong.data.read.readers import ReadSettings
 from ultralong.data.rows.separators import PackSettings
@@ -29,29 +30,7 @@ RECIPES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[3] / "data_rec
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A dataset of the `datasets` library: an id on the hub (streamed), or a folder.
-
-    Attributes:
-        id: Its id on the hub, a folder that `save_to_disk` wrote, or a folder of JSON lines or Parquet files.
-        split: Which split.
-        config: Which configuration, where it has several.
-        revision: Branch, tag or commit.
-        data_files: Only these of its files (a shell pattern).
-        shuffle_buffer: Rows held to be given out in random order, files shuffled too, by the recipe's seed; 0 keeps
-            the order. A row's number, and so its id, is then its place in that order.
-    """
-
-    id: str
-    split: str = "train"
-    config: str | None = None
-    revision: str | None = None
-    data_files: str | None = None
-    shuffle_buffer: int = 0
-
-
-@dataclass(frozen=True)
-class Parts:
+class Subsets:
     """Several sources in one stream, told apart by a field.
 
     Attributes:
@@ -77,38 +56,40 @@ class Source:
         packages: Files on package registries, fetched at run time.
         path: A file or folder on this machine, relative to the recipe.
         dataset: A dataset of the `datasets` library.
-        members: With `path`: shell patterns of the files wanted.
+        include: With `path`: shell patterns of the files wanted.
         exclude: With `path`: shell patterns of files not wanted after all.
         read: How its files are read.
         clean: What is taken out of every text: "gutenberg" (licence notices), "rfc" (page headers and footers).
         max_characters: A longer document is cut, at a line's end, into several.
-        budget: Take about this many tokens of it and no more (of each part, with `parts`).
+        budget: Take about this many tokens of it and no more (of each subset, with `subsets`).
         share: Instead of a budget: this share of the recipe's `tokens`.
-        parts: The source is a stream of several sources, each with a share of its own.
+        subsets: The source is a stream of several sources, each with a share of its own.
         characters_per_token: Turns characters into tokens before tokenising; measured on the first texts when None.
         system: With conversations: a text takes the place of every system message, "" removes them, None keeps them.
         style: With conversations: the shape of a record; "auto" finds out.
-        pairs: With conversations: which fields hold question and answer, where their names do not tell.
+        pair_fields: With conversations: which fields hold question and answer, where their names do not tell.
         category: With conversations: what sub-sampling counts them under.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"members": "include", "parts": "subsets", "pairs": "pair_fields"}
 
     name: str
     license: str
     packages: tuple[Package, ...] = ()
     path: str | None = None
     dataset: Dataset | None = None
-    members: tuple[str, ...] = ("*",)
+    include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     read: ReadSettings = field(default_factory=ReadSettings)
     clean: tuple[str, ...] = ()
     max_characters: int | None = None
     budget: int | None = None
     share: float | None = None
-    parts: Parts | None = None
+    subsets: Subsets | None = None
     characters_per_token: float | None = None
     system: str | None = None
     style: Style = "auto"
-    pairs: Pairs | None = None
+    pair_fields: PairFields | None = None
     category: str = "general"
 
     def __post_init__(self) -> None:
@@ -118,8 +99,8 @@ class Source:
         unknown = [name for name in self.clean if name not in CLEANERS]
         if unknown:
             raise ValueError(f"clean: {', '.join(unknown)} is not known; there are {', '.join(CLEANERS)}.")
-        if self.share is not None and self.parts is not None:
-            raise ValueError("share and parts: the parts have their own shares.")
+        if self.share is not None and self.subsets is not None:
+            raise ValueError("share and subsets: the subsets have their own shares.")
         for key in ("max_characters", "budget", "share", "characters_per_token"):
             value = getattr(self, key)
             if value is not None and value <= 0:
@@ -137,11 +118,13 @@ class Recipe:
         kind: "documents" for pretraining, "chat" for instruction tuning.
         seed: Decides on sampling and order.
         tokens: Of all sources together, where sources have shares of it.
-        lengths: The length rule; None takes every document once.
+        length_rule: The length rule; None takes every document once.
         subsample: With kind chat: how many conversations are taken, by category; None takes all.
         decontaminate: Test sets that are kept out; None keeps out nothing.
         packing: `PackSettings` without length and seed (kind documents), or `ChatSettings` without them (kind chat).
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"lengths": "length_rule"}
 
     name: str
     description: str
@@ -149,7 +132,7 @@ class Recipe:
     kind: Literal["documents", "chat"] = "documents"
     seed: int = 0
     tokens: int | None = None
-    lengths: LengthRule | None = None
+    length_rule: LengthRule | None = None
     subsample: Subsample | None = None
     decontaminate: Decontaminate | None = None
     packing: dict[str, Any] = field(default_factory=dict)
@@ -158,41 +141,53 @@ class Recipe:
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: one or more with different names are needed, found {names}.")
-        if self.kind == "chat" and self.lengths is not None:
-            raise ValueError("lengths: the length rule is for documents; a chat recipe limits examples by max_tokens.")
-        mixed = [source.name for source in self.sources if source.parts is not None]
+        if self.kind == "chat" and self.length_rule is not None:
+            raise ValueError(
+                "length_rule: the length rule is for documents; a chat recipe limits examples by max_tokens."
+            )
+        mixed = [source.name for source in self.sources if source.subsets is not None]
         if self.kind == "chat" and mixed:
             raise ValueError(
-                f"parts: they are for documents; {', '.join(mixed)} is of conversations. Make each part a "
+                f"subsets: they are for documents; {', '.join(mixed)} is of conversations. Make each subset a "
                 "source of its own."
             )
         if self.kind == "documents" and self.subsample is not None:
-            raise ValueError("subsample: it is for conversations; documents are limited by their sources' budgets.")
+            raise ValueError(
+                "subsample: it is for conversations; documents are with_token_limit by their sources' budgets."
+            )
         shares = self.subsample.shares if self.subsample is not None else None
         without = sorted({source.category for source in self.sources} - {*shares}) if shares else []
         if without:
             raise ValueError(f"subsample: shares must name every category; {', '.join(without)} is missing.")
-        shared = [source.name for source in self.sources if source.share is not None or source.parts is not None]
+        shared = [source.name for source in self.sources if source.share is not None or source.subsets is not None]
         if shared and (self.tokens is None or self.tokens < 1):
             raise ValueError(f"tokens: {', '.join(shared)} takes a share of it, so it must be given.")
         self.row_settings(1 << 20)
 
     def budgets(self, source: Source) -> dict[str, float | None]:
-        """The budget in tokens of a source, or of each of its parts, by the name that its documents carry.
+        """The budget in tokens of a source, or of each of its subsets, by the name that its documents carry.
 
         Args:
             source: One of `sources`.
         """
         limit = float("inf") if source.budget is None else source.budget
-        if source.parts is not None:
+        if source.subsets is not None:
             assert self.tokens is not None
             return {
-                f"{source.name}/{part}": min(limit, share * self.tokens) for part, share in source.parts.shares.items()
+                f"{source.name}/{part}": min(limit, share * self.tokens)
+                for part, share in source.subsets.shares.items()
             }
         if source.share is not None:
             assert self.tokens is not None
             return {source.name: min(limit, source.share * self.tokens)}
         return {source.name: source.budget}
+
+    def with_token_limit(self, limit: int | None) -> Recipe:
+        """The recipe with every source's budget lowered to `limit` tokens; None leaves it as it is."""
+        if limit is None:
+            return self
+        sources = (replace(s, budget=limit if s.budget is None else min(limit, s.budget)) for s in self.sources)
+        return replace(self, sources=tuple(sources))
 
     def row_settings(self, length: int) -> PackSettings | ChatSettings:
         """How rows of `length` tokens are packed.

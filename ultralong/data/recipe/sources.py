@@ -11,16 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultralong.data.chat.template import check_messages
-from ultralong.data.read.conversations import Conversation, from_the_first_question, to_messages
+from ultralong.data.read.conversations import Conversation, check_messages, from_first_question, to_messages
+from ultralong.data.read.datasets import dataset_rows
 from ultralong.data.read.documents import Document, ReadReport
 from ultralong.data.read.fetch import describe, unpack
-from ultralong.data.read.readers import Reader, list_files
+from ultralong.data.read.readers import RecordReader, list_files
 from ultralong.data.recipe.schema import Recipe, Source
 from ultralong.data.select.clean import CLEANERS
-from ultralong.data.select.decontaminate import Filter, HitList, read_tests
-from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, sample_parts, uniform
-from ultralong.data.select.overlap import Grams
+from ultralong.data.select.decontaminate import OverlapFilter, OverlapLog, read_tests
+from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, sample_subsets, uniform
+from ultralong.data.select.overlap import NgramIndex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ MEASURED_TEXTS = 128
 MEASURED_CHARACTERS = 1 << 12  # of each, from its middle
 
 
-class OpenSource:
+class SourceReader:
     """One source of a recipe, its packages fetched and its files listed.
 
     Args:
@@ -45,7 +45,7 @@ class OpenSource:
     Attributes:
         fetched: What was fetched: registry, name, file, bytes and hash of each package.
         report: What was read and what was skipped.
-        budgets: Tokens wanted of the source, or of each of its parts, by the name that documents carry.
+        budgets: Tokens wanted of the source, or of each of its subsets, by the name that documents carry.
         counts: Lengths before and after sampling, by the same names.
         characters_per_token: What turned characters into tokens; known once reading has begun.
 
@@ -60,8 +60,8 @@ class OpenSource:
         cache: str | os.PathLike[str] | None,
         quiet: bool = False,
         report: ReadReport | None = None,
-        tests: Grams | None = None,
-        hits: HitList | None = None,
+        tests: NgramIndex | None = None,
+        hits: OverlapLog | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         self.source, self.recipe = source, recipe
@@ -71,7 +71,7 @@ class OpenSource:
         self.filter = None
         if recipe.decontaminate is not None:
             grams = tests if tests is not None else read_tests(recipe.decontaminate, cache, quiet)
-            self.filter = Filter(recipe.decontaminate, grams, self.report, hits)
+            self.filter = OverlapFilter(recipe.decontaminate, grams, self.report, hits)
         self.characters_per_token = source.characters_per_token
         self.fetched: list[dict[str, Any]] = []
         self.files: list[tuple[str, Path]] = []
@@ -79,7 +79,7 @@ class OpenSource:
             self.files += list_files(unpack(package, cache, quiet))
             self.fetched.append(describe(package, cache))
         if source.path is not None:
-            self.files = list_files(Path(source.path), source.members, source.exclude)
+            self.files = list_files(Path(source.path), source.include, source.exclude)
         self.part = part
         if part[1] > 1:
             units = {unit: number for number, unit in enumerate(dict.fromkeys(map(self._unit, self.files)))}
@@ -112,13 +112,13 @@ class OpenSource:
         elif self.characters_per_token is None:
             texts = self.measure(texts, tokenizer)
         how = {
-            "rule": self.recipe.lengths,
+            "rule": self.recipe.length_rule,
             "seed": self.recipe.seed,
             "characters_per_token": self.characters_per_token,
         }
         name = self.source.name
-        if self.source.parts is not None:
-            yield from sample_parts(texts, self.budgets, counts=self.counts, **how)
+        if self.source.subsets is not None:
+            yield from sample_subsets(texts, self.budgets, counts=self.counts, **how)
         else:
             yield from sample(texts, budget=self.budgets[name], counts=self.counts[name], **how)
 
@@ -155,7 +155,7 @@ class OpenSource:
 
     def _conversations(self) -> Iterator[Conversation]:
         source, settings = self.source, self.source.read
-        reader = Reader(settings, self.report)
+        reader = RecordReader(settings, self.report)
         for where, row in self._rows(reader):
             named = row.get(settings.id_field) if settings.id_field else None
             id = f"{source.name}/{where if named is None else named}"
@@ -163,12 +163,12 @@ class OpenSource:
             if settings.field != "text" and settings.field not in row:
                 reader.skip(f"no field {settings.field!r}", id)
                 continue
-            record = row if settings.field == "text" or source.pairs else row[settings.field]
+            record = row if settings.field == "text" or source.pair_fields else row[settings.field]
             if isinstance(record, list) and isinstance(row.get("answer"), str):
                 record = row
             try:
-                whole = to_messages(record, source.style, source.pairs)
-                messages = from_the_first_question(whole)
+                whole = to_messages(record, source.style, source.pair_fields)
+                messages = from_first_question(whole)
                 check_messages(messages)
             except ValueError as error:
                 reader.skip(str(error), id)
@@ -181,7 +181,7 @@ class OpenSource:
             yield Conversation(reader.unique(id), messages, source.name, source.license, source.category)
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """What a report says of the source, or of each of its parts, besides its tokens."""
+        """What a report says of the source, or of each of its subsets, besides its tokens."""
         return {
             name: {
                 "fetched": self.fetched,
@@ -211,26 +211,26 @@ class OpenSource:
         return item[0].rpartition("/")[0] if self.source.read.join == "directory" else item[0]
 
     def _read(self) -> Iterator[Document]:
-        reader = Reader(self.source.read, self.report)
-        if self.source.parts is not None:
-            return self._read_parts(reader)
+        reader = RecordReader(self.source.read, self.report)
+        if self.source.subsets is not None:
+            return self._read_subsets(reader)
         if self.source.dataset is not None:
             records = reader.dataset(self.source.dataset, self.recipe.seed, self.part)
             return reader.checked(records, self.source.name, self.source.license)
         return reader.documents(self.files, self.source.name, self.source.license)
 
-    def _rows(self, reader: Reader) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _rows(self, reader: RecordReader) -> Iterator[tuple[str, dict[str, Any]]]:
         if self.source.dataset is None:
             return reader.rows(self.files)
-        return reader.dataset_rows(self.source.dataset, self.recipe.seed, self.part)
+        return dataset_rows(self.source.dataset, self.recipe.seed, self.part)
 
-    def _read_parts(self, reader: Reader) -> Iterator[Document]:
+    def _read_subsets(self, reader: RecordReader) -> Iterator[Document]:
         """Documents that carry the name of their part; records of no wanted part are counted and left out."""
         settings, license = self.source.read, self.source.license
-        assert self.source.parts is not None
+        assert self.source.subsets is not None
         for where, row in self._rows(reader):
             part: Any = row
-            for key in self.source.parts.field.split("."):
+            for key in self.source.subsets.field.split("."):
                 part = part.get(key) if isinstance(part, dict) else None
             name = f"{self.source.name}/{part}"
             if name not in self.budgets:
@@ -256,7 +256,7 @@ class OpenSource:
         """Texts from all over the source: a manual at its front says little about the code behind it."""
         files = sorted(self.files)
         count = min(len(files), MEASURED_TEXTS)
-        reader = Reader(replace(self.source.read, join="file", strict=False))
+        reader = RecordReader(replace(self.source.read, join="file", strict=False))
         for number in range(count):
             documents = reader.documents([files[number * len(files) // count]], self.source.name, "")
             for document in itertools.islice(documents, MEASURED_TEXTS // count):

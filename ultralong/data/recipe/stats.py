@@ -1,4 +1,4 @@
-"""What a recipe takes: documents and tokens by length, before and after sampling, for every source; table and picture.
+"""What a recipe takes: documents and tokens by length, before and after sampling, for every source.
 
 From the folder of finished rows the numbers are read out of its report; from a recipe the texts are read and sampled,
 but not tokenised, so that lengths are estimates by characters per token.
@@ -9,27 +9,15 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultralong.data.recipe.schema import Recipe, load_recipe
-from ultralong.data.recipe.sources import OpenSource
+from ultralong.data.recipe.sources import SourceReader
 from ultralong.utils.files import read_json
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 TABLES = ("before", "after")
-
-
-def limited(recipe: Recipe, limit: int | None) -> Recipe:
-    """The recipe with every source's budget lowered to `limit` tokens; None leaves it as it is."""
-    if limit is None:
-        return recipe
-    sources = (replace(s, budget=limit if s.budget is None else min(limit, s.budget)) for s in recipe.sources)
-    return replace(recipe, sources=tuple(sources))
 
 
 def recipe_stats(
@@ -53,12 +41,12 @@ def recipe_stats(
     Raises:
         ValueError: The recipe holds conversations, whose lengths need the tokenizer: build it, then ask its folder.
     """
-    recipe = limited(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), limit)
+    recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).with_token_limit(limit)
     if recipe.kind == "chat":
         raise ValueError(f"recipe {recipe.name} holds conversations: build it, then give the folder of its rows.")
     sources: dict[str, Any] = {}
     for source in recipe.sources:
-        opened = OpenSource(source, recipe, cache, quiet)
+        opened = SourceReader(source, recipe, cache, quiet)
         deque(opened.documents(), maxlen=0)
         sources |= {name: {"license": source.license, **notes} for name, notes in opened.notes().items()}
     return {"recipe": recipe.name, "estimated": True, "sources": sources}
@@ -77,7 +65,7 @@ def folder_stats(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return {"recipe": report["recipe"], "estimated": False, "sources": report["sources"], "counts": report["counts"]}
 
 
-def buckets(edges: list[int]) -> list[str]:
+def bucket_names(edges: list[int]) -> list[str]:
     """Names of the buckets between edges, in tokens."""
     inner = [f"{_short(a)} - {_short(b)}" for a, b in pairwise(edges)]
     return [f"< {_short(edges[0])}", *inner, f"> {_short(edges[-1])}"]
@@ -108,11 +96,11 @@ def totals(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(stats: Mapping[str, Any]) -> str:
+def format_table(stats: Mapping[str, Any]) -> str:
     """Documents, tokens and the share of tokens in every bucket, a line for each source, before and after."""
     counted = {name: facts["lengths"] for name, facts in stats["sources"].items() if "lengths" in facts}
     every = {**counted, "all": totals(stats["sources"])}
-    names = buckets(every["all"]["edges"])
+    names = bucket_names(every["all"]["edges"])
     wide = max(12, *map(len, every))
     lines = [f"{'source':{wide}}  {'':6} {'documents':>12} {'tokens':>16}  share of tokens"]
     lines.append(f"{'':{wide}}  {'':6} {'':>12} {'':>16}  " + " ".join(f"{name:>12}" for name in names))
@@ -131,17 +119,18 @@ def table(stats: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(stats: Mapping[str, Any]) -> Figure:
-    """Two bars for each source, before and after sampling, cut into the length buckets' shares of its tokens."""
-    from ultralong import figures
+def shares_by_length(stats: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Each length bucket's share of the tokens, before and after sampling, for every source and for all together.
 
+    Returns:
+        For every "NAME, before" and "NAME, after": bucket to share; what a bar chart of them shows.
+    """
     bars = {}
     for name, facts in {**stats["sources"], "all": {"lengths": totals(stats["sources"])}}.items():
         if "lengths" not in facts:
             continue
         for when in TABLES:
             tokens = facts["lengths"][when]["tokens"]
-            parts = zip(buckets(facts["lengths"]["edges"]), tokens, strict=True)
-            bars[f"{name}, {when}"] = {part: count / max(1, sum(tokens)) for part, count in parts}
-    figure = figures.shares(bars, f"{stats['recipe']}: tokens by the length of their document", "share of tokens")
-    return figure.update_xaxes(tickformat=".0%")
+            buckets = zip(bucket_names(facts["lengths"]["edges"]), tokens, strict=True)
+            bars[f"{name}, {when}"] = {bucket: count / max(1, sum(tokens)) for bucket, count in buckets}
+    return bars

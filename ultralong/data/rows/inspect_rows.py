@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows, Row
+from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRow, PackedRows
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.data.tokens.store import TokenStore
 
@@ -63,19 +63,19 @@ class RowView:
         row: Its number.
         length: T.
         segments: Its N segments in order.
-        joints: For the first boundaries inside the row, (place, input, label, position) of the tokens around each; a
-            label of "-" is none.
+        boundaries: For the first boundaries inside the row, (place, input, label, position) of the tokens around each;
+            a label of "-" is none.
         checks: Counts over the whole row, see `check_row`.
     """
 
     row: int
     length: int
     segments: list[Segment]
-    joints: list[list[tuple[int, str, str, int]]]
+    boundaries: list[list[tuple[int, str, str, int]]]
     checks: dict[str, int]
 
 
-def check_row(row: Row, between: list[int]) -> dict[str, int]:
+def check_row(row: PackedRow, between: list[int]) -> dict[str, int]:
     """Count what a row must fulfil, over all of its tokens.
 
     Args:
@@ -84,7 +84,7 @@ def check_row(row: Row, between: list[int]) -> dict[str, int]:
 
     Returns:
         `tokens`, `segments`, `labels`, `labels_that_are_the_next_input` (of the first T - 1 places; the last label is
-        the next row's first token), `masked_labels`, `joints` (boundaries inside the row), `joints_with_separator`.
+        the next row's first token), `masked_labels`, `boundaries` (those inside the row), `boundaries_with_separator`.
     """
     inside = row.boundaries[1:-1]
     inside = inside[row.document_ids[1:] != PADDING]
@@ -98,18 +98,18 @@ def check_row(row: Row, between: list[int]) -> dict[str, int]:
         "labels": int(kept.sum()),
         "labels_that_are_the_next_input": int((row.labels[:-1] == row.input_ids[1:])[kept[:-1]].sum()),
         "masked_labels": int((~kept).sum()),
-        "joints": int(inside.size),
-        "joints_with_separator": int(found),
+        "boundaries": int(inside.size),
+        "boundaries_with_separator": int(found),
     }
 
 
-def peek(
+def inspect_row(
     rows: PackedRows,
     tokenizer: PreTrainedTokenizerBase,
     index: int = 0,
     *,
     edge: int = 24,
-    joints: int = 3,
+    boundaries: int = 3,
     store: TokenStore | None = None,
 ) -> RowView:
     """One row, readable.
@@ -119,7 +119,7 @@ def peek(
         tokenizer: What they were made with.
         index: Which row.
         edge: Tokens shown of each segment's head and tail.
-        joints: For how many boundaries the tokens around are listed.
+        boundaries: For how many boundaries the tokens around are listed.
         store: The token store they were packed from, which knows the documents' names; by default `tokens/` in their
             folder, where recipes put it.
 
@@ -131,20 +131,20 @@ def peek(
         raise ValueError(f"there is no row {index}: {rows.folder} holds {len(rows)}.")
     index %= len(rows)
     row = rows[index]
-    between = list(rows.manifest.get("joints", {}).get("between", []))
+    between = list(rows.manifest.get("separators", {}).get("between", []))
     if store is None and (rows.folder / "tokens" / "manifest.json").exists():
         store = TokenStore(rows.folder / "tokens")
     bounds = list(zip(pairwise(row.boundaries.tolist()), row.document_ids.tolist(), strict=True))
     segments = [
         _segment(row, start, end, document, between, tokenizer, store, edge) for (start, end), document in bounds
     ]
-    inside = row.boundaries[1:-1][:joints].tolist()
+    inside = row.boundaries[1:-1][:boundaries].tolist()
     around = [_around(row, cut, len(between), tokenizer) for cut in inside]
     return RowView(index, rows.length, segments, around, check_row(row, between))
 
 
 def _segment(
-    row: Row,
+    row: PackedRow,
     start: int,
     end: int,
     document: int,
@@ -170,7 +170,7 @@ def _segment(
     )
 
 
-def _around(row: Row, cut: int, width: int, tokenizer: Any, reach: int = 3) -> list[tuple[int, str, str, int]]:
+def _around(row: PackedRow, cut: int, width: int, tokenizer: Any, reach: int = 3) -> list[tuple[int, str, str, int]]:
     """The tokens around a boundary: `reach` before the separator of `width` tokens, and `reach` after it."""
     places = range(max(0, cut - width - reach), min(row.input_ids.size, cut + reach))
     return [
@@ -188,7 +188,7 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
     """A view for a terminal.
 
     Args:
-        view: From `peek`.
+        view: From `inspect_row`.
         colour: True paints documents in two colours by turns and the separator in a third (ANSI codes).
         most: Segments shown at either end of the row; those between are counted.
     """
@@ -196,7 +196,7 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
     lines = [
         f"row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels "
         f"({checks['labels_that_are_the_next_input']:,} of them the next input, {checks['masked_labels']:,} "
-        f"masked), {checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator"
+        f"masked), {checks['boundaries_with_separator']:,} of {checks['boundaries']:,} boundaries with a separator"
     ]
     for number, segment in enumerate(view.segments):
         if len(view.segments) > 2 * most and most <= number < len(view.segments) - most:
@@ -216,11 +216,11 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
                 + _paint(repr(segment.tail)[1:-1], str(COLOURS[number % 2]), colour)
                 + _paint(segment.separator, SEPARATOR_STYLE, colour)
             )
-    for joint in view.joints:
+    for boundary in view.boundaries:
         lines.append("around a boundary: place, input -> label, position")
         lines += [
             f"  {place:>9,}  {text!r} -> {label if label == '-' else repr(label)}  {position:,}"
-            for place, text, label, position in joint
+            for place, text, label, position in boundary
         ]
     return "\n".join(lines)
 
@@ -230,7 +230,7 @@ def as_html(view: RowView, *, most: int = 12) -> str:
     checks, segments = view.checks, _counted(len(view.segments), "segment")
     parts = [
         f"<p>Row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels, "
-        f"{checks['joints_with_separator']:,} of {checks['joints']:,} joints with a separator.</p>",
+        f"{checks['boundaries_with_separator']:,} of {checks['boundaries']:,} boundaries with a separator.</p>",
         "<table><tr><th>tokens</th><th>document</th><th>text</th></tr>",
     ]
     for number, segment in enumerate(view.segments):

@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ultralong.data.tokens.shards import ShardFolder
-from ultralong.utils.files import read_json
+from ultralong.data.tokens.shards import ShardFolder, read_record
 
 FORMAT = "ultralong-rows-1"
 IGNORE = -100  # the label PyTorch's cross entropy leaves out
@@ -28,7 +27,7 @@ NPY_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PackedRow:
     """One packed row as numpy arrays, ready for a model that does not shift labels itself.
 
     Attributes:
@@ -74,7 +73,7 @@ class PackedRows:
                 f"{folder} holds no finished rows (no manifest.json). Run the packing step again: it "
                 "goes on where it stopped."
             )
-        self.manifest: dict[str, Any] = read_json(path)
+        self.manifest: dict[str, Any] = read_record(path)
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{path} is of format {self.manifest.get('format')!r}, expected {FORMAT!r}.")
         self.length: int = self.manifest["length"]
@@ -86,7 +85,7 @@ class PackedRows:
     def __len__(self) -> int:
         return self.manifest["rows"]
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
@@ -111,7 +110,7 @@ class PackedRows:
             }
         return self._maps[shard]
 
-    def _row(self, maps: dict[str, np.ndarray], local: int) -> Row:
+    def _row(self, maps: dict[str, np.ndarray], local: int) -> PackedRow:
         stored = np.asarray(maps[""][local])  # (T + 1,)
         low, high = np.searchsorted(maps["segments"][:, 0], [local, local + 1])
         segments = np.asarray(maps["segments"][low:high])  # (N, 3)
@@ -128,7 +127,7 @@ class PackedRows:
         positions = np.arange(self.length, dtype=np.int64)
         if self.restart_positions:
             positions -= np.repeat(boundaries[:-1], np.diff(boundaries))
-        return Row(stored[:-1].astype(np.int64), labels, positions, boundaries, documents)
+        return PackedRow(stored[:-1].astype(np.int64), labels, positions, boundaries, documents)
 
 
 class RowWriter:

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultralong.data.rows.packed_rows import FORMAT, PADDING, PackedRows, Row, RowWriter
+from ultralong.data.rows.packed_rows import FORMAT, PADDING, PackedRow, PackedRows, RowWriter
 from ultralong.data.rows.permutation import permuted
-from ultralong.data.rows.separators import Joints, PackSettings, resolve_joints
+from ultralong.data.rows.separators import PackSettings, Separators, resolve_separators
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import TokenStore
-from ultralong.utils.files import sha256
+from ultralong.utils.files import locked, sha256
 from ultralong.utils.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Joints", "PackSettings", "PackedRows", "Row", "RowStream", "pack", "resolve_joints"]
+__all__ = ["PackSettings", "PackedRow", "PackedRows", "RowStream", "Separators", "pack", "resolve_separators"]
 
 ORDER_BLOCK = 4096
 SHARD_TOKENS = 1 << 24
@@ -47,7 +47,7 @@ class RowStream(Iterator[tuple[np.ndarray, list[int], list[int]]]):
     Args:
         store: The tokenised documents.
         settings: How to pack.
-        joints: `resolve_joints` of the same settings.
+        separators: `resolve_separators` of the same settings.
         state: What `state_dict()` gave after some row; the stream goes on with the next one.
 
     Attributes:
@@ -56,9 +56,9 @@ class RowStream(Iterator[tuple[np.ndarray, list[int], list[int]]]):
     """
 
     def __init__(
-        self, store: TokenStore, settings: PackSettings, joints: Joints, state: dict[str, int] | None = None
+        self, store: TokenStore, settings: PackSettings, separators: Separators, state: dict[str, int] | None = None
     ) -> None:
-        self.store, self.settings, self.joints = store, settings, joints
+        self.store, self.settings, self.separators = store, settings, separators
         self.none = np.iinfo(store.dtype).max
         self.tail_tokens = self.padding = 0
         self._block: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
@@ -96,7 +96,7 @@ class RowStream(Iterator[tuple[np.ndarray, list[int], list[int]]]):
             self.tail_tokens = filled
             if filled == 0 or self.settings.tail == "drop":
                 raise StopIteration
-            ids[filled:length] = self.joints.padding
+            ids[filled:length] = self.separators.padding
             self.padding = length - filled
             self.tail_tokens = 0
             return ids, [*starts, filled], [*documents, PADDING]
@@ -117,9 +117,9 @@ class RowStream(Iterator[tuple[np.ndarray, list[int], list[int]]]):
             self._position += 1
 
     def _make_piece(self) -> np.ndarray:
-        joints, ids = self.joints, self.store[self._document(self._position)]
-        after = joints.after if self._position == self._last else joints.after + joints.between
-        return np.concatenate([np.array(joints.before, ids.dtype), ids, np.array(after, ids.dtype)])
+        separators, ids = self.separators, self.store[self._document(self._position)]
+        after = separators.after if self._position == self._last else separators.after + separators.between
+        return np.concatenate([np.array(separators.before, ids.dtype), ids, np.array(after, ids.dtype)])
 
     def _kept(self, position: int) -> bool:
         return (
@@ -168,7 +168,7 @@ def pack(
             else, or the store has fewer tokens than one row and the tail is dropped.
     """
     store.check_tokenizer(tokenizer)
-    joints = resolve_joints(settings, tokenizer)
+    separators = resolve_separators(settings, tokenizer)
     rows_per_shard = rows_per_shard or max(1, SHARD_TOKENS // settings.length)
     positions = settings.positions
     if positions == "auto":
@@ -177,7 +177,7 @@ def pack(
         **asdict(settings),
         "format": FORMAT,
         "positions": positions,
-        "joints": _as_lists(joints),
+        "separators": _as_lists(separators),
         "dtype": store.dtype.str,
         "rows_per_shard": rows_per_shard,
         "tokenizer": store.manifest["tokenizer"],
@@ -185,24 +185,24 @@ def pack(
     }
     folder = ShardFolder(out, "rows", resolved)
     if folder.manifest() is None:
-        with folder.locked():
-            folder.finish(_pack(store, settings, joints, folder, quiet))
+        with locked(folder.folder):
+            folder.finish(_pack(store, settings, separators, folder, quiet))
     return PackedRows(out)
 
 
-def _as_lists(joints: Joints) -> dict[str, Any]:
-    """`Joints` as JSON holds it: lists for tuples."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(joints).items()}
+def _as_lists(separators: Separators) -> dict[str, Any]:
+    """`Separators` as JSON holds it: lists for tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(separators).items()}
 
 
 def _pack(
-    store: TokenStore, settings: PackSettings, joints: Joints, folder: ShardFolder, quiet: bool
+    store: TokenStore, settings: PackSettings, separators: Separators, folder: ShardFolder, quiet: bool
 ) -> dict[str, Any]:
     """Write the shards that are missing; return the manifest."""
     records = folder.resume()
-    stream = RowStream(store, settings, joints, records[-1]["state"] if records else None)
+    stream = RowStream(store, settings, separators, records[-1]["state"] if records else None)
     done = sum(record["rows"] for record in records)
-    estimate = store.tokens + len(store) * (len(joints.before) + len(joints.between) + len(joints.after))
+    estimate = store.tokens + len(store) * (len(separators.before) + len(separators.between) + len(separators.after))
     with (
         RowWriter(folder, settings.length, store.dtype, folder.settings["rows_per_shard"], len(records)) as writer,
         progress(
@@ -232,21 +232,23 @@ def _manifest(
     store: TokenStore, stream: RowStream, resolved: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Settings and counts; the counts are checked to add up, since training budgets are computed from them."""
-    state, joints = stream.state_dict(), stream.joints
+    state, separators = stream.state_dict(), stream.separators
     kept = len(store) - state["dropped_documents"]
-    joint_tokens = kept * (len(joints.before) + len(joints.after)) + max(0, kept - 1) * len(joints.between)
+    separator_tokens = kept * (len(separators.before) + len(separators.after)) + max(0, kept - 1) * len(
+        separators.between
+    )
     rows = sum(record["rows"] for record in records)
     counts = {
         "rows": rows,
         "documents": kept,
         "document_tokens": store.tokens - state["dropped_tokens"],
-        "joint_tokens": joint_tokens,
+        "separator_tokens": separator_tokens,
         "padding_tokens": sum(record["padding"] for record in records),
         "tail_dropped_tokens": stream.tail_tokens,
         "dropped_documents": state["dropped_documents"],
         "dropped_tokens": state["dropped_tokens"],
     }
     produced = rows * resolved["length"] - counts["padding_tokens"] + counts["tail_dropped_tokens"]
-    expected = counts["document_tokens"] + joint_tokens
+    expected = counts["document_tokens"] + separator_tokens
     assert produced == expected, f"{produced} tokens packed of {expected}"
     return {**resolved, **counts, "sources": store.manifest["sources"], "shards": records}

@@ -51,7 +51,7 @@ class PackSettings:
 
 
 @dataclass(frozen=True)
-class Joints:
+class Separators:
     """Token ids around documents: `before` and `after` each one, `between` two, `padding` where a row ends early."""
 
     before: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class Joints:
     padding: int = 0
 
 
-def resolve_joints(settings: PackSettings, tokenizer: PreTrainedTokenizerBase) -> Joints:
+def resolve_separators(settings: PackSettings, tokenizer: PreTrainedTokenizerBase) -> Separators:
     """Turn the setting of what stands between documents into token ids.
 
     Raises:
@@ -69,12 +69,12 @@ def resolve_joints(settings: PackSettings, tokenizer: PreTrainedTokenizerBase) -
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     padding = next((token for token in (pad, eos, bos) if token is not None), 0)
     if settings.join == "none":
-        return Joints(padding=padding)
+        return Separators(padding=padding)
     if settings.join == "bos_eos":
         if bos is None or eos is None:
             raise ValueError(f"join is bos_eos, but the tokenizer has BOS {bos} and EOS {eos}. Choose another.")
-        return Joints(before=(bos,), after=(eos,), padding=padding)
+        return Separators(before=(bos,), after=(eos,), padding=padding)
     between = tuple(tokenizer.encode(settings.separator, add_special_tokens=False))
     if not between:
         raise ValueError(f"the separator {settings.separator!r} gives no token. Choose another, or join none.")
-    return Joints(between=between, padding=padding)
+    return Separators(between=between, padding=padding)

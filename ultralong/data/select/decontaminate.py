@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ultralong.data.read.conversations import Conversation
-from ultralong.data.read.documents import Document, NameList, ReadReport
+from ultralong.data.read.documents import Document, ReadReport, SkipLog
 from ultralong.data.read.fetch import Package, unpack
-from ultralong.data.read.readers import Reader, ReadSettings, list_files
-from ultralong.data.select.overlap import Grams, Hit, spans_of
+from ultralong.data.read.readers import ReadSettings, RecordReader, list_files
+from ultralong.data.select.overlap import NgramIndex, Overlap, spans_of
 
 WINDOW = 200  # characters on either side of the shared words
 SHORTEST_PIECE = 200
@@ -35,16 +35,17 @@ class TestSet:
         name: What reports call it.
         path: A file or folder on this machine (text, JSON lines, JSON, Parquet), relative to the recipe.
         packages: Or files on package registries.
-        members: Shell patterns of the files wanted.
+        include: Shell patterns of the files wanted.
         fields: Fields of a record that are looked for, each as an item of its own; empty takes every text in it.
     """
 
     __test__ = False  # its name is no sign for pytest
+    RENAMED: ClassVar[dict[str, str]] = {"members": "include"}
 
     name: str
     path: str | None = None
     packages: tuple[Package, ...] = ()
-    members: tuple[str, ...] = ("*",)
+    include: tuple[str, ...] = ("*",)
     fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,23 +76,23 @@ class Decontaminate:
             raise ValueError(f"shortest {self.shortest} must lie in 1..words {self.words}.")
 
 
-def read_tests(settings: Decontaminate, cache: str | os.PathLike[str] | None = None, quiet: bool = False) -> Grams:
+def read_tests(settings: Decontaminate, cache: str | os.PathLike[str] | None = None, quiet: bool = False) -> NgramIndex:
     """The grams of all test sets.
 
     Raises:
         ValueError: A test set cannot be had or read, holds something broken, or lacks a field.
     """
-    return Grams(
+    return NgramIndex(
         (entry for test in settings.against for entry in _items(test, cache, quiet)), settings.words, settings.shortest
     )
 
 
 def _items(test: TestSet, cache: str | os.PathLike[str] | None, quiet: bool) -> Iterator[tuple[str, str, str]]:
-    files = list_files(Path(test.path), test.members) if test.path is not None else []
+    files = list_files(Path(test.path), test.include) if test.path is not None else []
     for package in test.packages:
-        files += list_files(unpack(package, cache, quiet), test.members)
+        files += list_files(unpack(package, cache, quiet), test.include)
     # A test item that cannot be read cannot be kept out, so here anything broken is an error.
-    for name, row in Reader(ReadSettings(strict=True)).rows(files):
+    for name, row in RecordReader(ReadSettings(strict=True)).rows(files):
         missing = [key for key in test.fields if not isinstance(row, dict) or key not in row]
         if missing:
             raise ValueError(f"test set {test.name}: {name} has no field {', '.join(map(repr, missing))}.")
@@ -112,7 +113,7 @@ def _texts(value: Any) -> Iterator[str]:
 class OverlapReport:
     """What was found; `as_json` is what reports hold."""
 
-    grams: Grams
+    grams: NgramIndex
     settings: Decontaminate
     checked: int = 0
     found: Counter[str] = field(default_factory=Counter)
@@ -140,7 +141,7 @@ class OverlapReport:
         }
 
 
-class Filter:
+class OverlapFilter:
     """Documents or conversations in, clean ones out.
 
     Args:
@@ -150,7 +151,9 @@ class Filter:
         log: A file with a line for every text hit; None writes none.
     """
 
-    def __init__(self, settings: Decontaminate, grams: Grams, report: ReadReport, log: HitList | None = None) -> None:
+    def __init__(
+        self, settings: Decontaminate, grams: NgramIndex, report: ReadReport, log: OverlapLog | None = None
+    ) -> None:
         self.settings, self.grams, self.report, self.log = settings, grams, report, log
         self.overlap = OverlapReport(grams, settings)
 
@@ -175,7 +178,7 @@ class Filter:
             if not hits:
                 yield talk
 
-    def _count(self, id: str, hits: list[Hit], action: str) -> None:
+    def _count(self, id: str, hits: list[Overlap], action: str) -> None:
         if not hits:
             return
         self.overlap.found[action] += 1
@@ -189,7 +192,7 @@ class Filter:
             self.log.write(id, action, hits)
 
 
-def cut(text: str, hits: list[Hit]) -> list[str]:
+def cut(text: str, hits: list[Overlap]) -> list[str]:
     """What is left of a text without the shared words and their surroundings; empty when too little or too much cut.
 
     Args:
@@ -210,10 +213,10 @@ def cut(text: str, hits: list[Hit]) -> list[str]:
     return [piece for piece in pieces if len(piece) >= SHORTEST_PIECE and piece.strip()]
 
 
-class HitList(NameList):
+class OverlapLog(SkipLog):
     """A file with a JSON line for every text that overlaps: what was done, and the first words shared with an item."""
 
-    def write(self, id: str, action: str, hits: list[Hit]) -> None:
+    def write(self, id: str, action: str, hits: list[Overlap]) -> None:
         """Write a line."""
         first = {(hit.test, hit.item): hit.gram for hit in reversed(hits)}
         shared = [{"test": test, "item": item, "words": gram} for (test, item), gram in reversed(first.items())]

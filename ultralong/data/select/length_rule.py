@@ -162,7 +162,7 @@ def sample(
             return
 
 
-def sample_parts(
+def sample_subsets(
     documents: Iterable[Document],
     budgets: Mapping[str, float],
     *,

@@ -23,7 +23,7 @@ PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's number is lost i
 
 
 @dataclass(frozen=True)
-class Hit:
+class Overlap:
     """Where a text and a test item share words.
 
     Attributes:
@@ -51,7 +51,7 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     return [found.span() for found in TOKEN.finditer(text) if NO_WORD.sub("", found[0].lower())]
 
 
-class Grams:
+class NgramIndex:
     """The n-grams of test sets, to look for in texts.
 
     Args:
@@ -99,7 +99,7 @@ class Grams:
     def __len__(self) -> int:
         return len(self._where)
 
-    def hits(self, text: str) -> list[Hit]:
+    def hits(self, text: str) -> list[Overlap]:
         """Every gram of the tests that occurs in a text, in order of its place."""
         words = words_of(text)
         numbers = self._known(words)
@@ -113,7 +113,7 @@ class Grams:
             for start in np.flatnonzero(wanted[places] == hashes).tolist():
                 gram = " ".join(words[start : start + size])
                 if gram in self._where:
-                    found.append(Hit(*self._where[gram], gram, start, size))
+                    found.append(Overlap(*self._where[gram], gram, start, size))
         return sorted(found, key=lambda hit: (hit.start, hit.words))
 
     def _known(self, words: list[str]) -> np.ndarray:

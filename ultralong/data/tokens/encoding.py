@@ -69,7 +69,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return lambda texts: [np.array(e.ids, dtype) for e in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def identify(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Who turned text into these ids: enough to refuse shards made by another tokenizer.
 
     The fingerprint covers what decides the ids of plain text: vocabulary, merges, normaliser, pre-tokeniser and added
@@ -98,7 +98,7 @@ def check_same_tokenizer(expected: dict[str, Any], tokenizer: PreTrainedTokenize
     Raises:
         ValueError: The fingerprints differ.
     """
-    found = identify(tokenizer)
+    found = tokenizer_fingerprint(tokenizer)
     if found["sha256"] != expected["sha256"]:
         raise ValueError(
             f"{where} was made with another tokenizer ({expected['class']}, {expected['vocabulary']:,} tokens, "

@@ -8,16 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong.data.recipe.build import PackReport, make_report
-from ultralong.data.recipe.schema import load_recipe
-from ultralong.data.rows.packing import PackSettings, pack
-from ultralong.data.tokens.encoding import load_tokenizer
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
-from ultralong.data.tokens.tokenize import add_up
-from ultralong.utils.files import read_json, sha256, write_json
-from ultralong.utils.progress import Stopwatch
-from ultralong.utils.settings import save
+from ultralong.data.tokens.tokenize import manifest_totals
+from ultralong.utils.files import locked, read_json, sha256, write_json
 
 
 def merge_stores(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> TokenStore:
@@ -52,14 +46,14 @@ def merge_stores(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     }
     folder = ShardFolder(out, "tokens", settings)
     if folder.manifest() is None:
-        with folder.locked():
+        with locked(folder.folder):
             records = folder.resume()
             theirs = [(store, shard) for store in stores for shard in store.manifest["shards"]]
             _check_ids(theirs)
             for number, (store, shard) in enumerate(theirs[len(records) :], start=len(records)):
                 records.append(_take(folder, number, store, shard))
-            folder.finish(add_up(settings, records))
-    notes = _add_notes([store.folder / "sources.json" for store in stores])
+            folder.finish(manifest_totals(settings, records))
+    notes = add_notes([store.folder / "sources.json" for store in stores])
     if notes:
         write_json(folder.folder / "sources.json", notes)
     return TokenStore(out)
@@ -94,20 +88,20 @@ def _check_ids(shards: list[tuple[TokenStore, dict[str, Any]]]) -> None:
             seen[line] = str(store.folder)
 
 
-def _add_notes(paths: list[Path]) -> dict[str, Any]:
+def add_notes(paths: list[Path]) -> dict[str, Any]:
     """What the stores' reports say of lengths and skips, added up by source."""
     total: dict[str, Any] = {}
     for notes in (read_json(path) for path in paths if path.exists()):
         for name, row in notes.items():
-            total[name] = _sum(total[name], row) if name in total else row
+            total[name] = add_numbers(total[name], row) if name in total else row
     return total
 
 
-def _sum(a: Any, b: Any, key: str = "") -> Any:
-    """Numbers add up, lists of numbers too, groups key by key; what describes stays."""
+def add_numbers(a: Any, b: Any, key: str = "") -> Any:
+    """Two reports added up: numbers add up, lists of numbers too, groups key by key; what describes stays."""
     if isinstance(a, dict) and isinstance(b, dict):
         return {
-            name: _sum(a[name], b[name], name) if name in a and name in b else a.get(name, b.get(name))
+            name: add_numbers(a[name], b[name], name) if name in a and name in b else a.get(name, b.get(name))
             for name in {**a, **b}
         }
     if key in ("edges", "characters_per_token"):
@@ -117,60 +111,3 @@ def _sum(a: Any, b: Any, key: str = "") -> Any:
         return [x + y for x, y in zip(a, b, strict=True)] if same else a
     both = isinstance(a, int | float) and isinstance(b, int | float)
     return a + b if both and not isinstance(a, bool) else a
-
-
-def pack_merged(
-    base: str | os.PathLike[str],
-    recipe: str | os.PathLike[str],
-    tokenizer: str | os.PathLike[str],
-    length: int,
-    out: str | os.PathLike[str],
-    *,
-    quiet: bool = False,
-) -> PackReport:
-    """Merge the token stores of a datatrove run and pack them, as `pack_recipe` packs what it tokenised itself.
-
-    Args:
-        base: Folder of the run.
-        recipe: The recipe that it ran.
-        tokenizer: Folder of the tokenizer.
-        length: Tokens per row.
-        out: Folder of the rows; `tokens/` inside it holds the merged store.
-        quiet: True shows no progress bars.
-
-    Raises:
-        ValueError: A task has not finished, or as for `merge_stores` and `pack`.
-    """
-    loaded, base, out, watch = load_recipe(recipe), Path(base), Path(out), Stopwatch()
-    settings = loaded.row_settings(length)
-    if not isinstance(settings, PackSettings):
-        raise ValueError(f"recipe {loaded.name} is of {loaded.kind}; a datatrove run is of documents.")
-    ranks, done = (sorted(path.name for path in (base / name).glob("[0-9]*")) for name in ("read", "tokens"))
-    if not ranks or ranks != done:
-        missing = ", ".join(sorted({*ranks} - {*done})) or "all"
-        raise ValueError(f"{base} is not finished: tasks without tokens: {missing}. Run its pipeline.py again.")
-    with watch.stage("merge"):
-        store = merge_stores([base / "tokens" / name for name in done], out / "tokens")
-    with watch.stage("pack"):
-        rows = pack(store, load_tokenizer(tokenizer), out, settings, quiet=quiet)
-    licenses = {name: source.license for source in loaded.sources for name in loaded.budgets(source)}
-    reads: dict[str, Any] = {}
-    for name in ranks:
-        for path in sorted((base / "read" / name).glob("*.json")):
-            reads[path.stem] = _sum(reads[path.stem], read_json(path)) if path.stem in reads else read_json(path)
-    noted = read_json(store.folder / "sources.json")
-    none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
-    sources = {
-        name: {
-            **none,
-            "license": licenses[name],
-            **store.manifest["sources"].get(name, {}),
-            **noted.get(name, {}),
-            "read": reads[name.split("/")[0]],
-        }
-        for name in licenses
-    }
-    save(loaded, out / "recipe.yaml", "The recipe these rows were made from, every setting written out.")
-    report = make_report(loaded, rows, sources, watch)
-    write_json(out / "report.json", report.to_dict())
-    return report

@@ -1,4 +1,4 @@
-"""A folder of numbered shards that is written one whole shard at a time, and taken up again after a crash.
+"""A folder of numbered shards, each written whole, so that work resumes after a crash.
 
 Token stores and packed rows share this: files `NAME-00000.*` plus one record `NAME-00000.json`, which is written last.
 A shard counts from the moment its record exists; anything else in the folder is left over from a crash and is removed
@@ -9,14 +9,27 @@ the same input gives the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ultralong.utils.files import read_json, sha256, write_json
+
+# Keys of settings, records and manifests that version 0.3 wrote, and their names of today.
+OLD_KEYS = {"joints": "separators", "joint_tokens": "separator_tokens", "window_rows": "buffer_rows"}
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Settings, a shard's record or a manifest, whichever version wrote it, with keys of today.
+
+    Raises:
+        ValueError: The file does not hold a JSON object.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(found).__name__}.")
+    return {OLD_KEYS.get(key, key): value for key, value in found.items()}
 
 
 class ShardFolder:
@@ -26,27 +39,21 @@ class ShardFolder:
         folder: Where the shards lie; created when missing.
         prefix: Name in front of the shard number, such as `"tokens"`.
         settings: Everything the bytes depend on, as plain JSON values.
+        upgrade_provenance: Brings the provenance in a folder's settings, which an earlier version may have written,
+            into the form of today before it is compared; None compares it as it is.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], prefix: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        prefix: str,
+        settings: dict[str, Any],
+        upgrade_provenance: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.prefix = prefix
         self.settings = settings
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; the system lets go of it even when the process is killed.
-
-        Raises:
-            ValueError: Another process is writing to the folder.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.folder} is being written by another process. Wait for it to end.") from None
-            yield
+        self.upgrade_provenance = upgrade_provenance or (lambda provenance: provenance)
 
     def manifest(self, ignore: tuple[str, ...] = ()) -> dict[str, Any] | None:
         """The manifest of a finished folder made with the same settings, or None when there is work to do.
@@ -59,7 +66,7 @@ class ShardFolder:
         """
         self._check_settings(ignore)
         path = self.folder / "manifest.json"
-        return read_json(path) if path.exists() else None
+        return read_record(path) if path.exists() else None
 
     def resume(self) -> list[dict[str, Any]]:
         """Records of the shards already whole, in order; what a crash left behind is removed.
@@ -71,7 +78,7 @@ class ShardFolder:
         write_json(self.folder / "settings.json", self.settings)
         records: list[dict[str, Any]] = []
         while (path := self.path(len(records), "json")).exists():
-            records.append(read_json(path))
+            records.append(read_record(path))
         whole = {self.name(number) for number in range(len(records))}
         for path in self.folder.iterdir():
             partial = path.name.startswith(".") and path.name.endswith(".partial")
@@ -124,7 +131,9 @@ class ShardFolder:
             if (self.folder / "manifest.json").exists():
                 raise ValueError(f"{self.folder} has a manifest.json but no settings.json. Choose another folder.")
             return
-        found = read_json(path)
+        found = read_record(path)
+        if "provenance" in found:
+            found["provenance"] = self.upgrade_provenance(found["provenance"])
         keys = {*found, *self.settings} - {*ignore}
         changed = sorted(key for key in keys if found.get(key) != self.settings.get(key))
         if changed:
@@ -148,7 +157,7 @@ def verify(folder: str | os.PathLike[str]) -> int:
     """
     folder = Path(folder)
     checked = 0
-    for shard in read_json(folder / "manifest.json")["shards"]:
+    for shard in read_record(folder / "manifest.json")["shards"]:
         for name, expected in shard["files"].items():
             path = folder / name
             if not path.exists():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultralong.data.tokens.encoding import check_same_tokenizer
-from ultralong.utils.files import read_json
+from ultralong.data.tokens.shards import read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class TokenStore:
                 f"{folder} holds no finished token store (no manifest.json). Run the tokenising step again: it "
                 "goes on where it stopped."
             )
-        self.manifest: dict[str, Any] = read_json(path)
+        self.manifest: dict[str, Any] = read_record(path)
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{path} is of format {self.manifest.get('format')!r}, expected {FORMAT!r}.")
         self.dtype = np.dtype(self.manifest["dtype"])

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from ultralong.data.read.documents import Document
-from ultralong.data.tokens.encoding import Encoder, identify, make_encoder, token_dtype
+from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, tokenizer_fingerprint
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
+from ultralong.utils.files import locked
 from ultralong.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def tokenize_corpus(
     batch_characters: int = 1 << 20,
     workers: int = 1,
     provenance: dict[str, Any] | None = None,
+    upgrade_provenance: Callable[[Any], Any] | None = None,
     quiet: bool = False,
 ) -> TokenStore:
     """Tokenise `documents` in order into a store; go on where an earlier call was interrupted.
@@ -57,6 +59,7 @@ def tokenize_corpus(
             with dozens of cores and tokenizers written in Python. The bytes are the same.
         provenance: Plain JSON values that decide which documents come (a recipe, say); kept, and compared later. With
             it, a finished store is returned without reading the documents again; without, they are read and compared.
+        upgrade_provenance: Brings a provenance that an earlier version kept into the form of today.
         quiet: True shows no progress bar.
 
     Returns:
@@ -74,16 +77,16 @@ def tokenize_corpus(
     dtype = token_dtype(len(tokenizer))
     settings = {
         "format": FORMAT,
-        "tokenizer": identify(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "dtype": dtype.str,
         "shard_tokens": shard_tokens,
         "provenance": provenance,
     }
-    folder = ShardFolder(out, "tokens", settings)
+    folder = ShardFolder(out, "tokens", settings, upgrade_provenance)
     manifest = folder.manifest()
     if manifest is not None and provenance is not None:
         return TokenStore(out)
-    with folder.locked():
+    with locked(folder.folder):
         records = folder.resume()
         stream = iter(documents)
         _pass_over(stream, records, folder.folder)
@@ -96,7 +99,7 @@ def tokenize_corpus(
                 initial=sum(record["tokens"] for record in records),
             ) as bar:
                 records.extend(_write(stream, tokenizer, folder, len(records), batch_characters, workers, bar))
-            folder.finish(add_up(settings, records))
+            folder.finish(manifest_totals(settings, records))
         elif next(stream, None) is not None:
             raise ValueError(f"{out} is finished, and there are more documents now than then. Choose another folder.")
     return TokenStore(out)
@@ -272,7 +275,7 @@ def _encoded(
         yield oldest()
 
 
-def add_up(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def manifest_totals(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals over the shards, per source and licence, and what the shards are."""
     sources: dict[str, dict[str, Any]] = {}
     for record in records:

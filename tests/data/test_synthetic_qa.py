@@ -7,10 +7,10 @@ import re
 import pytest
 
 from ultralong import miniature
-from ultralong.data.chat.synthetic_qa import reading_conversations
+from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
 from ultralong.data.chat.template import encode_chat
-from ultralong.data.recipe.build import load_tokenizer
 from ultralong.data.select.clean import collapse_spaces
+from ultralong.data.tokens.encoding import load_tokenizer
 
 SENTENCES = ("The keeper wrote in his log.", "No ship had passed.", "The tide came in at dawn, cold and grey.")
 TEXT = " ".join(
@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def made(tokenizer):
-    return list(reading_conversations([TEXT], tokenizer, count=60, max_tokens=300, seed=4))
+    return list(synthetic_qa_conversations([TEXT], tokenizer, count=60, max_tokens=300, seed=4))
 
 
 def test_none_is_longer_than_asked_and_most_fill_it(made, tokenizer):
@@ -54,15 +54,15 @@ def test_quotes_continue_where_the_cue_ends(made):
 
 
 def test_the_same_seed_gives_the_same_stream(made, tokenizer):
-    assert list(reading_conversations([TEXT], tokenizer, count=5, max_tokens=300, seed=4)) == made[:5]
-    assert list(reading_conversations([TEXT], tokenizer, count=5, max_tokens=300, seed=5)) != made[:5]
+    assert list(synthetic_qa_conversations([TEXT], tokenizer, count=5, max_tokens=300, seed=4)) == made[:5]
+    assert list(synthetic_qa_conversations([TEXT], tokenizer, count=5, max_tokens=300, seed=5)) != made[:5]
 
 
 def test_what_cannot_be_made_is_refused(tokenizer):
     with pytest.raises(ValueError, match="128 or more"):
-        next(reading_conversations([TEXT], tokenizer, count=1, max_tokens=50))
+        next(synthetic_qa_conversations([TEXT], tokenizer, count=1, max_tokens=50))
     with pytest.raises(ValueError, match="No text is longer"):
-        next(reading_conversations(["short"], tokenizer, count=1, max_tokens=300))
+        next(synthetic_qa_conversations(["short"], tokenizer, count=1, max_tokens=300))
 
 
 def test_collapsed_spaces_keep_lines_and_paragraphs():

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from ultralong.cli import main
 from ultralong.data.read.documents import Document
 from ultralong.data.recipe.build import pack_recipe
-from ultralong.data.recipe.datatrove_script import TroveSettings, render
+from ultralong.data.recipe.datatrove_script import DatatroveSettings, render
 from ultralong.data.recipe.datatrove_steps import Prepare, Tokenise
+from ultralong.data.recipe.merge import pack_merged
 from ultralong.data.recipe.schema import Recipe, Source, load_recipe
-from ultralong.data.recipe.sources import OpenSource
+from ultralong.data.recipe.sources import SourceReader
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.tokens.merge import merge_stores, pack_merged
+from ultralong.data.tokens.merge import merge_stores
 from ultralong.data.tokens.shards import verify
 from ultralong.data.tokens.store import TokenStore
 from ultralong.data.tokens.tokenize import tokenize_corpus
@@ -60,7 +61,7 @@ def corpus(tmp_path, tiny_tokenizer):
                 "name": "mine",
                 "description": "d",
                 "seed": 3,
-                "lengths": rule,
+                "length_rule": rule,
                 "sources": [{"name": "a", "license": "CC0-1.0", "path": "texts"}],
             }
         )
@@ -70,7 +71,7 @@ def corpus(tmp_path, tiny_tokenizer):
 
 
 def trove(folder, **changes):
-    return TroveSettings(
+    return DatatroveSettings(
         **{"base": str(folder / "run"), "tokenizer": str(folder / "model"), "tasks": 3, "workers": 1, **changes}
     )
 
@@ -99,7 +100,7 @@ def test_the_program_compiles_and_names_what_it_uses(corpus, changes):
     ):
         assert (sign in imported) == (name in changes.get("filters", ()))
     assert ("SlurmPipelineExecutor" in imported) == (changes.get("executor") == "slurm")
-    assert load_recipe(corpus / "scripts" / "recipe.yaml").lengths.short_keep == 0.5
+    assert load_recipe(corpus / "scripts" / "recipe.yaml").length_rule.short_keep == 0.5
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_all_filters_and_both_deduplications_from_the_command_to_the_rows(corpus
         "--language-model",
         str(language_model),
         "--set",
-        "lengths.short_keep=1.0",
+        "length_rule.short_keep=1.0",
     ]
     main(words)
     done = subprocess.run(
@@ -314,8 +315,8 @@ def test_parts_add_up_to_the_whole(tmp_path, parts, join):
     source = Source("a", "x", path=str(tmp_path / "tree"), read=load_recipe("debian-docs").sources[1].read)
     source = Source("a", "x", path=source.path, read=type(source.read)(join=join))
     recipe = Recipe("m", "d", (source,))
-    whole = {d.id: d.text for d in OpenSource(source, recipe, None).texts()}
-    found = [d for n in range(parts) for d in OpenSource(source, recipe, None, part=(n, parts)).texts()]
+    whole = {d.id: d.text for d in SourceReader(source, recipe, None).texts()}
+    found = [d for n in range(parts) for d in SourceReader(source, recipe, None, part=(n, parts)).texts()]
     assert len(found) == len(whole) == (20 if join == "file" else 6)
     assert {d.id: d.text for d in found} == whole
 
@@ -325,7 +326,7 @@ def test_streams_are_parted_too(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "train.jsonl").write_text("\n".join(json.dumps({"text": f"t{n}"}) for n in range(20)))
     recipe = Recipe("m", "d", load_recipe(write_recipe(tmp_path)).sources)
-    found = [d for n in range(3) for d in OpenSource(recipe.sources[0], recipe, None, part=(n, 3)).texts()]
+    found = [d for n in range(3) for d in SourceReader(recipe.sources[0], recipe, None, part=(n, 3)).texts()]
     assert sorted(d.text for d in found) == sorted(f"t{n}" for n in range(20))
     assert len({d.id for d in found}) == 20
 
@@ -395,7 +396,7 @@ def test_the_steps_by_hand(corpus, tiny_tokenizer):
     recipe = load_recipe(step["recipe"])
     ratio = read_json(corpus / "run" / "characters_per_token.json")["a"]
     for rank in range(3):
-        opened = OpenSource(recipe.sources[0], recipe, None, part=(rank, 3))
+        opened = SourceReader(recipe.sources[0], recipe, None, part=(rank, 3))
         items = [
             SimpleNamespace(text=d.text, id=d.id, metadata={"source": d.source, "license": d.license})
             for d in opened.texts()
@@ -427,9 +428,9 @@ def test_the_steps_by_hand(corpus, tiny_tokenizer):
 )
 def test_nonsense_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        TroveSettings("b", "t", **wrong)
+        DatatroveSettings("b", "t", **wrong)
 
 
 def test_conversations_are_packed_on_one_machine(tmp_path):
     with pytest.raises(ValueError, match="of chat"):
-        render("sft-offline", TroveSettings("b", "t"), tmp_path)
+        render("sft-offline", DatatroveSettings("b", "t"), tmp_path)
