@@ -36,6 +36,8 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
+# Rooms inside a room, lowest first: a later one may import an earlier one.
+INNER_LAYERS = {"data": ("read", "select", "tokens", "rows", "chat", "recipe")}
 DRAWING = {"evaluation", "notebook_tools", "course", "demo", "cli"}
 
 
@@ -173,6 +175,20 @@ def upward(graph: dict[str, set[str]]) -> dict[tuple[str, str], list[tuple[str, 
         if layer.get(pair[1], len(LAYERS)) >= layer.get(pair[0], -1)
         or (pair[1] == "figures" and pair[0] not in DRAWING)
     }
+
+
+def upward_inside(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Imports inside a room of `INNER_LAYERS` that go from an earlier inner room to a later or to an unknown one."""
+    found = []
+    for module, targets in sorted(graph.items()):
+        for target in sorted(targets):
+            order = INNER_LAYERS.get(room(module), ())
+            if not order or room(target) != room(module) or len(module.split(".")) < 4 or len(target.split(".")) < 4:
+                continue
+            here, there = module.split(".")[2], target.split(".")[2]
+            if here not in order or there not in order or order.index(there) > order.index(here):
+                found.append((module, target))
+    return found
 
 
 def folder_sizes(root: Path) -> dict[str, int]:

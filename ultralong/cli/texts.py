@@ -113,7 +113,9 @@ def refine(
     settings = replace(wanted, endpoint=endpoint)
     if instruction is not None:
         settings = replace(settings, instruction=instruction.read_text(encoding="utf-8"))
-    report = run(islice(read_conversations(load_recipe(recipe), cache=cache, quiet=quiet), limit), out, settings, quiet=quiet)
+    report = run(
+        islice(read_conversations(load_recipe(recipe), cache=cache, quiet=quiet), limit), out, settings, quiet=quiet
+    )
     leave(json, report.to_dict())
     print(report)
     print(f"{out / 'refined.jsonl'}: a recipe reads it with kind chat and read: {{field: messages, id_field: id}}")

@@ -95,10 +95,10 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     name = archive.name
     if name.endswith(ZIP_ENDINGS):
         with zipfile.ZipFile(archive) as opened:
-            for item in opened.infolist():
-                if not item.is_dir():
-                    with opened.open(item) as stream:
-                        yield item.filename, stream
+            for entry in opened.infolist():
+                if not entry.is_dir():
+                    with opened.open(entry) as member:
+                        yield entry.filename, member
     elif name.endswith((*TAR_ENDINGS, ".deb")):
         # Read as a stream: seeking back in a compressed archive would unpack it again for every member.
         with (

@@ -170,15 +170,14 @@ def _from_list(turns: Any, style: Style) -> list[Message]:
 
 def _from_pairs(record: dict[str, Any], pairs: PairFields | None) -> list[Message]:
     if pairs is None:
-        found = {
-            name: next((key for key in keys if key in record), None)
-            for name, keys in (("question", QUESTIONS), ("answer", ANSWERS), ("context", CONTEXTS), ("system", SYSTEMS))
-        }
-        if found["question"] is None and found["context"] is not None:
-            found["question"], found["context"] = found["context"], None
-        if found["question"] is None or found["answer"] is None:
+        key, answer_key, context_key, system_key = (
+            next((key for key in keys if key in record), None) for keys in (QUESTIONS, ANSWERS, CONTEXTS, SYSTEMS)
+        )
+        if key is None and context_key is not None:
+            key, context_key = context_key, None
+        if key is None or answer_key is None:
             raise ValueError("no known fields")
-        pairs = PairFields(**found)
+        pairs = PairFields(key, answer_key, context_key, system_key)
     question, answer = record.get(pairs.question), record.get(pairs.answer)
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question")

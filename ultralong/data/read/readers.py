@@ -152,7 +152,8 @@ class RecordReader:
 
     def _joined(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
         """One text for all files of a directory; files of a directory must come one after the other."""
-        directory, parts = "", []
+        directory = ""
+        parts: list[str] = []
         for name, path in files:
             parent = name.rpartition("/")[0]
             if parent != directory and parts:

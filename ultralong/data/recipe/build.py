@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.subsample import summary
 from ultralong.data.read.documents import ReadReport, SkipLog
-from ultralong.data.recipe.schema import Recipe, load_recipe
+from ultralong.data.recipe.schema import Recipe, Source, load_recipe
 from ultralong.data.recipe.sources import SourceReader
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.packing import PackSettings, pack, resolve_separators
@@ -228,10 +228,21 @@ def _provenance(recipe: Recipe, opened: list[SourceReader]) -> dict[str, Any]:
 def _upgraded(provenance: Any) -> Any:
     """A provenance as an earlier version wrote it, with the keys and defaults of today."""
     try:
-        recipe = from_mapping(Recipe, {"description": "", **provenance["recipe"]}, "recipe of an earlier version")
+        recipe = from_mapping(Recipe, {"description": "", **_keys_of_today(provenance["recipe"])})
     except (ValueError, TypeError, KeyError):
         return provenance  # no recipe of ours: it is compared as it is
     return {**provenance, "recipe": _decides(recipe)}
+
+
+def _keys_of_today(value: Any) -> Any:
+    """The same values with renamed keys; without the notes that a user's file gets, as nobody wrote this one."""
+    if isinstance(value, list):
+        return [_keys_of_today(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    names = {**Recipe.RENAMED, **Source.RENAMED}
+    # Names of subsets and categories are the user's, whatever they are.
+    return {names.get(key, key): item if key == "shares" else _keys_of_today(item) for key, item in value.items()}
 
 
 def _decides(recipe: Recipe) -> dict[str, Any]:

@@ -195,7 +195,6 @@ class Recipe:
         Raises:
             ValueError: A key of `packing` is unknown, of the wrong type, or does not fit the length.
         """
-        cls = PackSettings if self.kind == "documents" else ChatSettings
         fixed = {"length": length, "seed": self.seed}
         clash = sorted(fixed.keys() & self.packing.keys())
         if clash:
@@ -204,9 +203,11 @@ class Recipe:
                 "the recipe's)."
             )
         values = dict(self.packing)
-        if cls is ChatSettings and isinstance(values.get("max_tokens"), int):
+        if self.kind == "documents":
+            return from_mapping(PackSettings, {**values, **fixed}, "packing")
+        if isinstance(values.get("max_tokens"), int):
             values["max_tokens"] = min(values["max_tokens"], length)
-        return from_mapping(cls, {**values, **fixed}, "packing")
+        return from_mapping(ChatSettings, {**values, **fixed}, "packing")
 
 
 def find_recipe(name: str | os.PathLike[str]) -> Path:

@@ -106,21 +106,20 @@ class SourceReader:
         Raises:
             ValueError: Bad input under `strict`, or a column that does not exist.
         """
-        texts = self.texts()
-        if self.characters_per_token is None and tokenizer is None:
+        texts, recipe, name = self.texts(), self.recipe, self.source.name
+        if self.characters_per_token is None:
             self.characters_per_token = FU_CHARACTERS_PER_TOKEN
-        elif self.characters_per_token is None:
-            texts = self.measure(texts, tokenizer)
-        how = {
-            "rule": self.recipe.length_rule,
-            "seed": self.recipe.seed,
-            "characters_per_token": self.characters_per_token,
-        }
-        name = self.source.name
+            if tokenizer is not None:
+                texts = self.measure(texts, tokenizer)
+        rule, seed, rate = recipe.length_rule, recipe.seed, self.characters_per_token
         if self.source.subsets is not None:
-            yield from sample_subsets(texts, self.budgets, counts=self.counts, **how)
+            budgets = {subset: math.inf if budget is None else budget for subset, budget in self.budgets.items()}
+            yield from sample_subsets(
+                texts, budgets, rule=rule, seed=seed, characters_per_token=rate, counts=self.counts
+            )
         else:
-            yield from sample(texts, budget=self.budgets[name], counts=self.counts[name], **how)
+            budget, counts = self.budgets[name], self.counts[name]
+            yield from sample(texts, rule=rule, seed=seed, characters_per_token=rate, budget=budget, counts=counts)
 
     def texts(self) -> Iterator[Document]:
         """Read, clean, keep tests out and cut, but do not sample."""

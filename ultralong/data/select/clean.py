@@ -50,13 +50,18 @@ def strip_rfc(text: str) -> str:
 
 def _after_break(text: str, place: int) -> int:
     """Where the text goes on after a page break: past form feed, empty lines and the next page's header."""
-    place = EMPTY_LINES.match(text, place).end()
+    place = _past_empty_lines(text, place)
     header = HEADER.match(text, place)
     if header is None:
         return place
     # Newer headers hold number, title and date; the oldest only a title and, on a line of its own, the date.
     dated = MONTH.search(header[0]) if RFC_NUMBER.search(header[0]) else LONE_MONTH.search(header[0])
-    return EMPTY_LINES.match(text, header.end()).end() if dated else place
+    return _past_empty_lines(text, header.end()) if dated else place
+
+
+def _past_empty_lines(text: str, place: int) -> int:
+    found = EMPTY_LINES.match(text, place)
+    return place if found is None else found.end()  # the pattern matches nothing too
 
 
 def collapse_spaces(text: str) -> str:

@@ -186,8 +186,10 @@ def sample_subsets(
     Raises:
         ValueError: As for `sample`.
     """
-    one = isinstance(characters_per_token, int | float)
-    rates = dict.fromkeys(budgets, characters_per_token) if one else characters_per_token
+    if isinstance(characters_per_token, Mapping):
+        rates = characters_per_token
+    else:
+        rates = dict.fromkeys(budgets, float(characters_per_token))
     takings = {
         name: _Taking(rule, seed, rates[name], budget, counts[name] if counts is not None else None)
         for name, budget in budgets.items()

@@ -29,7 +29,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(found).__name__}.")
-    return {OLD_KEYS.get(key, key): value for key, value in found.items()}
+    return {OLD_KEYS.get(str(key), str(key)): value for key, value in found.items()}
 
 
 class ShardFolder:

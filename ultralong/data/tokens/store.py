@@ -104,8 +104,8 @@ class TokenStore:
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         if shard not in self._maps:
             name = self.manifest["shards"][shard]["shard"]
-            ids = np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
-            self._maps[shard] = (ids, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
+            mapped = np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
+            self._maps[shard] = (mapped, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
         ids, offsets = self._maps[shard]
         return ids, offsets, int(index - self._first[shard])
 
