@@ -15,43 +15,12 @@ from ultralong.utils.settings import save
 FILTERS = ("language", "quality", "repetition")
 DEDUPS = ("exact", "minhash")
 # What fastText's identification (lid.176) calls the languages that datatrove names by ISO 639-3.
-CODES = dict(
-    pair.split(":")
-    for pair in [
-        "ara:ar",
-        "ben:bn",
-        "ces:cs",
-        "cmn:zh",
-        "dan:da",
-        "deu:de",
-        "ell:el",
-        "eng:en",
-        "fas:fa",
-        "fin:fi",
-        "fra:fr",
-        "heb:he",
-        "hin:hi",
-        "hun:hu",
-        "ind:id",
-        "ita:it",
-        "jpn:ja",
-        "kor:ko",
-        "nld:nl",
-        "nob:no",
-        "pol:pl",
-        "por:pt",
-        "ron:ro",
-        "rus:ru",
-        "spa:es",
-        "swe:sv",
-        "tam:ta",
-        "tha:th",
-        "tur:tr",
-        "ukr:uk",
-        "vie:vi",
-        "zho:zh",
-    ]
-)
+_LANGUAGES = """
+ara:ar ben:bn ces:cs cmn:zh dan:da deu:de ell:el eng:en fas:fa fin:fi fra:fr heb:he hin:hi hun:hu ind:id
+ita:it jpn:ja kor:ko nld:nl nob:no pol:pl por:pt ron:ro rus:ru spa:es swe:sv tam:ta tha:th tur:tr ukr:uk
+vie:vi zho:zh
+"""
+CODES = dict(pair.split(":") for pair in _LANGUAGES.split())
 
 
 @dataclass(frozen=True)
