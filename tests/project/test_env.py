@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CORE = (
-    *("torch", "transformers", "accelerate", "numpy", "safetensors", "yaml", "tqdm", "jinja2"),
+    *("torch", "transformers", "accelerate", "numpy", "safetensors", "filelock", "yaml", "tqdm", "jinja2"),
     *("huggingface_hub", "tokenizers"),
 )
 # Left for those who want them; tyro is a dependency, but only of the command line.
@@ -92,7 +92,18 @@ def test_nothing_else_holds_a_pin():
 
 def test_core_dependencies_are_the_short_list():
     names = {Requirement(text).name for text in PROJECT["dependencies"]}
-    assert names == {"torch", "transformers", "accelerate", "numpy", "safetensors", "pyyaml", "tqdm", "tyro", "jinja2"}
+    assert names == {
+        "torch",
+        "transformers",
+        "accelerate",
+        "numpy",
+        "safetensors",
+        "filelock",
+        "pyyaml",
+        "tqdm",
+        "tyro",
+        "jinja2",
+    }
 
 
 def test_dev_brings_what_the_tests_need_and_no_built_kernels():
