@@ -10,19 +10,24 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ultralong.attention import lse_merge as merge
-from ultralong.training import fused_ops as lean
-from ultralong.training import loss
-from ultralong.training import swiglu as gated
-from ultralong.training.fused_ops import add_product, added, normed, products, rotated
-from ultralong.training.swiglu import add_fed_forward, fed_forward_again
+from ultralong.training import fused_ops, loss
+from ultralong.training.fused_ops import (
+    add_linear,
+    add_mlp,
+    apply_rotary,
+    linear_add,
+    linears_for_backward,
+    mlp_for_backward,
+    rms_norm,
+)
 from ultralong.utils.compiled import CheckedCompile
 
 
 def test_the_norms_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
-    assert torch.autograd.gradcheck(lambda x, weight: lean._rms_norm(x, weight, 1e-5)[0], (x, weight))
-    torch.testing.assert_close(lean._rms_norm(x, weight, 1e-5)[0], functional.rms_norm(x, (6,), weight, 1e-5))
+    assert torch.autograd.gradcheck(lambda x, weight: fused_ops._rms_norm_op(x, weight, 1e-5)[0], (x, weight))
+    torch.testing.assert_close(fused_ops._rms_norm_op(x, weight, 1e-5)[0], functional.rms_norm(x, (6,), weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,7 +37,7 @@ def test_the_norm_is_as_exact_as_transformers(dtype):
     nn.init.normal_(norm.weight, 1.0, 0.2)
     x, dy = (torch.randn(2, 40, 512).to(dtype) for _ in range(2))
     found = {}
-    for name, way in (("theirs", norm), ("ours", lambda x: normed(norm, x))):
+    for name, way in (("theirs", norm), ("ours", lambda x: rms_norm(norm, x))):
         leaf = x.clone().requires_grad_()
         y = way(leaf)
         found[name] = [y, *torch.autograd.grad(y, [leaf, norm.weight], dy)]
@@ -48,10 +53,10 @@ def test_the_norm_is_as_exact_as_transformers(dtype):
 def test_a_norm_of_another_kind_or_type_is_the_modules_own():
     x = torch.randn(3, 8)
     layer_norm, rms = nn.LayerNorm(8), LlamaRMSNorm(8)
-    assert torch.equal(normed(layer_norm, x), layer_norm(x))
-    assert torch.equal(normed(rms, x.double()), rms(x.double()))
+    assert torch.equal(rms_norm(layer_norm, x), layer_norm(x))
+    assert torch.equal(rms_norm(rms, x.double()), rms(x.double()))
     rms.forward = lambda x: x + 1
-    assert torch.equal(normed(rms, x), x + 1)
+    assert torch.equal(rms_norm(rms, x), x + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -64,8 +69,8 @@ def test_heads_are_turned_as_transformers_turns_them_and_back_as_its_gradient(dt
     theirs = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)[0]
     (dq,) = torch.autograd.grad(theirs, [q], dy)
     tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(rotated(q, cos, sin), theirs, **tolerance)
-    torch.testing.assert_close(rotated(dy, cos, -sin), dq, **tolerance)
+    torch.testing.assert_close(apply_rotary(q, cos, sin), theirs, **tolerance)
+    torch.testing.assert_close(apply_rotary(dy, cos, -sin), dq, **tolerance)
 
 
 @pytest.mark.parametrize("seen", [(True, True, True), (True, False, False), (False, False, False)])
@@ -77,7 +82,7 @@ def test_products_that_nobody_reads_have_the_gradients_of_those_that_are_read(se
     grads, found = [torch.randn(2, 3, size) for size in (5, 3, 4)], []
     tensors = [x, *(parameter for project in projects for parameter in project.parameters())]
     with torch.autocast("cpu", narrow, narrow is not None):
-        for way in (lambda: [project(x) for project in projects], lambda: products(projects, x, seen)):
+        for way in (lambda: [project(x) for project in projects], lambda: linears_for_backward(projects, x, seen)):
             results = way()
             found.append([*torch.autograd.grad(results, tensors, [dy.to(results[0].dtype) for dy in grads]), results])
     *expected, right = found[0]
@@ -91,7 +96,7 @@ def test_products_that_nobody_reads_have_the_gradients_of_those_that_are_read(se
 def test_frozen_weights_get_no_gradient():
     projects, x = [nn.Linear(6, 5), nn.Linear(6, 4)], torch.randn(3, 6, requires_grad=True)
     projects[0].requires_grad_(False)
-    first, second = products(projects, x, (False, True))
+    first, second = linears_for_backward(projects, x, (False, True))
     (first.sum() + second.sum()).backward()
     assert projects[0].weight.grad is None
     assert projects[0].bias.grad is None
@@ -104,11 +109,11 @@ def test_a_module_with_more_in_it_than_a_product_is_called():
     hooked, low_rank = nn.Linear(6, 5, bias=False), nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 5))
     hooked.register_forward_hook(lambda module, given, result: result + 1)
     for module in (hooked, low_rank):
-        assert torch.equal(products([module], x, [False])[0], module(x))
+        assert torch.equal(linears_for_backward([module], x, [False])[0], module(x))
         onto = torch.randn(2, 3, 5)
-        assert torch.equal(added(onto, module, x), onto + module(x))
+        assert torch.equal(linear_add(onto, module, x), onto + module(x))
         total = onto.clone()
-        add_product(total, module, x)
+        add_linear(total, module, x)
         assert torch.equal(total, onto + module(x))
 
 
@@ -118,7 +123,7 @@ def test_a_product_is_added_in_place_and_with_gradients(dtype):
     project = nn.Linear(6, 5, bias=False).to(dtype)
     row, y = torch.randn(2, 9, 5, dtype=dtype), torch.randn(2, 4, 6, dtype=dtype, requires_grad=True)
     x, dy = row[:, 3:7].clone().requires_grad_(), torch.randn(2, 4, 5, dtype=dtype)
-    right, found = x + project(y), added(x, project, y)
+    right, found = x + project(y), linear_add(x, project, y)
     tolerance = {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(found, right, **tolerance)
     tensors = [x, y, project.weight]
@@ -128,7 +133,7 @@ def test_a_product_is_added_in_place_and_with_gradients(dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
     before = row.clone()
     with torch.no_grad():
-        add_product(row[:, 3:7], project, y)
+        add_linear(row[:, 3:7], project, y)
     torch.testing.assert_close(row[:, 3:7], right, **tolerance)
     assert torch.equal(row[:, :3], before[:, :3])
     assert torch.equal(row[:, 7:], before[:, 7:])
@@ -147,17 +152,17 @@ def test_a_feed_forward_layer_has_transformers_result_and_gradients(activation, 
     mlp, x, dy = mlp.to(dtype), torch.randn(2, 7, 6, dtype=dtype, requires_grad=True), torch.randn(2, 7, 6, dtype=dtype)
     tensors, found = [x, *mlp.parameters()], []
     with torch.autocast("cpu", narrow, narrow is not None):
-        for way in (mlp, lambda x: fed_forward_again(mlp, x)):
+        for way in (mlp, lambda x: mlp_for_backward(mlp, x)):
             y = way(x)
             found.append(torch.autograd.grad(y, tensors, dy.to(y.dtype)))
         with torch.no_grad():
             total = torch.ones_like(x)
-            add_fed_forward(total, mlp, x)
+            add_mlp(total, mlp, x)
             torch.testing.assert_close(total, torch.ones_like(x) + mlp(x), rtol=1e-13, atol=1e-13)
     limit = 1e-13 if narrow is None else 2e-2
     for expected, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=limit, atol=limit)
-    assert activation == "gelu" or bias or not fed_forward_again(mlp, x).any(), "no product is computed for nothing"
+    assert activation == "gelu" or bias or not mlp_for_backward(mlp, x).any(), "no product is computed for nothing"
 
 
 def test_a_gate_that_somebody_listens_to_is_the_modules_own():
@@ -165,9 +170,9 @@ def test_a_gate_that_somebody_listens_to_is_the_modules_own():
     mlp.down_proj.register_forward_hook(lambda module, given, result: result + 1)
     total = torch.zeros(2, 7, 6)
     with torch.no_grad():
-        add_fed_forward(total, mlp, x)
+        add_mlp(total, mlp, x)
     assert torch.equal(total, mlp(x))
-    assert torch.equal(fed_forward_again(mlp, x), mlp(x))
+    assert torch.equal(mlp_for_backward(mlp, x), mlp(x))
 
 
 def rows(count, *sizes):
@@ -175,10 +180,10 @@ def rows(count, *sizes):
 
 
 EACH = {
-    "turn": (lean._turn, lambda count: rows(count, (4, 8), (8,), (8,))),
+    "turn": (fused_ops._rotary_compiled, lambda count: rows(count, (4, 8), (8,), (8,))),
     "join": (merge._lerp_compiled, lambda count: rows(count, (4, 8), (4, 8), (4,))),
-    "gate": (gated._gate_at_once, lambda count: rows(count, (10,), (10,))),
-    "gate, back": (gated._gate_backward_at_once, lambda count: rows(count, (10,), (10,), (10,))),
+    "gate": (fused_ops._swiglu_compiled, lambda count: rows(count, (10,), (10,))),
+    "gate, back": (fused_ops._swiglu_backward_compiled, lambda count: rows(count, (10,), (10,), (10,))),
     "normalise": (loss._normalise, lambda count: rows(count, (300,))),
     "loss, back": (
         loss._by_logits,

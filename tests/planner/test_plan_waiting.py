@@ -30,8 +30,8 @@ from ultralong.training.config import (
     ParallelConfig,
     TrainConfig,
 )
-from ultralong.training.memory import Memory
-from ultralong.training.offload import Moved
+from ultralong.training.memory import ActivationMemory
+from ultralong.training.offload import OffloadedTensor
 from ultralong.utils.local_ranks import run_ranks
 
 LAYERS, TOKENS = 7, 24
@@ -96,25 +96,27 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
     """Counted in a real pass, when a layer's attention result has been taken and its own passes begin."""
     config = MemoryConfig(activation_checkpointing=True, layer_tile=8, **PLANS[name])
     model = AutoModelForCausalLM.from_config(SMALL, dtype=torch.float32, attn_implementation="ultralong").train()
-    memory, found = Memory(model, config), []
-    take = memory.keeper.take
+    memory, found = ActivationMemory(model, config), []
+    take = memory.attention_store.pop
 
     def on_device(waiting) -> int:
-        return sum(not isinstance(x, Moved) or x.back is not None for x in waiting)
+        return sum(not isinstance(x, OffloadedTensor) or x.back is not None for x in waiting)
 
     def taken(layer):
         pair = take(layer)
-        results = on_device(out for out, _ in memory.keeper._kept.values())
-        found.append(Turn(LAYERS - 1 - layer, 1 + on_device(memory._inputs._kept.values()), results))
+        results = on_device(out for out, _ in memory.attention_store._stored.values())
+        found.append(Turn(LAYERS - 1 - layer, 1 + on_device(memory.input_store._stored.values()), results))
         return pair
 
-    memory.keeper.take = taken
-    context = make_attention_context(TOKENS, heads=2, kv_heads=1, store=memory.keeper)
+    memory.attention_store.pop = taken
+    context = make_attention_context(TOKENS, heads=2, kv_heads=1, store=memory.attention_store)
     ids, places = torch.zeros(1, TOKENS, dtype=torch.int64), torch.arange(TOKENS)[None]
     logits = model(input_ids=ids, position_ids=places, use_cache=False, attention_context=context).logits
     job = job_of(config)
     assert at_the_loss(job) == Turn(
-        0, on_device(memory._inputs._kept.values()), on_device(out for out, _ in memory.keeper._kept.values())
+        0,
+        on_device(memory.input_store._stored.values()),
+        on_device(out for out, _ in memory.attention_store._stored.values()),
     )
     logits.sum().backward()
     assert turns(job) == found

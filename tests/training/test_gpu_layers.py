@@ -11,13 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ultralong.attention import make_attention_context
-from ultralong.training import fused_ops as lean
-from ultralong.training import loss
-from ultralong.training import swiglu as gated
+from ultralong.training import fused_ops, loss
 from ultralong.training.config import MemoryConfig
-from ultralong.training.fused_ops import normed
+from ultralong.training.fused_ops import rms_norm
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import Memory
+from ultralong.training.memory import ActivationMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TOKENS = 6000
@@ -31,7 +29,7 @@ def test_torchs_fused_norm_is_as_exact_as_transformers():
     leaf, weight = x.double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     y = functional.rms_norm(leaf, (4096,), weight, norm.variance_epsilon)
     exact, found = [y, *torch.autograd.grad(y, [leaf, weight], dy.double())], []
-    for way in (norm, lambda x: normed(norm, x)):
+    for way in (norm, lambda x: rms_norm(norm, x)):
         leaf = x.clone().requires_grad_()
         y = way(leaf)
         found.append([y, *torch.autograd.grad(y, [leaf, norm.weight], dy)])
@@ -44,9 +42,9 @@ def rows(count, *sizes, dtype=torch.bfloat16):
 
 
 ONE_PASS = {
-    "turn": (lean._turn, lambda: rows(9001, (32, 128), (128,), (128,))),
-    "gate": (gated._gate_at_once, lambda: rows(9001, (14336,), (14336,))),
-    "gate, back": (gated._gate_backward_at_once, lambda: rows(9001, (14336,), (14336,), (14336,))),
+    "turn": (fused_ops._rotary_compiled, lambda: rows(9001, (32, 128), (128,), (128,))),
+    "gate": (fused_ops._swiglu_compiled, lambda: rows(9001, (14336,), (14336,))),
+    "gate, back": (fused_ops._swiglu_backward_compiled, lambda: rows(9001, (14336,), (14336,), (14336,))),
     "normalise": (loss._normalise, lambda: rows(2050, (128256,), dtype=torch.float32)),
     "loss, back": (
         loss._by_logits,
@@ -78,7 +76,7 @@ def test_what_runs_in_one_pass_is_compiled_and_rounds_no_worse(name, caplog):
 
 def gradients(model, memory):
     ids = torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(3)).cuda()
-    context = make_attention_context(TOKENS, heads=8, kv_heads=2, store=memory.keeper if memory else None)
+    context = make_attention_context(TOKENS, heads=8, kv_heads=2, store=memory.attention_store if memory else None)
     total, _ = LanguageModelLoss(model, 1024)(
         input_ids=ids,
         labels=ids.roll(-1, 1),
@@ -111,7 +109,7 @@ def test_written_layers_round_no_worse_than_transformers():
         "checkpoint_every": 3,
         "layer_inputs_offloaded": 1,
     }
-    memory = Memory(ours, MemoryConfig(activation_checkpointing=True, layer_tile=2048, **plan))
+    memory = ActivationMemory(ours, MemoryConfig(activation_checkpointing=True, layer_tile=2048, **plan))
     right, usual, found = gradients(exact, None), gradients(theirs, None), gradients(ours, memory)
     ratios = {name: float((found[name] - grad).norm() / (usual[name] - grad).norm()) for name, grad in right.items()}
     assert max(ratios.values()) <= 1.3, "two ways to round differ by chance"

@@ -16,7 +16,7 @@ from transformers import (
 from ultralong.attention import make_attention_context
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import Memory
+from ultralong.training.memory import ActivationMemory
 from ultralong.training.tiled import tiled
 
 SMALL = {
@@ -65,7 +65,9 @@ TOKENS = 61  # no multiple of the tile
 def gradients(model, boundaries, tile, **plan):
     """Loss and gradients of one pass; `tile` 0 is transformers' own layers."""
     model = copy.deepcopy(model)
-    memory = Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=tile, **plan)) if tile else None
+    memory = (
+        ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=tile, **plan)) if tile else None
+    )
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 160, (2, TOKENS), generator=generator)
     labels = torch.randint(0, 160, (2, TOKENS), generator=generator)
@@ -75,15 +77,15 @@ def gradients(model, boundaries, tile, **plan):
         boundaries=boundaries,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
-        store=memory.keeper if memory else None,
+        store=memory.attention_store if memory else None,
     )
     total, _ = LanguageModelLoss(model, 16)(
         input_ids=ids, labels=labels, attention_context=context, position_ids=torch.arange(TOKENS)[None]
     )
     total.backward()
     if memory:
-        assert not memory.keeper._kept, "everything kept has been given up"
-        assert not memory._inputs._kept
+        assert not memory.attention_store._stored, "everything kept has been given up"
+        assert not memory.input_store._stored
     return total.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -133,17 +135,19 @@ def test_without_a_context_the_layers_are_transformers_own(make_tiny_model):
     model = make_tiny_model()
     ids = torch.arange(20)[None]
     before = model.generate(ids, max_new_tokens=5, do_sample=False)
-    Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
+    ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
 
 
 def test_a_pass_without_gradients_keeps_nothing(make_tiny_model):
     model = make_tiny_model()
-    memory = Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8, attention_outputs_on_gpu=-1))
-    context = make_attention_context(20, heads=4, kv_heads=2, store=memory.keeper)
+    memory = ActivationMemory(
+        model, MemoryConfig(activation_checkpointing=True, layer_tile=8, attention_outputs_on_gpu=-1)
+    )
+    context = make_attention_context(20, heads=4, kv_heads=2, store=memory.attention_store)
     with torch.no_grad():
         model(torch.arange(20)[None], attention_context=context, use_cache=False)
-    assert not memory.keeper._kept
+    assert not memory.attention_store._stored
 
 
 @pytest.mark.parametrize(
@@ -156,12 +160,12 @@ def test_a_pass_without_gradients_keeps_nothing(make_tiny_model):
 def test_layers_that_are_not_known_are_refused(config, said):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=said):
-        Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
+        ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
 
 
 def test_hidden_tokens_and_caches_are_refused(make_tiny_model):
     model = make_tiny_model()
-    Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
+    ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=8))
     context = make_attention_context(20, heads=4, kv_heads=2)
     with pytest.raises(ValueError, match="pass boundaries to make_attention_context"):
         model(torch.arange(20)[None], attention_context=context, use_cache=True)

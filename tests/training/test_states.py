@@ -20,8 +20,7 @@ from ultralong.launch.local import launch_local
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import OptimizerConfig, ParallelConfig
 from ultralong.training.loop import train
-from ultralong.training.model import make_optimizer
-from ultralong.training.optimizer_8bit import check_shares, plain_states
+from ultralong.training.model import check_even_shards, make_optimizer, plain_tensor_states
 from ultralong.utils import settings
 from ultralong.utils.local_ranks import run_ranks
 
@@ -93,7 +92,7 @@ def test_plain_tensors_are_the_states_themselves(narrow):
     model(torch.randn(4, 256)).square().sum().backward()
     optimizer.step()
     named = dict(zip(("weight", "bias"), (optimizer.state[p] for p in (model.weight, model.bias)), strict=True))
-    split = plain_states({"state": named, "param_groups": []})["state"]
+    split = plain_tensor_states({"state": named, "param_groups": []})["state"]
     assert {"exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale", "step"} == set(split["weight"])
     assert set(split["bias"]) == {"exp_avg", "exp_avg_sq", "step"}, "vectors keep float32"
     split["weight"]["exp_avg.scale"].zero_()
@@ -116,8 +115,8 @@ def _check_rows(rank, world, rows):
     mesh = init_device_mesh("cpu", (world,))
     parameter = nn.Parameter(distribute_tensor(torch.zeros(rows, 128), mesh, [Shard(0)]))
     if rows % world == 0:
-        check_shares([parameter])
+        check_even_shards([parameter])
         return "fits"
     with pytest.raises(ValueError, match=r"shape \(101, 128\) over 2 processes"):
-        check_shares([parameter])
+        check_even_shards([parameter])
     return None

@@ -24,7 +24,7 @@ from ultralong.training import checkpoint, loop
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
-from ultralong.training.throughput import pairs, step_flops
+from ultralong.training.throughput import query_key_pairs, step_flops
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, read_jsonl
 
@@ -298,10 +298,10 @@ def test_the_log_says_what_a_step_was_worth(config, made):
 
 
 def test_useful_work_is_causal_and_by_document():
-    assert pairs(8, None) == 32
-    assert pairs(8, (0, 2, 8)) == (4 + 36) / 2
+    assert query_key_pairs(8, None) == 32
+    assert query_key_pairs(8, (0, 2, 8)) == (4 + 36) / 2
     # Llama-3.1-8B at a million tokens: 32 layers of 2 T^2 H D forward, twice that backward, and six a parameter.
-    flops = step_flops(7_504_924_672, 32, 4096, 2**20, pairs(2**20, None))
+    flops = step_flops(7_504_924_672, 32, 4096, 2**20, query_key_pairs(2**20, None))
     assert flops == pytest.approx(32 * 6 * 2**40 * 4096 + 6 * 7_504_924_672 * 2**20)
     assert flops == pytest.approx(9.12e17, rel=1e-3)
 

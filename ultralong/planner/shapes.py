@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from ultralong.training.throughput import pairs, step_flops
+from ultralong.training.throughput import query_key_pairs, step_flops
 
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
 _SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
@@ -104,7 +104,9 @@ class Shape:
 
         The rule is the log's (`ultralong.training.throughput`).
         """
-        return step_flops(self.multiplied, self.layers, self.heads * self.head_dim, tokens, pairs(tokens, None))
+        return step_flops(
+            self.multiplied, self.layers, self.heads * self.head_dim, tokens, query_key_pairs(tokens, None)
+        )
 
 
 def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ultralong.planner.fake_attention import NAME, Context, head_loss
 from ultralong.planner.tracker import Tracker
 from ultralong.training.config import MemoryConfig
-from ultralong.training.memory import Memory
+from ultralong.training.memory import ActivationMemory
 
 FOLLOWED = (2, 3)  # layers that stand for a deep model's
 
@@ -128,7 +128,7 @@ def _traced(
         kept = dtype if sharded else torch.float32
         model = AutoModelForCausalLM.from_config(plain, dtype=kept, attn_implementation=NAME).train()
         if layer_tile:
-            Memory(model, MemoryConfig(activation_checkpointing=True, layer_tile=layer_tile))
+            ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=layer_tile))
         elif activation_checkpointing:
             recompute_layers(model)
         if sharded:

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ultralong.training.config import TrainConfig
-from ultralong.training.optimizer_8bit import plain_states
+from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, read_jsonl, write_json, write_text
@@ -104,7 +104,7 @@ class RunFolder:
         """
         if self.config.exists():
             if not resume:
-                raise ValueError(f"{self.path} holds a run already. Go on with it (--resume) or choose another `out`.")
+                raise ValueError(f"{self.path} holds a run already. Resume it (--resume) or choose another `out`.")
             self._check_same(config)
         elif self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
@@ -121,7 +121,7 @@ class RunFolder:
         changed = [line for line in changed if line.split(":")[0] not in FREE_TO_CHANGE]
         if changed:
             raise ValueError(
-                f"{self.path} holds a run with other settings, so going on would make neither: {'; '.join(changed)}. "
+                f"{self.path} holds a run with other settings, so it can't be resumed: {'; '.join(changed)}. "
                 "Restore them, or choose another `out`."
             )
 
@@ -145,13 +145,13 @@ def save(
     if processes.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    processes.wait()
+    processes.barrier()
     parameters, states = get_state_dict(model, optimizer)
     alone = processes.accelerator.num_processes == 1
     with _without_warning():
-        dcp.save({"model": parameters, "optimizer": plain_states(states)}, checkpoint_id=partial, no_dist=alone)
+        dcp.save({"model": parameters, "optimizer": plain_tensor_states(states)}, checkpoint_id=partial, no_dist=alone)
     save_file(_random_state(), partial / f"random-{processes.accelerator.process_index}.safetensors")
-    processes.wait()
+    processes.barrier()
     if processes.is_main:
         write_json(partial / "state.json", {"step": step, "processes": processes.accelerator.num_processes})
         _sync(partial)
@@ -159,7 +159,7 @@ def save(
         os.replace(partial, final)
         for _, old in folder.checkpoints()[:-keep]:
             shutil.rmtree(old)
-    processes.wait()
+    processes.barrier()
 
 
 def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -189,7 +189,7 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
 def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = read_json(path / "state.json")
     parameters, states = get_state_dict(model, optimizer)
-    loaded = {"model": parameters, "optimizer": plain_states(states)}
+    loaded = {"model": parameters, "optimizer": plain_tensor_states(states)}
     with _without_warning():
         dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
     if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
@@ -245,7 +245,7 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found = get_model_state_dict(model, options=options)
-    return {name: tensor.detach() for name, tensor in found.items() if name in once}
+    return {name: x.detach() for name, x in found.items() if name in once and isinstance(x, torch.Tensor)}
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The one training loop: continued pretraining and SFT, on one process or many.
 
 What a step does is in `ultralong.training.step`; here is what surrounds the steps: the folder, resumption, the log,
-checkpoints and the model that leaves.
+checkpoints and the exported model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from accelerate.utils import set_seed
 from ultralong.training import checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
-from ultralong.training.export import export
-from ultralong.training.model import check_model, load_model
+from ultralong.training.model import check_model, export, load_model
 from ultralong.training.parallel import Processes, connect
-from ultralong.training.step import RECENT, Run, assemble, reserve_host_memory, take_step
+from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
 from ultralong.utils.files import append_jsonl, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
@@ -49,7 +48,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
 
     Args:
         config: The run.
-        resume: Go on from the newest checkpoint in `config.out`; start anew if there is none.
+        resume: Resume from the newest checkpoint in `config.out`; start anew if there is none.
         quiet: No progress bar.
 
     Returns:
@@ -68,24 +67,20 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         set_seed(config.seed)
         model = load_model(config)
         check_model(model, order)
-        run = assemble(config, processes, folder, order, model)
+        run = build_run(config, processes, folder, order, model)
         first = 0
         if resume and (saved := folder.checkpoints()):
             first = checkpoint.restore(saved[-1][1], processes, run.model, run.optimizer)
             run.recent.extend(record["loss"] for record in read_jsonl(folder.log)[-RECENT:])
         _steps(run, first, quiet)
-        facts = {
-            "steps": config.steps,
-            "tokens": config.steps * config.global_batch_size * order.length,
-            "loss": sum(run.losses) / len(run.losses) if run.losses else None,
-        }
+        tokens = config.steps * config.global_batch_size * order.length
+        loss = sum(run.losses) / len(run.losses) if run.losses else None
+        facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
         weights = checkpoint.whole_weights(model)
         if processes.is_main:
             export(model, weights, config, order, facts, folder.model)
-        processes.wait()
-        result = TrainResult(
-            str(folder.model), config.steps, facts["tokens"], facts["loss"] or math.nan, time.perf_counter() - start
-        )
+        processes.barrier()
+        result = TrainResult(str(folder.model), config.steps, tokens, loss or math.nan, time.perf_counter() - start)
         if processes.is_main:
             write_json(folder.path / "result.json", {**facts, "model": result.model, "seconds": result.seconds})
         if config.trackers:
@@ -116,10 +111,10 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
     for step in range(first, config.steps):
         reserve_host_memory(run)
         begin = time.perf_counter()
-        record = take_step(run, step)
+        record = training_step(run, step)
         record["seconds"] = round(time.perf_counter() - begin, 4)
         tokens = config.global_batch_size * run.order.length
-        record |= run.meter.read(record["seconds"], tokens, record.pop("pairs"))
+        record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
         if step >= config.steps - max(1, config.steps // 10):
             run.losses.append(record["loss"])
         if run.processes.is_main:

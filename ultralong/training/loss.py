@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ultralong.utils.compiled import CheckedCompile
 
@@ -70,7 +71,7 @@ def _softmax_minus_targets(logits: Tensor, normaliser: Tensor, wanted: Tensor, d
     return softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype)).to(dtype)
 
 
-def _softmax_minus_targets_at_once(logits: Tensor, normaliser: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+def _softmax_minus_targets_compilable(logits: Tensor, normaliser: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
     softmax = (logits - normaliser).exp()
     words = torch.arange(logits.shape[1], device=logits.device)
     return torch.where(words == wanted, softmax - 1, softmax).to(dtype)
@@ -78,7 +79,7 @@ def _softmax_minus_targets_at_once(logits: Tensor, normaliser: Tensor, wanted: T
 
 _normalise, _by_logits = (
     CheckedCompile(_normaliser),
-    CheckedCompile(_softmax_minus_targets, _softmax_minus_targets_at_once),
+    CheckedCompile(_softmax_minus_targets, _softmax_minus_targets_compilable),
 )
 
 
@@ -134,7 +135,7 @@ class LanguageModelLoss(nn.Module):
         ValueError: The model changes its logits after the head (soft cap, scaling, bias), which this loss does not.
     """
 
-    def __init__(self, model: nn.Module, tile: int = 2048) -> None:
+    def __init__(self, model: PreTrainedModel, tile: int = 2048) -> None:
         super().__init__()
         config, head = model.config, model.get_output_embeddings()
         for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
@@ -145,7 +146,8 @@ class LanguageModelLoss(nn.Module):
                 )
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ValueError(f"The model's head must be a linear layer without bias, found {head}.")
-        self.model, self.tile = model, tile
+        self.model: PreTrainedModel = model
+        self.tile: int = tile
 
     def forward(self, input_ids: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Sum of the losses and each token's own loss.

@@ -1,102 +1,104 @@
-"""The memory plan of a run, at work.
+"""Activation memory of a run: what is stored between the passes, where, and what is recomputed.
 
-Under activation checkpointing a layer keeps its input and computes the rest again. At a million tokens two things of a
-layer are worth more than that rule gives them. The attention result, because computing it again is most of the step:
-`Keeper` keeps it, on the device or in host memory, so that the second forward pass runs no attention. And the input,
-because 32 of them fill a GPU: inputs go to host memory, or only every so-manieth is kept and the others are made again
-from attention results. With `layer_tile` the layers' own backward passes are written out (`ultralong.training.layers`),
-which bounds what one layer holds while it is its turn.
+Under activation checkpointing a layer keeps its input and recomputes the rest. At a million tokens two activations of a
+layer are worth more than that rule gives them. The attention output, because recomputing it is most of the step:
+`AttentionStore` stores it, on the device or offloaded, so that the second forward pass runs no attention. And the
+input, because 32 of them fill a GPU: inputs are offloaded, or only every N-th is stored and the others are recomputed
+from it and the attention outputs. With `layer_tile` the layers have a custom backward pass
+(`ultralong.training.layers`), which bounds what one layer holds while it is its turn.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ultralong.training.activation_store import CheckpointedInputs, Inputs, Keeper
+from ultralong.training.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
 from ultralong.training.config import MemoryConfig, layers_meant
-from ultralong.training.layers import WrittenLayers
-from ultralong.training.offload import Mover
+from ultralong.training.layers import CustomBackwardLayers
+from ultralong.training.offload import Offloader
 from ultralong.training.tiled import tile_module
 
 
-class Memory:
-    """What waits where between the passes.
+class ActivationMemory:
+    """The activation stores of a model, as a memory plan says.
 
     Args:
         model: The causal language model; its layers are told how to run.
         config: The plan.
 
     Attributes:
-        mover: Who moves tensors to host memory.
-        keeper: Who keeps attention results; None where each is computed again.
+        offloader: Who copies tensors to host memory.
+        attention_store: Stores attention outputs; None where each is recomputed.
 
     Raises:
-        ValueError: The plan moves or keeps something of layers that are not checkpointed, the model has no list of
+        ValueError: The plan offloads or stores something of layers that are not checkpointed, the model has no list of
             layers, or its layers are of a kind that the plan's tiles are not for.
     """
 
-    def __init__(self, model: nn.Module, config: MemoryConfig) -> None:
-        self.mover, self._config = Mover(), config
+    def __init__(self, model: PreTrainedModel, config: MemoryConfig) -> None:
+        self.offloader, self._config = Offloader(), config
         layers = decoder_layers(model)
         count = len(layers)
         on_device = layers_meant(config.attention_outputs_on_gpu, count)
         on_host = min(layers_meant(config.attention_outputs_offloaded, count), count - on_device)
-        moved = layers_meant(config.layer_inputs_offloaded, -(-count // config.checkpoint_every))
-        keeper = Keeper(count, on_device, on_host, self.mover)
-        self.keeper = keeper if on_device or on_host or config.layer_tile else None
-        self._inputs: Inputs | CheckpointedInputs
+        offloaded = layers_meant(config.layer_inputs_offloaded, -(-count // config.checkpoint_every))
+        store = AttentionStore(count, on_device, on_host, self.offloader)
+        self.attention_store = store if on_device or on_host or config.layer_tile else None
+        self.input_store: LayerInputStore | CheckpointInputOffload
         if config.layer_tile:
-            self._inputs = Inputs(config.checkpoint_every, moved, self.mover)
-            WrittenLayers(layers, config.layer_tile, keeper, self._inputs)
+            self.input_store = LayerInputStore(config.checkpoint_every, offloaded, self.offloader)
+            CustomBackwardLayers(layers, config.layer_tile, store, self.input_store)
             tile_module(model.get_decoder().norm, config.layer_tile)
         else:
-            self._inputs = CheckpointedInputs(moved, self.mover)
+            self.input_store = CheckpointInputOffload(offloaded, self.offloader)
             if config.activation_checkpointing:
-                _checkpoint(layers, self._inputs)
-        self._waiting = {"out": on_host, "input": moved}
+                _checkpoint(layers, self.input_store)
+        self._offloaded = {"out": on_host, "input": offloaded}
         text = model.config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self._heads, self._hidden = (text.num_attention_heads, size), text.hidden_size
 
-    def reserve(self, batch: int, tokens: int, dtype: torch.dtype, stream: torch.dtype, device: torch.device) -> None:
-        """Make the host buffers that a step will use, so that no step waits for them; those there are stay.
+    def reserve(self, batch: int, tokens: int, dtype: torch.dtype, residual: torch.dtype, device: torch.device) -> None:
+        """Allocate the host buffers that a step will use, so that no step waits for them; existing ones stay.
 
         Args:
             batch: Rows at a time, B.
             tokens: Tokens of a row on this process, T.
             dtype: What the layers compute in.
-            stream: Type of the hidden states between layers.
+            residual: Type of the hidden states between layers.
             device: Where the model is.
         """
-        if self.mover.pool.bytes:
+        if self.offloader.pool.bytes:
             return
-        for _ in range(self._waiting["out"]):
-            self.mover.pool.reserve((batch, tokens, *self._heads), dtype, device)
-        for _ in range(self._waiting["input"]):
-            self.mover.pool.reserve((batch, tokens, self._hidden), stream, device)
+        for _ in range(self._offloaded["out"]):
+            self.offloader.pool.reserve((batch, tokens, *self._heads), dtype, device)
+        for _ in range(self._offloaded["input"]):
+            self.offloader.pool.reserve((batch, tokens, self._hidden), residual, device)
 
     def release(self) -> None:
-        """Give the host buffers back, before something else needs the host's memory, such as a checkpoint."""
+        """Free the host buffers, before something else needs the host's memory, such as a checkpoint."""
         self.clear()
-        self.mover.pool.release()
+        self.offloader.pool.release()
 
     def clear(self) -> None:
         """Before a forward pass: forget what one without a backward pass left."""
-        self._inputs.clear()
-        if self.keeper is not None:
-            self.keeper.clear()
+        self.input_store.clear()
+        if self.attention_store is not None:
+            self.attention_store.clear()
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory taken for moved tensors."""
-        return self.mover.pool.bytes
+        """Bytes of host memory taken for offloaded tensors."""
+        return self.offloader.pool.bytes
 
 
-def _checkpoint(layers: list[nn.Module], inputs: CheckpointedInputs) -> None:
+def _checkpoint(layers: list[nn.Module], inputs: CheckpointInputOffload) -> None:
     for index, layer in enumerate(layers):
         if not isinstance(layer, GradientCheckpointingLayer):
             raise ValueError(
@@ -104,10 +106,11 @@ def _checkpoint(layers: list[nn.Module], inputs: CheckpointedInputs) -> None:
                 "train a model whose layers transformers can checkpoint."
             )
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(inputs.checkpointed, index)
+        recomputed: Any = layer
+        recomputed._gradient_checkpointing_func = partial(inputs.checkpoint, index)
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer layers of a Hugging Face causal language model, in order.
 
     Raises:

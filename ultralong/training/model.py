@@ -1,16 +1,30 @@
-"""The model and the optimizer of a run, as the loop wants them."""
+"""The model and the optimizer of a run: loaded, checked against the rows, exported; AdamW, its states too.
+
+torchao holds an 8-bit state as codes of one byte and a scale for each block of 256. Both are tensors; a block lies in
+one process's shard, so shards of codes and of scales are shards of the same rows, and torch's distributed checkpoint
+can reshard both: any mesh can load what another saved.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
-from ultralong.training.optimizer_8bit import check_shares, eight_bit_adamw
+from ultralong.utils.extras import require
+from ultralong.utils.files import write_text
+
+CARD = "README.md"
+BLOCK = 256  # elements with a scale in common (torchao's default)
+SMALLEST = 4096  # torchao leaves a shard of fewer elements in the parameter's own type
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:
@@ -36,7 +50,8 @@ def check_model(model: PreTrainedModel, order: RowOrder) -> None:
     Raises:
         ValueError: The rows' vocabulary is larger than the model's, or they are longer than its window.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    size = embedding.weight.shape[0]
     for rows in order.folders:
         vocabulary = rows.manifest["tokenizer"]["vocabulary"]
         if vocabulary > size:
@@ -63,17 +78,17 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
     Raises:
         ImportError: 8-bit states are asked for and torchao is not installed.
-        ValueError: 8-bit states are asked for and parameters are shared out unevenly.
+        ValueError: 8-bit states are asked for and parameters are sharded unevenly.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.state_precision == "8bit":
-        check_shares(parameters)
-        return eight_bit_adamw()(groups, **settings)
+        check_even_shards(parameters)
+        return adamw_8bit()(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
 
 
@@ -83,3 +98,132 @@ def set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"].fill_(lr)
     else:
         group["lr"] = lr
+
+
+def adamw_8bit() -> type[torch.optim.Optimizer]:
+    """The AdamW of torchao, its states of matrices in 8 bits; those of vectors (norms, biases) keep float32.
+
+    Vectors are a ten-thousandth of a model. torchao goes by the elements of a process's shard, so that a norm would be
+    in 8 bits on one mesh and not on another.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    base: Any = require("torchao.optim", "optim").AdamW8bit
+
+    class AdamW8bit(base):
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            return super()._new_buffer(p, signed) if p.ndim > 1 else torch.zeros_like(p.detach())
+
+    return AdamW8bit
+
+
+def check_even_shards(parameters: list[nn.Parameter]) -> None:
+    """Refuse a sharding in which blocks of an 8-bit state would not follow the parameter's rows.
+
+    Raises:
+        ValueError: A parameter's rows do not divide evenly over its shards; names its shape.
+    """
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor) or parameter.ndim == 1 or parameter.to_local().numel() < SMALLEST:
+            continue
+        shards = 1
+        for place, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
+            shards *= size if isinstance(place, Shard) else 1
+        if parameter.shape[0] % shards:
+            raise ValueError(
+                "optimizer.state_precision=8bit needs parameters whose rows divide evenly over "
+                f"parallel.fsdp_shard_degree, found one of shape {tuple(parameter.shape)} over {shards} processes: "
+                "use another parallel.fsdp_shard_degree, or optimizer.state_precision=float32."
+            )
+
+
+def plain_tensor_states(states: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with every 8-bit state as two plain tensors that share its memory.
+
+    Args:
+        states: As `torch.distributed.checkpoint.state_dict` gives it, with `state` by parameter name.
+
+    Returns:
+        The same with `NAME.codes` and `NAME.scale` in place of an 8-bit `NAME`; loading into them loads the state.
+    """
+    split: dict[str, dict[str, Any]] = {}
+    for parameter, values in states["state"].items():
+        split[parameter] = {}
+        for name, value in values.items():
+            local: Any = value.to_local() if isinstance(value, DTensor) else value
+            if hasattr(local, "codes"):
+                split[parameter] |= {
+                    f"{name}.codes": _like(value, local.codes, value.shape),
+                    f"{name}.scale": _like(value, local.scale, (value.numel() // BLOCK,)),
+                }
+            else:
+                split[parameter][name] = value
+    return {**states, "state": split}
+
+
+def _like(value: Tensor, local: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """A process's shard as a tensor that is sharded as `value` is."""
+    if not isinstance(value, DTensor):
+        return local
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, value.device_mesh, value.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def export(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    config: TrainConfig,
+    order: RowOrder,
+    facts: dict[str, Any],
+    out: Path,
+) -> None:
+    """Write weights (in the type of the checkpoint the run started from), config, tokenizer and model card.
+
+    Args:
+        model: The trained model.
+        weights: Its parameters and buffers, unsharded, each once (`checkpoint.whole_weights`).
+        config: The run.
+        order: The rows it was trained on.
+        facts: `steps`, `tokens` and `loss` for the model card.
+        out: The folder to write; replaced as a whole when it exists.
+    """
+    dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    state = {name: tensor.to("cpu", dtype) for name, tensor in weights.items()}
+    attention, model.config._attn_implementation = model.config._attn_implementation, None
+    kept, model.config.dtype = model.config.dtype, dtype
+    try:
+        model.save_pretrained(partial, state_dict=state)
+    finally:
+        model.config._attn_implementation, model.config.dtype = attention, kept
+    AutoTokenizer.from_pretrained(config.model).save_pretrained(partial)
+    source = Path(config.model) / CARD
+    card = source.read_text(encoding="utf-8") if source.is_file() else f"# {out.parent.name}\n"
+    write_text(partial / CARD, card.rstrip() + "\n\n" + _training_section(config, order, facts))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+
+
+def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:
+    """What was done to the model, as a section of its card."""
+    loss = "not known" if facts["loss"] is None else f"{facts['loss']:.4f} nats per target"
+    optimizer = config.optimizer
+    lines = [
+        "## Training",
+        "",
+        f"- {facts['steps']:,} steps of {config.global_batch_size} x {order.length:,} tokens: {facts['tokens']:,} "
+        f"tokens, attention {'kept inside documents' if order.mask_documents else 'across documents'}",
+        f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
+        f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
+        f"- loss over the last tenth of the steps: {loss}",
+    ]
+    for source, rows in zip(config.data, order.folders, strict=True):
+        sources = rows.manifest.get("sources", {}).values()
+        licences = sorted({licence for facts in sources for licence in facts.get("licenses", {})})
+        stated = f"; licences: {', '.join(licences)}" if licences else ""
+        lines.append(f"- rows: {Path(source.rows).name} ({len(rows):,} rows, weight {source.weight:g}){stated}")
+    return "\n".join(lines) + "\n"

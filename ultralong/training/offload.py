@@ -1,4 +1,4 @@
-"""Tensors that wait in host memory: pinned buffers, and copies on a stream of their own beside the computing."""
+"""Offloading of tensors to pinned host memory and back, on a stream of its own beside the computing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class HostPool:
-    """Host buffers by shape and type, handed out and taken back; pinned where there is a GPU.
+class HostBufferPool:
+    """A pool of host buffers by shape and dtype; pinned where there is a GPU.
 
     They are plain tensors that are registered with CUDA: torch's own pinned memory comes in powers of two, and stays
     taken when it is free.
@@ -45,16 +45,16 @@ class HostPool:
                 )
             self._registered.append(buffer.data_ptr())
         self.bytes += size
-        self.give_back(buffer)
+        self.recycle(buffer)
 
-    def take(self, like: Tensor) -> Tensor:
+    def acquire(self, like: Tensor) -> Tensor:
         """A buffer of a tensor's shape and type, with any content."""
         free = self._free[like.shape, like.dtype]
         if not free:
             self.reserve(like.shape, like.dtype, like.device)
         return free.pop()
 
-    def give_back(self, buffer: Tensor) -> None:
+    def recycle(self, buffer: Tensor) -> None:
         """Let a buffer be used again."""
         self._free[buffer.shape, buffer.dtype].append(buffer)
 
@@ -73,25 +73,25 @@ class HostPool:
 
 
 @dataclass
-class Moved:
+class OffloadedTensor:
     """A tensor in host memory, on its way there or on its way back."""
 
     host: Tensor
     device: torch.device
-    out: torch.cuda.Event | None  # its copy to the host has ended
-    back: Tensor | None = None
-    ready: torch.cuda.Event | None = None
+    copied_out: torch.cuda.Event | None  # the copy to the host has ended; None on a CPU
+    on_device: Tensor | None = None  # once it has been asked for
+    copied_back: torch.cuda.Event | None = None
 
 
-class Mover:
-    """Copies tensors to host memory and back, beside the computing.
+class Offloader:
+    """Offloads tensors to host memory and brings them back, beside the computing.
 
     Attributes:
         pool: The host buffers.
     """
 
     def __init__(self) -> None:
-        self.pool = HostPool()
+        self.pool = HostBufferPool()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
@@ -99,46 +99,50 @@ class Mover:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
 
-    def away(self, x: Tensor) -> Moved:
-        """Start moving a tensor to host memory; its device memory is free once nothing else holds it."""
+    def offload(self, x: Tensor) -> OffloadedTensor:
+        """Start copying a tensor to host memory; its device memory is free once nothing else holds it."""
         x = x.detach()
-        host = self.pool.take(x)
+        host = self.pool.acquire(x)
         if not x.is_cuda:
             host.copy_(x)
-            return Moved(host, x.device, None)
+            return OffloadedTensor(host, x.device, None)
         stream = self._stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             host.copy_(x, non_blocking=True)
             x.record_stream(stream)
-        return Moved(host, x.device, stream.record_event())
+        return OffloadedTensor(host, x.device, stream.record_event())
 
-    def fetch(self, moved: Moved) -> None:
+    def prefetch(self, offloaded: OffloadedTensor) -> None:
         """Start bringing a tensor back, if that has not begun."""
-        if moved.back is not None:
+        if offloaded.on_device is not None:
             return
-        if moved.device.type != "cuda":
-            moved.back = moved.host.clone()
+        if offloaded.device.type != "cuda":
+            offloaded.on_device = offloaded.host.clone()
             return
-        stream = self._stream(moved.device)
-        stream.wait_event(moved.out)
-        moved.back = torch.empty(moved.host.shape, dtype=moved.host.dtype, device=moved.device)
-        stream.wait_stream(torch.cuda.current_stream(moved.device))  # whoever had this memory before is done with it
+        stream = self._stream(offloaded.device)
+        assert offloaded.copied_out is not None
+        stream.wait_event(offloaded.copied_out)
+        offloaded.on_device = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=offloaded.device)
+        stream.wait_stream(
+            torch.cuda.current_stream(offloaded.device)
+        )  # whoever had this memory before is done with it
         with torch.cuda.stream(stream):
-            moved.back.copy_(moved.host, non_blocking=True)
-        moved.ready = stream.record_event()
+            offloaded.on_device.copy_(offloaded.host, non_blocking=True)
+        offloaded.copied_back = stream.record_event()
 
-    def look(self, moved: Moved) -> Tensor:
+    def get(self, offloaded: OffloadedTensor) -> Tensor:
         """The tensor on its device, ordered before what the current stream does next; the host keeps it as well."""
-        self.fetch(moved)
-        back, moved.back = moved.back, None
-        if moved.ready is not None:
-            torch.cuda.current_stream(moved.device).wait_event(moved.ready)
-            moved.ready.synchronize()  # the host buffer may be written again from here on
-        return back
+        self.prefetch(offloaded)
+        x, offloaded.on_device = offloaded.on_device, None
+        assert x is not None
+        if offloaded.copied_back is not None:
+            torch.cuda.current_stream(offloaded.device).wait_event(offloaded.copied_back)
+            offloaded.copied_back.synchronize()  # the host buffer may be written again from here on
+        return x
 
-    def take(self, moved: Moved) -> Tensor:
-        """`look`, after which the host buffer serves others."""
-        back = self.look(moved)
-        self.pool.give_back(moved.host)
-        return back
+    def pop(self, offloaded: OffloadedTensor) -> Tensor:
+        """`get`, after which the host buffer is free for others."""
+        x = self.get(offloaded)
+        self.pool.recycle(offloaded.host)
+        return x

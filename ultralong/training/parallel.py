@@ -1,4 +1,4 @@
-"""Processes: who works on which row, and the sums over all of them. Launching and devices are accelerate's."""
+"""Processes of a run: context-parallel groups, FSDP2 sharding, sums. Launching and devices are accelerate's."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from ultralong.utils.local_ranks import nccl_options
 class Processes:
     """This process and its place among the others.
 
-    Processes `k * sequence .. (k + 1) * sequence - 1` share rows; `k` is the data rank.
+    Processes `k * C .. (k + 1) * C - 1` share rows, with C the context-parallel size; `k` is the data-parallel rank.
 
     Attributes:
         accelerator: accelerate's handle: device, launch, trackers, wrapping.
-        sequence: Processes that share a row.
-        group: The process group of those, None when alone.
-        mesh: Replicas x processes that share the parameters, None when every process has them all.
+        context_parallel_size: Processes that share a row.
+        context_parallel_group: The process group of those, None when alone.
+        mesh: Replicas x FSDP shards, None when every process has all parameters.
     """
 
     accelerator: Accelerator
-    sequence: int
-    group: dist.ProcessGroup | None
+    context_parallel_size: int
+    context_parallel_group: dist.ProcessGroup | None
     mesh: DeviceMesh | None = None
 
     @property
     def data_rank(self) -> int:
-        """Number of this process's group."""
-        return self.accelerator.process_index // self.sequence
+        """Data-parallel rank: the number of this process's context-parallel group."""
+        return self.accelerator.process_index // self.context_parallel_size
 
     @property
     def data_ranks(self) -> int:
-        """Groups that work on different rows."""
-        return self.accelerator.num_processes // self.sequence
+        """Data-parallel size: groups that work on different rows."""
+        return self.accelerator.num_processes // self.context_parallel_size
 
     @property
     def is_main(self) -> bool:
         """True on the one process that writes files and bars."""
         return self.accelerator.is_main_process
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes."""
         if self.accelerator.num_processes > 1:
             dist.all_reduce(values)
@@ -71,13 +71,13 @@ class Processes:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
             self.accelerator.backward(loss)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
 
 def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Processes, config: TrainConfig) -> None:
-    """Share a model's parameters out over the processes of the mesh (FSDP2), layer by layer, in float32.
+    """Shard a model's parameters over the processes of the mesh (FSDP2), layer by layer, in float32.
 
     Each layer's parameters are gathered in the run's type when its turn comes, so activations have that type as well;
     gradients are summed in float32. torch's own FSDP2 is used: accelerate's refuses to run on CPUs, where this is
@@ -89,8 +89,9 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
         processes: This process and its mesh.
         config: The run.
     """
-    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    assert processes.mesh is not None
     mesh = processes.mesh["shard"] if processes.mesh.size(0) == 1 else processes.mesh
     for module in layers:
         fully_shard(
@@ -99,8 +100,21 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
     fully_shard(loss.float(), mesh=mesh, mp_policy=policy)
 
 
-def whole(x: Tensor) -> Tensor:
-    """A tensor that may be shared out, in full; all processes call it."""
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Gather a sharded layer's parameters for a while, outside of its own turn; does nothing where it isn't sharded."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """A tensor that may be sharded, in full; all processes call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 

@@ -21,12 +21,12 @@ from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import Memory, decoder_layers
+from ultralong.training.memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
-from ultralong.training.parallel import Processes, shard_parameters, whole
-from ultralong.training.throughput import Meter, pairs
+from ultralong.training.parallel import Processes, full_tensor, shard_parameters
+from ultralong.training.throughput import Throughput, query_key_pairs
 
-RECENT, FEWEST = 32, 8  # steps that a jump of the loss is measured against, and how few of them are too few
+RECENT, FEWEST = 32, 8  # steps that a loss spike is measured against, and how few of them are too few
 
 
 @dataclass
@@ -40,20 +40,20 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     heads: tuple[int, int]
-    memory: Memory
-    meter: Meter
+    memory: ActivationMemory
+    throughput: Throughput
     losses: list[float] = field(default_factory=list)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
 
-def assemble(
+def build_run(
     config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder, model: PreTrainedModel
 ) -> Run:
     """Wrap a model and make its optimizer as the config says; nothing is read from or written to the folder."""
     if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):
         raise ValueError("compile works on one process with rows that have no document mask; switch one of them off.")
-    loss, memory = LanguageModelLoss(model, config.memory.loss_tile), Memory(model, config.memory)
-    meter = Meter.of(model, processes.accelerator.device, processes.accelerator.num_processes)
+    loss, memory = LanguageModelLoss(model, config.memory.loss_tile), ActivationMemory(model, config.memory)
+    throughput = Throughput.from_model(model, processes.accelerator.device, processes.accelerator.num_processes)
     if config.compile:
         model.get_decoder().compile(dynamic=False)
     if processes.mesh is None:
@@ -64,20 +64,20 @@ def assemble(
         optimizer = make_optimizer(loss, config.optimizer)
     if config.trackers:
         processes.accelerator.init_trackers("ultralong")
-    return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory, meter)
+    return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory, throughput)
 
 
 def reserve_host_memory(run: Run) -> None:
-    """Make the host buffers of the memory plan, if they are not there."""
+    """Allocate the host buffers of the memory plan, if they are not there."""
     config, order = run.config, run.order
-    wide = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    stream = torch.float32 if run.processes.mesh is None else wide  # autocast leaves float32 between layers
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    residual = torch.float32 if run.processes.mesh is None else dtype  # autocast leaves float32 between layers
     rows = 1 if order.mask_documents else config.micro_batch_size  # under a mask rows lie end to end
-    share = -(-order.length * config.micro_batch_size // rows // run.processes.sequence)
-    run.memory.reserve(rows, share, wide, stream, run.processes.accelerator.device)
+    local_tokens = -(-order.length * config.micro_batch_size // rows // run.processes.context_parallel_size)
+    run.memory.reserve(rows, local_tokens, dtype, residual, run.processes.accelerator.device)
 
 
-def take_step(run: Run, step: int) -> dict[str, Any]:
+def training_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns what the log keeps of it."""
     config, processes = run.config, run.processes
     mine = config.global_batch_size // processes.data_ranks
@@ -87,14 +87,14 @@ def take_step(run: Run, step: int) -> dict[str, Any]:
         float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
     )
     seen = torch.tensor(
-        sum(pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
+        sum(query_key_pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
         if run.order.mask_documents
-        else sum(len(batch.places) for batch in batches) * pairs(run.order.length, None),
+        else sum(len(batch.places) for batch in batches) * query_key_pairs(run.order.length, None),
         dtype=torch.float64,
         device=processes.accelerator.device,
     )
     # Each row was counted by all processes that share it.
-    targets, seen = (processes.total(count) / processes.sequence for count in (targets, seen))
+    targets, seen = (processes.all_reduce_sum(count) / processes.context_parallel_size for count in (targets, seen))
     scale = processes.accelerator.num_processes / targets.clamp(min=1)
     sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
     for number, batch in enumerate(batches):
@@ -102,7 +102,7 @@ def take_step(run: Run, step: int) -> dict[str, Any]:
         processes.backward(total * scale, run.model, last=number == len(batches) - 1)
         sums[0].scatter_add_(0, bucket, losses)
         sums[1].scatter_add_(0, bucket, counted)
-    sums = processes.total(sums)
+    sums = processes.all_reduce_sum(sums)
     loss = float(sums[0].sum() / sums[1].sum().clamp(min=1))
     _check_loss(run, step, loss, batches)
     norm = _update(run, step)
@@ -130,17 +130,18 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
     extra = {}
     run.memory.clear()
-    if run.processes.sequence > 1 or batch.boundaries is not None or run.memory.keeper is not None:
+    shared = run.processes.context_parallel_size > 1
+    if shared or batch.boundaries is not None or run.memory.attention_store is not None:
         context = make_attention_context(
             batch.input_ids.shape[1],
-            run.processes.group,
+            run.processes.context_parallel_group,
             run.config.parallel.scheme,
             run.config.parallel.kernel,
             boundaries=batch.boundaries,
             heads=run.heads[0],
             kv_heads=run.heads[1],
             head_chunks=run.config.parallel.head_chunks,
-            store=run.memory.keeper,
+            store=run.memory.attention_store,
         )
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
@@ -156,7 +157,7 @@ def _update(run: Run, step: int) -> float:
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_norm or math.inf)
     for group in run.optimizer.param_groups:
         set_lr(group, config.lr * config.factor(step, run.config.steps))
-    if math.isfinite(value := float(whole(norm))):
+    if math.isfinite(value := float(full_tensor(norm))):
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return value

@@ -1,4 +1,4 @@
-"""What a step is worth: useful work against the hardware's datasheet, and the memory it took.
+"""Throughput of a step: tokens per second, model FLOP utilisation (MFU), and the memory it took.
 
 The rule, here and in every table of this project: causal FLOP, nothing that is computed again counted. Six for each
 token and parameter that it is multiplied with, and for attention 2 H D for every pair of a query and a key that it sees
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ultralong.utils.units import GIB
 
@@ -31,20 +33,20 @@ DATASHEET = {
 }
 
 
-def step_flops(multiplied: int, layers: int, width: int, tokens: float, pairs: float) -> float:
+def step_flops(matmul_parameters: int, layers: int, attention_size: int, tokens: float, pairs: float) -> float:
     """Causal FLOP of a training step (see the module's rule).
 
     Args:
-        multiplied: Parameters that each token is multiplied with.
+        matmul_parameters: Parameters that each token is multiplied with (without the embedding).
         layers: Decoder layers.
-        width: Query heads times head size, H D.
+        attention_size: Query heads times head size, H D.
         tokens: Tokens of the step.
         pairs: Query-key pairs of the step, T^2 / 2 for a whole row of T.
     """
-    return 6.0 * multiplied * tokens + 12.0 * layers * width * pairs
+    return 6.0 * matmul_parameters * tokens + 12.0 * layers * attention_size * pairs
 
 
-def pairs(tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
+def query_key_pairs(tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
     """Pairs of a query and a key that it sees in a row, or in several laid end to end with these boundaries."""
     if boundaries is None:
         return tokens**2 / 2
@@ -52,7 +54,7 @@ def pairs(tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
     return sum((b - a) ** 2 for a, b in pairwise(edges)) / 2
 
 
-def datasheet(device: torch.device) -> float | None:
+def peak_flops(device: torch.device) -> float | None:
     """The device's dense bfloat16 rate in FLOP/s; None where it is not known, as for a CPU."""
     if device.type != "cuda":
         return None
@@ -61,40 +63,41 @@ def datasheet(device: torch.device) -> float | None:
 
 
 @dataclass(frozen=True)
-class Meter:
-    """Counts the steps of a run.
+class Throughput:
+    """Computes the throughput of a run's steps.
 
     Attributes:
-        multiplied: As in `step_flops`.
+        matmul_parameters: As in `step_flops`.
         layers: As in `step_flops`.
-        width: As in `step_flops`.
+        attention_size: As in `step_flops`.
         device: This process's.
         processes: Of the run.
     """
 
-    multiplied: int
+    matmul_parameters: int
     layers: int
-    width: int
+    attention_size: int
     device: torch.device
     processes: int
 
     @classmethod
-    def of(cls, model: nn.Module, device: torch.device, processes: int) -> Meter:
-        """The meter of a causal language model, before its parameters are shared out."""
+    def from_model(cls, model: PreTrainedModel, device: torch.device, processes: int) -> Throughput:
+        """That of a causal language model, before its parameters are sharded."""
         text = model.config.get_text_config()
-        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings()
+        tied = model.get_output_embeddings().weight is embedding.weight
         count = sum(parameter.numel() for parameter in model.parameters())
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
-            count if head is embedding else count - embedding.numel(),
+            count if tied else count - embedding.weight.numel(),
             text.num_hidden_layers,
             text.num_attention_heads * size,
             device,
             processes,
         )
 
-    def read(self, seconds: float, tokens: int, seen: float) -> dict[str, float]:
-        """What the log says of a step, over all processes; starts a new peak of memory.
+    def metrics(self, seconds: float, tokens: int, seen: float) -> dict[str, float]:
+        """Metrics of a step for the log, over all processes; resets the peak of memory.
 
         Args:
             seconds: Of the step.
@@ -107,8 +110,8 @@ class Meter:
         """
         rate = tokens / seconds
         found = {"tokens_per_second": round(rate, 1), "tokens_per_second_per_gpu": round(rate / self.processes, 1)}
-        if peak := datasheet(self.device):
-            flops = step_flops(self.multiplied, self.layers, self.width, tokens, seen)
+        if peak := peak_flops(self.device):
+            flops = step_flops(self.matmul_parameters, self.layers, self.attention_size, tokens, seen)
             found["mfu_causal"] = round(flops / seconds / self.processes / peak, 4)
         if self.device.type == "cuda":
             found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated(self.device) / GIB, 2)

@@ -124,12 +124,13 @@ class _Tiled(torch.autograd.Function):
 
 def map_tiles(function: Callable[[slice], Tensor], tokens: int, tile: int) -> Tensor:
     """The results (B, t, ...) of every tile's range, written one after another into (B, T, ...)."""
-    whole = None
-    for place in tiles(tokens, tile):
-        part = function(place)
-        if whole is None:
-            whole = part.new_empty((part.shape[0], tokens, *part.shape[2:]))
-        whole[:, place] = part
+    first, *others = tiles(tokens, tile)
+    part = function(first)
+    whole = part.new_empty((part.shape[0], tokens, *part.shape[2:]))
+    whole[:, first] = part
+    del part
+    for place in others:
+        whole[:, place] = function(place)
     return whole
 
 

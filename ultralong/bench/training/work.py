@@ -29,7 +29,7 @@ from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import connect
-from ultralong.training.step import Run, assemble, reserve_host_memory, take_step
+from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.utils import settings
 from ultralong.utils.files import append_jsonl, write_json
 
@@ -108,19 +108,19 @@ def work(folder: Path, short: str, profile: bool = False) -> None:
             torch.float32 if config.parallel.fsdp_shard_degree is None else torch.bfloat16
         )  # as the trainer loads it
         model = random_model(config.model, processes.accelerator.device, dtype=dtype)
-        run = assemble(config, processes, RunFolder(Path(config.out)), order, model)
+        run = build_run(config, processes, RunFolder(Path(config.out)), order, model)
         reserve_host_memory(run)
-        take_step(replace(run, order=warm), 0)
+        training_step(replace(run, order=warm), 0)
         with flash_attn_4_hooks.tiles_everywhere():  # a long row's kernels, compiled here and not in what is timed
-            take_step(replace(run, order=warm), 0)
+            training_step(replace(run, order=warm), 0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the warm-up left cached would count as the run's reserved memory
             torch.cuda.reset_peak_memory_stats()
         for step in range(config.steps):
-            processes.wait()
+            processes.barrier()
             begin = time.perf_counter()
-            record = take_step(run, step)  # ends with numbers read back, so the device is done
+            record = training_step(run, step)  # ends with numbers read back, so the device is done
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if processes.is_main:
@@ -134,9 +134,9 @@ def _leave_kernels(folder: Path, run: Run, step: int) -> None:
     """One more step under torch's profiler; seconds by kernel (by operation, without a GPU), the most first."""
     on_gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    run.processes.wait()
+    run.processes.barrier()
     with torch.profiler.profile(activities=[kind]) as found:
-        take_step(run, step)
+        training_step(run, step)
         if on_gpu:
             torch.cuda.synchronize()
     if not run.processes.is_main:
