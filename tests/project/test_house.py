@@ -24,10 +24,9 @@ MOST_LINES_A_FILE = 300
 MOST_LINES_A_FUNCTION = 60
 # What does not hold yet. These lists may only shrink; an entry that is no longer needed is to be removed.
 ARROWS_TO_REMOVE: set[tuple[str, str]] = set()
-FOLDERS_TO_SHRINK = {"ultralong/training": 18}
+FOLDERS_TO_SHRINK: dict[str, int] = {}
 FILES_TO_SHRINK = {
     "ultralong/checkpoints/extend.py": 310,
-    "ultralong/training/layers.py": 312,
 }
 FUNCTIONS_TO_SHRINK: dict[str, int] = {}
 PACKAGE = sorted((ROOT / "ultralong").rglob("*.py"))
