@@ -17,18 +17,10 @@ from itertools import pairwise, product
 
 import numpy as np
 
+from ultralong.attention.cost_model import H200, CostModel
 from ultralong.attention.kv_plan import plan_kv
 from ultralong.attention.layout import Layout, TokenRange, chunk_size, in_chunks, merge_adjacent, zigzag
 
-# Costs are counted in query-key pairs of one layer's passes, the unit of the work itself.
-# A key and value from another rank: of K kv heads of size D, 16 K D bytes at 300 GB/s and as much again in copies,
-# against 14 H D operations a pair at 600 TF/s and four query heads a kv head.
-PAIRS_PER_TOKEN = 1000
-# A kernel call's start and end, when they don't overlap with others': about 0.1 ms of a GPU that computes 32 heads.
-PAIRS_PER_CALL = 500_000
-# Any exchange at all is three transfers and the copies into the gathered buffer, however few tokens it is for: about
-# 1 ms (notebooks/results/design_measurements.md, "Balance").
-PAIRS_PER_EXCHANGE = 5_000_000
 HEAVY = (1.0, 0.5, 0.25, 0.12)  # documents of more than this fraction of a rank's work are cut
 ORDERS = 2  # orders of the documents that are tried for each
 LIGHT = 14  # documents a rank, the lightest, that are left to fill the ranks with
@@ -71,16 +63,16 @@ def imbalance(layout: Layout, boundaries: Sequence[int]) -> float:
     return max(totals) * layout.ranks / sum(totals)
 
 
-def cost(layout: Layout, boundaries: Sequence[int]) -> int:
+def cost(layout: Layout, boundaries: Sequence[int], costs: CostModel = H200) -> int:
     """Estimated cost of the busiest rank, in query-key pairs: work, tokens sent to it, kernel calls, an exchange."""
     edges, worst, exchanged = with_padding(boundaries, layout.padded), 0, False
     pairs = PairCounter(edges)
     for ranges in layout.owned:
         seen = plan_kv(ranges, edges)
-        extra = PAIRS_PER_TOKEN * (seen.tokens - layout.held) + PAIRS_PER_CALL * len(seen.calls)
+        extra = costs.pairs_per_token * (seen.tokens - layout.held) + costs.pairs_per_call * len(seen.calls)
         worst = max(worst, int(pairs.count(ranges).sum()) + extra)
         exchanged = exchanged or seen.tokens > layout.held
-    return worst + PAIRS_PER_EXCHANGE * exchanged
+    return worst + costs.pairs_per_exchange * exchanged
 
 
 def sends_nothing(layout: Layout, boundaries: Sequence[int]) -> bool:
@@ -103,7 +95,7 @@ def balanced(
         good_enough: Cost over a rank's mean work at which no further layout is tried.
     """
     mean = work(0, tokens, boundaries) / ranks
-    enough = good_enough * mean + PAIRS_PER_CALL  # one call is the fewest
+    enough = good_enough * mean + H200.pairs_per_call  # one call is the fewest
     tried: list[tuple[int, int, Layout]] = []  # number: of equal costs the first one is taken
     for number, layout in enumerate(_tried(tokens, ranks, boundaries, inner, smallest)):
         tried.append((cost(layout, boundaries), number, layout))

@@ -13,16 +13,9 @@ from functools import cache, lru_cache
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ultralong.attention.balance import (
-    PAIRS_PER_CALL,
-    PAIRS_PER_EXCHANGE,
-    PAIRS_PER_TOKEN,
-    balanced,
-    cost,
-    sends_nothing,
-    work,
-)
+from ultralong.attention.balance import balanced, cost, sends_nothing, work
 from ultralong.attention.collectives import Group
+from ultralong.attention.cost_model import H200
 from ultralong.attention.layout import Layout, contiguous, zigzag
 from ultralong.attention.ulysses import head_chunk_counts, head_split
 
@@ -140,15 +133,16 @@ def _exchange_cost(tokens: float, degree: int, group: int) -> float:
         group: Query heads of a kv head.
     """
     # q, k, v there and out back; q, k, v, out and its gradient there and three gradients back: 12 (H + K) D bytes,
-    # where a key and value seen from another rank (`PAIRS_PER_TOKEN`) are 16 K D.
-    return PAIRS_PER_TOKEN * tokens * 0.75 * (group + 1) * (degree - 1) / degree
+    # where a key and value seen from another rank (`CostModel.pairs_per_token`) are 16 K D.
+    return H200.pairs_per_token * tokens * 0.75 * (group + 1) * (degree - 1) / degree
 
 
 def _ulysses_cost(row: RowSpec, ranks: int, head_chunks: int) -> float:
     """Cost of Ulysses for a rank, in query-key pairs: its work, and the exchange of one chunk, as others' is hidden."""
     exchange = _exchange_cost(row.tokens / ranks, ranks, row.heads // row.kv_heads) / head_chunks
     boundaries = row.boundaries or (0, row.tokens)
-    return work(0, row.tokens, boundaries) / ranks + PAIRS_PER_CALL + PAIRS_PER_EXCHANGE + exchange
+    pairs = work(0, row.tokens, boundaries) / ranks
+    return pairs + H200.pairs_per_call + H200.pairs_per_exchange + exchange
 
 
 def whole_documents(row: RowSpec, processes: int) -> Layout | None:
@@ -174,7 +168,7 @@ def whole_documents(row: RowSpec, processes: int) -> Layout | None:
 def _default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequence[int] | None, kv: int) -> int:
     """One chunk, or up to four on long rows of short documents, not splitting a kv head's query heads.
 
-    A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.balance`), which shows where
+    A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.cost_model`), which shows where
     documents are short: the exchange of one chunk then runs beside the computing of another.
 
     Args:
@@ -183,7 +177,9 @@ def _default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequenc
         boundaries: Document boundaries when documents don't see each other, else None.
         kv: Kv heads of a rank.
     """
-    if boundaries is None or tokens < LONG_ROW or work(0, tokens, boundaries) >= 12 * PAIRS_PER_TOKEN * tokens:
+    if boundaries is None or tokens < LONG_ROW:
+        return 1
+    if work(0, tokens, boundaries) >= 12 * H200.pairs_per_token * tokens:
         return 1
     return max(count for count in counts if count <= min(4, max(1, kv)))
 

@@ -46,7 +46,7 @@ class AttentionContext:
         layout: Who holds which tokens.
         process: This process's place in the layout.
         scheme: One of `SCHEMES`.
-        kernel: A kernel's name, or "auto".
+        kernel: A kernel's name, a kernel, or "auto".
         heads: Query heads H.
         kv_heads: Kv heads K.
         boundaries: Document boundaries when documents don't see each other, else None: every token sees all before it.
@@ -61,7 +61,7 @@ class AttentionContext:
     layout: Layout
     process: int
     scheme: str
-    kernel: str
+    kernel: str | Kernel
     heads: int
     kv_heads: int
     boundaries: tuple[int, ...] | None
@@ -226,7 +226,7 @@ def make_attention_context(
     tokens: int,
     group: GroupOrMesh | None = None,
     scheme: str = "auto",
-    kernel: str = "auto",
+    kernel: str | Kernel = "auto",
     boundaries: Tensor | Sequence[int] | None = None,
     *,
     heads: int,
@@ -241,7 +241,7 @@ def make_attention_context(
         group: The processes that share the row: a process group, a 1-dimensional device mesh, or, for two levels, a
             2-dimensional mesh or a pair of groups (across hosts, inside the host). None: this process alone.
         scheme: "auto", or one of `SCHEMES`. The two hybrids run Ulysses inside the host, the named scheme across.
-        kernel: "auto", or one of `ultralong.attention.kernels.KERNELS`.
+        kernel: "auto", one of `ultralong.attention.kernels.KERNELS`, or a `Kernel` of your own.
         boundaries: (N+1,) cumulative document lengths from 0 to `tokens` when documents must not see each other; None
             when every token sees all before it (the recipe's way). Where they can be dealt out whole and evenly,
             nothing is exchanged, whatever the scheme.
@@ -258,7 +258,7 @@ def make_attention_context(
     """
     kv_heads = heads if kv_heads is None else kv_heads
     check_heads(heads, kv_heads)
-    if kernel not in ("auto", *KERNELS):
+    if isinstance(kernel, str) and kernel not in ("auto", *KERNELS):
         raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {kernel!r}")
     edges = None if boundaries is None else check_boundaries(boundaries, tokens)
     edges = None if edges is not None and len(edges) == 2 else edges

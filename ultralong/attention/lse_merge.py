@@ -54,7 +54,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
         (B, T, H, D) in out's type, computed in the accumulation dtype and rounded once.
     """
     weight = _weight(lse, part_lse).transpose(1, 2).flatten(0, 1)  # (B T, H)
-    return _lerp_compiled(out.flatten(0, 1), part.flatten(0, 1), weight).view(out.shape)
+    return _lerp_rows(out.flatten(0, 1), part.flatten(0, 1), weight).view(out.shape)
 
 
 def _weight(lse: Tensor, part_lse: Tensor) -> Tensor:
@@ -70,6 +70,16 @@ def _lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 _lerp_compiled = CheckedCompile(_lerp)
+
+
+@torch.library.custom_op("ultralong::lerp_rows", mutates_args=())
+def _lerp_rows(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    return _lerp_compiled(a, b, weight)
+
+
+@_lerp_rows.register_fake
+def _(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:

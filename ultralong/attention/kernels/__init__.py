@@ -131,11 +131,11 @@ def available_kernels(device: str) -> dict[str, Kernel]:
     return found
 
 
-def choose_kernel(name: str, q: Tensor, spec: AttentionSpec, *, bottom_right: bool = False) -> Kernel:
-    """The kernel for a call: the named one, or the fastest that is present and right for it.
+def choose_kernel(name: str | Kernel, q: Tensor, spec: AttentionSpec, *, bottom_right: bool = False) -> Kernel:
+    """The kernel for a call: the given one, or the fastest that is present and right for it.
 
     Args:
-        name: A kernel's name, or "auto".
+        name: A kernel's name, a kernel that is none of `KERNELS`, or "auto".
         q: Query (.., D) of the call, for its device, type and head size.
         spec: The call's spec.
         bottom_right: Whether calls will have more keys than queries (gathered KV).
@@ -148,10 +148,10 @@ def choose_kernel(name: str, q: Tensor, spec: AttentionSpec, *, bottom_right: bo
         ImportError: As `get_kernel`.
     """
     if name != "auto":
-        kernel = get_kernel(name, q.device.type)
+        kernel = get_kernel(name, q.device.type) if isinstance(name, str) else name
         reason = kernel.unsupported_reason(q, spec)
         if reason is not None:
-            raise ValueError(f"kernel {name!r} can't compute this attention: {reason}")
+            raise ValueError(f"kernel {kernel.name!r} can't compute this attention: {reason}")
         return kernel
     packed, square = spec.segments is not None, not bottom_right
     return _auto(q.device.type, q.dtype, q.shape[-1], packed, square, spec.window, spec.softcap)

@@ -97,7 +97,7 @@ def backward_accumulate(
     Returns:
         The gradient of q (B, T_q, H, D) in q's type.
     """
-    if q.device.type == "cpu" and q.dtype != accumulation_dtype(q.dtype):
+    if kernel.computes_in_fp32(q):
         dtype = q.dtype
         dout, q, k, v, out = (x.to(dk.dtype) for x in (dout, q, k, v, out))
         return backward_accumulate(kernel, dout, q, k, v, out, lse, spec, dk, dv).to(dtype)
@@ -157,7 +157,7 @@ def _all_partial(kernel: Kernel, q: Tensor, k: Tensor, segments: VarlenSegments)
         return True
     if len(head_groups(kernel, q, k)) > 1:  # several calls, whose sums of a kv head go across them
         return True
-    if q.device.type == "cpu" and q.dtype != accumulation_dtype(q.dtype):  # computed in float32 anyway
+    if kernel.computes_in_fp32(q):
         return True
     grouped = has_varlen_call(kernel, segments) and q.shape[2] != k.shape[2]
     return grouped and (GQA not in kernel.features or bool(kernel.rounds_per_query_head and segments.shared))
@@ -187,7 +187,7 @@ def _backward_split(
     kernel: Kernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
 ) -> Gradients:
     before, dtype = k.shape[1] - q.shape[1], q.dtype
-    if q.device.type == "cpu":
+    if kernel.computes_in_fp32(q):
         dout, q, k, v, out = (x.to(accumulation_dtype(dtype)) for x in (dout, q, k, v, out))
     dq, dk, dv = attention_backward(kernel, dout, q, k[:, before:], v[:, before:], out, lse, spec)
     dq_past, dk_past, dv_past = attention_backward(

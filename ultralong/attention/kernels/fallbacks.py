@@ -123,7 +123,7 @@ def _forward_by_segment(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: A
 def _forward_split(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Keys before the first query, all seen, and the causal square after them."""
     before, dtype = k.shape[1] - q.shape[1], q.dtype
-    if q.device.type == "cpu":  # 16-bit types are no faster there: keep the parts unrounded
+    if kernel.computes_in_fp32(q):
         q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
     square, lse = attention_forward(kernel, q, k[:, before:], v[:, before:], spec)
     past, past_lse = attention_forward(kernel, q, k[:, :before], v[:, :before], spec.non_causal())
