@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ultralong.planner import plan, planner
+from ultralong.planner import plan, shapes
 from ultralong.planner.planner import STATES
 from ultralong.planner.shapes import model_config
 from ultralong.planner.trace import _traced as traced
@@ -52,7 +52,7 @@ def test_measured_runs_are_planned_within_a_tenth(row, monkeypatch):
     name, _, layers = row["model"].partition(", ")
     shape = model_config(f"meta-llama/{name}")
     shape.num_hidden_layers = int(layers.split()[0]) if layers else shape.num_hidden_layers
-    monkeypatch.setattr(planner, "model_config", lambda _: shape)
+    monkeypatch.setattr(shapes, "model_config", lambda _: shape)
     config = TrainConfig(
         model=name,
         out="run",
