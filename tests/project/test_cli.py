@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
+from forked import forked_command
 
 from ultralong import __version__, cli, miniature
 from ultralong.cli.options import metavar_of, options_of
@@ -17,12 +17,6 @@ from ultralong.training.config import PRESETS, TrainConfig, preset
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, read_jsonl
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
-
-
-def run(*words, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "ultralong", *map(str, words)], capture_output=True, text=True, **options
-    )
 
 
 def said(words, capsys):
@@ -160,7 +154,7 @@ def test_tokens_that_are_none_are_refused(capsys):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_a_script_of_all_commands(shell, tmp_path):
-    done = run("completion", shell)
+    done = forked_command("completion", shell)
     assert done.returncode == 0, done.stderr
     for word in ("decontaminate", "needle", "--gpus-per-node", "--traceback"):
         assert word in done.stdout
@@ -176,7 +170,7 @@ def test_completion_is_a_script_of_all_commands(shell, tmp_path):
 )
 def test_bash_completes(line, expected, tmp_path):
     path = tmp_path / "ultralong.bash"
-    path.write_text(run("completion", "bash").stdout)
+    path.write_text(forked_command("completion", "bash").stdout)
     words = line.split(" ")
     script = f"""
 source {path}
@@ -242,7 +236,6 @@ def test_documents_to_a_trained_model_by_commands_alone(tmp_path):
         (tmp_path / "texts" / f"{number}.txt").write_text(
             f"Chapter {number}. " + "It was a dark and stormy night. " * 60
         )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for words in (
         ("extend", miniature.path(), "--to", 1024, "--out", "long", "--json", "extend.json"),
         ("pack", "texts", "--tokenizer", "long", "--length", 1024, "--out", "rows", "--json", "pack.json"),
@@ -251,13 +244,13 @@ def test_documents_to_a_trained_model_by_commands_alone(tmp_path):
          "parallel.context_parallel_size=1"),
         ("eval", "needle", "run/model", "--lengths", 256, "--depths", 0.5, "--samples", 1, "--json", "needle.json"),
     ):  # fmt: skip
-        done = run(*words, cwd=tmp_path, env=environment)
+        done = forked_command(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "extend.json")["new_window"] == 1024
     assert read_json(tmp_path / "pack.json")["rows"] == len(PackedRows(tmp_path / "rows"))
     assert read_json(tmp_path / "train.json")["steps"] == len(read_jsonl(tmp_path / "run" / "log.jsonl")) == 2
     assert "needle" in str(read_json(tmp_path / "needle.json"))
-    refused = run("sft", preset("tiny-cpu"), "--set", "data=[{rows: rows}]", cwd=tmp_path)
+    refused = forked_command("sft", preset("tiny-cpu"), "--set", "data=[{rows: rows}]", cwd=tmp_path)
     assert refused.returncode == 1
     assert "holds documents, not conversations" in refused.stderr
 

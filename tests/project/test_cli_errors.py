@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from forked import forked_command
 from tiny_run import make_run
 
 from ultralong import miniature
@@ -30,8 +31,8 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     assert done.stderr.strip().startswith("ultralong extend: error: ")
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
-    assert run("extend", miniature.path()).returncode == 2
-    whole = run("extend", miniature.path(), "--to", 100, "--out", tmp_path / "x", "--traceback")
+    assert forked_command("extend", miniature.path()).returncode == 2
+    whole = forked_command("extend", miniature.path(), "--to", 100, "--out", tmp_path / "x", "--traceback")
     assert whole.returncode == 1
     assert "Traceback (most recent call last)" in whole.stderr
     assert "ValueError: " in whole.stderr.splitlines()[-1]

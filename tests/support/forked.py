@@ -1,12 +1,19 @@
-"""A training run over several forked processes, which start in a moment; torchrun imports everything in each of them.
+"""Training over several processes, and commands, in forked processes: they start at once, as everything is imported.
 
-What only torchrun and the command line do (start, environment, messages, exit codes) is proved where they are tested.
+What only a fresh interpreter or torchrun does (start, environment, messages, exit codes) is proved by tests of its own.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
 
+from ultralong import cli
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
 from ultralong.utils.local_ranks import run_ranks
@@ -25,3 +32,32 @@ def _rank(rank: int, world: int, config: TrainConfig, resume: bool) -> None:
     # What torchrun would have set, which accelerate reads to find its place.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     train(config, resume=resume, quiet=True)
+
+
+def forked_command(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `ultralong WORDS` in a process of its own; returns what `subprocess.run` would."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder, "out"), Path(folder, "err")
+        child = multiprocessing.get_context("fork").Process(target=_main, args=([*map(str, words)], cwd, *streams))
+        child.start()
+        child.join()
+        return subprocess.CompletedProcess(words, child.exitcode, *(path.read_text() for path in streams))
+
+
+def _main(words: list[str], cwd: Path | None, out: Path, err: Path) -> None:
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    if cwd is not None:
+        os.chdir(cwd)
+    code = 0
+    try:
+        cli.main(words)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:  # noqa: BLE001 - what the interpreter would print
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
