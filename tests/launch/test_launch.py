@@ -100,13 +100,19 @@ def test_no_value_of_the_user_becomes_a_directive(tmp_path):
     [
         ({}, 2, 8, "lsf", "scheduler 'lsf' is unknown. Use one of: torchrun, slurm, accelerate"),
         ({}, 0, 8, "slurm", "nodes and gpus_per_node must be 1 or more"),
-        ({}, 3, 4, "slurm", r"12 processes are not a multiple of parallel.context_parallel_size \(8\)"),
+        (
+            {},
+            3,
+            4,
+            "slurm",
+            "but this run has 12 processes.*--set parallel.context_parallel_size=6",
+        ),
         (
             {"global_batch_size": 3},
             2,
             8,
             "slurm",
-            r"global_batch_size \(3\) is not a multiple of 2 groups.*multiple of 2",
+            r"global_batch_size \(3\) is not a multiple of 2 groups.*--set global_batch_size=4",
         ),
     ],
 )
@@ -284,7 +290,8 @@ def found(folder: Path, config: TrainConfig, nodes: int = 1, gpus: int = 1) -> d
 def test_a_sound_run_passes_every_check(tmp_path, run):
     findings = found(tmp_path, run)
     assert all(good for good, _ in findings.values()), findings
-    assert list(findings) == ["mesh", "model", "rows", "sequence", "disk", "resume"]
+    checks = "processes model rows targets window vocabulary attention folder weights disk resume"
+    assert list(findings) == checks.split()
     assert "the run reads 8" in findings["rows"][1]
     assert not (tmp_path / "run").exists()
 
@@ -292,8 +299,8 @@ def test_a_sound_run_passes_every_check(tmp_path, run):
 @pytest.mark.parametrize(
     ("break_it", "name", "message"),
     [
-        (lambda folder: shutil.rmtree(folder / "model"), "model", "no config.json"),
-        (lambda folder: (folder / "model" / "model.safetensors").unlink(), "model", "lacks 1 of its 1 weight files"),
+        (lambda folder: shutil.rmtree(folder / "model"), "weights", "no config.json"),
+        (lambda folder: (folder / "model" / "model.safetensors").unlink(), "weights", "lacks 1 of its 1 weight files"),
         (lambda folder: (folder / "rows" / "manifest.json").unlink(), "rows", "no finished rows"),
     ],
 )
@@ -307,13 +314,13 @@ def test_what_is_missing_is_found(tmp_path, run, break_it, name, message):
 def test_a_window_that_is_too_short_is_found(tmp_path, run):
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 32}))
-    good, text = found(tmp_path, run)["rows"]
-    assert (good, "rows have 64 tokens and the model's window is 32" in text) == (False, True)
+    good, text = found(tmp_path, run)["window"]
+    assert (good, "Rows have 64 tokens" in text and "the model's window is 32" in text) == (False, True)
 
 
 def test_rows_of_another_length_than_the_config_says_are_found(tmp_path, run):
     good, text = found(tmp_path, replace(run, length=1024))["rows"]
-    assert (good, "the config says length: 1,024, the rows have 64 tokens" in text) == (False, True)
+    assert (good, "The config says length: 1024" in text and "have 64 tokens" in text) == (False, True)
 
 
 def test_heads_that_do_not_split_are_found(tmp_path, run):
@@ -322,7 +329,7 @@ def test_heads_that_do_not_split_are_found(tmp_path, run):
         settings.to_mapping(run)
         | {"parallel": {"context_parallel_size": 3, "scheme": "ulysses"}, "global_batch_size": 3},
     )
-    good, text = found(tmp_path, odd, 1, 3)["sequence"]
+    good, text = found(tmp_path, odd, 1, 3)["attention"]
     assert (good, "can't split 4 query and 2 kv heads over 3" in text) == (False, True)
 
 
@@ -339,7 +346,7 @@ def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run):
         [tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ok   ") == 6
+    assert done.stdout.count("ok   ") == 11
     assert not (tmp_path / "run").exists()
     shutil.rmtree(tmp_path / "rows")
     done = subprocess.run(

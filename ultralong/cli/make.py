@@ -128,33 +128,7 @@ def train(
         quiet: No progress bar.
         json: Write the result as JSON to this file.
     """
-    import dataclasses
-
-    from ultralong.training.config import TrainConfig, preset
-    from ultralong.utils import settings
-    from ultralong.utils.files import read_json
-
-    resolved = settings.load(TrainConfig, preset(config), set)
-    if processes is not None:
-        import tempfile
-
-        from ultralong.launch.local import launch_local
-
-        with tempfile.TemporaryDirectory() as scratch:
-            settings.save(resolved, Path(scratch) / "config.yaml")
-            launch_local(Path(scratch) / "config.yaml", processes, resume, quiet)
-        result = read_json(Path(resolved.out) / "result.json")
-    else:
-        from ultralong.training.loop import train as run
-
-        result = dataclasses.asdict(run(resolved, resume, quiet))
-    leave(json, result)
-    if is_main():
-        loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"  # where no step was left to do
-        print(
-            f"{result['model']}: {result['steps']:,} steps, {result['tokens']:,} tokens, loss {loss}. "
-            f"Next: ultralong eval needle {result['model']} --lengths 4096 8192"
-        )
+    _train("train", config, set, resume, processes, quiet, json)
 
 
 def sft(
@@ -182,14 +156,46 @@ def sft(
         quiet: No progress bar.
         json: Write the result as JSON to this file.
     """
-    from ultralong.data.rows.packed_rows import PackedRows
+    _train("sft", config, set, resume, processes, quiet, json)
+
+
+def _train(
+    command: str,
+    config: str,
+    changes: tuple[str, ...],
+    resume: bool,
+    processes: int | None,
+    quiet: bool,
+    json: Path | None,
+) -> None:
+    """What train and sft share: here, in processes of this machine, or in torchrun's."""
+    import dataclasses
+
     from ultralong.training.config import TrainConfig, preset
     from ultralong.utils import settings
+    from ultralong.utils.files import read_json
 
-    for source in settings.load(TrainConfig, preset(config), set).data:
-        if "template" not in PackedRows(source.rows).manifest:
-            raise ValueError(f"{source.rows} holds documents, not conversations: pack a recipe of kind chat.")
-    train(config, set=set, resume=resume, processes=processes, quiet=quiet, json=json)
+    resolved = settings.load(TrainConfig, preset(config), changes)
+    if processes is not None:
+        import tempfile
+
+        from ultralong.launch.local import launch_local
+
+        with tempfile.TemporaryDirectory() as scratch:
+            settings.save(resolved, Path(scratch) / "config.yaml")
+            launch_local(Path(scratch) / "config.yaml", processes, resume, quiet, command)
+        result = read_json(Path(resolved.out) / "result.json")
+    else:
+        from ultralong.training.loop import train as run
+
+        result = dataclasses.asdict(run(resolved, resume, quiet, answers=command == "sft"))
+    leave(json, result)
+    if is_main():
+        loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"  # where no step was left to do
+        print(
+            f"{result['model']}: {result['steps']:,} steps, {result['tokens']:,} tokens, loss {loss}. "
+            f"Next: ultralong eval needle {result['model']} --lengths 4096 8192"
+        )
 
 
 def demo(

@@ -5,7 +5,8 @@ variables on top of them and are never guessed. Below its values every script co
 are plain bash and say why each setting is there. A script takes `--dry-run`, which checks without a GPU (`check`).
 """
 
-from ultralong.launch.check import Finding, check
+from ultralong.launch.check import check
 from ultralong.launch.render import SCHEDULERS, launch
+from ultralong.training.preflight import Finding
 
 __all__ = ["SCHEDULERS", "Finding", "check", "launch"]

@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from ultralong import __version__
-from ultralong.launch.check import mesh_problem
 from ultralong.training.config import TrainConfig
+from ultralong.training.parallel import process_problem
 from ultralong.utils import settings
 from ultralong.utils.files import atomic_path, write_text
 
@@ -61,7 +61,7 @@ def launch(
         raise ValueError(f"scheduler {scheduler!r} is unknown. Use one of: {', '.join(SCHEDULERS)}.")
     if nodes < 1 or gpus_per_node < 1:
         raise ValueError(f"nodes and gpus_per_node must be 1 or more, found {nodes} and {gpus_per_node}.")
-    if problem := mesh_problem(config, nodes * gpus_per_node):
+    if problem := process_problem(config, nodes * gpus_per_node):
         raise ValueError(problem)
     folder, config = Path(out), saving(config)
     there = [name for name in FILES[scheduler] if (folder / name).exists()]

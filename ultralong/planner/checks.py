@@ -1,8 +1,6 @@
-"""What a plan is asked with: numbers that have a sense, and GPUs that the trainer would accept."""
+"""What a plan is asked with: numbers that have a sense."""
 
 from __future__ import annotations
-
-from ultralong.training.config import TrainConfig
 
 # The largest numbers that are taken for meant: a thousand times what is built or trained today.
 LARGEST = {"gpus": 2**20, "tokens": 2**36, "gpu_memory": 2**20, "host_memory": 2**24, "price": 1e9}
@@ -36,26 +34,3 @@ def _shown(value: float) -> str:
     if isinstance(value, int) and abs(value) >= 10**300:
         return f"a number of {value.bit_length()} bits"
     return f"{value:,}" if abs(value) < 1e15 else f"{value:.3g}"
-
-
-def check_gpus(config: TrainConfig, gpus: int) -> None:
-    """Refuse a number of GPUs that the trainer would refuse as a number of processes.
-
-    Raises:
-        ValueError: It is no multiple of the GPUs that share a row or the parameters, or the rows of a step can't be
-            divided over the groups.
-    """
-    size, degree = config.parallel.context_parallel_size, config.parallel.fsdp_shard_degree
-    for name, count in (("context_parallel_size", size), ("fsdp_shard_degree", degree or 1)):
-        if gpus % count:
-            divisor = max(d for d in range(1, count + 1) if gpus % d == 0)
-            raise ValueError(
-                f"{gpus} GPUs are not a multiple of parallel.{name} ({count}). Plan with a multiple of it, or set "
-                f"parallel.{name} to a divisor of {gpus}, such as {divisor}."
-            )
-    groups = gpus // size
-    if config.global_batch_size % (groups * config.micro_batch_size):
-        raise ValueError(
-            f"global_batch_size ({config.global_batch_size}) is not a multiple of {groups} groups of GPUs x "
-            f"micro_batch_size ({config.micro_batch_size})."
-        )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.planner.autotune import choose_memory
-from ultralong.planner.checks import check_gpus, check_numbers
+from ultralong.planner.checks import check_numbers
 from ultralong.planner.machine import Machine, load_machine
 from ultralong.planner.memory import FRAGMENTED, gpu_lines, host_lines
 from ultralong.planner.report import GIB, Line, Plan
@@ -19,6 +19,7 @@ from ultralong.planner.shapes import planned_model, shape_of
 from ultralong.planner.step_time import run_lines, step_lines
 from ultralong.planner.workload import Job
 from ultralong.training.config import MemoryConfig, TrainConfig
+from ultralong.training.preflight import check_start
 from ultralong.utils.settings import to_mapping
 
 STEP = 1024  # the longest row is given in multiples of this
@@ -62,7 +63,7 @@ def plan(
     check_numbers(gpus=gpus, tokens=tokens, gpu_memory=gpu_memory, host_memory=host_memory, price=price)
     machine = load_machine(machine) if isinstance(machine, str) else machine
     gpus = _fewest_gpus(config) if gpus is None else gpus
-    check_gpus(config, gpus)
+    check_start(config, gpus, resume=True, planned=True)
     model, named = planned_model(config.model, config.base_model)
     known = tokens or _row_length(config) or config.length
     tokens = known or model.get_text_config().max_position_embeddings

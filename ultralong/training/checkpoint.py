@@ -93,11 +93,8 @@ class RunFolder:
                 found.append((int(match[1]), entry))
         return sorted(found)
 
-    def open(self, config: TrainConfig, resume: bool) -> int | None:
-        """Make the folder ready; main process only.
-
-        Returns:
-            The step to resume from, or None to start anew.
+    def check(self, config: TrainConfig, resume: bool) -> None:
+        """Refuse a folder that `open` would refuse.
 
         Raises:
             ValueError: The folder holds a run and `resume` is off, or the run there has other settings.
@@ -108,6 +105,17 @@ class RunFolder:
             self._check_same(config)
         elif self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
+
+    def open(self, config: TrainConfig, resume: bool) -> int | None:
+        """Make the folder ready; main process only.
+
+        Returns:
+            The step to resume from, or None to start anew.
+
+        Raises:
+            ValueError: The folder holds a run and `resume` is off, or the run there has other settings.
+        """
+        self.check(config, resume)
         shutil.rmtree(self.path / "checkpoints" / "unfinished", ignore_errors=True)
         settings.save(config, self.config, "Every setting of this run; `ultralong train` with this file repeats it.")
         steps = self.checkpoints()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from accelerate.utils import set_seed
 from ultralong.training import checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
-from ultralong.training.model import check_model, export, load_model
+from ultralong.training.model import export, load_model
 from ultralong.training.parallel import Processes, connect
+from ultralong.training.preflight import check_start
 from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
 from ultralong.utils.files import append_jsonl, read_jsonl, write_json
 from ultralong.utils.progress import progress
@@ -43,13 +45,14 @@ class TrainResult:
     seconds: float
 
 
-def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> TrainResult:
+def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answers: bool = False) -> TrainResult:
     """Train as `config` says; every process of the run calls it.
 
     Args:
         config: The run.
         resume: Resume from the newest checkpoint in `config.out`; start anew if there is none.
         quiet: No progress bar.
+        answers: Refuse rows of documents, where every token is a target (SFT).
 
     Returns:
         What was done. The trained model lies in `config.out/model`.
@@ -62,11 +65,11 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
     start = time.perf_counter()
     with connect(config) as processes:
         folder = checkpoint.RunFolder(Path(config.out))
+        _check_together(config, resume, answers, processes)
         order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size, config.length)
         _prepare_folder(folder, config, resume, processes)
         set_seed(config.seed)
         model = load_model(config)
-        check_model(model, order)
         run = build_run(config, processes, folder, order, model)
         first = 0
         if resume and (saved := folder.checkpoints()):
@@ -88,12 +91,23 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> Tra
         return result
 
 
+def _check_together(config: TrainConfig, resume: bool, answers: bool, processes: Processes) -> None:
+    """Check on the main process whether the run can start; a refusal reaches all."""
+    world, device = processes.accelerator.num_processes, processes.accelerator.device.type
+    _on_main(lambda: check_start(config, world, resume=resume, answers=answers, device=device), processes)
+
+
 def _prepare_folder(folder: checkpoint.RunFolder, config: TrainConfig, resume: bool, processes: Processes) -> None:
-    """Open the folder on the main process; a refusal reaches all, so that none waits for the others for ever."""
+    """Open the folder on the main process; a refusal reaches all."""
+    _on_main(lambda: folder.open(config, resume), processes)
+
+
+def _on_main(work: Callable[[], object], processes: Processes) -> None:
+    """Do something on the main process; its ValueError is raised on all, so that none waits for the others for ever."""
     error: list[str] = [""]
     if processes.is_main:
         try:
-            folder.open(config, resume)
+            work()
         except ValueError as refused:
             error = [str(refused)]
     if processes.accelerator.num_processes > 1:

@@ -44,29 +44,6 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     return model.train()
 
 
-def check_model(model: PreTrainedModel, order: RowOrder) -> None:
-    """Refuse rows that the model was not made for.
-
-    Raises:
-        ValueError: The rows' vocabulary is larger than the model's, or they are longer than its window.
-    """
-    embedding: Any = model.get_input_embeddings()
-    size = embedding.weight.shape[0]
-    for rows in order.folders:
-        vocabulary = rows.manifest["tokenizer"]["vocabulary"]
-        if vocabulary > size:
-            raise ValueError(
-                f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}. Pack the "
-                "documents with the model's own tokenizer."
-            )
-    window = getattr(model.config, "max_position_embeddings", None)
-    if window is not None and order.length > window and not order.folders[0].restart_positions:
-        raise ValueError(
-            f"Rows have {order.length} tokens, the model's window is {window}. Extend the model first "
-            f"(ultralong extend ... --to {order.length}), or pack shorter rows."
-        )
-
-
 def head_counts(model: PreTrainedModel) -> tuple[int, int]:
     """Query heads and kv heads of a layer."""
     text = model.config.get_text_config()

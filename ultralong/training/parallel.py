@@ -118,6 +118,35 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def process_problem(config: TrainConfig, world: int) -> str | None:
+    """Why `world` processes cannot run this config and which settings could, or None where they can."""
+    size, rows, micro = config.parallel.context_parallel_size, config.global_batch_size, config.micro_batch_size
+    degree, have = config.parallel.fsdp_shard_degree, f"this run has {world} process{'es' * (world > 1)}"
+    if world < 1:
+        return f"A run needs 1 process or more, found {world}."
+    if world % size:
+        divisor = max(d for d in range(1, size + 1) if world % d == 0)
+        return (
+            f"parallel.context_parallel_size is {size}, but {have}. Start a multiple of {size} (on this machine: "
+            f"ultralong train ... --processes {size}), or --set parallel.context_parallel_size={divisor}."
+        )
+    if degree is not None and world % degree:
+        divisor = max(d for d in range(1, degree + 1) if world % d == 0)
+        return (
+            f"parallel.fsdp_shard_degree is {degree}, but {have}. Start a multiple of {degree}, or "
+            f"--set parallel.fsdp_shard_degree={divisor}."
+        )
+    groups = world // size
+    if rows % (groups * micro):
+        larger = [d for d in range(size, world + 1, size) if world % d == 0 and rows % (world // d * micro) == 0]
+        other = f", or --set parallel.context_parallel_size={larger[0]}: more GPUs share a row" if larger else ""
+        return (
+            f"global_batch_size ({rows}) is not a multiple of {groups} groups of processes x micro_batch_size "
+            f"({micro}). --set global_batch_size={-(-rows // (groups * micro)) * groups * micro}{other}."
+        )
+    return None
+
+
 @contextmanager
 def connect(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes of the run, and leave the group at the end if this call made it.
@@ -141,24 +170,10 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
     )
     try:
         world, sequence = accelerator.num_processes, config.parallel.context_parallel_size
-        if world % sequence:
-            raise ValueError(
-                f"parallel.context_parallel_size is {sequence}, but this run has {world} "
-                f"process{'es' * (world > 1)}. Start a multiple of {sequence}: ultralong train ... "
-                f"--processes {sequence} on this machine, or torchrun --nproc-per-node "
-                f"{sequence} -m ultralong train ..."
-            )
-        if config.global_batch_size % (world // sequence * config.micro_batch_size):
-            raise ValueError(
-                f"global_batch_size ({config.global_batch_size}) must be a multiple of {world // sequence} groups x "
-                f"micro_batch_size ({config.micro_batch_size})."
-            )
+        if problem := process_problem(config, world):
+            raise ValueError(problem)
         mesh, shard = None, config.parallel.fsdp_shard_degree
         if shard is not None:
-            if world % shard:
-                raise ValueError(
-                    f"parallel.fsdp_shard_degree is {shard}, but this run has {world} processes: it must divide them."
-                )
             if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 wants a group
                 backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

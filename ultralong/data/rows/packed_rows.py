@@ -12,6 +12,7 @@ Labels and positions follow from these, so they are made when a row is read and 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,10 +69,12 @@ class PackedRows:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
+        if not self.folder.exists():
+            raise ValueError(f"There is no folder {folder}: rows are written by ultralong pack.")
         if not path.exists():
             raise ValueError(
                 f"{folder} holds no finished rows (no manifest.json). Run the packing step again: it "
-                "goes on where it stopped."
+                "resumes where it stopped."
             )
         self.manifest: dict[str, Any] = read_record(path)
         if self.manifest.get("format") != FORMAT:
@@ -91,6 +94,11 @@ class PackedRows:
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._row(self._map(shard), int(index - self._first[shard]))
+
+    def segments(self) -> Iterator[np.ndarray]:
+        """The segments of each shard, (segments, 3): row of the shard, first token, document."""
+        for shard in range(len(self.manifest["shards"])):
+            yield np.asarray(self._map(shard)["segments"])
 
     def release(self) -> None:
         """Unmap the shards; they are mapped again when touched."""

@@ -1,0 +1,228 @@
+"""Can a run start: one answer for the trainer, SFT, the launcher's dry run and the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_run import LENGTH, make_run
+
+from ultralong import launch, planner
+from ultralong.cli import main
+from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.training.config import DataSource, ParallelConfig, TrainConfig
+from ultralong.training.loop import train
+from ultralong.training.preflight import check_start, longest_position, preflight
+from ultralong.utils import settings
+from ultralong.utils.files import read_json, write_json
+
+NAMES = ["processes", "model", "rows", "targets", "window", "vocabulary", "attention", "folder"]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = make_run(tmp_path, tiny_model, tiny_tokenizer)
+    manifest = read_json("rows/manifest.json")
+    write_json("rows/manifest.json", manifest | {"template": {"name": "as of conversations"}})  # so that sft takes them
+    return made
+
+
+def edit(path, **changes):
+    write_json(path, read_json(path) | changes)
+
+
+def second(run, **changes):
+    """A second source: the same rows, with another manifest."""
+    import shutil
+
+    shutil.copytree("rows", "other")
+    edit("other/manifest.json", **changes)
+    return replace(run, data=(*run.data, DataSource("other")))
+
+
+def many_positions(run):
+    edit("model/config.json", max_position_embeddings=LENGTH // 2)
+    return run
+
+
+def one_long_document(run):
+    """Positions start again at each document; one of the second source is longer than the window."""
+    found = second(run, positions="document")
+    edit("rows/manifest.json", positions="document")
+    edit("model/config.json", max_position_embeddings=LENGTH - 1)
+    for folder, cut in (("rows", LENGTH // 2), ("other", LENGTH)):
+        for shard in read_json(f"{folder}/manifest.json")["shards"]:
+            starts = [0] if cut == LENGTH else [0, cut]
+            rows = [(row, start, 1) for row in range(shard["rows"]) for start in starts]
+            np.save(f"{folder}/{shard['shard']}.segments.npy", np.array(rows, dtype="<i8"))
+    return found
+
+
+def other_tokenizer(run):
+    manifest = read_json("rows/manifest.json")
+    edit("rows/manifest.json", tokenizer=manifest["tokenizer"] | {"sha256": "0" * 64})
+    return run
+
+
+def large_vocabulary(run):
+    manifest = read_json("rows/manifest.json")
+    edit("rows/manifest.json", tokenizer=manifest["tokenizer"] | {"vocabulary": 10**6})
+    return run
+
+
+def foreign_folder(run):
+    from pathlib import Path
+
+    Path("run").mkdir()
+    Path("run/thesis.txt").write_text("mine")
+    return run
+
+
+def no_targets(run):
+    edit("rows/manifest.json", target_tokens=0)
+    return run
+
+
+def parallel(**changes):
+    return lambda run: replace(run, parallel=replace(run.parallel, **changes))
+
+
+# What is wrong, and what all four say of it.
+WRONG = {
+    "a row's processes": (parallel(context_parallel_size=2), "context_parallel_size is 2, but this run has 1 process"),
+    "a shard degree": (parallel(fsdp_shard_degree=2), "fsdp_shard_degree is 2, but this run has 1 process"),
+    "mixed masks": (lambda run: second(run, mask_documents=True), "must share row length and document mask"),
+    "mixed lengths": (lambda run: second(run, length=32), "must share row length and document mask"),
+    "an empty source": (lambda run: second(run, rows=0, shards=[]), "other holds no row"),
+    "another length": (lambda run: replace(run, length=1024), "The config says length: 1024"),
+    "a tokenizer": (other_tokenizer, "rows was made with another tokenizer"),
+    "a vocabulary": (large_vocabulary, "a vocabulary of 1000000 tokens"),
+    "positions": (many_positions, f"Rows have {LENGTH} tokens in rows, the model's window is {LENGTH // 2}"),
+    "restarting positions": (one_long_document, f"Documents in rows have up to {LENGTH} tokens in other"),
+    "a scheme": (parallel(scheme="ulises"), "scheme must be one of auto, single"),
+    "a kernel": (parallel(kernel="flash9"), "kernel must be one of auto, flash4"),
+    "compile": (lambda run: second(replace(run, compile=True), mask_documents=True), "must share row length"),
+    "a foreign folder": (foreign_folder, "run is not empty and holds no run"),
+    "no targets": (no_targets, "rows has no token to learn from"),
+}
+
+
+def said_by_plan(run: TrainConfig) -> str:
+    with pytest.raises(ValueError, match=r".+") as error:
+        planner.plan(run, 1)
+    return str(error.value)
+
+
+def said_by_trainer(run: TrainConfig) -> str:
+    with pytest.raises(ValueError, match=r".+") as error:
+        train(run, quiet=True, resume=True)
+    return str(error.value)
+
+
+def said_by_launch(run: TrainConfig) -> str:
+    return " Also: ".join(finding.text for finding in launch.check(run, 1, 1) if not finding.good)
+
+
+def said_by_sft(run: TrainConfig, capsys) -> str:
+    settings.save(run, "run.yaml")
+    with pytest.raises(SystemExit) as left:
+        main(["sft", "run.yaml", "--quiet", "--resume"])
+    assert left.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_a_sound_run_passes(run):
+    findings = preflight(run, 1, device="cpu")
+    assert [finding.name for finding in findings] == NAMES
+    assert all(finding.good for finding in findings), findings
+    check_start(run, 1)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_all_four_refuse_the_same(run, what, capsys):
+    make, expected = WRONG[what]
+    wrong = make(run)
+    refusals = {"plan": said_by_plan(wrong), "trainer": said_by_trainer(wrong), "launch": said_by_launch(wrong)}
+    refusals["sft"] = said_by_sft(wrong, capsys)
+    for caller, text in refusals.items():
+        assert expected in " ".join(text.split()), f"{caller} said: {text}"
+
+
+def test_nothing_is_written_by_a_refused_run(run, tmp_path):
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        train(replace(run, parallel=ParallelConfig(kernel="flash9")), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_reason_is_given_at_once(run):
+    wrong = replace(large_vocabulary(run), parallel=ParallelConfig(context_parallel_size=2, kernel="flash9"))
+    with pytest.raises(
+        ValueError, match=r"but this run has 1 process.* Also: .*a vocabulary of .* Also: kernel must be"
+    ):
+        check_start(wrong, 1)
+
+
+def test_a_plan_needs_neither_model_nor_rows(run):
+    import shutil
+
+    shutil.rmtree("model")
+    shutil.rmtree("rows")
+    assert all(finding.good for finding in preflight(run, 1, planned=True))
+    wrong = {finding.name for finding in preflight(run, 1) if not finding.good}
+    assert wrong == {"model", "rows"}
+    text = next(finding.text for finding in preflight(run, 1) if finding.name == "rows")
+    assert text.startswith("There is no folder rows")
+
+
+@pytest.mark.parametrize("compile_with", ["processes", "mask"])
+def test_compile_is_for_one_process_without_a_mask(run, compile_with):
+    if compile_with == "mask":
+        edit("rows/manifest.json", mask_documents=True)
+    world = 2 if compile_with == "processes" else 1
+    with pytest.raises(ValueError, match="compile works on one process"):
+        check_start(replace(run, compile=True), world)
+
+
+def test_head_chunks_have_to_split_the_heads(run):
+    chunks = replace(run, parallel=ParallelConfig(context_parallel_size=2, scheme="ulysses", head_chunks=3))
+    with pytest.raises(ValueError, match=r"head_chunks must be one of \["):
+        check_start(chunks, 2)
+
+
+def test_sft_refuses_documents(run, capsys):
+    manifest = read_json("rows/manifest.json")
+    del manifest["template"]
+    write_json("rows/manifest.json", manifest)
+    assert "holds documents, not conversations" in said_by_sft(run, capsys)
+    assert all(finding.good for finding in preflight(run, 1))
+
+
+def test_a_run_in_its_folder_is_resumed_or_refused(run):
+    train(run, quiet=True)
+    with pytest.raises(ValueError, match=r"holds a run already\. Resume it"):
+        check_start(run, 1)
+    findings = {finding.name: finding.text for finding in preflight(run, 1, resume=True)}
+    assert findings["folder"] == "run: resumes after step 4"
+
+
+def test_a_model_extended_with_a_factor_is_taken_at_its_window(run):
+    """`linear` and `dynamic` keep the unscaled window in the config or not; programs that serve them know."""
+    config = read_json("model/config.json")
+    rope = config["rope_parameters"] | {"rope_type": "dynamic", "factor": 2.0}
+    edit("model/config.json", max_position_embeddings=LENGTH // 2, rope_parameters=rope)
+    check_start(run, 1)
+    edit("model/config.json", max_position_embeddings=LENGTH // 4)
+    with pytest.raises(ValueError, match=f"window is {LENGTH // 2}"):
+        check_start(run, 1)
+
+
+def test_positions_are_counted_over_every_document(run):
+    rows = PackedRows("rows")
+    assert longest_position(rows) == LENGTH
+    edit("rows/manifest.json", positions="document")
+    rows = PackedRows("rows")
+    longest = max(int(np.diff(rows[index].boundaries).max()) for index in range(len(rows)))
+    assert longest_position(rows) == longest
+    assert longest == max(int(rows[index].position_ids.max()) for index in range(len(rows))) + 1

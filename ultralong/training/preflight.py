@@ -1,0 +1,267 @@
+"""Can this run start? One answer for the trainer, the plan, the launcher's dry run and SFT, before any GPU is used.
+
+Nothing is loaded but configs, manifests and a tokenizer, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
+from ultralong.attention.kernels import KERNELS, get_kernel
+from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.data.tokens.encoding import check_same_tokenizer
+from ultralong.rope import window_of
+from ultralong.training.checkpoint import RunFolder
+from ultralong.training.config import TrainConfig
+from ultralong.training.parallel import process_problem
+from ultralong.utils.hub import find_checkpoint, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes:
+        name: What was checked.
+        good: False stops the run.
+        text: What was found and, where it is wrong, what to do.
+    """
+
+    name: str
+    good: bool
+    text: str
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        return f"{'ok   ' if self.good else 'WRONG'} {self.name}: {self.text}"
+
+
+@dataclass
+class Preflight:
+    """The checks of one run, in the order in which a run would meet them.
+
+    Attributes:
+        config: The run; its relative paths are relative to the current folder.
+        world: Processes.
+        resume: Whether a run in the folder may be resumed.
+        answers: Rows have to be of conversations (SFT).
+        planned: Model and rows need not be there yet; what is there is checked.
+        device: "cuda" or "cpu" where the run is to start here: its kernel has to be installed. None checks the name.
+    """
+
+    config: TrainConfig
+    world: int
+    resume: bool = False
+    answers: bool = False
+    planned: bool = False
+    device: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    def run(self) -> list[Finding]:
+        """Make all checks; one finding each."""
+        self._check("processes", self._processes)
+        model = self._check("model", self._model)
+        folders = self._check("rows", self._rows)
+        if folders:
+            self._check("targets", lambda: self._targets(folders))
+        if folders and model is not None:
+            self._check("window", lambda: _window(model, folders, self.config.model))
+            self._check("vocabulary", lambda: self._vocabulary(model, folders))
+        self._check("attention", lambda: self._attention(model, folders or []))
+        self._check("folder", self._folder)
+        return self.findings
+
+    def _check(self, name: str, work: Callable[[], tuple[str, Any]]) -> Any:
+        """Note what a check says; returns what it found, None where it is wrong."""
+        try:
+            text, value = work()
+        except (ValueError, OSError, ImportError) as error:
+            self.findings.append(Finding(name, False, " ".join(str(error).split())))
+            return None
+        self.findings.append(Finding(name, True, text))
+        return value
+
+    def _processes(self) -> tuple[str, None]:
+        if problem := process_problem(self.config, self.world):
+            raise ValueError(problem)
+        size = self.config.parallel.context_parallel_size
+        groups = self.world // size
+        rows = self.config.global_batch_size // groups
+        return (
+            f"{self.world} processes: {groups} group{'s' * (groups > 1)} of {size} that share a row, "
+            f"{rows} rows a step each"
+        ), None
+
+    def _model(self) -> tuple[str, Any]:
+        name = self.config.model
+        if self.planned and not Path(name).expanduser().is_dir():
+            return f"{name} is not there yet", None
+        try:
+            place = find_checkpoint(name)
+        except ValueError as error:
+            raise ValueError(f"No model could be loaded from {name!r}: {error}") from error
+        if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+            raise ValueError(f"No model could be loaded from {name!r}: the folder has no config.json.")
+        try:
+            found = AutoConfig.from_pretrained(place)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"No model could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+        return f"{found.model_type}, window {_declared_window(found) or 'unknown'}", found
+
+    def _rows(self) -> tuple[str, list[PackedRows]]:
+        config = self.config
+        there = [s.rows for s in config.data if not self.planned or (Path(s.rows) / "manifest.json").is_file()]
+        folders = [PackedRows(rows) for rows in there]
+        for rows in folders:
+            if not len(rows):
+                raise ValueError(f"{rows.folder} holds no row. Pack more documents, or use a shorter row length.")
+        kinds = {(rows.length, rows.mask_documents): rows.folder for rows in folders}
+        if len(kinds) > 1:
+            found = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
+            raise ValueError(f"All sources of a run must share row length and document mask, found {found}.")
+        if folders and config.length not in (None, length := folders[0].length):
+            raise ValueError(
+                f"The config says length: {config.length}, the rows in {folders[0].folder} have {length} tokens. "
+                f"Pack rows of {config.length} (ultralong pack ... --length {config.length}), or set length={length}."
+            )
+        if len(folders) < len(config.data):
+            return f"{len(config.data) - len(folders)} of {len(config.data)} folders are not packed yet", folders
+        needed, count = config.steps * config.global_batch_size, sum(map(len, folders))
+        return (
+            f"{count:,} rows of {folders[0].length:,} tokens; the run reads {needed:,} ({needed / count:.2f} passes)"
+        ), folders
+
+    def _targets(self, folders: list[PackedRows]) -> tuple[str, None]:
+        for rows in folders:
+            if self.answers and "template" not in rows.manifest:
+                raise ValueError(f"{rows.folder} holds documents, not conversations: pack a recipe of kind chat.")
+            if rows.manifest.get("target_tokens") == 0:
+                raise ValueError(f"{rows.folder} has no token to learn from: every row is prompt and padding.")
+        return "every source has tokens to learn from", None
+
+    def _vocabulary(self, model: Any, folders: list[PackedRows]) -> tuple[str, None]:
+        size = model.get_text_config().vocab_size
+        for rows in folders:
+            vocabulary = rows.manifest["tokenizer"]["vocabulary"]
+            if vocabulary > size:
+                raise ValueError(
+                    f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}. Pack "
+                    "the documents with the model's own tokenizer."
+                )
+        place = Path(self.config.model).expanduser()
+        if not (place / "tokenizer_config.json").is_file():
+            return f"{size:,} tokens; the model has no tokenizer here to compare", None
+        tokenizer = load_tokenizer(place)
+        for rows in folders:
+            check_same_tokenizer(rows.manifest["tokenizer"], tokenizer, str(rows.folder))
+        return f"{size:,} tokens, the model's own tokenizer", None
+
+    def _attention(self, model: Any, folders: list[PackedRows]) -> tuple[str, None]:
+        config, parallel = self.config, self.config.parallel
+        if parallel.kernel not in ("auto", *KERNELS):
+            raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {parallel.kernel!r}")
+        if parallel.kernel != "auto" and self.device is not None:
+            get_kernel(parallel.kernel, self.device)
+        if config.compile and (self.world > 1 or any(rows.mask_documents for rows in folders)):
+            raise ValueError(
+                "compile works on one process with rows that have no document mask; switch one of them off."
+            )
+        heads, kv_heads = _heads(model)
+        ranks = parallel.context_parallel_size
+        row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks if ranks > 1 else None)
+        scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)
+        if ranks > 1:
+            choose_head_chunks(scheme, ranks, row)
+        return f"{ranks} process{'es' * (ranks > 1)} a row, scheme {scheme}: {reason}", None
+
+    def _folder(self) -> tuple[str, None]:
+        folder = RunFolder(Path(self.config.out))
+        folder.check(self.config, self.resume)
+        saved = folder.checkpoints()
+        return f"{folder.path}: {f'resumes after step {saved[-1][0]}' if saved else 'starts at the first step'}", None
+
+
+def preflight(
+    config: TrainConfig,
+    world: int,
+    *,
+    resume: bool = False,
+    answers: bool = False,
+    planned: bool = False,
+    device: str | None = None,
+) -> list[Finding]:
+    """Check whether a run can start: processes, model, rows, window, vocabulary, attention, folder.
+
+    Args:
+        config: The run, its relative paths relative to the current folder.
+        world: Processes.
+        resume: Whether a run in the folder may be resumed.
+        answers: Rows have to be of conversations (SFT).
+        planned: Model and rows need not be there yet; what is there is checked.
+        device: See `Preflight`.
+    """
+    return Preflight(config, world, resume, answers, planned, device).run()
+
+
+def check_start(config: TrainConfig, world: int, **options: Any) -> None:
+    """Refuse a run that cannot start.
+
+    Args:
+        config: As for `preflight`.
+        world: As for `preflight`.
+        **options: As for `preflight`.
+
+    Raises:
+        ValueError: It cannot; the message holds every reason.
+    """
+    wrong = [finding.text for finding in preflight(config, world, **options) if not finding.good]
+    if wrong:
+        raise ValueError(" Also: ".join(wrong))
+
+
+def _heads(model: Any) -> tuple[int, int]:
+    """Query heads and kv heads; those of one head where the model is not there yet."""
+    if model is None:
+        return 1, 1
+    text = model.get_text_config()
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def _declared_window(model: Any) -> int:
+    """Tokens of the model's window; 0 where its config declares none."""
+    try:
+        return window_of(model.get_text_config())
+    except ValueError:  # a model without RoPE
+        return int(getattr(model.get_text_config(), "max_position_embeddings", None) or 0)
+
+
+def _window(model: Any, folders: list[PackedRows], name: str) -> tuple[str, None]:
+    window = _declared_window(model)
+    for rows in folders:
+        reach = longest_position(rows) if rows.length > window > 0 else 0
+        if reach > window > 0:
+            what = "Rows have" if not rows.restart_positions else "Documents in rows have up to"
+            raise ValueError(
+                f"{what} {reach} tokens in {rows.folder}, the model's window is {window}. Extend the model first "
+                f"(ultralong extend {name} --to {reach} --out NEW), or pack shorter rows."
+            )
+    return f"{window:,} tokens hold every row", None
+
+
+def longest_position(rows: PackedRows) -> int:
+    """Positions that a folder's rows use: their length, or the longest document where each starts at 0 again."""
+    if not rows.restart_positions:
+        return rows.length
+    longest = 0
+    for shard in rows.segments():
+        ends = np.append(shard[1:, 1], 0)
+        ends[np.append(shard[1:, 0] != shard[:-1, 0], True)] = rows.length
+        longest = max(longest, int((ends - shard[:, 1]).max(initial=0)))
+    return longest
