@@ -260,7 +260,7 @@ def test_more_gpus_take_less_time_and_attention_goes_with_the_square(tiny_folder
         (
             config(parallel=ParallelConfig(context_parallel_size=2, fsdp_shard_degree=8)),
             12,
-            r"12 GPUs are not a multiple of parallel.fsdp_shard_degree \(8\).* such as 6",
+            "fsdp_shard_degree is 8, but this run has 12 processes.*fsdp_shard_degree=6",
         ),
         (config(), 2, r"global_batch_size \(1\) is not a multiple of 2 groups"),
         (config("no/such-model"), 1, "'no/such-model' is neither a model folder"),

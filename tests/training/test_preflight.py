@@ -172,6 +172,8 @@ def test_a_plan_needs_neither_model_nor_rows(run):
     assert all(finding.good for finding in preflight(run, 1, planned=True))
     wrong = {finding.name for finding in preflight(run, 1) if not finding.good}
     assert wrong == {"model", "rows"}
+    chunks = replace(run, parallel=ParallelConfig(context_parallel_size=2, scheme="ulysses", head_chunks=3))
+    assert all(finding.good for finding in preflight(chunks, 2, planned=True)), "the heads are not known yet"
     text = next(finding.text for finding in preflight(run, 1) if finding.name == "rows")
     assert text.startswith("There is no folder rows")
 

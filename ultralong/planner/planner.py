@@ -63,8 +63,8 @@ def plan(
     check_numbers(gpus=gpus, tokens=tokens, gpu_memory=gpu_memory, host_memory=host_memory, price=price)
     machine = load_machine(machine) if isinstance(machine, str) else machine
     gpus = _fewest_gpus(config) if gpus is None else gpus
-    check_start(config, gpus, resume=True, planned=True)
     model, named = planned_model(config.model, config.base_model)
+    check_start(config, gpus, resume=True, planned=True, shape=model)
     known = tokens or _row_length(config) or config.length
     tokens = known or model.get_text_config().max_position_embeddings
     job = Job(config, model, shape_of(model), machine, tokens, gpus)

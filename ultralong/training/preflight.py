@@ -54,6 +54,7 @@ class Preflight:
         answers: Rows have to be of conversations (SFT).
         planned: Model and rows need not be there yet; what is there is checked.
         device: "cuda" or "cpu" where the run is to start here: its kernel has to be installed. None checks the name.
+        shape: Config of a model of the same heads, where the model is not there yet.
     """
 
     config: TrainConfig
@@ -62,6 +63,7 @@ class Preflight:
     answers: bool = False
     planned: bool = False
     device: str | None = None
+    shape: Any = None
     findings: list[Finding] = field(default_factory=list)
 
     def run(self) -> list[Finding]:
@@ -74,7 +76,7 @@ class Preflight:
         if folders and model is not None:
             self._check("window", lambda: _window(model, folders, self.config.model))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
-        self._check("attention", lambda: self._attention(model, folders or []))
+        self._check("attention", lambda: self._attention(self.shape or model, folders or []))
         self._check("folder", self._folder)
         return self.findings
 
@@ -173,11 +175,11 @@ class Preflight:
             raise ValueError(
                 "compile works on one process with rows that have no document mask; switch one of them off."
             )
-        heads, kv_heads = _heads(model)
         ranks = parallel.context_parallel_size
+        heads, kv_heads = _heads(model)
         row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks if ranks > 1 else None)
         scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)
-        if ranks > 1:
+        if ranks > 1 and model is not None:
             choose_head_chunks(scheme, ranks, row)
         return f"{ranks} process{'es' * (ranks > 1)} a row, scheme {scheme}: {reason}", None
 
@@ -196,6 +198,7 @@ def preflight(
     answers: bool = False,
     planned: bool = False,
     device: str | None = None,
+    shape: Any = None,
 ) -> list[Finding]:
     """Check whether a run can start: processes, model, rows, window, vocabulary, attention, folder.
 
@@ -206,8 +209,9 @@ def preflight(
         answers: Rows have to be of conversations (SFT).
         planned: Model and rows need not be there yet; what is there is checked.
         device: See `Preflight`.
+        shape: See `Preflight`.
     """
-    return Preflight(config, world, resume, answers, planned, device).run()
+    return Preflight(config, world, resume, answers, planned, device, shape).run()
 
 
 def check_start(config: TrainConfig, world: int, **options: Any) -> None:
