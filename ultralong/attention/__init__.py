@@ -1,7 +1,7 @@
 """Sequence-parallel attention: exact, aware of packed documents, for unmodified transformers models.
 
 `import ultralong.attention` registers `attn_implementation="ultralong"` in transformers; `make_attention_context`
-decides how one row's attention is shared out; the model is then called with this rank's tokens and
+decides how one row's attention is distributed; the model is then called with this rank's tokens and
 `attention_context=`.
 """
 

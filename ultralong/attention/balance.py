@@ -108,8 +108,10 @@ def _tried(tokens: int, ranks: int, boundaries: Sequence[int], inner: int, small
     """Layouts to choose from."""
     yield zigzag(tokens, ranks, inner)
     pairs = _triangle(np.diff(np.asarray(boundaries, dtype=np.int64)))
-    shares = {int((pairs > heavy * pairs.sum() / ranks).sum()): heavy for heavy in HEAVY}  # each cuts other documents
-    for whole, heavy, order in product((True, False), shares.values(), range(ORDERS)):
+    cut_counts = {
+        int((pairs > heavy * pairs.sum() / ranks).sum()): heavy for heavy in HEAVY
+    }  # each cuts other documents
+    for whole, heavy, order in product((True, False), cut_counts.values(), range(ORDERS)):
         yield by_documents(tokens, ranks, boundaries, inner, heavy, order, whole=whole)
     for each in (2, 4, 8, 16):
         if each == 2 or tokens >= ranks * each * smallest:

@@ -153,7 +153,7 @@ def whole_documents(row: RowSpec, processes: int) -> Layout | None:
         processes: That share it, of all levels.
 
     Returns:
-        None where documents see each other, can't be dealt out so, or only so unevenly that an exchange costs less.
+        None where documents see each other, can't be assigned so, or only so unevenly that an exchange costs less.
     """
     if row.boundaries is None or processes == 1:
         return None

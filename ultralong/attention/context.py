@@ -37,7 +37,7 @@ from ultralong.attention.ulysses import Ulysses, head_split
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """How the attention of one row (or a batch of rows with the same documents) is shared out.
+    """How the attention of one row (or of a batch of rows with the same documents) is distributed over processes.
 
     Made by `make_attention_context`, passed to an unmodified transformers model as `attention_context=`.
 
@@ -243,7 +243,7 @@ def make_attention_context(
         scheme: "auto", or one of `SCHEMES`. The two hybrids run Ulysses inside the host, the named scheme across.
         kernel: "auto", one of `ultralong.attention.kernels.KERNELS`, or a `Kernel` of your own.
         boundaries: (N+1,) cumulative document lengths from 0 to `tokens` when documents must not see each other; None
-            when every token sees all before it (the recipe's way). Where they can be dealt out whole and evenly,
+            when every token sees all before it (the recipe's way). Where whole documents can be assigned evenly,
             nothing is exchanged, whatever the scheme.
         heads: Query heads of the model.
         kv_heads: Kv heads of the model, as many as query heads by default.

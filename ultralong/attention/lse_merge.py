@@ -93,9 +93,9 @@ def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
         lse: (B, H, T).
         sink: (H,).
     """
-    joined = torch.logaddexp(lse, sink.to(lse.dtype)[None, :, None])  # (B, H, T)
-    factor = torch.exp(lse - joined)
-    return (out.to(lse.dtype) * per_token(factor)).to(out.dtype), joined
+    merged_lse = torch.logaddexp(lse, sink.to(lse.dtype)[None, :, None])  # (B, H, T)
+    factor = torch.exp(lse - merged_lse)
+    return (out.to(lse.dtype) * per_token(factor)).to(out.dtype), merged_lse
 
 
 def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def attention_function(
         dropout: Refused under a context.
         scaling: Factor on scores.
         is_causal: Overrides the layer's own.
-        attention_context: How the row is shared out; None for ordinary attention.
+        attention_context: The context that computes the attention; None for ordinary attention of one process.
         **kwargs: What else the layer passes: `sliding_window`, `softcap`, `s_aux` (sinks), ...
 
     Returns:
@@ -150,7 +150,7 @@ def _refuse(
             "config's attention_dropout to 0"
         )
     if not causal:
-        raise ValueError(f"{name}: only causal attention can be shared out, this layer is not causal")
+        raise ValueError(f"{name}: only causal attention can be distributed, this layer is not causal")
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"{name}: a key-value cache can't be used with an attention context (found {key.shape[2]} "

@@ -77,7 +77,7 @@ def circulating_ranges(ranges: Sequence[TokenRange], end: int, boundaries: Seque
 def rectangles(
     mine: Sequence[TokenRange], theirs: Sequence[TokenRange], boundaries: Sequence[int] | None
 ) -> list[Rectangle]:
-    """What a rank's tokens see of another rank's: full rectangles, neighbours joined.
+    """What a rank's tokens see of another rank's: full rectangles, adjacent ones merged.
 
     Args:
         mine: Global ranges of the queries.
@@ -97,7 +97,7 @@ def rectangles(
                     )
             column += end - first
         row += stop - start
-    return [(slice(a, b), slice(c, d)) for a, b, c, d in _joined(found)]
+    return [(slice(a, b), slice(c, d)) for a, b, c, d in _merge_rectangles(found)]
 
 
 def _apart(a: slice, b: slice) -> bool:
@@ -109,17 +109,17 @@ def _document(boundaries: Sequence[int], position: int) -> TokenRange:
     return boundaries[at - 1], boundaries[at]
 
 
-def _joined(found: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Join rectangles that share their rows and touch in their keys, or the other way round, until none is left."""
+def _merge_rectangles(found: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Merge rectangles that share their rows and touch in their keys, or the other way round, until none is left."""
     for i, (a, b, c, d) in enumerate(found):
         for j, (e, f, g, h) in enumerate(found):
             if (a, b) == (e, f) and d == g:
-                joined = (a, b, c, h)
+                merged = (a, b, c, h)
             elif (c, d) == (g, h) and b == e:
-                joined = (a, f, c, d)
+                merged = (a, f, c, d)
             else:
                 continue
-            return _joined([joined, *(r for n, r in enumerate(found) if n not in (i, j))])
+            return _merge_rectangles([merged, *(r for n, r in enumerate(found) if n not in (i, j))])
     return sorted(found)
 
 

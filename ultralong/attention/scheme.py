@@ -1,4 +1,4 @@
-"""A scheme: attention over a row that is shared out over ranks, as a forward and a backward from the saved pair.
+"""A scheme: attention over a row that is distributed over ranks, as a forward and a backward from the saved pair.
 
 Legend: B batch, T tokens a rank holds, H query heads, K kv heads, D head size, P ranks.
 
@@ -155,7 +155,7 @@ def attention(
         q: (B, T, H, D).
         k: (B, T, K, D).
         v: (B, T, K, D).
-        scheme: How it is shared out.
+        scheme: How it is distributed.
         spec: Which keys are seen, and how scores are formed (its segments are the scheme's to fill in).
         sink: (H,) learned logits of one more key with value zero.
         store: Stores the output over a recomputed forward pass.

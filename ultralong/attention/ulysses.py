@@ -213,7 +213,7 @@ class Ulysses(Scheme):
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """How heads are shared out: `split(x)` shows a (B, T, heads, D) tensor as (B, T, P, N, G or 1, D)."""
+    """How heads are split over ranks: `split(x)` shows a (B, T, heads, D) tensor as (B, T, P, N, G or 1, D)."""
 
     heads: int
     kv_heads: int

@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one forward pass, before they are shared out over sequence-parallel processes.
+    """Tensors of one forward pass, before they are split over context-parallel processes.
 
     Attributes:
         input_ids: (B, T); with a document mask the rows are laid end to end, (1, B * T).

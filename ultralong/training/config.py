@@ -169,7 +169,7 @@ class MemoryConfig:
         planned = ("layer_tile", "attention_outputs_on_gpu", "attention_outputs_offloaded", "layer_inputs_offloaded")
         if not self.activation_checkpointing and any(getattr(self, name) for name in planned):
             raise ValueError(
-                f"{', '.join(planned)} say what is kept of a checkpointed layer: set "
+                f"{', '.join(planned)} say what is stored of a checkpointed layer: set "
                 f"memory.activation_checkpointing to "
                 "true (without it everything stays on the device)."
             )

@@ -121,7 +121,7 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
 
 
 def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This process's share of one batch: sum of losses with its graph, and per token: loss, bucket, counted or not."""
+    """This process's part of one batch: sum of losses with its graph, and per token: loss, bucket, counted or not."""
     device, buckets = run.processes.accelerator.device, run.config.position_buckets
     tensors = {
         name: getattr(batch, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")

@@ -1,6 +1,6 @@
 """Throughput of a step: tokens per second, model FLOP utilisation (MFU), and the memory it took.
 
-The rule, here and in every table of this project: causal FLOP, nothing that is computed again counted. Six for each
+The rule, here and in every table of this project: causal FLOP, recomputation not counted. Six for each
 token and parameter that it is multiplied with, and for attention 2 H D for every pair of a query and a key that it sees
 forward (half of the full square for a whole row, by document under a mask) and twice that backward, in every layer.
 """
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from ultralong.utils.units import GIB
 
-RULE = "causal FLOP, nothing computed again counted, of the datasheet's dense bfloat16 rate"
 # Dense bfloat16 FLOP/s of the vendors' datasheets, by a part of the device's name; the first that fits counts.
 DATASHEET = {
     "H100 PCIe": 756e12,

@@ -39,7 +39,7 @@ def backward_tiles(
     autocast: Autocast,
     add: bool = False,
 ) -> list[Tensor | None]:
-    """The backward pass of `function(*inputs)`, each tile computed again and forgotten.
+    """The backward pass of `function(*inputs)`, each tile recomputed and then freed.
 
     Args:
         function: From tiles (B, t, ...) to tiles (B, t, ...), every token by itself; it reads `parameters`.
@@ -56,24 +56,24 @@ def backward_tiles(
         The gradients of the parameters, None for those that need none.
     """
     wanted = [p for p in parameters if p.requires_grad]
-    wide = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
+    fp32 = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
     kind = inputs[0].device.type
     for place in tiles(inputs[0].shape[1], tile):
         leaves = [x[:, place].detach().requires_grad_() for x in inputs]
         # cache_enabled=False: a weight's cast must belong to this tile's graph, not to one that is gone.
         with torch.enable_grad(), torch.autocast(kind, autocast, autocast is not None, False):
             results = function(*leaves)
-        shares = torch.autograd.grad(
+        found = torch.autograd.grad(
             results, [*leaves, *wanted], [g.to(r.dtype) for g, r in zip(grads(place), results, strict=True)]
         )
-        for target, share in zip(into, shares, strict=False):
+        for target, grad in zip(into, found, strict=False):
             if add:
-                target[:, place] += share
+                target[:, place] += grad
             else:
-                target[:, place] = share
-        for total, share in zip(wide, shares[len(leaves) :], strict=True):
-            total += share
-    rounded = iter([total.to(p.dtype) for total, p in zip(wide, wanted, strict=True)])
+                target[:, place] = grad
+        for total, grad in zip(fp32, found[len(leaves) :], strict=True):
+            total += grad
+    rounded = iter([total.to(p.dtype) for total, p in zip(fp32, wanted, strict=True)])
     return [next(rounded) if p.requires_grad else None for p in parameters]
 
 

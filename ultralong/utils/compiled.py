@@ -1,4 +1,4 @@
-"""Functions of rows as one kernel on a GPU, by torch's compiler, and never without a look at what it made.
+"""torch.compile checked against eager: functions of independent rows as one fused kernel on a GPU.
 
 Legend: N rows (tokens), S sizes of a row.
 """
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-FEW = 1024  # rows that a compiled function is tried on: enough for the compiler to take them for many
+FEW = 1024  # rows that a compiled function is compared on
 
 
 class CheckedCompile:
-    """A function that treats every row alike, in one pass over memory on a GPU, where torch compiles it into a kernel.
+    """A function of independent rows, compiled by torch into one kernel on a GPU and checked against eager.
 
     A kernel is made at the first call with rows of a size, for any number of rows: the sizes of a row are constants in
-    it, as divisions by sizes that are not known would take longer than the memory. It is set beside the function itself
-    on a few rows. Where it can't be made or gives something else, a warning says so and the function runs operation by
+    it, as divisions by sizes that are not known would take longer than the memory. It is compared with the eager
+    function on a few rows. Where it can't be made or gives something else, a warning says so and the function runs operation by
     operation, as it does without a GPU.
 
     Args:
         function: Of tensors (N, S) and, after those, of constants; without gradients. It may write into its arguments.
-        compiled: The same in words that compile better, and that write into nothing; `function` itself if None.
+        compiled: The same written so that it compiles better, and without in-place writes; `function` itself if None.
     """
 
     def __init__(self, function: Callable[..., Any], compiled: Callable[..., Any] | None = None) -> None:
@@ -42,11 +42,11 @@ class CheckedCompile:
             arguments = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
             key = tuple((x.shape[1:], x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
             if key not in self._fast:
-                self._fast[key] = self.prepared(*(x[:FEW] if isinstance(x, Tensor) else x for x in arguments))
+                self._fast[key] = self.compile_checked(*(x[:FEW] if isinstance(x, Tensor) else x for x in arguments))
             return self._fast[key](*arguments)
 
-    def prepared(self, *arguments: Any, backend: str = "inductor") -> Callable[..., Any]:
-        """What to call from now on: the compiled function, if it agrees with the plain one on these arguments."""
+    def compile_checked(self, *arguments: Any, backend: str = "inductor") -> Callable[..., Any]:
+        """Compile, and compare with eager on these arguments: the compiled function if they agree, else eager."""
         name = self._function.__name__
         function = self._named(f"{name}_{len(self._fast)}")
         compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)

@@ -1,4 +1,4 @@
-"""The plain kernel: attention written out, for any device and type; the yardstick of the others.
+"""The reference kernel: attention in plain PyTorch operations, for any device and dtype.
 
 Legend: B batch, T tokens, H query heads, K kv heads, G = H / K query heads per kv head, D head size.
 Scores are formed for a tile of queries at a time, in float32 (float64 for float64 input).

@@ -2,7 +2,7 @@
 
 Legend: T tokens, H query heads.
 
-A call of some thousand tokens does not fill a GPU to its end: while its last blocks run, the rest of the GPU waits.
+A call of some thousand tokens does not fill a GPU to its end: while its last blocks run, the rest of the GPU idles.
 So short segments run on streams of their own beside the long ones and each other.
 """
 

@@ -197,7 +197,7 @@ def test_what_is_compiled_gives_what_the_function_gives(name, caplog):
     """By torch's tracer, in the words that are compiled; the kernels themselves are set beside it on each GPU."""
     way, made = EACH[name]
     torch.manual_seed(0)
-    fast = way.prepared(*made(9), backend="aot_eager")
+    fast = way.compile_checked(*made(9), backend="aot_eager")
     assert fast is not way._function
     assert not [record for record in caplog.records if record.name.startswith("ultralong")]
     with torch.compiler.set_stance("fail_on_recompile"):  # what was made serves any number of rows
@@ -215,7 +215,7 @@ def test_each_size_of_a_row_has_a_function_of_its_own():
 
     way = CheckedCompile(double)
     for size in range(1, 21):
-        way._fast[size] = way.prepared(torch.ones(4, size), backend="aot_eager")
+        way._fast[size] = way.compile_checked(torch.ones(4, size), backend="aot_eager")
         assert way._fast[size] is not double
         assert torch.equal(way._fast[size](torch.ones(7, size)), torch.full((7, size), 2.0))
 
@@ -230,7 +230,7 @@ def test_a_gpu_that_is_full_is_no_fault_of_the_compilers(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
     with pytest.raises(torch.OutOfMemoryError):
-        CheckedCompile(rows_doubled).prepared(torch.ones(3, 4))
+        CheckedCompile(rows_doubled).compile_checked(torch.ones(3, 4))
 
 
 def not_to_be_compiled(x):
@@ -246,6 +246,6 @@ def test_what_compiles_wrongly_or_not_at_all_runs_as_it_is_written(compiled, sai
         return x + 1
 
     with caplog.at_level(logging.WARNING):
-        assert CheckedCompile(plus_one, compiled).prepared(torch.ones(3, 4), backend="aot_eager") is plus_one
+        assert CheckedCompile(plus_one, compiled).compile_checked(torch.ones(3, 4), backend="aot_eager") is plus_one
     assert "plus_one" in caplog.text
     assert said in caplog.text
