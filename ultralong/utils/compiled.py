@@ -22,8 +22,8 @@ class CheckedCompile:
 
     A kernel is made at the first call with rows of a size, for any number of rows: the sizes of a row are constants in
     it, as divisions by sizes that are not known would take longer than the memory. It is compared with the eager
-    function on a few rows. Where it can't be made or gives something else, a warning says so and the function runs operation by
-    operation, as it does without a GPU.
+    function on a few rows. Where it can't be made or gives something else, a warning says so and the function runs
+    operation by operation, as it does without a GPU.
 
     Args:
         function: Of tensors (N, S) and, after those, of constants; without gradients. It may write into its arguments.
