@@ -208,10 +208,13 @@ def test_rouge_equals_the_installed_package(package):
         (
             scores.named_character,
             ["JOHN"],
-            ["John", "It is John.", '"john"', "MARY: JOHN?"],
-            ["Johnny", "Mary", "", "Jo hn"],
+            ["John", "It is John.", '"john"', "MARY: JOHN?", "Johnny"],
+            ["Mary", "", "Jo hn"],
         ),
-        (scores.named_character, ["MARY ANN"], [], ["Mary Ann", "MARY ANN"]),
+        # Mended by the authors after their code of June 2024: names of two words, and any of several names.
+        (scores.named_character, ["STAMP PAID"], ["Stamp Paid", "It is STAMP PAID."], ["Stamp", "Paid Stamp"]),
+        (scores.named_character, ["ECKER", "COMMANDER BILL ECKER"], ["Ecker", "Commander Bill Ecker"], ["Bill"]),
+        (scores.named_character, ["BILL", "ECKER"], ["Ecker", "bill"], ["John"]),
     ],
 )
 def test_choices_are_judged_as_by_the_official_code(score, references, right, wrong):

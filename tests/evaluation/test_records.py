@@ -145,3 +145,64 @@ def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
         compare_answers(tmp_path / "long", tmp_path / "other")
     with pytest.raises(ValueError, match="no answers to the same test"):
         compare_answers(tmp_path / "long", tmp_path)
+
+
+def answer_line(outputs, prediction, **more):
+    return json.dumps({"outputs": outputs, "prediction": prediction, **more})
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n", "\r\n"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_line_of_a_file_of_answers_counts(tmp_path, ending, count):
+    """Also the last one without a line break, as most programs write it, and with the marks of other systems."""
+    file = tmp_path / "answers.jsonl"
+    lines = [answer_line(["42"], "42" if number else "7") for number in range(count)]
+    for start in ("", "\ufeff"):
+        file.write_text(start + "\n".join(lines) + ending, encoding="utf-8", newline="")
+        result = score_file("needle", file)
+        assert (result.n, result.value) == (count, pytest.approx(100 * (count - 1) / count))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (answer_line("42", "42"), r"Record 1: outputs must be a list of texts, found str '42'"),
+        (answer_line([42], "42"), r"outputs must be a list of texts, found int '42' in it"),
+        (answer_line(["a", None], "a"), r"outputs must be a list of texts, found NoneType"),
+        (answer_line({"a": 1}, "a"), r"outputs must be a list of texts, found dict"),
+        (answer_line([], "a"), r"Record 1 has no references"),
+        (answer_line(["a"], ["a"]), r"prediction must be a text, found list"),
+        (answer_line(["a"], 5), r"prediction must be a text, found int '5'"),
+        (answer_line(["a"], "a", max_length="4096"), r"max_length must be a number of tokens, found str '4096'"),
+        ('{"outputs": ["a"]}', r"Record 1 has no prediction"),
+        ("[1, 2]", r"line 1: an object of fields is needed, found list"),
+        ('{"outputs": ["a"], "pred', r"line 1: not valid JSON"),
+    ],
+)
+def test_what_is_no_answer_is_refused_by_name(tmp_path, line, said):
+    (tmp_path / "answers.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=said):
+        score_file("needle", tmp_path / "answers.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs"),
+    [
+        ("infinitebench_code_debug", ["name"]),
+        ("infinitebench_math_calc", ["five"]),
+        ("infinitebench_math_find", ["many"]),
+    ],
+)
+def test_references_that_a_test_cannot_use_are_refused_by_name(tmp_path, task, outputs):
+    (tmp_path / "answers.jsonl").write_text(answer_line(outputs, "5"))
+    with pytest.raises(ValueError, match=f"Record 1 cannot be scored as {task}"):
+        score_file(task, tmp_path / "answers.jsonl")
+
+
+def test_the_command_prints_one_sample_without_an_interval(tmp_path, capsys):
+    from ultralong import cli
+
+    (tmp_path / "answers.jsonl").write_text(answer_line(["42"], "It is 42."))
+    cli.main(["eval", "score", "needle", str(tmp_path / "answers.jsonl"), "--json", str(tmp_path / "score.json")])
+    assert capsys.readouterr().out.split() == ["needle", "100.0", "[n", "=", "1]", "n", "1"]
+    assert json.loads((tmp_path / "score.json").read_text())["n"] == 1

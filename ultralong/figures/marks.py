@@ -121,6 +121,8 @@ def _scatter(panel: Panel, trace: Any, index: int) -> None:
     if trace.fill in ("toself", "tozeroy", "tonexty"):
         _fill(panel, trace, x, y, colour)
     label = trace.name if trace.showlegend is not False and trace.name else None
+    if label is not None and label.startswith("_"):
+        label = f" {label}"  # matplotlib leaves names with a leading underscore out of a legend
     width = (2 if trace.line.width is None else trace.line.width) * POINTS_PER_PIXEL
     if "lines" in mode and width:
         panel.axes.plot(

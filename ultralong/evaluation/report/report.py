@@ -40,7 +40,7 @@ class ReportData:
         packed_rows: Document boundaries of a few packed rows, from 0 to the row's length.
         facts: Short labelled facts for the table on top, such as tokens trained on.
         settings: Every setting that reproduces the run, nested as it is.
-        commands: Command lines to go on with, each with what it does.
+        commands: Command lines to continue with, each with what it does.
         notes: Sentences on what the numbers do and do not show.
         environment: Machine, versions and date; `describe_environment()` unless given.
     """

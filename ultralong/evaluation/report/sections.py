@@ -13,6 +13,8 @@ from ultralong.evaluation.report.parts import Section, Side, Table
 from ultralong.evaluation.tasks.groups import FAMILIES
 from ultralong.evaluation.tasks.samples import GENERATED
 
+MOST_BESIDE = 6  # lines of a figure that reads well at half the page's width
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -74,7 +76,7 @@ def _families(sides: Sequence[Side], draw: Drawer) -> list[Section]:
             alt,
             *(partial(_curves, side, scores) for side, scores in shown),
             names=[side.name for side, _ in shown],
-            stacked=True,
+            stacked=max(len(scores) for _, scores in shown) > MOST_BESIDE,
         )
         rows = [
             [f"{side.lead}{score.task}, {part.length:,}", f"{part.value:.1f}", interval_text(part), str(part.n)]

@@ -77,7 +77,7 @@ class Haystack:
 
     @classmethod
     def noise(cls, tokenizer: PreTrainedTokenizerBase) -> Haystack:
-        """One line of filler, repeated for ever: the easiest haystack, which tests positions and nothing else."""
+        """One line of filler, repeated without end: the easiest haystack, which tests positions and nothing else."""
         return cls.from_texts(tokenizer, NOISE_LINE, name="repeated noise")
 
     def take(self, start: int, count: int) -> np.ndarray:

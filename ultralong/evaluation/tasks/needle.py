@@ -42,7 +42,7 @@ class NeedleFormat:
     Attributes:
         prompt: The user's message, with `{context}` once and `{key}` where the key is named.
         needle: The hidden sentence, with `{value}` and, if the question names it, `{key}`.
-        answer_prefix: Start of the answer, put in the model's mouth, so that it goes on with the number at once.
+        answer_prefix: Start of the answer, put in the model's mouth, so that the number comes next.
         digits: Digits of the number; the first is never 0.
         keys: Words that keys are drawn from.
     """

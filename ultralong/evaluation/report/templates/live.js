@@ -16,6 +16,12 @@ async function bringToLife() {
     const spec = JSON.parse(data.textContent);
     const box = document.createElement("div");
     spec.layout.font.color = getComputedStyle(document.querySelector("figcaption")).color;
+    // On a narrow screen each name of a legend takes a line of its own: the figure grows by as many.
+    const named = spec.data.filter(trace => trace.name && trace.showlegend !== false).length;
+    if (plot.clientWidth < 560 && named > 3) {
+      spec.layout.height += 19 * named;
+      spec.layout.legend.y = -72 / (spec.layout.height - 19 * named - 90);
+    }
     plot.append(box);
     plot.classList.add("live");
     const picture = plot.querySelector("img");

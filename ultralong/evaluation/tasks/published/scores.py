@@ -4,7 +4,7 @@ LV-Eval: github.com/infinigence/LVEval, metrics.py and evaluation.py. Three thin
 says, and the code is followed: the gate is 0.2 for English and 0.4 for Chinese; idle words are left out of the keywords
 that count as found, and not before F1; only the first reference counts.
 
-InfiniteBench: github.com/OpenBMB/InfiniteBench, compute_scores.py of June 2024.
+InfiniteBench: github.com/OpenBMB/InfiniteBench, compute_scores.py of June 2024, En.Dia as mended in August 2024.
 
 The two ROUGE scores look for common subsequences and count them differently. LV-Eval calls the package `rouge`, whose
 ROUGE-L counts different words: a word that stands twice counts once. InfiniteBench calls `rouge-score` through
@@ -27,7 +27,6 @@ CHINESE_GATE = 0.4
 SEGMENTED = ("chinese_f1", "gated_chinese_f1", "chinese_rouge_l")  # scores that split Chinese into words by jieba
 ASCII_MARKS = str.maketrans("", "", string.punctuation)
 CHOICE_SEPARATORS = str.maketrans(dict.fromkeys("\n\"'.,?!{}", " "))
-NAME_SEPARATORS = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))
 BUG_SEPARATORS = re.compile("[\n`'\"*-]|[Oo]ption")
 
 
@@ -182,8 +181,13 @@ def _after(text: str, openings: Sequence[str]) -> str | None:
 
 
 def named_character(answer: str, references: Sequence[str]) -> float:
-    """InfiniteBench's En.Dia: the first reference is a word of the answer in capitals; names of two words never are."""
-    return float(references[0] in answer.translate(NAME_SEPARATORS).upper().split())
+    """InfiniteBench's En.Dia: any of the names occurs in the answer, letter case aside.
+
+    The code of June 2024 took the first name alone and compared it with single words, so that a name of two words was
+    never right; the authors mended that in August 2024 (their repository's issue 18).
+    """
+    said = answer.upper()
+    return float(any(name.upper() in said for name in references if name))
 
 
 def common_places(reference: Sequence[str], candidate: Sequence[str], *, keep_candidate: bool) -> list[int]:
