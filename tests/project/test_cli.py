@@ -250,7 +250,10 @@ def test_documents_to_a_trained_model_by_commands_alone(tmp_path):
     assert read_json(tmp_path / "pack.json")["rows"] == len(PackedRows(tmp_path / "rows"))
     assert read_json(tmp_path / "train.json")["steps"] == len(read_jsonl(tmp_path / "run" / "log.jsonl")) == 2
     assert "needle" in str(read_json(tmp_path / "needle.json"))
-    refused = forked_command("sft", preset("tiny-cpu"), "--set", "data=[{rows: rows}]", cwd=tmp_path)
+    refused = forked_command(
+        "sft", preset("tiny-cpu"), "--set", "data=[{rows: rows}]", "length=1024", "parallel.context_parallel_size=1",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert refused.returncode == 1
     assert "holds documents, not conversations" in refused.stderr
 
