@@ -52,7 +52,7 @@ def test_files_of_answers_are_scored(tiny_tokenizer, tmp_path):
             for number, record in enumerate(records)
         )
     )
-    assert score_file("needle", answers).value == 75
+    assert score_file("needle", answers)["score"] == 75
     with pytest.raises(ValueError, match="no file"):
         score_file("needle", tmp_path / "missing.jsonl")
 
@@ -160,7 +160,7 @@ def test_every_line_of_a_file_of_answers_counts(tmp_path, ending, count):
     for start in ("", "\ufeff"):
         file.write_text(start + "\n".join(lines) + ending, encoding="utf-8", newline="")
         result = score_file("needle", file)
-        assert (result.n, result.value) == (count, pytest.approx(100 * (count - 1) / count))
+        assert (result["n"], result["score"]) == (count, pytest.approx(100 * (count - 1) / count))
 
 
 @pytest.mark.parametrize(

@@ -204,12 +204,13 @@ def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json
         predictions: File of JSON lines.
         json: Write the score as JSON to this file.
     """
-    from ultralong.evaluation.measures.result import interval_text
+    from ultralong.evaluation.measures.result import Part, interval_text
     from ultralong.evaluation.runs.answer_files import score_file
 
     result = score_file(task, predictions)
-    leave(json, result.to_dict())
-    print(f"{result.task}  {result.value:.1f}  [{interval_text(result)}]  n {result.n}")
+    leave(json, result)
+    part = Part(result["score"], result["n"], result.get("low"), result.get("high"))
+    print(f"{result['task']}  {part.value:.1f}  [{interval_text(part)}]  n {part.n}")
 
 
 def answer(

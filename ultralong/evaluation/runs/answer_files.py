@@ -40,13 +40,17 @@ def done_already(path: str | os.PathLike[str], task: str, length: int, seed: int
     return records
 
 
-def score_file(task: str, predictions: str | os.PathLike[str]) -> Result:
+def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]:
     """Score a file of answers: each line the sample's `outputs` (and `max_length`) with the model's `prediction`.
+
+    Returns:
+        The `Result` as JSON values, and its value once more as `score`, as version 0.3 called it.
 
     Raises:
         ValueError: There is no such file, a line is no JSON object, or what `score_predictions` refuses.
     """
-    return score_predictions(task, read_answers(Path(predictions)))
+    result = score_predictions(task, read_answers(Path(predictions)))
+    return {**result.to_dict(), "score": result.value}
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
