@@ -31,7 +31,8 @@ def test_what_was_recorded_meets_the_goals():
     """20 s of one core, 4 GiB and 97% of the length for a sample of a million tokens."""
     rows = [row for row in read_json(ROOT / "notebooks" / "results" / "samples_1m.json")["rows"] if "note" not in row]
     million = [row for row in rows if row["length"] == 2**20]
-    assert {row["task"] for row in million} == set(GENERATED) - {"ruler_qa_hotpot"}
+    recorded = {row["task"].replace("facts_", "babilong_style_") for row in million}  # named as in 0.3
+    assert recorded == set(GENERATED) - {"ruler_qa_hotpot"}
     assert max(row["cpu_seconds"] for row in million) < 20
     assert max(row["peak_gib"] for row in million) < 4
     assert all(0.97 <= row["filled"] <= 1 for row in rows)

@@ -179,7 +179,7 @@ def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tok
     solved = [{**record, "prediction": SOLVERS[task](record["input"], record["answer_prefix"])} for record in records]
     result = score_predictions(task, solved)
     assert result.value == 100, grades(task, solved)
-    assert result["n"] == options["samples"]
+    assert result.n == options["samples"]
     blind = score_predictions(task, [{**record, "prediction": "I do not know, 5."} for record in records])
     assert blind.value <= 10
 

@@ -202,13 +202,13 @@ def _train(config: TrainConfig, command: str, resume: bool, processes: int | Non
     import tempfile
     from pathlib import Path
 
-    from ultralong.launch.local import start
+    from ultralong.launch.local import launch_local
     from ultralong.utils import settings
     from ultralong.utils.files import read_json
 
     with tempfile.TemporaryDirectory() as scratch:
         settings.save(config, Path(scratch) / "config.yaml")
-        start(Path(scratch) / "config.yaml", processes, resume, quiet, command)
+        launch_local(Path(scratch) / "config.yaml", processes, resume, quiet, command)
     result = read_json(Path(config.out) / "result.json")
     loss = float("nan") if result["loss"] is None else result["loss"]
     return TrainResult(result["model"], result["steps"], result["tokens"], loss, result["seconds"])
