@@ -36,15 +36,16 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", IN_ORDER)
-def test_the_example_in_a_docstring_runs(name, folder, monkeypatch):
+def test_the_examples_in_the_docstrings_run(folder, monkeypatch):
+    """All in one process and in this order: what one makes, the next one takes."""
     monkeypatch.chdir(folder)
-    function = getattr(ultralong, name)
-    (test,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={n: getattr(api, n) for n in FUNCTIONS})
-    assert test.examples, f"{name} has no example"
-    said = []
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
-    assert result.failed == 0, "".join(said)
+    for name in IN_ORDER:
+        function, globs = getattr(ultralong, name), {n: getattr(api, n) for n in FUNCTIONS}
+        (test,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=globs)
+        assert test.examples, f"{name} has no example"
+        said = []
+        result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+        assert result.failed == 0, "".join(said)
 
 
 def test_the_example_of_the_package_runs(tmp_path, monkeypatch):
