@@ -100,7 +100,7 @@ def test_each_turn_holds_what_the_trainers_layers_hold(name):
     take = memory.attention_store.pop
 
     def on_device(waiting) -> int:
-        return sum(not isinstance(x, OffloadedTensor) or x.back is not None for x in waiting)
+        return sum(not isinstance(x, OffloadedTensor) or x.on_device is not None for x in waiting)
 
     def taken(layer):
         pair = take(layer)
