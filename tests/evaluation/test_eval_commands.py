@@ -15,7 +15,7 @@ from ultralong.evaluation.runs.direct import grid_lengths
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.evaluation.tasks.haystack import read_haystack
-from ultralong.inference.load_model import load_model_and_tokenizer
+from ultralong.inference.load import load_model_and_tokenizer
 
 
 @pytest.fixture(scope="module")

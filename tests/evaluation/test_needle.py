@@ -17,7 +17,7 @@ from ultralong.evaluation.measures.needle import answer_by_engine, answer_forwar
 from ultralong.evaluation.tasks.haystack import NOISE_LINE, Haystack, sentence_lead, split_sentences
 from ultralong.evaluation.tasks.needle import NeedleFormat, make_needle
 from ultralong.evaluation.tasks.prompts import encode, encode_continuation, make_frame
-from ultralong.inference.engines import OwnEngine
+from ultralong.inference.engines import LocalEngine
 
 COPY = NeedleFormat(answer_prefix=" One of the special magic numbers for {key} is:", digits=5)
 WORDS = [
@@ -222,7 +222,7 @@ def test_both_methods_read_a_real_model_alike(tiny_tokenizer, make_tiny_model, c
     ]
     for needles, expected in ((right, True), (wrong, False)):
         assert [ok for ok, _ in answer_forward(model, tiny_tokenizer, needles, chunk=chunk)] == [expected] * 2
-        engine = OwnEngine(model, tiny_tokenizer, chunk)
+        engine = LocalEngine(model, tiny_tokenizer, chunk)
         assert [ok for ok, _ in answer_by_engine(engine, needles, 596, spare=0)] == [expected] * 2
 
 

@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from test_long_reader import make_model
+from test_generate import plain_tokens, tokens
+from test_sharded_generation import make_model
 from transformers import MistralConfig, MistralForCausalLM
 
-from ultralong.inference.batched import batch_that_fits, generate_together
-from ultralong.inference.generate import generate_greedy
+from ultralong.inference.batched import BatchedRunner, batch_that_fits
 
 
 def make_prompts(lengths, seed=0):
@@ -22,18 +22,18 @@ def test_each_row_says_what_it_says_alone(kind, packed):
     model, lengths = make_model(kind), (5, 77, 1, 130, 64, 63, 20, 65)
     prompts, budgets = make_prompts(lengths), (10, 3, 20, 1, 12, 8, 20, 15)
     alone = [
-        generate_greedy(model, torch.tensor([prompt]), budget, stop=set())[0]
+        plain_tokens(model, torch.tensor([prompt]), budget, stop=set())[0]
         for prompt, budget in zip(prompts, budgets, strict=True)
     ]
-    assert generate_together(model, prompts, budgets, stop=set(), packed=packed) == alone
-    assert generate_together(model, prompts[3:4], [1], stop=set()) == alone[3:4]
+    assert tokens(BatchedRunner(model, packed), prompts, budgets, stop=set()) == alone
+    assert tokens(BatchedRunner(model), prompts[3:4], [1], stop=set()) == alone[3:4]
 
 
 def test_each_row_ends_by_itself():
     model, prompts = make_model("llama"), make_prompts((30, 9, 44, 71))
-    free = generate_together(model, prompts, [16] * 4, stop=set())
+    free = tokens(BatchedRunner(model), prompts, 16, stop=set())
     stop = {free[0][3], free[1][0], free[2][9]}
-    for before, after in zip(free, generate_together(model, prompts, [16] * 4, stop=stop), strict=True):
+    for before, after in zip(free, tokens(BatchedRunner(model), prompts, 16, stop=stop), strict=True):
         cut = next((place for place, token in enumerate(before) if token in stop), len(before))
         assert after == before[:cut]
 
@@ -49,8 +49,8 @@ def test_how_many_at_once():
 def test_what_cannot_be_is_refused():
     model = make_model("llama")
     for prompts, budgets in (([], []), ([[1], []], [1, 1]), ([[1]], [0]), ([[1]], [1, 1])):
-        with pytest.raises(ValueError, match=r"at least one prompt|empty"):
-            generate_together(model, prompts, budgets)
+        with pytest.raises(ValueError, match="at least one prompt"):
+            tokens(BatchedRunner(model), prompts, budgets)
     windowed = MistralForCausalLM(
         MistralConfig(
             vocab_size=64,
@@ -63,4 +63,4 @@ def test_what_cannot_be_is_refused():
         )
     )
     with pytest.raises(ValueError, match="sliding window of 8"):
-        generate_together(windowed, [[1, 2]], [3])
+        BatchedRunner(windowed)

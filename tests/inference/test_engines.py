@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from ultralong.evaluation.runs.run import RunSettings, run
-from ultralong.inference.engines import OwnEngine, VllmEngine
-from ultralong.inference.generate import generate_greedy
+from ultralong.inference.decoding import Sampling
+from ultralong.inference.engines import LocalEngine, VllmEngine
+from ultralong.inference.generate import generate
+from ultralong.inference.runner import LocalRunner
 from ultralong.utils.files import read_jsonl
 
 
@@ -52,9 +54,10 @@ def vllm(checkpoint, monkeypatch):
         def generate(self, prompts, sampling, *, use_tqdm):
             (prompt,) = prompts
             ids = torch.tensor([prompt["prompt_token_ids"]])
-            said = generate_greedy(checkpoint[1], ids, sampling.max_tokens)[0]
+            (said,) = generate(LocalRunner(checkpoint[1]), ids, sampling.max_tokens)
             assert sampling.temperature == 0
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=said)], num_cached_tokens=None)]
+            output = SimpleNamespace(token_ids=said.tokens, finish_reason=said.finish_reason)
+            return [SimpleNamespace(outputs=[output], num_cached_tokens=None)]
 
     module = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
     monkeypatch.setitem(sys.modules, "vllm", module)
@@ -90,10 +93,31 @@ def test_without_vllm_the_error_says_what_to_do(tiny_tokenizer, monkeypatch):
         VllmEngine("model", tiny_tokenizer, 1024)
 
 
-def test_buffers_are_kept_for_one_length_and_made_anew_for_another(make_tiny_model, tiny_tokenizer):
-    engine = OwnEngine(make_tiny_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer)
+def test_what_was_read_is_kept_from_prompt_to_prompt_and_when_the_room_grows(make_tiny_model, tiny_tokenizer):
+    engine = LocalEngine(make_tiny_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer)
     ids = list(range(5, 65))
-    first = engine.answer(ids, 4, 100)
-    assert first[1] == 0
-    assert engine.answer(ids, 4, 100) == (first[0], 59)
-    assert engine.answer(ids, 4, 200) == (first[0], 0)
+    (first,) = engine.answer([ids], [4], capacity=100)
+    assert first.reused == 0
+    for capacity in (100, 200, None):
+        (again,) = engine.answer([ids], [4], capacity=capacity)
+        assert (again.text, again.tokens, again.reused) == (first.text, first.tokens, 59)
+    engine.release()
+    (anew,) = engine.answer([ids], [4], capacity=200)
+    assert anew == first
+    with pytest.raises(ValueError, match="do not fit"):
+        engine.answer([ids], [4], capacity=63)
+
+
+def test_an_engine_streams_batches_and_samples(make_tiny_model, tiny_tokenizer):
+    engine = LocalEngine(make_tiny_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer)
+    ids = [list(range(5, 65)), list(range(9, 30))]
+    together = engine.answer(ids, [6, 3], stop=())
+    alone = [engine.answer([prompt], [budget], stop=())[0] for prompt, budget in zip(ids, (6, 3), strict=True)]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert tuple(step.tokens[0] for step in engine.stream(ids[0], 6, stop=())) == alone[0].tokens
+    drawn = [engine.answer(ids[:1], [6], sampling=Sampling(2.0, seed=3), stop=())[0].tokens for _ in range(2)]
+    assert drawn[0] == drawn[1] != alone[0].tokens
+    stop = alone[0].tokens[2]
+    (cut,) = engine.answer(ids[:1], [6], stop=(stop,))
+    assert cut.finish_reason == "stop"
+    assert cut.tokens == alone[0].tokens[: alone[0].tokens.index(stop)]

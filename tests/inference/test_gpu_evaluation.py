@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ultralong import miniature
 from ultralong.attention import NAME
 from ultralong.evaluation.tasks.needle import make_needle
-from ultralong.inference.batched import generate_together
-from ultralong.inference.generate import prefill
-from ultralong.inference.long_reader import LongReader
+from ultralong.inference.batched import BatchedRunner
+from ultralong.inference.generate import generate, prefill
+from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import run_ranks
 
 HAVE = torch.cuda.device_count()
@@ -36,11 +36,11 @@ def ids_of(needle):
 def read(rank, world, kv):
     """Needles found, and how far the first prompt's logits are from a plain pass's, in spreads."""
     model, needles = opened()
-    reader = LongReader(model, 600, dist.group.WORLD if world > 1 else None, kv=kv, chunk=96, quiet=True)
+    reader = ShardedRunner(model, 600, dist.group.WORLD if world > 1 else None, kv=kv, chunk=96, quiet=True)
     logits = reader.prefill(ids_of(needles[0])).float()
     plain = prefill(model, ids_of(needles[0]))[:, -1].float()
     found = [
-        reader.generate(ids_of(needle), len(needle.answer_ids), stop=set())[0] == list(needle.answer_ids)
+        generate(reader, ids_of(needle), len(needle.answer_ids), stop=set())[0].tokens == list(needle.answer_ids)
         for needle in needles
     ]
     return sum(found), float((logits - plain).abs().mean() / plain.std())
@@ -58,11 +58,10 @@ def test_long_prompts_are_read_as_plain_ones(world, kv):
 @pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")
 def test_prompts_answered_together_are_found():
     model, needles = opened()
-    said = generate_together(
-        model,
+    said = generate(
+        BatchedRunner(model, packed=1200),
         [needle.input_ids.tolist() for needle in needles],
         [len(needle.answer_ids) for needle in needles],
         stop=set(),
-        packed=1200,
     )
-    assert said == [list(needle.answer_ids) for needle in needles]
+    assert [answer.tokens for answer in said] == [list(needle.answer_ids) for needle in needles]

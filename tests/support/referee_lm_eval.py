@@ -93,7 +93,8 @@ def answer(model: str, requests: Path, out: Path, batch: int, device: str, ours:
     """Greedy answers by transformers' generate, prompts padded on the left as lm-eval pads them; or by our batches."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ultralong.inference.batched import generate_together
+    from ultralong.inference.batched import BatchedRunner
+    from ultralong.inference.generate import generate
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -110,7 +111,7 @@ def answer(model: str, requests: Path, out: Path, batch: int, device: str, ours:
             prompts = [record["prompt"] for record in group]
             if ours:
                 listed = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-                ids = generate_together(loaded, listed, [budget] * len(group))
+                ids = [said.tokens for said in generate(BatchedRunner(loaded), listed, budget)]
             else:
                 inputs = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
                 ids = loaded.generate(**inputs, max_new_tokens=budget, do_sample=False)[:, inputs.input_ids.shape[1] :]

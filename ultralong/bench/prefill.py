@@ -1,12 +1,13 @@
 """Speed and memory of prefill on this machine: `ultralong bench prefill MODEL --lengths 262144 --gpus 1 --json FILE`.
 
 The model has the shape asked for and random weights, made on the GPU; ids are random. A prompt is read as an evaluation
-reads it (`ultralong.inference.long_reader`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a layer
-for attention, and 2 for each token and parameter of the layers. Beside it stands the forward attention kernel alone, in
-one call over the same length on the same GPU, which is what long prompts can approach at best. With several GPUs rates
-are per GPU, and the kernel has each GPU's share of the heads. Kernels are compiled and chosen before anything is timed,
-on a prompt of up to 16,384 tokens that is also read in one plain pass; `apart_from_plain` is the mean distance of the
-two readings' logits over their spread (rounding of the model's type, and what an 8-bit cache costs).
+reads it (`ultralong.inference.sharded_generation`), then a few tokens are decoded. Useful work is causal: 2 T^2 H D a
+layer for attention, and 2 for each token and parameter of the layers. Beside it stands the forward attention kernel
+alone, in one call over the same length on the same GPU, which is what long prompts can approach at best. With several
+GPUs rates are per GPU, and the kernel has each GPU's share of the heads. Kernels are compiled and chosen before
+anything is timed, on a prompt of up to 16,384 tokens that is also read in one plain pass; `apart_from_plain` is the
+mean distance of the two readings' logits over their spread (rounding of the model's type, and what an 8-bit cache
+costs).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from ultralong.attention.spec import AttentionSpec
 from ultralong.bench.prefill_options import PrefillBench
 from ultralong.bench.results import write_rows
 from ultralong.inference.generate import prefill
-from ultralong.inference.long_reader import LongReader
+from ultralong.inference.runner import Runner
+from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.planner.shapes import Shape, model_config, shape_of
 from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.units import GIB
@@ -96,7 +98,7 @@ def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int
     """Read one prompt and decode a little: the slowest process's seconds, and the most memory of any."""
     group = dist.group.WORLD if world > 1 else None
     kv = "fp8" if options.kv == "fp8" else "auto"
-    make = partial(LongReader, model, group=group, kv=kv, kernel=options.kernel, quiet=rank > 0)
+    make = partial(ShardedRunner, model, group=group, kv=kv, kernel=options.kernel, quiet=rank > 0)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     apart = _warm_up(model, ids[:, :WARM], make(WARM + DECODED, chunk=WARM // 2))
@@ -106,12 +108,12 @@ def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int
     logits = reader.prefill(ids)
     read = _now(model.device) - start
     finite = bool(torch.isfinite(logits).all())
-    token, start = logits.argmax(-1, keepdim=True), _now(model.device)
+    token, start = logits.argmax(-1), _now(model.device)
     for _ in range(DECODED):
-        token = reader.step(token).argmax(-1, keepdim=True)
+        token = reader.decode(token).argmax(-1)
     step = (_now(model.device) - start) / DECODED
     peak = torch.cuda.max_memory_allocated() / GIB if model.device.type == "cuda" else 0.0
-    cache, chunk = reader.context.store.bytes / GIB, reader.chunk
+    cache, chunk = reader.cache.bytes / GIB, reader.chunk or tokens
     del reader, logits
     _clear(model.device)
     return {
@@ -125,10 +127,10 @@ def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int
     }
 
 
-def _warm_up(model: PreTrainedModel, ids: Tensor, reader: LongReader) -> float:
+def _warm_up(model: PreTrainedModel, ids: Tensor, reader: Runner) -> float:
     """Read a short prompt in chunks and in one plain pass: mean distance of the logits over their deviation."""
     logits = reader.prefill(ids).float()
-    reader.step(ids[:, :1])
+    reader.decode(ids[:, 0])
     plain = prefill(model, ids)[:, -1].float()
     return float((logits - plain).abs().mean() / plain.std())
 

@@ -257,7 +257,7 @@ def answer(
 
     from ultralong.evaluation.measures.result import Result, interval_text
     from ultralong.evaluation.runs.commands import answer as work
-    from ultralong.inference.long_engine import with_model
+    from ultralong.inference.sharded_engine import with_model
 
     result = with_model(
         partial(work, tasks, lengths, samples, seed, out, haystack, chunk, batch),

@@ -1,20 +1,19 @@
-"""Many prompts of unequal length answered together, with the outcome that each would have alone.
+"""Many prompts of unequal lengths answered together, with the outcome that each would have alone.
 
-B prompts, T tokens, n tokens of a packed pass, H query heads, K kv heads, G = H / K, D head size, C cache capacity, V
-vocabulary.
+B prompts, T tokens, n tokens of a packed pass, H query heads, K kv heads, G = H / K, D head size, V vocabulary.
 
 Decoding one token of one short prompt leaves nearly all of a GPU idle; decoding one of each of a hundred takes hardly
 longer. Prompts are read packed end to end, as documents that do not see each other, so no token is padding; each one's
-keys and values then lie in a row of their own, and every decoding step masks what a row does not hold. Nothing is
-approximate: a row's result is that of the row alone, up to rounding.
+keys and values then lie in a row of the cache of their own, and every decoding step masks what a row does not hold.
+Nothing is approximate: a row's result is that of the row alone, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +25,36 @@ from ultralong import attention
 from ultralong.attention.kernels import choose_kernel
 from ultralong.attention.scheme import Local
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
-from ultralong.inference.generate import end_tokens
-from ultralong.inference.long_reader import check_model
+from ultralong.inference.kv_cache import KvCache
+from ultralong.inference.runner import Prompts
+from ultralong.inference.sharded_generation import check_model
 
 PACKED = 32768  # tokens of prompts that are read in one pass
 BLOCK = 64  # rows are read up to a multiple of this: few shapes, and aligned ones
-SHARE = 0.5  # of the free memory that caches may take
+MEMORY_SHARE = 0.5  # of the free memory that caches may take
+
+
+@dataclass
+class Packed:
+    """A pass over whole prompts: their segments, and each token's row and position (n,)."""
+
+    segments: VarlenSegments
+    rows: Tensor
+    positions: Tensor
+
+
+@dataclass
+class OneEach:
+    """A pass over one token of each row: where it is written (B,), and which tokens a row holds then (B, T)."""
+
+    rows: Tensor
+    positions: Tensor
+    mask: Tensor
+    bias: Tensor | None = None  # made by the first layer, the same for all
 
 
 class BatchedAttention:
-    """What a model is given as `attention_context`: rows of unequal length, each with a cache of its own.
+    """The `attention_context` of a model that reads rows of unequal lengths, each with a KV cache of its own.
 
     Args:
         rows: Prompts B.
@@ -44,38 +63,35 @@ class BatchedAttention:
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.capacity = -(-capacity // BLOCK) * BLOCK
+        self.cache = KvCache(-(-capacity // BLOCK) * BLOCK)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) tokens held
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # (B, K, C, D) each
-        self._packed: VarlenSegments | None = None
-        self._places: tuple[Tensor, Tensor] | None = None
-        self._mask: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._pass: Packed | OneEach | None = None
 
     def begin_prompts(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Whole prompts come next, packed end to end into these rows; returns their positions (1, n)."""
+        """Start a pass over whole prompts, packed end to end, into these rows; returns their positions (1, n)."""
         device = self.lengths.device
-        self._packed = VarlenSegments(edges := (0, *accumulate(lengths)), edges)
         sizes = torch.tensor(lengths, device=device)
-        position = torch.cat([torch.arange(length, device=device) for length in lengths])  # (n,)
-        self._places = torch.tensor(rows, device=device).repeat_interleave(sizes), position
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])  # (n,)
+        edges = (0, *accumulate(lengths))
+        places = torch.tensor(rows, device=device).repeat_interleave(sizes)
+        self._pass = Packed(VarlenSegments(edges, edges), places, positions)
         self.lengths[list(rows)] = sizes
-        return position[None]
+        return positions[None]
 
-    def begin_token(self, moving: Tensor, longest: int) -> Tensor:
-        """One token a row comes next; rows (B,) bool that do not move are written over later. Positions (B, 1).
+    def begin_token(self, going: Tensor, longest: int) -> Tensor:
+        """Start a pass over one token of each row; returns their positions (B, 1).
 
         Args:
-            moving: Rows that go on.
+            going: (B,) bool, rows that go on; what the others write now is written over later.
             longest: Tokens of the longest row, the new one included.
         """
-        self._packed = None
-        self._places = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths.clone()
-        read = min(-(-longest // BLOCK) * BLOCK, self.capacity)
-        self._mask = torch.arange(read, device=self.lengths.device)[None] <= self.lengths[:, None]  # (B, T)
-        self._bias = None
-        self.lengths += moving
-        return self._places[1][:, None]
+        device = self.lengths.device
+        read = min(-(-longest // BLOCK) * BLOCK, self.cache.capacity)
+        mask = torch.arange(read, device=device)[None] <= self.lengths[:, None]  # (B, T)
+        positions = self.lengths.clone()
+        self._pass = OneEach(torch.arange(len(self.lengths), device=device), positions, mask)
+        self.lengths += going
+        return positions[:, None]
 
     def attend(
         self,
@@ -89,7 +105,7 @@ class BatchedAttention:
         sink: Tensor | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Attention within each prompt (1, n, H, D), or of one token a row (B, 1, H, D); called by each layer.
+        """Attention within each prompt (1, n, H, D), or of one token of each row (B, 1, H, D); called by each layer.
 
         Args:
             q: Queries.
@@ -109,35 +125,103 @@ class BatchedAttention:
                 "A model with sliding windows, capped scores or attention sinks can't answer in batches: "
                 "ask for one prompt at a time (--batch 1)."
             )
+        now = self._pass
+        assert now is not None, "begin_prompts or begin_token comes before the model's call"
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self._write(layer, k, v)
-        if self._packed is not None:
-            spec = AttentionSpec(scale=scale)
-            kernel = choose_kernel("auto", q, spec.with_segments(self._packed))
-            return Local(kernel, self._packed).attend(q, k, v, spec)[0]
-        return self._attend_token(q, scale, layer)
+        self.cache.scatter(layer, len(self.lengths), now.rows, now.positions, k.flatten(0, 1), v.flatten(0, 1))
+        if isinstance(now, OneEach):
+            return self._attend_token(q, scale, layer, now)
+        spec = AttentionSpec(scale=scale)
+        kernel = choose_kernel("auto", q, spec.with_segments(now.segments))
+        return Local(kernel, now.segments).attend(q, k, v, spec)[0]
 
-    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if layer not in self._buffers:
-            shape = (len(self.lengths), k.shape[2], self.capacity, k.shape[3])
-            # Zeros, since what a row does not hold is multiplied by a weight of zero, which would not remove a NaN.
-            self._buffers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        rows, positions = self._places
-        for buffer, x in zip(self._buffers[layer], (k, v), strict=True):
-            buffer[rows, :, positions] = x.flatten(0, 1)  # (n, K, D)
-
-    def _attend_token(self, q: Tensor, scale: float, layer: int) -> Tensor:
-        """(B, 1, H, D). The query heads of a kv head stand as its queries, so no key is copied."""
-        keys, values = (x[:, :, : self._mask.shape[1]] for x in self._buffers[layer])  # (B, K, T, D)
+    def _attend_token(self, q: Tensor, scale: float, layer: int, now: OneEach) -> Tensor:
+        """(B, 1, H, D). The query heads of a kv head stand as its queries, so that no key is copied."""
+        keys, values = (x.transpose(1, 2) for x in self.cache.read(layer, slice(now.mask.shape[1])))  # (B, K, T, D)
         queries = q[:, 0].unflatten(1, (keys.shape[1], -1))  # (B, K, G, D)
-        if self._bias is None:  # the same for all layers
-            self._bias = torch.zeros_like(self._mask, dtype=q.dtype).masked_fill_(~self._mask, float("-inf"))
-        bias = self._bias[:, None, None].expand(-1, keys.shape[1], queries.shape[2], -1)  # (B, K, G, T)
+        if now.bias is None:
+            now.bias = torch.zeros_like(now.mask, dtype=q.dtype).masked_fill_(~now.mask, float("-inf"))
+        bias = now.bias[:, None, None].expand(-1, keys.shape[1], queries.shape[2], -1)  # (B, K, G, T)
         # cuDNN would make a plan for every length.
         chosen = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q.is_cuda else nullcontext()
         with chosen:
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
         return out.flatten(1, 2)[:, None]
+
+
+class BatchedRunner:
+    """Reads and decodes many prompts of unequal lengths at once.
+
+    Args:
+        model: A causal language model whose layers all see the whole text; it is put into eval mode and onto
+            `attn_implementation="ultralong"`.
+        packed: Tokens of prompts that are read in one pass, at least one prompt.
+
+    Raises:
+        ValueError: A model with special layers.
+    """
+
+    reused = 0
+
+    def __init__(self, model: PreTrainedModel, packed: int = PACKED) -> None:
+        check_model(model)
+        self.model, self.packed = model.eval(), packed
+        if model.config._attn_implementation != attention.NAME:
+            model.set_attn_implementation(attention.NAME)
+        self._context: BatchedAttention | None = None
+        self._longest = 0
+
+    @torch.no_grad()
+    def prefill(self, prompts: Prompts, budgets: Sequence[int] = (0,)) -> Tensor:
+        """See `Runner`: prompts of any lengths, each with its budget or all with one.
+
+        Raises:
+            ValueError: No prompt, or an empty one.
+        """
+        rows = [list(prompt) for prompt in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+        lengths = [len(prompt) for prompt in rows]
+        if not min(lengths, default=0):
+            raise ValueError("Batched answers need at least one prompt, and a token in each.")
+        budgets = list(budgets) * len(rows) if len(budgets) == 1 else budgets
+        self._context = None  # the old buffers go before the new ones come
+        capacity = max(a + b for a, b in zip(lengths, budgets, strict=True))
+        self._context, self._longest = BatchedAttention(len(rows), capacity, self.model.device), max(lengths)
+        return torch.cat([self._read(self._context, rows, part) for part in _passes(lengths, self.packed)])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, going: Sequence[bool] | None = None) -> Tensor:
+        """See `Runner`."""
+        assert self._context is not None, "prefill comes first"
+        moving = torch.ones_like(tokens, dtype=torch.bool) if going is None else torch.tensor(going).to(tokens.device)
+        self._longest += 1
+        positions = self._context.begin_token(moving, self._longest)
+        return self._logits(self._context, tokens[:, None], positions, 1)[:, -1]
+
+    def agree(self, tokens: Tensor) -> Tensor:
+        """See `Runner`."""
+        return tokens
+
+    def abandon(self, tokens: Tensor, going: Sequence[bool]) -> None:
+        """See `Runner`: there are no others."""
+
+    def release(self) -> None:
+        """See `Runner`."""
+        self._context = None
+
+    def _read(self, context: BatchedAttention, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
+        """Read some prompts in one pass; logits (b, V) of each one's last token."""
+        ids = torch.tensor([[token for row in rows for token in prompts[row]]], device=self.model.device)  # (1, n)
+        lengths = [len(prompts[row]) for row in rows]
+        positions = context.begin_prompts(rows, lengths)
+        ends = torch.tensor(list(accumulate(lengths)), device=self.model.device) - 1
+        return self._logits(context, ids, positions, ends)[0]
+
+    def _logits(self, context: BatchedAttention, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
+        """Logits of some positions, for ids and positions of one shape."""
+        logits: Tensor = self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, attention_context=context, logits_to_keep=keep
+        ).logits
+        return logits
 
 
 def batch_that_fits(model: PreTrainedModel, capacity: int, batch: int | None) -> int:
@@ -162,68 +246,20 @@ def batch_that_fits(model: PreTrainedModel, capacity: int, batch: int | None) ->
         check_model(model)
     except ValueError:
         return 1
-    config = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * kv_heads * head_size * model.dtype.itemsize * (capacity + BLOCK)
     free = (
         torch.cuda.mem_get_info(model.device)[0]
         + torch.cuda.memory_reserved(model.device)
         - torch.cuda.memory_allocated(model.device)
     )
-    return max(1, int(SHARE * free) // each)
+    return max(1, int(MEMORY_SHARE * free) // (cache_bytes(model) * (capacity + BLOCK)))
 
 
-@torch.no_grad()
-def generate_together(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    budgets: Sequence[int],
-    *,
-    stop: set[int] | None = None,
-    packed: int = PACKED,
-) -> list[list[int]]:
-    """Continue each prompt with the most likely token at each step.
-
-    Args:
-        model: A causal language model whose layers all see the whole text; it is put into eval mode and onto
-            `attn_implementation="ultralong"`.
-        prompts: Ids of each prompt, of any lengths.
-        budgets: Most tokens to add to each.
-        stop: Ids that end a sequence; None takes the model's own.
-        packed: Tokens of prompts that are read in one pass, at least one prompt.
-
-    Returns:
-        For each prompt its new tokens, without the id that ended it.
-
-    Raises:
-        ValueError: No or empty prompts, a budget below 1, or a model with special layers.
-    """
-    check_model(model)
-    whole = len(prompts) == len(budgets) and all(len(prompt) for prompt in prompts)
-    if not prompts or not whole or min(budgets) < 1:
-        raise ValueError(
-            "Batched answers need at least one prompt, a token in each, and a budget of one or more for each."
-        )
-    if model.eval().config._attn_implementation != attention.NAME:
-        model.set_attn_implementation(attention.NAME)
-    stop = end_tokens(model) if stop is None else stop
-    lengths = [len(prompt) for prompt in prompts]
-    context = BatchedAttention(len(prompts), max(a + b for a, b in zip(lengths, budgets, strict=True)), model.device)
-    token = torch.cat([_read(model, context, prompts, rows) for rows in _passes(lengths, packed)])  # (B,)
-    answers: list[list[int]] = [[] for _ in prompts]
-    is_open = [True] * len(prompts)
-    for step in range(max(budgets)):
-        for row, value in enumerate(token.tolist()):
-            if is_open[row] and value not in stop:
-                answers[row].append(value)
-            is_open[row] = is_open[row] and value not in stop and step + 1 < budgets[row]
-        if not any(is_open):
-            break
-        moving = torch.tensor(is_open, device=model.device)
-        positions = context.begin_token(moving, max(lengths) + step + 1)
-        token = _logits(model, context, token[:, None], positions, 1)[:, -1].argmax(-1)
-    return answers
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values in the model's type, over all layers."""
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_size * model.dtype.itemsize)
 
 
 def _passes(lengths: Sequence[int], packed: int) -> list[list[int]]:
@@ -237,21 +273,3 @@ def _passes(lengths: Sequence[int], packed: int) -> list[list[int]]:
         passes[-1].append(row)
         filled += length
     return passes
-
-
-def _read(
-    model: PreTrainedModel, context: BatchedAttention, prompts: Sequence[Sequence[int]], rows: Sequence[int]
-) -> Tensor:
-    """Read some prompts in one pass; the most likely next token of each, (b,)."""
-    ids = torch.tensor([[token for row in rows for token in prompts[row]]], device=model.device)  # (1, n)
-    lengths = [len(prompts[row]) for row in rows]
-    positions = context.begin_prompts(rows, lengths)
-    ends = torch.tensor(list(accumulate(lengths)), device=model.device) - 1
-    return _logits(model, context, ids, positions, ends)[0].argmax(-1)
-
-
-def _logits(model: PreTrainedModel, context: BatchedAttention, ids: Tensor, positions: Tensor, keep: Any) -> Tensor:
-    """Logits of some positions, for ids and positions of one shape."""
-    return model(
-        input_ids=ids, position_ids=positions, use_cache=False, attention_context=context, logits_to_keep=keep
-    ).logits

@@ -1,4 +1,4 @@
-"""What answers a prompt: transformers with chunked prefill on this side, or vLLM behind the same interface.
+"""Engines: what answers prompts. transformers' models with this library's runners, or vLLM, behind one interface.
 
 Answers of two engines differ a little even for the same weights (kernels round differently), so one comparison keeps to
 one engine; every answer says which gave it.
@@ -7,61 +7,154 @@ one engine; every answer says which gave it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.inference.batched import batch_that_fits, generate_together
-from ultralong.inference.generate import generate_greedy
-from ultralong.inference.shared_prefix import SharedPrefix
+from ultralong.inference.batched import BatchedRunner, batch_that_fits
+from ultralong.inference.decoding import GREEDY, FinishReason, Generated, Sampling, Step, collect
+from ultralong.inference.generate import stream
+from ultralong.inference.runner import LocalRunner
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine said in reply to a prompt.
+
+    Attributes:
+        text: The new tokens as text, special tokens left out.
+        tokens: The new tokens, without the one that ended them.
+        finish_reason: `stop` where a stop token ended them, `length` where the budget did.
+        reused: How many of the prompt's tokens had been read before.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    reused: int = 0
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Tokens of one answer as text, special tokens left out."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 class Engine(Protocol):
-    """Answers prompts greedily."""
+    """Answers prompts.
+
+    Attributes:
+        name: What is written beside its answers.
+    """
 
     name: str
 
-    def at_once(self, capacity: int) -> int:
+    def max_batch(self, capacity: int) -> int:
         """How many prompts to give at once, when the longest takes `capacity` tokens with its answer."""
         ...
 
-    def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
-        """Continue several prompts of any lengths, each by its own budget; asked only where `at_once` is above 1."""
-        ...
-
-    def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
-        """Continue a prompt.
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> list[Answer]:
+        """Answer prompts.
 
         Args:
-            ids: The prompt.
-            max_new_tokens: Most tokens to add.
-            capacity: Most tokens of any prompt and its answer in a row of calls, so that memory can be kept.
-
-        Returns:
-            What was said, special tokens left out, and how many of the prompt's tokens had been read before.
+            prompts: Token ids; at most `max_batch` of them for speed.
+            max_new_tokens: Most tokens to add to each.
+            capacity: Most tokens of any prompt and its answer in a row of calls, so that memory is kept between them.
+            sampling: How tokens are chosen.
+            stop: Ids that end an answer; None takes the model's own.
         """
         ...
 
+    def release(self) -> None:
+        """Give the memory of the KV cache back. The engine can still be asked."""
+        ...
 
-class OneByOne:
-    """What engines share that take one prompt at a time."""
 
-    def at_once(self, capacity: int) -> int:
-        """See `Engine`."""
+class StreamingEngine(Engine, Protocol):
+    """An engine that also hands out an answer token by token."""
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> Iterator[Step]:
+        """Answer one prompt step by step; to close the iterator stops the work. Arguments as for `answer`."""
+        ...
+
+
+class RunnerEngine(ABC):
+    """What engines share that decode with runners of this library.
+
+    Args:
+        model: A causal language model; it is put into eval mode.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def max_batch(self, capacity: int) -> int:
+        """See `Engine`: one, unless an engine batches."""
         return 1
 
-    def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
-        """See `Engine`."""
-        raise NotImplementedError(f"{type(self).__name__} takes one prompt at a time.")
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> list[Answer]:
+        """See `Engine`: one after the other, unless an engine batches."""
+        answers = []
+        for prompt, budget in zip(prompts, max_new_tokens, strict=True):
+            steps = self.stream(prompt, budget, capacity=capacity, sampling=sampling, stop=stop)
+            (generated,) = collect(steps, 1)
+            answers.append(self._answer(generated, self.reused))
+        return answers
+
+    def _answer(self, generated: Generated, reused: int) -> Answer:
+        text = as_text(self.tokenizer, generated.tokens)
+        return Answer(text, tuple(generated.tokens), generated.finish_reason, reused)
+
+    @property
+    @abstractmethod
+    def reused(self) -> int:
+        """Tokens of the last prompt that had been read before."""
+
+    @abstractmethod
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> Iterator[Step]:
+        """See `StreamingEngine`."""
 
 
-class OwnEngine:
-    """transformers' model: many short prompts together, or one after the other, read in chunks.
+class LocalEngine(RunnerEngine):
+    """A transformers model on one device: many short prompts together, or one after the other, read in chunks.
 
-    One after the other, keys and values are shared from prompt to prompt as far as both begin alike.
+    One after the other, keys and values are reused from prompt to prompt as far as both begin alike.
 
     Args:
         model: A causal language model; it is put into eval mode.
@@ -70,7 +163,7 @@ class OwnEngine:
         batch: Prompts to answer together; None takes as many as fit on a GPU (`batched.batch_that_fits`), one on a CPU.
 
     Raises:
-        ValueError: A batch below 1.
+        ValueError: A batch or a chunk below 1.
     """
 
     name = "transformers"
@@ -84,32 +177,54 @@ class OwnEngine:
     ) -> None:
         if batch is not None and batch < 1:
             raise ValueError(f"A batch holds at least one prompt, got {batch}.")
-        self.model, self.tokenizer, self.chunk, self.batch = model.eval(), tokenizer, chunk, batch
-        self._shared: SharedPrefix | None = None
+        super().__init__(model, tokenizer)
+        self.batch, self._runner = batch, LocalRunner(model, chunk=chunk)
 
-    def at_once(self, capacity: int) -> int:
+    def max_batch(self, capacity: int) -> int:
         """See `Engine`."""
-        self._shared = None  # its memory is what a batch may take
+        self.release()  # its memory is what a batch may take
         return batch_that_fits(self.model, capacity, self.batch)
 
-    def answer_many(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[str]:
-        """See `Engine`."""
-        said = generate_together(self.model, prompts, budgets)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> list[Answer]:
+        """See `Engine`: several prompts are answered together."""
+        if len(prompts) == 1:
+            return super().answer(prompts, max_new_tokens, capacity=capacity, sampling=sampling, stop=stop)
+        steps = stream(BatchedRunner(self.model), prompts, max_new_tokens, sampling=sampling, stop=stop)
+        return [self._answer(generated, 0) for generated in collect(steps, len(prompts))]
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
+    @property
+    def reused(self) -> int:
+        """Tokens of the last prompt that had been read before."""
+        return self._runner.reused
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> Iterator[Step]:
+        """See `StreamingEngine`."""
+        self._runner.capacity = capacity
+        return stream(self._runner, [prompt], max_new_tokens, sampling=sampling, stop=stop)
+
+    def release(self) -> None:
         """See `Engine`."""
-        if self._shared is None or self._shared.capacity != capacity:
-            # The old buffer goes before the new one is made.
-            self._shared = None
-            self._shared = SharedPrefix(self.model, capacity)
-        prompt = torch.tensor([list(ids)], device=self.model.device)
-        said = generate_greedy(self.model, prompt, max_new_tokens, chunk=self.chunk, shared=self._shared)[0]
-        return self.tokenizer.decode(said, skip_special_tokens=True), self._shared.reused
+        self._runner.release()
 
 
 def require_vllm() -> ModuleType:
-    """VLLM.
+    """The module of vLLM.
 
     Raises:
         ImportError: It is not installed.
@@ -124,7 +239,7 @@ def require_vllm() -> ModuleType:
         ) from error
 
 
-class VllmEngine(OneByOne):
+class VllmEngine:
     """vLLM, with its own prefix cache. It pins the torch that it was built for, so it lives where that fits.
 
     Args:
@@ -158,9 +273,34 @@ class VllmEngine(OneByOne):
             options["max_num_batched_tokens"] = chunk
         self._model = self._vllm.LLM(model=model, max_model_len=length, tensor_parallel_size=gpus, seed=0, **options)
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
+    def max_batch(self, capacity: int) -> int:
         """See `Engine`."""
-        sampling = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        (done,) = self._model.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False)
-        said = self.tokenizer.decode(list(done.outputs[0].token_ids), skip_special_tokens=True)
-        return said, done.num_cached_tokens or 0
+        return 1
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> list[Answer]:
+        """See `Engine`: one after the other."""
+        options: dict[str, Any] = {"temperature": sampling.temperature}
+        if sampling.temperature:
+            options |= {"top_p": sampling.top_p, "seed": sampling.seed}
+        if stop is not None:
+            options |= {"stop_token_ids": list(stop), "ignore_eos": True}
+        answers = []
+        for prompt, budget in zip(prompts, max_new_tokens, strict=True):
+            wanted = self._vllm.SamplingParams(max_tokens=budget, **options)
+            (done,) = self._model.generate([{"prompt_token_ids": list(prompt)}], wanted, use_tqdm=False)
+            tokens = tuple(done.outputs[0].token_ids)
+            text = as_text(self.tokenizer, tokens)
+            reason: FinishReason = "stop" if done.outputs[0].finish_reason == "stop" else "length"
+            answers.append(Answer(text, tokens, reason, done.num_cached_tokens or 0))
+        return answers
+
+    def release(self) -> None:
+        """See `Engine`: vLLM keeps its memory."""

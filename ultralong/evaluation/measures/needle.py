@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.tasks.haystack import Haystack
 from ultralong.evaluation.tasks.needle import NeedleFormat, NeedleSample, make_needle, prepare_haystack
-from ultralong.inference.engines import Engine, OwnEngine
+from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.inference.generate import prefill
 from ultralong.utils.progress import progress
 
@@ -120,7 +120,7 @@ def _judge(
         if method == "forward":
             ready = model.eval()
             return lambda needles: answer_forward(ready, tokenizer, needles, chunk=chunk)
-        engine = OwnEngine(model, tokenizer, chunk)
+        engine = LocalEngine(model, tokenizer, chunk)
     answering = engine
     return lambda needles: answer_by_engine(answering, needles, longest)
 
@@ -192,12 +192,13 @@ def answer_by_engine(engine: Engine, needles: Sequence[NeedleSample], longest: i
     """
     prompts = [needle.input_ids.tolist() for needle in needles]
     budgets = [len(needle.answer_ids) + spare for needle in needles]
-    if len(needles) > 1 and engine.at_once(longest + spare) > 1:
-        said = engine.answer_many(prompts, budgets)
-    else:
-        said = [engine.answer(ids, most, longest + spare)[0] for ids, most in zip(prompts, budgets, strict=True)]
+    size = len(needles) if len(needles) > 1 and engine.max_batch(longest + spare) > 1 else 1
+    groups = [slice(start, start + size) for start in range(0, len(needles), size)]
+    answers = [
+        answer for group in groups for answer in engine.answer(prompts[group], budgets[group], capacity=longest + spare)
+    ]
     judged = []
-    for needle, text in zip(needles, said, strict=True):
-        found = re.search(r"\d+", text)
-        judged.append((found is not None and found.group() == needle.answer, text.strip()))
+    for needle, answer in zip(needles, answers, strict=True):
+        found = re.search(r"\d+", answer.text)
+        judged.append((found is not None and found.group() == needle.answer, answer.text.strip()))
     return judged

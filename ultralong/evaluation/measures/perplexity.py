@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
-from ultralong.inference.generate import make_cache
+from ultralong.inference.generate import hidden_states
 from ultralong.utils.progress import progress
 
 IGNORED = -100
@@ -76,16 +76,8 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, *, c
             f"Inputs and labels must both be (batch, tokens), got {tuple(input_ids.shape)} and {tuple(labels.shape)}."
         )
     decoder, head = _decoder_and_head(model)
-    batch, tokens = input_ids.shape
-    chunk = tokens if chunk is None else min(chunk, tokens)
-    cache = make_cache(model, tokens) if chunk < tokens else None
-    losses = torch.zeros(batch, tokens, dtype=torch.float32, device=model.device)
-    for start in range(0, tokens, chunk):
-        part = slice(start, start + chunk)
-        options = {} if cache is None else {"past_key_values": cache}
-        hidden = decoder(
-            input_ids=input_ids[:, part].to(model.device), use_cache=cache is not None, **options
-        ).last_hidden_state  # (B, chunk, d)
+    losses = torch.zeros(input_ids.shape, dtype=torch.float32, device=model.device)
+    for part, hidden in hidden_states(decoder, model, input_ids, chunk=chunk):  # (B, chunk, d)
         target = labels[:, part].to(model.device)
         losses[:, part] = _tile_losses(head, hidden.flatten(0, 1), target.flatten()).view(target.shape)
     return losses

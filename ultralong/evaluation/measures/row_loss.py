@@ -22,7 +22,7 @@ from ultralong import attention
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.evaluation.measures.result import Part, Result
-from ultralong.inference.load_model import load_model
+from ultralong.inference.load import load_model
 from ultralong.training.batches import Batch, collate
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.model import head_counts

@@ -34,7 +34,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     engine: Engine | None,
 ) -> dict[str, Any]:
-    """`records.answer_tasks` with its arguments in the order that `long_engine.with_model` fills."""
+    """`records.answer_tasks` with its arguments in the order that `sharded_engine.with_model` fills."""
     return answer_tasks(
         model,
         tokenizer,

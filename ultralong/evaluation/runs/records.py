@@ -20,7 +20,7 @@ from ultralong.evaluation.measures.score import mean_by_length
 from ultralong.evaluation.runs.answer_files import answers_path, done_already, task_results
 from ultralong.evaluation.runs.sample_prefetch import SamplePrefetch
 from ultralong.evaluation.tasks.samples import find_task, make_samples, prompt_ids
-from ultralong.inference.engines import Engine, OwnEngine
+from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.utils.files import append_jsonl, locked
 from ultralong.utils.progress import progress
 
@@ -116,8 +116,8 @@ def answer_tasks(
         seed: Seed of the samples.
         out: Folder of answers and scores.
         chunk: Tokens of one prefill pass; None takes a prompt at once.
-        batch: Prompts to answer together, see `OwnEngine`.
-        engine: What answers; None is `OwnEngine`.
+        batch: Prompts to answer together, see `LocalEngine`.
+        engine: What answers; None is `LocalEngine`.
         chat: As for `make_samples`.
         haystack: As for `make_samples`.
         questions: For tests on published questions: name of the test to its file.
@@ -131,7 +131,7 @@ def answer_tasks(
         ValueError: As for `make_samples`; or the folder holds another run.
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
-    engine = OwnEngine(model, tokenizer, chunk, batch) if engine is None else engine
+    engine = LocalEngine(model, tokenizer, chunk, batch) if engine is None else engine
     results = answer_pairs(
         engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack, questions=questions, quiet=quiet
     )
@@ -206,15 +206,13 @@ def _answered(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, samples: Iterator[dict[str, Any]], length: int
 ) -> Iterator[dict[str, Any]]:
     """Samples with their answers; of those answered together each has its share of the seconds."""
-    at_once = engine.at_once(length)
+    at_once = engine.max_batch(length)
     while batch := list(islice(samples, at_once)):
         start = time.perf_counter()
         prompts, budgets = [prompt_ids(tokenizer, sample) for sample in batch], [s["max_new_tokens"] for s in batch]
-        if at_once == 1:
-            answers = [engine.answer(prompts[0], budgets[0], length)]
-        else:
-            answers = [(said, 0) for said in engine.answer_many(prompts, budgets)]
+        answers = engine.answer(prompts, budgets, capacity=length)
         seconds = (time.perf_counter() - start) / len(batch)
-        for sample, (said, reused) in zip(batch, answers, strict=True):
+        for sample, said in zip(batch, answers, strict=True):
             kept = {key: value for key, value in sample.items() if key != "input"}
-            yield {**kept, "prediction": said, "engine": engine.name, "reused": reused, "seconds": round(seconds, 3)}
+            found = {"prediction": said.text, "engine": engine.name, "reused": said.reused}
+            yield {**kept, **found, "seconds": round(seconds, 3)}

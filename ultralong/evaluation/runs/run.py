@@ -24,9 +24,9 @@ from ultralong.evaluation.runs.results import SETTINGS_FILE, write_results
 from ultralong.evaluation.runs.settings import RunSettings, doubled_lengths, within_window
 from ultralong.evaluation.tasks.groups import expand
 from ultralong.evaluation.tasks.haystack import read_haystack
-from ultralong.inference.engines import Engine, OwnEngine, VllmEngine
-from ultralong.inference.load_model import load_model_and_tokenizer
-from ultralong.inference.long_engine import with_model
+from ultralong.inference.engines import Engine, LocalEngine, VllmEngine
+from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.inference.sharded_engine import with_model
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json
@@ -152,7 +152,7 @@ def _engine(
 ) -> Engine:
     chunk = wanted.chunk_for(longest)
     if model is not None:
-        return OwnEngine(model, tokenizer, chunk, wanted.batch)
+        return LocalEngine(model, tokenizer, chunk, wanted.batch)
     return VllmEngine(wanted.model, tokenizer, longest, gpus=wanted.gpus, kv_dtype=wanted.kv_dtype, chunk=chunk)
 
 

@@ -105,7 +105,7 @@ class RunSettings:
 
     @property
     def shared(self) -> bool:
-        """Whether answers come from `long_engine.LongEngine`."""
+        """Whether answers come from `sharded_engine.ShardedEngine`."""
         return self.engine == "transformers" and (self.gpus > 1 or self.kv_dtype != "auto")
 
     def chunk_for(self, length: int) -> int | None:

@@ -1,4 +1,4 @@
-"""A checkpoint opened to be measured."""
+"""Load checkpoints for inference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def load_model(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, attn_implementation=attention.NAME)
     except OSError as error:
         raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval()
+    placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]  # wrapped by transformers without its types
+    return placed.eval()
 
 
 def load_model_and_tokenizer(

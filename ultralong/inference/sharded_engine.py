@@ -1,12 +1,13 @@
-"""One model on several GPUs, or with 8-bit keys and values, behind the engines' interface.
+"""One model on several GPUs, or with an fp8 cache, behind the engines' interface.
 
-The first process makes samples, asks and writes; the others wait for what it is asked and read with it. So everything
-but reading is written for one process.
+The first rank makes samples, asks and writes; the others wait for what it is asked and read with it. So everything but
+reading is written for one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,28 +16,41 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.attention.collectives import Group
-from ultralong.inference.engines import Engine, OneByOne
-from ultralong.inference.load_model import load_model_and_tokenizer
-from ultralong.inference.long_reader import LongReader
+from ultralong.inference.decoding import GREEDY, Sampling, Step
+from ultralong.inference.engines import Engine, RunnerEngine
+from ultralong.inference.generate import check_budgets, stream
+from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import nccl_options, run_ranks
 
-WEEK = 7 * 24 * 3600.0  # seconds that other processes wait for the first one's next question
+WEEK = 7 * 24 * 3600.0  # seconds that other ranks wait for the first one's next question
 Work = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Engine | None], Any]
 
 
-class LongEngine(OneByOne):
-    """Answers by `LongReader`, whose cache is shared out over the processes of a group.
+@dataclass(frozen=True)
+class Question:
+    """What the first rank tells the others to read; without a prompt, to give the cache's memory back."""
+
+    prompt: tuple[int, ...] = ()
+    max_new_tokens: int = 0
+    capacity: int | None = None
+    sampling: Sampling = GREEDY
+    stop: frozenset[int] | None = None
+
+
+class ShardedEngine(RunnerEngine):
+    """Answers by a `ShardedRunner`, whose cache is sharded over the ranks of a group.
 
     Args:
-        model: The whole model, on every process.
+        model: The whole model, on every rank.
         tokenizer: Its tokenizer.
-        group: The processes; None is this one alone.
+        group: The ranks; None is this one alone.
         kv: Type of keys and values: `auto` or `fp8`.
-        chunk: Tokens of one prefill pass; None takes 65,536 a process.
+        chunk: Tokens of one prefill pass; None takes 65,536 a rank.
         quiet: True draws no progress bars of single prompts.
 
     Raises:
-        ValueError: As for `LongReader`.
+        ValueError: As for `ShardedRunner`.
     """
 
     def __init__(
@@ -49,45 +63,74 @@ class LongEngine(OneByOne):
         chunk: int | None = None,
         quiet: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.group = model, tokenizer, group
-        self.options = {"kv": kv, "chunk": chunk, "quiet": quiet}
-        self.ranks = 1 if group is None else dist.get_world_size(group)
-        self._reader: LongReader | None = LongReader(model, 1, group, **self.options)  # refuses what it cannot read
+        super().__init__(model, tokenizer)
+        self.group, self.ranks = group, 1 if group is None else dist.get_world_size(group)
+        self._runner = ShardedRunner(model, None, group, kv=kv, chunk=chunk, quiet=quiet)
         self.name = (
             "transformers"
             + (f", {self.ranks} processes" if self.ranks > 1 else "")
             + (", 8-bit keys and values" if kv == "fp8" else "")
         )
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> tuple[str, int]:
-        """See `Engine`; on the first process only."""
-        self._tell((list(ids), max_new_tokens, capacity))
-        said = self._generate(ids, max_new_tokens, capacity)
-        return self.tokenizer.decode(said, skip_special_tokens=True), self._reader.reused
+    @property
+    def reused(self) -> int:
+        """Tokens of the last prompt that had been read before."""
+        return self._runner.reused
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> Iterator[Step]:
+        """See `StreamingEngine`; on the first rank only, one prompt at a time."""
+        self._runner.capacity = capacity
+        self._runner.check(len(prompt), check_budgets(max_new_tokens, 1)[0])  # here, where nobody waits for it yet
+        kept = None if stop is None else frozenset(stop)
+        return self._ask(Question(tuple(prompt), max_new_tokens, capacity, sampling, kept))
+
+    def _ask(self, question: Question) -> Iterator[Step]:
+        """Told when the first step is taken, so that an iterator nobody starts leaves nobody waiting."""
+        self._tell(question)
+        yield from self._steps(question)
 
     def follow(self) -> None:
-        """What the other processes do: read what the first one is asked, until it closes."""
+        """What the other ranks do: read what the first one is asked, until it closes."""
         while (question := self._tell(None)) is not None:
-            self._generate(*question)
+            if question.prompt:
+                for _ in self._steps(question):
+                    pass
+            else:
+                self._runner.release()
+
+    def release(self) -> None:
+        """See `Engine`; on the first rank only."""
+        self._tell(Question())
+        self._runner.release()
 
     def close(self) -> None:
-        """Let the other processes go; on the first one only."""
+        """Let the other ranks go; on the first one only."""
         self._tell(None)
 
-    def _tell(self, question: tuple[list[int], int, int] | None) -> tuple[list[int], int, int] | None:
-        """The first process's question, on every process."""
+    def _tell(self, question: Question | None) -> Question | None:
+        """The first rank's question, on every rank."""
         told = [question]
         if self.group is not None:
             dist.broadcast_object_list(told, dist.get_global_rank(self.group, 0), group=self.group)
         return told[0]
 
-    def _generate(self, ids: Sequence[int], max_new_tokens: int, capacity: int) -> list[int]:
-        if self._reader.capacity != capacity:
-            # The old buffer goes before the new one is made.
-            self._reader = None
-            self._reader = LongReader(self.model, capacity, self.group, **self.options)
-        prompt = torch.tensor([list(ids)], device=self.model.device)
-        return self._reader.generate(prompt, max_new_tokens)[0]
+    def _steps(self, question: Question) -> Iterator[Step]:
+        self._runner.capacity = question.capacity
+        return stream(
+            self._runner,
+            [question.prompt],
+            question.max_new_tokens,
+            sampling=question.sampling,
+            stop=question.stop,
+        )
 
 
 def with_model(
@@ -162,13 +205,15 @@ def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
 def _open_and_work(
     rank: int, world: int, work: Work, model: str, kv: str, chunk: int | None, device: str, quiet: bool
 ) -> Any:
-    """One process's part: the first one works, the others follow. What a user did wrong is returned, not raised."""
+    """One rank's part: the first one works, the others follow. What a user did wrong is returned, not raised."""
     try:
         where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         loaded, tokenizer = load_model_and_tokenizer(model, where)
         if world == 1 and kv == "auto":
             return work(loaded, tokenizer, None)
-        engine = LongEngine(loaded, tokenizer, dist.group.WORLD if world > 1 else None, kv=kv, chunk=chunk, quiet=quiet)
+        engine = ShardedEngine(
+            loaded, tokenizer, dist.group.WORLD if world > 1 else None, kv=kv, chunk=chunk, quiet=quiet
+        )
     except (ValueError, ImportError) as error:
         return error
     if rank:

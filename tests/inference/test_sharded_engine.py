@@ -7,7 +7,7 @@ import pytest
 from ultralong import cli
 from ultralong.evaluation.runs.results import summarise
 from ultralong.evaluation.runs.run import RunSettings, run
-from ultralong.inference.long_engine import with_model
+from ultralong.inference.sharded_engine import with_model
 from ultralong.utils.files import append_jsonl, locked, read_json, read_jsonl
 
 TASKS = ("infinitebench_passkey", "niah_multikey_2")
@@ -61,15 +61,15 @@ def test_a_run_stopped_in_a_batch_goes_on(checkpoint, tmp_path, monkeypatch):
 
     settings = RunSettings(model=checkpoint, tasks=TASKS, lengths=(1024,), samples=4, chat=False, batch=3)
     run(settings, tmp_path / "whole", device="cpu", quiet=True)
-    together, calls = engines.generate_together, []
+    prefill, calls = engines.BatchedRunner.prefill, []
 
     def stop_later(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return together(*arguments)
+        return prefill(*arguments)
 
-    monkeypatch.setattr(engines, "generate_together", stop_later)
+    monkeypatch.setattr(engines.BatchedRunner, "prefill", stop_later)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "stopped", device="cpu", quiet=True)
     assert sum(map(len, answers(tmp_path / "stopped").values())) == 3

@@ -1,0 +1,149 @@
+"""The decoding loop: from the logits of prompts to their answers, token by token, for every runner.
+
+B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ultralong.inference.runner import Runner
+
+FinishReason = Literal["stop", "length"]
+ABANDONED = -1  # in the place of a token: the first rank has stopped decoding
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits before a token is drawn; 0 takes the most likely one (greedy decoding).
+        top_p: Draw only from the most likely tokens that together have this probability (nucleus sampling).
+        seed: Seed of the draws; None takes one that nobody knows.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Chooses tokens from logits, with a random state of its own.
+
+    Args:
+        sampling: How.
+    """
+
+    def __init__(self, sampling: Sampling = GREEDY) -> None:
+        self.sampling = sampling
+        self._random: torch.Generator | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The next token (B,) of each row of logits (B, V)."""
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        if self._random is None:
+            self._random = torch.Generator(logits.device)
+            if self.sampling.seed is None:
+                self._random.seed()
+            else:
+                self._random.manual_seed(self.sampling.seed)
+        probabilities = (logits.float() / self.sampling.temperature).softmax(-1)
+        if self.sampling.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            # A token stays while those before it have not reached top_p, so the most likely one always does.
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.sampling.top_p, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+        return torch.multinomial(probabilities, 1, generator=self._random)[:, 0]
+
+
+class Step(NamedTuple):
+    """One step of all rows.
+
+    Attributes:
+        tokens: For each row its new token; None where the row had ended or ends now by a stop token.
+        ended: For each row why it ends with this step; None where it goes on or had ended before.
+    """
+
+    tokens: list[int | None]
+    ended: list[FinishReason | None]
+
+
+def decode(
+    runner: Runner, logits: Tensor, budgets: Sequence[int], stop: Collection[int], sampler: Sampler
+) -> Iterator[Step]:
+    """Decode step by step until each row has met a stop token or has as many tokens as it may.
+
+    Whoever leaves the iterator before its end stops the decoding, on other ranks too.
+
+    Args:
+        runner: Has read the prompts.
+        logits: (B, V) of each prompt's last token.
+        budgets: Most tokens of each row, one or more.
+        stop: Tokens that end a row, and are not part of it.
+        sampler: Chooses the tokens.
+    """
+    going = [True] * len(budgets)
+    for step in range(max(budgets)):
+        tokens = runner.agree(sampler(logits))
+        values = tokens.tolist()
+        if values[0] == ABANDONED:
+            return
+        ended: list[FinishReason | None] = [None] * len(budgets)
+        said: list[int | None] = [None] * len(budgets)
+        for row in (row for row, goes_on in enumerate(going) if goes_on):
+            if values[row] in stop:
+                ended[row] = "stop"
+                continue
+            said[row] = values[row]
+            ended[row] = "length" if step + 1 == budgets[row] else None
+        going = [goes_on and reason is None for goes_on, reason in zip(going, ended, strict=True)]
+        try:
+            yield Step(said, ended)
+        except GeneratorExit:
+            if any(going):
+                runner.abandon(tokens, going)
+            raise
+        if not any(going):
+            return
+        logits = runner.decode(tokens, going)
+
+
+@dataclass
+class Generated:
+    """What was said in reply to one prompt.
+
+    Attributes:
+        tokens: The new tokens, without the one that ended them.
+        finish_reason: `stop` where a stop token ended them, `length` where there was no room for more.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+
+def collect(steps: Iterable[Step], rows: int) -> list[Generated]:
+    """The whole answer of each of so many rows."""
+    answers = [Generated() for _ in range(rows)]
+    for step in steps:
+        for answer, token, reason in zip(answers, step.tokens, step.ended, strict=True):
+            if token is not None:
+                answer.tokens.append(token)
+            if reason is not None:
+                answer.finish_reason = reason
+    return answers

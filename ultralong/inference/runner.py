@@ -1,0 +1,284 @@
+"""Runners: a model with its KV cache, which reads prompts and then one token after the other.
+
+B batch, T prompt tokens, V vocabulary.
+
+`CachedRunner` holds what does not depend on where keys and values are: prompts are read in chunks, and the tokens that
+a prompt begins with and the cache already holds are not read again. That is exact, since the states of a causal model
+do not depend on what follows. `LocalRunner` serves any model of transformers on one device; `ShardedRunner`
+(`sharded_generation`) several GPUs and fp8; `BatchedRunner` (`batched`) many prompts of unequal lengths.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ultralong.inference.kv_cache import ModelCache, make_cache
+from ultralong.utils.progress import progress
+
+SHOWN = 131072  # prompts of so many tokens get a progress bar
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+Prompts = Tensor | Sequence[Sequence[int]]  # ids, (B, T) where they are a tensor
+
+
+class Runner(Protocol):
+    """A model with a KV cache. Several ranks call the same methods with the same arguments.
+
+    Attributes:
+        model: The model.
+        reused: How many tokens of the last prompt were in the cache already.
+    """
+
+    model: PreTrainedModel
+    reused: int
+
+    def prefill(self, prompts: Prompts, budgets: Sequence[int] = (0,)) -> Tensor:
+        """Read prompts and return the logits (B, V) of each one's last token, the same on every rank.
+
+        Args:
+            prompts: Token ids, no padding.
+            budgets: How many tokens will follow each at most, for which room is made.
+        """
+        ...
+
+    def decode(self, tokens: Tensor, going: Sequence[bool] | None = None) -> Tensor:
+        """Read one more token (B,) of each row and return the logits (B, V) behind it.
+
+        Args:
+            tokens: The tokens.
+            going: Which rows go on; what is returned for the others means nothing. None: all.
+        """
+        ...
+
+    def agree(self, tokens: Tensor) -> Tensor:
+        """The first rank's tokens (B,), on every rank."""
+        ...
+
+    def abandon(self, tokens: Tensor, going: Sequence[bool]) -> None:
+        """End the decoding of the other ranks, which are about to call `decode` with these arguments."""
+        ...
+
+    def release(self) -> None:
+        """Give the cache's memory back."""
+        ...
+
+
+def as_tensor(prompts: Prompts, device: torch.device) -> Tensor:
+    """Prompts of one length as (B, T) ids on a device.
+
+    Raises:
+        ValueError: Their lengths differ.
+    """
+    if isinstance(prompts, Tensor):
+        return prompts.to(device)
+    if len({len(prompt) for prompt in prompts}) != 1:
+        raise ValueError("Prompts of different lengths were given: read them one by one, or with a BatchedRunner.")
+    return torch.tensor([list(prompt) for prompt in prompts], device=device)
+
+
+class CachedRunner(ABC):
+    """Reads prompts of one length in chunks, and keeps the cache for what the next prompt shares with the last.
+
+    Args:
+        model: A causal language model; it is put into eval mode.
+        capacity: Most tokens of a prompt and what follows it; None makes room as it is needed.
+        chunk: Tokens of one pass; None takes a prompt at once.
+        quiet: True draws no progress bar.
+
+    Raises:
+        ValueError: A chunk below one token.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, capacity: int | None = None, *, chunk: int | None = None, quiet: bool = True
+    ) -> None:
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"A prefill chunk must hold at least one token, got {chunk}.")
+        self.model, self.capacity, self.chunk, self.quiet = model.eval(), capacity, chunk, quiet
+        self.reused = 0
+        self._ids: Tensor | None = None  # (B, T) what the cache holds, but for
+        self._decoded: list[Tensor] = []  # (B,) what was decoded behind it
+
+    @torch.no_grad()
+    def prefill(self, prompts: Prompts, budgets: Sequence[int] = (0,)) -> Tensor:
+        """See `Runner`.
+
+        Raises:
+            ValueError: An empty prompt, prompts of different lengths, or no room for them and what follows.
+        """
+        ids = as_tensor(prompts, self.model.device)
+        tokens, follow = ids.shape[1], max(budgets)
+        self.check(tokens, follow)
+        self.reused = self._reusable(ids, common_prefix(self._held(), ids))
+        self._prepare(len(ids), self.reused, tokens + follow)
+        return self._read(ids)
+
+    def check(self, tokens: int, follow: int) -> None:
+        """See that a prompt of `tokens` tokens and `follow` more can be read.
+
+        Raises:
+            ValueError: It is empty, or there is no room.
+        """
+        room = tokens + follow if self.capacity is None else self.capacity
+        if not 1 <= tokens <= room:
+            raise ValueError(f"A prompt of {tokens:,} tokens was given, and there is room for 1 to {room:,}.")
+        if tokens + follow > room:
+            raise ValueError(
+                f"There is room for {room:,} tokens; a prompt of {tokens:,} and {follow:,} new tokens do not fit."
+            )
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Read what is not in the cache. Where a chunk is interrupted, what the cache holds counts up to it."""
+        ids = ids.clone()  # the caller's may change
+        tokens, step = ids.shape[1], self.chunk or ids.shape[1]
+        self._ids, self._decoded = ids[:, : self.reused], []
+        logits = ids.new_empty(0)
+        with progress(
+            total=_cost(tokens) - _cost(self.reused),
+            desc=f"reading {tokens:,} tokens",
+            bar_format=BAR,
+            quiet=self.quiet or tokens - self.reused < SHOWN,
+        ) as bar:
+            for start in range(self.reused, tokens, step):
+                end = min(start + step, tokens)
+                logits = self._forward(ids[:, start:end])
+                self._ids = ids[:, :end]
+                if not bar.disable and logits.is_cuda:
+                    torch.cuda.synchronize()  # the bar shall show what is done, not what is queued
+                bar.update(_cost(end) - _cost(start))
+        return self._from_owner(logits)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, going: Sequence[bool] | None = None) -> Tensor:
+        """See `Runner`."""
+        logits = self._forward(tokens[:, None])
+        self._decoded.append(tokens)
+        return logits
+
+    def agree(self, tokens: Tensor) -> Tensor:
+        """See `Runner`."""
+        return tokens
+
+    def abandon(self, tokens: Tensor, going: Sequence[bool]) -> None:
+        """See `Runner`: there are no others, unless a runner is sharded."""
+        return
+
+    def release(self) -> None:
+        """See `Runner`."""
+        self._ids, self._decoded = None, []
+        self._empty()
+
+    def _held(self) -> Tensor | None:
+        """The ids (B, T) whose keys and values are in the cache."""
+        if self._ids is None or not self._decoded:
+            return self._ids
+        return torch.cat([self._ids, torch.stack(self._decoded, 1)], 1)
+
+    def _from_owner(self, logits: Tensor) -> Tensor:
+        """The last token's logits, from the rank that has them to all."""
+        return logits
+
+    def _reusable(self, ids: Tensor, common: int) -> int:
+        """How many of the first `common` tokens can stay in the cache."""
+        held = self._held()
+        return common if held is None or same_rope(self.model, held.shape[1], ids.shape[1]) else 0
+
+    @abstractmethod
+    def _prepare(self, rows: int, keep: int, capacity: int) -> None:
+        """Forget all but the first `keep` tokens and make room for `capacity`."""
+
+    @abstractmethod
+    def _forward(self, ids: Tensor) -> Tensor:
+        """Run tokens (B, t) through the model behind what the cache holds; logits (B, V) of the last."""
+
+    @abstractmethod
+    def _empty(self) -> None:
+        """Give the cache's memory back."""
+
+
+def common_prefix(held: Tensor | None, ids: Tensor) -> int:
+    """Tokens that ids (B, T) and what is held begin with, all but the last: its logits are wanted."""
+    if held is None or len(held) != len(ids):
+        return 0
+    size = min(held.shape[1], ids.shape[1] - 1)
+    differ = torch.nonzero((held[:, :size] != ids[:, :size]).any(0))
+    return int(differ[0]) if len(differ) else size
+
+
+def _cost(tokens: int) -> float:
+    """What reading so many tokens costs, for the time that is left: matrix products, and attention to all before."""
+    return tokens * (tokens + 2.0**17)
+
+
+class LocalRunner(CachedRunner):
+    """Any causal language model of transformers, called with a cache of its own kind.
+
+    Models with sliding windows or other special layers get transformers' own cache, and read each prompt anew.
+
+    Args:
+        model: As for `CachedRunner`.
+        capacity: As for `CachedRunner`.
+        chunk: As for `CachedRunner`.
+        quiet: As for `CachedRunner`.
+    """
+
+    _cache: Cache | None = None
+
+    def _reusable(self, ids: Tensor, common: int) -> int:
+        cache = self._cache
+        written = isinstance(cache, ModelCache) and cache.store.rows == len(ids)
+        return super()._reusable(ids, common) if written else 0
+
+    def _prepare(self, rows: int, keep: int, capacity: int) -> None:
+        cache = self._cache
+        fits = isinstance(cache, ModelCache) and capacity <= cache.store.capacity and cache.store.rows == rows
+        if not isinstance(cache, ModelCache) or not (keep or fits):
+            # The old buffers go before the new ones come: both would not fit beside a model at a million tokens.
+            self._cache = cache = None
+            self._cache = make_cache(self.model, max(capacity, self.capacity or 0))
+            return
+        cache.store.truncate(keep)
+        cache.store.reserve(max(capacity, self.capacity or 0))
+        cache.show(keep)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        assert self._cache is not None
+        logits = model_logits(self.model, ids, self._cache, 1)[:, -1]
+        if isinstance(self._cache, ModelCache):
+            self._cache.store.append(ids.shape[1])
+        return logits
+
+    def _empty(self) -> None:
+        self._cache = None
+
+
+def rope_lengths(model: PreTrainedModel) -> tuple[str, int]:
+    """A model's RoPE scaling method, and the length in tokens beyond which its frequencies change with the length."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    method = str(parameters.get("rope_type", "default"))
+    original = parameters.get("original_max_position_embeddings") if method == "longrope" else None
+    return method, int(original or config.max_position_embeddings)
+
+
+def same_rope(model: PreTrainedModel, held: int, tokens: int) -> bool:
+    """Whether keys of a text of `held` tokens are those that it would have at the beginning of one of `tokens`.
+
+    They are not where frequencies follow the length: two sets for longrope, always new ones for dynamic.
+    """
+    method, original = rope_lengths(model)
+    longer = held > original, tokens > original
+    return {"longrope": longer[0] == longer[1], "dynamic": not any(longer)}.get(method, True)
+
+
+def model_logits(model: PreTrainedModel, ids: Tensor, cache: Cache | None, keep: int) -> Tensor:
+    """Logits (B, keep, V) of the last positions of ids (B, T), behind what a cache holds."""
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, use_cache=cache is not None, past_key_values=cache, **options).logits[:, -keep:]
