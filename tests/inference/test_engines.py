@@ -9,9 +9,10 @@ import torch
 
 from ultralong.evaluation.runs.run import RunSettings, run
 from ultralong.inference.decoding import Sampling
-from ultralong.inference.engines import LocalEngine, VllmEngine
+from ultralong.inference.engines import LocalEngine
 from ultralong.inference.generate import generate
 from ultralong.inference.runner import LocalRunner
+from ultralong.inference.vllm_engine import VllmEngine
 from ultralong.utils.files import read_jsonl
 
 

@@ -14,7 +14,7 @@ from ultralong.evaluation.runs.results import SETTINGS_FILE
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.evaluation.tasks.groups import SPECIAL, find_questions
 from ultralong.evaluation.tasks.samples import PUBLISHED, TASKS, check_task
-from ultralong.inference.engines import require_vllm
+from ultralong.inference.vllm_engine import require_vllm
 from ultralong.utils import settings
 from ultralong.utils.extras import require
 

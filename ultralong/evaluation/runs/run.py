@@ -24,9 +24,10 @@ from ultralong.evaluation.runs.results import SETTINGS_FILE, write_results
 from ultralong.evaluation.runs.settings import RunSettings, doubled_lengths, within_window
 from ultralong.evaluation.tasks.groups import expand
 from ultralong.evaluation.tasks.haystack import read_haystack
-from ultralong.inference.engines import Engine, LocalEngine, VllmEngine
+from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.sharded_engine import with_model
+from ultralong.inference.vllm_engine import VllmEngine
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json
