@@ -148,7 +148,7 @@ class Demo:
         for conversation in read_conversations(find_recipe(self.config.conversations), quiet=True):
             if len(mixed) >= self.config.examples:
                 break
-            mixed.append(conversation)
+            mixed.append(conversation.messages)
         chat = ChatSettings(length=window, max_tokens=window, seed=self.config.seed)
         return pack_chat(mixed, tokenizer, self.out / "chat-rows", chat, quiet=True)
 

@@ -26,8 +26,8 @@ from transformers import (
 
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
-from ultralong.data.read.conversations import Message
 from ultralong.data.read.documents import Document
+from ultralong.data.read.messages import Message
 from ultralong.data.rows.packing import pack
 from ultralong.data.rows.separators import PackSettings
 from ultralong.data.tokens.tokenize import tokenize_corpus

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultralong.data.chat.subsample import HashSample, Subsample
-from ultralong.data.chat.template import encode_chat
-from ultralong.data.read.conversations import Conversation, Message
+from ultralong.data.chat.template import UnusableTemplate, encode_chat, turn_end
+from ultralong.data.read.conversations import Conversation, to_messages
 from ultralong.data.read.documents import ReadReport
+from ultralong.data.read.messages import Message, texts_of
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts
 from ultralong.data.tokens.encoding import token_dtype
 from ultralong.utils.progress import progress
@@ -86,15 +87,17 @@ def encode_conversations(
     lengths: dict[str, LengthCounts] = {}
     examples: list[Example] = []
     dtype = token_dtype(len(tokenizer))
+    check_template(tokenizer)
     most = limit * COMPOSED * max(map(len, tokenizer.get_vocab()))
     for number, item in enumerate(progress(conversations, desc="chat", unit="example", quiet=quiet)):
-        plain = isinstance(item, Conversation)
-        talk = item if plain else Conversation(f"conversation {number}", item)
-        if plain:
+        talk = item if isinstance(item, Conversation) else _conversation(item, number, report)
+        if talk is None:
+            continue
+        if isinstance(item, Conversation):
             lengths.setdefault(talk.source, LengthCounts(EDGES)).add(talk.characters / FU_CHARACTERS_PER_TOKEN, 0)
         if chosen is not None and not chosen.wanted(talk.id, talk.category):
             continue
-        if sum(len(message["content"].strip()) for message in _turns(talk)) > most:
+        if sum(len(text.strip()) for message in talk.messages for text in texts_of(message)) > most:
             # Ten million characters take minutes to render and to encode, and cannot fit: no token is that long.
             report.skip(f"longer than {limit} tokens by its characters alone", talk.id)
             continue
@@ -114,10 +117,27 @@ def encode_conversations(
     )
 
 
-def _turns(talk: Conversation) -> list[Message]:
-    """The turns that are well formed; `encode_chat` says what is wrong with the others."""
-    turns = talk.messages if isinstance(talk.messages, list) else []
-    return [turn for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with which no conversation at all can be encoded, before any is read.
+
+    Raises:
+        ValueError: There is no chat template, or one under which answers have no end.
+    """
+    if tokenizer.chat_template is None:
+        raise UnusableTemplate("the tokenizer has no chat template. Set one, or use a tokenizer that has one.")
+    turn_end(tokenizer, tokenizer.get_chat_template())
+
+
+def _conversation(messages: Any, number: int, report: ReadReport) -> Conversation | None:
+    """A plain list of messages, brought to one form as a file's records are."""
+    id, unused = f"conversation {number}", set[str]()
+    try:
+        talk = Conversation(id, to_messages(messages, unused=unused))
+    except ValueError as error:
+        report.skip(str(error), id)
+        return None
+    report.unused.update(unused)
+    return talk
 
 
 def _encode(
@@ -130,9 +150,9 @@ def _encode(
 ) -> Example | None:
     try:
         ids, mask = encode_chat(tokenizer, talk.messages)
+    except UnusableTemplate:
+        raise
     except ValueError as error:
-        if tokenizer.chat_template is None:
-            raise
         report.skip(str(error), talk.id)
         return None
     if len(ids) > limit:

@@ -16,12 +16,14 @@ import numpy as np
 from ultralong.data.chat.examples import Example, encode_conversations
 from ultralong.data.chat.subsample import Subsample
 from ultralong.data.chat.template import encode_chat
-from ultralong.data.read.conversations import Conversation, Message
+from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import ReadReport
+from ultralong.data.read.messages import Message
 from ultralong.data.rows.packed_rows import FORMAT, PADDING, PackedRows, RowWriter
 from ultralong.data.rows.permutation import permuted
 from ultralong.data.tokens.encoding import token_dtype, tokenizer_fingerprint
 from ultralong.data.tokens.shards import ShardFolder
+from ultralong.utils.chat_template import DATE, uses_clock
 from ultralong.utils.files import locked
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ def pack_chat(
         "template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "dtype": token_dtype(len(tokenizer)).str,
         "provenance": provenance,
+        **({"date": DATE} if tokenizer.chat_template and uses_clock(tokenizer.get_chat_template()) else {}),
         "subsample": None if subsample is None else asdict(subsample),
         "rows_per_shard": rows_per_shard or max(1, (1 << 24) // settings.length),
     }
@@ -155,6 +158,7 @@ def _write_rows(
         "padding_tokens": rows * settings.length - tokens,
         "tail_dropped_tokens": 0,
         "skipped": report.as_json()["skipped"],
+        "unused_fields": dict(sorted(report.unused.items())),
         "shards": records,
     }
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from ultralong.data.chat.budget import Budget
 from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed, RequestStopped
-from ultralong.data.read.conversations import Conversation, Message
+from ultralong.data.read.conversations import Conversation
+from ultralong.data.read.messages import REASONING, Message
 from ultralong.utils.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
@@ -218,6 +219,7 @@ class _Worker:
         try:
             for place in answers if self.settings.turns == "all" else answers[-1:]:
                 messages[place]["content"] = self._answer(messages[: place + 1], usage)
+                messages[place].pop(REASONING, None)  # it led to the draft
         except (_Exhausted, RequestStopped):
             # An answer of several may be paid for already; a budget that keeps it is worth less than one that holds.
             if not any(usage.values()):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ultralong.data.chat.template import encode_chat
-from ultralong.data.read.conversations import Message
+from ultralong.data.read.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,23 +2,53 @@
 
 Only what the assistant says is learned, up to and with the token that ends its turn: that token is where generation
 stops. Two exact ways to find it, and no guess:
-* A template with `{% generation %}` marks says so itself.
+* A template with `{% generation %}` marks says so itself. Where its marks end before the turn does, its end is added.
 * Otherwise the conversation is rendered up to the assistant's turn with the generation prompt, which is what the model
   will see when it is used, and once more with the turn. Both have to be prefixes, token by token, of the whole
   conversation; a template that rewrites earlier turns (some drop old reasoning) fails this and is refused.
+
+What ends a turn is found out by rendering a short answer: it is what the template writes behind it. A template that
+writes nothing there cannot be used, for a model trained with it would not learn to stop.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ultralong.data.read.conversations import Message, check_messages
+import numpy as np
+
+from ultralong.data.read.messages import REASONING, Message, check_messages, is_learned
+from ultralong.utils.chat_template import apply_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+QUESTION, ANSWER = "Where is the number?", "The number is 7391."
+
+
+class UnusableTemplate(ValueError):
+    """No conversation at all can be encoded with this template."""
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """What a template writes behind an answer.
+
+    Attributes:
+        text: All of it.
+        ids: Its tokens, up to and with the last control token; all of them where it holds none.
+        controls: How many control tokens are among them; 0 for an end in plain text.
+        rest: How many tokens follow, which open the next turn and are never generated.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    controls: int
+    rest: int
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
@@ -26,27 +56,29 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
 
     Args:
         tokenizer: Must have a chat template.
-        messages: `{"role", "content"}` each, at least one of them the assistant's.
+        messages: `{"role", "content"}` each, at least one of them the assistant's; see `read.messages` for more keys.
 
     Returns:
         `(input_ids, loss_mask)` of equal length. `loss_mask[t]` speaks of token t itself, not yet of the shifted
-        target.
+        target. A turn with a loss has one on the token that ends it.
 
     Raises:
-        ValueError: No template; a message without role or content; no or an empty answer; a control token inside a
-            message; or a template under which the assistant's tokens cannot be told exactly.
+        UnusableTemplate: There is no template, or one under which no answer has an end.
+        ValueError: A message without role or content; no or an empty answer; a control token inside a message; or a
+            template under which the assistant's tokens cannot be told exactly.
     """
     template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     if template is None:
-        raise ValueError("the tokenizer has no chat template. Set tokenizer.chat_template, or use one that has it.")
+        raise UnusableTemplate("the tokenizer has no chat template. Set one, or use a tokenizer that has one.")
     check_messages(messages, control_tokens(tokenizer))
+    end = turn_end(tokenizer, template)
+    if any(REASONING in message for message in messages):
+        whole = _apply(tokenizer, messages, tokenize=False)
+        if any(message[REASONING].strip() not in whole for message in messages if REASONING in message):
+            raise ValueError("reasoning that the chat template leaves out")
     if GENERATION_MARK.search(template):
-        encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-        if not any(mask):
-            raise ValueError("the chat template's generation marks cover none of the assistant's tokens.")
-        return ids, mask
-    return _encode_by_prefixes(tokenizer, messages)
+        return _encode_by_marks(tokenizer, messages, end)
+    return _encode_by_prefixes(tokenizer, messages, end)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -54,12 +86,107 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}))
 
 
-def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
+@lru_cache(maxsize=16)
+def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
+    """What the template writes behind an answer.
+
+    Args:
+        tokenizer: Has the template.
+        template: Its chat template, which the result is remembered for.
+
+    Raises:
+        UnusableTemplate: The template refuses a question with an answer, leaves the answer out, or ends it by nothing.
+    """
+    talk: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = _apply(tokenizer, talk, tokenize=False)
+    except ValueError:
+        try:
+            text = _apply(tokenizer, [{"role": "system", "content": "Answer."}, *talk], tokenize=False)
+        except ValueError as error:
+            raise UnusableTemplate(f"{error}, though it is a question with an answer.") from error
+    _, found, behind = text.rpartition(ANSWER)
+    if not found:
+        raise UnusableTemplate("the chat template does not write an answer as it is. Use one that does.")
+    if not behind.strip():
+        raise UnusableTemplate(
+            "the chat template writes nothing behind an answer that ends it (in some, the next turn's role does), so a "
+            "model could not learn to stop. Use a template that ends every answer by a token."
+        )
+    ids = list(tokenizer(behind, add_special_tokens=False)["input_ids"])
+    places = _controls(tokenizer, ids)
+    size = places[-1] + 1 if places else len(ids)
+    return TurnEnd(behind, tuple(ids[:size]), len(places), len(ids) - size)
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Places of added tokens, without those that are white space: some tokenizers add line breaks."""
+    added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.content.strip()}
+    return [place for place, token in enumerate(ids) if token in added]
+
+
+def _encode_by_marks(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], end: TurnEnd
+) -> tuple[list[int], list[int]]:
+    encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, marks = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if not any(marks):
+        raise ValueError("the chat template's generation marks cover none of the assistant's tokens")
+    edges = np.flatnonzero(np.diff([0, *marks, 0])).tolist()
+    turns: list[tuple[int, int]] = []
+    first = None
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        first = start if first is None else first
+        closed = _closed(tokenizer, ids, start, stop, end)
+        if closed is not None:
+            turns.append((first, closed))
+            first = None
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if first is not None or len(turns) != len(answers):
+        raise ValueError(
+            f"the chat template's generation marks give {len(turns)} of {len(answers)} answers an end to be learned"
+        )
+    mask = [0] * len(ids)
+    for (start, stop), answer in zip(turns, answers, strict=True):
+        if is_learned(answer):
+            mask[start:stop] = marks[start:stop]
+            tail = _tail_of(ids, stop, end)
+            mask[tail:stop] = [1] * (stop - tail)
+    return ids, mask
+
+
+def _closed(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, stop: int, end: TurnEnd) -> int | None:
+    """Where the turn that is marked from `start` to `stop` ends with its end; None when that does not stand there."""
+    if not end.controls:
+        return stop if _text(tokenizer, ids[start:stop]).endswith(end.text.strip()) else None
+    last = end.ids[-1]
+    # Marked too, perhaps with the line break behind it; or it follows the marks, wholly or from its middle on.
+    for place in range(stop - 1, max(start, stop - 1 - end.rest) - 1, -1):
+        if ids[place] == last and not _controls(tokenizer, ids[place + 1 : stop]):
+            return stop
+    for marked in range(len(end.ids)):
+        if tuple(ids[stop - marked : stop + len(end.ids) - marked]) == end.ids:
+            return stop + len(end.ids) - marked
+    return None
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).rstrip()
+
+
+def _tail_of(ids: list[int], stop: int, end: TurnEnd) -> int:
+    """Where the end's tokens begin that stand before `stop`; `stop` when what stands there is another thing."""
+    begin = stop - len(end.ids)
+    return begin if begin >= 0 and tuple(ids[begin:stop]) == end.ids else stop
+
+
+def _encode_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], end: TurnEnd
+) -> tuple[list[int], list[int]]:
     ids = _apply(tokenizer, messages, tokenize=True)
     mask = [0] * len(ids)
-    special = set(tokenizer.added_tokens_decoder)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not is_learned(message):
             continue
         if turn == 0:
             raise ValueError("begins with an answer, before which the chat template has nothing to render")
@@ -67,10 +194,18 @@ def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
         upto = _apply(tokenizer, messages[: turn + 1], tokenize=True)
         if ids[: len(before)] != before or ids[: len(upto)] != upto:
             raise ValueError(_why_not(tokenizer, messages, turn))
-        # What follows the end-of-turn token (often a line break) opens the next turn and is never generated.
-        ends = [place for place in range(len(before), len(upto)) if ids[place] in special]
-        end = ends[-1] + 1 if ends else len(upto)
-        mask[len(before) : end] = [1] * (end - len(before))
+        stop = len(upto)
+        if end.controls:
+            # Counted from the end: the answer may hold added tokens of its own.
+            places = _controls(tokenizer, upto)[-end.controls :]
+            wanted = [end.ids[place] for place in _controls(tokenizer, list(end.ids))]
+            if [upto[place] for place in places] != wanted or places[0] < len(before):
+                raise ValueError("the chat template does not end this answer as it ends others")
+            # What follows the end-of-turn token (often a line break) opens the next turn and is never generated.
+            stop = places[-1] + 1
+        elif not _text(tokenizer, upto[-len(end.ids) - 8 :]).endswith(end.text.strip()):
+            raise ValueError("the chat template does not end this answer as it ends others")
+        mask[len(before) : stop] = [1] * (stop - len(before))
     return ids, mask
 
 
@@ -80,7 +215,18 @@ def _why_not(tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: 
     before = _apply(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
     upto = _apply(tokenizer, messages[: turn + 1], tokenize=False)
     if whole.startswith(before) and whole.startswith(upto):
-        return "an answer's edge merges with the template's text into one token (strip the answer's white space)"
+        if messages[turn]["content"] != messages[turn]["content"].strip():
+            return "an answer's edge merges with the template's text into one token (strip the answer's white space)"
+        return "the template's text and the answer merge into one token where they meet, so the prompt is cut otherwise"
+    history = _apply(tokenizer, messages[:turn], tokenize=False)
+    if whole.startswith(history) and before.startswith(history):
+        same = next((place for place, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
+        opened = before[same:].strip()
+        if opened:
+            return (
+                f"the chat template's generation prompt ends in {opened!r}, and the answer does not begin with it "
+                "(such a template is for answers with reasoning)"
+            )
     return "the chat template rewrites earlier turns (it needs generation marks, or single-turn examples)"
 
 
@@ -89,6 +235,12 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **{"return_dict": False, **options})
+        return apply_chat_template(tokenizer, [_for_template(message) for message in messages], **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+def _for_template(message: Message) -> dict[str, str]:
+    """What a template is given: reasoning under both names that templates know it by."""
+    reasoning = {name: message[REASONING] for name in (REASONING, "thinking") if REASONING in message}
+    return {"role": message["role"], "content": message["content"], **reasoning}

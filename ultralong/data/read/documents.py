@@ -99,6 +99,7 @@ class ReadReport:
         skipped: How many were left out, by reason.
         noted: How many were kept although something was odd, by what it was.
         examples: The first few of each reason by name.
+        unused: In how many records a field was that was not used, by its name.
         every: Where all of those left out or noted are written by name, when that is wanted.
     """
 
@@ -107,6 +108,7 @@ class ReadReport:
     skipped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unused: Counter[str] = field(default_factory=Counter)
     every: SkipLog | None = None
 
     def read(self, document: Document) -> Document:
@@ -138,6 +140,7 @@ class ReadReport:
             "documents": self.documents,
             "characters": self.characters,
             "skipped": dict(sorted(self.skipped.items())),
+            **({"unused_fields": dict(sorted(self.unused.items()))} if self.unused else {}),
             **({"noted": dict(sorted(self.noted.items()))} if self.noted else {}),
             "examples": {reason: list(names) for reason, names in sorted(self.examples.items())},
         }

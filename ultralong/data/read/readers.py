@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultralong.data.read.compressed import DECOMPRESSORS, DamagedFile, lines, pieces, salvage_records
-from ultralong.data.read.conversations import is_unicode
 from ultralong.data.read.datasets import Dataset, dataset_rows
 from ultralong.data.read.documents import Document, ReadReport, UniqueIds
+from ultralong.data.read.messages import is_unicode
 from ultralong.utils.extras import require
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]

@@ -44,6 +44,7 @@ class PackReport:
         tokens: Tokens in the rows, separators included, padding not.
         counts: The rows' counts: documents, separators, padding, what was dropped.
         skipped: Conversations left out, by reason (kind chat).
+        unused_fields: In how many records a field was that was not used, by its name (kind chat).
         subsampled: For every category: conversations seen, wanted, taken (kind chat, with sub-sampling).
         sources: For every source: licence, documents, tokens, characters, what was fetched, what was skipped and why,
             and lengths before and after sampling.
@@ -60,6 +61,7 @@ class PackReport:
     tokens: int
     counts: dict[str, int]
     skipped: dict[str, int]
+    unused_fields: dict[str, int]
     subsampled: dict[str, dict[str, int]] | None
     sources: dict[str, dict[str, Any]]
     seconds: dict[str, float]
@@ -84,6 +86,9 @@ class PackReport:
             lines.append(f"  taken: {summary(self.subsampled)}")
         if self.skipped:
             lines.append("  skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items()))
+        if self.unused_fields:
+            counted = ", ".join(f"{name} ({count:,})" for name, count in self.unused_fields.items())
+            lines.append(f"  fields of records that were not used: {counted}")
         return "\n".join(lines)
 
 
@@ -272,6 +277,7 @@ def make_report(recipe: Recipe, rows: PackedRows, sources: dict[str, dict[str, A
         tokens=len(rows) * rows.length - manifest["padding_tokens"],
         counts=counts,
         skipped=manifest.get("skipped", {}),
+        unused_fields=manifest.get("unused_fields", {}),
         subsampled=manifest.get("subsampled"),
         sources=sources,
         seconds=watch.seconds,

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultralong.data.read.conversations import Conversation, check_messages, from_first_question, to_messages
+from ultralong.data.read.conversations import LISTS, Conversation, to_messages
 from ultralong.data.read.datasets import dataset_rows
 from ultralong.data.read.documents import Document, ReadReport
 from ultralong.data.read.fetch import describe, unpack
+from ultralong.data.read.messages import check_messages, from_first_question
 from ultralong.data.read.readers import RecordReader, list_files
 from ultralong.data.recipe.schema import Recipe, Source
 from ultralong.data.select.clean import CLEANERS
@@ -162,16 +163,16 @@ class SourceReader:
             if settings.field != "text" and settings.field not in row:
                 reader.skip(f"no field {settings.field!r}", id)
                 continue
-            record = row if settings.field == "text" or source.pair_fields else row[settings.field]
-            if isinstance(record, list) and isinstance(row.get("answer"), str):
-                record = row
+            record = row if settings.field == "text" or source.pair_fields else _record_of(row, settings.field)
+            unused: set[str] = set()
             try:
-                whole = to_messages(record, source.style, source.pair_fields)
+                whole = to_messages(record, source.style, source.pair_fields, unused)
                 messages = from_first_question(whole)
                 check_messages(messages)
             except ValueError as error:
                 reader.skip(str(error), id)
                 continue
+            self.report.unused.update(unused - {settings.id_field})
             if len(messages) < len(whole):
                 self.report.note("an answer before the first question left off", id)
             if source.system is not None:
@@ -278,6 +279,13 @@ class SourceReader:
                     end = document.text.rfind("\n", start, end) + 1 or end
                 yield replace(document, id=f"{document.id}@{number}", text=document.text[start:end])
                 start, number = end, number + 1
+
+
+def _record_of(row: dict[str, Any], field: str) -> Any:
+    """What a named field holds; a list of turns together with what stands beside it, which may change its meaning."""
+    if not isinstance(row[field], list):
+        return row[field]
+    return {**{key: value for key, value in row.items() if key not in (field, *LISTS)}, "messages": row[field]}
 
 
 def measured(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> float:

@@ -19,6 +19,9 @@ from ultralong.utils.files import read_json, sha256, write_json
 # Keys of settings, records and manifests that version 0.3 wrote, and their names of today.
 OLD_KEYS = {"joints": "separators", "joint_tokens": "separator_tokens", "window_rows": "buffer_rows"}
 
+# Keys that 0.3 did not write: where they are missing they are not compared.
+NEW_KEYS = frozenset({"date"})
+
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Settings, a shard's record or a manifest, whichever version wrote it, with keys of today.
@@ -134,7 +137,7 @@ class ShardFolder:
         found = read_record(path)
         if "provenance" in found:
             found["provenance"] = self.upgrade_provenance(found["provenance"])
-        keys = {*found, *self.settings} - {*ignore}
+        keys = {*found, *self.settings} - {*ignore} - (NEW_KEYS - found.keys())
         changed = sorted(key for key in keys if found.get(key) != self.settings.get(key))
         if changed:
             lines = "; ".join(f"{key} was {found.get(key)!r}, now {self.settings.get(key)!r}" for key in changed)

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ultralong.utils.chat_template import apply_chat_template
+
 # Survives templates that strip or rewrite what surrounds the message.
 MARK = "\u2402message\u2403"
 LONGEST_MERGE = 32  # characters that no token begins at
@@ -121,8 +123,8 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> 
             "The tokenizer has no chat template: evaluate with chat=False (a plain prompt), or save a "
             "template with the tokenizer."
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
+    text = apply_chat_template(
+        tokenizer, [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
     )
     before, found, after = str(text).partition(MARK)
     if not found:
