@@ -177,7 +177,8 @@ def test_a_prompt_that_opens_the_answer_has_its_own_reason(tokenizer, opening):
 # Dates: the templates of Llama 3.2 and Granite, reduced to their line with the date, and two more ways to write one.
 DATED = [
     "{% if not date_string is defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today: {{ date_string }}\n",
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today: {{ date_string }}\n",
     "Today's Date: {{ strftime_now('%B %d, %Y') }}.\n",
     "{% macro head() %}It is {{ strftime_now('%A, %-d %B %Y, %H:%M') }}{% endmacro %}{{ head() }}\n",
     "{{ strftime_now('%Y-%m-%dT%H:%M:%S%z') }}\n",
