@@ -12,6 +12,8 @@ from ultralong.inference.decoding import Sampling
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.generate import generate
 from ultralong.inference.runner import LocalRunner
+from ultralong.inference.sharded_engine import ShardedEngine
+from ultralong.inference.stop_tokens import end_tokens
 from ultralong.inference.vllm_engine import VllmEngine
 from ultralong.utils.files import read_jsonl
 
@@ -55,9 +57,11 @@ def vllm(checkpoint, monkeypatch):
         def generate(self, prompts, sampling, *, use_tqdm):
             (prompt,) = prompts
             ids = torch.tensor([prompt["prompt_token_ids"]])
-            (said,) = generate(LocalRunner(checkpoint[1]), ids, sampling.max_tokens)
+            stop = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else end_tokens(checkpoint[1]))}
+            (said,) = generate(LocalRunner(checkpoint[1]), ids, sampling.max_tokens, stop=stop)
             assert sampling.temperature == 0
-            output = SimpleNamespace(token_ids=said.tokens, finish_reason=said.finish_reason)
+            ending = [min(stop)] if said.finish_reason == "stop" else []  # vLLM gives it as the last token
+            output = SimpleNamespace(token_ids=[*said.tokens, *ending], finish_reason=said.finish_reason)
             return [SimpleNamespace(outputs=[output], num_cached_tokens=None)]
 
     module = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
@@ -122,3 +126,33 @@ def test_an_engine_streams_batches_and_samples(make_tiny_model, tiny_tokenizer):
     (cut,) = engine.answer(ids[:1], [6], stop=(stop,))
     assert cut.finish_reason == "stop"
     assert cut.tokens == alone[0].tokens[: alone[0].tokens.index(stop)]
+
+
+@pytest.mark.parametrize("engine", ["local", "sharded", "vllm"])
+def test_an_answer_ends_with_the_turn_of_the_chat_template(checkpoint, vllm, tiny_tokenizer, engine):
+    folder, model = checkpoint
+    ids = list(range(5, 65))
+    with torch.no_grad():  # so that it says various tokens
+        for weight in model.model.layers.parameters():
+            weight.mul_(5)
+    (plain,) = LocalEngine(model, tiny_tokenizer).answer([ids], [6], stop=())
+    turn = tiny_tokenizer.convert_tokens_to_ids("<|turn|>")
+    place = 3
+    assert plain.tokens[place] not in plain.tokens[:place]
+    assert turn not in plain.tokens
+    assert turn not in end_tokens(model)
+    # The model now says the end of its turn where it said that token.
+    with torch.no_grad():
+        model.lm_head.weight[[turn, plain.tokens[place]]] = model.lm_head.weight[[plain.tokens[place], turn]]
+    asked = {
+        "local": lambda: LocalEngine(model, tiny_tokenizer),
+        "sharded": lambda: ShardedEngine(model, tiny_tokenizer, quiet=True),
+        "vllm": lambda: VllmEngine(str(folder), tiny_tokenizer, 1024),
+    }[engine]()
+    (cut,) = asked.answer([ids], [6])
+    assert (cut.finish_reason, cut.tokens) == ("stop", plain.tokens[:place])
+    (whole,) = asked.answer([ids], [6], stop=())
+    assert whole.tokens[: place + 1] == (*plain.tokens[:place], turn)
+    assert (whole.finish_reason, len(whole.tokens)) == ("length", 6)
+    if engine == "local":
+        assert asked.answer([ids, ids[:30]], [6, 2])[0] == cut

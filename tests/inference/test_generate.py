@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from ultralong.inference.decoding import Sampler, Sampling
-from ultralong.inference.generate import end_tokens, generate, prefill, stream
+from ultralong.inference.generate import generate, prefill, stream
 from ultralong.inference.kv_cache import CacheLayer, make_cache
 from ultralong.inference.runner import LocalRunner
 
@@ -101,13 +101,6 @@ def test_sliding_window_models_keep_their_own_cache():
     ids = prompts(1, 30)
     expected = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
     assert plain_tokens(model, ids, 10, chunk=7) == expected[:, 30:].tolist()
-
-
-def test_end_tokens_come_from_the_generation_config_first(tiny_model):
-    tiny_model.generation_config = GenerationConfig(eos_token_id=[7, 9])
-    assert end_tokens(tiny_model) == {7, 9}
-    tiny_model.generation_config = GenerationConfig(eos_token_id=None)
-    assert end_tokens(tiny_model) == {tiny_model.config.eos_token_id}
 
 
 @pytest.mark.parametrize(

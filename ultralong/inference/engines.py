@@ -17,6 +17,7 @@ from ultralong.inference.batched import BatchedRunner, batch_that_fits
 from ultralong.inference.decoding import GREEDY, FinishReason, Generated, Sampling, Step, collect
 from ultralong.inference.generate import stream
 from ultralong.inference.runner import LocalRunner
+from ultralong.inference.stop_tokens import stop_tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Engine(Protocol):
             max_new_tokens: Most tokens to add to each.
             capacity: Most tokens of any prompt and its answer in a row of calls, so that memory is kept between them.
             sampling: How tokens are chosen.
-            stop: Ids that end an answer; None takes the model's own.
+            stop: Ids that end an answer; None takes the model's own and those that end a turn of the chat template.
         """
         ...
 
@@ -104,7 +105,7 @@ class RunnerEngine(ABC):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.stop = model.eval(), tokenizer, stop_tokens(model, tokenizer)
 
     def max_batch(self, capacity: int) -> int:
         """See `Engine`: one, unless an engine batches."""
@@ -195,6 +196,7 @@ class LocalEngine(RunnerEngine):
         """See `Engine`: several prompts are answered together."""
         if len(prompts) == 1:
             return super().answer(prompts, max_new_tokens, capacity=capacity, sampling=sampling, stop=stop)
+        stop = self.stop if stop is None else stop
         steps = stream(BatchedRunner(self.model), prompts, max_new_tokens, sampling=sampling, stop=stop)
         return [self._answer(generated, 0) for generated in collect(steps, len(prompts))]
 
@@ -214,6 +216,7 @@ class LocalEngine(RunnerEngine):
     ) -> Iterator[Step]:
         """See `StreamingEngine`."""
         self._runner.capacity = capacity
+        stop = self.stop if stop is None else stop
         return stream(self._runner, [prompt], max_new_tokens, sampling=sampling, stop=stop)
 
     def release(self) -> None:

@@ -18,13 +18,7 @@ from transformers.cache_utils import Cache
 from ultralong.inference.decoding import GREEDY, Generated, Sampler, Sampling, Step, collect, decode
 from ultralong.inference.kv_cache import make_cache
 from ultralong.inference.runner import Prompts, Runner, model_logits
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Ids that end a generation, from the model's generation config or, failing that, its config."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = model.config.get_text_config().eos_token_id if ids is None else ids
-    return set() if ids is None else {int(ids)} if isinstance(ids, int) else {int(token) for token in ids}
+from ultralong.inference.stop_tokens import end_tokens
 
 
 def check_budgets(max_new_tokens: int | Sequence[int], prompts: int) -> list[int]:

@@ -35,7 +35,7 @@ class Question:
     max_new_tokens: int = 0
     capacity: int | None = None
     sampling: Sampling = GREEDY
-    stop: frozenset[int] | None = None
+    stop: frozenset[int] = frozenset()
 
 
 class ShardedEngine(RunnerEngine):
@@ -89,7 +89,7 @@ class ShardedEngine(RunnerEngine):
         """See `StreamingEngine`; on the first rank only, one prompt at a time."""
         self._runner.capacity = capacity
         self._runner.check(len(prompt), check_budgets(max_new_tokens, 1)[0])  # here, where nobody waits for it yet
-        kept = None if stop is None else frozenset(stop)
+        kept = self.stop if stop is None else frozenset(stop)
         return self._ask(Question(tuple(prompt), max_new_tokens, capacity, sampling, kept))
 
     def _ask(self, question: Question) -> Iterator[Step]:

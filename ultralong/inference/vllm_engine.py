@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import GREEDY, FinishReason, Sampling
 from ultralong.inference.engines import Answer, as_text
+from ultralong.inference.stop_tokens import turn_end_tokens
 
 
 def require_vllm() -> ModuleType:
@@ -57,7 +58,7 @@ class VllmEngine:
         chunk: int | None = None,
     ) -> None:
         self._vllm = require_vllm()
-        self.tokenizer = tokenizer
+        self.tokenizer, self._turn_ends = tokenizer, sorted(turn_end_tokens(tokenizer))
         options: dict[str, Any] = {"max_num_seqs": 1, "enable_prefix_caching": True, "kv_cache_dtype": kv_dtype}
         if chunk is not None:
             options["max_num_batched_tokens"] = chunk
@@ -80,16 +81,16 @@ class VllmEngine:
         options: dict[str, Any] = {"temperature": sampling.temperature}
         if sampling.temperature:
             options |= {"top_p": sampling.top_p, "seed": sampling.seed}
-        if stop is not None:
-            options |= {"stop_token_ids": list(stop), "ignore_eos": True}
+        # vLLM ends at the model's own end tokens too, unless told to ignore them.
+        options |= {"stop_token_ids": self._turn_ends if stop is None else list(stop), "ignore_eos": stop is not None}
         answers = []
         for prompt, budget in zip(prompts, max_new_tokens, strict=True):
             wanted = self._vllm.SamplingParams(max_tokens=budget, **options)
             (done,) = self._model.generate([{"prompt_token_ids": list(prompt)}], wanted, use_tqdm=False)
-            tokens = tuple(done.outputs[0].token_ids)
-            text = as_text(self.tokenizer, tokens)
             reason: FinishReason = "stop" if done.outputs[0].finish_reason == "stop" else "length"
-            answers.append(Answer(text, tokens, reason, done.num_cached_tokens or 0))
+            tokens = tuple(done.outputs[0].token_ids)
+            tokens = tokens[:-1] if reason == "stop" else tokens  # vLLM's last token is the one that ended them
+            answers.append(Answer(as_text(self.tokenizer, tokens), tokens, reason, done.num_cached_tokens or 0))
         return answers
 
     def release(self) -> None:
