@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.data.read.fetch import Package, unpack
 from ultralong.utils.extras import require
@@ -80,7 +80,7 @@ def smollm2_of(file: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pat
     return _save(*dequantised(file), origin, out)
 
 
-def _save(model: torch.nn.Module, tokenizer: object, origin: str, out: Path) -> Path:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str, out: Path) -> Path:
     """Write model, tokenizer and a card that names the licence; the folder appears when it is whole."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,7 +94,7 @@ def _save(model: torch.nn.Module, tokenizer: object, origin: str, out: Path) -> 
     return out
 
 
-def dequantised(file: Path) -> tuple[torch.nn.Module, object]:
+def dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (bfloat16, trainable, savable) and tokenizer of a GGUF file.
 
     transformers marks a model that it read from GGUF as quantised and refuses to save it, so the weights are moved into
@@ -104,7 +104,8 @@ def dequantised(file: Path) -> tuple[torch.nn.Module, object]:
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     hidden = ("quantization_config", "_name_or_path", "dtype", "torch_dtype")
     plain = {key: value for key, value in loaded.config.to_dict().items() if key not in hidden}
-    model = type(loaded)(type(loaded.config)(**plain)).to(torch.bfloat16)
+    model: PreTrainedModel = type(loaded)(type(loaded.config)(**plain))
+    model.bfloat16()
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     return model, AutoTokenizer.from_pretrained(**where)

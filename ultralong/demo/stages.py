@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from ultralong import miniature
 from ultralong.checkpoints.extend import extend
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
+from ultralong.data.read.conversations import Conversation, Message
 from ultralong.data.recipe.build import pack_recipe
 from ultralong.data.recipe.schema import find_recipe
 from ultralong.data.recipe.texts import read_conversations, read_documents
@@ -113,7 +114,8 @@ class Demo:
 
     def busiest_rows(self, count: int) -> list[list[int]]:
         """Document boundaries of the rows that hold most documents: a long document fills many rows alone."""
-        boundaries = sorted((row.boundaries.tolist() for row in self.rows()), key=len, reverse=True)
+        rows = self.rows()
+        boundaries = sorted((rows[i].boundaries.tolist() for i in range(len(rows))), key=len, reverse=True)
         return boundaries[:count]
 
     def heldout(self) -> PackedRows:
@@ -142,7 +144,7 @@ class Demo:
         tokenizer, window = self.tokenizer(), self.base_window()
         questions = int(self.config.examples * self.config.questions)
         texts = [document.text for document in read_documents(find_recipe(self.config.documents), quiet=True)]
-        mixed = list(
+        mixed: list[Conversation | list[Message]] = list(
             synthetic_qa_conversations(texts, tokenizer, count=questions, max_tokens=window, seed=self.config.seed)
         )
         for conversation in read_conversations(find_recipe(self.config.conversations), quiet=True):
@@ -221,9 +223,10 @@ class Demo:
 
     def _open(self, folder: Path) -> PreTrainedModel:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="ultralong").to(
-            self.device
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="ultralong"
         )
+        return cast(PreTrainedModel, model.to(self.device))
 
     def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train") -> Path:
         out = self.out / name
