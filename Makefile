@@ -39,7 +39,7 @@ else \
 fi
 endef
 
-.PHONY: help setup demo test notebooks lint flash flash4 clean distclean
+.PHONY: help setup demo test notebooks site lint flash flash4 clean distclean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ test: setup lint  ## Lint, then run all tests and every notebook
 
 notebooks: setup  ## Execute notebooks/*.py and write the .ipynb beside each (NAMES= for some of them)
 	$(TEST_ENV) "$(BIN)/python" -m ultralong.notebook_tools run $(NAMES)
+
+site: setup  ## Build the course, its reference and the API's pages; the result is build/site/index.html
+	"$(BIN)/ultralong" course site build/site
 
 lint: setup  ## Check style, formatting and shell scripts
 	"$(BIN)/ruff" check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ultralong import cli, course
-from ultralong.course import progress, site, workspace
+from ultralong.course import progress, reference, site, workspace
 
 
 def test_a_course_folder_is_made_once_and_keeps_what_the_learner_wrote(tmp_path):
@@ -76,10 +77,36 @@ def built(tmp_path_factory):
 def test_pages_load_nothing_from_elsewhere_and_link_to_each_other(built):
     for path in built.glob("*.html"):
         page = Page(path.read_text())
-        assert all(load.startswith(("data:", "plotly.min.js", "pictures/")) for load in page.loads), path.name
+        assert all(
+            load.startswith(("data:", "plotly.min.js", "pictures/", "architecture.svg")) for load in page.loads
+        ), path.name
         for link in page.links:
             if not re.match(r"https?:|#|\.\./", link):
                 assert (built / link).exists(), f"{path.name} links to {link}"
+
+
+def test_the_reference_stands_beside_the_course(built):
+    """Topic pages, every settings key with its former name, and a page of the API for every module."""
+    for name, title in (
+        ("architecture", "Architecture"),
+        ("memory", "Memory and offloading"),
+        ("formats", "File formats"),
+    ):
+        assert f"<h1>{title}</h1>" in (built / f"{name}.html").read_text()
+    keys = (built / "config.html").read_text()
+    for group, cls in reference.GROUPS:
+        names = {field.name for field in dataclasses.fields(cls)} - {name for name, _ in reference.GROUPS}
+        assert [name for name in names if f"<code>{name}</code>" not in keys] == [], group
+        assert all(f"<code>{old}</code>" in keys for old in getattr(cls, "RENAMED", {}))
+    missing = [
+        name
+        for name in reference.documented_modules()
+        if not (built / "api" / f"{name.replace('.', '/')}.html").exists()
+    ]
+    assert missing == []
+    ulysses = (built / "api/ultralong/attention/ulysses.html").read_text()
+    assert 'href="../../../index.html"' in ulysses
+    assert "all-to-all" in ulysses
 
 
 def test_every_figure_has_a_sentence_and_a_still(built):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     `ultralong` alone, like `cargo`, shows what there is and exits with 0; a group alone (`ultralong eval`) lists its
     commands and exits with 2, as one of them is missing.
     """
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(overview())

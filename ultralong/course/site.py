@@ -1,4 +1,4 @@
-"""The course as static pages: figures that play without a kernel, folded solutions, formulas as MathML.
+"""The course and its reference as static pages: figures that play without a kernel, folded solutions, MathML.
 
 Every page stands alone beside one copy of plotly.js; nothing is loaded from elsewhere. Where scripts don't run, the
 still picture of each figure is shown.
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ultralong.course import reference
 from ultralong.course.workspace import source_folder
 from ultralong.utils.extras import require
 from ultralong.utils.files import atomic_path, write_text
 
+RESULTS = (("results", "What was measured", "README.md"), ("design", "Why it is built so", "design_measurements.md"))
 PLOTLY = "application/vnd.plotly.v1+json"
 FENCE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.DOTALL)
@@ -30,6 +32,7 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, sans-serif; }
 main, nav { max-width: 860px; margin: 0 auto; padding: 0 16px; }
 nav { display: flex; justify-content: space-between; gap: 12px; padding: 14px 16px; flex-wrap: wrap; }
+nav.menu { justify-content: flex-start; gap: 6px 18px; border-bottom: 1px solid var(--line); max-width: none; }
 a { color: var(--link); }
 h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 0.6em; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
@@ -68,25 +71,38 @@ def build(folder: str | os.PathLike[str]) -> list[Path]:
     nbformat = require("nbformat", extra="notebooks")
     target, source = Path(folder).expanduser(), source_folder()
     target.mkdir(parents=True, exist_ok=True)
-    script = require("plotly.offline", extra="notebooks").get_plotlyjs()
-    write_text(target / "plotly.min.js", script)
-    paths = sorted(source.glob("[0-9][0-9]_*.ipynb"))
-    pages = []
+    write_text(target / "plotly.min.js", require("plotly.offline", extra="notebooks").get_plotlyjs())
     front = source / "README.md"
-    if front.is_file():
-        pages.append(_write(target / "index.html", "The course", _markdown(front.read_text(encoding="utf-8")), ""))
+    pages = [_write(target / "index.html", "The course", _markdown(front.read_text(encoding="utf-8")))]
+    paths = sorted(source.glob("[0-9][0-9]_*.ipynb"))
     for index, path in enumerate(paths):
         notebook = nbformat.read(path, as_version=4)
         body = "\n".join(_cell(cell, number, path) for number, cell in enumerate(notebook.cells))
         around = _navigation(paths, index)
         title = next((line[2:] for cell in notebook.cells for line in cell.source.splitlines() if line[:2] == "# "), "")
         pages.append(_write(target / f"{path.stem}.html", title or path.stem, body, around))
-    for extra in ("pictures",):
-        for picture in sorted((source / extra).glob("*.svg")):
-            (target / extra).mkdir(exist_ok=True)
-            with atomic_path(target / extra / picture.name) as temporary:
-                temporary.write_bytes(picture.read_bytes())
-    return pages
+    _copy(source / "pictures", "*.svg", target / "pictures")
+    _copy(reference.PACKAGE, "architecture.svg", target)
+    pages += [_write(target / f"{name}.html", title, _markdown(text)) for name, title, text in reference.topics()]
+    for name, title, file in RESULTS:
+        text = (source / "results" / file).read_text(encoding="utf-8")
+        pages.append(_write(target / f"{name}.html", title, _markdown(text)))
+    _copy(source / "results", "*.json", target / "results")
+    return pages + reference.write_api(target / "api")
+
+
+def _copy(source: Path, pattern: str, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.glob(pattern)):
+        with atomic_path(target / path.name) as temporary:
+            temporary.write_bytes(path.read_bytes())
+
+
+def _menu() -> str:
+    known = [*((name, title) for name, title, _ in reference.TOPICS), reference.CONFIG_PAGE]
+    known += [(name, title) for name, title, _ in RESULTS]
+    links = [("index.html", "Course"), *((f"{name}.html", title) for name, title in known), (reference.API_PAGE, "API")]
+    return '<nav class="menu">' + "".join(f'<a href="{page}">{title}</a>' for page, title in links) + "</nav>"
 
 
 def _navigation(paths: list[Path], index: int) -> str:
@@ -97,14 +113,14 @@ def _navigation(paths: list[Path], index: int) -> str:
     return f'<nav>{before}<a href="index.html">all notebooks</a>{after or "<span></span>"}</nav>'
 
 
-def _write(path: Path, title: str, body: str, around: str) -> Path:
+def _write(path: Path, title: str, body: str, around: str = "") -> Path:
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n"
         '<script src="plotly.min.js"></script>\n</head>\n'
-        f"<body>\n{around}\n<main>\n{body}\n</main>\n{around}\n</body>\n</html>\n"
+        f"<body>\n{_menu()}\n{around}\n<main>\n{body}\n</main>\n{around}\n</body>\n</html>\n"
     )
     write_text(path, page)
     return path
@@ -118,6 +134,9 @@ def _markdown(text: str) -> str:
     render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "footnotes", "task_lists"])
     page = str(render(text))
     page = re.sub(r'href="([0-9]{2}_\w+)\.ipynb"', r'href="\1.html"', page)
+    page = re.sub(r'href="([a-z0-9_]+\.json)"', r'href="results/\1"', page)
+    for name, _, file in RESULTS:
+        page = re.sub(rf'href="(results/)?{file}(#[^"]*)?"', rf'href="{name}.html\2"', page)
     return page.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
 

@@ -1,0 +1,137 @@
+"""The reference beside the course's pages: topic pages, every key of a training's settings, and the API by pdoc."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import ultralong
+from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from ultralong.utils.extras import require
+
+PACKAGE = Path(ultralong.__file__).parent
+# Page, title, source. The sources stand in their rooms, where a reader of the folder finds them.
+TOPICS = (
+    ("architecture", "Architecture", "README.md"),
+    ("context-parallelism", "Context parallelism", "attention/README.md"),
+    ("memory", "Memory and offloading", "training/README.md"),
+    ("formats", "File formats", "data/README.md"),
+)
+CONFIG_PAGE = ("config", "Config keys")
+API_PAGE = "api/ultralong.html"
+GROUPS: tuple[tuple[str, type[Any]], ...] = (
+    ("", TrainConfig),
+    ("data[]", DataSource),
+    ("optimizer", OptimizerConfig),
+    ("parallel", ParallelConfig),
+    ("memory", MemoryConfig),
+)
+# What a reader imports. The commands have --help, and the rest serves the pages and the tables of this project.
+ROOMS = ("rope", "checkpoints", "data", "attention", "training", "inference", "evaluation", "planner", "launch", "api")
+
+
+def topics() -> Iterator[tuple[str, str, str]]:
+    """Name, title and Markdown of each topic page, the keys of the settings last."""
+    for name, title, source in TOPICS:
+        yield name, title, (PACKAGE / source).read_text(encoding="utf-8")
+    yield (*CONFIG_PAGE, config_keys())
+
+
+def attributes(cls: type[Any]) -> dict[str, str]:
+    """What the docstring of a dataclass says of each attribute, one line each."""
+    section = (cls.__doc__ or "").partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    for line in section.splitlines():
+        if match := re.match(r" {8}(\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif line.startswith(" " * 12) and found:
+            found[name] += f" {line.strip()}"
+        elif line.strip():
+            break
+    return found
+
+
+def config_keys() -> str:
+    """Every key of a training's settings as Markdown: type, default, meaning, and the name it had before."""
+    parts = [
+        "# Config keys",
+        "The settings of a training run, in `config.yaml` or a preset. On the command line: "
+        "`--set memory.layer_tile=32k`. A key that is misspelt, or a value of another type, is refused with its place.",
+    ]
+    for group, cls in GROUPS:
+        former = {new: old for old, new in getattr(cls, "RENAMED", {}).items()}
+        meant, hints = attributes(cls), get_type_hints(cls)
+        nested = {name for name, _ in GROUPS if name}
+        rows = []
+        for field in dataclasses.fields(cls):
+            if field.name in nested:
+                continue
+            old = f" Until 0.3: `{former[field.name]}`." if field.name in former else ""
+            kind = _type(hints[field.name]).replace("|", "\\|")
+            rows.append(f"| `{field.name}` | {kind} | {_default(field)} | {_cell(meant[field.name])}{old} |")
+        head = f"## {group}" if group else "## The run"
+        parts.append("\n".join([head, "", "| key | type | default | meaning |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(hint))
+    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return re.sub(r"ultralong(\.\w+)+\.", "", text)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default}`"
+    return "required"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def write_api(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the API reference: a page a module, from the docstrings, with a search that works without a server.
+
+    Args:
+        folder: Where the pages go.
+
+    Returns:
+        The pages.
+
+    Raises:
+        ImportError: pdoc is missing.
+    """
+    pdoc = require("pdoc", extra="notebooks")
+    render = require("pdoc.render", extra="notebooks")
+    folder = Path(folder)
+    render.configure(
+        docformat="google",
+        show_source=False,
+        footer_text=f"ultralong {ultralong.__version__}",
+        template_directory=Path(__file__).parent / "templates",
+    )
+    with warnings.catch_warnings():
+        # Named one by one, as pdoc leaves out the modules of a package that has `__all__`; the others it finds twice.
+        warnings.filterwarnings("ignore", message="The module specification", category=UserWarning)
+        pdoc.pdoc("ultralong", *documented_modules(), output_directory=folder)
+    return sorted(folder.rglob("*.html"))
+
+
+def documented_modules() -> list[str]:
+    """Every public module of the rooms that a reader imports, packages included."""
+    names = []
+    for room in ROOMS:
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            if not any(part.startswith("_") for part in parts):
+                names.append(".".join(parts))
+    return names
