@@ -14,7 +14,7 @@ tokens, packed rows), `ultralong.attention` (context parallelism), `ultralong.tr
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 if TYPE_CHECKING:
     from ultralong.api import evaluate as evaluate
