@@ -151,13 +151,7 @@ def sft(
     Raises:
         ValueError: As in `train`; and rows that were not packed from conversations.
     """
-    from ultralong.data.rows.packed_rows import PackedRows
-
-    resolved = load_config(config, changes)
-    for source in resolved.data:
-        if "template" not in PackedRows(source.rows).manifest:
-            raise ValueError(f"{source.rows} holds documents, not conversations: pack a recipe of kind chat.")
-    return _train(resolved, "sft", resume, processes, quiet)
+    return _train(load_config(config, changes), "sft", resume, processes, quiet)
 
 
 def render_launch(
@@ -198,7 +192,7 @@ def _train(config: TrainConfig, command: str, resume: bool, processes: int | Non
     from ultralong.training.loop import train as run
 
     if processes is None:
-        return run(config, resume, quiet)
+        return run(config, resume, quiet, answers=command == "sft")
     import tempfile
     from pathlib import Path
 

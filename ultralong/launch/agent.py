@@ -6,25 +6,23 @@ agent can know, that a rank was ended by a signal, is said here in one line.
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
 import runpy
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
-
-
-def end_with_parent() -> None:
-    """Have this process receive SIGTERM when the one that started it ends, by whatever cause. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+from ultralong.utils.processes import end_with_parent
 
 
 def main(words: list[str]) -> int:
-    """Run `ultralong` with the words after the first on as many processes as the first says; returns the exit code."""
-    end_with_parent()
-    processes, *command = words
+    """Run `ultralong` on several processes; returns the exit code.
+
+    Args:
+        words: Process id of the caller, number of processes, and the words of the command.
+    """
+    caller, processes, *command = words
+    end_with_parent(int(caller), signal.SIGTERM)  # an agent has ranks to end
     if int(processes) == 1:
         sys.argv = ["ultralong", *command]
         runpy.run_module("ultralong", run_name="__main__", alter_sys=True)
@@ -35,7 +33,8 @@ def main(words: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # --standalone takes a free port by itself, so that two runs on a machine do not meet.
-    options = parse_args(["--standalone", "--nproc-per-node", processes, "-m", "ultralong", *command])
+    started = ["-m", "ultralong.launch.rank", str(os.getpid()), *command]
+    options = parse_args(["--standalone", "--nproc-per-node", processes, *started])
     try:
         run(options)
     except ChildFailedError as error:

@@ -6,8 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from ultralong.utils.exits import ChildFailed
+
+STOP_SECONDS = 20.0  # what an agent gets to end its ranks, before it is killed and they with it
 
 
 def launch_local(
@@ -29,19 +35,51 @@ def launch_local(
         ultralong.utils.exits.ChildFailed: The run failed; its own message went to standard error.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
-    words = [sys.executable, "-m", "ultralong.launch.agent", str(processes)]
+    words = [sys.executable, "-m", "ultralong.launch.agent", str(os.getpid()), str(processes)]
     words += [command, str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     # Freed blocks of a long row are of many sizes; segments that grow let one be used for the next.
     environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # The child leads its own group, so that stopping this process stops every rank and leaves none behind.
+    # The agent leads a session of its own: a Ctrl-C of the terminal reaches this process alone, which then stops it.
     process = subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        code = process.wait()
+        with _ended_by_signals():
+            code = process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        _stop(process)
         raise
     if code:
         code = code if code > 0 else 128 - code
         raise ChildFailed(f"Training stopped with exit code {code}; its own message is above.", code)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise SystemExit, so that what was started is ended before this process is.
+
+    Signals with a handler of the caller's, or ignored as under nohup, stay as they are.
+    """
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # where handlers can be set
+    names = [name for name in ("SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
+    changed = [number for name in names if signal.getsignal(number := signal.Signals[name]) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End an agent and its ranks, within `STOP_SECONDS`."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -37,7 +37,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
 from ultralong.utils import settings
-from ultralong.utils.files import read_json, read_jsonl, write_json, write_text
+from ultralong.utils.files import LOCK, read_json, read_jsonl, write_json, write_text
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
 FREE_TO_CHANGE = (
@@ -103,7 +103,7 @@ class RunFolder:
             if not resume:
                 raise ValueError(f"{self.path} holds a run already. Resume it (--resume) or choose another `out`.")
             self._check_same(config)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
 
     def open(self, config: TrainConfig, resume: bool) -> int | None:
@@ -136,7 +136,11 @@ class RunFolder:
     def _cut_log(self, step: int) -> None:
         """Drop what was logged after the checkpoint: those steps are done again."""
         if self.log.exists():
-            kept = [record for record in read_jsonl(self.log) if record["step"] <= step]
+            records = read_jsonl(self.log)
+            for number, record in enumerate(records, 1):
+                if not isinstance(record, dict) or type(record.get("step")) is not int or "loss" not in record:
+                    raise ValueError(f"{self.log}, line {number} is no record of a step. Restore or remove that line.")
+            kept = [record for record in records if record["step"] <= step]
             write_text(self.log, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
@@ -228,7 +232,8 @@ def _damage(path: Path, error: BaseException) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError | ConnectionError | dist.DistError):
         return None
     try:
-        if not {"step", "processes"} <= set(read_json(path / "state.json")):
+        state = read_json(path / "state.json")
+        if not isinstance(state, dict) or any(type(state.get(name)) is not int for name in ("step", "processes")):
             return "state.json lacks the step or the number of processes"
         items = dcp.FileSystemReader(path).read_metadata().storage_data or {}
     except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, *FORMAT_ERRORS) as found:
@@ -241,8 +246,10 @@ def _damage(path: Path, error: BaseException) -> str | None:
             return f"{name} is missing"
         if (path / name).stat().st_size < size:
             return f"{name} has {(path / name).stat().st_size:,} bytes where {size:,} were written"
-    randoms = [path / f"random-{rank}.safetensors" for rank in range(read_json(path / "state.json")["processes"])]
-    return next((f"{file.name} is missing" for file in randoms if not file.is_file()), None)
+    randoms = [path / f"random-{rank}.safetensors" for rank in range(state["processes"])]
+    if missing := [file.name for file in randoms if not file.is_file()]:
+        return f"{missing[0]} is missing"
+    return next((f"{file.name} holds no random state" for file in randoms if "cpu" not in load_file(file)), None)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,10 +7,13 @@ checkpoints and the exported model.
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -22,8 +25,11 @@ from ultralong.training.model import export, load_model
 from ultralong.training.parallel import Processes, connect
 from ultralong.training.preflight import check_start
 from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
-from ultralong.utils.files import append_jsonl, read_jsonl, write_json
+from ultralong.utils.files import append_jsonl, locked, read_json, read_jsonl, write_json
 from ultralong.utils.progress import progress
+
+T = TypeVar("T")
+LOCK_SECONDS = 2.0  # a check of the folder holds its lock for a moment
 
 
 @dataclass(frozen=True)
@@ -66,29 +72,84 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
     with connect(config) as processes:
         folder = checkpoint.RunFolder(Path(config.out))
         _check_together(config, resume, answers, processes)
-        order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size, config.length)
-        _prepare_folder(folder, config, resume, processes)
-        set_seed(config.seed)
-        model = load_model(config)
-        run = build_run(config, processes, folder, order, model)
-        first = 0
-        if resume and (saved := folder.checkpoints()):
-            first = checkpoint.restore(saved[-1][1], processes, run.model, run.optimizer)
-            run.recent.extend(record["loss"] for record in read_jsonl(folder.log)[-RECENT:])
-        _steps(run, first, quiet)
-        tokens = config.steps * config.global_batch_size * order.length
-        loss = sum(run.losses) / len(run.losses) if run.losses else None
-        facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
-        weights = checkpoint.whole_weights(model)
-        if processes.is_main:
-            export(model, weights, config, order, facts, folder.model)
-        processes.barrier()
-        result = TrainResult(str(folder.model), config.steps, tokens, loss or math.nan, time.perf_counter() - start)
-        if processes.is_main:
-            write_json(folder.path / "result.json", {**facts, "model": result.model, "seconds": result.seconds})
-        if config.trackers:
-            processes.accelerator.end_training()
-        return result
+        if resume and (result := _on_main(lambda: _result_of(folder, config), processes)):
+            if processes.is_main:
+                _say_finished(folder, config)
+            loss = math.nan if result["loss"] is None else result["loss"]
+            return TrainResult(result["model"], result["steps"], result["tokens"], loss, time.perf_counter() - start)
+        with _held(folder, processes):
+            return _train(config, folder, processes, resume, quiet, start)
+
+
+def _train(
+    config: TrainConfig,
+    folder: checkpoint.RunFolder,
+    processes: Processes,
+    resume: bool,
+    quiet: bool,
+    start: float,
+) -> TrainResult:
+    """Train in a folder that this run holds."""
+    order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size, config.length)
+    _on_main(lambda: folder.open(config, resume), processes)
+    set_seed(config.seed)
+    model = load_model(config)
+    run = build_run(config, processes, folder, order, model)
+    first = 0
+    if resume and (saved := folder.checkpoints()):
+        first = checkpoint.restore(saved[-1][1], processes, run.model, run.optimizer)
+        log = read_jsonl(folder.log)
+        run.recent.extend(record["loss"] for record in log[-RECENT:])
+        run.losses.extend(record["loss"] for record in log if record["step"] > _tail(config))
+    _steps(run, first, quiet)
+    tokens = config.steps * config.global_batch_size * order.length
+    loss = sum(run.losses) / len(run.losses) if run.losses else None
+    facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
+    weights = checkpoint.whole_weights(model)
+    if processes.is_main:
+        export(model, weights, config, order, facts, folder.model)
+    processes.barrier()
+    result = TrainResult(str(folder.model), config.steps, tokens, loss or math.nan, time.perf_counter() - start)
+    if processes.is_main:
+        write_json(folder.path / "result.json", {**facts, "model": result.model, "seconds": result.seconds})
+    if config.trackers:
+        processes.accelerator.end_training()
+    return result
+
+
+def _tail(config: TrainConfig) -> int:
+    """Steps before the last tenth, whose mean loss is the run's."""
+    return config.steps - max(1, config.steps // 10)
+
+
+def _result_of(folder: checkpoint.RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+    """What a finished run recorded: `model`, `steps`, `tokens`, `loss`. None where anything of it is missing."""
+    saved, record = folder.checkpoints(), folder.path / "result.json"
+    if not saved or saved[-1][0] != config.steps or not (folder.model / "config.json").is_file():
+        return None
+    try:
+        found = read_json(record) if record.is_file() else None
+    except ValueError:
+        return None  # it is written anew from the last checkpoint
+    if not isinstance(found, dict) or found.get("steps") != config.steps or "tokens" not in found:
+        return None
+    return {"loss": None, **found, "model": str(folder.model)}
+
+
+def _say_finished(folder: checkpoint.RunFolder, config: TrainConfig) -> None:
+    print(
+        f"note: {folder.path} is finished: its {config.steps:,} steps are done and the model is in {folder.model}. "
+        "Nothing was left to resume; to train on, start another run from that model.",
+        file=sys.stderr,
+    )
+
+
+@contextmanager
+def _held(folder: checkpoint.RunFolder, processes: Processes) -> Iterator[None]:
+    """Hold the run's folder on the main process, so that no second run trains in it; a refusal reaches all."""
+    with ExitStack() as stack:
+        _on_main(lambda: stack.enter_context(locked(folder.path, wait=LOCK_SECONDS)), processes)
+        yield
 
 
 def _check_together(config: TrainConfig, resume: bool, answers: bool, processes: Processes) -> None:
@@ -97,23 +158,19 @@ def _check_together(config: TrainConfig, resume: bool, answers: bool, processes:
     _on_main(lambda: check_start(config, world, resume=resume, answers=answers, device=device), processes)
 
 
-def _prepare_folder(folder: checkpoint.RunFolder, config: TrainConfig, resume: bool, processes: Processes) -> None:
-    """Open the folder on the main process; a refusal reaches all."""
-    _on_main(lambda: folder.open(config, resume), processes)
-
-
-def _on_main(work: Callable[[], object], processes: Processes) -> None:
-    """Do something on the main process; its ValueError is raised on all, so that none waits for the others for ever."""
-    error: list[str] = [""]
+def _on_main(work: Callable[[], T], processes: Processes) -> T:
+    """What the main process finds, on all processes; its ValueError too, so that none waits for the others for ever."""
+    told: list[Any] = ["", None]
     if processes.is_main:
         try:
-            work()
+            told[1] = work()
         except ValueError as refused:
-            error = [str(refused)]
+            told[0] = str(refused)
     if processes.accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(error)
-    if error[0]:
-        raise ValueError(error[0])
+        torch.distributed.broadcast_object_list(told)
+    if told[0]:
+        raise ValueError(told[0])
+    return told[1]
 
 
 def _steps(run: Run, first: int, quiet: bool) -> None:
@@ -129,7 +186,7 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
         record["seconds"] = round(time.perf_counter() - begin, 4)
         tokens = config.global_batch_size * run.order.length
         record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
-        if step >= config.steps - max(1, config.steps // 10):
+        if step >= _tail(config):
             run.losses.append(record["loss"])
         if run.processes.is_main:
             append_jsonl(run.folder.log, {"step": step + 1, "tokens": (step + 1) * tokens, **record})

@@ -165,7 +165,7 @@ def export(
         config: The run.
         order: The rows it was trained on.
         facts: `steps`, `tokens` and `loss` for the model card.
-        out: The folder to write; replaced as a whole when it exists.
+        out: The folder to write; replaced as a whole when it exists. A link there is replaced, not what it points to.
     """
     dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32
     partial = out.with_name(f".{out.name}.partial")
@@ -181,6 +181,8 @@ def export(
     source = Path(config.model) / CARD
     card = source.read_text(encoding="utf-8") if source.is_file() else f"# {out.parent.name}\n"
     write_text(partial / CARD, card.rstrip() + "\n\n" + _training_section(config, order, facts))
+    if out.is_symlink() or out.is_file():
+        out.unlink()
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
 

@@ -21,6 +21,7 @@ from ultralong.rope import window_of
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import process_problem
+from ultralong.utils.files import is_locked
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
 
 
@@ -186,6 +187,10 @@ class Preflight:
     def _folder(self) -> tuple[str, None]:
         folder = RunFolder(Path(self.config.out))
         folder.check(self.config, self.resume)
+        if is_locked(folder.path):
+            raise ValueError(
+                f"Another process is training in {folder.path} now: wait for it, end it, or choose another `out`."
+            )
         saved = folder.checkpoints()
         return f"{folder.path}: {f'resumes after step {saved[-1][0]}' if saved else 'starts at the first step'}", None
 

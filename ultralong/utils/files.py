@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,15 +33,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+    # Not a file of `tempfile`, which is private: what a run leaves behind follows the user's umask like any other file.
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    temporary = Path(name)
-    # mkstemp makes private files; what a run leaves behind should follow the user's umask like any other file.
-    umask = os.umask(0)
-    os.umask(umask)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, mode)  # a writer may have put another file there
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
@@ -70,39 +70,59 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+LOCK = ".lock"  # the file by which a folder is held for writing
+
+
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[None]:
     """Hold a folder for writing as the only process that does; the system releases it even when the process is killed.
 
     Args:
         folder: Made when missing. The lock is its file `.lock`, which stays.
+        wait: See `file_lock`.
 
     Raises:
         ValueError: Another process writes there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(
-        folder / ".lock", f"Another process is writing to {folder}: wait for it, end it, or give another --out."
-    ):
+    busy = f"Another process is writing to {folder}: wait for it, end it, or give another --out."
+    with file_lock(folder / LOCK, busy, wait=wait):
         yield
 
 
+def is_locked(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process holds a folder by `locked` now. Nothing is made or written."""
+    path = Path(folder) / LOCK
+    if path.is_symlink() or not path.is_file():
+        return False
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:  # a folder of someone else, to be read only
+        return False
+    lock.release()
+    return False
+
+
 @contextmanager
-def file_lock(path: str | os.PathLike[str], busy: str, *, remove: bool = False) -> Iterator[None]:
-    """Hold a lock file as the only process that does, without waiting for it.
+def file_lock(path: str | os.PathLike[str], busy: str, *, remove: bool = False, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file as the only process that does.
 
     Args:
         path: The lock file, made when missing. A link is refused: what it points to is not ours.
         busy: The error's message when another process holds it.
         remove: True removes the file at the end, while it is still held.
+        wait: Seconds to wait for another process that holds it.
 
     Raises:
         ValueError: Another process holds it, or it is a link.
     """
     if os.path.islink(path):
         raise ValueError(f"{path} is a link, and locks are files of their own. Remove it.")
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=wait)
     try:
         lock.acquire()
     except Timeout:

@@ -7,6 +7,7 @@ too; where CUDA is in play a forked process can't use it, so the ranks are spawn
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import socket
 import time
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ultralong.utils.processes import end_with_parent
 
 GRACE = 3.0  # seconds that ranks get to report after the first failure, or after their collectives have timed out
 
@@ -65,7 +68,11 @@ def run_ranks(
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(work, rank, world, port, device, timeout, results, arguments), daemon=True)
+        context.Process(
+            target=_rank,
+            args=(os.getpid(), work, rank, world, port, device, timeout, results, arguments),
+            daemon=True,
+        )
         for rank in range(world)
     ]
     for process in processes:
@@ -87,6 +94,7 @@ def run_ranks(
 
 
 def _rank(
+    parent: int,
     work: Callable[..., Any],
     rank: int,
     world: int,
@@ -97,6 +105,7 @@ def _rank(
     arguments: tuple[Any, ...],
 ) -> None:
     """What each process runs."""
+    end_with_parent(parent)
     torch.set_num_threads(1)
     failed = False
     try:

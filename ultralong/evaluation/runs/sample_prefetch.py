@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.tasks.samples import make_samples
+from ultralong.utils.processes import end_with_parent
 
 Pair = tuple[str, int]
 
@@ -45,7 +47,9 @@ class SamplePrefetch:
         self._futures: dict[Pair, Future[list[dict[str, Any]]]] = {}
         if workers > 0 and self._wanted:
             # Not forked: this process may hold a GPU, which a fork could not use or let go.
-            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+            self._pool = ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
+            )
             self._futures = {
                 pair: self._pool.submit(_make_list, self._make, pair, *place) for pair, place in self._wanted.items()
             }

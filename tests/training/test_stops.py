@@ -1,0 +1,222 @@
+"""Runs that are stopped from outside, folders that are in use, and resuming what is finished."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_run import make_run
+from torch import equal
+
+from ultralong.cli import main
+from ultralong.training.loop import train
+from ultralong.training.preflight import preflight
+from ultralong.utils import settings
+from ultralong.utils.files import is_locked, locked, read_json, read_jsonl, write_json
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_run(tmp_path, tiny_model, tiny_tokenizer, save_every=2)
+
+
+def processes_of(mark: str) -> list[int]:
+    """Live processes whose command line holds a mark."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile
+            continue
+        if entry.name.isdigit() and any(mark.encode() in word for word in words):
+            found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's word for the death of a parent is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_ranks_end_with_the_command_that_started_them(run, tmp_path, number):
+    """However it ends; and the folder is free for the run's resumption at once."""
+    name = f"long-{os.getpid()}-{int(number)}"  # what the ranks' command lines are known by
+    settings.save(replace(run, steps=100_000, save_every=0, out=name), f"{name}.yaml")
+    log = Path(name, "log.jsonl")
+    words = [sys.executable, "-m", "ultralong", "train", f"{name}.yaml", "--processes", "2", "--quiet"]
+    # The command gives its ranks a copy of the settings in the folder for temporary files.
+    scratch = tmp_path / f"scratch-{name}"
+    scratch.mkdir()
+    command = subprocess.Popen(words, env={**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: log.exists() and len(log.read_bytes()) > 0, 120)
+    assert len(processes_of(f"scratch-{name}")) >= 3  # an agent and two ranks
+    assert is_locked(name)
+    command.send_signal(number)
+    code = command.wait(60)
+    assert code == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not processes_of(f"scratch-{name}"), 40)
+    wait_for(lambda: not is_locked(name), 20)
+    length = log.stat().st_size
+    time.sleep(0.5)
+    assert log.stat().st_size == length
+
+
+def test_a_rank_ends_when_its_agent_is_killed(run):
+    settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
+    words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]
+    agent = subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: Path("run/log.jsonl").exists(), 120)
+    agent.kill()
+    agent.wait()
+    wait_for(lambda: not processes_of(f"{Path.cwd()}/run.yaml"), 20)
+    wait_for(lambda: not is_locked("run"), 20)
+
+
+def hold(folder: str, ready, done) -> None:
+    with locked(folder):
+        ready.set()
+        done.wait(60)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_trainings_in_one_folder_are_refused(run, resume):
+    """A first start and a resumption; what the other has written stays."""
+    if resume:
+        train(replace(run, save_every=1), quiet=True)
+        Path("run/result.json").unlink()
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=("run", ready, done), daemon=True)
+    other.start()
+    assert ready.wait(30)
+    before = sorted(path.name for path in Path("run").iterdir())
+    try:
+        with pytest.raises(ValueError, match="Another process is training in run now"):
+            train(run, resume=resume, quiet=True)
+        (folder,) = (finding for finding in preflight(run, 1, resume=True) if finding.name == "folder")
+        assert not folder.good
+    finally:
+        done.set()
+        other.join()
+    assert sorted(path.name for path in Path("run").iterdir()) == before
+    assert len(train(run, resume=resume, quiet=True).model) > 0
+    assert [record["step"] for record in read_jsonl("run/log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_two_trainings_that_start_at_one_moment_are_one(run):
+    """Both pass their checks; the lock lets one of them write."""
+    fork = multiprocessing.get_context("fork")
+    codes = fork.Queue()
+
+    def start() -> None:
+        try:
+            train(replace(run, steps=30), quiet=True)
+            codes.put("done")
+        except ValueError as refused:
+            codes.put(str(refused))
+
+    both = [fork.Process(target=start) for _ in range(2)]
+    for one in both:
+        one.start()
+    found = sorted(codes.get(timeout=120) for _ in both)
+    assert found[1] == "done"
+    assert "run" in found[0]
+    assert "process" in found[0] or "holds a run already" in found[0]
+    assert [record["step"] for record in read_jsonl("run/log.jsonl")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("start", ["library", "command", "processes"])
+def test_resuming_a_finished_run_says_so_and_changes_nothing(run, capfd, start):
+    result = train(run, quiet=True)
+    settings.save(run, "run.yaml")
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    if start == "library":
+        again = train(run, resume=True, quiet=True)
+        assert (again.model, again.steps, again.tokens, again.loss) == (
+            result.model, result.steps, result.tokens, result.loss,
+        )  # fmt: skip
+    else:
+        main(["train", "run.yaml", "--resume", "--quiet", *(["--processes", "2"] if start == "processes" else [])])
+    said = capfd.readouterr()
+    assert said.err.count("run is finished: its 4 steps are done and the model is in run/model.") == 1
+    assert start == "library" or f"loss {result.loss:.4f}" in said.out
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("lost", ["result.json", "model/config.json", "a result of another shape"])
+def test_a_run_that_lost_its_end_makes_it_again(run, lost):
+    """From the last checkpoint; the loss is the one that the whole run had."""
+    run = replace(run, steps=20, save_every=10)
+    first = train(run, quiet=True)
+    weights = load_file("run/model/model.safetensors")
+    if lost.startswith("a result"):
+        write_json("run/result.json", ["steps", 4])
+    else:
+        Path("run", lost).unlink()
+    again = train(run, resume=True, quiet=True)
+    assert again.loss == pytest.approx(first.loss, abs=1e-6)
+    assert read_json("run/result.json")["steps"] == 20
+    made = load_file("run/model/model.safetensors")
+    assert all(equal(made[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("target", ["a folder with files", "nothing", "a file"])
+def test_a_link_in_the_place_of_the_model_is_replaced_and_not_followed(run, target):
+    """Resumed after the link was put there, the run ends well and leaves alone what the link points to."""
+    train(run, quiet=True)
+    weights = load_file("run/model/model.safetensors")
+    Path("run/model").rename("moved")
+    kept = Path("elsewhere")
+    if target == "a folder with files":
+        kept.mkdir()
+        (kept / "thesis.txt").write_text("mine")
+    elif target == "a file":
+        kept.write_text("mine")
+    Path("run/model").symlink_to(kept.absolute())
+    train(run, resume=True, quiet=True)
+    assert not Path("run/model").is_symlink()
+    made = load_file("run/model/model.safetensors")
+    assert all(equal(made[name], weights[name]) for name in weights)
+    if target == "a folder with files":
+        assert (kept / "thesis.txt").read_text() == "mine"
+    elif target == "a file":
+        assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("checkpoints/step-0000002/state.json", "[1, 2]", "state.json lacks the step or the number of processes"),
+        ("checkpoints/step-0000002/state.json", '{"step": "2", "processes": "1"}', "state.json lacks the step"),
+        ("checkpoints/step-0000002/state.json", "7", "state.json lacks the step"),
+        ("log.jsonl", "[1]\n", "line 1 is no record of a step"),
+        ("log.jsonl", '{"tokens": 5}\n', "line 1 is no record of a step"),
+        ("config.yaml", "- 1\n", "must hold a mapping"),
+        ("config.yaml", "model: [}\n", "is not valid YAML"),
+    ],
+)
+def test_a_run_folder_of_the_wrong_shape_is_one_line(run, file, text, said, capsys):
+    train(replace(run, steps=2), quiet=True)
+    Path("run/result.json").unlink()
+    settings.save(replace(run, steps=2), "run.yaml")
+    Path("run", file).write_text(text)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "run.yaml", "--resume", "--quiet"])
+    told = capsys.readouterr().err
+    assert left.value.code == 1
+    assert said in told
+    assert "Traceback" not in told
