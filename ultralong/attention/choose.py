@@ -169,7 +169,7 @@ def _default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequenc
     """One chunk, or up to four on long rows of short documents, not splitting a kv head's query heads.
 
     A token's exchange takes as long as some 1,000 query-key pairs (`ultralong.attention.cost_model`), which shows where
-    documents are short: the exchange of one chunk then runs beside the computing of another.
+    documents are short: the exchange of one chunk then overlaps with the computation of another.
 
     Args:
         counts: The numbers of head chunks that split the heads evenly.

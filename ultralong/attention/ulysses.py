@@ -191,7 +191,7 @@ class Ulysses(Scheme):
         inputs: Callable[[HeadChunk], list[Tensor]],
         compute: Callable[[HeadChunk, list[Tensor]], list[tuple[Tensor, Tensor]]],
     ) -> None:
-        """Exchange each chunk's inputs, compute, exchange the results back; exchanges run beside the computing.
+        """Exchange each chunk's inputs, compute, exchange the results back; exchanges overlap with computation.
 
         Args:
             chunks: The head chunks in order.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, resumed to the bit, and the plain Hugging Face folder at the end.
+"""Checkpoints of a run: complete or absent, resumed bit for bit, and the plain Hugging Face folder at the end.
 
 A checkpoint is a folder `checkpoints/step-NNNNNNN`: torch's distributed checkpoint (parameters and optimizer states),
 every process's random state, and `state.json`. It is written under another name and renamed when all of it is on disk,

@@ -211,8 +211,8 @@ class TrainConfig:
         loss_spike_threshold: A step whose loss is this many nats above the mean of up to 32 steps before it stops the
             run before it updates anything; 0 never does.
         trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
-        position_buckets: The log has the loss of this many equal stretches of the row, so that a lesson learnt only
-            near its start shows.
+        position_buckets: The log has the loss of this many equal stretches of the row, which shows a loss that
+            falls only near its start.
         base_model: Hub id of the model that `model` was extended from, or `miniature`. `ultralong plan` takes its shape
             where `model` is no folder yet; training does not read it.
         length: Tokens of a row. `ultralong plan` takes it where no rows are packed yet; training refuses rows of

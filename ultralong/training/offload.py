@@ -1,4 +1,4 @@
-"""Offloading of tensors to pinned host memory and back, on a stream of its own beside the computing."""
+"""Offloading of tensors to pinned host memory and back, on a stream of its own, overlapped with computation."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class OffloadedTensor:
 
 
 class Offloader:
-    """Offloads tensors to host memory and brings them back, beside the computing.
+    """Offloads tensors to host memory and brings them back, overlapped with computation.
 
     Attributes:
         pool: The host buffers.

@@ -174,7 +174,7 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
             raise ValueError(problem)
         mesh, shard = None, config.parallel.fsdp_shard_degree
         if shard is not None:
-            if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 wants a group
+            if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 needs a group
                 backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             shape, names = (world // shard, shard), ("replicate", "shard")

@@ -4,7 +4,7 @@ Legend: B batch, T tokens, H query heads, K kv heads, D head size.
 
 In this order: rows of a packed batch are laid end to end; heads are taken in groups where a tensor would outgrow the
 kernel's index; segments are walked one by one where the kernel has no packed call; a causal rectangle becomes a full
-rectangle and a causal square, merged by their log-sum-exp; kv heads are repeated where the kernel wants as many as
+rectangle and a causal square, merged by their log-sum-exp; kv heads are repeated where the kernel needs as many as
 query heads. Each step only runs when the kernel needs it. The way back is in
 `ultralong.attention.kernels.backward`.
 """

@@ -149,7 +149,7 @@ def pack(
     rows_per_shard: int | None = None,
     quiet: bool = False,
 ) -> PackedRows:
-    """Pack a token store into rows on disk; go on where an earlier call was interrupted.
+    """Pack a token store into rows on disk; resume where an earlier call was interrupted.
 
     Args:
         store: The tokenised documents.

@@ -46,7 +46,7 @@ def tokenize_corpus(
     upgrade_provenance: Callable[[Any], Any] | None = None,
     quiet: bool = False,
 ) -> TokenStore:
-    """Tokenise `documents` in order into a store; go on where an earlier call was interrupted.
+    """Tokenise `documents` in order into a store; resume where an earlier call was interrupted.
 
     Args:
         documents: Any iterable that yields the same documents in the same order each time. Documents that give no
