@@ -11,6 +11,7 @@ PYTHON ?=
 TORCH_INDEX ?=
 ARGS ?=
 NAMES ?=
+READERS ?= 4.46.3 4.51.3 4.57.3
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
 
 BIN := $(VENV)/bin
@@ -39,7 +40,7 @@ else \
 fi
 endef
 
-.PHONY: help setup demo test notebooks site lint flash flash4 clean distclean
+.PHONY: help setup demo test notebooks site readers lint flash flash4 clean distclean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +79,16 @@ notebooks: setup  ## Execute notebooks/*.py and write the .ipynb beside each (NA
 
 site: setup  ## Build the course, its reference and the API's pages; the result is build/site/index.html
 	"$(BIN)/ultralong" course site build/site
+
+# Interpreters that read what this version writes as earlier releases of transformers do; torch is shared with $(VENV).
+readers: setup  ## Make build/readers/: transformers 4.46, 4.51 and 4.57 for tests/checkpoints/test_readers.py
+	for version in $(READERS); do \
+	  place="build/readers/$$version"; \
+	  "$(BIN)/python" -m venv --clear "$$place"; \
+	  "$$place/bin/python" -m pip install --quiet --disable-pip-version-check "transformers==$$version"; \
+	  "$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$("$$place/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
+	done
 
 lint: setup  ## Check style, formatting and shell scripts
 	"$(BIN)/ruff" check .

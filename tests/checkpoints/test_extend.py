@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ultralong.checkpoints import extend as extend_module
+from ultralong.checkpoints import write
 from ultralong.checkpoints.extend import extend
 from ultralong.rope import RopeScaling, from_config, inverse_frequencies, rope_parameters, window_of
 from ultralong.utils.files import read_json, sha256, write_json
@@ -160,7 +161,9 @@ def test_every_method_is_written_so_that_transformers_reads_it_back(tmp_path, ll
 def test_a_model_class_that_renames_a_type_is_refused_before_copying_and_told(tmp_path, monkeypatch):
     """transformers' Phi-3 config takes every yarn for a longrope, whichever way it is written."""
     source = make(tmp_path / "source", "phi3", window=4096, original_max_position_embeddings=4096)
-    monkeypatch.setattr(extend_module, "_copy", lambda *arguments: pytest.fail("copied before checking"))
+    monkeypatch.setattr(
+        extend_module, "copy_weights", lambda *arguments: lambda folder: pytest.fail("copied before checking")
+    )
     assert_refused(source, 65_536, tmp_path / "out", "'yarn' scaling by config.*longrope.*Choose another method")
     monkeypatch.undo()
     extend(source, 65_536, tmp_path / "out", "longrope", quiet=True, **LONGROPE)
@@ -185,7 +188,7 @@ def test_a_server_offers_exactly_the_target(tmp_path, method, window, to):
     entries = {"head_dim": 64, "rope_theta": 1e4, "max_position_embeddings": window}
     scaling = extend_module.choose_scaling(entries, extend_module.Extension(to, method))
     written = entries | extend_module.config_entries(entries, scaling, to)
-    assert served_window(written) == to == window_of(written) or (method == "linear" and served_window(written) == to)
+    assert served_window(written) == to == window_of(written)
 
 
 @pytest.mark.parametrize("first", ["yarn", "llama3", "dynamic", "longrope"])
@@ -203,7 +206,12 @@ def test_a_second_extension_replaces_the_factor_of_the_first(tmp_path, llama, fi
 
 
 def test_linear_scaling_asks_for_the_window_it_does_not_record(tmp_path, llama):
+    """A linear model of other programs; one that was extended here has its original window beside it."""
     extend(llama, 8192, tmp_path / "first", "linear", quiet=True)
+    assert extend(tmp_path / "first", 65_536, tmp_path / "known", quiet=True).factor == 32.0
+    config = read_json(tmp_path / "first" / "config.json")
+    assert config.pop("original_max_position_embeddings") == 2048
+    write_json(tmp_path / "first" / "config.json", config)
     with pytest.raises(ValueError, match="Pass it as original_window"):
         extend(tmp_path / "first", 65_536, tmp_path / "second", quiet=True)
     with pytest.raises(ValueError, match="not longer than the 8,192"):
@@ -480,7 +488,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, llama, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("the disk is gone")
 
-    monkeypatch.setattr(extend_module, "_write_settings", fail)
+    monkeypatch.setattr(write, "write_json", fail)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         extend(llama, 16_384, tmp_path / "out", quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
@@ -498,7 +506,7 @@ def test_what_a_killed_run_left_is_cleared_but_a_living_run_is_not_disturbed(tmp
     extend(llama, 16_384, tmp_path / "out", quiet=True)
     assert not left.exists()
     assert not (tmp_path / "out/deep").exists()
-    with extend_module._folder_beside(tmp_path / "other", 0):
+    with write._folder_beside(tmp_path / "other", 0):
         with pytest.raises(ValueError, match="Another run is writing"):
             extend(llama, 16_384, tmp_path / "other", quiet=True)
         assert (tmp_path / ".other.partial").exists()
@@ -561,3 +569,59 @@ def test_rope_parameters_in_the_report_are_those_on_the_disk(tmp_path, llama):
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert rope_parameters(from_config(config)) == report.new_rope
     assert read_json(tmp_path / "out/config.json")["rope_parameters"] == report.new_rope
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "minimax", "qwen2_moe"])
+@pytest.mark.parametrize("method", ["auto", "llama3", "linear", "dynamic"])
+def test_a_config_without_head_dim_opens_after_its_extension(tmp_path, kind, method):
+    """Config files of 2023 have none, and transformers computes a scaled table from nothing else."""
+    source = make(tmp_path / "source", kind, window=512)
+    config = read_json(source / "config.json")
+    config.pop("head_dim", None)
+    write_json(source / "config.json", config)
+    extend(source, 4096, tmp_path / "out", method, quiet=True)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(table_in(opened)[0], inverse_frequencies(from_config(opened.config))[0])
+
+
+def test_a_class_without_a_rotary_module_is_refused(tmp_path):
+    """The hybrid's config has a RoPE entry by default, its layers have none."""
+    source = make(
+        tmp_path / "source", "granitemoehybrid", window=512, layer_types=["mamba", "mamba"], mamba_n_heads=8,
+        mamba_d_head=32, mamba_n_groups=1, position_embedding_type="nope",
+    )  # fmt: skip
+    assert_refused(source, 4096, tmp_path / "out", "no rotary position embedding|another table")
+
+
+def test_a_single_file_beside_an_index_is_refused(tmp_path):
+    source = make(tmp_path / "source", shard="50KB")
+    assert (source / "model.safetensors.index.json").is_file()
+    save_file({"stray": torch.zeros(2)}, source / "model.safetensors")
+    assert_refused(source, 16_384, tmp_path / "out", "holds both model.safetensors and model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_position_embeddings": 2048.0}, "max_position_embeddings"),
+        ({"num_key_value_heads": 1.0}, "num_key_value_heads"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": "4"}}, "factor: '4' in its RoPE entry"),
+        ({"hidden_size": "128"}, "hidden_size"),
+    ],
+)
+def test_a_config_of_wrong_types_is_one_line(tmp_path, llama, change, said):
+    config = read_json(llama / "config.json")
+    if "rope_scaling" in change:
+        config.pop("rope_parameters")
+    write_json(llama / "config.json", config | change)
+    with pytest.raises(ValueError, match=said) as error:
+        extend(llama, 16_384, tmp_path / "out", quiet=True)
+    assert "\n" not in str(error.value)
+
+
+def test_what_another_program_must_be_told_is_in_the_notes(tmp_path, llama):
+    write_json(llama / "config.json", read_json(llama / "config.json") | {"dual_chunk_attention_config": {"size": 1}})
+    notes = " ".join(extend(llama, 16_384, tmp_path / "out", "yarn", quiet=True).notes)
+    for told in ("transformers 4.57 or later", "--yarn-beta-fast 4 --yarn-beta-slow 1", "dual_chunk_attention_config"):
+        assert told in notes
+    assert "yarn-beta-fast" in (tmp_path / "out" / "README.md").read_text()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, Gemma3TextConfig, LlamaConfig
 
-from ultralong.rope import RopeScaling, from_config, inverse_frequencies, rope_parameters, window_of
+from ultralong.rope import RopeScaling, declared_window, from_config, inverse_frequencies, rope_parameters, window_of
 
 SCALINGS = [
     RopeScaling("default", 64, 1e5, original_window=8192),
@@ -180,3 +180,31 @@ def test_bad_settings_are_refused_with_a_reason(change, reason):
 def test_the_papers_ramp_with_a_temperature_cannot_be_written():
     with pytest.raises(ValueError, match=r"ramp='dimension'.*attention_factor=1.0"):
         rope_parameters(replace(GOOD, ramp="rotations"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("dynamic", "alpha", 1000.0),
+        ("yarn", "llama_4_scaling_beta", 0.1),
+        ("longrope", "short_mscale", 1.25),
+        ("llama3", "temperature_tuning", True),
+    ],
+)
+def test_a_key_that_only_one_class_reads_is_refused_by_name(kind, key, value):
+    lists = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    entry = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512, **lists}
+    config = {"head_dim": 64, "max_position_embeddings": 2048, "rope_parameters": entry}
+    assert from_config(config).method == kind
+    with pytest.raises(ValueError, match=f"has {key} in its RoPE entry"):
+        from_config(config | {"rope_parameters": entry | {key: value}})
+    assert declared_window(config | {"rope_parameters": entry | {key: value}}) == 2048
+
+
+def test_the_window_of_a_linear_scaling_counts_from_the_window_that_its_config_records():
+    entry = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    config = {"head_dim": 64, "max_position_embeddings": 2048, "rope_parameters": entry}
+    assert window_of(config) == 2048
+    assert window_of(config | {"original_max_position_embeddings": 2048}) == 8192
+    assert declared_window({"max_position_embeddings": 512, "alibi": True}) == 512
+    assert declared_window({}) == 0

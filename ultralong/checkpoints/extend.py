@@ -1,16 +1,12 @@
 """A checkpoint in, the same checkpoint with a longer window out: config, tokenizer, generation config, model card.
 
-The weights are copied file by file and never loaded, so memory stays flat at any model size. The new folder is built
-beside its final place and moved there in one step: it is complete or it does not exist.
+The weights are copied file by file and never loaded, so memory stays flat at any model size.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,12 @@ import torch
 from transformers import AutoConfig
 from transformers import __version__ as transformers_version
 
-from ultralong.checkpoints.files import check_space, companion_files, copy_file, locate, weight_files
+from ultralong.checkpoints.class_table import check_class_table
+from ultralong.checkpoints.config import CONFIG_ERRORS, load_config, one_line
+from ultralong.checkpoints.files import companion_files, locate, weight_files
 from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, read_licence
 from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries
+from ultralong.checkpoints.write import CARD, check_free, copy_weights, write_checkpoint
 from ultralong.rope import (
     RopeScaling,
     from_config,
@@ -31,12 +30,10 @@ from ultralong.rope import (
     window_of,
 )
 from ultralong.rope import attention_factor as attention_factor_of
-from ultralong.utils.files import file_lock, read_json, write_json, write_text
-from ultralong.utils.progress import progress
+from ultralong.utils.files import read_json, write_json
 from ultralong.utils.token_count import parse_tokens
 
-CARD, REPORT = "README.md", "extend.json"
-EDITED = ("config.json", "tokenizer_config.json", "generation_config.json")
+REPORT = "extend.json"
 
 
 @dataclass(frozen=True)
@@ -137,10 +134,9 @@ def extend(
         ValueError: The source is no whole checkpoint, its RoPE can't be rescaled, the target is not longer than its
             window, the settings contradict each other, or `out` is in use. Nothing is written then.
     """
-    target = Path(out).expanduser().absolute()
-    _check_free(target)
+    check_free(Path(os.path.realpath(Path(out).expanduser())))
     folder = locate(source, revision)
-    config = _load_config(folder)
+    config = load_config(folder)
     to = target_window(to, window_of(config)) if isinstance(to, str) else to
     wish = Extension(
         to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors, long_factors
@@ -148,16 +144,17 @@ def extend(
     scaling = choose_scaling(config, wish)
     weights = weight_files(folder)
     companions, left_out = companion_files(folder)
-    copied = weights + [name for name in companions if name not in EDITED]
-    with _folder_beside(target, sum((folder / name).stat().st_size for name in copied)) as temporary:
-        notes = caveats(config, scaling, to) + _write_settings(folder, temporary, config, scaling, to)
-        _check_opens(temporary, scaling, to)
-        _copy(folder, temporary, copied, quiet)
+    notes = caveats(config, scaling, to)
+    if not (folder / "tokenizer_config.json").is_file():
+        notes += ("The source has no tokenizer_config.json, so no tokenizer limit was set.",)
+    made: list[ExtendReport] = []
+
+    def card(temporary: Path) -> str:
         licence = read_licence(folder)
         report = ExtendReport(
             source=str(source),
             hub_id=None if folder == Path(source).expanduser() else str(source),
-            base_model=_short_name(source),
+            base_model=Path(source).expanduser().absolute().name,
             out=str(out),
             files=_names(temporary),
             bytes=_size(temporary),
@@ -167,9 +164,20 @@ def extend(
             licence=licence.get("license_name") or licence.get("license"),
             **_facts(config, scaling, to),
         )
-        write_text(temporary / CARD, model_card(report, licence, cache_bytes_per_token(config)))
         write_json(temporary / REPORT, report.to_dict())
-    return report
+        made.append(report)
+        return model_card(report, licence, cache_bytes_per_token(config))
+
+    write_checkpoint(
+        out,
+        folder,
+        copy_weights(folder, quiet),
+        card,
+        changes=_changes(folder, config, scaling, to),
+        check=lambda temporary: _check_opens(temporary, scaling, to),
+        needed=sum((folder / name).stat().st_size for name in [*weights, *companions]),
+    )
+    return made[0]
 
 
 def target_window(text: str, window: int) -> int:
@@ -187,83 +195,31 @@ def target_window(text: str, window: int) -> int:
     return int(tokens)
 
 
-def _check_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"The output {target} exists and is not an empty folder. Choose another, or delete it first.")
+def _changes(folder: Path, config: Any, scaling: RopeScaling, to: int) -> dict[str, dict[str, Any]]:
+    """New entries of the three JSON files that know the window."""
+    old = {window_of(config), config.max_position_embeddings}
+    entries = config_entries(config, scaling, to)
+    generation = folder / "generation_config.json"
+    return {
+        "config.json": entries | _raised(read_json(folder / "config.json"), old, to),
+        "generation_config.json": _raised(read_json(generation), old, to) if generation.is_file() else {},
+        "tokenizer_config.json": {"model_max_length": to},
+    }
 
 
-def _load_config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ValueError(
-            f"{folder} is not a checkpoint: it has no config.json."
-            f"{' It holds an adapter: merge it into its base first.' if adapter else ''}"
-        )
-    kind = read_json(folder / "config.json").get("model_type")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"transformers {transformers_version} can't read the config in {folder} (type {kind!r}). "
-            "Models that bring their own code are not supported."
-        ) from error
-
-
-@contextmanager
-def _folder_beside(target: Path, needed: int) -> Iterator[Path]:
-    """A new folder beside `target` that becomes `target` when the block ends without an error.
-
-    A run that was killed leaves its folder behind without the lock on it; the next run to the same place clears it.
-    """
-    temporary = target.parent / f".{target.name}.partial"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"Another run is writing {target} right now. Wait for it or choose another."
-    with file_lock(target.parent / f".{target.name}.lock", busy, remove=True):
-        temporary.mkdir(exist_ok=True)
-        try:
-            for left in temporary.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            check_space(temporary, needed)
-            yield temporary
-            os.replace(temporary, target)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-
-
-def _copy(folder: Path, target: Path, names: list[str], quiet: bool) -> None:
-    total = sum((folder / name).stat().st_size for name in names)
-    with progress(total=total, desc="copying", unit="B", unit_scale=True, unit_divisor=1024, quiet=quiet) as bar:
-        for name in names:
-            copy_file(folder / name, target / name, bar.update)
-
-
-def _write_settings(folder: Path, target: Path, config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
-    """Write the three edited JSON files; returns what a user should know about them."""
-    old_lengths = {window_of(config), config.max_position_embeddings}
-    edited = read_json(folder / "config.json") | config_entries(config, scaling, to)
-    write_json(target / "config.json", _raise_max_length(edited, old_lengths, to))
-    if (folder / "generation_config.json").is_file():
-        edited = read_json(folder / "generation_config.json")
-        write_json(target / "generation_config.json", _raise_max_length(edited, old_lengths, to))
-    if not (folder / "tokenizer_config.json").is_file():
-        return ("The source has no tokenizer_config.json, so no tokenizer limit was set.",)
-    write_json(target / "tokenizer_config.json", read_json(folder / "tokenizer_config.json") | {"model_max_length": to})
-    return ()
-
-
-def _raise_max_length(settings: dict[str, Any], old: set[int], to: int) -> dict[str, Any]:
+def _raised(settings: dict[str, Any], old: set[int], to: int) -> dict[str, Any]:
     """A generation limit that was the old window becomes the new one; any other was chosen and stays."""
-    return settings | ({"max_length": to} if settings.get("max_length") in old else {})
+    return {"max_length": to} if settings.get("max_length") in old else {}
 
 
 def _check_opens(folder: Path, scaling: RopeScaling, to: int) -> None:
     """Read the new config as transformers does, and compare the table it leads to with the one that was meant."""
     trouble = f"transformers {transformers_version} can't give this model type a {scaling.method!r} scaling by config"
     try:
-        written = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (ValueError, KeyError) as error:  # Phi-3, for one, takes every yarn for a longrope
-        raise ValueError(f"{trouble} ({str(error).strip()}). Choose another method.") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        written = from_config(config)
+    except CONFIG_ERRORS as error:  # Phi-3, for one, takes every yarn for a longrope
+        raise ValueError(f"{trouble} ({one_line(error)[:-1]}). Choose another method.") from error
     for length in (None, to):
         meant, read = inverse_frequencies(scaling, length), inverse_frequencies(written, length)
         if not torch.equal(meant[0], read[0]) or meant[1] != read[1]:
@@ -271,6 +227,7 @@ def _check_opens(folder: Path, scaling: RopeScaling, to: int) -> None:
                 f"{trouble}: it reads {rope_parameters(written)} where {rope_parameters(scaling)} was "
                 "meant. Choose another method."
             )
+    check_class_table(config, scaling)
 
 
 def _facts(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]:
@@ -289,10 +246,6 @@ def _facts(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]:
         "new_rope": new_rope,
         "pairs": pair_counts(scaling, to, old.theta),
     }
-
-
-def _short_name(source: str | os.PathLike[str]) -> str:
-    return Path(source).expanduser().absolute().name
 
 
 def _names(folder: Path) -> tuple[str, ...]:

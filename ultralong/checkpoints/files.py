@@ -80,7 +80,12 @@ def weight_files(folder: Path) -> list[str]:
         ValueError: The weights are missing, cut short, in another format, or don't fit their index.
     """
     if (folder / SINGLE).exists():
-        _tensors(folder / SINGLE)
+        if (folder / INDEX).exists():
+            raise ValueError(
+                f"{folder} holds both {SINGLE} and {INDEX}: two checkpoints seem to be mixed, and programs differ in "
+                "which they open. Keep one of them."
+            )
+        header(folder / SINGLE)
         return [SINGLE]
     if not (folder / INDEX).exists():
         raise ValueError(_why_no_weights(folder))
@@ -99,7 +104,7 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder} holds shards that {INDEX} doesn't list: {_some(stray)}. Two checkpoints seem to be "
             "mixed, or the index is of an older save; save the model again into an empty folder."
         )
-    held = {(tensor, name) for name in shards for tensor in _tensors(folder / name)}
+    held = {(tensor, name) for name in shards for tensor in header(folder / name)}
     apart = sorted(tensor for tensor, _ in held ^ set(weight_map.items()))
     if apart:
         raise ValueError(
@@ -176,8 +181,12 @@ def _goes_along(name: str) -> bool:
     return path.suffix in COMPANION_SUFFIXES or bool(LEGAL_NAME.match(path.name))
 
 
-def _tensors(path: Path) -> Sequence[str]:
-    """Names of the tensors in a safetensors file, from its header; checks that the file is as long as that says."""
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: type, shape and place of each tensor by its name.
+
+    Raises:
+        ValueError: It is no such file, or not as long as its header says.
+    """
     size = path.stat().st_size
     with open(path, "rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
@@ -187,14 +196,14 @@ def _tensors(path: Path) -> Sequence[str]:
                 "a Git LFS pointer, run `git lfs pull`; otherwise download it again."
             )
         try:
-            header = json.loads(stream.read(header_size))
+            entries = json.loads(stream.read(header_size))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} has a damaged safetensors header ({error}). Download it again.") from error
-    header.pop("__metadata__", None)
-    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    entries.pop("__metadata__", None)
+    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != expected:
         raise ValueError(f"{path} has {size} bytes, but its header describes {expected}: download it again.")
-    return list(header)
+    return dict(entries)
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -14,6 +14,11 @@ from ultralong import __version__
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
 
+UNTRAINED = (
+    "**Not trained at this length yet.** The weights are the base model's, byte for byte; only the rotary table,\n"
+    "the declared window and the tokenizer's limit differ. Train it on long rows before judging it.\n"
+)
+TRAINED = re.compile(r"^\*\*(?:Not trained|Trained) at (?:.+\n)+", re.MULTILINE)
 LICENCE_KEYS = ("license", "license_name", "license_link")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
@@ -63,8 +68,7 @@ def model_card(report: ExtendReport, licence: dict[str, Any], cache_per_token: i
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {report.base_model}, window extended to {report.new_window:,} tokens\n",
-        "**Not trained at this length yet.** The weights are the base model's, byte for byte; only the rotary table,\n"
-        "the declared window and the tokenizer's limit differ. Train it on long rows before judging it.\n",
+        UNTRAINED,
         f"## What was changed\n\n{_table(report)}\n\n{_rule(report)}\n",
     ]
     if report.notes:
@@ -75,6 +79,20 @@ def model_card(report: ExtendReport, licence: dict[str, Any], cache_per_token: i
         f"Made by ultralong {__version__}; `extend.json` beside this card holds the same facts for programs.\n",
     ]
     return "\n".join(parts)
+
+
+def trained_card(card: str, tokens: int, length: int, section: str) -> str:
+    """The card of a trained model, from that of the checkpoint it started from.
+
+    Args:
+        card: The earlier card; what it says of training is replaced.
+        tokens: Tokens that the run read.
+        length: Tokens of a row.
+        section: What was done, as a section of the card; added at the end.
+    """
+    said = f"**Trained at {length:,} tokens a row**, {tokens:,} tokens in all: see Training below.\n"
+    changed, count = TRAINED.subn(said, card, count=1)
+    return (changed if count else card).rstrip() + "\n\n" + section
 
 
 def _table(report: ExtendReport) -> str:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ultralong.checkpoints.config import rope_entries
 from ultralong.rope import METHODS, RopeScaling, from_config, rope_parameters, window_of
 from ultralong.rope.config import reader
 from ultralong.rope.scaling import require
@@ -73,9 +74,10 @@ def choose_scaling(config: Any, wish: Extension) -> RopeScaling:
     if original is None:
         raise ValueError(
             "the model's linear scaling doesn't record the window of its pretraining. Pass it as "
-            f"original_window: the {window_of(config):,} tokens in its config may be before or after it."
+            f"original_window: the {reader(config)('max_position_embeddings'):,} tokens in its config may be before or "
+            "after it."
         )
-    window = max(window_of(config), int(original * old.factor) if old.method == "linear" else 0)
+    window = int(original * old.factor) if old.method == "linear" else window_of(config)
     require(
         wish.to > window,
         f"the target window of {wish.to:,} tokens is not longer than the {window:,} that the "
@@ -109,16 +111,17 @@ def config_entries(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]
     to servers built on it, which would otherwise fall back to an unscaled table without a word.
     """
     written = rope_parameters(scaling)
-    older = {key: value for key, value in written.items() if key != "rope_theta"}
-    unscaled = written["rope_type"] == "default"
     window_key = getattr(config, "attribute_map", {}).get("max_position_embeddings", "max_position_embeddings")
     entries = {
         window_key: scaling.original_window if scaling.method in KEEPS_OLD_WINDOW else to,
-        "rope_parameters": written,
-        "rope_theta": written["rope_theta"],
-        "rope_scaling": None if unscaled else older,
+        **rope_entries(written),
     }
     read = reader(config)
+    if scaling.method == "linear":
+        # This type has no entry for it, so that nobody could tell whether the window above is before or after scaling.
+        entries["original_max_position_embeddings"] = scaling.original_window
+    if hasattr(config, "head_dim") and config.head_dim is None:
+        entries["head_dim"] = scaling.head_dim  # transformers computes a scaled table from it, and from nothing else
     for key, value in (
         ("rotary_emb_base", written["rope_theta"]),
         ("original_max_position_embeddings", scaling.original_window),
@@ -140,6 +143,21 @@ def caveats(config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
         notes.append(
             f"max_position_embeddings stays at {scaling.original_window:,}: for the {scaling.method} type, "
             "transformers and vLLM read it as the window before scaling."
+        )
+    if kind == "yarn":
+        notes.append(
+            "Take transformers 4.57 or later: of this YaRN entry 4.46 ignores the original window and 4.51 the factor, "
+            "without a word."
+        )
+    if kind == "yarn" and (scaling.alpha, scaling.beta) != (1.0, 32.0):
+        notes.append(
+            f"llama.cpp ignores beta_fast for most architectures: pass --yarn-beta-fast {scaling.beta:g} "
+            f"--yarn-beta-slow {scaling.alpha:g} there."
+        )
+    if read("dual_chunk_attention_config"):
+        notes.append(
+            "dual_chunk_attention_config is kept as it was: vLLM then reads long inputs by chunks of the old window. "
+            "Remove it from config.json to be served by the rescaled RoPE alone."
         )
     if kind == "yarn" and scaling.attention_factor is not None:
         notes.append("Older vLLM releases ignore attention_factor and apply YaRN's own temperature instead.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ultralong.checkpoints.write import copy_weights, write_checkpoint
 from ultralong.data.read.fetch import Package, unpack
 from ultralong.utils.extras import require
 
@@ -82,16 +83,11 @@ def smollm2_of(file: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pat
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str, out: Path) -> Path:
     """Write model, tokenizer and a card that names the licence; the folder appears when it is whole."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(
-        f"---\nlicense: apache-2.0\nbase_model: {SMOLLM2_HUB}\n---\n\n# SmolLM2-135M-Instruct\n\n{origin}\n",
-        encoding="utf-8",
-    )
-    os.replace(partial, out)
-    return out
+    card = f"---\nlicense: apache-2.0\nbase_model: {SMOLLM2_HUB}\n---\n\n# SmolLM2-135M-Instruct\n\n{origin}\n"
+    with tempfile.TemporaryDirectory(dir=out.parent) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        return write_checkpoint(out, Path(made), copy_weights(Path(made)), lambda folder: card)
 
 
 def dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -104,8 +100,7 @@ def dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     hidden = ("quantization_config", "_name_or_path", "dtype", "torch_dtype")
     plain = {key: value for key, value in loaded.config.to_dict().items() if key not in hidden}
-    model: PreTrainedModel = type(loaded)(type(loaded.config)(**plain))
-    model.bfloat16()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     return model, AutoTokenizer.from_pretrained(**where)

@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import ultralong.attention  # noqa: F401 - makes attn_implementation="ultralong" known
 from ultralong import miniature
 from ultralong.checkpoints.extend import extend
 from ultralong.data.chat.pack import ChatSettings, pack_chat
@@ -29,7 +28,9 @@ from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.perplexity import perplexity_by_position
 from ultralong.evaluation.tasks.haystack import Haystack
 from ultralong.evaluation.tasks.needle import make_needle
+from ultralong.inference.load import load_model
 from ultralong.launch.local import launch_local
+from ultralong.rope import window_of
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
@@ -105,7 +106,7 @@ class Demo:
 
     def base_window(self) -> int:
         """The window before, in tokens."""
-        return int(read_json(self.base() / "config.json")["max_position_embeddings"])
+        return window_of(read_json(self.base() / "config.json"))
 
     def rows(self) -> PackedRows:
         """Documents, tokenised and packed into rows of the new length, joined by the separator, no mask."""
@@ -222,11 +223,7 @@ class Demo:
         return Haystack.from_texts(self.tokenizer(), texts, limit=4 * self.config.target, name="held-out documents")
 
     def _open(self, folder: Path) -> PreTrainedModel:
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="ultralong"
-        )
-        return cast(PreTrainedModel, model.to(self.device))
+        return load_model(folder, self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
 
     def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train") -> Path:
         out = self.out / name

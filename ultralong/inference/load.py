@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong import attention
+from ultralong.checkpoints.config import one_line
 
 
 def load_model(
@@ -30,8 +32,8 @@ def load_model(
     chosen = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, attn_implementation=attention.NAME)
-    except OSError as error:
-        raise ValueError(f"{model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
+    except (OSError, StrictDataclassError) as error:
+        raise ValueError(f"{model} cannot be opened as a checkpoint: {one_line(error)}") from error
     placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]  # wrapped by transformers without its types
     return placed.eval()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from ultralong.checkpoints.write import CARD, copy_weights, write_checkpoint
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
 from ultralong.data.read.documents import Document
@@ -34,7 +35,7 @@ from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.miniature import WINDOW
 from ultralong.miniature.tokenizer import train_tokenizer
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, TrainConfig
-from ultralong.utils.files import read_json, write_json, write_text
+from ultralong.utils.files import write_text
 
 SEED = 20_251
 ROPE_BASE = 10_000.0
@@ -115,15 +116,15 @@ def finish(trained: str | os.PathLike[str], log: str | os.PathLike[str], out: st
         log: The run's `log.jsonl`; every 20th line is kept.
         out: The folder to write.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in Path(trained).iterdir():
-        if file.name != "README.md":
-            shutil.copy(file, out / file.name)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(out / "model.safetensors").items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = read_json(out / "config.json")
-    write_json(out / "config.json", {**config, "dtype": "bfloat16"})
+    trained, out = Path(trained), Path(out)
+    card = (out if (out / CARD).is_file() else trained) / CARD
+    text = card.read_text(encoding="utf-8")
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(trained / "model.safetensors").items()}
+
+    def weights(folder: Path) -> None:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    write_checkpoint(out, trained, weights, lambda folder: text, replace=True)
     lines = Path(log).read_text(encoding="utf-8").splitlines(keepends=True)
     write_text(out / "training_log.jsonl", "".join(lines[19::20]))
 
@@ -143,5 +144,8 @@ def _untrained(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     set_seed(SEED)
     model = LlamaForCausalLM(architecture(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    card = "# The miniature before its training\n"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        write_checkpoint(folder, Path(made), copy_weights(Path(made)), lambda _: card, replace=True)

@@ -18,6 +18,7 @@ from ultralong.planner.report import GIB, Line, Plan
 from ultralong.planner.shapes import planned_model, shape_of
 from ultralong.planner.step_time import run_lines, step_lines
 from ultralong.planner.workload import Job
+from ultralong.rope import declared_window
 from ultralong.training.config import MemoryConfig, TrainConfig
 from ultralong.training.preflight import check_start
 from ultralong.utils.settings import to_mapping
@@ -66,7 +67,7 @@ def plan(
     model, named = planned_model(config.model, config.base_model)
     check_start(config, gpus, resume=True, planned=True, shape=model)
     known = tokens or _row_length(config) or config.length
-    tokens = known or model.get_text_config().max_position_embeddings
+    tokens = known or declared_window(model.get_text_config())
     job = Job(config, model, shape_of(model), machine, tokens, gpus)
     budget = machine.memory if gpu_memory is None else gpu_memory * GIB
     host = None if host_memory is None else host_memory * GIB

@@ -1,5 +1,6 @@
 """Rotary position scaling: each method as one pure function, and what a model's config says of it."""
 
+from ultralong.rope.config import declared_window
 from ultralong.rope.frequencies import (
     METHODS,
     RopeScaling,
@@ -16,6 +17,7 @@ __all__ = [
     "METHODS",
     "RopeScaling",
     "attention_factor",
+    "declared_window",
     "from_config",
     "inverse_frequencies",
     "pair_counts",

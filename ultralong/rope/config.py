@@ -19,6 +19,16 @@ RAMP_KEYS = {
 }
 
 
+# Keys of a RoPE entry that are understood, whatever the method; others change a table in ways of one model class.
+ENTRY_KEYS = frozenset(
+    {
+        "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+        "beta_slow", "beta_fast", "low_freq_factor", "high_freq_factor", "truncate", "attention_factor",
+        "short_factor", "long_factor", "finetuned",
+    }
+)  # fmt: skip
+
+
 def from_config(config: Any) -> RopeScaling:
     """Read the scaling of a model config.
 
@@ -27,8 +37,8 @@ def from_config(config: Any) -> RopeScaling:
             a mapping with the same entries.
 
     Returns:
-        The scaling, with transformers' defaults filled in. The original window is None for "linear", whose configs
-        don't say whether the window they give is the one before or after scaling.
+        The scaling, with transformers' defaults filled in. The original window is None for a "linear" scaling whose
+        config does not say whether the window that it gives is the one before or after scaling.
 
     Raises:
         ValueError: The model has no RoPE, or one that this library can't reproduce; the message names it.
@@ -50,16 +60,30 @@ def from_config(config: Any) -> RopeScaling:
 def window_of(config: Any) -> int:
     """Tokens that a model with this config is declared to read, as serving programs (vLLM) derive it.
 
-    It is `max_position_embeddings`, but for two methods: "dynamic" keeps the unscaled window there and grows by its
-    factor, and "yarn" counts from its original window, which some configs leave as the only one.
+    It is `max_position_embeddings`, but for three methods: "dynamic" keeps the unscaled window there and grows by its
+    factor, "linear" does where the config has its original window, and "yarn" counts from its original window, which
+    some configs leave as the only one.
     """
-    scaling = from_config(config)
-    window = reader(config)("max_position_embeddings")
+    scaling, read = from_config(config), reader(config)
+    window = read("max_position_embeddings")
+    if scaling.method == "linear":
+        return int(scaling.original_window * scaling.factor) if scaling.original_window else int(window)
     if scaling.method == "dynamic":
         return int(window * scaling.factor)
     if scaling.method == "yarn":
         return max(window, int((scaling.original_window or window) * scaling.factor))
     return int(window)
+
+
+def declared_window(config: Any) -> int:
+    """`window_of`, and for a model whose RoPE can't be rescaled here its `max_position_embeddings`; 0 without either.
+
+    For programs that only run a model: what can't be extended can be read all the same.
+    """
+    try:
+        return window_of(config)
+    except ValueError:
+        return int(reader(config)("max_position_embeddings") or 0)
 
 
 def reader(config: Any) -> Callable[[str], Any]:
@@ -74,7 +98,10 @@ def _settings(method: str, entry: dict[str, Any], read: Callable[[str], Any]) ->
     if method == "default":
         return {"original_window": window}
     if method == "linear":
-        return {"factor": _entry(entry, "factor", method)}
+        return {
+            "factor": _entry(entry, "factor", method),
+            "original_window": read("original_max_position_embeddings"),
+        }
     if method == "dynamic":
         return {"factor": _entry(entry, "factor", method), "original_window": window}
     # Phi-3 keeps the original window beside its rope entry, and transformers lets that one win.
@@ -115,6 +142,17 @@ def _rope_entry(read: Callable[[str], Any]) -> dict[str, Any]:
         require(
             not entry.get(key),
             f"{name} sets {key} in its RoPE, which changes more than the rotary table; such a model is not supported.",
+        )
+    unknown = sorted(key for key, value in entry.items() if key not in ENTRY_KEYS and value is not None and value != 0)
+    require(
+        not unknown,
+        f"{name} has {', '.join(unknown)} in its RoPE entry, which only its own class reads: without it the table "
+        "would be another one, so such a model is not supported.",
+    )
+    for key in ("factor", "rope_theta", "attention_factor", "original_max_position_embeddings"):
+        require(
+            entry.get(key) is None or (isinstance(entry[key], int | float) and not isinstance(entry[key], bool)),
+            f"{name} has {key}: {entry.get(key)!r} in its RoPE entry, where a number belongs.",
         )
     share = entry.get("partial_rotary_factor") or read("partial_rotary_factor") or read("rotary_pct") or 1.0
     return entry | {"rope_theta": float(theta), "partial_rotary_factor": float(share)}

@@ -7,22 +7,23 @@ can reshard both: any mesh can load what another saved.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ultralong.checkpoints.config import one_line, weights_dtype
+from ultralong.checkpoints.files import locate
+from ultralong.checkpoints.model_card import trained_card
+from ultralong.checkpoints.write import CARD, save_weights, write_checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
 from ultralong.utils.extras import require
-from ultralong.utils.files import write_text
 
-CARD = "README.md"
 BLOCK = 256  # elements with a scale in common (torchao's default)
 SMALLEST = 4096  # torchao leaves a shard of fewer elements in the parameter's own type
 
@@ -39,8 +40,8 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     dtype = torch.float32 if config.parallel.fsdp_shard_degree is None else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=attention)
-    except OSError as error:
-        raise ValueError(f"No model could be loaded from {config.model!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, StrictDataclassError) as error:
+        raise ValueError(f"No model could be loaded from {config.model!r}: {one_line(error)}") from error
     return model.train()
 
 
@@ -157,7 +158,7 @@ def export(
     facts: dict[str, Any],
     out: Path,
 ) -> None:
-    """Write weights (in the type of the checkpoint the run started from), config, tokenizer and model card.
+    """Write the trained model: weights in the type of the checkpoint that the run started from, the rest as there.
 
     Args:
         model: The trained model.
@@ -167,24 +168,21 @@ def export(
         facts: `steps`, `tokens` and `loss` for the model card.
         out: The folder to write; replaced as a whole when it exists. A link there is replaced, not what it points to.
     """
-    dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    source = locate(config.model)
+    dtype = weights_dtype(source) or torch.float32
     state = {name: tensor.to("cpu", dtype) for name, tensor in weights.items()}
+    section = _training_section(config, order, facts)
+
+    def card(folder: Path) -> str:
+        before = source / CARD
+        text = before.read_text(encoding="utf-8") if before.is_file() else f"# {out.parent.name}\n"
+        return trained_card(text, facts["tokens"], order.length, section)
+
     attention, model.config._attn_implementation = model.config._attn_implementation, None
-    kept, model.config.dtype = model.config.dtype, dtype
     try:
-        model.save_pretrained(partial, state_dict=state)
+        write_checkpoint(out, source, save_weights(model, state), card, replace=True)
     finally:
-        model.config._attn_implementation, model.config.dtype = attention, kept
-    AutoTokenizer.from_pretrained(config.model).save_pretrained(partial)
-    source = Path(config.model) / CARD
-    card = source.read_text(encoding="utf-8") if source.is_file() else f"# {out.parent.name}\n"
-    write_text(partial / CARD, card.rstrip() + "\n\n" + _training_section(config, order, facts))
-    if out.is_symlink() or out.is_file():
-        out.unlink()
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+        model.config._attn_implementation = attention
 
 
 def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
 from ultralong.attention.kernels import KERNELS, get_kernel
+from ultralong.checkpoints.config import load_config
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.tokens.encoding import check_same_tokenizer
-from ultralong.rope import window_of
+from ultralong.rope import declared_window
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import process_problem
@@ -113,10 +113,10 @@ class Preflight:
         if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
             raise ValueError(f"No model could be loaded from {name!r}: the folder has no config.json.")
         try:
-            found = AutoConfig.from_pretrained(place)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"No model could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
-        return f"{found.model_type}, window {_declared_window(found) or 'unknown'}", found
+            found = load_config(place)
+        except ValueError as error:
+            raise ValueError(f"No model could be loaded from {name!r}: {error}") from error
+        return f"{found.model_type}, window {declared_window(found.get_text_config()) or 'unknown'}", found
 
     def _rows(self) -> tuple[str, list[PackedRows]]:
         config = self.config
@@ -243,16 +243,8 @@ def _heads(model: Any) -> tuple[int, int]:
     return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
-def _declared_window(model: Any) -> int:
-    """Tokens of the model's window; 0 where its config declares none."""
-    try:
-        return window_of(model.get_text_config())
-    except ValueError:  # a model without RoPE
-        return int(getattr(model.get_text_config(), "max_position_embeddings", None) or 0)
-
-
 def _window(model: Any, folders: list[PackedRows], name: str) -> tuple[str, None]:
-    window = _declared_window(model)
+    window = declared_window(model.get_text_config())
     for rows in folders:
         reach = longest_position(rows) if rows.length > window > 0 else 0
         if reach > window > 0:

@@ -27,6 +27,7 @@ from ultralong.data.recipe.texts import read_documents
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.demo import Demo, DemoConfig
 from ultralong.evaluation.tasks.haystack import Haystack
+from ultralong.rope import window_of
 from ultralong.utils.files import read_json, read_jsonl, write_json, write_text
 
 MOST_TOKENS = 8192  # of an example, as in the recipe
@@ -62,7 +63,7 @@ def prepare(
         ValueError: A recipe cannot be had, is not of conversations, or has too few of them.
     """
     out, tokenizer = Path(out), AutoTokenizer.from_pretrained(base)
-    window = int(read_json(Path(base) / "config.json")["max_position_embeddings"])
+    window = window_of(read_json(Path(base) / "config.json"))
     facts: dict[str, Any] = {"target": config.target, "seed": config.seed, "limit": limit}
     for name, recipe, most in (("documents", config.documents, limit), ("heldout", config.heldout, None)):
         made = pack_recipe(recipe, tokenizer, config.target, out / name, limit=most, cache=cache, quiet=quiet)

@@ -28,6 +28,7 @@ from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.sharded_engine import with_model
 from ultralong.inference.vllm_engine import VllmEngine
+from ultralong.rope import declared_window
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json
@@ -81,7 +82,7 @@ def run(
     texts = read_haystack(wanted.haystack)
     model, tokenizer = opened or _open(wanted, device)
     config = AutoConfig.from_pretrained(wanted.model) if model is None else model.config
-    window = int(config.get_text_config().max_position_embeddings)
+    window = declared_window(config.get_text_config())
     lengths = within_window(wanted.lengths or doubled_lengths(window), window, wanted.beyond_window)
     pairs, questions, skipped = plan_pairs(names, lengths, tokenizer, wanted, texts)
     asked = replace(wanted, tasks=tuple(names), lengths=tuple(lengths))
@@ -128,7 +129,7 @@ def describe_model(config: PretrainedConfig, model: PreTrainedModel | None) -> s
             ", ".join(getattr(config, "architectures", None) or [str(config.model_type)]),
             *([f"{count:,} parameters"] if count else []),
             f"{text.num_hidden_layers} layers",
-            f"window of {text.max_position_embeddings:,} tokens",
+            f"window of {declared_window(text):,} tokens",
             f"RoPE {scaling}",
         ]
     )

@@ -1,0 +1,122 @@
+"""The JSON files of a checkpoint: read with one-line errors, and written so that every reader finds its own spelling.
+
+transformers 5 reads `rope_parameters`; transformers 4, and servers built on it, read `rope_theta` and `rope_scaling`,
+and where these are missing they take an unscaled table without a word. A tokenizer that transformers 5 saved names a
+class that no version 4 has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
+
+from ultralong.checkpoints.files import header, weight_files
+from ultralong.utils.files import read_json
+
+# What transformers raises for a config that it cannot read.
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a checkpoint folder or hub id.
+
+    Raises:
+        ValueError: There is none, or transformers cannot read it; one line that says what it is.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no config.json."
+            f"{' It holds an adapter: merge it into its base first.' if adapter else ''}"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
+    except CONFIG_ERRORS as error:
+        kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
+        raise ValueError(
+            f"transformers {transformers_version} can't read the config in {model} (type {kind!r}): {one_line(error)} "
+            "Models that bring their own code are not supported."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line that ends in a full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
+
+
+def rope_entries(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that carry one `rope_parameters` dictionary to readers of every age."""
+    older = {key: value for key, value in written.items() if key != "rope_theta"}
+    return {
+        "rope_parameters": dict(written),
+        "rope_theta": written["rope_theta"],
+        "rope_scaling": None if written.get("rope_type", "default") == "default" else older,
+    }
+
+
+def config_for_readers(entries: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A config.json whose RoPE stands in both spellings, and whose type is that of the weights.
+
+    Args:
+        entries: Content of config.json.
+        dtype: Type of the weights; None leaves what the config says.
+    """
+    made = dict(entries)
+    written = made.get("rope_parameters")
+    one_table = isinstance(written, Mapping) and not any(isinstance(value, Mapping) for value in written.values())
+    if one_table and written and "rope_theta" in written:
+        made |= rope_entries(written)
+        if "partial_rotary_factor" in written:
+            made["partial_rotary_factor"] = written["partial_rotary_factor"]
+    if dtype is not None and "quantization_config" not in made:
+        name = str(dtype).removeprefix("torch.")
+        made |= {"dtype": name, "torch_dtype": name}  # the second for version 4, whose servers take float32 without it
+    return made
+
+
+def tokenizer_for_readers(entries: Mapping[str, Any], template: str | None = None) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 opens too.
+
+    Version 5's general class stands by the name that both know, and the chat template stands in this file, as releases
+    before 4.51 look for no chat_template.jinja.
+
+    Args:
+        entries: Content of tokenizer_config.json.
+        template: Content of chat_template.jinja, where there is one.
+    """
+    made = dict(entries)
+    if made.get("tokenizer_class") == "TokenizersBackend":
+        made["tokenizer_class"] = "PreTrainedTokenizerFast"
+        made.pop("backend", None)
+        if isinstance(made.get("extra_special_tokens"), list):
+            made["additional_special_tokens"] = made.pop("extra_special_tokens")
+    if template is not None:
+        made.setdefault("chat_template", template)
+    return made
+
+
+def weights_dtype(folder: Path) -> torch.dtype | None:
+    """The floating-point type that most of a checkpoint's weights have; None where none has one.
+
+    Raises:
+        ValueError: The weights are missing, damaged or in another format (see `files.weight_files`).
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for name in weight_files(folder):
+        if name.endswith(".safetensors"):
+            for entry in header(folder / name).values():
+                if entry["dtype"] in DTYPES:
+                    first, end = entry["data_offsets"]
+                    sizes[DTYPES[entry["dtype"]]] += end - first
+    return sizes.most_common(1)[0][0] if sizes else None
