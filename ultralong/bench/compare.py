@@ -31,6 +31,8 @@ CASE = (
         "memory",
         "kv",
         "chunk",
+        "batch",
+        "new_tokens",
     ),
     *("begun", "checkpoint_layers"),
 )
@@ -39,7 +41,7 @@ HIGHER_IS_BETTER = frozenset(
 )
 LOWER_IS_BETTER = frozenset(
     ("forward_ms", "backward_ms", "seconds", "seconds_per_step", "decode_seconds_per_token", "seconds_per_parameter")
-    + ("cpu_seconds", "peak_gib", "cache_gib", "peak_gpu_gib", "peak_host_gib", "pinned_host_gib")
+    + ("prefill_seconds", "cpu_seconds", "peak_gib", "cache_gib", "peak_gpu_gib", "peak_host_gib", "pinned_host_gib")
 )
 RENAMED = {"stages": "head_chunks", "states": "state_precision"}  # columns of rows recorded before 0.4
 

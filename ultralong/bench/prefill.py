@@ -12,9 +12,7 @@ costs).
 
 from __future__ import annotations
 
-import gc
 import json
-import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ultralong import attention
 from ultralong.attention.kernels import attention_forward, choose_kernel
 from ultralong.attention.spec import AttentionSpec
 from ultralong.bench.prefill_options import PrefillBench
 from ultralong.bench.results import write_rows
+from ultralong.bench.timing import clear, make_model, now, peak_gib, random_ids, slowest
 from ultralong.inference.generate import prefill
 from ultralong.inference.runner import Runner
 from ultralong.inference.sharded_generation import ShardedRunner
@@ -86,43 +84,34 @@ def _measure_all(rank: int, world: int, options: PrefillBench, device: str, path
     return rows
 
 
-def make_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
-    """A model with random weights, made where it stays: bfloat16 on a GPU, float32 on a CPU."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with torch.device(device if device == "cpu" else torch.device("cuda", torch.cuda.current_device())):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
-
-
 def _read(model: PreTrainedModel, options: PrefillBench, tokens: int, world: int, rank: int) -> dict[str, float]:
     """Read one prompt and decode a little: the slowest process's seconds, and the most memory of any."""
     group = dist.group.WORLD if world > 1 else None
     kv = "fp8" if options.kv == "fp8" else "auto"
     make = partial(ShardedRunner, model, group=group, kv=kv, kernel=options.kernel, quiet=rank > 0)
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
+    ids = random_ids(model, 1, tokens)
     apart = _warm_up(model, ids[:, :WARM], make(WARM + DECODED, chunk=WARM // 2))
-    _clear(model.device)
+    clear(model.device)
     reader = make(tokens + DECODED, chunk=options.chunk)
-    start = _now(model.device)
+    start = now(model.device)
     logits = reader.prefill(ids)
-    read = _now(model.device) - start
+    read = now(model.device) - start
     finite = bool(torch.isfinite(logits).all())
-    token, start = logits.argmax(-1), _now(model.device)
+    token, start = logits.argmax(-1), now(model.device)
     for _ in range(DECODED):
         token = reader.decode(token).argmax(-1)
-    step = (_now(model.device) - start) / DECODED
-    peak = torch.cuda.max_memory_allocated() / GIB if model.device.type == "cuda" else 0.0
+    step = (now(model.device) - start) / DECODED
+    peak = peak_gib(model.device)
     cache, chunk = reader.cache.bytes / GIB, reader.chunk or tokens
     del reader, logits
-    _clear(model.device)
+    clear(model.device)
     return {
-        "seconds": _slowest(read, model.device),
-        "seconds_per_token": _slowest(step, model.device),
-        "peak_gib": _slowest(peak, model.device),
-        "cache_gib": _slowest(cache, model.device),
+        "seconds": slowest(read, model.device),
+        "seconds_per_token": slowest(step, model.device),
+        "peak_gib": peak,
+        "cache_gib": slowest(cache, model.device),
         "chunk": chunk,
-        "apart": _slowest(apart, model.device),
+        "apart": slowest(apart, model.device),
         "finite": finite,
     }
 
@@ -148,11 +137,11 @@ def kernel_rate(name: str, tokens: int, shape: Shape, world: int, model: PreTrai
     kernel = choose_kernel(name, q, spec)
     short = slice(min(tokens, WARM))
     attention_forward(kernel, q[:, short], k[:, short], v[:, short], spec)
-    start = _now(model.device)
+    start = now(model.device)
     attention_forward(kernel, q, k, v, spec)
-    seconds = _slowest(_now(model.device) - start, model.device)
+    seconds = slowest(now(model.device) - start, model.device)
     del q, k, v
-    _clear(model.device)
+    clear(model.device)
     return 2.0 * tokens**2 * heads * shape.head_dim / seconds
 
 
@@ -190,27 +179,3 @@ def _row(
         "apart_from_plain": float(f"{measured['apart']:.2g}"),
         "finite": bool(measured["finite"]),
     }
-
-
-def _now(device: torch.device) -> float:
-    """The time, once all processes and their GPUs are done so far."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    if dist.is_initialized():
-        dist.barrier()
-    return time.perf_counter()
-
-
-def _slowest(value: float, device: torch.device) -> float:
-    if not dist.is_initialized():
-        return value
-    largest: Tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return float(largest)
-
-
-def _clear(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

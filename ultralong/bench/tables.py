@@ -123,6 +123,32 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def decode_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Decoding: tokens a second by prompt and batch, with the ratio to transformers' own loop in the same run.
+
+    Args:
+        recorded: What `ultralong bench decode --json` wrote, one or more files.
+
+    Returns:
+        Lines of a Markdown table; batches and lengths rise, transformers stands first.
+    """
+    rows = sorted((row for file in recorded for row in rows_of(file)), key=lambda row: (row["batch"], row["tokens"]))
+    lines = [
+        "| model | prompts | tokens of each | by | GPUs | cache | tokens/s | of transformers' | GiB of a GPU |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before = (
+            f"| {row['model']} | {row['batch']} | {row['tokens']:,} | {row['name']} | {row['gpus']} | {row['kv']} | "
+        )
+        if "note" in row:
+            lines.append(before + f"{row['note']} | | |")
+            continue
+        ratio = f"{row['of_transformers']:.2f}" if "of_transformers" in row else ""
+        lines.append(f"{before}{row['tokens_per_second']:,.1f} | {ratio} | {row['peak_gib']:.1f} |")
+    return lines
+
+
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
     "attention": (

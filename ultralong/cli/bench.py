@@ -14,6 +14,7 @@ from ultralong.utils.token_count import Tokens
 
 if TYPE_CHECKING:
     from ultralong.bench.attention.options import AttentionBench
+    from ultralong.bench.decode_options import DecodeBench
     from ultralong.bench.prefill_options import PrefillBench
     from ultralong.bench.training.case import TrainingCase
 
@@ -56,6 +57,23 @@ def prefill(wanted: PrefillBench, *, json: Json = None) -> None:
     from ultralong.bench.prefill import bench_prefill
 
     bench_prefill(wanted, json)
+
+
+@takes(wanted=Group("ultralong.bench.decode_options:DecodeBench", positional=("model",)))
+def decode(wanted: DecodeBench, *, json: Json = None) -> None:
+    """Time decoding here, single, batched and sharded, bf16 and fp8, beside transformers' generate.
+
+    The model has the shape asked for and random weights. Prints one line of JSON for each way.
+
+    Example: ultralong bench decode meta-llama/Llama-3.1-8B --lengths 2k 32k --batch 16 --json decode.json
+
+    Args:
+        wanted: What to measure.
+        json: Write machine, options and rows as JSON to this file, after every row.
+    """
+    from ultralong.bench.decode import bench_decode
+
+    bench_decode(wanted, json)
 
 
 @takes(

@@ -63,6 +63,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,
+        "bench decode": bench.decode,
         "bench train": bench.train,
         "bench compare": bench.compare,
         "bench rates": bench.rates,
@@ -86,7 +87,7 @@ GROUPS = {
     "data": "Rows of text: recipes built, counted, looked at and cleaned.",
     "eval": "A model measured: needles, perplexity, tasks, reports.",
     "course": "The course: a folder to work in, how far you are, its pages.",
-    "bench": "This machine measured: attention, prefill, training, data.",
+    "bench": "This machine measured: attention, prefill, decoding, training, data.",
 }
 MARK = "(explanation)"
 WIDEST = 100  # columns that text is wrapped to on a wider terminal

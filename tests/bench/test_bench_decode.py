@@ -1,0 +1,75 @@
+"""The decoding bench on a CPU: every way says what transformers says, and its numbers fit together."""
+
+import json
+
+import pytest
+import torch
+
+from ultralong import cli
+from ultralong.bench import decode
+from ultralong.bench.compare import compare
+from ultralong.bench.decode import DecodeBench, bench_decode
+from ultralong.bench.tables import decode_table
+
+
+@pytest.fixture
+def folder(tmp_path, make_tiny_model):
+    make_tiny_model(num_hidden_layers=3, initializer_range=0.2).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def ways(gpus):
+    return [("transformers", 1, "bf16"), ("ultralong", 1, "bf16")] + [
+        ("ultralong, sharded", gpus, kv) for kv in ("bf16", "fp8")
+    ]
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_rows_fit_together(folder, tmp_path, gpus, capsys):
+    options = DecodeBench(folder, (50, 120), 3, 40, new_tokens=6, gpus=gpus, layers=2, chunk=32)
+    rows = bench_decode(options, tmp_path / "out.json")
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert kept["rows"] == rows
+    assert kept["machine"]["packages"]["transformers"]
+    assert kept["options"]["new_tokens"] == 6
+    expected = [(1, tokens, *way) for tokens in (50, 120) for way in ways(gpus)]
+    expected += [(3, 40, name, 1, "bf16") for name in ("transformers", "ultralong, batched")]
+    assert [(row["batch"], row["tokens"], row["name"], row["gpus"], row["kv"]) for row in rows] == expected
+    plain = {(row["batch"], row["tokens"]): row for row in rows if row["name"] == "transformers"}
+    for row in rows:
+        assert row["model"] == "model, cut to 2 of 3 layers"
+        assert row["kv"] == "fp8" or row["same_tokens"] == 1, row
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["decode_seconds_per_token"], rel=1e-2)
+        base = plain[row["batch"], row["tokens"]]
+        assert row["of_transformers"] == pytest.approx(row["tokens_per_second"] / base["tokens_per_second"], rel=1e-2)
+        assert row["prefill_seconds"] > 0
+    assert not compare(rows, rows).regressions
+    table = decode_table([kept])
+    assert len(table) == 2 + len(rows)
+    assert {line.count("|") for line in table} == {10}
+
+
+def test_what_does_not_fit_is_a_row_too(folder, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decode, "_by_transformers", full)
+    rows = bench_decode(DecodeBench(folder, (20,), 0, new_tokens=3))
+    assert rows[0]["note"] == "out of memory"
+    assert "tokens_per_second" not in rows[0]
+    assert all(row["tokens_per_second"] > 0 and "of_transformers" not in row for row in rows[1:])
+    assert "out of memory" in decode_table([{"rows": rows}])[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere/model"], "neither a model folder"),
+        (["meta-llama/Llama-3.1-8B", "--new-tokens", "1"], "two tokens or more"),
+        (["meta-llama/Llama-3.1-8B", "--batch", "-1"], "batch 0 or more"),
+    ],
+)
+def test_bad_input_is_a_sentence(words, said, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "decode", *words])
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,210 @@
+"""Speed of decoding on this machine: `ultralong bench decode MODEL --lengths 32k --gpus 1 --json FILE`.
+
+The model has the shape asked for and random weights, made on the GPU; ids are random. Each prompt is answered greedily
+by transformers' `generate` with its `DynamicCache` and scaled_dot_product_attention, and by this library's runners, in
+the same process on the same weights: one prompt by the runner of one GPU and by the sharded one (over all GPUs, in the
+model's type and in fp8), several together by the batched one. A step is timed from the first new token to the last, so
+reading the prompt, which is timed apart, is not part of it. Each way first answers a short prompt, with which kernels
+are compiled and chosen. With several GPUs all of them do alone what one GPU does, and the slowest counts.
+
+`of_transformers` is the rate over that of transformers for the same prompts. `same_tokens` is the share of new tokens
+that both chose: 1 in float32; random weights in bfloat16 often have several likeliest tokens, and fp8 rounds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from ultralong import attention
+from ultralong.bench.decode_options import DecodeBench
+from ultralong.bench.results import write_rows
+from ultralong.bench.timing import clear, make_model, now, peak_gib, random_ids, slowest
+from ultralong.inference.batched import BatchedRunner
+from ultralong.inference.generate import stream
+from ultralong.inference.runner import LocalRunner, Runner
+from ultralong.inference.sharded_generation import ShardedRunner
+from ultralong.planner.shapes import model_config
+from ultralong.utils.local_ranks import run_ranks
+
+WARM_TOKENS, WARM_STEPS = 4096, 4  # prompt and answer before anything is timed
+RULE = "tokens_per_second: prompts answered together over the seconds of one step, from the first new token to the last"
+Row = dict[str, Any]
+
+
+def bench_decode(options: DecodeBench, path: Path | None = None) -> list[Row]:
+    """Measure every way of decoding for every prompt length, and for the batch.
+
+    Args:
+        options: What to measure.
+        path: JSON file, written after every row.
+
+    Returns:
+        One row for each way; see `_row`.
+
+    Raises:
+        ValueError: No such model, or fewer GPUs than asked for.
+        ultralong.utils.local_ranks.RankFailed: A process failed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and options.gpus > torch.cuda.device_count():
+        raise ValueError(f"{options.gpus} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
+    model_config(options.model)  # says what is wrong here, not in another process
+    if options.gpus == 1:
+        return _measure_all(0, 1, options, device, path)
+    return run_ranks(_measure_all, options.gpus, options, device, path, device=device, timeout=3600)[0]
+
+
+@dataclass
+class Timed:
+    """What answering took: seconds of reading and of one step, memory in GiB, and the new tokens (B, N)."""
+
+    prefill: float
+    step: float
+    peak_gib: float
+    said: Tensor
+
+
+Answer = Callable[[Tensor, int], Timed]  # of prompts (B, T) and the number of new tokens
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of decoding: its name in the rows, the GPUs and the cache's type, and how it answers."""
+
+    name: str
+    kv: str
+    gpus: int
+    answer: Answer
+
+
+def _measure_all(rank: int, world: int, options: DecodeBench, device: str, path: Path | None) -> list[Row]:
+    config = model_config(options.model)
+    whole = config.get_text_config().num_hidden_layers
+    layers = config.get_text_config().num_hidden_layers = options.layers or whole
+    config.max_position_embeddings = max(options.longest, WARM_TOKENS + WARM_STEPS)
+    model = make_model(config, device)
+    model.generation_config.eos_token_id = None  # every answer has its whole length
+    name = Path(options.model).name + ("" if layers == whole else f", cut to {layers} of {whole} layers")
+    rows: list[Row] = []
+    work = [(1, tokens) for tokens in options.lengths] + ([(options.batch, options.batch_tokens)] * bool(options.batch))
+    for batch, tokens in work:
+        ids = random_ids(model, batch, tokens)
+        plain: Timed | None = None
+        for way in _ways(model, options, batch, world):
+            timed = _measure(way, ids, options.new_tokens, world)
+            plain = timed if way.name == "transformers" else plain
+            rows.append({"model": name, "layers": layers, "of_layers": whole, **_row(way, ids, options, timed, plain)})
+            if rank == 0:
+                print(json.dumps(rows[-1]), flush=True)
+                if path is not None:
+                    write_rows(path, rows, options=asdict(options), rate_rule=RULE)
+    return rows
+
+
+def _ways(model: PreTrainedModel, options: DecodeBench, batch: int, world: int) -> Iterator[Way]:
+    """First transformers, with which the others are compared; each with the attention that it is for."""
+    model.set_attn_implementation("sdpa")
+    yield Way("transformers", "bf16", 1, partial(_by_transformers, model))
+    model.set_attn_implementation(attention.NAME)
+    if batch > 1:
+        yield Way("ultralong, batched", "bf16", 1, partial(_by_runner, BatchedRunner(model)))
+        return
+    yield Way("ultralong", "bf16", 1, partial(_by_runner, LocalRunner(model)))
+    group = dist.group.WORLD if world > 1 else None
+    for kv, kind in (("bf16", "auto"), ("fp8", "fp8")):
+        runner = ShardedRunner(model, None, group, kv=kind, chunk=options.chunk)
+        yield Way("ultralong, sharded", kv, world, partial(_by_runner, runner))
+
+
+def _measure(way: Way, ids: Tensor, new_tokens: int, world: int) -> Timed | None:
+    """None where memory ran out, which several processes cannot survive."""
+    try:
+        way.answer(ids[:, :WARM_TOKENS], WARM_STEPS)
+        clear(ids.device)
+        return way.answer(ids, new_tokens)
+    except torch.OutOfMemoryError:
+        if world > 1:
+            raise
+    finally:
+        clear(ids.device)
+    return None
+
+
+def _by_runner(runner: Runner, ids: Tensor, new_tokens: int) -> Timed:
+    """Answer by a runner of this library, which holds nothing before or after."""
+    runner.release()
+    start = now(ids.device)
+    first = start
+    said: list[list[int | None]] = []
+    for step in stream(runner, ids, new_tokens, stop=()):
+        first = now(ids.device) if not said else first
+        said.append(step.tokens)
+    last, peak = now(ids.device), peak_gib(ids.device)
+    runner.release()
+    return Timed(first - start, (last - first) / (new_tokens - 1), peak, torch.tensor(said).T)
+
+
+def _by_transformers(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Timed:
+    """Answer by transformers' own loop."""
+    clock = FirstToken()
+    start = now(ids.device)
+    whole = model.generate(  # type: ignore[operator]  # transformers' mixin is untyped here
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=DynamicCache(config=model.config),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    last = now(ids.device)
+    peak = peak_gib(ids.device)
+    return Timed(clock.first - start, (last - clock.first) / (new_tokens - 1), peak, whole[:, ids.shape[1] :].cpu())
+
+
+class FirstToken(StoppingCriteria):
+    """Stops nothing, and notes when the first new token was there."""
+
+    first = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Called by `generate` after every token; which of the prompts (B,) have ended."""
+        self.first = self.first or now(input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _row(way: Way, ids: Tensor, options: DecodeBench, timed: Timed | None, plain: Timed | None) -> Row:
+    """What one way gave; the slowest process's seconds, memory of the GPU that needs most."""
+    row: Row = {
+        "name": way.name,
+        "tokens": ids.shape[1],
+        "batch": ids.shape[0],
+        "new_tokens": options.new_tokens,
+        "gpus": way.gpus,
+        "kv": way.kv,
+    }
+    if timed is None:
+        return row | {"note": "out of memory"}
+    step = slowest(timed.step, ids.device)
+    row |= {
+        "prefill_seconds": round(slowest(timed.prefill, ids.device), 4),
+        "decode_seconds_per_token": round(step, 6),
+        "tokens_per_second": round(ids.shape[0] / step, 2),
+        "peak_gib": round(timed.peak_gib, 3),
+    }
+    if plain is not None:
+        row |= {
+            "of_transformers": round(slowest(plain.step, ids.device) / step, 4),
+            "same_tokens": round(float((timed.said == plain.said).float().mean()), 4),
+        }
+    return row

@@ -1,0 +1,50 @@
+"""Options of the decoding bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ultralong.utils.token_count import Tokens
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """Options of the decoding bench.
+
+    Attributes:
+        model: A model folder, a hub id, or a shape that the planner knows; weights are random in any case.
+        lengths: Tokens of the single prompts.
+        batch: Prompts that are answered together; 0 measures none.
+        batch_tokens: Tokens of each of them.
+        new_tokens: Tokens of each answer.
+        gpus: Processes that share a single prompt.
+        layers: Decoder layers to keep; by default all. A model cut short is named so in its rows.
+        chunk: Tokens of one prefill pass of the sharded cache; by default 65,536 for each GPU.
+    """
+
+    model: str
+    lengths: tuple[Tokens, ...] = (2048, 32768)
+    batch: int = 16
+    batch_tokens: Tokens = 1024
+    new_tokens: int = 64
+    gpus: int = 1
+    layers: int | None = None
+    chunk: Tokens | None = None
+
+    def __post_init__(self) -> None:
+        if min((*self.lengths, self.batch_tokens)) < 2 or self.new_tokens < 2:
+            raise ValueError(
+                f"Prompts and answers must be two tokens or more, found {list(self.lengths)}, {self.batch_tokens} and "
+                f"{self.new_tokens}"
+            )
+        if not self.lengths and not self.batch:
+            raise ValueError("There is nothing to measure: give --lengths or --batch.")
+        if self.gpus < 1 or self.batch < 0 or (self.layers is not None and self.layers < 1):
+            raise ValueError(
+                f"gpus and layers must be 1 or more, batch 0 or more, found {self.gpus}, {self.layers} and {self.batch}"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max((*self.lengths, self.batch_tokens)) + self.new_tokens
