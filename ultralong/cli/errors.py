@@ -21,7 +21,7 @@ from ultralong.utils.exits import ChildFailed
 # What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.
 MENDABLE = {
     None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC,
-    errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY,
+    errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY,
 }  # fmt: skip
 
 

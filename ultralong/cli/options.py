@@ -228,7 +228,8 @@ def _parsed(name: str, kind: Any, commas: bool) -> tuple[Any, list[Any]]:
         return kind, [_spec(lambda words: tuple(words[0].split(",")), 1)]
     if get_origin(plain) is Literal:
         return kind, []
-    read = parse_tokens if tokens else plain
+    # A shell leaves ~ as it is in --out=~/run.
+    read = parse_tokens if tokens else (lambda word: Path(word).expanduser()) if plain is Path else plain
     if many is None:
         return kind, [_spec(lambda words: read(words[0]), 1)]
     # A list may hold commas too: --lengths 4k,8k. What holds free text, such as key=value, is taken as it is.

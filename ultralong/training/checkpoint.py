@@ -138,7 +138,7 @@ class RunFolder:
         if self.log.exists():
             records = read_jsonl(self.log)
             for number, record in enumerate(records, 1):
-                if not isinstance(record, dict) or type(record.get("step")) is not int or "loss" not in record:
+                if type(record.get("step")) is not int or not isinstance(record.get("loss"), float | int):
                     raise ValueError(f"{self.log}, line {number} is no record of a step. Restore or remove that line.")
             kept = [record for record in records if record["step"] <= step]
             write_text(self.log, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

@@ -31,6 +31,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", os.path.expanduser(self.rows))
         if not self.weight > 0:
             raise ValueError(f"weight must be above 0, found {self.weight}.")
 
@@ -246,6 +247,8 @@ class TrainConfig:
     length: Tokens | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "out"):  # where no shell has seen them, as in a file or after --set
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if not self.data:
             raise ValueError("data must name at least one folder of packed rows.")
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets"):
@@ -266,8 +269,8 @@ def preset(name: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: There is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
+    if (path := Path(name).expanduser()).is_file():
+        return path
     if (found := PRESETS / f"{name}.yaml").is_file():
         return found
     known = sorted(path.stem for path in PRESETS.glob("*.yaml"))

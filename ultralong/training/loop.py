@@ -25,10 +25,11 @@ from ultralong.training.model import export, load_model
 from ultralong.training.parallel import Processes, connect
 from ultralong.training.preflight import check_start
 from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
-from ultralong.utils.files import append_jsonl, locked, read_json, read_jsonl, write_json
+from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
 T = TypeVar("T")
+FREE_SOME = "free some space, or set `keep` lower, then run again with --resume"
 LOCK_SECONDS = 2.0  # a check of the folder holds its lock for a moment
 
 
@@ -107,7 +108,8 @@ def _train(
     facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
     weights = checkpoint.whole_weights(model)
     if processes.is_main:
-        export(model, weights, config, order, facts, folder.model)
+        with full_disk_named(folder.path, FREE_SOME):
+            export(model, weights, config, order, facts, folder.model)
     processes.barrier()
     result = TrainResult(str(folder.model), config.steps, tokens, loss or math.nan, time.perf_counter() - start)
     if processes.is_main:
@@ -197,7 +199,8 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
         bar.update()
         if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
             run.memory.release()  # saving copies parameters and states to the host
-            checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
+            with full_disk_named(run.folder.path, FREE_SOME):
+                checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
             saved = step + 1
     bar.close()
     assert saved == config.steps or first == config.steps

@@ -6,6 +6,7 @@ crash, a full disk or a second reader never sees half of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 TAIL = 1 << 16  # bytes read at a time from the end of a log
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PROBE = 1 << 20  # bytes that a disk takes which is not full
 
 
 @contextmanager
@@ -68,6 +71,58 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         ValueError: `value` holds a NaN or an infinity.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def full_disk_named(folder: str | os.PathLike[str], advice: str) -> Iterator[None]:
+    """Raise what a library makes of a full disk as the OSError that it is.
+
+    Libraries that write by themselves report it as errors of their own kinds, some without the reason.
+
+    Args:
+        folder: Where the block writes.
+        advice: What to do about it, as the end of a sentence.
+
+    Raises:
+        OSError: The disk or a quota is full, or a file may not be larger.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        full = next(filter(None, map(_full_disk, _chain(error))), None) or _try_to_write(Path(folder))
+        if full is None:
+            raise
+        raise OSError(full.errno, f"{full.strerror}; {advice}", str(folder)) from error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, those it was raised for, and those of torch's other ranks."""
+    todo, seen = [error], set[int]()
+    while todo:
+        if id(found := todo.pop(0)) not in seen:
+            seen.add(id(found))
+            yield found
+            others = [failure[0] for failure in getattr(found, "failures", {}).values()]
+            todo += [other for other in (found.__cause__, found.__context__, *others) if other is not None]
+
+
+def _full_disk(error: BaseException) -> OSError | None:
+    return error if isinstance(error, OSError) and error.errno in FULL else None
+
+
+def _try_to_write(folder: Path) -> OSError | None:
+    """What the system says of a file that is written there."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    probe = place / f".{secrets.token_hex(6)}.partial"
+    try:
+        probe.write_bytes(b"\0" * PROBE)
+    except OSError as error:
+        return _full_disk(error)
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
 
 
 LOCK = ".lock"  # the file by which a folder is held for writing
@@ -135,6 +190,18 @@ def file_lock(path: str | os.PathLike[str], busy: str, *, remove: bool = False, 
         lock.release()
 
 
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: It is not JSON, or of another type.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(found).__name__}. Restore it.")
+    return found
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
@@ -180,7 +247,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read a JSON-lines log written by `append_jsonl`; a last line that a crash cut off is left out.
 
     Raises:
-        ValueError: A finished line is not JSON; the message names the file and the line.
+        ValueError: A finished line is no JSON object; the message names the file and the line.
     """
     # Split at bytes: str.splitlines also splits at separators that JSON strings may hold, such as U+2028.
     *lines, _unfinished = Path(path).read_bytes().split(b"\n")
@@ -190,6 +257,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"{path}, line {number}: an object is needed, found {type(records[-1]).__name__}.")
     return records
 
 

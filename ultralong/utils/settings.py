@@ -20,8 +20,10 @@ import yaml
 
 from ultralong.utils.files import write_text
 from ultralong.utils.token_count import TokenCount, parse_tokens
+from ultralong.utils.yaml_text import read_yaml
 
 T = TypeVar("T")
+LONGEST_VALUE = 300  # characters of a value that a message shows
 
 
 def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> T:
@@ -40,8 +42,8 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
     if not path.is_file():
         raise ValueError(f"{path}: no such settings file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bytes that are no text are one too
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, found {type(values).__name__}.")
@@ -97,8 +99,8 @@ def override(values: Mapping[str, Any], overrides: Iterable[str], cls: type[Any]
             if not isinstance(place, dict):
                 raise ValueError(f"--set {text}: {parent!r} is not a group of settings.")
         try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            place[last] = read_yaml(value)
+        except ValueError as error:
             raise ValueError(f"--set {text}: the value is not valid YAML: {error}") from error
     return changed
 
@@ -170,6 +172,12 @@ def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ..."
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -188,29 +196,29 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(arguments, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}.")
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, found {_shown(value)}.")
         return value
     if origin in (tuple, list):
         return _convert_list(origin, arguments, value, where)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, found {value!r}.")
+            raise ValueError(f"{where} must be a mapping, found {_shown(value)}.")
         return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a group of settings, found {value!r}.")
+            raise ValueError(f"{where} must be a group of settings, found {_shown(value)}.")
         return from_mapping(hint, value, where)
     return _convert_plain(hint, value, where)
 
 
 def _convert_list(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} must be a list, found {value!r}.")
+        raise ValueError(f"{where} must be a list, found {_shown(value)}.")
     kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
     if len(kinds) != len(value):
-        raise ValueError(f"{where} must have {len(kinds)} values, found {value!r}.")
+        raise ValueError(f"{where} must have {len(kinds)} values, found {_shown(value)}.")
     return origin(
         _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
     )
@@ -248,4 +256,4 @@ def _convert_plain(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}.")
+    raise ValueError(f"{where} must be of type {hint.__name__}, found {_shown(value)}.")

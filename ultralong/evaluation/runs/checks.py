@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -89,7 +90,8 @@ def plan_pairs(
                 if TASKS[name].needs:
                     require(TASKS[name].needs, "eval")
                 found = find_questions(name, data)
-                check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found)
+                asked: dict[str, Any] = {"samples": wanted.samples, "seed": wanted.seed}
+                check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found, **asked)
             except (ValueError, ImportError) as error:
                 reasons[length] = str(error)
                 continue

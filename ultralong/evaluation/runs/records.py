@@ -151,12 +151,14 @@ def answer_pairs(
     chat: bool | None = None,
     haystack: Sequence[str] | None = None,
     questions: Mapping[str, str | os.PathLike[str]] | None = None,
+    left_out: dict[tuple[str, int], str] | None = None,
     quiet: bool = False,
 ) -> list[Result]:
     """As `answer_tasks`, by any engine and for chosen pairs of a test and a length; returns the results, writes none.
 
     A set of published texts may hold fewer samples than asked for; `n` says how many there were. `workers` processes
-    make samples ahead.
+    make samples ahead. With `left_out`, a test whose next sample cannot be made is left at what it has, and its reason
+    is put there; without, it stops the run.
     """
     out = Path(out)
     with locked(out):
@@ -164,10 +166,11 @@ def answer_pairs(
             (task, length): done_already(answers_path(out, task, length), task, length, seed)[:samples]
             for task, length in pairs
         }
-        _fill(
-            held, engine, tokenizer, samples, seed, out, workers, questions, {"chat": chat, "haystack": haystack}, quiet
-        )
-    return task_results(held)
+        options = {"chat": chat, "haystack": haystack, "lenient": left_out is not None}
+        failed = _fill(held, engine, tokenizer, samples, seed, out, workers, questions, options, quiet)
+    if left_out is not None:
+        left_out.update(failed)
+    return task_results({pair: records for pair, records in held.items() if records or pair not in failed})
 
 
 def _fill(
@@ -181,8 +184,8 @@ def _fill(
     questions: Mapping[str, Any] | None,
     options: Mapping[str, Any],
     quiet: bool,
-) -> None:
-    """Answer what is missing, into the lists and the files."""
+) -> dict[tuple[str, int], str]:
+    """Answer what is missing, into the lists and the files; returns the reasons of what was left out."""
     wanted = {pair: (len(there), samples - len(there)) for pair, there in held.items()}
     with (
         progress(
@@ -200,6 +203,7 @@ def _fill(
                 bar.set_postfix_str(f"{record['task']} {length:,}")
                 bar.update(length)
             bar.update(length * sum(samples - len(held[pair]) for pair in together))
+        return prefetch.failed
 
 
 def _answered(

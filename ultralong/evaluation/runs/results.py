@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ultralong.evaluation.measures.result import (
     Part,
@@ -27,7 +27,8 @@ from ultralong.evaluation.report.run_page import draw_run
 from ultralong.evaluation.runs.answer_files import answer_files, task_results
 from ultralong.evaluation.runs.compare import compare_answers
 from ultralong.evaluation.tasks.groups import FAMILIES
-from ultralong.utils.files import read_json, read_jsonl, write_json
+from ultralong.utils.files import read_json, read_json_object, read_jsonl, write_json
+from ultralong.utils.yaml_text import read_yaml
 
 SETTINGS_FILE = "run.yaml"
 MOST_FAILURES = 3  # of one test
@@ -88,7 +89,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not (folder / SETTINGS_FILE).exists():
         raise ValueError(f"{folder} holds no run: give the --out of `ultralong eval run`.")
     records = dict(_answers(folder))
-    environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    environment = read_json_object(folder / "environment.json") if (folder / "environment.json").exists() else {}
     scores = task_results(records)
     measured, skipped = read_measured(folder)
     families = family_means(scores)
@@ -100,7 +101,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     )
     return {
         "folder": str(folder),
-        "settings": yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")),
+        "settings": _settings(folder / SETTINGS_FILE),
         "window": environment.pop("window", None),
         "skipped": environment.pop("skipped", {}) | skipped,
         "environment": environment,
@@ -115,6 +116,17 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """What was asked, as any version wrote it."""
+    try:
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model"), str):
+        raise ValueError(f"{path} holds no settings of a run (no model). Restore it.")
+    return found
+
+
 def read_measured(folder: Path) -> tuple[list[Result], dict[str, str]]:
     """Results of what is measured by other means than answers, and the reasons of benchmarks left out.
 
@@ -122,28 +134,40 @@ def read_measured(folder: Path) -> tuple[list[Result], dict[str, str]]:
     """
     results: list[Result] = []
     skipped: dict[str, str] = {}
-    if (folder / "needle.jsonl").exists() and (cells := read_jsonl(folder / "needle.jsonl")):
-        results.append(needle_result(cells))
+    if (path := folder / "needle.jsonl").exists() and (cells := read_jsonl(path)):
+        with _named(path):
+            results.append(needle_result(cells))
     for name in ("perplexity", "loss"):
         path = folder / f"{name}.json"
         if path.exists():
             found = read_json(path)
-            results += (
-                [perplexity_result(bins, by) for by, bins in found.items() if bins]
-                if isinstance(found, dict)
-                else read_measurements(path)
-            )
+            with _named(path):
+                results += (
+                    [perplexity_result(bins, by) for by, bins in found.items() if bins]
+                    if isinstance(found, dict)
+                    else read_measurements(path)
+                )
     for name in ("lm_eval", "standard"):
         path = folder / f"{name}.json"
         if path.exists():
-            found = read_json(path)
-            results += [
-                benchmark_result(values) if "score" in values else Result.from_dict(values)
-                for values in found.get("results") or found.get("scores") or ()
-            ]
-            skipped |= found.get("skipped", {})
+            found = read_json_object(path)
+            with _named(path):
+                results += [
+                    benchmark_result(values) if "score" in values else Result.from_dict(values)
+                    for values in found.get("results") or found.get("scores") or ()
+                ]
+                skipped |= found.get("skipped", {})
             break
     return results, skipped
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file whose content is not of the shape that a run writes."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not of the shape that a run writes ({type(error).__name__}: {error}).") from error
 
 
 def _answers(folder: Path) -> Iterable[tuple[tuple[str, int], list[dict[str, Any]]]]:

@@ -92,6 +92,7 @@ def run(
     if "needle" in names:
         axes = grid_axes(wanted, max(lengths), window)
         measure_grid(model, tokenizer, wanted, axes, texts, out / "needle.jsonl", engine, quiet=quiet)
+    left_out: dict[tuple[str, int], str] = {}
     if pairs:
         answer_pairs(
             _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine,
@@ -104,8 +105,12 @@ def run(
             chat=wanted.chat,
             haystack=texts,
             questions=questions,
+            left_out=left_out if wanted.skip_missing else None,
             quiet=quiet,
         )
+    if left_out:
+        facts["skipped"] = {**skipped, **{f"{task} at {length:,}": why for (task, length), why in left_out.items()}}
+        write_json(out / "environment.json", facts)
     if model is not None:
         measure_rows(names, model, wanted, window, out, device, quiet)
     if "lm_eval" in names:

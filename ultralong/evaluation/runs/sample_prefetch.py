@@ -28,7 +28,11 @@ class SamplePrefetch:
         seed: As for `make_samples`.
         workers: Processes; 0 makes samples one by one where they are asked for.
         questions: For tests on published questions: name of the test to its file.
+        lenient: Leave out the rest of a test and length whose next sample cannot be made, instead of stopping.
         **options: `chat` and `haystack` of `make_samples`.
+
+    Attributes:
+        failed: The reason of each test and length that was left out.
     """
 
     def __init__(
@@ -39,12 +43,15 @@ class SamplePrefetch:
         *,
         workers: int = 0,
         questions: Mapping[str, Any] | None = None,
+        lenient: bool = False,
         **options: Any,
     ) -> None:
+        self.failed: dict[Pair, str] = {}
+        self._lenient = lenient
         self._wanted = {pair: (first, count) for pair, (first, count) in wanted.items() if count > 0}
         self._make = functools.partial(_make, tokenizer, seed, dict(questions or {}), options)
         self._pool: ProcessPoolExecutor | None = None
-        self._futures: dict[Pair, Future[list[dict[str, Any]]]] = {}
+        self._futures: dict[Pair, Future[tuple[list[dict[str, Any]], str | None]]] = {}
         if workers > 0 and self._wanted:
             # Not forked: this process may hold a GPU, which a fork could not use or let go.
             self._pool = ProcessPoolExecutor(
@@ -68,10 +75,22 @@ class SamplePrefetch:
             ValueError: As for `make_samples`.
         """
         for pair in pairs:
-            if pair in self._futures:
-                yield from self._futures.pop(pair).result()
-            elif pair in self._wanted:
-                yield from self._make(pair, *self._wanted[pair])
+            try:
+                if pair in self._futures:
+                    yield from _checked(self._futures.pop(pair).result())
+                elif pair in self._wanted:
+                    yield from self._make(pair, *self._wanted[pair])
+            except ValueError as error:
+                if not self._lenient:
+                    raise
+                self.failed[pair] = str(error)
+
+
+def _checked(found: tuple[list[dict[str, Any]], str | None]) -> Iterator[dict[str, Any]]:
+    """What another process could make, then why it could make no more."""
+    yield from found[0]
+    if found[1] is not None:
+        raise ValueError(found[1])
 
 
 def _make(
@@ -87,5 +106,11 @@ def _make(
     return make_samples(task, tokenizer, length, count, seed, first=first, questions=questions.get(task), **options)
 
 
-def _make_list(make: Any, pair: Pair, first: int, count: int) -> list[dict[str, Any]]:
-    return list(make(pair, first, count))
+def _make_list(make: Any, pair: Pair, first: int, count: int) -> tuple[list[dict[str, Any]], str | None]:
+    """Samples, and why there are no more of them; None where all were made."""
+    made: list[dict[str, Any]] = []
+    try:
+        made.extend(make(pair, first, count))
+    except ValueError as error:
+        return made, str(error)
+    return made, None

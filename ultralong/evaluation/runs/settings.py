@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ class RunSettings:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("model", "haystack", "data", "rows"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
             raise ValueError(
                 "samples, grid_samples and both sides of grid must be at least 1, got "

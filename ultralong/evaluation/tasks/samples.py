@@ -126,8 +126,10 @@ def check_task(
     chat: bool | None = None,
     haystack: Sequence[str] | None = None,
     questions: str | os.PathLike[str] | None = None,
+    samples: int = 1,
+    seed: int = 0,
 ) -> None:
-    """See that samples of a test could be made at a length, at the cost of the shortest one.
+    """See that samples of a test could be made at a length, at the cost of one; published rows are read all.
 
     Args:
         task: Name of the test.
@@ -136,12 +138,18 @@ def check_task(
         chat: As for `make_samples`.
         haystack: As for `make_samples`.
         questions: As for `make_samples`.
+        samples: How many published rows will be asked.
+        seed: As for `make_samples`.
 
     Raises:
         ValueError: As for `make_samples`.
     """
-    found, _, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
-    if not isinstance(builder, Reader):
+    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
+    if isinstance(builder, Reader):
+        for index in range(min(samples, len(builder))):
+            builder.draft(seed, index)
+        _read_one(found, setting, builder, measure, seed, 0)
+    else:
         shortest = measure.tokens(builder.build(random.Random(f"{found.seed_name} probe"), builder.smallest, 0))
         if shortest > length:
             raise ValueError(

@@ -160,6 +160,11 @@ class PublishedReader:
                 f"{self.rows.path}, row {number + 1} has no {' and no '.join(missing)}: it is not of "
                 f"{HUBS[self.benchmark]}."
             )
+        answers = row["answers" if self.benchmark == "lveval" else "answer"]
+        if not all(isinstance(row[field], str) for field in ("context", "input")) or not isinstance(
+            answers, str | list
+        ):
+            raise ValueError(f"{self.rows.path}, row {number + 1}: context and input must be texts, answers a list.")
         plain = self.known.plain if not self.chat and self.known.plain is not None else None
         words = {
             "context": row["context"],
