@@ -5,21 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import LENGTH, make_run
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from ultralong.planner import load_machine, plan
-from ultralong.planner.fake_attention import NAME, Context, head_loss
 from ultralong.planner.machine import SCALED
 from ultralong.planner.shapes import KNOWN, model_config, shape_of
-from ultralong.planner.trace import _loss, recompute_layers, trace
-from ultralong.planner.tracker import Tracker
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
-from ultralong.training.loss import tiled_cross_entropy
 
 RECORDED = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "training_h200.json"
 ROWS = json.loads(RECORDED.read_text())["rows"]
@@ -45,65 +39,6 @@ def config(model: str = "HuggingFaceTB/SmolLM2-135M", **changes) -> TrainConfig:
         "memory": MemoryConfig(activation_checkpointing=True),
     }
     return TrainConfig(model=model, **(values | changes))
-
-
-# ---- What is followed.
-
-
-@pytest.mark.parametrize("fake", [False, True])
-def test_the_tracker_counts_storages_work_and_traffic(fake):
-    mode = FakeTensorMode() if fake else torch.no_grad()
-    with mode, Tracker() as tracker:
-        a = torch.ones(1000, 1000)  # 4 MB written
-        b = a @ a  # two GFLOP
-        view = a.t()[:10]
-        assert (tracker.live, tracker.peak) == (8_000_000, 8_000_000)
-        del a
-        assert tracker.live == 8_000_000, "a view keeps its storage"
-        del view
-        assert tracker.live == 4_000_000
-        b.add_(1.0)  # 4 MB read, 4 MB written, nothing made
-        c = b + b[:1]  # 4 MB and 4 kB read, 4 MB written
-        assert (tracker.live, tracker.peak) == (8_000_000, 8_000_000)
-    assert tracker.multiplied == 2 * 1000**3
-    assert tracker.moved == 4_000_000 + 8_000_000 + 8_004_000
-    assert tracker.operations == 4
-    assert c.shape == (1000, 1000)
-
-
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(activation_checkpointing, dtype):
-    model = AutoModelForCausalLM.from_config(TINY, dtype=torch.float32, attn_implementation=NAME).train()
-    if activation_checkpointing:
-        recompute_layers(model)
-    ids = torch.zeros(2, 256, dtype=torch.int64)
-    with Tracker() as real:
-        _loss(model, ids, dtype, 64, Context(0, 1)).backward()
-    followed = trace(TINY, 256, rows=2, dtype=dtype, activation_checkpointing=activation_checkpointing, loss_tile=64)
-    assert (followed.peak, followed.multiplied, followed.moved) == (real.peak, real.multiplied, real.moved)
-
-
-def test_the_stand_in_for_the_loss_holds_as_much_as_the_loss():
-    peaks = []
-    for loss in (
-        lambda *x: tiled_cross_entropy(x[0], x[1], torch.ones(1024, dtype=torch.int64), 256)[0],
-        lambda *x: head_loss(x[0], x[1], 256, torch.float32),
-    ):
-        hidden = torch.randn(1024, 64, requires_grad=True)
-        weight = torch.randn(8192, 64, requires_grad=True)
-        with Tracker() as tracker:
-            loss(hidden, weight).backward()
-        peaks.append(tracker.peak)
-    tile = 256 * 8192 * 4
-    assert peaks[0] <= peaks[1] <= peaks[0] + 1.1 * tile  # in float32 a CPU's softmax is its gradient: no second tile
-
-
-def test_recomputation_trades_memory_for_products():
-    kept, again = (trace(TINY, 4096, activation_checkpointing=choice, loss_tile=64) for choice in (False, True))
-    assert again.peak < kept.peak / 2
-    # A fourth pass through the layers beside three.
-    assert kept.multiplied < again.multiplied <= kept.multiplied * 4 / 3
 
 
 # ---- What is counted.
@@ -221,7 +156,7 @@ def test_what_does_not_fit_says_what_would(tiny_folder):
 
 def test_gpus_that_share_a_row_are_told_and_are_enough(tiny_folder):
     run = config(tiny_folder)
-    tokens = 3 * plan(run, tokens=4096, gpu_memory=5.0).longest
+    tokens = 2 * plan(run, tokens=4096, gpu_memory=5.0).longest
     advice = next(
         text for text in plan(run, tokens=tokens, gpu_memory=5.0).advice if "parallel.context_parallel_size" in text
     )

@@ -1,7 +1,28 @@
-"""Bytes, seconds, GPU-hours and cost of a run before anything starts, from the config that the trainer reads."""
+"""Bytes, seconds, GPU-hours and cost of a run before anything starts, from the config that the trainer reads.
 
-from ultralong.planner.machine import Machine, load_machine
-from ultralong.planner.planner import plan
-from ultralong.planner.report import Line, Plan
+Names are loaded when they are used, so that the process that traces attention (`ultralong.planner.traces.child`) starts
+without the rest.
+"""
 
-__all__ = ["Line", "Machine", "Plan", "load_machine", "plan"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ultralong.planner.machine import Machine, load_machine
+    from ultralong.planner.planner import plan
+    from ultralong.planner.report import Plan, PlanLine
+
+__all__ = ["Machine", "Plan", "PlanLine", "load_machine", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load one of the names above."""
+    if name in ("Machine", "load_machine"):
+        return getattr(import_module("ultralong.planner.machine"), name)
+    if name in ("Plan", "PlanLine"):
+        return getattr(import_module("ultralong.planner.report"), name)
+    if name == "plan":
+        return import_module("ultralong.planner.planner").plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,55 +1,55 @@
-"""What waits on a GPU at each layer's turn in the backward pass.
+"""Layer inputs and attention outputs on a GPU at each layer's turn in the backward pass.
 
 It follows the memory plan as `ultralong.training.activation_store` and `ultralong.training.layers` carry it out: the
-last layers'
-attention results and the later inputs stay on the device, what was moved to the host starts to come back one turn
-ahead, and inputs that were not kept are made again a group at a time, with the group's results that were not kept
-either.
+last layers' attention outputs and the later inputs stay on the device, what was offloaded is prefetched one layer
+ahead, and inputs that were not stored are recomputed a group at a time, with the group's attention outputs that were
+not stored either.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ultralong.planner.workload import Job
+from ultralong.planner.workload import Workload
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A layer's turn, or the loss before all turns.
+class LiveActivations:
+    """What is on the device at a layer's turn, or in the loss before all turns.
 
     Attributes:
-        done: Layers that had theirs, whose gradients are there.
-        inputs: Layer inputs on the device, the one at work among them.
-        results: Attention results on the device beside the one at work.
+        layers_done: Layers whose backward pass is over, whose gradients are there.
+        inputs: Layer inputs on the device, that of the layer at work among them.
+        outputs: Attention outputs on the device, beside that of the layer at work.
     """
 
-    done: int
+    layers_done: int
     inputs: int
-    results: int
+    outputs: int
 
 
-def at_the_loss(job: Job) -> Turn:
-    """What the forward pass has left; what goes to the host is taken to be there."""
-    kept, _, away = job.placed
-    return Turn(0, job.inputs - away, kept)
+def live_in_loss(workload: Workload) -> LiveActivations:
+    """What the forward pass has left; what is offloaded is taken to have arrived on the host."""
+    on_gpu, _, offloaded_inputs = workload.placed
+    return LiveActivations(0, workload.checkpoints - offloaded_inputs, on_gpu)
 
 
-def turns(job: Job) -> list[Turn]:
-    """Of all layers, the last one's first."""
-    return [_turn(job, layer) for layer in reversed(range(job.shape.layers))]
+def live_in_backward(workload: Workload) -> list[LiveActivations]:
+    """At all layers' turns, the last layer's first."""
+    return [_live_at(workload, layer) for layer in reversed(range(workload.shape.layers))]
 
 
-def _turn(job: Job, layer: int) -> Turn:
-    (kept, moved, away), every = job.placed, job.config.memory.checkpoint_every
-    group = layer // every  # layers of one kept input, which is its first layer's
-    on_device = max(0, group + 1 - away)  # of this group and those before
-    made = layer - group * every
-    # The kept input whose turn is next starts to come back, if it was moved; that of this turn has.
-    coming = int(0 <= (group if made else group - 1) < away)
-    came = int(not made and group < away)
-    place = job.shape.layers - layer  # of the layer below, counted from the last one
-    results = max(0, kept - place) + int(layer > 0 and kept <= place < kept + moved)
-    # Results that were neither kept nor moved are there again for all layers of the group below this one.
-    again = sum(job.shape.layers - 1 - below >= kept + moved for below in range(group * every, layer))
-    return Turn(job.shape.layers - 1 - layer, on_device + made + came + coming, results + again)
+def _live_at(workload: Workload, layer: int) -> LiveActivations:
+    (on_gpu, offloaded, offloaded_inputs), every = workload.placed, workload.config.memory.checkpoint_every
+    group = layer // every  # layers between two stored inputs; the first layer's input is the stored one
+    on_device = max(0, group + 1 - offloaded_inputs)  # of this group and those before
+    recomputed = layer - group * every
+    # The stored input whose turn is next is prefetched, if it was offloaded; that of this turn has come back.
+    prefetched = int(0 <= (group if recomputed else group - 1) < offloaded_inputs)
+    fetched = int(not recomputed and group < offloaded_inputs)
+    place = workload.shape.layers - layer  # of the layer below, counted from the last one
+    outputs = max(0, on_gpu - place) + int(layer > 0 and on_gpu <= place < on_gpu + offloaded)
+    # Outputs that were neither stored nor offloaded are there again for all layers of the group below this one.
+    again = sum(workload.shape.layers - 1 - below >= on_gpu + offloaded for below in range(group * every, layer))
+    inputs = on_device + recomputed + fetched + prefetched
+    return LiveActivations(workload.shape.layers - 1 - layer, inputs, outputs + again)

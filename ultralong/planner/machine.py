@@ -11,16 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ultralong.attention.cost_model import H200, CostModel
 from ultralong.utils.files import read_json
+from ultralong.utils.units import GIB
 
-GIB = 2**30
 # (relative speed of bfloat16 products, relative memory bandwidth, GiB of memory), from datasheets, over the H200's.
 SCALED = {"h100": (1.0, 3.35 / 4.8, 79.1), "a100": (312 / 989, 2.04 / 4.8, 79.1)}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan reckons with. Rates are tables over sizes, read by interpolation in the size's logarithm.
+    """Rates that a plan is calculated with. They are tables over sizes, read by interpolation in the size's logarithm.
 
     Attributes:
         name: What it is called in a plan.
@@ -33,7 +34,7 @@ class Machine:
         launch: Seconds to start an operation.
         update: Seconds that AdamW takes for a parameter.
         link: Bytes/s between host and GPU.
-        exchange: Bytes/s that a GPU sends to the others of its host.
+        costs: What attention over several GPUs costs, the same model that layouts are chosen with.
         peak: FLOP/s of the datasheet, which MFU refers to.
     """
 
@@ -47,7 +48,7 @@ class Machine:
     launch: float
     update: float
     link: float
-    exchange: float
+    costs: CostModel
     peak: float = 989e12
 
     def matmul_rate(self, size: float) -> float:
@@ -138,7 +139,11 @@ def _parse(facts: Mapping[str, Any], rates: Mapping[str, Sequence[Mapping[str, A
         launch=rates["launch"][0]["seconds"],
         update=rates["update"][0]["seconds_per_parameter"],
         link=rates["link"][0]["gbps"] * 1e9 if "link" in rates else math.inf,
-        exchange=rates["exchange"][0]["gbps"] * 1e9 if "exchange" in rates else math.inf,
+        costs=replace(
+            H200,
+            hardware=facts["device"],
+            exchange=rates["exchange"][0]["gbps"] * 1e9 if "exchange" in rates else math.inf,
+        ),
     )
 
 
@@ -146,6 +151,7 @@ def _scaled(name: str) -> Machine:
     """Another GPU, estimated from the H200's measured rates and both datasheets."""
     base = load_machine("h200")
     compute, bandwidth, memory = SCALED[name]
+    costs = replace(base.costs, hardware=name.upper(), attention=base.costs.attention * compute)
     return replace(
         base,
         name=name.upper(),
@@ -159,6 +165,7 @@ def _scaled(name: str) -> Machine:
             for key, rows in base.attention.items()
         },
         update=base.update / bandwidth,
+        costs=costs,
     )
 
 

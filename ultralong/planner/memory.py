@@ -2,159 +2,154 @@
 
 The trainer holds float32 parameters, gradients and two AdamW states, all of them on every GPU or sharded over
 `parallel.fsdp_shard_degree` of them (FSDP2), and splits a row over `parallel.context_parallel_size` processes. What a
-step needs beyond its states is not guessed from a formula: a step is followed on fake tensors through the model's own
-code (`ultralong.planner.trace`); what the memory plan keeps, moves or saves is then added and taken off. Of sharded
-runs every layer's turn in the backward pass is looked at (`ultralong.planner.live_activations`): inputs and results
-leave while gradients come, and where few inputs are kept and many made again the worst moment is not the first.
+step needs beyond its states is not guessed from a formula: a step is traced on fake tensors through the model's own
+code and the real attention scheme (`ultralong.planner.traces`); what the memory plan stores, offloads or recomputes is
+then added and taken off. Of sharded runs every layer's turn in the backward pass is looked at
+(`ultralong.planner.live_activations`): inputs and outputs leave while gradients come, and where few inputs are stored
+and many recomputed the worst moment is not the first.
 """
 
 from __future__ import annotations
 
-from ultralong.planner.live_activations import Turn, at_the_loss, turns
-from ultralong.planner.report import GIB, Line
-from ultralong.planner.workload import FLOAT, Job, layer_parameters, outside_parameters
+from ultralong.planner.live_activations import LiveActivations, live_in_backward, live_in_loss
+from ultralong.planner.report import PlanLine
+from ultralong.planner.workload import FLOAT, Workload
+from ultralong.utils.environment import GIB
 
 # Seen on H200s with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries, and what NCCL
 # takes beside it.
 CONTEXT_BYTES, NCCL_BYTES = 1.0 * GIB, 1.2 * GIB
-# The allocator's share of memory that is free and in pieces; growing segments hand most of it back when it is needed.
-FRAGMENTED = 0.03
+# The allocator's memory that is free but in pieces too small to use, as a fraction of the tensors; growing segments
+# return most of it when it is needed.
+FRAGMENTATION = 0.03
 # A process with torch, CUDA and transformers loaded; and what saving a checkpoint copies to the host for a parameter
 # beside the optimizer's states.
 HOST_BYTES = 3.5 * GIB
 SAVED_BYTES = 6
 # Both of AdamW's states of a parameter; in 8 bits each has a float32 scale for 256 of them.
 STATE_BYTES = {"float32": 8.0, "8bit": 2 * (1 + 4 / 256)}
-IN_FLIGHT = 2  # moved tensors that are on the device all the same: one on its way, one in use
+IN_FLIGHT = 2  # offloaded tensors that are on the device all the same: one on its way, one in use
 
 
-def gpu_lines(job: Job) -> list[Line]:
+def gpu_memory(workload: Workload) -> list[PlanLine]:
     """Bytes on each GPU at the worst moment of a step."""
-    count, states = job.shape.parameters / (job.shard or 1), job.config.optimizer.state_precision
+    count, states = workload.shape.parameters / (workload.shard or 1), workload.config.optimizer.state_precision
     lines = [
-        _line("parameters, float32", FLOAT * count),
-        _line(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
-        *(_followed_lines(job) if job.shard is None else _worst_moment(job)),
+        _tensors("parameters, float32", FLOAT * count),
+        _tensors(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
+        *(_whole_step(workload) if workload.shard is None else _worst_moment(workload)),
     ]
     tensors = sum(each.value for each in lines if each.counts)
-    context = CONTEXT_BYTES + (NCCL_BYTES if job.gpus > 1 else 0.0)
+    context = CONTEXT_BYTES + (NCCL_BYTES if workload.gpus > 1 else 0.0)
     return [
         *lines,
-        Line("gpu", "free but in pieces", FRAGMENTED * tensors, "estimated", "bytes"),
-        Line("gpu", "CUDA context and libraries", context, "estimated", "bytes"),
+        PlanLine("gpu", "lost to fragmentation", FRAGMENTATION * tensors, "estimated", "bytes"),
+        PlanLine("gpu", "CUDA context and libraries", context, "estimated", "bytes"),
     ]
 
 
-def _line(name: str, value: float) -> Line:
-    return Line("gpu", f"tensors: {name}", value, "estimated", "bytes")
+def gpu_total(workload: Workload) -> float:
+    """Their sum."""
+    return sum(line.value for line in gpu_memory(workload) if line.counts)
 
 
-def _followed_lines(job: Job) -> list[Line]:
-    """A step whose gradients were followed too, with what the memory plan adds to it.
+def _tensors(name: str, value: float) -> PlanLine:
+    return PlanLine("gpu", f"tensors: {name}", value, "estimated", "bytes")
 
-    It held all inputs, and no result but the one in use.
+
+def _whole_step(workload: Workload) -> list[PlanLine]:
+    """A step whose gradients were traced too, with what the memory plan adds to it.
+
+    The traced one stored all inputs, and no attention output but the one in use.
     """
-    (kept, moved, away), every, layers = job.placed, job.config.memory.checkpoint_every, job.shape.layers
-    lines = [_line("gradients and activations of a step", job.trace.peak)]
-    if job.config.memory.activation_checkpointing:
-        lines.append(
-            Line(
-                "gpu",
-                "layer inputs made for the backward pass",
-                layers * job.input_bytes,
-                "estimated",
-                "bytes",
-                counts=False,
-            )
-        )
+    (on_gpu, offloaded, offloaded_inputs), memory = workload.placed, workload.config.memory
+    every, layers = memory.checkpoint_every, workload.shape.layers
+    lines = [_tensors("gradients and activations of a step", workload.trace.peak)]
+    if memory.activation_checkpointing:
+        name, value = "layer inputs stored for the backward pass", layers * workload.input_bytes
+        lines.append(PlanLine("gpu", name, value, "estimated", "bytes", counts=False))
     if every > 1:
-        made = job.inputs + min(every, layers) - 1  # a group's own inputs are made again together
-        lines.append(
-            _line(f"inputs of {layers - made} layers made again later", -max(0, layers - made) * job.input_bytes)
-        )
-    if away:
-        lines.append(_line(f"inputs of {away} layers on the host", -max(0, away - IN_FLIGHT) * job.input_bytes))
-    if kept or moved:
-        held = kept + min(moved, IN_FLIGHT) - (1 if job.config.memory.layer_tile else 0)
-        lines.append(
-            _line(_results_of(kept, kept + moved), held * job.result_bytes + (kept + moved) * job.statistic_bytes)
-        )
+        stored = workload.checkpoints + min(every, layers) - 1  # a group's own inputs are recomputed together
+        saved = max(0, layers - stored) * workload.input_bytes
+        lines.append(_tensors(f"inputs of {layers - stored} layers recomputed later", -saved))
+    if offloaded_inputs:
+        saved = max(0, offloaded_inputs - IN_FLIGHT) * workload.input_bytes
+        lines.append(_tensors(f"inputs of {offloaded_inputs} layers offloaded", -saved))
+    if on_gpu or offloaded:
+        stored = on_gpu + min(offloaded, IN_FLIGHT) - (1 if memory.layer_tile else 0)
+        lines.append(_outputs(workload, on_gpu, stored))
     return lines
 
 
-def _worst_moment(job: Job) -> list[Line]:
+def _worst_moment(workload: Workload) -> list[PlanLine]:
     """Of a sharded step: the loss, a layer's turn in the backward pass, or the end, when gradients are summed."""
-    memory, count = job.config.memory, job.shape.parameters / job.shard
-    outside = outside_parameters(job) * job.dtype.itemsize
-    inputs = (
-        job.shape.layers * job.input_bytes * memory.activation_checkpointing
-    )  # that the followed step held all the time
-    # A layer's gradients come when what it kept has gone; those of a second micro-batch are added to the first one's.
-    each = FLOAT * layer_parameters(job) / job.shard
-    early = job.passes > 1 or not memory.activation_checkpointing
+    assert workload.shard is not None
+    memory, count = workload.config.memory, workload.shape.parameters / workload.shard
+    outside = workload.outside_parameters * workload.dtype.itemsize
+    # The traced step stored all inputs all the time.
+    inputs = workload.shape.layers * workload.input_bytes * memory.activation_checkpointing
+    # A layer's gradients come when what it stored has gone; those of a second micro-batch are added to the first one's.
+    each = FLOAT * workload.layer_parameters / workload.shard
+    early = workload.passes > 1 or not memory.activation_checkpointing
     loss = [
-        _line("gathered parameters outside of layers", outside),
-        _line("activations of the loss", job.trace.loss_peak - inputs),
+        _tensors("gathered parameters outside of layers", outside),
+        _tensors("activations of the loss", workload.trace.before_backward - inputs),
     ]
-    work = [
-        _line("gathered parameters and a layer's gradients", _gathered_bytes(job)),
-        _line("activations of the layer at work", job.trace.backward_peak - inputs),
+    at_work = [
+        _tensors("gathered parameters and a layer's gradients", _gathered_bytes(workload)),
+        _tensors("activations of the layer at work", workload.trace.in_backward - inputs),
     ]
-    moments = [[*loss, *_waiting(job, at_the_loss(job), FLOAT * count * (job.passes > 1))]]
-    moments += [[*work, *_waiting(job, turn, FLOAT * count if early else each * turn.done)] for turn in turns(job)]
+    moments = [[*loss, *_live(workload, live_in_loss(workload), FLOAT * count * (workload.passes > 1))]]
+    for live in live_in_backward(workload):
+        moments.append([*at_work, *_live(workload, live, FLOAT * count if early else each * live.layers_done)])
     # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
-    ends = (job.dtype.itemsize + FLOAT) * outside_parameters(job)
+    ends = (workload.dtype.itemsize + FLOAT) * workload.outside_parameters
     moments.append(
         [
-            _line("gathered parameters and gradients outside of layers", outside + ends),
-            _line("gradients, float32", FLOAT * count),
+            _tensors("gathered parameters and gradients outside of layers", outside + ends),
+            _tensors("gradients, float32", FLOAT * count),
         ]
     )
     return max(moments, key=lambda lines: sum(line.value for line in lines))
 
 
-def _waiting(job: Job, turn: Turn, gradients: float) -> list[Line]:
-    (kept, moved, _), lines = job.placed, []
-    if job.config.memory.activation_checkpointing:
-        lines.append(_line(f"inputs of {turn.inputs} layers", turn.inputs * job.input_bytes))
-    if kept or moved:
-        lines.append(
-            _line(
-                _results_of(turn.results, kept + moved),
-                turn.results * job.result_bytes + (kept + moved) * job.statistic_bytes,
-            )
-        )
-    return [*lines, _line("gradients, float32", gradients)] if gradients else lines
+def _live(workload: Workload, live: LiveActivations, gradients: float) -> list[PlanLine]:
+    lines = []
+    if workload.config.memory.activation_checkpointing:
+        lines.append(_tensors(f"inputs of {live.inputs} layers", live.inputs * workload.input_bytes))
+    if any(workload.placed[:2]):
+        lines.append(_outputs(workload, live.outputs, live.outputs))
+    return [*lines, _tensors("gradients, float32", gradients)] if gradients else lines
 
 
-def _results_of(layers: int, statistics: int) -> str:
-    return f"attention results of {layers} layers, log-sum-exp of {statistics}"
+def _outputs(workload: Workload, layers: int, stored: int) -> PlanLine:
+    """Attention outputs said to be of some layers, and the log-sum-exp of all that are not recomputed."""
+    lse = sum(workload.placed[:2])
+    value = stored * workload.output_bytes + lse * workload.lse_bytes
+    return _tensors(f"attention outputs of {layers} layers, log-sum-exp of {lse}", value)
 
 
-def _gathered_bytes(job: Job) -> float:
+def _gathered_bytes(workload: Workload) -> float:
     """Two layers' parameters (one in use, one coming), those outside of layers, gradients of a layer and of the head.
 
-    All in the run's type; while layers still hold what they keep, nothing larger is on its way.
+    All in the run's type; while layers still hold what they stored, nothing larger is on its way.
     """
-    layer, head = layer_parameters(job), job.shape.vocabulary * job.shape.hidden
-    return job.dtype.itemsize * (2 * layer + outside_parameters(job) + layer + head)
+    layer, head = workload.layer_parameters, workload.shape.vocabulary * workload.shape.hidden
+    return workload.dtype.itemsize * (2 * layer + workload.outside_parameters + layer + head)
 
 
-def host_lines(job: Job) -> list[Line]:
-    """Bytes of the host's memory for one process; what layers left there is given back while a checkpoint is saved."""
-    _, moved, away = job.placed
-    lines = [Line("host", "interpreter, torch, CUDA", HOST_BYTES, "estimated", "bytes")]
-    if away:
-        lines.append(Line("host", f"inputs of {away} layers, pinned", away * job.input_bytes, "estimated", "bytes"))
-    if moved:
-        lines.append(
-            Line("host", f"attention results of {moved} layers, pinned", moved * job.result_bytes, "estimated", "bytes")
-        )
-    saved = (SAVED_BYTES + STATE_BYTES[job.config.optimizer.state_precision]) * job.shape.parameters / (job.shard or 1)
-    beyond = saved - sum(line.value for line in lines[1:])
+def host_memory(workload: Workload) -> list[PlanLine]:
+    """Bytes of the host's memory for one process; offloaded activations are released while a checkpoint is saved."""
+    _, offloaded, offloaded_inputs = workload.placed
+    items = {"interpreter, torch, CUDA": HOST_BYTES}
+    if offloaded_inputs:
+        items[f"inputs of {offloaded_inputs} layers, pinned"] = offloaded_inputs * workload.input_bytes
+    if offloaded:
+        items[f"attention outputs of {offloaded} layers, pinned"] = offloaded * workload.output_bytes
+    states = STATE_BYTES[workload.config.optimizer.state_precision]
+    saved = (SAVED_BYTES + states) * workload.shape.parameters / (workload.shard or 1)
+    beyond = saved + HOST_BYTES - sum(items.values())
     if beyond > 0:
-        more = " beyond what was pinned" if len(lines) > 1 else ""
-        lines.append(
-            Line("host", f"copies of model and states while a checkpoint is saved{more}", beyond, "estimated", "bytes")
-        )
-    return lines
+        more = " beyond what was pinned" if len(items) > 1 else ""
+        items[f"copies of model and states while a checkpoint is saved{more}"] = beyond
+    return [PlanLine("host", name, value, "estimated", "bytes") for name, value in items.items()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from ultralong.utils.units import GIB
+
 PLACES = {
     "gpu": "GPU memory, each",
     "host": "Host memory of the process that saves",
@@ -15,7 +16,7 @@ PLACES = {
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanLine:
     """One item of a plan.
 
     Attributes:
@@ -58,7 +59,8 @@ class Plan:
         mfu: Causal model FLOP/s over the datasheet's.
         longest: Most tokens of a row that fit into the GPUs' memory.
         advice: What to change, with the figure that would result; empty when everything fits.
-        assumed: What stands in for packed rows that are not there, and what to do about it; empty when they are.
+        assumed: What is assumed where there are no packed rows, and what to do about it; empty when there are.
+        attention: How a row's attention is shared and computed, in words.
     """
 
     model: str
@@ -68,12 +70,13 @@ class Plan:
     machine: str
     gpu_memory: float
     host_memory: float | None
-    lines: tuple[Line, ...]
+    lines: tuple[PlanLine, ...]
     memory: dict[str, Any]
     mfu: float
     longest: int
     advice: tuple[str, ...]
     assumed: str = ""
+    attention: str = ""
 
     def total(self, place: str) -> float:
         """Sum of a place's lines."""
@@ -110,6 +113,7 @@ class Plan:
             "planned_peak_host_gib": round(self.total("host") / GIB, 3),
             "planned_longest_row": self.longest,
             "memory": self.memory,
+            "attention": self.attention,
             "fits": self.fits,
             "advice": list(self.advice),
             "lines": [
@@ -131,8 +135,7 @@ class Plan:
             f"{self.model}: {self.parameters / 1e9:.2f} billion parameters, rows of {self.tokens:,} tokens, "
             f"{self.gpus} x {self.machine}"
         ]
-        if self.assumed:
-            parts.append(self.assumed)
+        parts += [text for text in (self.attention, self.assumed) if text]
         for place, title in PLACES.items():
             lines = [line for line in self.lines if line.place == place]
             if lines:

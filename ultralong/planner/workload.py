@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import accumulate, cycle, pairwise
 
 import torch
 from transformers import PreTrainedConfig
 
-from ultralong.attention.ulysses import head_split
 from ultralong.planner.machine import Machine
 from ultralong.planner.shapes import Shape
-from ultralong.planner.trace import Trace, trace
-from ultralong.training.config import TrainConfig, layers_meant
+from ultralong.planner.traces.attention import AttentionTrace, AttentionWorkload, between
+from ultralong.planner.traces.child import attention_trace
+from ultralong.planner.traces.kernel import planned_kernel
+from ultralong.planner.traces.layers import LayerTrace, StepSettings, trace_layers
+from ultralong.training.config import MemoryConfig, TrainConfig, layers_meant
+from ultralong.training.throughput import query_key_pairs
 
 FLOAT = 4
-_followed: dict[Any, Trace] = {}
+TRACED_SETTINGS = ("activation_checkpointing", "loss_tile", "layer_tile")  # the only ones of memory that a trace sees
 
 
 @dataclass(frozen=True)
-class Job:
+class StepTrace:
+    """What one micro-batch does on one GPU: its layers, and one layer's attention.
+
+    Attributes:
+        layers: All layers and the loss, attention itself left out.
+        attention: One layer's attention, of the row with the most to gather.
+    """
+
+    layers: LayerTrace
+    attention: AttentionTrace
+
+    @property
+    def before_backward(self) -> float:
+        """Most bytes before the backward pass begins."""
+        return self.layers.before_backward(self.attention.forward.peak)
+
+    @property
+    def in_backward(self) -> float:
+        """Most bytes in the backward pass."""
+        return self.layers.in_backward(self.attention.forward.peak, self.attention.backward.peak)
+
+    @property
+    def peak(self) -> float:
+        """Most bytes in both passes."""
+        return max(self.before_backward, self.in_backward)
+
+    def towards(self, other: StepTrace, part: float) -> StepTrace:
+        """What lies so far on the straight line from this one (0) through another (1)."""
+        return StepTrace(self.layers.towards(other.layers, part), between(self.attention, other.attention, part))
+
+
+@dataclass(frozen=True)
+class Workload:
     """A configuration with everything that the estimates depend on.
 
     Attributes:
@@ -30,7 +66,8 @@ class Job:
         machine: The GPU.
         tokens: Tokens of a row.
         gpus: Processes of the run.
-        followed: Its step, if that is known; it is followed on fake tensors otherwise.
+        documents: Boundaries of some of its rows where documents don't see each other; None where they do.
+        traced: Its step, if that is known; it is traced on fake tensors otherwise.
     """
 
     config: TrainConfig
@@ -39,22 +76,23 @@ class Job:
     machine: Machine
     tokens: int
     gpus: int
-    followed: Trace | None = None
+    documents: tuple[tuple[int, ...], ...] | None = None
+    traced: StepTrace | None = None
 
     @property
-    def sequence(self) -> int:
+    def context_parallel_size(self) -> int:
         """GPUs that share a row."""
         return self.config.parallel.context_parallel_size
 
     @property
     def share(self) -> int:
         """Tokens of a row on one GPU."""
-        return -(-self.tokens // self.sequence)
+        return -(-self.tokens // self.context_parallel_size)
 
     @property
     def passes(self) -> int:
         """Micro-batches of a step on one GPU."""
-        groups = self.gpus // self.sequence
+        groups = self.gpus // self.context_parallel_size
         return self.config.global_batch_size // (groups * self.config.micro_batch_size)
 
     @property
@@ -63,38 +101,106 @@ class Job:
         return torch.float32 if self.config.dtype == "float32" else torch.bfloat16
 
     @cached_property
-    def trace(self) -> Trace:
-        """One micro-batch followed on fake tensors; some seconds, once for plans that differ in what waits where."""
-        if self.followed is not None:
-            return self.followed
-        memory = self.config.memory
-        options = {
-            "rows": self.config.micro_batch_size,
-            "dtype": self.dtype,
-            "activation_checkpointing": memory.activation_checkpointing,
-            "loss_tile": memory.loss_tile,
-            "layer_tile": memory.layer_tile,
-            "exchanged": (self.config.parallel.head_chunks or 1) if self.sequence > 1 else 0,
-            "ranks": self.sequence,
-            "gathered": self.gathered,
-            "gradients_kept": self.gpus > 1 or self.passes > 1,
-            "sharded": self.shard is not None,
-        }
-        key = (self.model.to_json_string(), self.share, *options.items())
-        if key not in _followed:
-            _followed[key] = trace(self.model, self.share, **options)
-        return _followed[key]
+    def trace(self) -> StepTrace:
+        """One micro-batch traced on fake tensors; some seconds, once for plans that differ in what is stored where."""
+        if self.traced is not None:
+            return self.traced
+        memory, micro = self.config.memory, self.config.micro_batch_size
+        masked = self.documents is not None  # then the rows of a micro-batch lie end to end
+        settings = StepSettings(
+            rows=1 if masked else micro,
+            dtype=self.dtype,
+            activation_checkpointing=memory.activation_checkpointing,
+            loss_tile=memory.loss_tile,
+            layer_tile=memory.layer_tile,
+            gradients_kept=self.gpus > 1 or self.passes > 1,
+            sharded=self.shard is not None,
+        )
+        layers = trace_layers(self.model, self.share * (micro if masked else 1), settings)
+        return StepTrace(layers, self._attention(self._heaviest))
 
     @cached_property
-    def gathered(self) -> bool:
-        """Whether GPUs that share a row gather its keys, asked to or because the heads don't split over them."""
-        scheme = self.config.parallel.scheme
-        if self.sequence > 1 and scheme == "auto":
-            try:
-                head_split(self.shape.heads, self.shape.kv_heads, self.sequence)
-            except ValueError:
-                return True
-        return self.sequence > 1 and scheme == "gathered"
+    def usual_attention(self) -> AttentionTrace:
+        """One layer's attention of the row whose work is nearest to the mean: the one that seconds are taken from."""
+        if self.documents is None:
+            return self.trace.attention
+        work = [query_key_pairs(self.tokens, edges) for edges in self._boundaries]
+        mean = sum(work) / len(work)
+        return self._attention(min(self._boundaries, key=lambda edges: abs(query_key_pairs(self.tokens, edges) - mean)))
+
+    @property
+    def work_over_usual(self) -> float:
+        """Query-key pairs of a row in the mean, over those of the row of `usual_attention`."""
+        if self.documents is None:
+            return 1.0
+        work = [query_key_pairs(self.tokens, edges) for edges in self._boundaries]
+        mean = sum(work) / len(work)
+        return mean / min(work, key=lambda each: abs(each - mean))
+
+    @property
+    def keys_seen(self) -> float:
+        """Keys that a query sees in the mean: half of a whole row, less under a document mask."""
+        if self.documents is None:
+            return self.tokens / 2
+        return (
+            sum(query_key_pairs(self.tokens, edges) for edges in self._boundaries) / len(self._boundaries) / self.tokens
+        )
+
+    @property
+    def length_of_work(self) -> float:
+        """Length of the documents that the work is in: their mean, weighted by query-key pairs; T for a whole row."""
+        if self.documents is None:
+            return self.tokens
+        lengths = [float(b - a) for edges in self._boundaries for a, b in pairwise(edges)]
+        return sum(n**3 for n in lengths) / sum(n**2 for n in lengths)
+
+    @cached_property
+    def _boundaries(self) -> tuple[tuple[int, ...], ...]:
+        """The rows' boundaries at this length, their documents repeated or cut off where it is not the rows' own."""
+        assert self.documents is not None
+        return tuple(_at_length(edges, self.tokens) for edges in self.documents)
+
+    @property
+    def _heaviest(self) -> tuple[int, ...] | None:
+        """Boundaries of the row with the longest document: the most keys to gather."""
+        if self.documents is None:
+            return None
+        return max(self._boundaries, key=lambda edges: max(b - a for a, b in pairwise(edges)))
+
+    def _attention(self, boundaries: tuple[int, ...] | None) -> AttentionTrace:
+        micro = rows = self.config.micro_batch_size
+        tokens = self.tokens
+        if boundaries is not None:
+            starts = [start + row * tokens for row in range(micro) for start in boundaries[:-1]]
+            tokens, rows = tokens * micro, 1
+            boundaries = (*starts, tokens)
+        parallel = self.config.parallel
+        return attention_trace(
+            AttentionWorkload(
+                tokens=tokens,
+                boundaries=boundaries,
+                rows=rows,
+                heads=self.shape.heads,
+                kv_heads=self.shape.kv_heads,
+                head_dim=self.shape.head_dim,
+                dtype=str(self.dtype).removeprefix("torch."),
+                scheme=parallel.scheme,
+                kernel=self.kernel,
+                head_chunks=parallel.head_chunks,
+                outer=self.context_parallel_size,
+            )
+        )
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel that is planned with."""
+        return planned_kernel(self.config.parallel.kernel, self.documents is not None)
+
+    @property
+    def rates_of(self) -> str:
+        """The kernel whose rates count: `kernel`, or the machine's own choice where it was not measured there."""
+        asked, measured = self.config.parallel.kernel, {name for name, _ in self.machine.attention}
+        return self.kernel if asked != "auto" or self.kernel in measured else asked
 
     @property
     def shard(self) -> int | None:
@@ -102,47 +208,80 @@ class Job:
         return self.config.parallel.fsdp_shard_degree
 
     @property
-    def stream_bytes(self) -> int:
+    def residual_itemsize(self) -> int:
         """Bytes of an element of the hidden states between layers: autocast leaves them in float32."""
         return FLOAT if self.shard is None or self.dtype == torch.float32 else 2
 
     @property
     def input_bytes(self) -> float:
         """Bytes of one layer's input on one GPU."""
-        return self.share * self.config.micro_batch_size * self.shape.hidden * self.stream_bytes
+        return self.share * self.config.micro_batch_size * self.shape.hidden * self.residual_itemsize
 
     @property
-    def result_bytes(self) -> float:
-        """Bytes of one layer's attention result on one GPU; the log-sum-exp beside it is float32."""
+    def output_bytes(self) -> float:
+        """Bytes of one layer's attention output on one GPU; the log-sum-exp beside it is float32."""
         return self.share * self.config.micro_batch_size * self.shape.heads * self.shape.head_dim * self.dtype.itemsize
 
     @property
-    def statistic_bytes(self) -> float:
+    def lse_bytes(self) -> float:
         """Bytes of one layer's log-sum-exp on one GPU."""
         return self.share * self.config.micro_batch_size * self.shape.heads * FLOAT
 
     @property
-    def inputs(self) -> int:
-        """Layers whose input is kept; the others' are made again."""
+    def checkpoints(self) -> int:
+        """Layers whose input is stored; the others' are recomputed."""
         return -(-self.shape.layers // self.config.memory.checkpoint_every)
 
     @cached_property
     def placed(self) -> tuple[int, int, int]:
-        """Layers whose attention result is kept, whose attention result is moved, and whose kept input is moved."""
+        """Attention outputs stored on the GPU, attention outputs offloaded, and stored inputs offloaded, in layers."""
         memory, layers = self.config.memory, self.shape.layers
         if not memory.activation_checkpointing:
             return 0, 0, 0
-        kept = layers_meant(memory.attention_outputs_on_gpu, layers)
-        moved = min(layers_meant(memory.attention_outputs_offloaded, layers), layers - kept)
-        return kept, moved, layers_meant(memory.layer_inputs_offloaded, self.inputs)
+        on_gpu = layers_meant(memory.attention_outputs_on_gpu, layers)
+        offloaded = min(layers_meant(memory.attention_outputs_offloaded, layers), layers - on_gpu)
+        return on_gpu, offloaded, layers_meant(memory.layer_inputs_offloaded, self.checkpoints)
+
+    @property
+    def recomputed(self) -> float:
+        """Fraction of the layers whose attention is recomputed in the backward pass."""
+        on_gpu, offloaded, _ = self.placed
+        return (1 - (on_gpu + offloaded) / self.shape.layers) if self.config.memory.activation_checkpointing else 0.0
+
+    @property
+    def outside_parameters(self) -> int:
+        """Parameters outside of the layers: embedding and head, one if they are tied."""
+        tied = self.shape.multiplied == self.shape.parameters
+        return (1 if tied else 2) * self.shape.vocabulary * self.shape.hidden
+
+    @property
+    def layer_parameters(self) -> float:
+        """Parameters of one layer."""
+        return (self.shape.parameters - self.outside_parameters) / self.shape.layers
+
+    def with_memory(self, memory: MemoryConfig) -> Workload:
+        """The same run with another memory plan; what was traced holds where layers are computed alike."""
+        alike = all(getattr(memory, name) == getattr(self.config.memory, name) for name in TRACED_SETTINGS)
+        return replace(self, config=replace(self.config, memory=memory), traced=self.trace if alike else None)
+
+    def with_tokens_per_gpu(self, share: int) -> Workload:
+        """The same run with rows of so many tokens on a GPU."""
+        return replace(self, tokens=share * self.context_parallel_size, traced=None)
+
+    def with_context_parallel_size(self, size: int) -> Workload:
+        """The same run with rows shared by so many GPUs, at least."""
+        parallel = replace(self.config.parallel, context_parallel_size=size)
+        return replace(self, config=replace(self.config, parallel=parallel), gpus=max(self.gpus, size), traced=None)
 
 
-def outside_parameters(job: Job) -> int:
-    """Parameters outside of the layers: embedding and head, one if they are tied."""
-    tied = job.shape.multiplied == job.shape.parameters
-    return (1 if tied else 2) * job.shape.vocabulary * job.shape.hidden
-
-
-def layer_parameters(job: Job) -> float:
-    """Parameters of one layer."""
-    return (job.shape.parameters - outside_parameters(job)) / job.shape.layers
+def _at_length(boundaries: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Boundaries of a row of another length whose documents are those of this one, over and over."""
+    if boundaries[-1] == tokens:
+        return tuple(boundaries)
+    lengths = cycle([b - a for a, b in pairwise(boundaries)])
+    edges = [0]
+    for edge in accumulate(lengths):
+        edges.append(min(edge, tokens))
+        if edge >= tokens:
+            return tuple(edges)
+    raise AssertionError("documents have tokens")

@@ -1,20 +1,23 @@
-"""Counts what a computation allocates, reads, writes and multiplies, while it runs, on any tensors.
+"""Counts what a computation allocates, reads, writes, multiplies and sends, while it runs, on any tensors.
 
-On fake tensors, which have shapes and no storage, a step of any size is followed in seconds on a laptop, through the
+On fake tensors, which have shapes and no storage, a step of any size is traced in seconds on a laptop, through the
 model's and the trainer's own code.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-OURS = ("aten", "ultralong")  # namespaces of operations that do work: torch's, and those in one pass of this library
+# Namespaces of operations that do work: torch's, and those of this library that are one pass over memory.
+OURS = ("aten", "ultralong")
 # Operations that touch no element, beside views: making memory, and another form of a tensor that shares its memory.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 # Operations that write their result without reading what they are given to know its size, or to write into.
@@ -27,14 +30,20 @@ class Tracker(TorchDispatchMode):
     Attributes:
         live: Bytes of the storages made inside the mode and not freed yet.
         peak: Most bytes alive at once since the mode began or `peak` was last set.
+        moment: Name of the part of the computation that runs now; set it as parts begin.
+        peaks: Most bytes alive at once in each of those parts.
         multiplied: FLOP of matrix products.
         moved: Bytes that all other operations read and write, together.
         operations: Operations that do work, which on a GPU are kernels to start.
+        sent: Bytes sent to other processes.
+        received: Bytes received from them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.multiplied = self.moved = self.operations = 0
+        self.live = self.peak = self.multiplied = self.moved = self.operations = self.sent = self.received = 0
+        self.moment = ""
+        self.peaks: defaultdict[str, int] = defaultdict(int)
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,6 +67,7 @@ class Tracker(TorchDispatchMode):
         self._seen.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.peaks[self.moment] = max(self.peaks[self.moment], self.live)
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
@@ -68,6 +78,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: Any, kwargs: Any, result: Any
     ) -> None:
         packet = func._overloadpacket
+        if func.namespace == "c10d":
+            self._count_transfer(packet.__name__, args)
         if func.namespace not in OURS or func.is_view or packet.__name__ in FREE:
             return
         self.operations += 1
@@ -79,6 +91,18 @@ class Tracker(TorchDispatchMode):
         elif packet.__name__ == "copy_":
             inputs = inputs[1:]
         self.moved += sum(_size(tensor) for tensor in (*inputs, *outputs))
+
+    def _count_transfer(self, name: str, args: Any) -> None:
+        if name == "send":
+            self.sent += sum(map(_size, args[0]))
+        elif name == "recv_":
+            self.received += sum(map(_size, args[0]))
+        elif name == "alltoall_base_":
+            ranks = dist.ProcessGroup.unbox(args[2]).size()
+            self.sent += _size(args[1]) * (ranks - 1) // ranks
+            self.received += _size(args[0]) * (ranks - 1) // ranks
+        else:
+            raise NotImplementedError(f"the planner does not know what {name} sends")
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -1,0 +1,47 @@
+"""The tiled head loss on fake tensors: it allocates what `ultralong.training.loss` does on a GPU and computes nothing.
+
+The real one looks at values (which tokens have targets), which fake tensors have none of.
+
+Legend: B batch, T tokens, V vocabulary, d hidden size, N = B x T, m tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Every token a target: one tile's buffers, all of the gradients.
+
+    As on a GPU, where the log-sum-exp is one pass; without torch's compiler it holds one more tile of logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tile: int, compute: torch.dtype) -> Tensor:
+        head = weight.to(compute)  # (V, d)
+        losses = torch.zeros(hidden.shape[:1], device=hidden.device)  # (N,)
+        d_hidden = torch.zeros_like(hidden)  # (N, d)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, d)
+        part = hidden[: min(tile, len(hidden))].to(compute)  # (m, d)
+        logits = torch.empty(len(part), len(weight), dtype=torch.float32, device=hidden.device)  # (m, V)
+        narrow = torch.empty(len(part), len(weight), dtype=compute, device=hidden.device)  # (m, V)
+        del logits
+        product = torch.empty_like(d_weight)  # (V, d), of this tile
+        del head, part, narrow, product
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.kind = weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (d_total,), (d_hidden, d_weight) = grads, ctx.saved_tensors
+        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.kind), None, None
+
+
+def fake_head_loss(hidden: Tensor, weight: Tensor, tile: int, compute: torch.dtype) -> Tensor:
+    """Sum over (N, d) hidden states against a (V, d) head, `tile` of them at a time, products in `compute`."""
+    loss: Tensor = _HeadLoss.apply(hidden, weight, tile, compute)
+    return loss

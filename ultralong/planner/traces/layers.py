@@ -1,0 +1,288 @@
+"""One training step's layers traced on fake tensors: what they allocate beyond a run's states, and how much work it is.
+
+The model and the trainer's own layers run; attention is left out here, but for its inputs and results, and traced by
+itself (`ultralong.planner.traces.attention`): it alone depends on who shares the row, and how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ultralong.attention import NAME
+from ultralong.attention.protocol import AttentionContextLike
+from ultralong.attention.scheme import Gradients, OutLse, Scheme, attention
+from ultralong.attention.spec import AttentionSpec
+from ultralong.planner.traces.fake_loss import fake_head_loss
+from ultralong.planner.traces.tracker import Tracker
+from ultralong.training.config import MemoryConfig
+from ultralong.training.memory import ActivationMemory
+
+TRACED_LAYERS = (2, 3)  # layers that stand for a deep model's: what one more adds, the next one adds as well
+TRACED_TILES = (2, 3)  # tiles that stand for a long row's
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one forward and backward pass of one micro-batch does on one rank, attention itself left out.
+
+    Bytes are those alive at once: gradients are counted, parameters and optimizer states are not. A moment that does
+    not come has 0.
+
+    Attributes:
+        forward: Most bytes in the forward pass of the layers, outside attention.
+        at_attention: Bytes when a layer's attention begins, the most of all layers.
+        loss: Most bytes in the loss.
+        backward: Most bytes in the backward pass, outside attention and what follows a recomputed attention.
+        at_recompute: Bytes when attention is computed again in the backward pass, the most of all layers.
+        recomputed: Most bytes from there to attention's backward pass.
+        at_backward: Bytes when attention's backward pass begins, the most of all layers.
+        multiplied: FLOP of matrix products in the decoder, recomputation included; the head's are left out.
+        moved: Bytes read and written by everything else.
+        operations: Kernels to start.
+    """
+
+    forward: float
+    at_attention: float
+    loss: float
+    backward: float
+    at_recompute: float
+    recomputed: float
+    at_backward: float
+    multiplied: float
+    moved: float
+    operations: float
+
+    def towards(self, other: LayerTrace, part: float) -> LayerTrace:
+        """What lies so far on the straight line from this one (0) through another (1)."""
+        return LayerTrace(*(a + part * (b - a) for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def before_backward(self, attention: float) -> float:
+        """Most bytes before the backward pass begins, where attention allocates so many itself."""
+        return max(self.forward, self.loss, self.at_attention + attention)
+
+    def in_backward(self, attention: float, attention_backward: float) -> float:
+        """Most bytes in the backward pass, where attention's two passes allocate so many themselves."""
+        again = self.at_recompute + attention if self.at_recompute else 0.0
+        return max(self.backward, self.recomputed, again, self.at_backward + attention_backward)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step's layers depend on beside the model and the tokens.
+
+    Attributes:
+        rows: Rows at a time.
+        dtype: What the forward pass computes in; parameters are float32, as the trainer holds them.
+        activation_checkpointing: As in `MemoryConfig`.
+        loss_tile: As in `MemoryConfig`.
+        layer_tile: As in `MemoryConfig`.
+        gradients_kept: All gradients exist before the pass (a later micro-batch, or the buckets of several ranks).
+        sharded: Parameters are sharded (FSDP2): computed with in `dtype`, their gradients given up layer by layer.
+    """
+
+    rows: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    activation_checkpointing: bool = False
+    loss_tile: int = 2048
+    layer_tile: int = 0
+    gradients_kept: bool = False
+    sharded: bool = False
+
+
+def trace_layers(config: PreTrainedConfig, tokens: int, settings: StepSettings) -> LayerTrace:
+    """Trace one micro-batch of the trainer on fake tensors.
+
+    Layers are alike and so are tiles: two depths give the line through all layers, two lengths that through all tiles.
+
+    Args:
+        config: The model.
+        tokens: Tokens of a row on one rank.
+        settings: How the step is computed.
+    """
+    model = config.to_json_string(use_diff=False)
+    tile = max(settings.layer_tile, settings.loss_tile)
+    few, more = (tile * count for count in TRACED_TILES)
+    if settings.layer_tile and tokens > more:
+        short, longer = (_of_all_layers(model, length, settings) for length in (few, more))
+        return short.towards(longer, (tokens - few) / (more - few))
+    return _of_all_layers(model, tokens, settings)
+
+
+def _of_all_layers(model: str, tokens: int, settings: StepSettings) -> LayerTrace:
+    layers = _config(model).get_text_config().num_hidden_layers
+    if layers <= TRACED_LAYERS[1]:
+        return traced(model, tokens, settings, layers)
+    few, more = (traced(model, tokens, settings, count) for count in TRACED_LAYERS)
+    return few.towards(more, (layers - TRACED_LAYERS[0]) / (TRACED_LAYERS[1] - TRACED_LAYERS[0]))
+
+
+def _config(model: str) -> PreTrainedConfig:
+    values = json.loads(model)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+@lru_cache(maxsize=64)
+def traced(model: str, tokens: int, settings: StepSettings, layers: int) -> LayerTrace:
+    """The trace of a model's first layers.
+
+    Args:
+        model: The model's config as JSON.
+        tokens: Tokens of a row on one rank.
+        settings: How the step is computed.
+        layers: How many layers.
+    """
+    config = _plain(_config(model), layers)
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        dtype = settings.dtype if settings.sharded else torch.float32
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME).train()
+        return trace_step(made, torch.zeros(settings.rows, tokens, dtype=torch.int64), settings)
+
+
+def trace_step(model: PreTrainedModel, ids: Tensor, settings: StepSettings) -> LayerTrace:
+    """Run and trace a step of a model; its tensors may be real.
+
+    Args:
+        model: The model; its layers are told how to run.
+        ids: (B, T) of any values.
+        settings: How the step is computed.
+    """
+    if settings.activation_checkpointing:
+        ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=settings.layer_tile))
+    for parameter in model.parameters() if settings.sharded else ():
+        parameter.register_post_accumulate_grad_hook(_give_up)
+    with Tracker() as tracker:
+        if settings.gradients_kept and not settings.sharded:
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        moments = _Moments(tracker)
+        total = _loss(model, ids, settings, moments)
+        moments.begin_backward()
+        total.backward()
+        live, peaks = moments.live, tracker.peaks
+        return LayerTrace(
+            forward=peaks["forward"],
+            at_attention=live["forward"],
+            loss=peaks["loss"],
+            backward=peaks["backward"],
+            at_recompute=live["recompute"],
+            recomputed=peaks["recomputed"],
+            at_backward=live["backward"],
+            multiplied=tracker.multiplied,
+            moved=tracker.moved,
+            operations=tracker.operations,
+        )
+
+
+class _Moments:
+    """Tells the tracker which part of a step runs, from the calls of attention.
+
+    Attributes:
+        live: Most bytes alive when attention's forward pass, its recomputation or its backward pass began.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._in_backward = tracker, False
+        self.live = {"forward": 0, "recompute": 0, "backward": 0}
+        tracker.moment = "forward"
+
+    def begin_loss(self) -> None:
+        self._tracker.moment = "loss"
+
+    def begin_backward(self) -> None:
+        self._tracker.moment, self._in_backward = "backward", True
+
+    @contextlib.contextmanager
+    def attention(self, backward: bool) -> Any:
+        """Around one of attention's passes."""
+        part = "backward" if backward else "recompute" if self._in_backward else "forward"
+        self.live[part] = max(self.live[part], self._tracker.live)
+        self._tracker.moment = "attention"
+        yield
+        self._tracker.moment = {"recompute": "recomputed"}.get(part, part)
+
+
+class ResultsOnly(Scheme):
+    """A scheme that makes attention's results and nothing else."""
+
+    def __init__(self, moments: _Moments) -> None:
+        self._moments = moments
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> OutLse:
+        """Out (B, T, H, D) and lse (B, H, T)."""
+        with self._moments.attention(backward=False):
+            lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+            return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+    def attend_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        spec: AttentionSpec,
+        *,
+        fp32_grads: bool = False,
+    ) -> Gradients:
+        """The gradients of q, k and v."""
+        with self._moments.attention(backward=True):
+            dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+            return dq, dk, dv
+
+
+class ResultsContext(AttentionContextLike):
+    """What the trainer's layers and transformers' ask of an attention context, with `ResultsOnly`."""
+
+    def __init__(self, moments: _Moments) -> None:
+        self._scheme = ResultsOnly(moments)
+
+    def scheme_and_spec(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Scheme, AttentionSpec]:
+        """The scheme, and a spec that it does not look at."""
+        return self._scheme, AttentionSpec(scale=1.0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Differentiable results (B, T, H, D)."""
+        return attention(q, k, v, *self.scheme_and_spec(q, k, v))
+
+
+def _give_up(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, settings: StepSettings, moments: _Moments) -> Tensor:
+    narrow = settings.dtype != torch.float32 and not settings.sharded
+    with torch.autocast("cpu", dtype=settings.dtype) if narrow else contextlib.nullcontext():
+        positions = torch.arange(ids.shape[1])[None].expand_as(ids)
+        hidden = model.get_decoder()(
+            input_ids=ids, position_ids=positions, use_cache=False, attention_context=ResultsContext(moments)
+        ).last_hidden_state
+        moments.begin_loss()
+        head = model.get_output_embeddings().weight
+        return fake_head_loss(hidden.flatten(0, 1), head, settings.loss_tile, settings.dtype)
+
+
+def _plain(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config with its first layers, and plain rotary positions.
+
+    Methods that look at values can't be traced, and cost the same.
+    """
+    plain = copy.deepcopy(config)
+    text = plain.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
+    parameters = getattr(plain, "rope_parameters", None)
+    if isinstance(parameters, dict):
+        plain.rope_parameters = {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
+    return plain
