@@ -83,7 +83,8 @@ def test_each_layers_turn_holds_what_the_trainers_layers_hold(name):
     def taken(layer):
         pair = take(layer)
         outputs = on_device(out for out, _ in memory.attention_store._stored.values())
-        found.append(LiveActivations(LAYERS - 1 - layer, 1 + on_device(memory.input_store._stored.values()), outputs))
+        inputs = 1 + on_device(memory.input_store._stored.values())
+        found.append(LiveActivations(LAYERS - 1 - layer, inputs, outputs, pair is not None))
         return pair
 
     memory.attention_store.pop = taken
@@ -129,7 +130,7 @@ def test_a_row_is_planned_by_the_scheme_that_the_trainer_takes(scheme, gpus, hea
     assert asked.trace.attention.scheme == taken
     assert asked.trace.attention.exchanges == (gpus > 1)
     if scheme == "gathered":
-        assert asked.trace.peak > workload.trace.peak
+        assert asked.trace.peak() > workload.trace.peak()
 
 
 def worst(workload: Workload) -> dict[str, float]:

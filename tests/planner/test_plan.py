@@ -156,7 +156,7 @@ def test_what_does_not_fit_says_what_would(tiny_folder):
 
 def test_gpus_that_share_a_row_are_told_and_are_enough(tiny_folder):
     run = config(tiny_folder)
-    tokens = 2 * plan(run, tokens=4096, gpu_memory=5.0).longest
+    tokens = 3 * plan(run, tokens=4096, gpu_memory=5.0).longest
     advice = next(
         text for text in plan(run, tokens=tokens, gpu_memory=5.0).advice if "parallel.context_parallel_size" in text
     )

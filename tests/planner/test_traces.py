@@ -274,13 +274,19 @@ def loss_of(model, ids, context, settings):
     return fake_head_loss(hidden.flatten(0, 1), head, settings.loss_tile, settings.dtype)
 
 
-def whole_step(rank: int, world: int, scheme: str, settings: StepSettings) -> list[int]:
-    """Peaks before and in the backward pass of a real step of the tiny model, attention by the real scheme."""
+def whole_step(rank: int, world: int, scheme: str, settings: StepSettings, stored: int) -> list[int]:
+    """Peaks before and in the backward pass of a real step of the tiny model, attention by the real scheme.
+
+    The attention outputs of the last `stored` layers are stored.
+    """
     torch.manual_seed(0)
     peaks = []
     for _ in range(3):
         model = AutoModelForCausalLM.from_config(TINY, dtype=settings.dtype, attn_implementation=NAME).train()
-        memory = ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=settings.layer_tile))
+        config = MemoryConfig(
+            activation_checkpointing=True, layer_tile=settings.layer_tile, attention_outputs_on_gpu=stored
+        )
+        memory = ActivationMemory(model, config)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         group = dist.group.WORLD if world > 1 else None
@@ -295,15 +301,21 @@ def whole_step(rank: int, world: int, scheme: str, settings: StepSettings) -> li
     return [min(each) for each in zip(*peaks)]
 
 
-@pytest.mark.parametrize("layer_tile", [0, 256])
+@pytest.mark.parametrize(("layer_tile", "stored"), [(0, 0), (256, 0), (256, 3)], ids=["layers", "tiles", "stored"])
 @pytest.mark.parametrize(("scheme", "world"), [("auto", 1), ("ulysses", 2), ("gathered", 2), ("ring", 2)])
-def test_layers_and_attention_together_are_a_step(scheme, world, layer_tile):
+def test_layers_and_attention_together_are_a_step(scheme, world, layer_tile, stored):
     settings = StepSettings(activation_checkpointing=True, loss_tile=16, layer_tile=layer_tile, sharded=True)
     layers = traced(TINY.to_json_string(use_diff=False), 2048 // world, settings, TINY.num_hidden_layers)
     attention = child.attention_trace(workload(scheme, world, (4, 2), tokens=2048, head_dim=TINY.head_dim))
+    head = 2048 // world * TINY.head_dim * 2  # bytes of one head
+    output, lse = 4 * head, 2048 // world * 4 * 4  # the log-sum-exp is float32
+    forward, backward = attention.forward.peak, attention.backward.peak
+    before_loss = max(layers.forward, layers.at_attention + forward)  # with its own output, that of the layer at work
+    others = max(0, stored - 1) * (output + lse)
     said = (
-        layers.before_backward(attention.forward.peak),
-        layers.in_backward(attention.forward.peak, attention.backward.peak),
+        max(before_loss + others, layers.loss + stored * (output + lse)),
+        layers.in_backward(forward, backward, (4 + 2 * 2) * head if stored else None) + others,
     )
-    real = run_ranks(whole_step, world, scheme, settings)[0] if world > 1 else whole_step(0, 1, scheme, settings)
+    step = (scheme, settings, stored)
+    real = run_ranks(whole_step, world, *step)[0] if world > 1 else whole_step(0, 1, *step)
     assert said == pytest.approx(real, rel=0.03)

@@ -164,6 +164,15 @@ def test_every_reason_is_given_at_once(run):
         check_start(wrong, 1)
 
 
+@pytest.mark.parametrize("scheme", ["ring", "gathered", "auto"])
+def test_only_ulysses_splits_heads(run, tiny_model, scheme):
+    """Three processes and heads that three don't divide: the ring and gathered keys take any number."""
+    assert tiny_model.config.num_attention_heads % 3
+    check_start(replace(run, parallel=ParallelConfig(context_parallel_size=3, scheme=scheme)), 3)
+    with pytest.raises(ValueError, match=r"Ulysses can't split"):
+        check_start(replace(run, parallel=ParallelConfig(context_parallel_size=3, scheme="ulysses")), 3)
+
+
 def test_a_plan_needs_neither_model_nor_rows(run):
     import shutil
 

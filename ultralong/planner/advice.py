@@ -62,9 +62,15 @@ def _wider(workload: Workload, budget: float, size: int) -> Workload | None:
     if needed is None or needed <= size:
         return None
     # More GPUs than kv heads repeat them, more than heads gather them, and the line is not quite straight.
-    tried = [workload.with_context_parallel_size(times * needed) for times in (1, 2, 4)]
-    possible = [(each, total) for each in tried if (total := _total_if_possible(each)) is not None]
-    return next((each for each, total in possible if total <= budget), possible[-1][0] if possible else None)
+    tried = None
+    for times in (1, 2, 4, 8, 16):
+        wider = workload.with_context_parallel_size(times * needed)
+        if (total := _total_if_possible(wider)) is None:
+            continue
+        if total <= budget:
+            return wider
+        tried = wider
+    return tried
 
 
 def _total_if_possible(workload: Workload) -> float | None:

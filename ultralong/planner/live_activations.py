@@ -21,11 +21,14 @@ class LiveActivations:
         layers_done: Layers whose backward pass is over, whose gradients are there.
         inputs: Layer inputs on the device, that of the layer at work among them.
         outputs: Attention outputs on the device, beside that of the layer at work.
+        attention_done: The layer at work finds its attention output, stored or recomputed with its group: queries, keys
+            and values come after its feed-forward layer's gradients only.
     """
 
     layers_done: int
     inputs: int
     outputs: int
+    attention_done: bool = True
 
 
 def live_in_loss(workload: Workload) -> LiveActivations:
@@ -52,4 +55,6 @@ def _live_at(workload: Workload, layer: int) -> LiveActivations:
     # Outputs that were neither stored nor offloaded are there again for all layers of the group below this one.
     again = sum(workload.shape.layers - 1 - below >= on_gpu + offloaded for below in range(group * every, layer))
     inputs = on_device + recomputed + fetched + prefetched
-    return LiveActivations(workload.shape.layers - 1 - layer, inputs, outputs + again)
+    last_of_group = layer == min(group * every + every, workload.shape.layers) - 1
+    done = place <= on_gpu + offloaded or not last_of_group
+    return LiveActivations(workload.shape.layers - 1 - layer, inputs, outputs + again, done)

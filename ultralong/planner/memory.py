@@ -62,9 +62,10 @@ def _whole_step(workload: Workload) -> list[PlanLine]:
 
     The traced one stored all inputs, and no attention output but the one in use.
     """
+    later = None if workload.recomputed else _qkv_later(workload)
     (on_gpu, offloaded, offloaded_inputs), memory = workload.placed, workload.config.memory
     every, layers = memory.checkpoint_every, workload.shape.layers
-    lines = [_tensors("gradients and activations of a step", workload.trace.peak)]
+    lines = [_tensors("gradients and activations of a step", workload.trace.peak(later))]
     if memory.activation_checkpointing:
         name, value = "layer inputs stored for the backward pass", layers * workload.input_bytes
         lines.append(PlanLine("gpu", name, value, "estimated", "bytes", counts=False))
@@ -92,15 +93,17 @@ def _worst_moment(workload: Workload) -> list[PlanLine]:
     each = FLOAT * workload.layer_parameters / workload.shard
     early = workload.passes > 1 or not memory.activation_checkpointing
     loss = [
-        _tensors("gathered parameters outside of layers", outside),
+        # What the last layer's parameters were gathered into is kept until the loss is there.
+        _tensors("gathered parameters", outside + _gathered_early(workload)),
         _tensors("activations of the loss", workload.trace.before_backward - inputs),
-    ]
-    at_work = [
-        _tensors("gathered parameters and a layer's gradients", _gathered_bytes(workload)),
-        _tensors("activations of the layer at work", workload.trace.in_backward - inputs),
     ]
     moments = [[*loss, *_live(workload, live_in_loss(workload), FLOAT * count * (workload.passes > 1))]]
     for live in live_in_backward(workload):
+        later = _qkv_later(workload) if live.attention_done else None
+        at_work = [
+            _tensors("gathered parameters and a layer's gradients", _gathered_at(workload, live)),
+            _tensors("activations of the layer at work", workload.trace.in_backward(later) - inputs),
+        ]
         moments.append([*at_work, *_live(workload, live, FLOAT * count if early else each * live.layers_done)])
     # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
     ends = (workload.dtype.itemsize + FLOAT) * workload.outside_parameters
@@ -129,13 +132,25 @@ def _outputs(workload: Workload, layers: int, stored: int) -> PlanLine:
     return _tensors(f"attention outputs of {layers} layers, log-sum-exp of {lse}", value)
 
 
-def _gathered_bytes(workload: Workload) -> float:
-    """Two layers' parameters (one in use, one coming), those outside of layers, gradients of a layer and of the head.
+def _qkv_later(workload: Workload) -> float | None:
+    """See `LayerTrace.in_backward`: layers with a custom backward pass compute q, k and v when they are needed."""
+    return workload.qkv_bytes if workload.config.memory.layer_tile else None
 
-    All in the run's type; while layers still hold what they stored, nothing larger is on its way.
+
+def _gathered_early(workload: Workload) -> float:
+    """A layer's parameters in the run's type, gathered while another one's are in use; one GPU gathers nothing."""
+    return workload.dtype.itemsize * workload.layer_parameters * ((workload.shard or 1) > 1)
+
+
+def _gathered_at(workload: Workload, live: LiveActivations) -> float:
+    """At a layer's turn: its parameters, the next one's, those outside of layers, and gradients that are not sharded.
+
+    Those are the head's, and the last layer's in float32, which are being summed.
     """
-    layer, head = workload.layer_parameters, workload.shape.vocabulary * workload.shape.hidden
-    return workload.dtype.itemsize * (2 * layer + workload.outside_parameters + layer + head)
+    head = workload.shape.vocabulary * workload.shape.hidden
+    in_type = workload.layer_parameters + workload.outside_parameters + head
+    summed = FLOAT * workload.layer_parameters if live.layers_done else 0.0
+    return workload.dtype.itemsize * in_type + _gathered_early(workload) + summed
 
 
 def host_memory(workload: Workload) -> list[PlanLine]:

@@ -40,15 +40,13 @@ class StepTrace:
         """Most bytes before the backward pass begins."""
         return self.layers.before_backward(self.attention.forward.peak)
 
-    @property
-    def in_backward(self) -> float:
-        """Most bytes in the backward pass."""
-        return self.layers.in_backward(self.attention.forward.peak, self.attention.backward.peak)
+    def in_backward(self, later: float | None = None) -> float:
+        """Most bytes in the backward pass; `later` as in `LayerTrace.in_backward`."""
+        return self.layers.in_backward(self.attention.forward.peak, self.attention.backward.peak, later)
 
-    @property
-    def peak(self) -> float:
-        """Most bytes in both passes."""
-        return max(self.before_backward, self.in_backward)
+    def peak(self, later: float | None = None) -> float:
+        """Most bytes in both passes; `later` as in `LayerTrace.in_backward`."""
+        return max(self.before_backward, self.in_backward(later))
 
     def towards(self, other: StepTrace, part: float) -> StepTrace:
         """What lies so far on the straight line from this one (0) through another (1)."""
@@ -221,6 +219,11 @@ class Workload:
     def output_bytes(self) -> float:
         """Bytes of one layer's attention output on one GPU; the log-sum-exp beside it is float32."""
         return self.share * self.config.micro_batch_size * self.shape.heads * self.shape.head_dim * self.dtype.itemsize
+
+    @property
+    def qkv_bytes(self) -> float:
+        """Bytes of one layer's queries, keys and values on one GPU."""
+        return self.output_bytes * (1 + 2 * self.shape.kv_heads / self.shape.heads)
 
     @property
     def lse_bytes(self) -> float:

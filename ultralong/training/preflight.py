@@ -181,7 +181,7 @@ class Preflight:
         row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks if ranks > 1 else None)
         scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)
         if ranks > 1 and model is not None:
-            choose_head_chunks(scheme, ranks, row)
+            choose_head_chunks(scheme, ranks if scheme == "ulysses" else 1, row)  # others don't split the heads
         return f"{ranks} process{'es' * (ranks > 1)} a row, scheme {scheme}: {reason}", None
 
     def _folder(self) -> tuple[str, None]:

@@ -70,10 +70,19 @@ class LayerTrace:
         """Most bytes before the backward pass begins, where attention allocates so many itself."""
         return max(self.forward, self.loss, self.at_attention + attention)
 
-    def in_backward(self, attention: float, attention_backward: float) -> float:
-        """Most bytes in the backward pass, where attention's two passes allocate so many themselves."""
-        again = self.at_recompute + attention if self.at_recompute else 0.0
-        return max(self.backward, self.recomputed, again, self.at_backward + attention_backward)
+    def in_backward(self, attention: float, attention_backward: float, later: float | None = None) -> float:
+        """Most bytes in the backward pass, where attention's two passes allocate so many themselves.
+
+        Args:
+            attention: Bytes of attention's forward pass.
+            attention_backward: Bytes of its backward pass.
+            later: Bytes of q, k and v, where a layer finds its attention output stored and they come after its
+                feed-forward layer's gradients only; None where attention is recomputed.
+        """
+        alike = max(self.backward, self.at_backward + attention_backward)
+        if later is not None:
+            return max(alike, self.recomputed - later)
+        return max(alike, self.recomputed, self.at_recompute + attention if self.at_recompute else 0.0)
 
 
 @dataclass(frozen=True)
