@@ -12,6 +12,7 @@ from ultralong import __version__
 from ultralong.cli.errors import guarded
 from ultralong.cli.options import call, parser_of
 from ultralong.cli.table import COMMANDS, GROUPS, explanation, group_text, help_text, overview, suggestion
+from ultralong.utils.home import expand_word
 from ultralong.utils.processes import end_with_parent
 
 __all__ = ["COMMANDS", "GROUPS", "main"]
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [expand_word(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if arguments is None and "RANK" in os.environ:
         end_with_parent()  # a rank of torchrun: nothing may go on in a run's folder when its agent was killed
     if not words or words[0] in ("-h", "--help"):

@@ -12,6 +12,7 @@ import lzma
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from typing import IO
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 ZIP_ENDINGS = (".zip", ".whl")
+# Texts compress to a tenth, logs to a hundredth; what grows beyond both of these was made to fill a disk.
+LARGEST_GROWTH = 200
+ALWAYS_ALLOWED = 1 << 30  # bytes
+MOST_FILES = 5_000_000
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
@@ -51,29 +56,30 @@ def extract(
         How many files were written.
 
     Raises:
-        ValueError: The archive is damaged or of a kind not known, a wanted member is unsafe, or nothing matches.
+        ValueError: The archive is damaged, protected by a password, of a kind not known or far too large unpacked, a
+            wanted member is unsafe or no file, or nothing matches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if inside is not None:
-        inner = folder / PurePosixPath(inside).name
-        if extract(archive, folder / ".outer", (inside,)) != 1:
-            raise ValueError(f"{archive.name} holds several members {inside!r}; one archive is needed.")
-        (folder / ".outer" / inside).replace(inner)
-        shutil.rmtree(folder / ".outer")
-        try:
-            return extract(inner, folder, include, exclude)
-        finally:
-            inner.unlink()
+        # Beside the folder, not in it: the inner archive may hold a file of any name, its own as well.
+        with tempfile.TemporaryDirectory(prefix=".outer-", dir=folder.parent) as outer:
+            if extract(archive, Path(outer), (inside,)) != 1:
+                raise ValueError(f"{archive.name} holds several members {inside!r}; one archive is needed.")
+            (found,) = (path for path in Path(outer).rglob("*") if path.is_file())
+            return extract(found, folder, include, exclude)
     written = 0
+    room = max(ALWAYS_ALLOWED, LARGEST_GROWTH * archive.stat().st_size)
     try:
         for name, stream in _members(archive):
             if not matches(name, include, exclude):
                 continue
             target = folder / _safe(name, archive)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as out:
-                shutil.copyfileobj(stream, out, 1 << 20)
+            room -= _write(stream, target, room, archive)
             written += 1
+            if written > MOST_FILES:
+                raise ValueError(f"{archive.name} holds more than {MOST_FILES:,} files. It was not unpacked.")
+    except (RuntimeError, NotImplementedError) as error:  # zipfile: a password, or a method that it does not know
+        raise ValueError(f"{archive} cannot be unpacked: {error}. Unpack it by hand and give the folder.") from error
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -81,6 +87,26 @@ def extract(
     if not written:
         raise ValueError(f"nothing in {archive.name} matches {', '.join(include)}. Correct the recipe's `include`.")
     return written
+
+
+def _write(stream: IO[bytes], target: Path, room: int, archive: Path) -> int:
+    """Write a member into a file; how many bytes it had."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        out = open(target, "wb")  # noqa: SIM115 - used below
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise ValueError(f"{archive.name} holds a file and a folder of one name, {target.name}.") from error
+    size = 0
+    with out:
+        while piece := stream.read(1 << 20):
+            size += len(piece)
+            if size > room:
+                raise ValueError(
+                    f"{archive.name} holds more than {LARGEST_GROWTH} times its own size. It was not unpacked; unpack "
+                    "it by hand where that is meant."
+                )
+            out.write(piece)
+    return size
 
 
 def _safe(name: str, archive: Path) -> PurePosixPath:
@@ -92,7 +118,7 @@ def _safe(name: str, archive: Path) -> PurePosixPath:
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Every regular file as (path without a leading ./, stream), in the archive's order."""
-    name = archive.name
+    name = archive.name.lower()
     if name.endswith(ZIP_ENDINGS):
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
@@ -111,13 +137,15 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
                     assert stream is not None
                     yield item.name.removeprefix("./"), stream
     else:
-        raise ValueError(f"{name} is no archive known here ({', '.join((*TAR_ENDINGS, *ZIP_ENDINGS, '.deb'))}).")
+        raise ValueError(
+            f"{archive.name} is no archive known here ({', '.join((*TAR_ENDINGS, *ZIP_ENDINGS, '.deb'))})."
+        )
 
 
 @contextmanager
 def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
     """The tar inside a file; dpkg-deb unpacks the compression of a .deb."""
-    if not archive.name.endswith(".deb"):
+    if not archive.name.lower().endswith(".deb"):
         with open(archive, "rb") as stream:
             yield stream
         return

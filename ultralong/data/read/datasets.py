@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.utils.extras import require
+from ultralong.utils.home import expand_home
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Dataset:
     revision: str | None = None
     data_files: str | None = None
     shuffle_buffer: int = 0
+
+    def __post_init__(self) -> None:
+        expand_home(self, "id")
 
 
 def dataset_rows(
@@ -59,9 +63,30 @@ def dataset_rows(
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"dataset {id!r}, split {split!r} cannot be opened: {error}") from error
     # Names decide on what is kept: a folder that is moved must give the same corpus.
-    name = Path(id).resolve().name if Path(id).is_dir() else id
-    for number, row in enumerate(rows):
+    folder = Path(id)
+    name = folder.resolve().name if folder.is_dir() else id
+    stream, number = iter(rows), 0
+    while True:
+        try:
+            row = next(stream, None)
+        except Exception as error:
+            # The library ends its stream with an error of any type (of Arrow, of its own, of the network).
+            raise ValueError(
+                f"dataset {id!r}, split {split!r} cannot be read beyond row {number:,}: {_reason(error)}. It is read "
+                "as one table, where a column has one type; with `path` to its files, single rows can be left out."
+            ) from error
+        if row is None:
+            return
         yield f"{name}:{place}{number}", row
+        number += 1
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom, which says which column or file it was."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__ or error
+    told = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {told[0][:200]}" if told else type(error).__name__
 
 
 def _opened(datasets: Any, dataset: Dataset) -> Any:

@@ -7,21 +7,25 @@ setting, not bad data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ultralong.data.read.compressed import DECOMPRESSORS, DamagedFile, lines, pieces, salvage_records
+from ultralong.data.read.compressed import DamagedFile, TooLarge, content, lines, parse_json, salvage_records
 from ultralong.data.read.datasets import Dataset, dataset_rows
+from ultralong.data.read.detect import ForeignFile, file_format, refused_in_a_text
 from ultralong.data.read.documents import Document, ReadReport, UniqueIds
+from ultralong.data.read.listing import list_files, readable
 from ultralong.data.read.messages import is_unicode
 from ultralong.utils.extras import require
 
+__all__ = ["ReadSettings", "RecordReader", "list_files"]
+
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
-FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 PARQUET_ROWS = 64
+BLANK = b" \t\r\n\x1e"  # with the separator of RFC 7464
+JSON_FILES = 4  # a JSON file may be so many times the largest record: it holds many of them
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class ReadSettings:
     """How files are read.
 
     Attributes:
-        format: "auto" goes by the file's ending; what has none of the known ones is text.
+        format: "auto" goes by the file's ending and content; a file that nothing calls anything else is text.
         field: The field (JSON) or column (Parquet, datasets) that holds the text, or the messages of a conversation.
         id_field: The field that holds the id; None numbers the records of a file.
         encoding: Encoding of text files.
         join: "file" makes one document of each text file, "directory" one of all text files right in a directory.
         strict: True makes bad input an error.
+        largest_record: Bytes of the longest text file or line, decompressed; a longer one is left out. A JSON file may
+            have four times as many.
     """
 
     format: Format = "auto"
@@ -43,6 +49,11 @@ class ReadSettings:
     encoding: str = "utf-8"
     join: Literal["file", "directory"] = "file"
     strict: bool = False
+    largest_record: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if self.largest_record < 1:
+            raise ValueError(f"largest_record must be at least 1 byte, found {self.largest_record}.")
 
 
 class RecordReader:
@@ -76,7 +87,7 @@ class RecordReader:
     def checked(self, records: Iterable[tuple[str, Any]], source: str, license: str) -> Iterator[Document]:
         """Documents of (name, text) records; what is no text is counted and left out."""
         for name, value in records:
-            where = f"{source}/{name}"
+            where = readable(f"{source}/{name}")
             if not isinstance(value, str):
                 self.skip("text is not a string", where)
             elif not value.strip():
@@ -99,8 +110,11 @@ class RecordReader:
         Raises:
             ValueError: There is no such dataset or split, or the column is missing.
         """
-        for name, row in dataset_rows(dataset, seed, part):
-            yield self._field(row, name, "column")
+        for number, (name, row) in enumerate(dataset_rows(dataset, seed, part)):
+            if number and self.settings.field not in row:  # of the first row it is a wrong setting
+                self.skip(f"no field {self.settings.field!r}", name)
+            else:
+                yield self._field(row, name, "column")
 
     def unique(self, where: str) -> str:
         """The id, or another one when a source that names its own has given it before.
@@ -126,29 +140,35 @@ class RecordReader:
     def _records(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Any]]:
         readers = {"text": self._text, "jsonl": self._jsonl, "json": self._json, "parquet": self._parquet}
         for name, path in files:
-            yield from readers[self._format(path)](name, path)
-
-    def _format(self, path: Path) -> str:
-        if self.settings.format != "auto":
-            return self.settings.format
-        suffixes = [suffix for suffix in path.suffixes if suffix not in DECOMPRESSORS]
-        return FORMATS.get(suffixes[-1], "text") if suffixes else "text"
+            try:
+                asked = self.settings.format
+                kind = file_format(path, self.settings.encoding) if asked == "auto" else asked
+            except ForeignFile as error:
+                self.skip("a kind of file that is not read", f"{name} ({error})")
+            except OSError as error:
+                self.skip("cannot be opened", f"{name} ({error.strerror})")
+            else:
+                yield from readers[kind](name, path)
 
     def _text(self, name: str, path: Path) -> Iterator[tuple[str, str]]:
-        content = self._content(name, path)
-        if content is not None:
+        data = self._content(name, path, self.settings.largest_record)
+        if data is not None:
             try:
-                text = content.decode(self.settings.encoding).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")  # BOM
+                text = data.decode(self.settings.encoding).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")  # BOM
                 yield name, text.replace("\r\n", "\n")
             except UnicodeDecodeError:
                 self.skip(f"not {self.settings.encoding.upper()}", name)
 
-    def _content(self, name: str, path: Path) -> bytes | None:
+    def _content(self, name: str, path: Path, most: int) -> bytes | None:
         try:
-            return b"".join(pieces(path))
+            return content(path, most)
         except DamagedFile as error:
             self.skip("truncated or damaged file", f"{name} ({error})")
-            return None
+        except TooLarge:
+            self.skip(f"more than {most:,} bytes (largest_record)", name)
+        except OSError as error:
+            self.skip("cannot be opened", f"{name} ({error.strerror})")
+        return None
 
     def _joined(self, files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
         """One text for all files of a directory; files of a directory must come one after the other."""
@@ -160,32 +180,37 @@ class RecordReader:
                 yield directory or ".", "\n".join(parts)
                 parts = []
             directory = parent
+            if self.settings.format == "auto" and (refused := refused_in_a_text(path)) is not None:
+                self.skip(refused, name)
+                continue
             parts += [text for _, text in self._text(name, path)]
         if parts:
             yield directory or ".", "\n".join(parts)
 
     def _jsonl(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
-        number = 0
+        number, most = 0, self.settings.largest_record
         try:
-            for number, line in enumerate(lines(path), start=1):
-                if line.strip():
-                    yield from self._parsed(f"{name}:{number}", line)
+            for number, line in enumerate(lines(path, most), start=1):
+                if line is None:
+                    self.skip(f"more than {most:,} bytes (largest_record)", f"{name}:{number}")
+                elif line.strip(BLANK):
+                    yield from self._parsed(f"{name}:{number}", line.lstrip(BLANK))
         except DamagedFile as error:
             self.skip("truncated or damaged file", f"{name} after line {number} ({error})")
 
     def _json(self, name: str, path: Path) -> Iterator[tuple[str, Any]]:
-        content = self._content(name, path)
-        if content is not None:
-            yield from self._parsed(name, content)
+        data = self._content(name, path, JSON_FILES * self.settings.largest_record)
+        if data is not None:
+            yield from self._parsed(name, data)
 
     def _parsed(self, name: str, data: bytes) -> Iterator[tuple[str, Any]]:
         """The record, or each record of a list."""
         try:
-            value = json.loads(data)
+            value = parse_json(data)
         except UnicodeDecodeError:
             self.skip("not UTF-8", name)
             return
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             found = list(salvage_records(data))
             yield from self._checked_rows(name, found, many=True)
             self.skip("not JSON", f"{name} after record {len(found)}" if found else name)
@@ -214,12 +239,31 @@ class RecordReader:
             with parquet.ParquetFile(path) as file:
                 self._check_columns(file.schema_arrow.names, wanted or [], str(path))
                 for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
-                    for row in batch.to_pylist():
+                    for row in self._rows_of(batch):
                         number += 1
                         where = f"{name}:{number}"
-                        yield (where, row) if self._whole else self._field(row, where, "column")
+                        if isinstance(row, Exception):
+                            kind = "not UTF-8" if isinstance(row, UnicodeDecodeError) else "a value that cannot be read"
+                            self.skip(kind, where)
+                        else:
+                            yield (where, row) if self._whole else self._field(row, where, "column")
         except (arrow.ArrowInvalid, OSError) as error:
             self.skip("truncated or damaged file", f"{name} after row {number} ({str(error).splitlines()[0]})")
+
+    @staticmethod
+    def _rows_of(batch: Any) -> list[Any]:
+        """The rows of a batch; in the place of one that Python cannot hold, what went wrong."""
+        try:
+            return batch.to_pylist()
+        except (ValueError, OverflowError):
+            pass
+        rows: list[Any] = []
+        for number in range(batch.num_rows):
+            try:
+                rows += batch.slice(number, 1).to_pylist()
+            except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, a date beyond the calendar
+                rows.append(error)
+        return rows
 
     def _field(self, row: dict[str, Any], where: str, kind: str) -> tuple[str, Any]:
         """(id, text) of a record that has passed the check for its fields, or must pass it now."""
@@ -234,27 +278,3 @@ class RecordReader:
         missing = [name for name in wanted if name not in found]
         if missing:
             raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {', '.join(found)}.")
-
-
-def list_files(root: Path, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
-    """(path below `root`, path) of every file below a folder, sorted, hidden ones left out; or of `root` if a file.
-
-    Raises:
-        ValueError: There is nothing there, or nothing that matches.
-    """
-    from ultralong.data.read.archives import matches
-
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise ValueError(f"{root} does not exist. Correct the path.")
-    found = []
-    for path in root.rglob("*"):
-        name = path.relative_to(root).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if path.is_file() and not path.is_symlink() and not hidden and matches(name, include, exclude):
-            found.append((name, path))
-    if not found:
-        raise ValueError(f"{root} holds no file that matches {', '.join(include)}.")
-    # By directory first, so that the files of one directory come one after the other.
-    return sorted(found, key=lambda item: item[0].rpartition("/")[::2])

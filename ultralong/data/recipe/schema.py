@@ -21,6 +21,7 @@ from ultralong.data.rows.separators import PackSettings
 from ultralong.data.select.clean import CLEANERS
 from ultralong.data.select.decontaminate import Decontaminate
 from ultralong.data.select.length_rule import LengthRule
+from ultralong.utils.home import expand_home
 from ultralong.utils.settings import from_mapping, load
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -93,6 +94,7 @@ class Source:
     category: str = "general"
 
     def __post_init__(self) -> None:
+        expand_home(self, "path")
         given = [key for key in ("packages", "path", "dataset") if getattr(self, key)]
         if len(given) != 1:
             raise ValueError(f"source {self.name!r} needs one of packages, path and dataset, found {given or 'none'}.")
@@ -216,7 +218,7 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: There is neither; the message lists what there is.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         return path
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
@@ -243,11 +245,16 @@ def load_recipe(name: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -
     recipe = load(Recipe, path, overrides)
     # A path in a recipe is meant from where the recipe lies, wherever the command is run.
     sources = tuple(
-        replace(source, path=str((path.parent / source.path).resolve())) if source.path else source
+        replace(source, path=_resolved(path.parent, source.path)) if source.path else source
         for source in recipe.sources
     )
     tests = recipe.decontaminate
     if tests is not None:
-        against = (replace(t, path=str((path.parent / t.path).resolve())) if t.path else t for t in tests.against)
+        against = (replace(t, path=_resolved(path.parent, t.path)) if t.path else t for t in tests.against)
         tests = replace(tests, against=tuple(against))
     return replace(recipe, sources=sources, decontaminate=tests)
+
+
+def _resolved(folder: Path, path: str) -> str:
+    """A path of a recipe as one that holds wherever a command is run."""
+    return str((folder / path).resolve())

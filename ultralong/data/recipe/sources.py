@@ -15,6 +15,7 @@ from ultralong.data.read.conversations import LISTS, Conversation, to_messages
 from ultralong.data.read.datasets import dataset_rows
 from ultralong.data.read.documents import Document, ReadReport
 from ultralong.data.read.fetch import describe, unpack
+from ultralong.data.read.listing import readable
 from ultralong.data.read.messages import check_messages, from_first_question
 from ultralong.data.read.readers import RecordReader, list_files
 from ultralong.data.recipe.schema import Recipe, Source
@@ -77,10 +78,10 @@ class SourceReader:
         self.fetched: list[dict[str, Any]] = []
         self.files: list[tuple[str, Path]] = []
         for package in source.packages:
-            self.files += list_files(unpack(package, cache, quiet))
+            self.files += list_files(unpack(package, cache, quiet), report=self.report)
             self.fetched.append(describe(package, cache))
         if source.path is not None:
-            self.files = list_files(Path(source.path), source.include, source.exclude)
+            self.files = list_files(Path(source.path), source.include, source.exclude, self.report)
         self.part = part
         if part[1] > 1:
             units = {unit: number for number, unit in enumerate(dict.fromkeys(map(self._unit, self.files)))}
@@ -158,7 +159,7 @@ class SourceReader:
         reader = RecordReader(settings, self.report)
         for where, row in self._rows(reader):
             named = row.get(settings.id_field) if settings.id_field else None
-            id = f"{source.name}/{where if named is None else named}"
+            id = readable(f"{source.name}/{where if named is None else named}")
             # The default field's name is for documents; conversations are found by their shape.
             if settings.field != "text" and settings.field not in row:
                 reader.skip(f"no field {settings.field!r}", id)

@@ -21,6 +21,7 @@ from ultralong.data.read.documents import Document, ReadReport, SkipLog
 from ultralong.data.read.fetch import Package, unpack
 from ultralong.data.read.readers import ReadSettings, RecordReader, list_files
 from ultralong.data.select.overlap import NgramIndex, Overlap, spans_of
+from ultralong.utils.home import expand_home
 
 WINDOW = 200  # characters on either side of the shared words
 SHORTEST_PIECE = 200
@@ -49,6 +50,7 @@ class TestSet:
     fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        expand_home(self, "path")
         if (self.path is None) == (not self.packages):
             raise ValueError(f"test set {self.name!r} needs either path or packages.")
 
