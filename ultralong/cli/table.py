@@ -43,6 +43,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "data build": data.build,
         "data stats": data.stats,
         "data show": data.show,
+        "data verify": data.verify,
         "data decontaminate": texts.decontaminate,
         "data refine": texts.refine,
         "data render": texts.render,

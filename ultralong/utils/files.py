@@ -35,7 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path in the same folder (so that the final move stays on one file system).
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
     # Not a file of `tempfile`, which is private: what a run leaves behind follows the user's umask like any other file.
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -49,6 +49,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        ValueError: Something on the way is a file; the message names it.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), folder)
+        raise ValueError(f"{file} is a file, and a folder is needed there. Choose another path.") from None
+    return folder
 
 
 def drop_partials(path: str | os.PathLike[str]) -> None:
@@ -139,8 +154,7 @@ def locked(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: Another process writes there.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     busy = f"Another process is writing to {folder}: wait for it, end it, or give another --out."
     with file_lock(folder / LOCK, busy, wait=wait):
         yield

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ultralong.data.tokens.shards import ShardFolder, read_record
+from ultralong.data.tokens.store import check_files
 
 FORMAT = "ultralong-rows-1"
 IGNORE = -100  # the label PyTorch's cross entropy leaves out
@@ -111,6 +112,7 @@ class PackedRows:
     def _map(self, shard: int) -> dict[str, np.ndarray]:
         if shard not in self._maps:
             record = self.manifest["shards"][shard]
+            check_files(self.folder, record)
             endings = [name.removeprefix(f"{record['shard']}.").removesuffix("npy") for name in record["files"]]
             self._maps[shard] = {
                 ending.rstrip("."): np.load(self.folder / f"{record['shard']}.{ending}npy", mmap_mode="r")

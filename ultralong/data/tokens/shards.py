@@ -1,26 +1,33 @@
 """A folder of numbered shards, each written whole, so that work resumes after a crash.
 
 Token stores and packed rows share this: files `NAME-00000.*` plus one record `NAME-00000.json`, which is written last.
-A shard counts from the moment its record exists; anything else in the folder is left over from a crash and is removed
-before work goes on. `settings.json` says what the shards were made from, so that a folder is never continued with
-other settings, and `manifest.json` appears when everything is done. Nothing written holds a time or a machine's name:
-the same input gives the same bytes.
+A shard counts from the moment its record exists; other files of such names are left over from a crash and are removed
+before work goes on, and files of any other name are left alone. A shard whose files are missing, cut or changed does
+not count either: it and those after it are made again. `settings.json` says what the shards were made from, so that a
+folder is never continued with other settings, and `manifest.json` appears when everything is done. Nothing written
+holds a time or a machine's name: the same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ultralong.utils.files import read_json, sha256, write_json
+from ultralong.utils.files import make_folder, read_json, sha256, write_json
 
 # Keys of settings, records and manifests that version 0.3 wrote, and their names of today.
 OLD_KEYS = {"joints": "separators", "joint_tokens": "separator_tokens", "window_rows": "buffer_rows"}
 
 # Keys that 0.3 did not write: where they are missing they are not compared.
 NEW_KEYS = frozenset({"date"})
+
+# Endings of a shard's files, and what else is written beside the shards: what a crash may leave is known by its name.
+ENDINGS = ("json", "bin", "offsets.npy", "documents.jsonl", "npy", "segments.npy", "targets.npy")
+BESIDE = ("settings.json", "manifest.json", "sources.json", "report.json", "recipe.yaml")
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,6 +68,8 @@ class ShardFolder:
     def manifest(self, ignore: tuple[str, ...] = ()) -> dict[str, Any] | None:
         """The manifest of a finished folder made with the same settings, or None when there is work to do.
 
+        Its files are compared with their sizes and hashes. Where one differs the folder is no longer finished.
+
         Args:
             ignore: Settings that are not compared, because they are not known yet.
 
@@ -69,26 +78,55 @@ class ShardFolder:
         """
         self._check_settings(ignore)
         path = self.folder / "manifest.json"
-        return read_record(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_record(path)
+        for record in found["shards"]:
+            if (wrong := self._wrong(record)) is not None:
+                print(f"note: {wrong}: it is made again, with what comes after it.", file=sys.stderr)
+                path.unlink()
+                return None
+        return found
 
     def resume(self) -> list[dict[str, Any]]:
         """Records of the shards already whole, in order; what a crash left behind is removed.
 
         Raises:
-            ValueError: The folder was made with other settings.
+            ValueError: The folder was made with other settings, or holds files of such names without any settings.
         """
         self._check_settings()
+        make_folder(self.folder)
+        own = re.compile(rf"{re.escape(self.prefix)}-\d{{5,}}\.(?:{'|'.join(map(re.escape, ENDINGS))})")
+        beside = "|".join(re.escape(name) for name in BESIDE)
+        partial = re.compile(rf"\.(?:{own.pattern}|{beside})(?:\.\w+)?\.partial")
+        files = [path for path in self.folder.iterdir() if path.is_file() or path.is_symlink()]
+        if not (self.folder / "settings.json").exists():
+            foreign = sorted(path.name for path in files if own.fullmatch(path.name))
+            if foreign:
+                raise ValueError(
+                    f"{self.folder} holds {foreign[0]}, which this run did not write. Choose another folder."
+                )
         write_json(self.folder / "settings.json", self.settings)
         records: list[dict[str, Any]] = []
         while (path := self.path(len(records), "json")).exists():
-            records.append(read_record(path))
+            record = read_record(path)
+            if (wrong := self._wrong(record)) is not None:
+                print(f"note: {wrong}: it is made again, with what comes after it.", file=sys.stderr)
+                break
+            records.append(record)
         whole = {self.name(number) for number in range(len(records))}
-        for path in self.folder.iterdir():
-            partial = path.name.startswith(".") and path.name.endswith(".partial")
-            orphan = path.name.startswith(f"{self.prefix}-") and path.name.split(".")[0] not in whole
-            if partial or orphan:
+        for path in files:
+            orphan = own.fullmatch(path.name) and path.name.split(".")[0] not in whole
+            if orphan or partial.fullmatch(path.name):
                 path.unlink()
         return records
+
+    def _wrong(self, record: dict[str, Any]) -> str | None:
+        """What differs between a shard's record and its files, or None."""
+        return next(
+            (wrong for name, expected in record["files"].items() if (wrong := _differs(self.folder / name, expected))),
+            None,
+        )
 
     def commit(self, number: int, partials: dict[str, Path], record: dict[str, Any]) -> dict[str, Any]:
         """Move a shard's finished files into place and write its record, with their sizes and hashes, last.
@@ -159,13 +197,29 @@ def verify(folder: str | os.PathLike[str]) -> int:
         ValueError: A file is missing or differs; the message names it.
     """
     folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} holds no finished shards (no manifest.json).")
     checked = 0
     for shard in read_record(folder / "manifest.json")["shards"]:
         for name, expected in shard["files"].items():
-            path = folder / name
-            if not path.exists():
-                raise ValueError(f"{path} is missing. Delete {folder} and build it again.")
-            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-                raise ValueError(f"{path} differs from its manifest. Delete {folder} and build it again.")
+            if (wrong := _differs(folder / name, expected)) is not None:
+                raise ValueError(f"{wrong}. Run the command that made {folder} again: it makes it whole.")
             checked += 1
     return checked
+
+
+def _differs(path: Path, expected: dict[str, Any]) -> str | None:
+    """How a file differs from its record; the size first, which costs nothing."""
+    check = check_size(path, expected)
+    if check is None and sha256(path) != expected["sha256"]:
+        return f"{path} differs from its record (sha256)"
+    return check
+
+
+def check_size(path: Path, expected: dict[str, Any]) -> str | None:
+    """How a file's size differs from its record, or None; a look at the folder, whatever the size."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path} has {path.stat().st_size:,} bytes, its record says {expected['bytes']:,}"
+    return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultralong.data.tokens.encoding import check_same_tokenizer
-from ultralong.data.tokens.shards import read_record
+from ultralong.data.tokens.shards import check_size, read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +76,8 @@ class TokenStore:
     def lengths(self) -> np.ndarray:
         """Tokens of every document, (documents,) int64: 8 bytes a document in memory."""
         folder, shards = self.folder, self.manifest["shards"]
+        for shard in shards:
+            check_files(folder, shard)
         parts = [np.diff(np.load(folder / f"{shard['shard']}.offsets.npy")) for shard in shards]
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
@@ -104,10 +106,22 @@ class TokenStore:
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         if shard not in self._maps:
             name = self.manifest["shards"][shard]["shard"]
+            check_files(self.folder, self.manifest["shards"][shard])
             mapped = np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
             self._maps[shard] = (mapped, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
         ids, offsets = self._maps[shard]
         return ids, offsets, int(index - self._first[shard])
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse a shard whose files do not have the sizes in its record, before they are mapped.
+
+    Raises:
+        ValueError: A file is missing or of another size.
+    """
+    for name, expected in record["files"].items():
+        if (wrong := check_size(folder / name, expected)) is not None:
+            raise ValueError(f"{wrong}. Run the command that made {folder} again: it makes it whole.")
 
 
 @lru_cache(maxsize=4)
