@@ -23,6 +23,8 @@ CORE = (
 # Left for those who want them; tyro is a dependency, but only of the command line.
 OPTIONAL = (
     "datasets",
+    "fastapi",
+    "prometheus_client",
     "pyarrow",
     "pandas",
     "zstandard",
@@ -30,6 +32,7 @@ OPTIONAL = (
     "plotly",
     "matplotlib",
     "ipywidgets",
+    "uvicorn",
     "IPython",
     "papermill",
     "jupytext",
@@ -40,6 +43,9 @@ OPTIONAL = (
     "tyro",
 )
 IN_THE_CLI = re.compile(r"^ultralong\.(cli(\.|$)|.*__main__$)")
+# The web application, which `serve` imports after it has asked for the extra.
+IN_THE_SERVER = re.compile(r"ultralong\.inference\.server\.(app|gate|requests)")
+SERVER = {"fastapi", "pydantic", "starlette"}
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -108,7 +114,7 @@ def test_core_dependencies_are_the_short_list():
 
 def test_dev_brings_what_the_tests_need_and_no_built_kernels():
     dev = {Requirement(text).name: Requirement(text) for text in EXTRAS["dev"]}
-    assert dev[PROJECT["name"]].extras == {"data", "gguf", "notebooks"}
+    assert dev[PROJECT["name"]].extras == {"data", "gguf", "notebooks", "serve"}
     assert not any(name.startswith("flash") for name in dev)
     assert all(Requirement(text).name.startswith("flash-attn") for name in ("flash", "flash4") for text in EXTRAS[name])
 
@@ -208,6 +214,7 @@ def test_a_module_names_only_core_packages_on_top(name):
     path = ROOT / (name.replace(".", "/") + ".py")
     path = path if path.exists() else ROOT / name.replace(".", "/") / "__init__.py"
     allowed = {*CORE, *sys.stdlib_module_names, "ultralong"} | ({"tyro"} if IN_THE_CLI.match(name) else set())
+    allowed |= SERVER if IN_THE_SERVER.fullmatch(name) else set()
     assert imported(ast.parse(path.read_text())) <= allowed
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from ultralong import __version__
-from ultralong.cli import bench, bench_data, cluster, course, data, make, measure, runs, texts
+from ultralong.cli import bench, bench_data, cluster, course, data, make, measure, runs, serve, texts
 from ultralong.cli.completion import script
 from ultralong.cli.options import parser_of
 
@@ -61,6 +61,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "eval score": measure.score,
         "eval compare": measure.compare,
     },
+    "5. Use the model": {"serve": serve.serve},
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,

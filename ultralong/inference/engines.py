@@ -7,7 +7,7 @@ one engine; every answer says which gave it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultralong.inference.batched import BatchedRunner, batch_that_fits
 from ultralong.inference.decoding import GREEDY, FinishReason, Generated, Sampling, Step, collect
 from ultralong.inference.generate import stream
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.runner import CachedRunner, LocalRunner
 from ultralong.inference.stop_tokens import stop_tokens
 
 
@@ -104,6 +104,8 @@ class RunnerEngine(ABC):
         tokenizer: Its tokenizer.
     """
 
+    _runner: CachedRunner
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer, self.stop = model.eval(), tokenizer, stop_tokens(model, tokenizer)
 
@@ -133,9 +135,22 @@ class RunnerEngine(ABC):
         return Answer(text, tuple(generated.tokens), generated.finish_reason, reused)
 
     @property
-    @abstractmethod
     def reused(self) -> int:
         """Tokens of the last prompt that had been read before."""
+        return self._runner.reused
+
+    @abstractmethod
+    def release(self) -> None:
+        """See `Engine`."""
+
+    @property
+    def interrupted(self) -> Callable[[], bool]:
+        """Asked between the chunks of a prompt; True leaves it with `Interrupted`."""
+        return self._runner.interrupted
+
+    @interrupted.setter
+    def interrupted(self, asked: Callable[[], bool]) -> None:
+        self._runner.interrupted = asked
 
     @abstractmethod
     def stream(
@@ -199,11 +214,6 @@ class LocalEngine(RunnerEngine):
         stop = self.stop if stop is None else stop
         steps = stream(BatchedRunner(self.model), prompts, max_new_tokens, sampling=sampling, stop=stop)
         return [self._answer(generated, 0) for generated in collect(steps, len(prompts))]
-
-    @property
-    def reused(self) -> int:
-        """Tokens of the last prompt that had been read before."""
-        return self._runner.reused
 
     def stream(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -83,6 +83,10 @@ def as_tensor(prompts: Prompts, device: torch.device) -> Tensor:
     return torch.tensor([list(prompt) for prompt in prompts], device=device)
 
 
+class Interrupted(RuntimeError):
+    """Reading a prompt was left, as `CachedRunner.interrupted` said; what was read stays in the cache."""
+
+
 class CachedRunner(ABC):
     """Reads prompts of one length in chunks, and keeps the cache for what the next prompt shares with the last.
 
@@ -91,6 +95,9 @@ class CachedRunner(ABC):
         capacity: Most tokens of a prompt and what follows it; None makes room as it is needed.
         chunk: Tokens of one pass; None takes a prompt at once.
         quiet: True draws no progress bar.
+
+    Attributes:
+        interrupted: Asked between the chunks of a prompt, on the first rank; True leaves it with `Interrupted`.
 
     Raises:
         ValueError: A chunk below one token.
@@ -103,6 +110,7 @@ class CachedRunner(ABC):
             raise ValueError(f"A prefill chunk must hold at least one token, got {chunk}.")
         self.model, self.capacity, self.chunk, self.quiet = model.eval(), capacity, chunk, quiet
         self.reused = 0
+        self.interrupted: Callable[[], bool] = bool  # False
         self._ids: Tensor | None = None  # (B, T) what the cache holds, but for
         self._decoded: list[Tensor] = []  # (B,) what was decoded behind it
 
@@ -147,6 +155,8 @@ class CachedRunner(ABC):
             quiet=self.quiet or tokens - self.reused < SHOWN,
         ) as bar:
             for start in range(self.reused, tokens, step):
+                if start > self.reused and self._is_interrupted():
+                    raise Interrupted(f"left at token {start:,} of {tokens:,}")
                 end = min(start + step, tokens)
                 logits = self._forward(ids[:, start:end])
                 self._ids = ids[:, :end]
@@ -161,6 +171,10 @@ class CachedRunner(ABC):
         logits = self._forward(tokens[:, None])
         self._decoded.append(tokens)
         return logits
+
+    def _is_interrupted(self) -> bool:
+        """Whether to leave the prompt here; the same on every rank."""
+        return self.interrupted()
 
     def agree(self, tokens: Tensor) -> Tensor:
         """See `Runner`."""

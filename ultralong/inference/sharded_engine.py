@@ -7,6 +7,7 @@ reading is written for one process.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,7 @@ from ultralong.inference.decoding import GREEDY, Sampling, Step
 from ultralong.inference.engines import Engine, RunnerEngine
 from ultralong.inference.generate import check_budgets, stream
 from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.inference.runner import Interrupted
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import nccl_options, run_ranks
 
@@ -72,11 +74,6 @@ class ShardedEngine(RunnerEngine):
             + (", 8-bit keys and values" if kv == "fp8" else "")
         )
 
-    @property
-    def reused(self) -> int:
-        """Tokens of the last prompt that had been read before."""
-        return self._runner.reused
-
     def stream(
         self,
         prompt: Sequence[int],
@@ -101,8 +98,9 @@ class ShardedEngine(RunnerEngine):
         """What the other ranks do: read what the first one is asked, until it closes."""
         while (question := self._tell(None)) is not None:
             if question.prompt:
-                for _ in self._steps(question):
-                    pass
+                with suppress(Interrupted):  # the first rank tells its caller
+                    for _ in self._steps(question):
+                        pass
             else:
                 self._runner.release()
 

@@ -92,6 +92,14 @@ class ShardedRunner(CachedRunner):
             self.decode(tokens, going)
             self.agree(torch.full_like(tokens, ABANDONED))
 
+    def _is_interrupted(self) -> bool:
+        if self.group is None:
+            return super()._is_interrupted()
+        first = dist.get_global_rank(self.group, 0)
+        told = torch.tensor([dist.get_rank() == first and self.interrupted()], device=self.model.device)
+        dist.broadcast(told, first, group=self.group)
+        return bool(told)
+
     def _reusable(self, ids: Tensor, common: int) -> int:
         common = super()._reusable(ids, common)
         # Begin anew where so much of it lies here that what follows would not fit.

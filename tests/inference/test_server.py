@@ -1,0 +1,352 @@
+"""The server, asked by OpenAI's own client over a real socket: answers as the engine gives them, and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch.distributed as dist
+
+from ultralong import miniature
+from ultralong.inference.engines import LocalEngine
+from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.inference.runner import Interrupted
+from ultralong.inference.server.serve import serve
+from ultralong.inference.server.settings import ServeSettings
+from ultralong.inference.server.text_stream import TextStream
+from ultralong.inference.sharded_engine import ShardedEngine
+from ultralong.utils.local_ranks import run_ranks
+
+MODEL = miniature.path()
+TALK = [{"role": "user", "content": "Where is the key?"}]
+
+
+class Running:
+    """A server on a thread, and a client of it."""
+
+    def __init__(self, **settings) -> None:
+        self.server, self._known = None, threading.Event()
+        wanted = ServeSettings(str(MODEL), port=0, device="cpu", **settings)
+        self._thread = threading.Thread(target=serve, args=(wanted, self._took), daemon=True)
+        self._thread.start()
+        assert self._known.wait(120)
+        while not self.server.started:
+            time.sleep(0.02)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def _took(self, server) -> None:
+        self.server = server
+        self._known.set()
+
+    def client(self, key: str = "none", **options) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, **options)
+
+    def get(self, path: str, **headers) -> tuple[int, str]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as line:
+            line.request("GET", path, headers=headers)
+            answer = line.getresponse()
+            return answer.status, answer.read().decode()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def running():
+    found = Running(name="mini", chunk=64, queue=300, answer_tokens=12)
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return LocalEngine(*load_model_and_tokenizer(MODEL, "cpu"), chunk=64)
+
+
+def expected(engine, prompt, budget):
+    (answer,) = engine.answer([prompt], [budget])
+    return answer
+
+
+def test_a_completion_is_the_engines_answer(running, engine):
+    text = "The number of harbour-lane is 48213. The number of harbour-lane is"
+    ids = engine.tokenizer(text)["input_ids"]
+    answer = expected(engine, ids, 8)
+    for prompt in (text, ids):
+        found = running.client().completions.create(model="mini", prompt=prompt, max_tokens=8, temperature=0)
+        assert found.choices[0].text == answer.text
+        assert found.choices[0].finish_reason == answer.finish_reason
+        assert found.usage.prompt_tokens == len(ids)
+        assert found.usage.completion_tokens == len(answer.tokens)
+        assert found.usage.total_tokens == len(ids) + len(answer.tokens)
+
+
+def test_a_chat_follows_the_template_whole_and_streamed(running, engine):
+    ids = engine.tokenizer.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    answer = expected(engine, ids, 12)
+    asked = {"model": "mini", "messages": TALK, "temperature": 0}
+    whole = running.client().chat.completions.create(**asked)
+    assert whole.choices[0].message.content == answer.text
+    assert whole.usage.prompt_tokens == len(ids)
+    chunks = list(
+        running.client().chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer.text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == answer.finish_reason
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.completion_tokens == len(answer.tokens)
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == len(ids) - 1, "the same prompt is read once"
+
+
+def test_a_seed_repeats_a_sampled_answer_and_another_gives_another(running):
+    def say(seed: int) -> str:
+        asked = {"model": "mini", "prompt": "Once", "max_tokens": 24, "temperature": 1.5, "seed": seed}
+        return running.client().completions.create(**asked).choices[0].text
+
+    assert say(1) == say(1)
+    assert len({say(seed) for seed in range(4)}) > 1
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(running, engine):
+    prompt = engine.tokenizer("Once upon a time")["input_ids"]
+    text = expected(engine, prompt, 24).text
+    stop = text[5:9]
+    asked = {"model": "mini", "prompt": prompt, "max_tokens": 24, "temperature": 0, "stop": [stop, "never said"]}
+    whole = running.client().completions.create(**asked)
+    streamed = "".join(c.choices[0].text for c in running.client().completions.create(**asked, stream=True))
+    assert whole.choices[0].text == streamed == text[: text.index(stop)]
+    assert whole.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "'mini'"),
+        ({"prompt": "word " * 3000}, openai.BadRequestError, "this server takes 512"),
+        ({"prompt": ""}, openai.BadRequestError, "no tokens"),
+        ({"prompt": [3, 10**9]}, openai.BadRequestError, "no token 1000000000"),
+        ({"prompt": ["a", "b"]}, openai.BadRequestError, "One prompt"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"n": 2}, openai.BadRequestError, "n:"),
+        ({"logprobs": 3}, openai.BadRequestError, "logprobs"),
+        ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty"),
+        ({"stop": [""]}, openai.BadRequestError, "stop"),
+        ({"extra_body": {"guided_json": {}}}, openai.BadRequestError, "guided_json"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(running, change, error, words):
+    with pytest.raises(error, match=words):
+        running.client().completions.create(**{"model": "mini", "prompt": "Once", "max_tokens": 4, **change})
+    assert running.client().completions.create(model="mini", prompt="Once", max_tokens=2).usage.completion_tokens >= 0
+
+
+def test_tools_and_pictures_are_refused(running):
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        running.client().chat.completions.create(model="mini", messages=TALK, tools=[{"type": "function"}])
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        running.client().chat.completions.create(model="mini", messages=picture)
+
+
+def test_models_health_and_metrics(running):
+    (model,) = running.client().models.list().data
+    assert model.id == "mini"
+    assert running.get("/health") == (200, '{"status":"ok"}')
+    status, page = running.get("/metrics")
+    counts = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert status == 200
+    assert float(counts["ultralong_new_tokens_total"]) > 0
+    assert float(counts["ultralong_waiting_requests"]) == 0
+
+
+def resident() -> float:
+    """MiB of memory that this process, and so the server in it, has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_of_mixed_lengths_with_cancels_and_killed_clients(running, engine):
+    """No answer is lost or mixed up, whatever the others do."""
+    draw, before = random.Random(0), resident()
+    words = Path(__file__).read_text().split()
+    prompts = [engine.tokenizer(" ".join(draw.choices(words, k=draw.randint(1, 90))))["input_ids"] for _ in range(25)]
+    prompts = [prompt[: 512 - 8] for prompt in prompts]
+    answers = [expected(engine, prompt, 8).text for prompt in prompts]
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> None:
+        place = number % len(prompts)
+        asked = {"model": "mini", "prompt": prompts[place], "max_tokens": 8, "temperature": 0}
+        await asyncio.sleep(draw.random() * 2)
+        match number % 8:
+            case 5:  # leaves after the first piece
+                async with await client.completions.create(**asked, stream=True) as stream:
+                    async for _ in stream:
+                        break
+            case 6:  # a killed client: it says something and is gone
+                body = json.dumps({**asked, "stream": True}).encode()
+                _, line = await asyncio.open_connection("127.0.0.1", running.port)
+                line.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+                line.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                await line.drain()
+                line.transport.abort()
+            case 7:  # too long
+                with pytest.raises(openai.BadRequestError):
+                    await client.completions.create(**{**asked, "prompt": [5] * 600})
+            case 4:
+                stream = await client.completions.create(**asked, stream=True)
+                assert "".join([chunk.choices[0].text async for chunk in stream]) == answers[place]
+            case _:
+                assert (await client.completions.create(**asked)).choices[0].text == answers[place]
+
+    async def ask_all() -> None:
+        base = f"http://127.0.0.1:{running.port}/v1"
+        async with openai.AsyncOpenAI(base_url=base, api_key="none", max_retries=0, timeout=200) as client:
+            await asyncio.gather(*(ask(client, number) for number in range(200)))
+
+    asyncio.run(ask_all())
+    assert running.get("/health")[0] == 200
+    assert resident() - before < 100, "MiB; what is kept is one cache and one prompt"
+
+
+def test_a_key_a_full_queue_and_a_large_body(monkeypatch):
+    monkeypatch.setenv("MINI_KEY", "secret")
+    served = Running(name="mini", key_variable="MINI_KEY", queue=1, body_mib=1, answer_tokens=400)
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            served.client("wrong").models.list()
+        assert served.get("/metrics")[0] == 401
+        assert served.get("/health")[0] == 200
+        client = served.client("secret")
+        with pytest.raises(openai.APIStatusError, match="1,048,576 bytes") as found:
+            client.completions.create(model="mini", prompt="x" * 2**20, max_tokens=1)
+        assert found.value.status_code == 413
+
+        async def crowd() -> list[object]:
+            base = f"http://127.0.0.1:{served.port}/v1"
+            async with openai.AsyncOpenAI(base_url=base, api_key="secret", max_retries=0) as asked:
+                one = {"model": "mini", "prompt": "Once", "temperature": 1.9, "seed": 3}
+                return await asyncio.gather(
+                    *(asked.completions.create(**one) for _ in range(6)), return_exceptions=True
+                )
+
+        found = asyncio.run(crowd())
+        assert any(isinstance(one, openai.RateLimitError) for one in found)
+        assert any(isinstance(one, openai.types.Completion) for one in found)
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"host": "0.0.0.0"}, "--key-variable"),
+        ({"kv": "int4"}, "auto or fp8"),
+        ({"queue": 0}, "queue must be 1"),
+        ({"port": 70000}, "port must be"),
+    ],
+)
+def test_settings_that_can_not_be_served(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ServeSettings("model", **settings)
+
+
+def test_a_missing_key_and_a_window_that_is_too_small_are_told_first(monkeypatch):
+    monkeypatch.delenv("NO_KEY", raising=False)
+    with pytest.raises(ValueError, match="NO_KEY holds no API key"):
+        serve(ServeSettings(str(MODEL), key_variable="NO_KEY"))
+    with pytest.raises(ValueError, match="the model's window is 512"):
+        serve(ServeSettings(str(MODEL), max_tokens=1024, device="cpu"))
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match="Give another --port"):
+        serve(ServeSettings("no such model", port=taken.getsockname()[1]))
+
+
+def test_a_prompt_is_left_between_its_chunks_and_what_was_read_is_kept(engine):
+    prompt, asked = [7, 8, 9] * 100, []
+    engine.interrupted = lambda: len(asked) == 2 or asked.append(1)
+    with pytest.raises(Interrupted, match="token 192 of 300"):
+        engine.answer([prompt], [4])
+    engine.interrupted = bool
+    answer = expected(engine, prompt, 4)
+    assert answer.reused == 192
+    assert answer.tokens == expected(LocalEngine(engine.model, engine.tokenizer), prompt, 4).tokens
+
+
+def leave_and_ask(rank: int, world: int) -> tuple | None:
+    """One rank's part: the first one leaves a prompt after a chunk, then asks for it whole."""
+    model, tokenizer = load_model_and_tokenizer(MODEL, "cpu")
+    engine = ShardedEngine(model, tokenizer, dist.group.WORLD, chunk=64, quiet=True)
+    if rank:
+        return engine.follow()
+    prompt = [7, 8, 9] * 100
+    engine.interrupted = lambda: True
+    with pytest.raises(Interrupted):
+        engine.answer([prompt], [4])
+    engine.interrupted = bool
+    (answer,) = engine.answer([prompt], [4])
+    engine.close()
+    return answer.tokens, answer.reused
+
+
+def test_two_ranks_leave_a_prompt_together(engine):
+    tokens, reused = run_ranks(leave_and_ask, 2)[0]
+    assert tokens == expected(engine, [7, 8, 9] * 100, 4).tokens
+    assert reused > 0
+
+
+@pytest.mark.slow
+def test_the_command_serves_with_two_processes_and_ends_when_told(engine, tmp_path):
+    command = [sys.executable, "-m", "ultralong", "serve", str(MODEL), "--gpus", "2", "--device", "cpu", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        line = process.stdout.readline()
+        found = re.search(r"Serving model at (http://127.0.0.1:\d+/v1)", line)
+        client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0)
+        answer = client.completions.create(model="model", prompt=[7, 8, 9] * 20, max_tokens=6, temperature=0)
+        assert answer.choices[0].text == expected(engine, [7, 8, 9] * 20, 6).text
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline, "a rank goes on without its parent"
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("text", ["plain words, and more", "naïve café 😀 日本語 ", "  two  spaces\n\n\tand tabs "])
+def test_pieces_of_text_are_the_whole_text(engine, text):
+    tokens = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = TextStream(engine.tokenizer)
+    pieces = [*(stream.push(token) for token in tokens), stream.finish()]
+    assert "".join(pieces) == engine.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("stop", "left"), [(["and"], "one, two, "), (["two, a", "x"], "one, "), (["threes"], None), (["e"], "on")]
+)
+def test_a_stop_string_over_several_tokens(engine, stop, left):
+    text = "one, two, and three"
+    stream = TextStream(engine.tokenizer, stop)
+    said = "".join(stream.push(token) for token in engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+    said += stream.finish()
+    assert said == (text if left is None else left)
+    assert stream.stopped == (left is not None)

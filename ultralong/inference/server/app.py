@@ -1,0 +1,139 @@
+"""The routes: OpenAI's chat, completions and models, health, and metrics for Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ultralong.inference.server.gate import Gate, error_body
+from ultralong.inference.server.replies import Reply
+from ultralong.inference.server.requests import ChatRequest, CompletionRequest
+from ultralong.inference.server.worker import Piece, Refused, Ticket, Worker
+
+ASK_AGAIN = 0.5  # seconds after which a client that waits for a whole answer is looked for
+
+
+def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, body_bytes: int) -> FastAPI:
+    """The web application.
+
+    Args:
+        worker: Answers.
+        name: The model's name.
+        key: What requests must carry as a bearer token; None asks for nothing.
+        answer_tokens: Most tokens of an answer, where a request does not say.
+        body_bytes: Largest request.
+    """
+    app = FastAPI(title="ultralong", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Gate, key=key, most=body_bytes)
+    started = int(time.time())
+    # A tokenizer's settings change while it encodes, so it can't be shared with the worker's thread, nor used twice.
+    tokenizer, encoding = copy.deepcopy(worker.engine.tokenizer), asyncio.Lock()
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        worker.metrics.requests.labels(request.url.path.rpartition("/v1/")[2], "refused").inc()
+        return JSONResponse(error_body(error), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        text = f"{place or 'the request'}: {first['msg']}"
+        return await refused(request, Refused(400, text, "invalid_request", place or None))
+
+    async def respond(body: ChatRequest | CompletionRequest, request: Request, route: str) -> Response:
+        if body.model != name:
+            raise Refused(404, f"This server has the model {name!r}, not {body.model!r}.", "model_not_found", "model")
+        async with encoding:
+            prompt = await asyncio.to_thread(body.prompt, tokenizer)  # long texts take seconds; others are heard
+        most = body.most or max(1, min(answer_tokens, worker.limit - len(prompt)))
+        ticket, reply = worker.submit(body.job(prompt, most, route)), Reply(name, route, len(prompt))
+        if not body.stream:
+            return JSONResponse(reply.whole(*await _whole(ticket, request)))
+        first = await _next(ticket, request)
+        if first.error is not None:  # as long as nothing was sent, an error can have its status
+            raise first.error
+        events = _events(ticket, first, reply, body.with_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await respond(body, request, "chat/completions")
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await respond(body, request, "completions")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        model = {"id": name, "object": "model", "created": started, "owned_by": "ultralong"}
+        return {"object": "list", "data": [{**model, "max_model_len": worker.limit}]}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok" if worker.alive else "stopping"}, 200 if worker.alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(worker.metrics.page(), media_type=worker.metrics.content_type)
+
+    return app
+
+
+async def _next(ticket: Ticket, request: Request) -> Piece:
+    """The next piece; the job is given up where the client has gone."""
+    try:
+        while True:
+            try:
+                return await asyncio.wait_for(ticket.pieces.get(), ASK_AGAIN)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    raise Refused(499, "The client has gone.", "client_gone") from None
+    except BaseException:
+        ticket.cancelled.set()
+        raise
+
+
+async def _whole(ticket: Ticket, request: Request) -> tuple[str, Piece]:
+    """The whole text, and the last piece."""
+    text = ""
+    while True:
+        piece = await _next(ticket, request)
+        if piece.error is not None:
+            raise piece.error
+        text += piece.text
+        if piece.finish_reason is not None:
+            return text, piece
+
+
+async def _events(ticket: Ticket, first: Piece, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events of an answer. When the client leaves, this generator is closed and the job given up."""
+    try:
+        piece: Piece = first
+        yield _event(reply.opening())
+        while True:
+            if piece.error is not None:
+                yield _event(error_body(piece.error))
+                return
+            if piece.text or piece.finish_reason:
+                yield _event(reply.chunk(piece))
+            if piece.finish_reason:
+                break
+            piece = await ticket.pieces.get()
+        if with_usage:
+            yield _event(reply.usage_chunk(piece))
+        yield "data: [DONE]\n\n"
+    finally:
+        ticket.cancelled.set()
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,0 +1,149 @@
+"""Requests of OpenAI's chat and completions routes: what is understood, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from ultralong.inference.decoding import Sampling
+from ultralong.inference.server.worker import Job, Refused
+
+MOST_STOPS = 16
+
+
+class Part(BaseModel):
+    """A part of a message; text is the only kind."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """The turn as chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Request(BaseModel):
+    # What this server does not know is refused: an option without effect would give another answer than was asked for.
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    n: Literal[1] = 1
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
+    # Read by nobody here, and without an effect on the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a streamed answer ends with what it took."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(given) > MOST_STOPS or any(not text for text in given):
+            raise Refused(400, f"stop takes up to {MOST_STOPS} strings, none of them empty.", "invalid_request", "stop")
+        return tuple(given)
+
+    def job(self, prompt: list[int], most: int, route: str) -> Job:
+        """The job for the worker."""
+        sampling = Sampling(self.temperature, self.top_p, self.seed)
+        return Job(tuple(prompt), most, sampling, self.stops(), route)
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of the conversation under the tokenizer's chat template, the next turn opened.
+
+        Raises:
+            Refused: There is no template, or it refuses the conversation.
+        """
+        if not tokenizer.chat_template:
+            raise Refused(400, "The model's tokenizer has no chat template: use /v1/completions.", "no_chat_template")
+        turns = [message.plain() for message in self.messages]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, ValueError, TypeError) as error:
+            text = f"The model's chat template refuses these messages: {error}"
+            raise Refused(400, text, "invalid_messages", "messages") from error
+        return _ids(tokenizer, text, special=False)
+
+    @property
+    def most(self) -> int | None:
+        """Most tokens of the answer, where the request says."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(_Request):
+    """`POST /v1/completions`."""
+
+    prompt_: str | list[int] | list[str] = Field(alias="prompt")
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of the prompt; those that were given as they are.
+
+        Raises:
+            Refused: Several prompts, or ids that the model does not have.
+        """
+        given = self.prompt_
+        if isinstance(given, list) and given and isinstance(given[0], str):
+            if len(given) > 1:
+                raise Refused(400, "One prompt a request is taken; send the others by themselves.", "invalid_prompt")
+            given = given[0]
+        if isinstance(given, str):
+            return _ids(tokenizer, given, special=True)
+        ids = [int(token) for token in given]
+        if wrong := [token for token in ids if not 0 <= token < len(tokenizer)]:
+            raise Refused(400, f"The model has no token {wrong[0]}; its ids end at {len(tokenizer) - 1}.", "bad_token")
+        return ids
+
+    @property
+    def most(self) -> int | None:
+        """Most tokens of the answer, where the request says."""
+        return self.max_tokens
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return list(found)

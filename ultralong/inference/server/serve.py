@@ -1,0 +1,130 @@
+"""Start the server: open the model, find out how long prompts may be, listen."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ultralong.inference.batched import cache_bytes
+from ultralong.inference.engines import LocalEngine, RunnerEngine
+from ultralong.inference.server.metrics import Metrics
+from ultralong.inference.server.settings import ServeSettings
+from ultralong.inference.server.worker import Worker
+from ultralong.inference.sharded_engine import with_model
+from ultralong.utils.extras import require
+
+CHUNK = 16384  # tokens of a prefill pass: what a cancelled request waits for
+SHARE = 0.8  # of the free memory for keys and values; activations of a chunk take some of the rest
+
+
+def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -> None:
+    """Serve a model until the process is told to stop.
+
+    Args:
+        settings: What is served, and where.
+        ready: Called with the `uvicorn.Server` before it listens; its `should_exit` stops it.
+
+    Raises:
+        ValueError: No such checkpoint or device, no key in the variable, or more tokens than the model can read.
+        ImportError: A package of the extra `serve` is missing.
+    """
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, extra="serve")
+    settings.key()  # what can't be served is told before the model is loaded
+    listening(settings).close()
+    with_model(
+        _Work(settings, ready),
+        settings.model,
+        gpus=settings.gpus,
+        kv=settings.kv,
+        chunk=settings.chunk,
+        device=settings.device,
+        quiet=True,
+    )
+
+
+class _Work:
+    """What the first process does with the open model."""
+
+    def __init__(self, settings: ServeSettings, ready: Callable[[Any], None] | None) -> None:
+        self._settings, self._ready = settings, ready
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Any) -> None:
+        import uvicorn
+
+        from ultralong.inference.server.app import make_app
+
+        settings = self._settings
+        if engine is None:
+            engine = LocalEngine(model, tokenizer, chunk=settings.chunk or CHUNK)
+        limit = most_tokens(engine, settings)
+        worker = Worker(engine, limit, settings.queue, Metrics())
+        folder = Path(settings.model)
+        name = settings.name or (folder.resolve().name if folder.exists() else settings.model)
+        app = make_app(
+            worker,
+            name,
+            key=settings.key(),
+            answer_tokens=settings.answer_tokens,
+            body_bytes=settings.body_mib * 2**20,
+        )
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        worker.start()
+        try:
+            with listening(settings) as listener:
+                print(
+                    f"Serving {name} at http://{settings.host}:{listener.getsockname()[1]}/v1: prompt and answer up "
+                    f"to {limit:,} tokens together. Ctrl-C stops it.",
+                    flush=True,
+                )
+                if self._ready is not None:
+                    self._ready(server)
+                server.run(sockets=[listener])
+        finally:
+            worker.stop()
+
+
+def listening(settings: ServeSettings) -> socket.socket:
+    """The socket that the server listens on.
+
+    Raises:
+        ValueError: The port is taken, or the address is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can listen on {settings.host}, port {settings.port}: {error.strerror}. Give another --port, "
+            "or --port 0 for a free one."
+        ) from error
+
+
+def most_tokens(engine: RunnerEngine, settings: ServeSettings) -> int:
+    """Most tokens of a prompt and its answer: the model's window, or what the GPU's free memory holds.
+
+    Raises:
+        ValueError: More were asked for.
+    """
+    window = int(engine.model.config.get_text_config().max_position_embeddings)
+    if settings.max_tokens is not None and settings.max_tokens > window:
+        raise ValueError(
+            f"max_tokens is {settings.max_tokens:,}, and the model's window is {window:,}: extend it first "
+            "(ultralong extend)."
+        )
+    wanted = settings.max_tokens or window
+    if engine.model.device.type != "cuda":
+        return wanted
+    each = cache_bytes(engine.model) / (settings.gpus * (2 if settings.kv == "fp8" else 1))
+    held = int(SHARE * torch.cuda.mem_get_info(engine.model.device)[0] / each)
+    if settings.max_tokens is not None and held < settings.max_tokens:
+        raise ValueError(
+            f"max_tokens is {settings.max_tokens:,}, and the free GPU memory holds keys and values of about {held:,}: "
+            "use more --gpus, --kv fp8, or lower it."
+        )
+    return min(wanted, held)

@@ -1,0 +1,84 @@
+"""What a server serves, and to whom."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+
+from ultralong.utils.token_count import Tokens
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """A server of one model.
+
+    Attributes:
+        model: Folder or hub id.
+        host: Address to listen on. Any but this machine's own needs `key_variable`.
+        port: Port to listen on; 0 takes a free one.
+        name: Name of the model in requests and answers; the folder's name by default.
+        key_variable: Environment variable that holds the API key which requests must carry.
+        gpus: GPUs that share a prompt; each holds the whole model and its part of the cache.
+        kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
+        chunk: Tokens of one prefill pass, after each of which a cancelled request ends; by default 16,384, or 65,536 a
+            GPU with gpus or kv.
+        max_tokens: Most tokens of a prompt and its answer; by default the model's window, or what the GPU's memory
+            allows where that is less.
+        answer_tokens: Most tokens of an answer, where a request does not say.
+        queue: Requests that may wait; one more is refused.
+        body_mib: Largest request in MiB.
+        device: auto, cpu or cuda.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    key_variable: str | None = None
+    gpus: int = 1
+    kv: str = "auto"
+    chunk: Tokens | None = None
+    max_tokens: Tokens | None = None
+    answer_tokens: Tokens = 1024
+    queue: int = 64
+    body_mib: int = 64
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.kv not in ("auto", "fp8"):
+            raise ValueError(f"kv must be auto or fp8, found {self.kv!r}.")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be from 0 to 65535, found {self.port}.")
+        for field in ("gpus", "answer_tokens", "queue", "body_mib"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")
+        for field in ("chunk", "max_tokens"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")
+        if self.key_variable is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and no key protects it: put a key into an "
+                "environment variable and name it with --key-variable, or keep --host 127.0.0.1."
+            )
+
+    def key(self) -> str | None:
+        """The API key, or None where none is asked for.
+
+        Raises:
+            ValueError: The variable is not set, or holds nothing.
+        """
+        if self.key_variable is None:
+            return None
+        if not (key := os.environ.get(self.key_variable, "").strip()):
+            raise ValueError(f"The environment variable {self.key_variable} holds no API key.")
+        return key
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
