@@ -408,6 +408,8 @@ print("ok: the trainer reads it")
 # **Go on reading:** the library's [ring](../ultralong/attention/ring.py), [Ulysses](../ultralong/attention/ulysses.py)
 # and [layouts](../ultralong/attention/layout.py); [DeepSpeed-Ulysses](https://arxiv.org/abs/2309.14509),
 # [Ring Attention](https://arxiv.org/abs/2310.01889), [USP](https://arxiv.org/abs/2405.07719) (two levels).
+#
+# **Next:** [07_memory_and_the_trainer](07_memory_and_the_trainer.ipynb): what else fills a GPU.
 
 # %%
 store(idle_contiguous=idle["contiguous"], idle_zigzag=idle["zigzag"], bytes_ulysses=sum(sent["ulysses"][0]),

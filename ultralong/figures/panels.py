@@ -62,7 +62,7 @@ def side_by_side(
     )
     tallest = max(figure.layout.height or 380 for figure in figures)
     style(joined, title=title, height=height or tallest * rows)
-    joined.update_layout(margin={"t": 84 if title else 48})
+    joined.update_layout(margin={"t": 84 if title else 48}, barmode=figures[0].layout.barmode)
     # A note at the top edge of a panel (a marked window) needs the line that a panel's title would take.
     if any(figure.layout.annotations for figure in figures):
         joined.update_annotations(yshift=16)

@@ -1,0 +1,80 @@
+"""Figures of memory: bytes stacked by what takes them, beside what a GPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ultralong.figures.theme import GREY, PALETTE, graph_objects, new_figure
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+MOST_NAMED = 4  # bars that have their name below them; of more, some have
+
+
+def stacked_bytes(
+    bars: Mapping[str, Mapping[str, float]],
+    title: str = "",
+    *,
+    x: str = "",
+    unit: str = "GiB",
+    limit: float | None = None,
+    limit_name: str = "",
+    most: float | None = None,
+    height: int = 360,
+) -> Figure:
+    """One stacked bar for each configuration or moment; its parts are what takes the memory.
+
+    Args:
+        bars: Name of the bar to the size of each of its parts. A part that a bar lacks is 0.
+        title: Title of the figure.
+        x: Title of the horizontal axis.
+        unit: Unit of the sizes.
+        limit: What there is, drawn as a line across the bars.
+        limit_name: What the line is called.
+        most: Top of the axis, the same for several figures; None fits the bars.
+        height: Height in pixels.
+    """
+    figure = new_figure(title, x, unit, height=height)
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    for index, part in enumerate(parts):
+        figure.add_trace(
+            graph_objects().Bar(
+                name=part,
+                x=list(bars),
+                y=[round(bar.get(part, 0.0), 4) for bar in bars.values()],
+                marker={"color": PALETTE[index % len(PALETTE)]},
+                hovertemplate="%{y:,.4g} " + unit + "<extra>" + part + "</extra>",
+            )
+        )
+    top = most or 1.08 * max(sum(bar.values()) for bar in bars.values())
+    figure.update_layout(barmode="stack", showlegend=len(parts) > 1)
+    figure.update_xaxes(type="category")
+    if len(bars) > MOST_NAMED:
+        step = -(-len(bars) // MOST_NAMED)
+        figure.update_xaxes(tickvals=list(range(0, len(bars), step)), ticktext=list(bars)[::step])
+    figure.update_yaxes(range=[0, max(top, 1.15 * (limit or 0.0))])
+    if limit is not None:
+        figure.add_shape(
+            type="line",
+            x0=0,
+            x1=1,
+            xref="x domain",
+            yref="y",
+            y0=limit,
+            y1=limit,
+            line={"color": GREY, "width": 2, "dash": "dash"},
+        )
+        figure.add_annotation(
+            x=0.99,
+            y=limit,
+            xref="x domain",
+            yref="y",
+            text=limit_name,
+            showarrow=False,
+            xanchor="right",
+            yanchor="bottom",
+            font={"size": 11, "color": GREY},
+        )
+    return figure
