@@ -1,26 +1,29 @@
 # %% [markdown]
-# # 1. Rotary pairs: wavelengths, and the pairs that never turn once
+# # 1. Why does a model fail one token past its window?
 #
-# A model with rotary position embedding (RoPE) has no table of positions. It turns pairs of numbers, each pair at its
-# own speed, and reads the distance of two tokens from the angle between them. Why such a model breaks past its window,
-# and why one small change to a table of 64 numbers repairs it, follows from those speeds alone.
+# A model with rotary position embedding ([RoPE](https://arxiv.org/abs/2104.09864)) has no table of positions. It
+# rotates pairs of numbers, each pair at its own frequency, and reads the distance of two tokens from the angle between
+# them. Nothing in that formula ends. Yet a model that was trained on rows of 8,192 tokens fails soon after token 8,192.
+# The reason, and the way to repair it, both lie in one table of 64 frequencies.
 #
 # ### At a glance
 #
 # | | |
 # |---|---|
-# | time on CPU | 15 s, two cores, most of it imports (measured November 2026) |
+# | time on CPU | 15 s, two idle cores, most of it imports (measured November 2026) |
+# | reading and doing | 25 and 25 minutes |
 # | memory | 0.6 GB |
 # | downloads, cost | none |
-# | a GPU adds | nothing |
+# | a GPU, two GPUs, a cluster add | nothing |
 #
-# **You will learn**
-# * what the wavelength of a pair is, and how base and head size set it;
-# * that an attention score depends on the distance of two tokens, not on where they are;
-# * which pairs never complete a turn in training, and what they meet beyond the window;
-# * how exact 32-bit angles are, up to 4 million tokens.
+# **You will be able to**
+# * compute the wavelength of a pair, and say how base and head size set it;
+# * show that an attention score depends on the distance of two tokens, not on where they are;
+# * count the pairs that never complete a turn in training, and say what they meet beyond the window;
+# * say how far 32-bit angles carry.
 #
-# **Before this:** [00_quickstart](00_quickstart.ipynb). **After this:** [02_yarn](02_yarn.ipynb).
+# **Needs:** sine, cosine, a logarithmic axis. **Before this:** [00_quickstart](00_quickstart.ipynb). **After this:**
+# [02_yarn](02_yarn.ipynb).
 
 # %% tags=["parameters"]
 HEAD_DIM: int = 128  # size of one attention head; Llama-3.1-8B has 128
@@ -28,7 +31,7 @@ BASE: float = 500000.0  # RoPE base (theta); Llama 3 has 500,000
 WINDOW: int = 8192  # tokens of pretraining, before any scaling
 TARGET: int = 1048576  # tokens of the longer window
 SEED: int = 0  # of the random queries and keys
-INTERACTIVE: bool = True  # sliders besides the still panels
+INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
 
 # %%
 import torch
@@ -36,6 +39,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ultralong import figures
+from ultralong.course import check, predict, reveal
+from ultralong.figures.play import play
 from ultralong.notebook_tools import store
 from ultralong.rope import RopeScaling, inverse_frequencies, pair_counts, wavelengths
 
@@ -46,14 +51,14 @@ print(f"torch {torch.__version__.split('+')[0]}, {HEAD_DIM // 2} pairs a head, b
 # %% [markdown]
 # ## A pair is the hand of a clock
 #
-# A head of 128 numbers is 64 pairs. At each token, pair $i$ turns on by the angle
+# A head of 128 numbers is 64 pairs. At each token, pair $i$ is rotated by the angle
 #
 # $$\omega_i = b^{-2i/d} \quad \text{radians,}$$
 #
-# with base $b$ and head size $d$. Pair 0 turns by one radian a token, a full turn in 6.3 tokens; each next pair is
-# slower by a fixed factor. The **wavelength** $\lambda_i = 2\pi/\omega_i$ is the number of tokens for one full turn.
-# The pairs are like the hands of a clock: the fastest is the second hand, the slowest would take years. Here is the
-# whole table:
+# its *frequency*, with base $b$ and head size $d$. Pair 0 is rotated by one radian a token: a full turn takes 6.3
+# tokens. Each next pair is slower by a fixed factor. The **wavelength** $\lambda_i = 2\pi/\omega_i$ is the number of
+# tokens for one full turn. The pairs are like the hands of a clock: the first is the second hand, the last would take
+# years.
 
 
 # %%
@@ -83,18 +88,53 @@ figures.show(
     f"and cross the window of {WINDOW:,} tokens near pair {int((turn < WINDOW).sum())}.")
 
 # %% [markdown]
-# **What you should see.** A straight line over a logarithmic axis. About half of the pairs lie below the dashed
-# line: they turn at least once inside the window. The others are slower than the window is long.
+# **What you should see.** A straight line on a logarithmic axis. About half of the pairs lie below the dashed line:
+# they turn at least once inside the window. The others are slower than the window is long.
+#
+# Eight of the clocks, at growing positions. The thick arc is what the pair showed within the window; the hand is where
+# it points now. Press Play.
+
+# %%
+chosen = [round(i * (HEAD_DIM // 2 - 1) / 7) for i in range(8)]
+positions = [0, WINDOW // 2, WINDOW - 1, 2 * WINDOW, 8 * WINDOW, TARGET - 1]
+frames = [figures.clock_hands([float(at * omega[i]) for i in chosen], [float((WINDOW - 1) * omega[i]) for i in chosen],
+                              [f"pair {i}" for i in chosen]) for at in positions]
+play(frames, [f"position {at:,}" for at in positions],
+     "Eight clocks at growing positions. The hands of the fast pairs have shown their whole circle within the window; "
+     "the hands of the slow pairs leave their short arc once the position is beyond the window.", stills=[2, 5])
+
+# %% tags=["check"]
+exact, _ = inverse_frequencies(plain, dtype=torch.float64)
+for frame, at in zip(frames, positions):
+    across, up = list(frame.data[2].x), list(frame.data[2].y)
+    for place, pair in enumerate(chosen):
+        hand = complex(up[3 * place + 1] - up[3 * place], across[3 * place + 1] - across[3 * place])
+        assert abs(hand - 0.9 * torch.exp(1j * at * exact[pair])) < 2e-3, f"pair {pair} points elsewhere at {at:,}"
+outside = [pair for pair in chosen if float((TARGET - 1) * exact[pair]) > float((WINDOW - 1) * exact[pair]) and
+           turn[pair] > WINDOW]
+print(f"ok: every hand points where the library's table says; {len(outside)} of 8 leave their arc by {TARGET:,}")
+
+
+# %%
+def my_wavelength(pair, head_dim, base):  # tokens for one full turn
+    ...
+
+
+check("01.wavelength", my_wavelength)
 
 # %% [markdown]
 # ## A score depends on the distance only
 #
-# Queries and keys are turned by position before they are multiplied. Write a pair as one complex number: turning is
+# Queries and keys are rotated by position before they are multiplied. Write a pair as one complex number: a rotation is
 # multiplication by $e^{\mathrm{i}\,p\,\omega}$, and in a product of query and key only the difference of the two
 # positions is left.
 #
 # Which two numbers form a pair is a convention. Llama's weights in transformers pair number $i$ with number
 # $i + d/2$ (half split), others pair neighbours; weights of one read with the other give nonsense, without an error.
+
+# %%
+# One query, one key, the same distance: is the score another at position 1,048,576 than at 512?
+predict("01.distance", ["much smaller", "a little different", "the same"], guess=None)
 
 
 # %%
@@ -107,7 +147,7 @@ def rotate(vector: torch.Tensor, position: float) -> torch.Tensor:
 
 generator = torch.Generator().manual_seed(SEED)
 query, key = torch.randn(2, HEAD_DIM, generator=generator, dtype=torch.float64)
-distances = list(range(0, 401, 5))
+distances = list(range(0, 401, 10))
 near = [float(rotate(query, 512) @ rotate(key, 512 - distance)) for distance in distances]
 far = [float(rotate(query, TARGET) @ rotate(key, TARGET - distance)) for distance in distances]
 
@@ -129,15 +169,31 @@ figures.show(
 
 # %% [markdown]
 # **What you should see.** One curve, not two: the dashed line covers the solid one. Nothing in the formula is tied to
-# the window. So why does a model fail at positions beyond it?
+# the window. So why does a model fail beyond it?
+
+# %%
+apart = max(abs(a - b) for a, b in zip(near, far))
+reveal("01.distance", "the same" if apart < 1e-6 else "a little different", f"They differ by {apart:.0e} at most.")
+
+
+# %%
+def my_rotate(vector, angles):  # (D,) and one angle for each pair, (D/2,), to the rotated head, (D,)
+    ...
+
+
+check("01.pairing", my_rotate)
 
 # %% [markdown]
 # ## The pairs that never turn once
 #
-# Because the weights learned from the angles they were shown. A pair that turns many times in the window has shown
-# every angle, and at position one million it shows the same ones again. A pair slower than the window has only ever
-# moved over the first part of its circle. Beyond the window it enters the rest for the first time, and nothing in
-# training has fixed what the weights do there.
+# The weights learned from the angles that they were shown. A pair that turns many times in the window has shown every
+# angle, and at position one million it shows the same ones again. A pair slower than the window has only moved over the
+# first part of its circle. Beyond the window it enters the rest for the first time, and nothing in training has fixed
+# what the weights do there.
+
+# %%
+# How many of Llama 3's 64 pairs never complete a turn within 8,192 tokens?
+predict("01.never_turn", ["8", "29", "45"], guess=None)
 
 # %%
 before = [min(1.0, WINDOW / length) for length in turn.tolist()]
@@ -152,9 +208,21 @@ figures.show(
 # %% [markdown]
 # **What you should see.** Blue to the top for the fast pairs. For the slow ones almost all of the bar is orange:
 # angles that training never showed. Every method of the next notebook is a way to avoid these angles.
-#
-# The recipe's way: leave the fast pairs alone, divide the speed of the slow ones by `target / window`, and blend in
-# between. Then position 1,048,576 turns a slow pair as far as position 8,192 did before.
+
+# %%
+reveal("01.never_turn", str(never), f"{never / len(before):.0%} of the table, with base {BASE:,.0f}.")
+
+
+# %%
+def my_never(head_dim, base, window):  # how many pairs never complete a turn
+    ...
+
+
+check("01.never", my_never)
+
+# %% [markdown]
+# The recipe's way: leave the fast pairs alone, divide the frequency of the slow ones by `target / window`, and blend in
+# between. Then position 1,048,576 rotates a slow pair as far as position 8,192 did before.
 
 # %% tags=["check"]
 recipe = RopeScaling("llama3", HEAD_DIM, BASE, TARGET / WINDOW, WINDOW)
@@ -179,26 +247,22 @@ figures.show(
 # %% [markdown]
 # ## Change base, window and method
 #
-# Three settings decide the picture. A larger **base** makes the slow end slower (the fast end stays). A longer
-# **window** moves the dashed line up. A **method** bends the line. With a running kernel each row of panels has a
-# slider below it.
+# Three settings decide the picture. A larger **base** makes the slow end slower; the fast end stays. A longer
+# **window** moves the dashed line up. A **method** bends the line. Each figure has a slider and plays without a kernel.
 
 # %%
 bases = {"10k": 1e4, "100k": 1e5, "500k": 5e5, "1M": 1e6, "10M": 1e7, "100M": 1e8}
-figures.explore(
-    lambda name: figures.wavelengths({"wavelength": wavelengths(table(HEAD_DIM, bases[name])).tolist()},
-                                     marks={"window": WINDOW}, longest=1e9, height=320),
-    "base", list(bases), stills=["10k", "500k", "10M", "100M"], interactive=INTERACTIVE,
-    alt="Four panels with growing base: the line starts at the same place and gets steeper, so fewer pairs lie below "
-        "the window.")
+play([figures.wavelengths({"wavelength": wavelengths(table(HEAD_DIM, base)).tolist()}, marks={"window": WINDOW},
+                          longest=1e9, height=320) for base in bases.values()], [f"base {name}" for name in bases],
+     "Frames with growing base: the line starts at the same place and gets steeper, so fewer pairs lie below it.",
+     stills=[0, 2, 5])
 
 # %%
-windows = {figures.tokens_label(length): length for length in (512, 2048, 8192, 32_768, 131_072, 1_048_576)}
-figures.explore(
-    lambda name: figures.wavelengths({"wavelength": turn.tolist()}, marks={"window": windows[name]}, longest=1e7,
-                                     height=320),
-    "window", list(windows), stills=["512", "8K", "128K", "1M"], interactive=INTERACTIVE,
-    alt="Four panels with growing window: the dashed line rises over the same table, so more pairs turn at least once.")
+windows = (512, 2048, 8192, 32_768, 131_072, 1_048_576)
+play([figures.wavelengths({"wavelength": turn.tolist()}, marks={"window": length}, longest=1e7, height=320)
+      for length in windows], [f"window {figures.tokens_label(length)}" for length in windows],
+     "Frames with growing window: the dashed line rises over the same table, so more pairs turn at least once.",
+     stills=[0, 3, 5])
 
 
 # %%
@@ -208,23 +272,21 @@ def scaled(method: str) -> list[float]:
     return wavelengths(inverse_frequencies(scaling, TARGET, torch.float64)[0]).tolist()
 
 
-figures.explore(
-    lambda method: figures.wavelengths({"as pretrained": turn.tolist(), "scaled": scaled(method)},
-                                       marks={"target": TARGET}, longest=1e10, height=340),
-    "method", ["default", "linear", "ntk", "dynamic", "yarn", "llama3"], stills=["linear", "ntk", "yarn", "llama3"],
-    interactive=INTERACTIVE,
-    alt="Four panels: linear lifts the whole line, ntk turns it steeper, yarn and llama3 lift only the slow half.")
+methods = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+play([figures.wavelengths({"as pretrained": turn.tolist(), "scaled": scaled(method)}, marks={"target": TARGET},
+                          longest=1e10, height=340) for method in methods], list(methods), stills=[1, 2, 5],
+     alt="Frames by method: linear lifts the whole line, ntk tilts it, yarn and llama3 lift only the slow half.")
 
 # %% [markdown]
 # **What you should see.** *Base*: all lines start at 6.3 tokens, and a larger base tilts them up. *Window*: at 512
-# tokens two thirds of the table have never turned, at a million only a handful. *Method*: `linear` lifts every pair,
+# tokens two thirds of the pairs have never turned, at a million only a few. *Method*: `linear` lifts every pair,
 # the fast ones too; `ntk` tilts the line; `yarn` and `llama3` lift the slow half and leave the rest.
 
 # %% [markdown]
 # ## How exact a 32-bit angle is
 #
-# Position times speed is computed in 32-bit floats, which hold 24 binary digits. At position 4,194,304 and a speed
-# near one, 22 of them hold the integer part of the angle, and only two are left for the fraction.
+# Position times frequency is computed in 32-bit floats, which hold 24 binary digits. At position 4,194,304 and a
+# frequency near one, 22 of them hold the integer part of the angle, and only two are left for the fraction.
 
 
 # %%
@@ -254,48 +316,51 @@ print("ok: largest error " + ", ".join(f"{value:.4f} rad {name}" for name, value
 # degrees: still a usable signal, and the reason not to go much further in 32 bits. In bfloat16, with 8 digits,
 # positions beyond 256 would already be rounded to a neighbour; angles are never computed in it.
 
-# %% [markdown]
-# ## Exercises
-#
-# 1. Which base would let the slowest pair of a 128-wide head turn exactly once in 8,192 tokens? Why does nobody
-#    choose it?
-# 2. Qwen2.5 has base 1,000,000, head size 128 and a pretraining window of 32,768. How many of its pairs never turn?
-# 3. The factor replaces an earlier one, it does not multiply it. Llama-3.1 ships with factor 8 on a window of 8,192.
-#    How far does its slowest pair turn at 1,048,576 tokens with factor 128, and how far with 8 x 128?
-#
-# The next cell has one solution for each.
 
-# %% tags=["solution", "hide-input"]
-# 1. 2 pi b^((d-2)/d) = 8192. All pairs would have seen every angle, but none would be slow enough to tell near from
-#    far: only a pair that has not yet completed a turn gives each distance an angle of its own.
-single = (WINDOW / (2 * torch.pi)) ** (HEAD_DIM / (HEAD_DIM - 2))
-print(f"1. base {single:,.0f}")
 
-# 2. A pair turns when its wavelength is at most the window.
-qwen = wavelengths(table(128, 1_000_000.0))
-print(f"2. {int((qwen > 32_768).sum())} of 64 pairs")
+# %%
+my_largest = None  # the largest power of two with every angle of Llama 3's table good to 0.01 radians in float32
 
-# 3. Divided 8 times more than needed, the slow pairs would use an eighth of the angles they know.
-slow = float(table(128, 500_000.0)[-1])
-turned = [8192 * slow] + [1_048_576 * slow / factor for factor in (128, 8 * 128)]
-print("3. " + ", ".join(f"{value:.5f} rad {name}" for value, name in
-                        zip(turned, ("in pretraining", "with factor 128", "with 1,024"))))
-assert turned[1] == turned[0] > 7 * turned[2]
+check("01.largest_position", my_largest)
 
 # %% [markdown]
+# Stuck? `hint("01.never")` gives a nudge, `solution("01.never")` an answer; import both from `ultralong.course`.
+#
+# ## What this does not show
+#
+# * A table says which angles are new, not what a model does there. [02](02_yarn.ipynb) measures that.
+# * That untrained angles are the cause is shown here for the formula only. The strongest evidence is that a change of
+#   this table alone repairs most of it: see the rescaled-only stage in [00](00_quickstart.ipynb).
+# * Some heads of trained models hardly use their slow pairs. The table can't tell which.
+#
+# The cell below shows one limit of the picture: a pair that turned *once* has shown every angle, but most of them only
+# at one distance.
+
+# %%
+once = [i for i, length in enumerate(turn.tolist()) if WINDOW / 2 < length <= WINDOW]
+print(f"pairs {once} turned once in {WINDOW:,} tokens, but not twice: 'seen' counts them as safe")
+
+# %% [markdown]
+# ## At the next scale
+#
+# `ultralong.rope.from_config` reads these settings from any model's configuration, in old and new spellings, and
+# `wavelengths` gives its table. 1M, 2M and 4M tokens need factors of 128, 256 and 512 on Llama 3.
+#
 # ## Recap
 #
 # * Pair $i$ turns once in $\lambda_i = 2\pi\,b^{2i/d}$ tokens; base and head size set all of them.
 # * Scores depend on distances, but the weights only know the angles that the window showed them.
-# * With base 500,000 and 8,192 tokens, 29 of 64 pairs never turn once. Beyond the window they meet new angles; after
-#   dividing their speed by `target / window` they don't.
+# * With base 500,000 and 8,192 tokens, 29 of 64 pairs never turn once. Beyond the window they meet new angles. After
+#   their frequency is divided by `target / window` they don't.
 # * 32-bit angles are good to an eighth of a radian at 4M tokens.
+#
+# **Go on reading:** the library's [frequencies](../ultralong/rope/frequencies.py);
+# [RoFormer](https://arxiv.org/abs/2104.09864) (RoPE), [Scaling laws of RoPE-based
+# extrapolation](https://arxiv.org/abs/2310.05209) (pairs that never turn),
+# [Round and round we go](https://arxiv.org/abs/2410.06205) (what the slow pairs are used for).
 #
 # **Next:** [02_yarn](02_yarn.ipynb) compares the ways to slow the pairs down, checks them against transformers bit by
 # bit, and tries them on a model.
-#
-# **Read more:** [RoFormer](https://arxiv.org/abs/2104.09864) (RoPE), [Scaling laws of RoPE-based
-# extrapolation](https://arxiv.org/abs/2310.05209) (pairs that never turn).
 
 # %%
 store(never_turn=never, worst_angle_error_4m=worst["at 4M tokens"])

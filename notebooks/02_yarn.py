@@ -1,28 +1,31 @@
 # %% [markdown]
-# # 2. YaRN: slow the slow pairs, keep the fast ones
+# # 2. Which pairs may be slowed, and by how much?
 #
 # [Before](01_rope_frequencies.ipynb) we saw what breaks: beyond its window a model's slow rotary pairs meet angles that
-# they never saw. Here are the ways to slow them down, each in a line, the recipe of
-# [From 128K to 4M](https://arxiv.org/abs/2504.06214) among them. Each is compared with transformers bit by bit, and
-# each is tried on a model.
+# they never saw. Slowing pairs down avoids those angles, and costs something: two neighbouring tokens then differ less.
+# Here are the methods, each in one line, the recipe of [From 128K to 4M](https://arxiv.org/abs/2504.06214) among them.
+# Each is compared with transformers bit by bit, and each is tried on a model.
 #
 # ### At a glance
 #
 # | | |
 # |---|---|
-# | time on CPU | 30 s, two cores: 10 s of them train a small model (measured November 2026) |
+# | time on CPU | 40 s, two idle cores: 10 s of them train a small model (measured November 2026) |
+# | reading and doing | 30 and 25 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | none |
 # | a GPU adds | `MODEL` can be a real, unscaled checkpoint: the last sections then measure that |
+# | two GPUs, a cluster add | nothing |
 #
-# **You will learn**
-# * position interpolation, NTK-aware scaling and YaRN as three answers to one question;
-# * that there are two YaRN ramps, and which one the recipe is: Llama 3's own, with a larger factor;
-# * to write a check that a wrong table fails;
-# * what the attention temperature does, and how close its formula comes to the best value.
+# **You will be able to**
+# * explain position interpolation, NTK-aware scaling and YaRN as three answers to one question;
+# * write the recipe's table, and say which of the two YaRN ramps it uses;
+# * find the fault in a `config.json` that loads without an error;
+# * say what the attention temperature does, and what is not known about it.
 #
-# **Before this:** [01_rope_frequencies](01_rope_frequencies.ipynb). **After this:**
-# [03_separator_packing](03_separator_packing.ipynb).
+# **Needs:** the wavelength of a pair. **Before this:** [01_rope_frequencies](01_rope_frequencies.ipynb). **After
+# this:** [03_separator_packing](03_separator_packing.ipynb). Terms: [PI](https://arxiv.org/abs/2306.15595),
+# [YaRN](https://arxiv.org/abs/2309.00071), [perplexity](https://huggingface.co/docs/transformers/perplexity).
 
 # %% tags=["parameters"]
 HEAD_DIM: int = 128  # size of one attention head, for the tables
@@ -34,10 +37,12 @@ STRETCH: int = 8  # windows that the measured model reads
 STEPS: int = 400  # training steps of the small model
 DEVICE: str = "auto"  # cpu, cuda, or auto for what is there
 SEED: int = 0  # of the small model
-INTERACTIVE: bool = True  # sliders besides the still panels
+INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
 import copy
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -50,19 +55,17 @@ from transformers.utils import logging
 
 from ultralong import figures
 from ultralong.checkpoints.extend import extend
+from ultralong.course import check, predict, reveal
 from ultralong.evaluation.measures.perplexity import perplexity_by_position
+from ultralong.figures.play import play
 from ultralong.notebook_tools import store
-from ultralong.rope import (
-    RopeScaling,
-    attention_factor,
-    from_config,
-    inverse_frequencies,
-    pair_counts,
-    rope_parameters,
-)
+from ultralong.rope import RopeScaling, attention_factor, from_config, inverse_frequencies, rope_parameters
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
+logging.disable_progress_bar()
+out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-02-"))
+out.mkdir(parents=True, exist_ok=True)
 device = ("cuda" if torch.cuda.is_available() else "cpu") if DEVICE == "auto" else DEVICE
 plain = RopeScaling("default", HEAD_DIM, BASE, original_window=WINDOW)
 print(f"torch {torch.__version__.split('+')[0]} on {device}")
@@ -75,8 +78,8 @@ print(f"torch {torch.__version__.split('+')[0]} on {device}")
 # * **Position interpolation** ([PI](https://arxiv.org/abs/2306.15595)): slow all pairs by the factor. No new angles,
 #   but two neighbours now differ by a hundredth of the angle that the weights expect.
 # * **NTK-aware** scaling ([first described here](https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/)): change the
-#   base, so that the speed of the slowest pair is divided by the factor and that of the fastest stays. Every pair in
-#   between slows a little, most of them not enough.
+#   base, so that the frequency of the slowest pair is divided by the factor and that of the fastest stays. Every pair
+#   in between slows a little, most of them not enough.
 # * **YaRN** ([NTK by parts](https://arxiv.org/abs/2309.00071)): count how often each pair turned in the old window,
 #   $r = L / \lambda$. More than $\beta$ times: leave it. Less than $\alpha$ times: divide it. In between: blend. The
 #   recipe has $\alpha = 1$, $\beta = 4$.
@@ -116,22 +119,46 @@ figures.show(
 # ramp, and the ramp lies where pairs turn between one and four times in the old window.
 
 # %%
-factors = {f"{factor}": float(factor) for factor in (2, 8, 32, 128, 512)}
+factors = (2.0, 8.0, 32.0, 128.0, 256.0, 512.0)
 
 
-def shapes(name: str) -> object:
-    """Speeds kept by the three methods at one factor."""
-    kept = {label: inverse_frequencies(replace(scaling, factor=factors[name]), dtype=torch.float64)[0] / omega
+def shapes(factor: float) -> object:
+    """Frequencies kept by the three methods at one factor."""
+    kept = {label: inverse_frequencies(replace(scaling, factor=factor), dtype=torch.float64)[0] / omega
             for label, (_, scaling) in library.items()}
-    return figures.speed_kept({label: table.tolist() for label, table in kept.items()}, height=330)
+    figure = figures.speed_kept({label: table.tolist() for label, table in kept.items()}, height=330)
+    powers = [2.0**-power for power in range(0, 10, 3)]
+    return figure.update_yaxes(tickvals=powers, ticktext=["1", "1/8", "1/64", "1/512"], range=[-2.8, 0.1])
 
 
-figures.explore(shapes, "factor", list(factors), stills=["8", "128", "512"], interactive=INTERACTIVE,
-                alt="Three panels with growing factor: the bottom sinks, and YaRN's step stays at the same pairs.")
+play([shapes(factor) for factor in factors], [f"factor {factor:g}" for factor in factors],
+     "Frames with growing factor: the bottom sinks, and YaRN's step stays at the same pairs.", stills=[1, 3, 5])
 
 # %% [markdown]
 # **What you should see.** The bottom sinks with the factor; YaRN's step does not move. Where it stands depends on the
-# old window only.
+# old window only. The recipe's own table, for Llama-3.1-8B (pretraining window 8,192, base 500,000):
+#
+# | window | alpha | beta | factor |
+# |---|---|---|---|
+# | 1,048,576 | 1 | 4 | 128 |
+# | 2,097,152 | 1 | 4 | 256 |
+# | 4,194,304 | 1 | 4 | 512 |
+
+
+# %%
+def my_ramp(turns, alpha, beta):  # share of its frequency that a pair keeps, from its turns in the window
+    ...
+
+
+check("02.ramp", my_ramp)
+
+
+# %%
+def my_yarn(factor, alpha, beta):  # scaled inverse frequencies of Llama 3, radians a token, (64,), float64
+    ...
+
+
+check("02.yarn", my_yarn)
 
 # %% [markdown]
 # ## Two ramps under one name
@@ -185,7 +212,7 @@ print(f"ok: factor 128, 256, 512 equal llama3 to the last bit; the ramps differ 
 
 
 # %%
-def check(table: torch.Tensor, scaling: RopeScaling) -> None:
+def same_as_transformers(table: torch.Tensor, scaling: RopeScaling) -> None:
     """Compare a float32 table with what transformers computes from the config that we would write."""
     config = LlamaConfig(head_dim=scaling.head_dim, rope_parameters=rope_parameters(scaling),
                          max_position_embeddings=scaling.original_window)
@@ -200,7 +227,7 @@ for head_dim in (64, 128):
     for base in (1e4, 1e5, 5e5, 1e6):
         for method in ("linear", "dynamic", "yarn", "llama3"):
             scaling = RopeScaling(method, head_dim, base, FACTOR, WINDOW)
-            check(inverse_frequencies(scaling, 100_000)[0], scaling)
+            same_as_transformers(inverse_frequencies(scaling, 100_000)[0], scaling)
             count += 1
 right, fast = inverse_frequencies(recipe)[0], inverse_frequencies(plain)[0]
 wrong_tables = {
@@ -212,7 +239,7 @@ wrong_tables = {
 caught = []
 for name, wrong in wrong_tables.items():
     try:
-        check(wrong, recipe)
+        same_as_transformers(wrong, recipe)
     except AssertionError as error:
         caught.append(name)
         print(f"caught: {name} ({error})")
@@ -220,11 +247,29 @@ assert caught == list(wrong_tables), f"a wrong table passed ({set(wrong_tables) 
 print(f"ok: {count} tables equal transformers' to the last bit, {len(caught)} wrong ones do not pass")
 
 # %% [markdown]
+# Now you. Four configurations say that they are Llama-3.1-8B extended to 1M by the recipe. All four load.
+
+# %%
+from ultralong.course.exercises.nb02 import FAULTY
+
+for name, wrong in FAULTY.items():
+    print(name, {key: value for key, value in wrong.items() if key != "rope_parameters"} | wrong["rope_parameters"])
+
+# %%
+my_faults = None  # {"A": the key that is wrong, "B": ..., "C": ..., "D": ...}; "none" where nothing is
+
+check("02.faults", my_faults)
+
+# %% [markdown]
 # ## What it does to a model
 #
 # Now a model. Python's own help texts (460 KB of English, on every machine that has Python) teach a small
 # byte-level Llama with a window of 64 tokens; then it reads 8 windows, untrained at that length, once with each table.
 # With `MODEL` set to a folder, that checkpoint is measured instead.
+
+# %%
+# Inside the old window, untrained: which is worse there, PI or NTK?
+predict("02.inside", ["PI", "NTK", "both as before"], guess=None)
 
 
 # %%
@@ -290,7 +335,7 @@ figures.show(
 #
 # This is one model and one kind of text. Published comparisons after training disagree:
 # [LongRoPE2](https://arxiv.org/abs/2502.20082) and [LCEG](https://arxiv.org/abs/2409.12181) found NTK-like scaling
-# ahead of YaRN, the paper of this recipe found the reverse.
+# ahead of YaRN, the [paper of this recipe](https://arxiv.org/abs/2504.06214) found the reverse.
 
 # %% tags=["check"]
 inside = {name: bins[1]["perplexity"] for name, bins in curves.items()}  # the second half of the old window
@@ -300,7 +345,44 @@ assert last["YaRN"] < min(last["no scaling"], last["PI"], last["NTK"]) / 1.5, "Y
 assert inside["YaRN"] < 1.3 * inside["no scaling"], "YaRN should cost little inside the old window"
 print(f"ok: at {STRETCH} windows perplexity is " + ", ".join(f"{value:.1f} ({name})" for name, value in last.items()))
 
+# %%
+middle = (inside["PI"], inside["NTK"])
+reveal("02.inside", "PI" if middle[0] > 1.05 * middle[1] else "NTK",
+       f"Perplexity in the second half of the old window: PI {middle[0]:.1f}, NTK {middle[1]:.1f}, no scaling "
+       f"{inside['no scaling']:.1f}.")
+
 # %% [markdown]
+# ## Which beta for a small window?
+#
+# The recipe's beta is 4: a pair that turns four times in 8,192 tokens has a wavelength of 2,048, a page of text. In a
+# window of 64 tokens four turns are 16 tokens: a word. YaRN's authors recommend 32 for Llama.
+
+# %%
+# The best beta for this model at 8 windows?
+predict("02.beta", ["4", "16", "32"], guess=None)
+
+# %%
+betas = (2.0, 4.0, 8.0, 16.0, 32.0)
+at_beta = [measure(replace(stretched, beta=beta)) for beta in betas]
+ends = [bins[-1] for bins in at_beta]
+figure = figures.lines({"YaRN": (betas, [bin_["perplexity"] for bin_ in ends])}, "Perplexity at the end, by beta",
+                       x="beta (turns in the old window)", y="perplexity", log_x=True, markers=True)
+figure.data[0].error_y = {"array": [e["high"] - e["perplexity"] for e in ends],
+                          "arrayminus": [e["perplexity"] - e["low"] for e in ends]}
+figures.show(figure.update_xaxes(tickvals=list(betas)),
+             "Perplexity at the end of the row by beta, with intervals that overlap for neighbouring values.")
+asked = {f"{beta:g}": end["perplexity"] for beta, end in zip(betas, ends) if beta in (4, 16, 32)}
+best_beta = min(asked, key=asked.get)
+reveal("02.beta", best_beta, ", ".join(f"{value:.2f} with {beta}" for beta, value in asked.items()) + ".")
+
+# %% tags=["check"]
+assert max(asked.values()) < last["PI"], "with any of the three, YaRN should beat position interpolation"
+print(f"ok: {best_beta} is best of those asked; compare the intervals before you believe a difference")
+
+# %% [markdown]
+# **What you should see.** Small differences, and intervals as wide as they are. Beta depends on the window and on the
+# text: measure it, or leave it at the recipe's value.
+#
 # ## Temperature
 #
 # With more tokens in the softmax, each gets a smaller weight, the right one too. YaRN sharpens the softmax: cosine and
@@ -330,10 +412,22 @@ print(f"ok: best of those tried {best:.3f}, the formula says {own:.3f}; turned o
 # too little sharpening costs far more than too much.
 #
 # Then should the recipe have one? That is open. The paper says "YaRN" and does not mention the temperature; the type
-# `llama3`, whose frequencies are the recipe's, has none. What is measured above is a model without training at the new
-# length. The recipe trains on a billion tokens there, and the weights may learn what a temperature gives; whether they
-# do was not compared in the paper. `ultralong extend` keeps each type's own: `llama3` without, `yarn` with;
-# `attention_factor=1.0` turns it off.
+# `llama3`, whose frequencies are the recipe's, has none. What is known:
+#
+# * for it: the measurement above, of a model *without* training at the new length;
+# * against it: the released models name a window of 1,073,152 tokens, as a `llama3`-like configuration gives it. Their
+#   own `config.json` was not available to us, so this is a hint, not a proof;
+# * not known: whether a billion tokens of training at the new length make it needless. The paper did not compare.
+#
+# `ultralong extend` keeps each type's own: `llama3` without, `yarn` with; `attention_factor=1.0` turns it off.
+
+
+# %%
+def my_temperature(factor):  # by what YaRN's own attention factor multiplies a score of query and key
+    ...
+
+
+check("02.temperature", my_temperature)
 
 # %% [markdown]
 # ## The same in one command
@@ -342,10 +436,11 @@ print(f"ok: best of those tried {best:.3f}, the formula says {own:.3f}; turned o
 # limit and the model card, and copies the weights without loading them.
 
 # %%
-with tempfile.TemporaryDirectory() as folder:
-    model.save_pretrained(Path(folder) / "base")
-    report = extend(Path(folder) / "base", length, Path(folder) / "long", quiet=True)
-    longer = AutoModelForCausalLM.from_pretrained(Path(folder) / "long")
+shutil.rmtree(out / "base", ignore_errors=True)
+shutil.rmtree(out / "long", ignore_errors=True)
+model.save_pretrained(out / "base")
+report = extend(out / "base", length, out / "long", quiet=True)
+longer = AutoModelForCausalLM.from_pretrained(out / "long")
 print(f"{report.old_window:,} -> {report.new_window:,} tokens, type {report.method}, factor {report.factor:g}, "
       f"attention factor {report.attention_factor:.3f}")
 print(f"pairs: {report.pairs}; files: {', '.join(report.files)}")
@@ -358,35 +453,26 @@ assert all(torch.equal(a.cpu(), b) for a, b in zip(model.parameters(), longer.pa
 print("ok: transformers opens the longer model with exactly this table and the same weights")
 
 # %% [markdown]
-# ## Exercises
+# Stuck? `hint("02.yarn")` gives a nudge, `solution("02.yarn")` an answer; import both from `ultralong.course`.
 #
-# 1. The YaRN paper recommends $\beta = 32$ for Llama. How many of the 64 pairs does that put on the ramp, against six
-#    with $\beta = 4$? Is it better for the model above?
-# 2. Someone extends to 8 windows with the factor for 64 windows, to be able to grow later. What does it cost now?
-# 3. Extend a model twice, first to 2 windows, then to 8. Compare the result with extending it once.
+# ## What this does not show
 #
-# The next cell has one solution for each.
+# * The model is tiny, was trained on help texts, and was not trained at the new length. After training the order of the
+#   methods can change; published comparisons disagree.
+# * Perplexity is mostly about the last few words. A model can keep it and still not use what stands far away.
+# * One number at the end has an interval. The cell prints the one of YaRN beside the best beta's.
 
-# %% tags=["solution", "hide-input"]
-# 1. A longer ramp: it begins ten pairs earlier, where pairs turn 32 times. Here the two differ by a few percent.
-wide = replace(recipe, beta=32.0)
-print(f"1. {pair_counts(wide)['ramp']} pairs on the ramp, {pair_counts(recipe)['ramp']} with beta 4; perplexity at the "
-      f"end {measure(replace(stretched, beta=32.0))[-1]['perplexity']:.2f} and {last['YaRN']:.2f}")
-
-# 2. Every slow pair uses an eighth of the angles it knows, and neighbours on them are harder to tell apart.
-roomy = measure(replace(stretched, factor=64.0))[-1]["perplexity"]
-print(f"2. perplexity at the end {roomy:.2f} instead of {last['YaRN']:.2f}")
-
-# 3. The same table: the second factor replaces the first.
-with tempfile.TemporaryDirectory() as folder:
-    at = [Path(folder) / name for name in ("base", "twice", "direct", "first")]
-    model.save_pretrained(at[0])
-    extend(at[0], 2 * window, at[3], quiet=True)
-    twice, direct = extend(at[3], length, at[1], quiet=True), extend(at[0], length, at[2], quiet=True)
-assert twice.new_rope == direct.new_rope
-print(f"3. factor {twice.factor:g} both ways")
+# %%
+for name, item in (("YaRN, beta 4", curves["YaRN"][-1]), (f"beta {best_beta}", ends[betas.index(float(best_beta))])):
+    print(f"{name}: {item['perplexity']:.2f} ({item['low']:.2f} to {item['high']:.2f})")
 
 # %% [markdown]
+# ## At the next scale
+#
+# `ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1M --out DIR` writes the recipe's start point; it reads no
+# weights into memory. A factor larger than needed costs: every slow pair then uses a smaller part of the angles it
+# knows.
+#
 # ## Recap
 #
 # * PI slows every pair, NTK tilts the table, YaRN divides only the pairs that never turned.
@@ -395,6 +481,10 @@ print(f"3. factor {twice.factor:g} both ways")
 #   `yarn` blends in another way and is close, not equal.
 # * The factor counts from the unscaled pretraining and replaces an earlier one.
 # * Untrained, YaRN holds a small model over eight windows. Training makes the rest of the difference.
+#
+# **Go on reading:** the library's [scaling methods](../ultralong/rope/frequencies.py);
+# [PI](https://arxiv.org/abs/2306.15595), [YaRN](https://arxiv.org/abs/2309.00071),
+# [LongRoPE2](https://arxiv.org/abs/2502.20082), [Llama 3](https://arxiv.org/abs/2407.21783).
 #
 # **Next:** [03_separator_packing](03_separator_packing.ipynb) makes the long rows to train on.
 

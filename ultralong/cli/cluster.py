@@ -109,3 +109,49 @@ def launch(
         f"Wrote {', '.join(file.name for file in files)} to {out}. Next: read the variables at the top of "
         f"{files[0]}, then {files[0]} --dry-run"
     )
+
+
+def rehearse(
+    config: Positional[str | None] = None,
+    /,
+    *,
+    out: Path,
+    hosts: int = 2,
+    lose: int = 1,
+    at_step: int = 0,
+    set: tuple[str, ...] = (),
+    json: Json = None,
+) -> None:
+    """Play several hosts on this machine: start the exported scripts, kill one host, and see the run come back.
+
+    Without a config a tiny run is made and used. One of yours has to be small enough for one process a host here.
+
+    Examples:
+      ultralong launch rehearse --out rehearsal
+      ultralong launch rehearse run.yaml --out rehearsal --lose 0
+
+    Args:
+        config: Name of a preset, or a YAML file; its relative paths are relative to --out.
+        out: Folder for the scripts, the hosts' logs and the run.
+        hosts: Hosts to play, one process each.
+        lose: The host that is killed.
+        at_step: Kill it when this step is logged; by default just after the first checkpoint.
+        set: Changes of the config, with dots for groups, such as save_every=10.
+        json: Write what was found as JSON to this file.
+    """
+    from ultralong.launch.rehearse import rehearse as play
+    from ultralong.launch.sample import sample_run
+    from ultralong.training.config import TrainConfig, preset
+    from ultralong.utils import settings
+
+    source = preset(config) if config else out / "sample.yaml"
+    if config is None:
+        settings.save(sample_run(out), source)
+    wanted = settings.load(TrainConfig, source, set)
+    found = play(wanted, out, hosts=hosts, lose=lose, at_step=at_step, say=print)
+    leave(json, found.to_dict())
+    print(
+        f"Host {found.lost} was lost after step {found.before[-1]['step']}, and the run resumed from {found.saved}: "
+        f"{found.repeated} steps were computed again, and all {found.steps} are in {out / wanted.out / 'log.jsonl'} "
+        "once."
+    )

@@ -49,7 +49,13 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "data render": texts.render,
         "data merge": texts.merge,
     },
-    "3. Train": {"plan": cluster.plan, "train": make.train, "sft": make.sft, "launch": cluster.launch},
+    "3. Train": {
+        "plan": cluster.plan,
+        "train": make.train,
+        "sft": make.sft,
+        "launch": cluster.launch,
+        "launch rehearse": cluster.rehearse,
+    },
     "4. Measure the model": {
         "eval needle": measure.needle,
         "eval perplexity": measure.perplexity,

@@ -3,7 +3,7 @@
 from ultralong.figures.data import attention_mask, length_buckets, packed_row, shares, token_table
 from ultralong.figures.evaluation import needle_before_after, needle_heatmap, perplexity_curve, score_curves
 from ultralong.figures.panels import side_by_side
-from ultralong.figures.rope import circle_seen, lines, speed_kept, wavelengths
+from ultralong.figures.rope import circle_seen, clock_hands, lines, speed_kept, wavelengths
 from ultralong.figures.rows import browse_rows, row_browser
 from ultralong.figures.show import explore, png_bytes, save_png, show
 from ultralong.figures.theme import PALETTE, new_figure, style, tokens_label
@@ -14,6 +14,7 @@ __all__ = [
     "attention_mask",
     "browse_rows",
     "circle_seen",
+    "clock_hands",
     "explore",
     "length_buckets",
     "lines",

@@ -42,16 +42,17 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
         )
     objects = graph_objects()
     figure = copy.deepcopy(frames[0])
+    marks = [
+        {
+            "shapes": [shape.to_plotly_json() for shape in frame.layout.shapes],
+            "annotations": [note.to_plotly_json() for note in frame.layout.annotations],
+        }
+        for frame in frames
+    ]
+    moving = any(each != marks[0] for each in marks)
     figure.frames = [
-        objects.Frame(
-            name=title,
-            data=[trace.to_plotly_json() for trace in frame.data],
-            layout={
-                "shapes": [shape.to_plotly_json() for shape in frame.layout.shapes],
-                "annotations": [note.to_plotly_json() for note in frame.layout.annotations],
-            },
-        )
-        for frame, title in zip(frames, titles, strict=True)
+        objects.Frame(name=title, data=data, layout=around if moving else None)
+        for title, data, around in zip(titles, _changing(frames), marks, strict=True)
     ]
     step = {"mode": "immediate", "frame": {"duration": milliseconds, "redraw": True}, "transition": {"duration": 0}}
     play = {"label": "Play", "method": "animate", "args": [None, step | {"fromcurrent": True}]}
@@ -85,6 +86,26 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
         ],
     )
     return figure
+
+
+def _changing(frames: Sequence[Figure]) -> list[list[dict[str, Any]]]:
+    """The traces of every frame without what is the same in all frames: plotly keeps what a frame leaves out."""
+    every = [[trace.to_plotly_json() for trace in frame.data] for frame in frames]
+    text = [
+        [{key: json.dumps(value, default=list) for key, value in trace.items()} for trace in each] for each in every
+    ]
+    return [
+        [
+            {
+                key: value
+                for key, value in trace.items()
+                if key == "type"
+                or any(text[other][at].get(key) != text[number][at][key] for other in range(len(every)))
+            }
+            for at, trace in enumerate(each)
+        ]
+        for number, each in enumerate(every)
+    ]
 
 
 def play(
@@ -126,6 +147,21 @@ def filmstrip_bundle(
     if not stills or not all(0 <= index < len(frames) for index in stills):
         raise ValueError(f"stills must be indices of the {len(frames)} frames, found {list(stills)}.")
     strip = side_by_side([frames[index] for index in stills], [titles[index] for index in stills])
+    _once(strip, len(stills))
     content = bundle(strip, alt)
     content["application/vnd.plotly.v1+json"] = json.loads(figure.to_json())
     return content
+
+
+def _once(strip: Figure, panels: int) -> None:
+    """Panels that share their axes: one title below all of them, and the names of places at the left only."""
+    if panels > 4:
+        return
+    for panel in range(panels):
+        if panel != panels // 2:
+            strip.update_xaxes(title_text="", row=1, col=panel + 1)
+    axes = list(strip.select_yaxes())
+    pinned = [(axis.range, axis.tickvals) for axis in axes]
+    if pinned[0] != (None, None) and all(each == pinned[0] for each in pinned):
+        for axis in axes[1:]:
+            axis.showticklabels = False

@@ -115,6 +115,47 @@ def circle_seen(seen: Sequence[float], reached: Sequence[float], title: str = ""
     return figure
 
 
+def clock_hands(angles: Sequence[float], seen: Sequence[float], names: Sequence[str], title: str = "") -> Figure:
+    """Pairs as hands of clocks, two rows of them: where each points, and the part of its circle that training showed.
+
+    Args:
+        angles: Angle of each pair, radians; 0 points up and angles grow clockwise.
+        seen: Angle that each pair reached within the window of training, radians; a full turn or more is all of it.
+        names: Name under each clock.
+        title: Title of the figure.
+
+    Raises:
+        ValueError: Lists of different lengths.
+    """
+    if not len(angles) == len(seen) == len(names):
+        raise ValueError(f"clock_hands() needs lists of one length: {len(angles)}, {len(seen)}, {len(names)}.")
+    columns = -(-len(angles) // 2)
+    figure = new_figure(title, "", "", height=320)
+    centres = [(2.6 * (i % columns), -3.0 * (i // columns)) for i in range(len(angles))]
+    drawn: dict[str, tuple[list[float | None], list[float | None]]] = {
+        "circle": ([], []), "seen in training": ([], []), "hand": ([], [])
+    }  # fmt: skip
+    for (x, y), angle, reach in zip(centres, angles, seen, strict=True):
+        for name, ends in (("circle", 2 * math.pi), ("seen in training", min(reach, 2 * math.pi))):
+            arc = [ends * step / 14 for step in range(15)]
+            drawn[name][0].extend([*(round(x + math.sin(a), 3) for a in arc), None])
+            drawn[name][1].extend([*(round(y + math.cos(a), 3) for a in arc), None])
+        drawn["hand"][0].extend([x, round(x + 0.9 * math.sin(angle), 3), None])
+        drawn["hand"][1].extend([y, round(y + 0.9 * math.cos(angle), 3), None])
+    widths = {"circle": (1, GREY), "seen in training": (5, PALETTE[0]), "hand": (3, PALETTE[1])}
+    for name, (across, up) in drawn.items():
+        width, colour = widths[name]
+        figure.add_scatter(
+            x=across, y=up, name=name, mode="lines", line={"width": width, "color": colour}, hoverinfo="skip",
+            showlegend=name != "circle",
+        )  # fmt: skip
+    for (x, y), name in zip(centres, names, strict=True):
+        figure.add_annotation(x=x, y=y - 1.45, text=name, showarrow=False, font={"size": 11, "color": GREY})
+    figure.update_xaxes(range=[-1.3, 2.6 * columns - 1.3], visible=False)
+    figure.update_yaxes(range=[-4.9, 1.3], visible=False, scaleanchor="x")
+    return figure
+
+
 def speed_kept(curves: Mapping[str, Sequence[float]], title: str = "", *, first: int = 0, height: int = 360) -> Figure:
     """The speed that a scaling leaves each pair, relative to the unscaled table: 1 at the top is untouched.
 

@@ -98,7 +98,8 @@ def show(figure: Figure, alt: str) -> None:
     if ipython.get_ipython() is None:
         print(alt)
         return
-    ipython.display.display(content, raw=True)
+    # Where a page is made of a notebook, the picture's alternative text is read from the metadata.
+    ipython.display.display(content, metadata={"image/png": {"alt": alt}}, raw=True)
 
 
 def explore(
