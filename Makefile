@@ -90,9 +90,10 @@ readers: setup  ## Make build/readers/: transformers 4.46, 4.51 and 4.57 for tes
 	    > "$$("$$place/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
 	done
 
-lint: setup  ## Check style, formatting and shell scripts
+lint: setup  ## Check style, formatting, types and shell scripts
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check --quiet ultralong tests
+	"$(BIN)/mypy"
 	"$(BIN)/shellcheck" .ci/run
 
 flash4: setup  ## Install flash-attn 4 (Hopper, Blackwell): a wheel, nothing is built
