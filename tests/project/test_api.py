@@ -1,5 +1,6 @@
 """The public API: instant to import, typed, and its docstrings' examples run in their order on the miniature."""
 
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -14,6 +15,8 @@ from test_env import ROOT
 
 import ultralong
 from ultralong import api
+from ultralong.cli.options import options_of
+from ultralong.cli.table import COMMANDS
 
 FUNCTIONS = [name for name in ultralong.__all__ if name != "__version__"]
 IN_ORDER = list(api.__all__)  # the order in which the examples follow each other
@@ -94,6 +97,33 @@ def test_parameters_are_those_of_the_function_behind():
         for parameter in inspect.signature(getattr(ultralong, name)).parameters.values():
             if parameter.name in theirs and parameter.default is not parameter.empty:
                 assert parameter.default == theirs[parameter.name].default, f"{name}: {parameter.name}"
+
+
+COMMANDS_OF = {
+    "extend": "extend",
+    "pack": "pack",
+    "plan": "plan",
+    "train": "train",
+    "sft": "sft",
+    "launch": "render_launch",
+    "eval needle": "needle",
+    "eval perplexity": "perplexity",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF)
+def test_a_command_and_its_function_take_the_same_options(command):
+    """Same names and defaults; a command writes JSON, and takes as --set what the function takes as `changes`."""
+    theirs = {option.name: option.default for option in options_of(COMMANDS[command])}
+    ours = {
+        name: dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+        for name, parameter in inspect.signature(getattr(ultralong, COMMANDS_OF[command])).parameters.items()
+    }
+    assert set(theirs) - set(ours) <= {"json", "set"}
+    assert set(ours) - set(theirs) <= {"changes"}
+    assert {name: ours[name] for name in set(ours) & set(theirs)} == {
+        name: theirs[name] for name in set(ours) & set(theirs)
+    }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -161,6 +161,7 @@ def render_launch(
     out: StrPath,
     scheduler: str = "torchrun",
     changes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write the scripts that start a run on several hosts and resume it after a host was lost.
 
@@ -175,6 +176,7 @@ def render_launch(
         out: Folder for the scripts.
         scheduler: "torchrun", "slurm" or "accelerate".
         changes: As in `load_config`.
+        overwrite: Replace scripts that are there.
 
     Returns:
         The files; the first is the one to start.
@@ -184,7 +186,7 @@ def render_launch(
     """
     from ultralong.launch import launch
 
-    return launch(load_config(config, changes), nodes, gpus_per_node, scheduler, out)
+    return launch(load_config(config, changes), nodes, gpus_per_node, scheduler, out, overwrite)
 
 
 def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:

@@ -26,7 +26,9 @@ def extend(
     attention_factor: float | None = None,
     original_window: Tokens | None = None,
     theta: float | None = None,
+    beta: float | None = None,
     revision: str | None = None,
+    quiet: bool = False,
     json: Json = None,
 ) -> None:
     """Write a copy of a checkpoint with a longer window: RoPE rescaled, weights untouched.
@@ -45,7 +47,9 @@ def extend(
         attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
         original_window: Window of the unscaled pretraining, where the config does not tell.
         theta: Another RoPE base.
+        beta: Turns within the original window above which a pair keeps its speed; by default the recipe's 4.
         revision: Branch, tag or commit of a hub model.
+        quiet: No progress bar.
         json: Write the report as JSON to this file.
     """
     from ultralong.checkpoints.extend import extend as run
@@ -59,7 +63,9 @@ def extend(
         attention_factor=attention_factor,
         original_window=original_window,
         theta=theta,
+        beta=beta,
         revision=revision,
+        quiet=quiet,
     )
     leave(json, report.to_dict())
     print(
@@ -76,6 +82,8 @@ def pack(
     length: Tokens,
     out: Path,
     limit: Tokens | None = None,
+    workers: int = 1,
+    quiet: bool = False,
     json: Json = None,
 ) -> None:
     """Turn documents into rows of exactly LENGTH tokens: read, sample, tokenise, join.
@@ -91,11 +99,13 @@ def pack(
         length: Tokens of a row.
         out: Folder to write the rows into.
         limit: Stop after about this many tokens, to try a recipe out.
+        workers: Processes that tokenise.
+        quiet: No progress bars.
         json: Write the report as JSON to this file.
     """
     from ultralong.data.recipe.build import pack_recipe
 
-    report = pack_recipe(recipe, load_tokenizer(tokenizer), length, out, limit=limit)
+    report = pack_recipe(recipe, load_tokenizer(tokenizer), length, out, limit=limit, workers=workers, quiet=quiet)
     leave(json, report.to_dict())
     print(report)
 
