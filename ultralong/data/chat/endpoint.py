@@ -8,6 +8,7 @@ the request's header and nowhere else.
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import os
 import random
@@ -21,8 +22,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SHOWN = 200  # characters of a server's answer in an error message
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address means this machine by its form alone; no name is looked up."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Endpoint:
             raise ValueError(f"url must be like http://localhost:8000/v1, found {self.url!r}.")
         if parts.username or parts.password:
             raise ValueError("url: a key does not belong into the address; name a variable with key_variable.")
-        if self.key_variable and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        if self.key_variable and parts.scheme == "http" and not is_this_machine(parts.hostname):
             raise ValueError(f"url: a key would travel to {parts.hostname} in the clear. Use https.")
         if self.max_tokens < 1 or self.retries < 0 or min(self.timeout, self.backoff, self.longest_backoff) <= 0:
             raise ValueError("max_tokens, timeout and backoff must be positive, retries 0 or more.")
@@ -76,6 +87,11 @@ class Endpoint:
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
             raise ValueError(f"the environment variable {self.key_variable} holds no key. Set it, or leave it out.")
+        if not (key.isascii() and key.isprintable()):  # http.client would refuse it in words that hold the key
+            raise ValueError(
+                f"the environment variable {self.key_variable} holds a line break, or another character that no key "
+                "has. Set it anew."
+            )
         return key
 
 
@@ -138,7 +154,10 @@ class Client:
         self.endpoint, self.stop = endpoint, stop or threading.Event()
         self._key = endpoint.key()
         self._on_retry = on_retry or (lambda reason: None)
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        # A proxy of the environment would be handed key and texts that are meant for this machine.
+        local = is_this_machine(urlsplit(endpoint.url).hostname or "")
+        handlers = [urllib.request.ProxyHandler({})] if local else []
+        self._open = urllib.request.build_opener(_NoRedirect, *handlers).open
 
     def ask(self, messages: list[dict[str, str]], allow: Callable[[], bool] = lambda: True) -> Completion:
         """One answer.

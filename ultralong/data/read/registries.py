@@ -18,6 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from ultralong.utils.progress import progress
 
@@ -208,7 +209,24 @@ def _open(address: str, context: ssl.SSLContext | None, headers: dict[str, str] 
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
         address = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     request = urllib.request.Request(address, headers=headers)
-    return urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER, context=context)
+    opener = urllib.request.build_opener(_Redirect, urllib.request.HTTPSHandler(context=context))
+    return opener.open(request, timeout=SECONDS_TO_ANSWER)
+
+
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and leaves a password behind where one leads to another host."""
+
+    def redirect_request(self, req: Any, *arguments: Any) -> urllib.request.Request | None:
+        followed = super().redirect_request(req, *arguments)
+        if followed is not None and _origin(followed.full_url) != _origin(req.full_url):
+            followed.remove_header("Authorization")
+        return followed
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: whom a password is meant for."""
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _shown(index: str) -> str:

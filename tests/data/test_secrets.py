@@ -1,0 +1,139 @@
+"""A key or a password reaches the host it is meant for and nobody else: no error, no proxy, no redirect."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed, is_this_machine
+from ultralong.data.read.registries import _open
+
+KEY = "sk-this-is-secret"
+
+
+class Recorder(ThreadingHTTPServer):
+    """Answers every request, or redirects those to `/away` and `/near`; notes paths and headers."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen, self.away = [], ""
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append((self.path, dict(self.headers)))
+        target = {"/away": self.server.away, "/near": "/there"}.get(self.path)
+        body = json.dumps({"choices": [{"message": {"content": "Yes."}}]}).encode()
+        self.send_response(200 if target is None else 302)
+        if target is not None:
+            self.send_header("Location", target)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def start():
+    servers = []
+
+    def make():
+        server = Recorder()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("wrong", ["\n", "\r", "\x00", "\t", "\x7f", "\u00e9"])
+def test_a_key_that_is_none_is_refused_and_not_shown(monkeypatch, wrong):
+    """A header with a line break in it is refused by Python in words that hold the header."""
+    if wrong == "\x00":
+        monkeypatch.setattr("os.environ", {"MY_KEY": f"sk-this{wrong}-is-secret"})
+    else:
+        monkeypatch.setenv("MY_KEY", f"sk-this{wrong}-is-secret")
+    with pytest.raises(ValueError, match="MY_KEY holds a line break, or another character") as error:
+        Client(Endpoint("http://localhost:1/v1", "m", "MY_KEY"))
+    assert "sk-this" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_what_is_meant_for_this_machine_passes_no_proxy(start, monkeypatch, host, variable):
+    """The proxy of an environment would read key and conversations."""
+    server, proxy = start(), start()
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, proxy.url)
+    monkeypatch.setenv("MY_KEY", KEY)
+    client = Client(Endpoint(f"http://{host}:{server.server_port}/v1", "m", "MY_KEY", retries=0))
+    if host == "127.0.0.2":  # served on another loopback address than it listens on: no connection, and no proxy
+        with pytest.raises(RequestFailed):
+            client.ask([{"role": "user", "content": "secret"}])
+    else:
+        assert client.ask([{"role": "user", "content": "secret"}]).text == "Yes."
+        assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}"
+    assert not proxy.seen
+
+
+def test_another_machine_is_reached_through_the_proxy(start, monkeypatch):
+    proxy = start()
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert Client(Endpoint("http://host.invalid/v1", "m", retries=0)).ask([{"role": "user", "content": "x"}]).text
+    assert proxy.seen[0][0] == "http://host.invalid/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("localhost", True), ("LOCALHOST.", True), ("api.localhost", True), ("127.0.0.1", True), ("127.9.9.9", True),
+        ("::1", True), ("example.org", False), ("localhost.example.org", False), ("10.0.0.1", False),
+        ("127.0.0.1.nip.io", False), ("0.0.0.0", False),
+    ],
+)  # fmt: skip
+def test_which_hosts_are_this_machine(host, here):
+    assert is_this_machine(host) == here
+
+
+@pytest.mark.parametrize(("where", "told"), [("/away", False), ("/near", True), ("/direct", True)])
+def test_a_password_of_an_index_stays_with_its_host(start, where, told):
+    index, other = start(), start()
+    index.away = f"{other.url}/file"
+    address = index.url.replace("http://", "http://user:secret@")
+    with _open(address + where, None) as answer:
+        answer.read()
+    pair = "Basic " + base64.b64encode(b"user:secret").decode()
+    assert index.seen[0][1]["Authorization"] == pair
+    last = (other if where == "/away" else index).seen[-1][1]
+    assert (last.get("Authorization") == pair) == told
+    assert told or not any("secret" in str(headers) or pair in headers.values() for _, headers in other.seen)
+
+
+def test_another_port_is_another_host(start):
+    """The same name with a server of someone else on another port gets no password."""
+    index, other = start(), start()
+    index.away = other.url.replace("127.0.0.1", "localhost") + "/file"
+    with _open(index.url.replace("http://", "http://user:secret@") + "/away", None) as answer:
+        answer.read()
+    assert "Authorization" not in other.seen[0][1]
