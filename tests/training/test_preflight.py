@@ -11,7 +11,7 @@ from tiny_run import LENGTH, make_run
 from ultralong import launch, planner
 from ultralong.cli import main
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.training.config import DataSource, ParallelConfig, TrainConfig
+from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
 from ultralong.training.preflight import check_start, longest_position, preflight
 from ultralong.utils import settings
@@ -85,6 +85,20 @@ def no_targets(run):
     return run
 
 
+def tiled(run):
+    return replace(run, memory=MemoryConfig(activation_checkpointing=True, layer_tile=64))
+
+
+def other_layers(run):
+    edit("model/config.json", model_type="gemma2", architectures=["Gemma2ForCausalLM"])
+    return tiled(run)
+
+
+def dropout(run):
+    edit("model/config.json", attention_dropout=0.1)
+    return tiled(run)
+
+
 def parallel(**changes):
     return lambda run: replace(run, parallel=replace(run.parallel, **changes))
 
@@ -104,6 +118,9 @@ WRONG = {
     "a scheme": (parallel(scheme="ulises"), "scheme must be one of auto, single"),
     "a kernel": (parallel(kernel="flash9"), "kernel must be one of auto, flash4"),
     "compile": (lambda run: second(replace(run, compile=True), mask_documents=True), "must share row length"),
+    "too many rows": (lambda run: replace(run, steps=2**40), "and a run reads at most 2,147,483,648"),
+    "layers in tiles": (other_layers, "layers of gemma2 are not known to it: set memory.layer_tile to 0"),
+    "dropout in tiles": (dropout, "memory.layer_tile is for layers without dropout, found attention_dropout=0.1"),
     "a foreign folder": (foreign_folder, "run is not empty and holds no run"),
     "no targets": (no_targets, "rows has no token to learn from"),
 }
@@ -237,3 +254,57 @@ def test_positions_are_counted_over_every_document(run):
     longest = max(int(np.diff(rows[index].boundaries).max()) for index in range(len(rows)))
     assert longest_position(rows) == longest
     assert longest == max(int(rows[index].position_ids.max()) for index in range(len(rows))) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trackers": ("tensorboard",)}, "trackers: tensorboard is not installed"),
+        ({"trackers": ("wandb",)}, "trackers: wandb is not installed"),
+        ({"optimizer": OptimizerConfig(state_precision="8bit")}, "torchao is needed for this"),
+    ],
+)
+def test_packages_of_the_settings_are_needed_where_a_run_starts(run, monkeypatch, change, said):
+    """A plan may be made on another machine; a tracker that is not installed would be left out without a word."""
+    import importlib
+
+    from ultralong.training import preflight as checked
+
+    monkeypatch.setattr(checked, "get_available_trackers", list)
+    found = importlib.import_module
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *rest: _missing(name) if "torchao" in name else found(name, *rest)
+    )
+    (packages,) = (finding for finding in preflight(replace(run, **change), 1) if finding.name == "packages")
+    assert not packages.good
+    assert said in packages.text
+    assert all(finding.good for finding in preflight(replace(run, **change), 1, planned=True))
+
+
+def test_a_tracker_that_is_none_is_refused_everywhere(run):
+    wrong = replace(run, trackers=("tensorbord",))
+    assert "trackers: 'tensorbord' is none of aim" in said_by_plan(wrong)
+    assert "trackers: 'tensorbord' is none of aim" in said_by_launch(wrong)
+    assert "tensorbord" in said_by_trainer(wrong)
+
+
+def _missing(name):
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        (DataSource, {"rows": "r", "weight": float("inf")}),
+        (DataSource, {"rows": "r", "weight": float("nan")}),
+        (OptimizerConfig, {"lr": float("inf")}),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}),
+        (OptimizerConfig, {"eps": 0.0}),
+        (OptimizerConfig, {"weight_decay": -0.1}),
+        (OptimizerConfig, {"weight_decay": float("nan")}),
+        (ParallelConfig, {"timeout_minutes": float("inf")}),
+    ],
+)
+def test_numbers_without_sense_are_refused(part, change):
+    with pytest.raises(ValueError, match="must be"):
+        part(**change)

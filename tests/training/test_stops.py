@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kill_trials import kill_trials
 from safetensors.torch import load_file
 from tiny_run import make_run
 from torch import equal
 
 from ultralong.cli import main
+from ultralong.training.config import DataSource
 from ultralong.training.loop import train
 from ultralong.training.preflight import preflight
 from ultralong.utils import settings
@@ -221,3 +223,16 @@ def test_a_run_folder_of_the_wrong_shape_is_one_line(run, file, text, said, caps
     assert left.value.code == 1
     assert said in told
     assert "Traceback" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a child's end with its parent is Linux's")
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(run, tmp_path):
+    """A few of the trials that `tests/support/kill_trials.py` makes as many of as asked for."""
+    there = replace(
+        run, steps=24, save_every=4, model=str(tmp_path / "model"), data=(DataSource(str(tmp_path / "rows")),)
+    )
+    found = kill_trials(there, tmp_path, kills=4, seed=3)
+    assert found["differences"] == []
+    assert found["survivors"] == 0
+    assert found["counts"]["killed"] >= 3

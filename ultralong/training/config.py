@@ -32,8 +32,8 @@ class DataSource:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", os.path.expanduser(self.rows))
-        if not self.weight > 0:
-            raise ValueError(f"weight must be above 0, found {self.weight}.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight must be a number above 0, found {self.weight}.")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ class OptimizerConfig:
     state_precision: Literal["float32", "8bit"] = "float32"
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be above 0, found {self.lr}.")
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < 1 or not 0 <= self.weight_decay < 1e3:
+            raise ValueError(f"betas must be in 0..1, eps above 0 and weight_decay 0 or more, found {self}.")
         if self.warmup_steps < 0 or self.clip_norm < 0 or not 0 <= self.final_ratio <= 1:
             raise ValueError("warmup_steps and clip_norm must be 0 or more and final_ratio in 0..1.")
 
@@ -119,7 +121,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         degree = self.fsdp_shard_degree
-        if self.context_parallel_size < 1 or (degree is not None and degree < 1) or not self.timeout_minutes > 0:
+        if self.context_parallel_size < 1 or (degree is not None and degree < 1) or not 0 < self.timeout_minutes < 1e6:
             raise ValueError(
                 "context_parallel_size and fsdp_shard_degree must be 1 or more and timeout_minutes above 0, "
                 f"found {self}."

@@ -15,14 +15,33 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ultralong.training.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
 from ultralong.training.config import MemoryConfig, layers_meant
-from ultralong.training.layers import CustomBackwardLayers
+from ultralong.training.layers import KNOWN, CustomBackwardLayers
 from ultralong.training.offload import Offloader
 from ultralong.training.tiled import tile_module
+
+
+def check_tiled_layers(config: PreTrainedConfig) -> None:
+    """Refuse a model whose layers `memory.layer_tile` is not for, by its config alone.
+
+    Raises:
+        ValueError: Its layers are of another kind, or have dropout.
+    """
+    text = config.get_text_config()
+    if text.model_type not in [name.removesuffix("DecoderLayer").lower() for name in KNOWN]:
+        raise ValueError(
+            f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; layers of {text.model_type} "
+            "are not known to it: set memory.layer_tile to 0."
+        )
+    if dropout := getattr(text, "attention_dropout", 0.0):
+        raise ValueError(
+            f"memory.layer_tile is for layers without dropout, found attention_dropout={dropout}: set it to 0 in the "
+            "model's config, or memory.layer_tile to 0."
+        )
 
 
 class ActivationMemory:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
 from ultralong.attention.kernels import KERNELS, get_kernel
@@ -20,9 +21,13 @@ from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
+from ultralong.training.memory import check_tiled_layers
+from ultralong.training.model import adamw_8bit
 from ultralong.training.parallel import process_problem
 from ultralong.utils.files import is_locked
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
+
+MOST_ROWS = 2**31  # drawn by one run; their order is held in memory
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Preflight:
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
         self._check("attention", lambda: self._attention(self.shape or model, folders or []))
         self._check("folder", self._folder)
+        if self.config.trackers or self.config.optimizer.state_precision == "8bit":
+            self._check("packages", self._packages)
         return self.findings
 
     def _check(self, name: str, work: Callable[[], tuple[str, Any]]) -> Any:
@@ -137,6 +144,10 @@ class Preflight:
         if len(folders) < len(config.data):
             return f"{len(config.data) - len(folders)} of {len(config.data)} folders are not packed yet", folders
         needed, count = config.steps * config.global_batch_size, sum(map(len, folders))
+        if needed > MOST_ROWS:
+            raise ValueError(
+                f"steps x global_batch_size is {needed:,} rows, and a run reads at most {MOST_ROWS:,}: set steps lower."
+            )
         return (
             f"{count:,} rows of {folders[0].length:,} tokens; the run reads {needed:,} ({needed / count:.2f} passes)"
         ), folders
@@ -176,6 +187,8 @@ class Preflight:
             raise ValueError(
                 "compile works on one process with rows that have no document mask; switch one of them off."
             )
+        if config.memory.layer_tile and model is not None:
+            check_tiled_layers(model)
         ranks = parallel.context_parallel_size
         heads, kv_heads = _heads(model)
         row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks if ranks > 1 else None)
@@ -183,6 +196,19 @@ class Preflight:
         if ranks > 1 and model is not None:
             choose_head_chunks(scheme, ranks if scheme == "ulysses" else 1, row)  # others don't split the heads
         return f"{ranks} process{'es' * (ranks > 1)} a row, scheme {scheme}: {reason}", None
+
+    def _packages(self) -> tuple[str, None]:
+        names = [name for name in self.config.trackers if name != "all"]
+        if unknown := [name for name in names if name not in LOGGER_TYPE_TO_CLASS]:
+            raise ValueError(f"trackers: {unknown[0]!r} is none of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        if self.planned:  # on another machine than the run's, perhaps
+            return "known", None
+        installed = [str(name) for name in get_available_trackers()]
+        if missing := [name for name in names if name not in installed]:
+            raise ValueError(f"trackers: {missing[0]} is not installed. Install it, or leave it out of trackers.")
+        if self.config.optimizer.state_precision == "8bit":
+            adamw_8bit()
+        return "installed", None
 
     def _folder(self) -> tuple[str, None]:
         folder = RunFolder(Path(self.config.out))
