@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,10 +54,14 @@ def one_long_document(run):
     edit("rows/manifest.json", positions="document")
     edit("model/config.json", max_position_embeddings=LENGTH - 1)
     for folder, cut in (("rows", LENGTH // 2), ("other", LENGTH)):
-        for shard in read_json(f"{folder}/manifest.json")["shards"]:
+        manifest = read_json(f"{folder}/manifest.json")
+        for shard in manifest["shards"]:
             starts = [0] if cut == LENGTH else [0, cut]
             rows = [(row, start, 1) for row in range(shard["rows"]) for start in starts]
-            np.save(f"{folder}/{shard['shard']}.segments.npy", np.array(rows, dtype="<i8"))
+            path = Path(folder, f"{shard['shard']}.segments.npy")
+            np.save(path, np.array(rows, dtype="<i8"))
+            shard["files"][path.name]["bytes"] = path.stat().st_size
+        write_json(f"{folder}/manifest.json", manifest)
     return found
 
 
@@ -73,8 +78,6 @@ def large_vocabulary(run):
 
 
 def foreign_folder(run):
-    from pathlib import Path
-
     Path("run").mkdir()
     Path("run/thesis.txt").write_text("mine")
     return run
