@@ -147,6 +147,11 @@ def process_problem(config: TrainConfig, world: int) -> str | None:
     return None
 
 
+def sequence_groups(world: int, size: int) -> list[list[int]]:
+    """Ranks that share a row, group by group: neighbours, so that a row of one host's GPUs stays inside that host."""
+    return [list(range(first, first + size)) for first in range(0, world, size)]
+
+
 @contextmanager
 def connect(config: TrainConfig) -> Iterator[Processes]:
     """Join the processes of the run, and leave the group at the end if this call made it.
@@ -180,8 +185,7 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
             shape, names = (world // shard, shard), ("replicate", "shard")
             mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
         group = None
-        for first in range(0, world, sequence) if sequence > 1 else ():
-            ranks = list(range(first, first + sequence))
+        for ranks in sequence_groups(world, sequence) if sequence > 1 else ():
             options = nccl_options() if accelerator.device.type == "cuda" else None
             made = dist.new_group(ranks, timeout=timeout, pg_options=options)
             group = made if accelerator.process_index in ranks else group
