@@ -12,14 +12,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ultralong.data.tokens.long_texts import LONG, EncodeIds, cut_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PARTS_AT_ONCE = 8
 Encoder = Callable[[list[str]], list[np.ndarray]]
 
 
@@ -55,18 +59,45 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
             works too, slowly.
 
     Returns:
-        `encode(texts) -> list of (tokens,) arrays` of `token_dtype(len(tokenizer))`.
+        `encode(texts) -> list of (tokens,) arrays` of `token_dtype(len(tokenizer))`. Memory follows the ids, and a few
+        parts of a long text: see `long_texts`.
     """
     dtype = token_dtype(len(tokenizer))
+    encode = _ids_encoder(tokenizer)
+
+    def short(texts: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype) for ids in encode(texts)] if texts else []
+
+    def encoded(texts: list[str]) -> list[np.ndarray]:
+        # The ids of a long text are made part by part: what the tokenizer holds of a part is gone before the next.
+        found = iter(short([text for text in texts if len(text) <= LONG]))
+        return [next(found) if len(text) <= LONG else _encode_long(text, encode, dtype) for text in texts]
+
+    return encoded
+
+
+def _ids_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeIds:
+    """A function from texts to lists of ids."""
     if not getattr(tokenizer, "is_fast", False):
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         # The warning about texts longer than the model is meant for models; here the text is cut into rows later.
-        return lambda texts: [np.array(tokenizer(t, verbose=False, **options)["input_ids"], dtype) for t in texts]
+        return lambda texts: [tokenizer(text, verbose=False, **options)["input_ids"] for text in texts]
     core = copy.deepcopy(tokenizer.backend_tokenizer)
     core.no_truncation()
     core.no_padding()
     core.encode_special_tokens = True
-    return lambda texts: [np.array(e.ids, dtype) for e in core.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _encode_long(text: str, encode: EncodeIds, dtype: np.dtype) -> np.ndarray:
+    """The ids of a long text, from parts of it; a few at a time, so that the tokenizer's threads share the work."""
+    ids: list[np.ndarray] = []
+    parts = cut_text(text, encode)
+    while group := list(islice(parts, PARTS_AT_ONCE)):
+        found = encode([text[part.start - part.context : part.end] for part in group])
+        ids += [np.array(own[part.context_ids :], dtype) for part, own in zip(group, found, strict=True)]
+        del found
+    return np.concatenate(ids)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
