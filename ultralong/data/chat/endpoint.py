@@ -17,12 +17,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from ultralong.data.chat.transport import (
+    NoRedirect,
+    TooLong,
+    Watch,
+    WatchedHttp,
+    WatchedHttps,
+    WatchedRequest,
+    read_body,
+)
+from ultralong.data.read.messages import is_unicode
+
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 SHOWN = 200  # characters of a server's answer in an error message
+LARGEST_ANSWER = 1 << 24  # bytes
 
 
 def is_this_machine(host: str) -> bool:
@@ -48,6 +61,7 @@ class Endpoint:
         max_tokens: An answer's longest length.
         options: More fields of the request, such as `{"top_p": 0.9}`.
         timeout: Seconds to wait for the server to say anything.
+        deadline: Seconds for a whole request, however the server spreads its answer over them.
         retries: How often a request is repeated after 429, 5xx, a time-out, a lost connection or an unreadable answer.
         backoff: Seconds before the first repetition; doubled for each further one, with up to half taken off at random
             so that many requests do not come back at once. A server's Retry-After goes first.
@@ -61,6 +75,7 @@ class Endpoint:
     max_tokens: int = 2048
     options: dict[str, Any] = field(default_factory=dict)
     timeout: float = 120.0
+    deadline: float = 900.0
     retries: int = 6
     backoff: float = 1.0
     longest_backoff: float = 60.0
@@ -73,8 +88,12 @@ class Endpoint:
             raise ValueError("url: a key does not belong into the address; name a variable with key_variable.")
         if self.key_variable and parts.scheme == "http" and not is_this_machine(parts.hostname):
             raise ValueError(f"url: a key would travel to {parts.hostname} in the clear. Use https.")
-        if self.max_tokens < 1 or self.retries < 0 or min(self.timeout, self.backoff, self.longest_backoff) <= 0:
-            raise ValueError("max_tokens, timeout and backoff must be positive, retries 0 or more.")
+        if (
+            self.max_tokens < 1
+            or self.retries < 0
+            or min(self.timeout, self.deadline, self.backoff, self.longest_backoff) <= 0
+        ):
+            raise ValueError("max_tokens, timeout, deadline and backoff must be positive, retries 0 or more.")
 
     def key(self) -> str | None:
         """The key, from the environment.
@@ -134,11 +153,6 @@ class _Again(Exception):
         self.wait, self.billed = wait, billed
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> None:
-        """A redirect would carry the key to another host, so it is an error like any other."""
-
-
 class Client:
     """Asks an endpoint; safe to use from several threads.
 
@@ -157,7 +171,7 @@ class Client:
         # A proxy of the environment would be handed key and texts that are meant for this machine.
         local = is_this_machine(urlsplit(endpoint.url).hostname or "")
         handlers = [urllib.request.ProxyHandler({})] if local else []
-        self._open = urllib.request.build_opener(_NoRedirect, *handlers).open
+        self._open = urllib.request.build_opener(NoRedirect, WatchedHttp, WatchedHttps, *handlers).open
 
     def ask(self, messages: list[dict[str, str]], allow: Callable[[], bool] = lambda: True) -> Completion:
         """One answer.
@@ -200,28 +214,44 @@ class Client:
         raise RequestFailed(f"{reason}, after {endpoint.retries + 1} requests", billed)
 
     def _once(self, body: bytes) -> tuple[str, dict[str, Any]]:
-        request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/chat/completions", body, method="POST")
+        request = WatchedRequest(f"{self.endpoint.url.rstrip('/')}/chat/completions", body, method="POST")
         request.add_header("Content-Type", "application/json")
         if self._key is not None:
             # Unredirected headers stay out of anything that prints a request's headers.
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        with Watch(self.endpoint.deadline) as watch:
+            request.watch = watch
+            try:
+                return _parse(self._content(request, watch))
+            except TooLong:
+                raise RequestFailed(f"an answer of more than {LARGEST_ANSWER:,} bytes", 1) from None
+            except TimeoutError:
+                raise _Again(f"no answer in {self.endpoint.timeout:g} s", billed=True) from None
+            except urllib.error.URLError as error:
+                late = watch.over or isinstance(error.reason, TimeoutError)
+                reason = self._late() if watch.over else f"no connection: {error.reason}"
+                raise _Again(reason, billed=late) from None
+            except (http.client.HTTPException, OSError, ValueError) as error:
+                reason = self._late() if watch.over else f"connection lost: {type(error).__name__}"
+                raise _Again(reason, billed=True) from None
+
+    def _late(self) -> str:
+        return f"no whole answer in {self.endpoint.deadline:g} s"
+
+    def _content(self, request: WatchedRequest, watch: Watch) -> bytes:
+        """The body of the answer, in pieces, so that neither its size nor its pace is the server's choice."""
         try:
             with self._open(request, timeout=self.endpoint.timeout) as response:
-                content = response.read()
+                content = read_body(response, watch, LARGEST_ANSWER)
+            if len(content) > LARGEST_ANSWER:
+                raise TooLong
+            return content
         except urllib.error.HTTPError as error:
             with error:
-                said = self._hidden(error.read(4096).decode("utf-8", "replace"))[:SHOWN]
+                said = self._hidden(read_body(error, watch, 1 << 12)[: 1 << 12].decode("utf-8", "replace"))[:SHOWN]
             if error.code in AGAIN:
                 raise _Again(f"HTTP {error.code}: {said}", _retry_after(error.headers)) from None
             raise RequestFailed(f"HTTP {error.code}: {said}") from None
-        except TimeoutError:
-            raise _Again(f"no answer in {self.endpoint.timeout:g} s", billed=True) from None
-        except urllib.error.URLError as error:
-            late = isinstance(error.reason, TimeoutError)
-            raise _Again(f"no connection: {error.reason}", billed=late) from None
-        except (http.client.HTTPException, OSError) as error:
-            raise _Again(f"connection lost: {type(error).__name__}", billed=True) from None
-        return _parse(content)
 
     def _hidden(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, "***")
@@ -234,13 +264,17 @@ def _parse(content: bytes) -> tuple[str, dict[str, Any]]:
         choice = value["choices"][0]
         text = choice["message"]["content"]
         usage = value.get("usage") or {}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        usage = usage if isinstance(usage, dict) else {}
+        ended = choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise _Again(f"unreadable answer: {content[:SHOWN]!r}", billed=True) from None
-    if choice.get("finish_reason") == "length":
+    if ended == "length":
         raise RequestFailed("the answer was cut at max_tokens", 1)
     if not isinstance(text, str) or not text.strip():
         raise _Again("empty answer", billed=True)
-    return text, {key: count for key, count in usage.items() if isinstance(count, int)}
+    if not is_unicode(text):
+        raise _Again("an answer that is not valid Unicode", billed=True)
+    return text, {key: count for key, count in usage.items() if type(count) is int and count >= 0}
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -254,8 +288,6 @@ def _retry_after(headers: Any) -> float | None:
         pass
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, IndexError, OverflowError):  # no date, or one beyond the calendar
         return None
-    from datetime import UTC, datetime
-
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -21,7 +21,15 @@ from ultralong.data.chat.budget import Budget
 from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed, RequestStopped
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.messages import REASONING, Message
-from ultralong.utils.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
+from ultralong.utils.files import (
+    append_jsonl,
+    atomic_path,
+    drop_partials,
+    locked,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from ultralong.utils.progress import progress
 
 INSTRUCTION = (
@@ -30,6 +38,7 @@ INSTRUCTION = (
     "question and in the form it asks for. Keep what is right in the draft, correct what is wrong, leave out what does "
     "not help. Reply with the answer alone, without any remark about the draft."
 )
+SERVERS_OWN = 4096  # tokens that a server may add to a prompt or an answer, such as a system message of its own
 OVERHEAD = 16  # tokens of a message besides its text, at most: role, marks, line ends
 
 
@@ -123,9 +132,15 @@ def refine(
         quiet: True shows no progress bar.
 
     Raises:
-        ValueError: The folder was made with other settings, or the key is missing.
+        ValueError: The folder was made with other settings or another refinement runs in it, or the key is missing.
     """
     out = Path(out)
+    with locked(out):
+        drop_partials(out / "refined.jsonl")
+        return _refine(conversations, out, settings, quiet)
+
+
+def _refine(conversations: Iterable[Conversation], out: Path, settings: RefineSettings, quiet: bool) -> RefineReport:
     _check_folder(out, settings)
     log = out / "refined.jsonl"
     done = {record["id"]: record for record in read_jsonl(log)} if log.exists() else {}
@@ -227,6 +242,9 @@ class _Worker:
             return {**record, "status": "failed", "messages": talk.messages, "error": "budget used up half-way"}
         except RequestFailed as error:
             return {**record, "status": "failed", "messages": talk.messages, "error": str(error)}
+        except Exception as error:  # noqa: BLE001 - counted and shown in the report; the others go on
+            reason = f"{type(error).__name__}: {error}"
+            return {**record, "status": "failed", "messages": talk.messages, "error": reason}
         return {**record, "status": "refined", "messages": messages}
 
     def _answer(self, messages: list[Message], usage: dict[str, int]) -> str:
@@ -246,11 +264,7 @@ class _Worker:
         try:
             answer = self.client.ask(asked, allow)
             billed = answer.perhaps_billed
-            # What a server does not count is taken as the most it can be.
-            used = (
-                most if answer.prompt_tokens is None else answer.prompt_tokens,
-                longest if answer.answer_tokens is None else answer.answer_tokens,
-            )
+            used = (_plausible(answer.prompt_tokens, most), _plausible(answer.answer_tokens, longest))
             return answer.text.strip()
         except RequestFailed as error:
             billed = error.perhaps_billed
@@ -260,6 +274,14 @@ class _Worker:
             self.budget.settle((most * asides, longest * asides), used)
             usage["prompt_tokens"] += used[0]
             usage["answer_tokens"] += used[1]
+
+
+def _plausible(counted: int | None, most: int) -> int:
+    """What a server counted; what it did not count, or counted beyond all sense, is taken as the most it can be.
+
+    A server may count more than is sent, for its own words around it, but one odd number must not use up a budget.
+    """
+    return counted if counted is not None and counted <= 2 * most + SERVERS_OWN else most
 
 
 def prompt(instruction: str, messages: list[Message]) -> list[Message]:
