@@ -126,9 +126,8 @@ def pack_recipe(
         tokenizer = load_tokenizer(tokenizer)
     settings = recipe.row_settings(length)
     if isinstance(settings, PackSettings):
-        resolve_separators(
-            settings, tokenizer
-        )  # what the tokenizer lacks is better said before an hour's work than after
+        # What the tokenizer lacks is better said before an hour's work than after.
+        resolve_separators(settings, tokenizer)
     watch, out = Stopwatch(), Path(out)
     names, hits = SkipLog(out / "left_out.jsonl"), OverlapLog(out / "contaminated.jsonl")
     tests = None if recipe.decontaminate is None else read_tests(recipe.decontaminate, cache, quiet)
@@ -178,11 +177,21 @@ def _pack_documents(
             drop_partials(notes)
             deque(documents, maxlen=0)
             write_json(notes, {name: noted for source in opened for name, noted in source.notes().items()})
+    if not store.tokens:
+        told = "; ".join(f"{name}: {_why_nothing(noted)}" for name, noted in read_json(notes).items())
+        raise ValueError(f"nothing was read. {told}")
     with watch.stage("pack"):
         rows = pack(store, tokenizer, out, settings, quiet=quiet)
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
     tokens = store.manifest["sources"]
     return rows, {name: {**none, **tokens.get(name, {}), **noted} for name, noted in read_json(notes).items()}
+
+
+def _why_nothing(noted: dict[str, Any]) -> str:
+    """Why a source gave no document: what was left out, with an example of each reason."""
+    read = noted["read"]
+    skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
+    return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
 
 
 def _pack_chat(

@@ -12,7 +12,9 @@ from typing import Any
 from ultralong.data.recipe.schema import Recipe
 from ultralong.data.recipe.sources import SourceReader
 from ultralong.data.select.decontaminate import Decontaminate, OverlapLog, read_tests
-from ultralong.utils.files import atomic_path, write_json
+from ultralong.utils.files import atomic_path, drop_partials, locked, write_json
+
+CLEAN, HITS, REPORT = "clean.jsonl", "contaminated.jsonl", "report.json"
 
 
 def write_clean(
@@ -38,19 +40,23 @@ def write_clean(
     """
     out = Path(out)
     recipe = replace(recipe, length_rule=None, decontaminate=settings)
-    tests, report = read_tests(settings, cache, quiet), {}
-    hits = OverlapLog(out / "contaminated.jsonl")
-    (out / "contaminated.jsonl").unlink(missing_ok=True)
-    with (
-        closing(hits),
-        atomic_path(out / "clean.jsonl") as partial,
-        open(partial, "w", encoding="utf-8") as stream,
-    ):
-        for source in recipe.sources:
-            opened = SourceReader(source, recipe, cache, quiet, tests=tests, hits=hits)
-            for item in opened.documents() if recipe.kind == "documents" else opened.conversations():
-                stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-            report[source.name] = opened.overlap()["decontaminated"]
-    told = {"recipe": recipe.name, "sources": report}
-    write_json(out / "report.json", told)
+    with locked(out):
+        for name in (CLEAN, HITS, REPORT):
+            drop_partials(out / name)
+        tests, report = read_tests(settings, cache, quiet), {}
+        # The report goes first and comes last: with it, the files beside it are of one run and whole.
+        (out / REPORT).unlink(missing_ok=True)
+        with (
+            atomic_path(out / HITS) as partial_hits,
+            atomic_path(out / CLEAN) as partial,
+            closing(OverlapLog(partial_hits)) as hits,
+            open(partial, "w", encoding="utf-8") as stream,
+        ):
+            for source in recipe.sources:
+                opened = SourceReader(source, recipe, cache, quiet, tests=tests, hits=hits)
+                for item in opened.documents() if recipe.kind == "documents" else opened.conversations():
+                    stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+                report[source.name] = opened.overlap()["decontaminated"]
+        told = {"recipe": recipe.name, "sources": report}
+        write_json(out / REPORT, told)
     return told

@@ -26,6 +26,7 @@ from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, t
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
 from ultralong.utils.files import locked
+from ultralong.utils.processes import end_with_parent
 from ultralong.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -235,7 +236,9 @@ def _pool(tokenizer: PreTrainedTokenizerBase, workers: int) -> Iterator[tuple[Ca
         encode = make_encoder(tokenizer)
     else:
         # A forked child of a process whose tokenizer has threads can hang, so workers start afresh.
-        executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,))
+        executor = ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer, os.getpid())
+        )
         encode = _encode_in_worker
     try:
         yield lambda texts: executor.submit(encode, texts), 2 * workers
@@ -243,8 +246,9 @@ def _pool(tokenizer: PreTrainedTokenizerBase, workers: int) -> Iterator[tuple[Ca
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase, parent: int) -> None:
     global _encode
+    end_with_parent(parent)
     _encode = make_encoder(tokenizer)
 
 
