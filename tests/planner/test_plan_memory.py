@@ -21,6 +21,7 @@ from ultralong.utils.files import read_json
 
 RESULTS = Path(__file__).resolve().parents[2] / "notebooks" / "results"
 SHARDED = [row for row in read_json(RESULTS / "training_sharded_h200.json")["rows"] if "peer" not in row]
+SHARDED += read_json(RESULTS / "redesign_h200.json")["training"]["after"]
 
 PLANNED = {  # what the presets' comments promise: GPUs, tokens, shape
     "llama31-8b-1m": (8, 2**20, "meta-llama/Llama-3.1-8B"),

@@ -149,6 +149,32 @@ def decode_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def plans_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """What `ultralong plan` says of measured steps, by version 0.3 and later, and how far that is off.
+
+    Args:
+        recorded: Plans of measured steps, one or more files.
+
+    Returns:
+        Lines of a Markdown table; steps of later versions of the trainer first.
+    """
+    rows = [row for file in recorded for row in rows_of(file)]
+    rows.sort(key=lambda row: (row["trainer"], row["model"], row["gpus"], row["tokens"]))
+    rows.sort(key=lambda row: str(row["trainer"]), reverse=True)
+    lines = [
+        "| model | GPUs | tokens | trainer | GiB, GPU | plan of 0.3 | plan now | seconds | plan of 0.3 | plan now |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["model"], str(row["gpus"]), f"{row['tokens']:,}", row["trainer"]]
+        for key, digits in (("peak_gpu_gib", 1), ("seconds_per_step", 2)):
+            cells.append(f"{row[key]:.{digits}f}")
+            for planned in (row["plan_0_3"][key], row["plan_now"][key]):
+                cells.append(f"{planned:.{digits}f} ({100 * (planned / row[key] - 1):+.1f}%)")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
     "attention": (
@@ -156,6 +182,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         attention_table,
     ),
     "training": (("training_sharded_h200.json",), training_table),
+    "plans": (("plans_h200.json",), plans_table),
     "prefill": (
         (
             "prefill_1gpu_262144.json",

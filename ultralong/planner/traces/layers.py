@@ -27,7 +27,9 @@ from ultralong.planner.traces.tracker import Tracker
 from ultralong.training.config import MemoryConfig
 from ultralong.training.memory import ActivationMemory
 
-TRACED_LAYERS = (2, 3)  # layers that stand for a deep model's: what one more adds, the next one adds as well
+# Layers that stand for a deep model's: what one more adds, the next one adds as well. Where layers are not checkpointed
+# the first one's input is another kind of tensor than the second's.
+TRACED_LAYERS, TRACED_STORED_LAYERS = (1, 2), (2, 3)
 TRACED_TILES = (2, 3)  # tiles that stand for a long row's
 
 
@@ -129,10 +131,12 @@ def trace_layers(config: PreTrainedConfig, tokens: int, settings: StepSettings) 
 
 def _of_all_layers(model: str, tokens: int, settings: StepSettings) -> LayerTrace:
     layers = _config(model).get_text_config().num_hidden_layers
-    if layers <= TRACED_LAYERS[1]:
+    few, more = TRACED_LAYERS if settings.activation_checkpointing else TRACED_STORED_LAYERS
+    if layers <= more:
         return traced(model, tokens, settings, layers)
-    few, more = (traced(model, tokens, settings, count) for count in TRACED_LAYERS)
-    return few.towards(more, (layers - TRACED_LAYERS[0]) / (TRACED_LAYERS[1] - TRACED_LAYERS[0]))
+    return traced(model, tokens, settings, few).towards(
+        traced(model, tokens, settings, more), (layers - few) / (more - few)
+    )
 
 
 def _config(model: str) -> PreTrainedConfig:
