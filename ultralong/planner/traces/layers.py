@@ -134,9 +134,8 @@ def _of_all_layers(model: str, tokens: int, settings: StepSettings) -> LayerTrac
     few, more = TRACED_LAYERS if settings.activation_checkpointing else TRACED_STORED_LAYERS
     if layers <= more:
         return traced(model, tokens, settings, layers)
-    return traced(model, tokens, settings, few).towards(
-        traced(model, tokens, settings, more), (layers - few) / (more - few)
-    )
+    low, high = (traced(model, tokens, settings, count) for count in (few, more))
+    return low.towards(high, (layers - few) / (more - few))
 
 
 def _config(model: str) -> PreTrainedConfig:
