@@ -11,7 +11,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | 60 s, two idle cores (measured November 2026) |
+# | time on CPU | about 75 s, two idle cores (estimated from 100 CPU seconds, November 2026) |
 # | reading and doing | 20 and 15 minutes |
 # | memory | 1.5 GB |
 # | downloads, cost | 13 MB of texts from the Python package index; none |

@@ -13,7 +13,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | 45 s, two idle cores, most of it the rehearsal (56 CPU seconds, November 2026) |
+# | time on CPU | about 45 s, two idle cores, most of it the rehearsal (estimated from 56 CPU seconds, November 2026) |
 # | reading and doing | 30 and 30 minutes |
 # | memory | 1.5 GB |
 # | downloads, cost | none |
