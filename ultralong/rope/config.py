@@ -165,4 +165,12 @@ def _entry(entry: dict[str, Any], key: str, method: str) -> Any:
 
 def _head_size(read: Callable[[str], Any]) -> int:
     # Multi-head latent attention rotates only a part of its head, which its configs call qk_rope_head_dim.
-    return read("qk_rope_head_dim") or read("head_dim") or read("hidden_size") // read("num_attention_heads")
+    if size := read("qk_rope_head_dim") or read("head_dim"):
+        return int(size)
+    size, heads = read("hidden_size"), read("num_attention_heads")
+    require(
+        bool(size and heads),
+        f"a model of type {read('model_type')!r} says neither head_dim nor hidden_size and num_attention_heads in its "
+        "config, so the size of its rotary table is unknown.",
+    )
+    return int(size // heads)

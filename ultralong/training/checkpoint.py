@@ -33,11 +33,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from ultralong.checkpoints.distributed import Planner, Reader, changed_file, hash_own_files, record_hashes
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
 from ultralong.utils import settings
-from ultralong.utils.files import LOCK, read_json, read_jsonl, write_json, write_text
+from ultralong.utils.files import LOCK, read_json, read_jsonl, write_text
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
 FREE_TO_CHANGE = (
@@ -58,6 +59,7 @@ FREE_TO_CHANGE = (
 FORMAT_ERRORS = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError, SafetensorError)
 TORCH_FORMAT_ERRORS = ("PytorchStreamReader",)  # torch raises plain RuntimeErrors for broken zip archives
 NAME = re.compile(r"step-(\d{7})")
+ADVICE = "Remove that folder and run again with --resume: the checkpoint before it is used."
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,10 @@ def save(
     with _without_warning():
         dcp.save({"model": parameters, "optimizer": plain_tensor_states(states)}, checkpoint_id=partial, no_dist=alone)
     save_file(_random_state(), partial / f"random-{processes.accelerator.process_index}.safetensors")
+    hash_own_files(partial, processes.accelerator.process_index)
     processes.barrier()
     if processes.is_main:
-        write_json(partial / "state.json", {"step": step, "processes": processes.accelerator.num_processes})
-        _sync(partial)
+        record_hashes(partial, {"step": step, "processes": processes.accelerator.num_processes})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for _, old in folder.checkpoints()[:-keep]:
@@ -184,26 +186,38 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
         ValueError: A file of it is missing, truncated or corrupt; the message names the folder and what to do. Every
             other error, such as running out of memory or losing a connection, is raised as it is.
     """
+    if (damage := _changed(path, processes)) is not None:
+        raise ValueError(f"{path} is damaged: {damage}. {ADVICE}")
     try:
         return _load(path, processes, model, optimizer)
     except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
         cause = _cause(error, processes.accelerator.process_index)
         if (damage := _damage(path, cause)) is not None:
-            raise ValueError(
-                f"{path} is damaged: {damage}. "
-                "Remove that folder and run again with --resume: the checkpoint before it is used."
-            ) from cause
+            raise ValueError(f"{path} is damaged: {damage}. {ADVICE}") from cause
         if cause is error:
             raise
         raise cause from error  # whose text has the tracebacks of the ranks that failed
+
+
+def _changed(path: Path, processes: Processes) -> str | None:
+    """A file of a checkpoint that is not what was written; each process reads its share, and all get one answer."""
+    own = changed_file(path, processes.accelerator.process_index, processes.accelerator.num_processes)
+    if processes.accelerator.num_processes == 1:
+        return own
+    answers: list[str | None] = [None] * processes.accelerator.num_processes
+    dist.all_gather_object(answers, own)
+    return next((found for found in answers if found is not None), None)
 
 
 def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = read_json(path / "state.json")
     parameters, states = get_state_dict(model, optimizer)
     loaded = {"model": parameters, "optimizer": plain_tensor_states(states)}
+    reader = Reader(path)
+    reader.read_metadata()  # torch would log a traceback, and a second one, before it raises
     with _without_warning():
-        dcp.load(loaded, checkpoint_id=path, no_dist=processes.accelerator.num_processes == 1)
+        alone = processes.accelerator.num_processes == 1
+        dcp.load(loaded, storage_reader=reader, planner=Planner(), no_dist=alone)
     if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
         loaded["optimizer"] = states  # whose 8-bit states were loaded in place
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
@@ -235,7 +249,7 @@ def _damage(path: Path, error: BaseException) -> str | None:
         state = read_json(path / "state.json")
         if not isinstance(state, dict) or any(type(state.get(name)) is not int for name in ("step", "processes")):
             return "state.json lacks the step or the number of processes"
-        items = dcp.FileSystemReader(path).read_metadata().storage_data or {}
+        items = Reader(path).read_metadata().storage_data or {}
     except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, *FORMAT_ERRORS) as found:
         return f"{type(found).__name__}: {found}"
     ends: dict[str, int] = {}
@@ -282,11 +296,3 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's files, so that the rename that follows cannot land on disk before their content."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())

@@ -1,0 +1,150 @@
+"""Checkpoints of a run, as torch's distributed checkpoint writes them: read without running code, and compared by hash.
+
+torch reads `.metadata` and every entry that is no tensor with pickle, so that a run folder of somebody else could run
+what it likes when it is resumed. Here both are read by names that such a checkpoint needs, and by no other.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from ultralong.utils.files import read_json, sha256, write_json
+
+STATE = "state.json"
+PART = re.compile(r"__(\d+)_\d+\.distcp|random-(\d+)\.safetensors")
+# All that pickle may look up for a checkpoint's metadata, besides torch's names of number types.
+NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+}
+
+
+class _NamedOnly(pickle.Unpickler):
+    """Unpickles what metadata is made of; any other name ends it before anything is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in NAMES.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs")
+
+
+class Reader(FileSystemReader):
+    """torch's reader of a checkpoint folder, for folders that anybody may have written."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the folder.
+
+        Raises:
+            pickle.UnpicklingError: It holds something else than a checkpoint's metadata, or names a file elsewhere.
+        """
+        with open(Path(self.path) / ".metadata", "rb") as stream:
+            metadata = _NamedOnly(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f".metadata holds a {type(metadata).__name__}, no checkpoint's metadata")
+        for item in (metadata.storage_data or {}).values():
+            if Path(item.relative_path).name != item.relative_path:
+                raise pickle.UnpicklingError(f".metadata names the file {item.relative_path!r} outside its folder")
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Planner(DefaultLoadPlanner):
+    """torch's planner, for which an entry that is no tensor is a number, a text or a collection of these."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put one entry into the state that is being loaded."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+def hash_own_files(folder: Path, rank: int) -> None:
+    """Write the sizes and hashes of the files that one process wrote beside them, for `record_hashes`.
+
+    Args:
+        folder: The checkpoint, unfinished; all of the process's files are there.
+        rank: The process. The first one answers for files of no process as well.
+    """
+    own = [
+        file for file in sorted(folder.iterdir()) if _owner(file.name) == rank and not file.name.startswith("hashes")
+    ]
+    facts = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in own}
+    write_json(folder / f"hashes-{rank}.json", facts)
+
+
+def record_hashes(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the checkpoint's `state.json`, with what all processes have left by `hash_own_files`.
+
+    Every file is on the disk when this returns, so that the rename that follows cannot land before their content.
+    """
+    files: dict[str, Any] = {}
+    for part in sorted(folder.glob("hashes-*.json")):
+        files |= read_json(part)
+        part.unlink()
+    write_json(folder / STATE, {**state, "files": files})
+    for file in folder.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files by their recorded sizes and hashes; None where nothing is.
+
+    Args:
+        folder: A checkpoint. One of a version without hashes has nothing to compare.
+        rank: This process, which looks at its share of the files.
+        ranks: Processes that share them.
+    """
+    for name in sorted(recorded := recorded_files(folder))[rank::ranks]:
+        file, facts = folder / name, recorded[name]
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes where {facts['bytes']:,} were written"
+        if sha256(file) != facts["sha256"]:
+            return f"{name} is not what was written (its hash differs)"
+    return None
+
+
+def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash by file name, as `state.json` has them; empty where it has none or is no such file."""
+    try:
+        files = read_json(folder / STATE)["files"]
+    except (OSError, ValueError, KeyError, TypeError):  # the caller's own reading of the file says what is wrong
+        return {}
+    whole = isinstance(files, dict) and all(
+        Path(name).name == name and isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
+        for name, facts in files.items()
+    )
+    return files if whole else {}
+
+
+def _owner(name: str) -> int:
+    found = PART.fullmatch(name)
+    return int(found[1] or found[2]) if found else 0
