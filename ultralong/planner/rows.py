@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.training.config import DataSource
 
@@ -42,6 +40,7 @@ def planned_rows(sources: Sequence[DataSource]) -> PlannedRows | None:
     for source, folder in zip(sources, folders, strict=True):
         rows = PackedRows(folder) if (folder / "manifest.json").is_file() else first
         count = min(len(rows), max(1, round(SAMPLED * source.weight / total)))
-        for index in np.linspace(0, len(rows) - 1, count).astype(int).tolist():
-            found.append(tuple(rows[index].boundaries.tolist()))
+        # From the middle of equal parts: the last row, which may be padding for the most part, is one row of all.
+        for part in range(count):
+            found.append(tuple(rows[(2 * part + 1) * len(rows) // (2 * count)].boundaries.tolist()))
     return PlannedRows(first.length, tuple(found))
