@@ -33,7 +33,7 @@ TOKENS: int = 1048576  # tokens of the planned row
 GPUS: int = 2  # GPUs that share it, and the parameters
 HOST_GIB: float = 128.0  # GiB of host memory for each GPU's process
 MACHINE: str = "h200"  # the planned GPU: h200, h100, a100, or a file of `ultralong bench rates`
-STEP_TOKENS: int = 1024  # tokens of the row that is trained on here
+STEP_TOKENS: int = 1024  # tokens of the row that is trained on here, more than 512
 DEVICE: str = "cpu"  # "cuda" measures one step of a real shape beside its plan
 SEED: int = 0  # of the tiny model and its row
 INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
@@ -603,7 +603,7 @@ print("ok: the trainer reads run.yaml" if gpu <= there else "No plan fits: take 
 # [ALST](https://arxiv.org/abs/2506.13996), [8-bit optimizers](https://arxiv.org/abs/2110.02861),
 # [LightSeq](https://arxiv.org/abs/2310.03294), which first kept attention out of the recomputation.
 #
-# **Next:** [10_evaluation](10_evaluation.ipynb) measures what a trained model can do.
+# **Next:** [08_one_gpu_run](08_one_gpu_run.ipynb) does it with a real model.
 
 # %%
 store(states_gib=sum(by_hand.values()), loss_gap=max(gaps), timeline_saving=saving, checkpointing_gib=sum(
