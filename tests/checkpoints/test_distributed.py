@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ultralong.checkpoints.distributed import Planner, Reader, changed_file, recorded_files
+from ultralong.checkpoints.distributed import Planner, Reader, changed_file, hash_own_files, recorded_files
 from ultralong.training import checkpoint
 from ultralong.utils.files import read_json, sha256, write_json
 from ultralong.utils.local_ranks import run_ranks
@@ -179,3 +179,14 @@ def test_metadata_of_another_kind_is_refused(saved):
     (saved / ".metadata").write_bytes(pickle.dumps({"planned": [1, 2]}))
     with pytest.raises(pickle.UnpicklingError, match="holds a dict"):
         Reader(saved).read_metadata()
+
+
+def test_what_another_process_is_writing_beside_it_is_no_part_of_a_checkpoint(tmp_path):
+    """The notes of the others come and go while a process looks at the folder."""
+    kept = (".metadata", "__0_0.distcp", "random-0.safetensors")
+    for name in (*kept, "__1_0.distcp", "random-1.safetensors", "hashes-1.json", ".hashes-1.json.4ba42b.partial"):
+        (tmp_path / name).write_bytes(name.encode())
+    hash_own_files(tmp_path, 0)
+    assert set(read_json(tmp_path / "hashes-0.json")) == set(kept)
+    hash_own_files(tmp_path, 1)
+    assert set(read_json(tmp_path / "hashes-1.json")) == {"__1_0.distcp", "random-1.safetensors"}

@@ -91,9 +91,7 @@ def hash_own_files(folder: Path, rank: int) -> None:
         folder: The checkpoint, unfinished; all of the process's files are there.
         rank: The process. The first one answers for files of no process as well.
     """
-    own = [
-        file for file in sorted(folder.iterdir()) if _owner(file.name) == rank and not file.name.startswith("hashes")
-    ]
+    own = [file for file in sorted(folder.iterdir()) if _owner(file.name) == rank and _is_kept(file.name)]
     facts = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in own}
     write_json(folder / f"hashes-{rank}.json", facts)
 
@@ -143,6 +141,11 @@ def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
         for name, facts in files.items()
     )
     return files if whole else {}
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a file belongs to the checkpoint; the others are the notes of processes, being written beside it."""
+    return name == ".metadata" or not name.startswith((".", "hashes-"))
 
 
 def _owner(name: str) -> int:

@@ -2,19 +2,153 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
 from ultralong.course.exercise import Exercise, Mistake
-from ultralong.course.exercises.nb08_checks import (
-    NEEDED,
-    STATES,
-    check_resume,
-    check_step,
-    check_triage,
-    step_in_proportion,
-    step_on_the_line,
-    step_seconds,
-    step_square_only,
-    verdicts,
-)
+
+# Seconds of a training step of SmolLM2-135M on one H200, from notebooks/results/training_h200.json.
+MEASURED = {16384: 0.257, 65536: 1.9663, 131072: 6.9167}
+
+
+# ---- 08.step
+
+
+def step_seconds(tokens: int, measured: Mapping[int, float]) -> float:
+    """Seconds of a step at another length: a part that grows with the tokens, and one with their square."""
+    (n, s), (m, t) = sorted(measured.items())
+    square = (t / m - s / n) / (m - n)
+    return tokens * (s / n - square * n) + square * tokens**2
+
+
+def step_in_proportion(tokens: int, measured: Mapping[int, float]) -> float:
+    """Wrong: seconds in proportion to the tokens."""
+    n = min(measured)
+    return measured[n] * tokens / n
+
+
+def step_square_only(tokens: int, measured: Mapping[int, float]) -> float:
+    """Wrong: seconds in proportion to the tokens' square."""
+    n = min(measured)
+    return measured[n] * (tokens / n) ** 2
+
+
+def step_on_the_line(tokens: int, measured: Mapping[int, float]) -> float:
+    """Wrong: the line through both measurements."""
+    (n, s), (m, t) = sorted(measured.items())
+    return s + (t - s) * (tokens - n) / (m - n)
+
+
+def check_step(answer: Any) -> str:
+    """Compare with what was measured at two lengths."""
+    worst = 0.0
+    for tokens in (65536, 131072):
+        known = {n: s for n, s in MEASURED.items() if n != tokens}
+        found, right = float(answer(tokens, dict(known))), MEASURED[tokens]
+        say = f"{tokens:,} tokens: you say {found:.2f} s, measured {right:.2f}. "
+        off = abs(found / right - 1)
+        assert off <= 0.25 or not math.isclose(found, step_in_proportion(tokens, known), rel_tol=0.01), (
+            say + "In proportion to the tokens? Attention grows with their square."
+        )
+        assert off <= 0.25 or not math.isclose(found, step_square_only(tokens, known), rel_tol=0.01), (
+            say + "Not all work is a square: projections and feed-forward layers grow with the tokens only."
+        )
+        assert off <= 0.25 or not math.isclose(found, step_on_the_line(tokens, known), rel_tol=0.01), (
+            say + "A straight line between two points has no square in it."
+        )
+        assert off <= 0.25, say + "Solve a n + b n^2 for the two measured lengths."
+        worst = max(worst, off)
+    return f"within {worst:.0%} of what was measured, from two other lengths."
+
+
+# ---- 08.triage
+
+VERDICTS = ("too low", "good", "too high", "diverged")
+RIGHT = {"A": "good", "B": "diverged", "C": "too low", "D": "too high"}
+
+
+def verdicts(a: str, b: str, c: str, d: str) -> dict[str, str]:
+    """The verdicts of the four curves."""
+    return dict(zip("ABCD", (a, b, c, d), strict=True))
+
+
+def check_triage(answer: Any) -> str:
+    """Compare with the verdict on each recorded curve."""
+    given = answer if isinstance(answer, dict) else {}
+    assert set(given) == set(RIGHT) and set(given.values()) <= set(VERDICTS), (
+        f"Give a dict with the keys A, B, C, D, each with one of {', '.join(VERDICTS)}; found {answer!r}."
+    )
+    assert given["B"] == "diverged", f"B is {given['B']!r}? Its loss ends far above that of guessing: it has diverged."
+    assert given["C"] == "too low", (
+        f"C is {given['C']!r}? It is smooth, but it hardly moves from its first value: nothing is learnt yet."
+    )
+    assert given["D"] == "too high", (
+        f"D is {given['D']!r}? It rises in its first steps and stays above zero, but does not run away: too high."
+    )
+    assert given["A"] == "good", f"A is {given['A']!r}? It falls from the start, and ends lowest."
+    return "a smooth curve is no proof of a good learning rate, and a rising one is not always lost."
+
+
+# ---- 08.resume
+
+STATES = ("parameters", "adam mean", "adam square", "step", "random state", "gradients")
+NEEDED = frozenset(STATES) - {"gradients"}
+MISSING = {
+    "parameters": "Without the parameters there is no model to go on with.",
+    "adam mean": "AdamW's running mean of gradients starts from zero again: the first steps go another way.",
+    "adam square": "AdamW's running mean of squares starts from zero again: the first steps are of another size.",
+    "step": "Without the step the warm-up starts again, and AdamW corrects its means as if they were new.",
+    "random state": "Without the random state dropout and the order of rows are drawn anew.",
+}
+
+
+def _train(first: int, last: int, state: dict[str, Any]) -> dict[str, Any]:
+    """A toy run with AdamW, a warm-up and dropout, from step `first` to before `last`."""
+    generator = torch.Generator()
+    generator.set_state(state["random state"])
+    weight, mean, square = (state[name].clone() for name in ("parameters", "adam mean", "adam square"))
+    step = state["step"]
+    for _ in range(first, last):
+        step += 1
+        row = torch.randn(8, generator=generator, dtype=torch.float64)
+        kept = torch.rand(8, generator=generator, dtype=torch.float64) > 0.1
+        grad = 2 * (weight - row) * kept
+        mean, square = 0.9 * mean + 0.1 * grad, 0.95 * square + 0.05 * grad**2
+        size = 0.1 * min(1.0, step / 4) / (1 - 0.9**step)
+        weight = weight - size * mean / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+    return {"parameters": weight, "adam mean": mean, "adam square": square, "step": step,
+            "random state": generator.get_state(), "gradients": grad}  # fmt: skip
+
+
+def _fresh() -> dict[str, Any]:
+    zero = torch.zeros(8, dtype=torch.float64)
+    start = {"parameters": zero, "adam mean": zero, "adam square": zero, "step": 0, "gradients": zero}
+    return {**start, "random state": torch.Generator().manual_seed(0).get_state()}
+
+
+def resumed_alike(saved: Collection[str]) -> bool:
+    """Whether the toy run, stopped after half of its steps, ends with the same bits if only `saved` was saved."""
+    whole = _train(0, 10, _fresh())
+    half = _train(0, 5, _fresh())
+    again = _train(5, 10, {name: half[name] if name in saved else value for name, value in _fresh().items()})
+    return torch.equal(whole["parameters"], again["parameters"])
+
+
+def check_resume(answer: Any) -> str:
+    """Compare with what a resume needs."""
+    given = set(answer) if isinstance(answer, set | frozenset | list | tuple) else {answer}
+    assert given <= set(STATES), f"Choose among {', '.join(STATES)}; found {sorted(map(str, given - set(STATES)))}."
+    for name in STATES:
+        assert name in given or name not in NEEDED, f"The resumed run ended with other weights. {MISSING[name]}"
+    assert "gradients" not in given, (
+        "The same bits, but gradients are saved for nothing: they are zero after each step, and as large as the model."
+    )
+    assert resumed_alike(given), "The resumed run ended with other weights."
+    return "the resumed run ends with the same bits, and nothing is saved for nothing."
+
 
 EXERCISES = (
     Exercise(
