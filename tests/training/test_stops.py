@@ -232,7 +232,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(run, tmp_
     there = replace(
         run, steps=24, save_every=4, model=str(tmp_path / "model"), data=(DataSource(str(tmp_path / "rows")),)
     )
-    found = kill_trials(there, tmp_path, kills=1, seed=3)
+    found = kill_trials(there, tmp_path, kills=2, seed=3)
     assert found["differences"] == []
     assert found["survivors"] == 0
     assert found["counts"]["killed"] >= 1
