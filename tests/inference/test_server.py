@@ -20,12 +20,14 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 import torch.distributed as dist
 
 from ultralong import miniature
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.runner import Interrupted
+from ultralong.inference.server import worker
 from ultralong.inference.server.serve import serve
 from ultralong.inference.server.settings import ServeSettings
 from ultralong.inference.server.text_stream import TextStream
@@ -352,3 +354,25 @@ def test_a_stop_string_over_several_tokens(engine, stop, left):
     said += stream.finish()
     assert said == (text if left is None else left)
     assert stream.stopped == (left is not None)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_request_that_fails_leaves_the_server_standing(running, engine, monkeypatch, kind):
+    """On one process; where several share a prompt they stand at different places then, and the server ends."""
+    ended = []
+    monkeypatch.setattr(worker.os, "_exit", ended.append)
+    monkeypatch.setattr(worker, "FAREWELL", 0.0)
+    stream = LocalEngine.stream
+
+    def fail(*args, **kwargs):
+        raise kind("for a test")
+
+    for ranks, exits in ((1, []), (2, [1])):
+        monkeypatch.setattr(LocalEngine, "ranks", ranks)
+        monkeypatch.setattr(LocalEngine, "stream", fail)
+        with pytest.raises(openai.InternalServerError):
+            running.client().completions.create(model="mini", prompt="Once", max_tokens=2)
+        monkeypatch.setattr(LocalEngine, "stream", stream)
+        answer = running.client().completions.create(model="mini", prompt=[7, 8, 9], max_tokens=4, temperature=0)
+        assert answer.choices[0].text == expected(engine, [7, 8, 9], 4).text
+        assert ended == exits

@@ -102,9 +102,13 @@ class RunnerEngine(ABC):
     Args:
         model: A causal language model; it is put into eval mode.
         tokenizer: Its tokenizer.
+
+    Attributes:
+        ranks: Processes that read a prompt together.
     """
 
     _runner: CachedRunner
+    ranks = 1
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer, self.stop = model.eval(), tokenizer, stop_tokens(model, tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -24,6 +25,7 @@ from ultralong.inference.runner import Interrupted
 from ultralong.inference.server.metrics import Metrics
 from ultralong.inference.server.text_stream import TextStream
 
+FAREWELL = 1.0  # seconds in which the last answer goes out
 LOG = logging.getLogger("ultralong.serve")
 
 
@@ -159,17 +161,26 @@ class Worker:
             outcome = "cancelled"
         except torch.OutOfMemoryError:
             LOG.exception("out of memory")
-            self.engine.release()
             text = f"The memory did not hold a prompt of {len(ticket.job.prompt):,} tokens: ask for less."
             ticket.put(Piece(error=Refused(503, text, "out_of_memory")))
+            self._end_if_shared()
+            self.engine.release()
         except ValueError as error:  # what the runner refuses about this prompt
             ticket.put(Piece(error=Refused(400, str(error), "invalid_request")))
         except Exception:
             LOG.exception("a request failed")
             ticket.put(Piece(error=Refused(500, "The server failed on this request; see its log.", "server_error")))
+            self._end_if_shared()
         if outcome == "cancelled" and self._stopping.is_set():
             ticket.put(Piece(error=Refused(503, "The server is stopping.", "server_stopping")))
         self.metrics.requests.labels(ticket.job.route, outcome).inc()
+
+    def _end_if_shared(self) -> None:
+        """End the process where others share its prompts: they wait in a collective that this one has left."""
+        if self.engine.ranks > 1:
+            LOG.critical("the processes of this server stand at different places, which nothing mends: it ends")
+            time.sleep(FAREWELL)
+            os._exit(1)
 
     def _answer(self, ticket: Ticket) -> str:
         """Answer a job, piece by piece; how it ended."""
