@@ -140,13 +140,42 @@ def tokenizer(request):
 @pytest.mark.parametrize("part", [700, 3000])
 def test_the_parts_ids_are_the_wholes(tokenizer, name, part):
     text, encode = TEXTS[name], encoding._ids_encoder(tokenizer)
-    parts = list(cut_text(text, encode, part))
+    cuts = encoding._safe_cuts(tokenizer)
+    parts = list(cut_text(text, encode, part, cuts))
     assert [p.start for p in parts] == [0, *(p.end for p in parts[:-1])]
     assert parts[-1].end == len(text)
     ids = [id for p in parts for id in encode([text[p.start - p.context : p.end]])[0][p.context_ids :]]
     assert ids == encode([text])[0]
-    if name in ("prose", "base64", "no spaces"):
+    if name == "prose" or (name in ("base64", "no spaces") and cuts == "anywhere"):
         assert max(p.end - p.start for p in parts) < 3 * part, "it is cut"
+
+
+def test_a_unigram_models_texts_are_cut_between_words_alone():
+    pieces = [("<unk>", 0.0), ("\u2581", -3.0), ("x", -4.1), ("-", -2.3), ("-" * 14, -3.7), ("-" * 3, -2.9)]
+    made = Tokenizer(models.Unigram(pieces, 0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    encode, cuts = encoding._ids_encoder(tokenizer), encoding._safe_cuts(tokenizer)
+    text = " ".join(f"{'x' * before}{'-' * count}" for before in range(40) for count in (700, 803, 905))
+    parts = list(cut_text(text, encode, 500, cuts))
+    assert len(parts) > 50
+    assert all(text[part.start] == " " for part in parts[1:])
+    ids = [id for p in parts for id in encode([text[p.start - p.context : p.end]])[0][p.context_ids :]]
+    assert ids == encode([text])[0]
+
+
+def test_no_cut_stands_within_a_run_not_even_behind_its_first_character():
+    text = "one two " + "-" * 40 + " three"
+    assert [long_texts._in_repetition(text, cut) for cut in (8, 9, 10, 30, 46, 47, 48)] == [
+        *[False, True, True, True, True, True, False]
+    ]
+
+
+def test_a_unigram_model_over_the_whole_text_is_not_cut():
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), (" ", -1.0)], 0))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert encoding._safe_cuts(tokenizer) == "nowhere"
+    assert len(list(cut_text("a " * 5000, encoding._ids_encoder(tokenizer), 500, "nowhere"))) == 1
 
 
 @given(data=st.lists(st.sampled_from(["a", "ab", " ", "\n", "7", "the ", "日", "-", "e\u0301", "it's"]), max_size=60))
@@ -176,7 +205,7 @@ def test_a_corpus_with_long_documents_is_the_same_store(tokenizer, tmp_path, mon
     ]
     before = tokenize_corpus(documents, tokenizer, tmp_path / "whole", quiet=True)
     monkeypatch.setattr(encoding, "LONG", 500)
-    monkeypatch.setattr(long_texts.cut_text, "__defaults__", (900,))
+    monkeypatch.setattr(long_texts.cut_text, "__defaults__", (900, "anywhere"))
     after = tokenize_corpus(documents, tokenizer, tmp_path / "parts", quiet=True)
     assert [ids.tolist() for ids in after] == [ids.tolist() for ids in before]
     for path in (tmp_path / "whole").iterdir():
@@ -195,7 +224,7 @@ def test_python_tokenizers_are_cut_too(tiny_tokenizer, monkeypatch):
             return {"input_ids": tiny_tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     monkeypatch.setattr(encoding, "LONG", 500)
-    monkeypatch.setattr(long_texts.cut_text, "__defaults__", (900,))
+    monkeypatch.setattr(long_texts.cut_text, "__defaults__", (900, "anywhere"))
     (ids,) = make_encoder(Slow())([TEXTS["prose"]])
     assert ids.tolist() == tiny_tokenizer(TEXTS["prose"], add_special_tokens=False)["input_ids"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -49,7 +50,7 @@ def run_ranks(
     """Run `work(rank, world, *arguments)` in `world` processes that form a torch.distributed group.
 
     Args:
-        work: The function; its result travels back through a queue (tensors as numpy or CPU tensors are fine).
+        work: The function; its result travels back pickled (CPU tensors are fine).
         world: Number of processes.
         *arguments: The same for every rank.
         device: "cpu" (gloo) or "cuda" (NCCL, rank i on GPU i).
@@ -108,6 +109,7 @@ def _rank(
     end_with_parent(parent)
     torch.set_num_threads(1)
     failed = False
+    value: bytes | str
     try:
         if device == "cuda":
             torch.cuda.set_device(rank)
@@ -121,7 +123,8 @@ def _rank(
             device_id=own,
             pg_options=nccl_options() if own else None,
         )
-        value = work(rank, world, *arguments)
+        # As plain bytes: the queue itself would send a tensor as a handle, which dies with this process.
+        value = pickle.dumps(work(rank, world, *arguments))
     except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
         failed, value = True, traceback.format_exc()
     results.put((rank, failed, value))
@@ -140,8 +143,10 @@ def _collect(processes: list[Any], results: Any, world: int, timeout: float) -> 
     while len(done) + len(errors) < world:
         try:
             rank, failed, value = results.get(timeout=0.05)
-            (errors if failed else done)[rank] = value
-            if failed:
+            if not failed:
+                done[rank] = pickle.loads(value)  # noqa: S301 - written by our own child
+            else:
+                errors[rank] = value
                 deadline = min(deadline, time.monotonic() + GRACE)
             continue
         except queue.Empty:

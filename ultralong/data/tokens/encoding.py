@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ultralong.data.tokens.long_texts import LONG, EncodeIds, cut_text
+from ultralong.data.tokens.long_texts import LONG, Cuts, EncodeIds, cut_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         parts of a long text: see `long_texts`.
     """
     dtype = token_dtype(len(tokenizer))
-    encode = _ids_encoder(tokenizer)
+    encode, cuts = _ids_encoder(tokenizer), _safe_cuts(tokenizer)
 
     def short(texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype) for ids in encode(texts)] if texts else []
@@ -71,7 +71,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     def encoded(texts: list[str]) -> list[np.ndarray]:
         # The ids of a long text are made part by part: what the tokenizer holds of a part is gone before the next.
         found = iter(short([text for text in texts if len(text) <= LONG]))
-        return [next(found) if len(text) <= LONG else _encode_long(text, encode, dtype) for text in texts]
+        return [next(found) if len(text) <= LONG else _encode_long(text, encode, dtype, cuts) for text in texts]
 
     return encoded
 
@@ -89,10 +89,19 @@ def _ids_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeIds:
     return lambda texts: [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _encode_long(text: str, encode: EncodeIds, dtype: np.dtype) -> np.ndarray:
+def _safe_cuts(tokenizer: PreTrainedTokenizerBase) -> Cuts:
+    """Where a tokenizer's long texts may be cut: see `long_texts` for why a unigram model is another matter."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or type(core.model).__name__ != "Unigram":
+        return "anywhere"
+    words = core.pre_tokenizer is not None and len(core.pre_tokenizer.pre_tokenize_str("a a")) > 1
+    return "before spaces" if words else "nowhere"
+
+
+def _encode_long(text: str, encode: EncodeIds, dtype: np.dtype, cuts: Cuts) -> np.ndarray:
     """The ids of a long text, from parts of it; a few at a time, so that the tokenizer's threads share the work."""
     ids: list[np.ndarray] = []
-    parts = cut_text(text, encode)
+    parts = cut_text(text, encode, cuts=cuts)
     while group := list(islice(parts, PARTS_AT_ONCE)):
         found = encode([text[part.start - part.context : part.end] for part in group])
         ids += [np.array(own[part.context_ids :], dtype) for part, own in zip(group, found, strict=True)]

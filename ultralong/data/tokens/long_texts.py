@@ -10,6 +10,10 @@ Where it does not hold is inside a run: how "aaaa..." or a number of a thousand 
 or ends. A stretch of the run looks cut well at a place that the whole run is not cut at. So each stretch is looked at
 with its begin and its end at three places, which a cut within a run does not survive, and no cut stands between digits.
 Between two such places a part has any length: a text that is one run is encoded whole.
+
+A unigram model takes the likeliest way to divide a word. A run has many that are equally likely, and the rounding of
+the sum over all that stands before it in the word decides. So its texts are cut between words alone, and those of a
+unigram model that does not divide a text into words are not cut.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+Cuts = Literal["anywhere", "before spaces", "nowhere"]
 EncodeIds = Callable[[list[str]], list[list[int]]]
 LONG = 1 << 20  # characters; a shorter text is not cut
 PART = 1 << 17  # characters of a part, about
@@ -45,17 +51,18 @@ class Part:
     context_ids: int = 0
 
 
-def cut_text(text: str, encode: EncodeIds, part: int = PART) -> Iterator[Part]:
+def cut_text(text: str, encode: EncodeIds, part: int = PART, cuts: Cuts = "anywhere") -> Iterator[Part]:
     """Parts of a text, in order, whose ids one after the other are the ids of the whole.
 
     Args:
         text: Any text.
         encode: Ids of texts, without special tokens.
         part: Characters of a part, at least; one ends at the first safe place behind it.
+        cuts: Where to cut, where that is safe: anywhere, before a space that ends a word, or nowhere.
     """
     current, place, step = Part(0, len(text)), part, REACH
-    while place < len(text) - REACH:
-        found = _safe_cut(text, place, encode)
+    while cuts != "nowhere" and place < len(text) - REACH:
+        found = _safe_cut(text, place, encode, cuts)
         if found is None:
             # On to what the candidates have not covered; within a long run in ever larger steps.
             place, step = place + step, min(2 * step, part)
@@ -65,9 +72,9 @@ def cut_text(text: str, encode: EncodeIds, part: int = PART) -> Iterator[Part]:
     yield current
 
 
-def _safe_cut(text: str, place: int, encode: EncodeIds) -> Part | None:
+def _safe_cut(text: str, place: int, encode: EncodeIds, cuts: Cuts) -> Part | None:
     """A safe place within `REACH` characters behind `place`, as the begin of the next part; None without one."""
-    for cut in _candidates(text, place, min(place + REACH, len(text) - 1)):
+    for cut in _candidates(text, place, min(place + REACH, len(text) - 1), cuts):
         for context in (0, CONTEXT):
             ids = _harmless(text, cut, context, encode)
             if ids is not None:
@@ -75,12 +82,14 @@ def _safe_cut(text: str, place: int, encode: EncodeIds) -> Part | None:
     return None
 
 
-def _candidates(text: str, start: int, end: int) -> list[int]:
+def _candidates(text: str, start: int, end: int, cuts: Cuts) -> list[int]:
     """Places to cut, the best first: before a space between words, at a line break, where characters change kind."""
     ranked = sorted(
         (rank, cut)
         for cut in range(start, end)
-        if (rank := _rank(text[cut - 1], text[cut])) is not None and not _in_repetition(text, cut)
+        if (rank := _rank(text[cut - 1], text[cut])) is not None
+        and (cuts == "anywhere" or not rank)
+        and not _in_repetition(text, cut)
     )
     best = [cut for _, cut in ranked[: CANDIDATES // 2]]
     others = [cut for rank, cut in ranked if rank > (ranked[0][0] if ranked else 0)][: CANDIDATES - len(best)]
@@ -88,14 +97,13 @@ def _candidates(text: str, start: int, end: int) -> list[int]:
 
 
 def _in_repetition(text: str, cut: int) -> bool:
-    """Whether a cut stands within something short that repeats itself: "aaaa", "ababab".
-
-    A unigram model has many equally likely ways to divide it, and which one it takes hangs on rounding.
-    """
-    return any(
-        text[cut - size : cut] == text[cut : cut + size] == text[cut - 2 * size : cut - size]
-        for size in range(1, LONGEST_REPEATED + 1)
-    )
+    """Whether a cut stands within something short that stands there three times: "aaaa", "ababab"."""
+    for size in range(1, LONGEST_REPEATED + 1):
+        before, after = text[max(0, cut - size) : cut], text[cut : cut + size]
+        around = (text[max(0, cut - 2 * size) : max(0, cut - size)], text[cut + size : cut + 2 * size])
+        if before == after and before in around:
+            return True
+    return False
 
 
 def _rank(before: str, after: str) -> int | None:
