@@ -180,31 +180,11 @@ def _pack_documents(
     if not store.tokens:
         told = "; ".join(f"{name}: {_why_nothing(noted)}" for name, noted in read_json(notes).items())
         raise ValueError(f"nothing was read. {told}")
-    if not store.tokens:
-        told = "; ".join(f"{name}: {_why_nothing(noted)}" for name, noted in read_json(notes).items())
-        raise ValueError(f"nothing was read. {told}")
-    if not store.tokens:
-        told = "; ".join(f"{name}: {_why_nothing(noted)}" for name, noted in read_json(notes).items())
-        raise ValueError(f"nothing was read. {told}")
     with watch.stage("pack"):
         rows = pack(store, tokenizer, out, settings, quiet=quiet)
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
     tokens = store.manifest["sources"]
     return rows, {name: {**none, **tokens.get(name, {}), **noted} for name, noted in read_json(notes).items()}
-
-
-def _why_nothing(noted: dict[str, Any]) -> str:
-    """Why a source gave no document: what was left out, with an example of each reason."""
-    read = noted["read"]
-    skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
-    return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
-
-
-def _why_nothing(noted: dict[str, Any]) -> str:
-    """Why a source gave no document: what was left out, with an example of each reason."""
-    read = noted["read"]
-    skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
-    return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
 
 
 def _why_nothing(noted: dict[str, Any]) -> str:
