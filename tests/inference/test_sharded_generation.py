@@ -262,21 +262,6 @@ def test_an_answer_can_be_left_and_the_cache_grows_and_is_given_back(world, kv):
         )
 
 
-def read_dynamic(rank, world):
-    config = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    config.max_position_embeddings = 64
-    model = LlamaForCausalLM._from_config(config, attn_implementation="ultralong").eval()
-    runner = ShardedRunner(model, None, dist.group.WORLD, quiet=True)
-    tokens(runner, prompts(1, 50), 4, stop=set())
-    with pytest.raises(ValueError, match=r"dynamic RoPE.*beyond 64 tokens"):
-        runner.prefill(prompts(1, 65))
-    return True
-
-
-def test_dynamic_rope_beyond_its_window_is_for_one_process():
-    assert run_ranks(read_dynamic, 2) == [True, True]
-
-
 def test_a_cache_grows_and_forgets_without_losing_what_it_keeps():
     for kv in ("auto", "fp8"):
         cache, (k, v) = KvCache(8, kv, ranks=2, rank=1), torch.randn(2, 1, 6, 3, 16).unbind(0)

@@ -5,7 +5,8 @@ B prompts, T tokens, n tokens of a packed pass, H query heads, K kv heads, G = H
 Decoding one token of one short prompt leaves nearly all of a GPU idle; decoding one of each of a hundred takes hardly
 longer. Prompts are read packed end to end, as documents that do not see each other, so no token is padding; each one's
 keys and values then lie in a row of the cache of their own, and every decoding step masks what a row does not hold.
-Nothing is approximate: a row's result is that of the row alone, up to rounding.
+Nothing is approximate: a row's result is that of the row alone, up to rounding. Where the model's RoPE follows the
+length of the text (longrope, dynamic) and the prompts do not have the same frequencies, each has a runner of its own.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from ultralong.attention.kernels import choose_kernel
 from ultralong.attention.scheme import Local
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
 from ultralong.inference.kv_cache import KvCache
-from ultralong.inference.runner import Prompts
+from ultralong.inference.runner import LocalRunner, Prompts
 from ultralong.inference.sharded_generation import check_model
+from ultralong.utils.rope_tables import RopeTables
 
 PACKED = 32768  # tokens of prompts that are read in one pass
 BLOCK = 64  # rows are read up to a multiple of this: few shapes, and aligned ones
@@ -170,6 +172,8 @@ class BatchedRunner:
             model.set_attn_implementation(attention.NAME)
         self._context: BatchedAttention | None = None
         self._longest = 0
+        self._rope, self._shortest = RopeTables(model), 0
+        self._alone: list[LocalRunner] = []  # of each prompt, where they do not share RoPE's frequencies
 
     @torch.no_grad()
     def prefill(self, prompts: Prompts, budgets: Sequence[int] = (0,)) -> Tensor:
@@ -183,19 +187,31 @@ class BatchedRunner:
         if not min(lengths, default=0):
             raise ValueError("Batched answers need at least one prompt, and a token in each.")
         budgets = list(budgets) * len(rows) if len(budgets) == 1 else budgets
-        self._context = None  # the old buffers go before the new ones come
-        capacity = max(a + b for a, b in zip(lengths, budgets, strict=True))
+        self.release()  # the old buffers go before the new ones come
+        rooms = [length + budget for length, budget in zip(lengths, budgets, strict=True)]
+        capacity, self._shortest = max(rooms), min(lengths)
+        if not self._rope.same(self._shortest, capacity):
+            self._alone = [LocalRunner(self.model, room, chunk=self.packed) for room in rooms]
+            return torch.cat([runner.prefill([row]) for runner, row in zip(self._alone, rows, strict=True)])
         self._context, self._longest = BatchedAttention(len(rows), capacity, self.model.device), max(lengths)
         return torch.cat([self._read(self._context, rows, part) for part in _passes(lengths, self.packed)])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, going: Sequence[bool] | None = None) -> Tensor:
         """See `Runner`."""
+        if self._alone:
+            return self._decode_alone(tokens, going)
         assert self._context is not None, "prefill comes first"
         moving = torch.ones_like(tokens, dtype=torch.bool) if going is None else torch.tensor(going).to(tokens.device)
         self._longest += 1
         positions = self._context.begin_token(moving, self._longest)
         return self._logits(self._context, tokens[:, None], positions, 1)[:, -1]
+
+    def _decode_alone(self, tokens: Tensor, going: Sequence[bool] | None) -> Tensor:
+        moving = [True] * len(self._alone) if going is None else going
+        logits = {row: self._alone[row].decode(tokens[row : row + 1]) for row, goes_on in enumerate(moving) if goes_on}
+        nothing = torch.zeros_like(next(iter(logits.values())))  # for rows that have ended
+        return torch.cat([logits.get(row, nothing) for row in range(len(self._alone))])
 
     def agree(self, tokens: Tensor) -> Tensor:
         """See `Runner`."""
@@ -206,7 +222,7 @@ class BatchedRunner:
 
     def release(self) -> None:
         """See `Runner`."""
-        self._context = None
+        self._context, self._alone = None, []
 
     def _read(self, context: BatchedAttention, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:
         """Read some prompts in one pass; logits (b, V) of each one's last token."""
@@ -218,9 +234,10 @@ class BatchedRunner:
 
     def _logits(self, context: BatchedAttention, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
         """Logits of some positions, for ids and positions of one shape."""
-        logits: Tensor = self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, attention_context=context, logits_to_keep=keep
-        ).logits
+        with self._rope.at(self._shortest):
+            logits: Tensor = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, attention_context=context, logits_to_keep=keep
+            ).logits
         return logits
 
 
@@ -242,6 +259,8 @@ def batch_that_fits(model: PreTrainedModel, capacity: int, batch: int | None) ->
         return batch
     if model.device.type != "cuda" or capacity > PACKED:
         return 1
+    if not RopeTables(model).same(1, capacity):
+        return 1  # prompts that may not share frequencies
     try:
         check_model(model)
     except ValueError:

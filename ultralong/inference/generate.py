@@ -19,6 +19,7 @@ from ultralong.inference.decoding import GREEDY, Generated, Sampler, Sampling, S
 from ultralong.inference.kv_cache import make_cache
 from ultralong.inference.runner import Prompts, Runner, model_logits
 from ultralong.inference.stop_tokens import end_tokens
+from ultralong.utils.rope_tables import RopeTables
 
 
 def check_budgets(max_new_tokens: int | Sequence[int], prompts: int) -> list[int]:
@@ -104,12 +105,13 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, *, keep: int = 1, chunk: 
         raise ValueError(f"A prefill chunk must hold at least one token, got {chunk}.")
     cache: Cache | None = None if chunk is None or chunk >= tokens else make_cache(model, tokens)
     chunk, done = tokens if chunk is None else chunk, 0
-    # The last pass must hold all positions that are kept.
-    while tokens - done > max(chunk, keep):
-        step = min(chunk, tokens - done - keep)
-        model_logits(model, input_ids[:, done : done + step], cache, 1)
-        done += step
-    return model_logits(model, input_ids[:, done:], cache, keep)
+    with RopeTables(model).at(tokens):
+        # The last pass must hold all positions that are kept.
+        while tokens - done > max(chunk, keep):
+            step = min(chunk, tokens - done - keep)
+            model_logits(model, input_ids[:, done : done + step], cache, 1)
+            done += step
+        return model_logits(model, input_ids[:, done:], cache, keep)
 
 
 def hidden_states(
@@ -128,8 +130,10 @@ def hidden_states(
     """
     tokens = input_ids.shape[1]
     step = tokens if chunk is None else min(chunk, tokens)
-    cache = make_cache(model, tokens) if step < tokens else None
+    cache, rope = make_cache(model, tokens) if step < tokens else None, RopeTables(model)
     for start in range(0, tokens, step):
         part = slice(start, min(start + step, tokens))
         ids = input_ids[:, part].to(model.device)
-        yield part, decoder(input_ids=ids, use_cache=cache is not None, past_key_values=cache).last_hidden_state
+        with rope.at(tokens):
+            out = decoder(input_ids=ids, use_cache=cache is not None, past_key_values=cache)
+        yield part, out.last_hidden_state

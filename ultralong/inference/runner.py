@@ -4,8 +4,10 @@ B batch, T prompt tokens, V vocabulary.
 
 `CachedRunner` holds what does not depend on where keys and values are: prompts are read in chunks, and the tokens that
 a prompt begins with and the cache already holds are not read again. That is exact, since the states of a causal model
-do not depend on what follows. `LocalRunner` serves any model of transformers on one device; `ShardedRunner`
-(`sharded_generation`) several GPUs and fp8; `BatchedRunner` (`batched`) many prompts of unequal lengths.
+do not depend on what follows, unless its RoPE follows the length of the text (longrope, dynamic): where the frequencies
+change, all is read again, as one pass over the whole text would do. `LocalRunner` serves any model of transformers on
+one device; `ShardedRunner` (`sharded_generation`) several GPUs and fp8; `BatchedRunner` (`batched`) many prompts of
+unequal lengths.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from ultralong.inference.kv_cache import ModelCache, make_cache
 from ultralong.utils.progress import progress
+from ultralong.utils.rope_tables import RopeTables
 
 SHOWN = 131072  # prompts of so many tokens get a progress bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -111,6 +114,8 @@ class CachedRunner(ABC):
         self.model, self.capacity, self.chunk, self.quiet = model.eval(), capacity, chunk, quiet
         self.reused = 0
         self.interrupted: Callable[[], bool] = bool  # False
+        self._rope, self._text = RopeTables(model), 0  # tokens of the text whose frequencies the cached keys have
+        self._room = 0
         self._ids: Tensor | None = None  # (B, T) what the cache holds, but for
         self._decoded: list[Tensor] = []  # (B,) what was decoded behind it
 
@@ -125,7 +130,8 @@ class CachedRunner(ABC):
         tokens, follow = ids.shape[1], max(budgets)
         self.check(tokens, follow)
         self.reused = self._reusable(ids, common_prefix(self._held(), ids))
-        self._prepare(len(ids), self.reused, tokens + follow)
+        self._room = tokens + follow
+        self._prepare(len(ids), self.reused, self._room)
         return self._read(ids)
 
     def check(self, tokens: int, follow: int) -> None:
@@ -146,7 +152,7 @@ class CachedRunner(ABC):
         """Read what is not in the cache. Where a chunk is interrupted, what the cache holds counts up to it."""
         ids = ids.clone()  # the caller's may change
         tokens, step = ids.shape[1], self.chunk or ids.shape[1]
-        self._ids, self._decoded = ids[:, : self.reused], []
+        self._ids, self._decoded, self._text = ids[:, : self.reused], [], tokens
         logits = ids.new_empty(0)
         with progress(
             total=_cost(tokens) - _cost(self.reused),
@@ -158,7 +164,8 @@ class CachedRunner(ABC):
                 if start > self.reused and self._is_interrupted():
                     raise Interrupted(f"left at token {start:,} of {tokens:,}")
                 end = min(start + step, tokens)
-                logits = self._forward(ids[:, start:end])
+                with self._rope.at(tokens):
+                    logits = self._forward(ids[:, start:end])
                 self._ids = ids[:, :end]
                 if not bar.disable and logits.is_cuda:
                     torch.cuda.synchronize()  # the bar shall show what is done, not what is queued
@@ -168,7 +175,15 @@ class CachedRunner(ABC):
     @torch.no_grad()
     def decode(self, tokens: Tensor, going: Sequence[bool] | None = None) -> Tensor:
         """See `Runner`."""
-        logits = self._forward(tokens[:, None])
+        length = (0 if self._ids is None else self._ids.shape[1]) + len(self._decoded) + 1
+        if not self._rope.same(self._text, length):
+            held = self._held()
+            assert held is not None, "prefill comes first"
+            self.reused = 0
+            self._prepare(len(held), 0, max(self._room, length))
+            return self._read(torch.cat([held, tokens[:, None]], 1))
+        with self._rope.at(length):
+            logits = self._forward(tokens[:, None])
         self._decoded.append(tokens)
         return logits
 
@@ -201,8 +216,7 @@ class CachedRunner(ABC):
 
     def _reusable(self, ids: Tensor, common: int) -> int:
         """How many of the first `common` tokens can stay in the cache."""
-        held = self._held()
-        return common if held is None or same_rope(self.model, held.shape[1], ids.shape[1]) else 0
+        return common if self._rope.same(self._text, ids.shape[1]) else 0
 
     @abstractmethod
     def _prepare(self, rows: int, keep: int, capacity: int) -> None:
@@ -271,25 +285,6 @@ class LocalRunner(CachedRunner):
 
     def _empty(self) -> None:
         self._cache = None
-
-
-def rope_lengths(model: PreTrainedModel) -> tuple[str, int]:
-    """A model's RoPE scaling method, and the length in tokens beyond which its frequencies change with the length."""
-    config = model.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    method = str(parameters.get("rope_type", "default"))
-    original = parameters.get("original_max_position_embeddings") if method == "longrope" else None
-    return method, int(original or config.max_position_embeddings)
-
-
-def same_rope(model: PreTrainedModel, held: int, tokens: int) -> bool:
-    """Whether keys of a text of `held` tokens are those that it would have at the beginning of one of `tokens`.
-
-    They are not where frequencies follow the length: two sets for longrope, always new ones for dynamic.
-    """
-    method, original = rope_lengths(model)
-    longer = held > original, tokens > original
-    return {"longrope": longer[0] == longer[1], "dynamic": not any(longer)}.get(method, True)
 
 
 def model_logits(model: PreTrainedModel, ids: Tensor, cache: Cache | None, keep: int) -> Tensor:

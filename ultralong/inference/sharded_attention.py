@@ -67,7 +67,8 @@ class ShardedAttention:
     def positions(self, device: torch.device) -> Tensor:
         """Positions (1, T) of this rank's part in the sequence."""
         local = torch.zeros(1, dtype=torch.long) if self._layout is None else self._layout.positions(self.cache.rank)
-        return (local + self.cache.length)[None].to(device)
+        # Padding gets the last token's: RoPE may take the text's length from the largest.
+        return (local.clamp(max=self._tokens - 1) + self.cache.length)[None].to(device)
 
     def last(self) -> tuple[int, int]:
         """The rank that has the pass's last token, and the token's place among that rank's."""

@@ -21,7 +21,7 @@ from ultralong import attention
 from ultralong.attention.collectives import Group
 from ultralong.inference.decoding import ABANDONED
 from ultralong.inference.kv_cache import KvCache, has_plain_layers
-from ultralong.inference.runner import CachedRunner, rope_lengths
+from ultralong.inference.runner import CachedRunner
 from ultralong.inference.sharded_attention import ShardedAttention
 
 CHUNK = 65536  # tokens of a prompt that each GPU takes in one pass
@@ -65,20 +65,6 @@ class ShardedRunner(CachedRunner):
         self.cache = KvCache(self._share(capacity or 1), kv, ranks=ranks, rank=rank)
         self._context = ShardedAttention(self.cache, self.group, kernel)
         self._owner = 0  # who has the last pass's last token
-
-    def check(self, tokens: int, follow: int) -> None:
-        """As `CachedRunner.check`, and the model's RoPE must be the same on every rank.
-
-        Raises:
-            ValueError: As there, or dynamic RoPE beyond its window on several ranks.
-        """
-        super().check(tokens, follow)
-        method, window = rope_lengths(self.model)
-        if method == "dynamic" and self.group is not None and tokens + follow > window:
-            raise ValueError(
-                f"The model's dynamic RoPE depends, beyond {window:,} tokens, on the positions that a process reads, "
-                "which differ: use --gpus 1, or extend the model by another method (ultralong extend)."
-            )
 
     def agree(self, tokens: Tensor) -> Tensor:
         """See `Runner`."""

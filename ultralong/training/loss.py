@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultralong.utils.compiled import CheckedCompile
+from ultralong.utils.rope_tables import RopeTables
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 
@@ -148,20 +149,26 @@ class LanguageModelLoss(nn.Module):
             raise ValueError(f"The model's head must be a linear layer without bias, found {head}.")
         self.model: PreTrainedModel = model
         self.tile: int = tile
+        self.rope: RopeTables = RopeTables(model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, text_lengths: Tensor | None = None, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Sum of the losses and each token's own loss.
 
         Args:
             input_ids: (B, T).
             labels: (B, T), already shifted, -100 for no target.
+            text_lengths: (B, T) tokens of each token's text where the row is shared or holds several, for a RoPE that
+                follows the length.
             **inputs: What else the decoder takes: `position_ids`, `attention_context`.
 
         Returns:
             Scalar sum over all targets, and (B, T) losses, detached.
         """
         decoder = self.model.get_decoder()
-        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
+        with self.rope.at(text_lengths):
+            hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
         weight = self.model.get_output_embeddings().weight
         total, losses = tiled_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self.tile)
         return total, losses.view(labels.shape)

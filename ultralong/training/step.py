@@ -25,6 +25,7 @@ from ultralong.training.memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
 from ultralong.training.throughput import Throughput, query_key_pairs
+from ultralong.utils.rope_tables import text_lengths
 
 RECENT, FEWEST = 32, 8  # steps that a loss spike is measured against, and how few of them are too few
 
@@ -143,7 +144,8 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             head_chunks=run.config.parallel.head_chunks,
             store=run.memory.attention_store,
         )
-        padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0}
+        tensors["text_lengths"] = text_lengths(tensors["position_ids"])
+        padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0, "text_lengths": 1}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
     bucket, labels = tensors.pop("bucket"), tensors["labels"]

@@ -28,6 +28,7 @@ from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.model import head_counts
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.progress import progress
+from ultralong.utils.rope_tables import text_lengths
 
 Compute = Literal["auto", "bfloat16", "float32"]
 
@@ -209,7 +210,8 @@ def _losses(model: PreTrainedModel, loss: LanguageModelLoss, batch: Batch, kerne
         context = attention.make_attention_context(
             batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries, heads=heads, kv_heads=kv_heads
         )
-        padding = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
+        tensors["text_lengths"] = text_lengths(tensors["position_ids"])
+        padding = {"input_ids": 0, "labels": IGNORE, "position_ids": 0, "text_lengths": 1}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
     _, losses = loss(**tensors, **extra)
