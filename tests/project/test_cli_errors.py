@@ -16,7 +16,7 @@ from ultralong import miniature
 from ultralong.cli.errors import guarded
 from ultralong.training.config import ParallelConfig
 from ultralong.utils import settings
-from ultralong.utils.exits import ChildFailed
+from ultralong.utils.processes import ChildFailed
 
 
 def run(*words, **options):

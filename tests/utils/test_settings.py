@@ -9,7 +9,7 @@ import pytest
 
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig, preset
 from ultralong.utils import settings
-from ultralong.utils.token_count import parse_tokens
+from ultralong.utils.units import parse_tokens
 
 
 @dataclass(frozen=True)

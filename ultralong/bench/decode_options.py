@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 @dataclass(frozen=True)

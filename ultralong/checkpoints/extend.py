@@ -31,7 +31,7 @@ from ultralong.rope import (
 )
 from ultralong.rope import attention_factor as attention_factor_of
 from ultralong.utils.files import read_json, write_json
-from ultralong.utils.token_count import parse_tokens
+from ultralong.utils.units import parse_tokens
 
 REPORT = "extend.json"
 

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import File, Json, is_main
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from ultralong.bench.attention.options import AttentionBench

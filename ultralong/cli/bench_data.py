@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, leave
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 def data(

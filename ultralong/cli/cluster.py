@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, leave
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 def plan(

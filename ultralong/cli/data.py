@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, leave
 from ultralong.utils.hub import load_tokenizer
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 def build(

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from ultralong.cli.shared import Json, is_main, leave
 from ultralong.utils.hub import load_tokenizer
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 def extend(

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from ultralong.cli.shared import File, Json, leave
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 def needle(

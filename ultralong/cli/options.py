@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ultralong.utils.token_count import TokenCount, parse_tokens
+from ultralong.utils.units import TokenCount, parse_tokens
 
 Command = TypeVar("Command", bound=Callable[..., None])
 # The word that stands for an option's value in usage and help; by the option's name, else by its type.

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from ultralong.data.chat.endpoint import Endpoint

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ultralong.utils.exits import ChildFailed
+from ultralong.utils.processes import ChildFailed
 
 STOP_SECONDS = 20.0  # what an agent gets to end its ranks, before it is killed and they with it
 
@@ -32,7 +32,7 @@ def launch_local(
         command: `train`, or `sft`, which refuses rows of documents.
 
     Raises:
-        ultralong.utils.exits.ChildFailed: The run failed; its own message went to standard error.
+        ultralong.utils.processes.ChildFailed: The run failed; its own message went to standard error.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     words = [sys.executable, "-m", "ultralong.launch.agent", str(os.getpid()), str(processes)]

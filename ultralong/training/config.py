@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 PRESETS = Path(__file__).parents[1] / "presets"
 

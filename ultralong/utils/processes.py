@@ -1,4 +1,4 @@
-"""Child processes that never outlive the process that started them."""
+"""Child processes: none outlives the process that started it, and what failed in one is told once."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def end_with_parent(parent: int | None = None, how: signal.Signals = signal.SIGK
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, how)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), how)
+
+
+class ChildFailed(RuntimeError):
+    """Processes that this one started failed; their message went to standard error. `code` is their exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from ultralong.utils.files import write_text
-from ultralong.utils.token_count import TokenCount, parse_tokens
+from ultralong.utils.units import TokenCount, parse_tokens
 from ultralong.utils.yaml_text import read_yaml
 
 T = TypeVar("T")

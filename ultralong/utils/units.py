@@ -1,5 +1,36 @@
-"""Units that more than one room counts in."""
+"""Units that more than one room counts in; numbers of tokens as people write them: 131072, 131,072, 128k, 1m."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
 GIB = 2**30  # bytes
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Marks a setting as a number of tokens: settings files and command lines then take units too."""
+
+
+Tokens = Annotated[int, TokenCount()]
+
+
+def parse_tokens(text: str) -> int:
+    """The number of tokens that a text means; k is 1,024 and m is 1,048,576, as windows are named.
+
+    Args:
+        text: Such as "131072", "131,072", "128k" or "1.5m", in any case.
+
+    Raises:
+        ValueError: It is no number of tokens, or no whole one.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)([kmg]?)", text.strip().lower())
+    value = float(re.sub("[_,]", "", found[1])) * UNITS[found[2]] if found else 0.5
+    if value != int(value):
+        raise ValueError(
+            f"tokens are a whole number such as 131072, 128k or 1m (k is 1,024, m is 1,048,576), found {text!r}."
+        )
+    return int(value)

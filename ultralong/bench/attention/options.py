@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 SCHEMES = ("ulysses", "gathered", "ring")
 

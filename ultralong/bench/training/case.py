@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ultralong.training.config import MemoryConfig
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 KV = Literal["auto", "fp8"]  # names of `ultralong.inference`, which is heavy to import
 SHORTEST = 4096  # RULER's first length

@@ -6,7 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 
-from ultralong.utils.token_count import Tokens
+from ultralong.utils.units import Tokens
 
 
 @dataclass(frozen=True)
