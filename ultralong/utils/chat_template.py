@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ultralong.utils.time_limit import time_limit
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST = 10.0  # seconds that a template may take
+SLOWEST = 50_000  # characters a second that are tokenised behind it at least
 DATE = "2024-07-26"
 CLOCK = "strftime_now"
 # That date at midnight, UTC, in every directive of strftime, spelled as in the C locale.
@@ -84,8 +88,12 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
         tokenizer: Has a chat template.
         messages: The conversation.
         **options: As for the tokenizer's own method.
+
+    Raises:
+        ValueError: The template runs on; templates come with other people's checkpoints.
     """
-    template = tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(
-        messages, chat_template=with_fixed_date(template), **{"return_dict": False, **options}
-    )
+    template = with_fixed_date(tokenizer.get_chat_template())
+    # Tokenising takes its time with what is long; a short conversation whose template runs on is no conversation.
+    size = sum(len(str(value)) for message in messages for value in message.values())
+    with time_limit(LONGEST + size / SLOWEST, f"the chat template did not end within {LONGEST:g} s: its loops run on."):
+        return tokenizer.apply_chat_template(messages, chat_template=template, **{"return_dict": False, **options})
