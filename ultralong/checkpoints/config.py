@@ -18,8 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from ultralong.checkpoints.files import header, weight_files
-from ultralong.utils.files import read_json
+from ultralong.checkpoints.files import header, read_object, weight_files
 
 # What transformers raises for a config that it cannot read.
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError)
@@ -39,10 +38,10 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{folder} is not a checkpoint: it has no config.json."
             f"{' It holds an adapter: merge it into its base first.' if adapter else ''}"
         )
+    kind = read_object(folder / "config.json").get("model_type") if folder.is_dir() else None
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
     except CONFIG_ERRORS as error:
-        kind = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
         raise ValueError(
             f"transformers {transformers_version} can't read the config in {model} (type {kind!r}): {one_line(error)} "
             "Models that bring their own code are not supported."

@@ -19,6 +19,7 @@ from ultralong.utils.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+TENSOR = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}  # any entry that is one
 PIECE = 64 << 20  # bytes copied between two movements of the progress bar
 CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -89,7 +90,9 @@ def weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     if not (folder / INDEX).exists():
         raise ValueError(_why_no_weights(folder))
-    weight_map: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+    weight_map: dict[str, str] = read_object(folder / INDEX).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{folder / INDEX} has a weight_map that does not name a file for each tensor. Restore it.")
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing or not shards:
@@ -199,11 +202,34 @@ def header(path: Path) -> dict[str, Any]:
             entries = json.loads(stream.read(header_size))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} has a damaged safetensors header ({error}). Download it again.") from error
+    if not isinstance(entries, dict) or not all(map(_is_tensor, (entries | {"__metadata__": TENSOR}).values())):
+        raise ValueError(f"{path} has a damaged safetensors header (entries of wrong types). Download it again.")
     entries.pop("__metadata__", None)
     expected = 8 + header_size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != expected:
         raise ValueError(f"{path} has {size} bytes, but its header describes {expected}: download it again.")
     return dict(entries)
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether an entry of a header has the shape of one."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    ends, shape = entry.get("data_offsets"), entry.get("shape")
+    numbers = isinstance(ends, list) and len(ends) == 2 and isinstance(shape, list)
+    return numbers and all(type(number) is int for number in (*ends, *shape))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose content has to be an object.
+
+    Raises:
+        ValueError: The file is not JSON, or holds something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__} where an object with names belongs. Restore it.")
+    return found
 
 
 def _why_no_weights(folder: Path) -> str:

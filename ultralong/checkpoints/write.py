@@ -18,8 +18,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ultralong.checkpoints.config import config_for_readers, tokenizer_for_readers, weights_dtype
-from ultralong.checkpoints.files import check_space, companion_files, copy_file, weight_files
-from ultralong.utils.files import file_lock, read_json, write_json, write_text
+from ultralong.checkpoints.files import check_space, companion_files, copy_file, read_object, weight_files
+from ultralong.utils.files import file_lock, write_json, write_text
 from ultralong.utils.progress import progress
 
 CARD = "README.md"
@@ -67,14 +67,16 @@ def write_checkpoint(
                 copy_file(source / name, folder / name, lambda count: None)
         for name in EDITED:
             if (source / name).is_file():
-                entries = read_json(source / name) | dict((changes or {}).get(name, {}))
+                entries = read_object(source / name) | dict((changes or {}).get(name, {}))
                 if name == "tokenizer_config.json":
                     entries = tokenizer_for_readers(entries, _text(source / "chat_template.jinja"))
                 write_json(folder / name, entries)
         if check is not None:
             check(folder)
         weights(folder)
-        write_json(folder / "config.json", config_for_readers(read_json(folder / "config.json"), weights_dtype(folder)))
+        write_json(
+            folder / "config.json", config_for_readers(read_object(folder / "config.json"), weights_dtype(folder))
+        )
         write_text(folder / CARD, card(folder))
         if replace:
             _remove(target)
