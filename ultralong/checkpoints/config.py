@@ -21,7 +21,7 @@ from transformers import __version__ as transformers_version
 from ultralong.checkpoints.files import header, read_object, weight_files
 
 # What transformers raises for a config that it cannot read.
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError)
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError, StrictDataclassError)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 

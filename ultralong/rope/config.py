@@ -88,7 +88,19 @@ def declared_window(config: Any) -> int:
 
 def reader(config: Any) -> Callable[[str], Any]:
     """One way to read an entry (None when absent) from a config object and from a mapping."""
-    return config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+    if isinstance(config, Mapping):
+        return config.get
+
+    def read(name: str) -> Any:
+        try:
+            return getattr(config, name, None)
+        except RuntimeError as error:  # transformers' answer for what differs between layers
+            raise ValueError(
+                f"a model of type {config.model_type!r} has a {name} that differs between its layers, so it has more "
+                "than one RoPE, which is not supported."
+            ) from error
+
+    return read
 
 
 def _settings(method: str, entry: dict[str, Any], read: Callable[[str], Any]) -> dict[str, Any]:
