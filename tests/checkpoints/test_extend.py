@@ -266,18 +266,6 @@ def test_the_folder_holds_the_model_and_no_training_leftovers(tmp_path, llama):
     assert read_json(tmp_path / "out/extend.json") == report.to_dict() == json.loads(json.dumps(report.to_dict()))
 
 
-def test_links_are_followed_as_the_hub_cache_needs(tmp_path, llama):
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for path in llama.iterdir():
-        (linked / path.name).symlink_to(path)
-    extend(linked, 16_384, tmp_path / "out", quiet=True)
-    copy = tmp_path / "out/model.safetensors"
-    assert not copy.is_symlink()
-    assert copy.stat().st_nlink == 1
-    assert sha256(copy) == sha256(llama / "model.safetensors")
-
-
 # ------------------------------------------------------------------------------------------------ the model card
 
 

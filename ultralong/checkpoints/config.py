@@ -18,7 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from ultralong.checkpoints.files import header, read_object, weight_files
+from ultralong.checkpoints.files import header, weight_files
+from ultralong.utils.files import read_json_object
 
 # What transformers raises for a config that it cannot read.
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError, StrictDataclassError)
@@ -38,7 +39,7 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{folder} is not a checkpoint: it has no config.json."
             f"{' It holds an adapter: merge it into its base first.' if adapter else ''}"
         )
-    kind = read_object(folder / "config.json").get("model_type") if folder.is_dir() else None
+    kind = read_json_object(folder / "config.json").get("model_type") if folder.is_dir() else None
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
     except CONFIG_ERRORS as error:

@@ -17,10 +17,10 @@ from transformers import __version__ as transformers_version
 
 from ultralong.checkpoints.class_table import check_class_table
 from ultralong.checkpoints.config import CONFIG_ERRORS, load_config, one_line
-from ultralong.checkpoints.files import companion_files, locate, read_object, weight_files
+from ultralong.checkpoints.files import CARD, check_links, companion_files, locate, weight_files
 from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, read_licence
 from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries
-from ultralong.checkpoints.write import CARD, check_free, copy_weights, write_checkpoint
+from ultralong.checkpoints.write import check_free, copy_weights, write_checkpoint
 from ultralong.rope import (
     RopeScaling,
     from_config,
@@ -30,7 +30,7 @@ from ultralong.rope import (
     window_of,
 )
 from ultralong.rope import attention_factor as attention_factor_of
-from ultralong.utils.files import write_json
+from ultralong.utils.files import read_json_object, write_json
 from ultralong.utils.units import parse_tokens
 
 REPORT = "extend.json"
@@ -144,6 +144,7 @@ def extend(
     scaling = choose_scaling(config, wish)
     weights = weight_files(folder)
     companions, left_out = companion_files(folder)
+    check_links(folder, weights)
     notes = caveats(config, scaling, to)
     if not (folder / "tokenizer_config.json").is_file():
         notes += ("The source has no tokenizer_config.json, so no tokenizer limit was set.",)
@@ -201,8 +202,8 @@ def _changes(folder: Path, config: Any, scaling: RopeScaling, to: int) -> dict[s
     entries = config_entries(config, scaling, to)
     generation = folder / "generation_config.json"
     return {
-        "config.json": entries | _raised(read_object(folder / "config.json"), old, to),
-        "generation_config.json": _raised(read_object(generation), old, to) if generation.is_file() else {},
+        "config.json": entries | _raised(read_json_object(folder / "config.json"), old, to),
+        "generation_config.json": _raised(read_json_object(generation), old, to) if generation.is_file() else {},
         "tokenizer_config.json": {"model_max_length": to},
     }
 

@@ -11,13 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong.utils.files import read_json
+from ultralong.utils.files import read_json_object
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
+HUB_FOLDER = re.compile(r"(models|datasets|spaces)--")  # name of a repository's folder in the hub's cache
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TENSOR = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}  # any entry that is one
 PIECE = 64 << 20  # bytes copied between two movements of the progress bar
@@ -90,7 +91,7 @@ def weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     if not (folder / INDEX).exists():
         raise ValueError(_why_no_weights(folder))
-    weight_map: dict[str, str] = read_object(folder / INDEX).get("weight_map", {})
+    weight_map: dict[str, str] = read_json_object(folder / INDEX).get("weight_map", {})
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has a weight_map that does not name a file for each tensor. Restore it.")
     shards = sorted(set(weight_map.values()))
@@ -122,20 +123,65 @@ def companion_files(folder: Path) -> tuple[list[str], list[str]]:
 
     Returns:
         Two sorted lists of names relative to `folder`. Weights and the model card are in neither.
+
+    Raises:
+        ValueError: One of those that go along, or the model card, is a link out of the folder.
     """
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     visible = [name for name in names if not name.startswith(".") and "/." not in name]
     taken = [name for name in visible if _goes_along(name)]
-    own = {SINGLE, INDEX, "README.md"}
+    own = {SINGLE, INDEX, CARD}
     left = [name for name in visible if name not in taken and name not in own and not SHARD_NAME.fullmatch(name)]
+    check_links(folder, [*taken, *({CARD} & set(visible))])
     return sorted(taken), sorted(left)
+
+
+def check_whole(model: str | os.PathLike[str]) -> None:
+    """Refuse a local checkpoint whose weights are no whole safetensors files, or that holds links out of it.
+
+    Args:
+        model: Folder or hub id; of an id nothing is checked, as nothing is here.
+
+    Raises:
+        ValueError: One line that says what is wrong.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        check_links(folder, weight_files(folder))
+        companion_files(folder)
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse links that lead out of a checkpoint: what is copied from there may be a private file of this machine.
+
+    The hub's cache consists of links, from `models--x/snapshots/REVISION` into `models--x/blobs`: these are followed.
+
+    Args:
+        folder: The checkpoint, which may itself be reached by a link.
+        names: Its files that are to be copied or read into the copy, relative to `folder`.
+
+    Raises:
+        ValueError: One of them is, or lies behind, a link to another place.
+    """
+    home = folder.resolve()
+    places = [home]
+    if home.parent.name == "snapshots" and HUB_FOLDER.match(home.parent.parent.name):
+        places.append(home.parent.parent / "blobs")
+    for name in sorted(names):
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(place) for place in places):
+            raise ValueError(
+                f"{name} in {folder} is a link to {target}, outside of the checkpoint, and would be copied into a "
+                "model that may be published. Put the file itself in its place if it belongs to the model; otherwise "
+                "remove the link."
+            )
 
 
 def copy_file(source: Path, target: Path, moved: Callable[[int], Any]) -> None:
     """Copy one file in pieces, within the kernel where it can, and put it on the disk before returning.
 
     Args:
-        source: File, or link to one (the hub's cache consists of links).
+        source: File, or link to one that `check_links` has passed.
         target: Its folder is created when missing.
         moved: Called with the bytes of each piece.
     """
@@ -216,20 +262,9 @@ def _is_tensor(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     ends, shape = entry.get("data_offsets"), entry.get("shape")
-    numbers = isinstance(ends, list) and len(ends) == 2 and isinstance(shape, list)
-    return numbers and all(type(number) is int for number in (*ends, *shape))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose content has to be an object.
-
-    Raises:
-        ValueError: The file is not JSON, or holds something else.
-    """
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__} where an object with names belongs. Restore it.")
-    return found
+    if not isinstance(ends, list) or not isinstance(shape, list) or len(ends) != 2:
+        return False
+    return all(type(number) is int for number in (*ends, *shape))
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -18,11 +18,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ultralong.checkpoints.config import config_for_readers, tokenizer_for_readers, weights_dtype
-from ultralong.checkpoints.files import check_space, companion_files, copy_file, read_object, weight_files
-from ultralong.utils.files import file_lock, write_json, write_text
+from ultralong.checkpoints.files import CARD, check_links, check_space, companion_files, copy_file, weight_files
+from ultralong.utils.files import file_lock, read_json_object, write_json, write_text
 from ultralong.utils.progress import progress
 
-CARD = "README.md"
 EDITED = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -67,7 +66,7 @@ def write_checkpoint(
                 copy_file(source / name, folder / name, lambda count: None)
         for name in EDITED:
             if (source / name).is_file():
-                entries = read_object(source / name) | dict((changes or {}).get(name, {}))
+                entries = read_json_object(source / name) | dict((changes or {}).get(name, {}))
                 if name == "tokenizer_config.json":
                     entries = tokenizer_for_readers(entries, _text(source / "chat_template.jinja"))
                 write_json(folder / name, entries)
@@ -75,7 +74,7 @@ def write_checkpoint(
             check(folder)
         weights(folder)
         write_json(
-            folder / "config.json", config_for_readers(read_object(folder / "config.json"), weights_dtype(folder))
+            folder / "config.json", config_for_readers(read_json_object(folder / "config.json"), weights_dtype(folder))
         )
         write_text(folder / CARD, card(folder))
         if replace:
@@ -104,10 +103,15 @@ def check_free(target: Path) -> None:
 
 
 def copy_weights(source: Path, quiet: bool = True) -> Callable[[Path], None]:
-    """For `write_checkpoint`: the source's weight files as they are, never loaded, so memory stays flat at any size."""
+    """For `write_checkpoint`: the source's weight files as they are, never loaded, so memory stays flat at any size.
+
+    Raises:
+        ValueError: The weights are missing, damaged, or links out of the source.
+    """
+    names = weight_files(source)
+    check_links(source, names)
 
     def copy(folder: Path) -> None:
-        names = weight_files(source)
         total = sum((source / name).stat().st_size for name in names)
         with progress(total=total, desc="copying", unit="B", unit_scale=True, unit_divisor=1024, quiet=quiet) as bar:
             for name in names:

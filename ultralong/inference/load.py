@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ultralong import attention
 from ultralong.checkpoints.config import one_line
+from ultralong.checkpoints.files import weight_files
 
 
 def load_model(
@@ -31,8 +33,10 @@ def load_model(
         raise ValueError(f"There is no {device} on this machine: use --device cpu.")
     chosen = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
+        if Path(model).is_dir():
+            weight_files(Path(model))
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, attn_implementation=attention.NAME)
-    except (OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(f"{model} cannot be opened as a checkpoint: {one_line(error)}") from error
     placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]  # wrapped by transformers without its types
     return placed.eval()

@@ -24,7 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from ultralong.checkpoints.write import CARD, copy_weights, write_checkpoint
+from ultralong.checkpoints.files import CARD
+from ultralong.checkpoints.write import copy_weights, write_checkpoint
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
 from ultralong.data.read.documents import Document

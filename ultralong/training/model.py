@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralong.checkpoints.config import one_line, weights_dtype
-from ultralong.checkpoints.files import locate
+from ultralong.checkpoints.files import CARD, check_whole, locate
 from ultralong.checkpoints.model_card import trained_card
-from ultralong.checkpoints.write import CARD, save_weights, write_checkpoint
+from ultralong.checkpoints.write import save_weights, write_checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
 from ultralong.utils.extras import require
@@ -39,8 +39,9 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     # Sharding makes float32 of a layer at a time: a whole one in each process of a host could fill its memory.
     dtype = torch.float32 if config.parallel.fsdp_shard_degree is None else "auto"
     try:
+        check_whole(config.model)
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=attention)
-    except (OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(f"No model could be loaded from {config.model!r}: {one_line(error)}") from error
     return model.train()
 

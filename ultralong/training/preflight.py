@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
 from ultralong.attention.kernels import KERNELS, get_kernel
 from ultralong.checkpoints.config import load_config
+from ultralong.checkpoints.files import check_whole
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
@@ -121,6 +122,8 @@ class Preflight:
             raise ValueError(f"No model could be loaded from {name!r}: the folder has no config.json.")
         try:
             found = load_config(place)
+            if not self.planned:
+                check_whole(place)  # an export after the last step needs the same files
         except ValueError as error:
             raise ValueError(f"No model could be loaded from {name!r}: {error}") from error
         return f"{found.model_type}, window {declared_window(found.get_text_config()) or 'unknown'}", found

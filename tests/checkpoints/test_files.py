@@ -1,0 +1,206 @@
+"""Files of a checkpoint folder: links out of it are not copied, and wrong types in its JSON are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ultralong import miniature
+from ultralong.checkpoints.config import load_config
+from ultralong.checkpoints.extend import extend
+from ultralong.checkpoints.files import companion_files, header, weight_files
+from ultralong.checkpoints.write import copy_weights, write_checkpoint
+from ultralong.inference.load import load_model
+from ultralong.rope import from_config
+from ultralong.training import model as train_model
+from ultralong.training.config import DataSource, TrainConfig
+from ultralong.training.preflight import preflight
+from ultralong.utils.files import sha256
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """The miniature in a folder that may be changed."""
+    return Path(shutil.copytree(miniature.path(), tmp_path / "model"))
+
+
+def linked(place: Path, target: Path) -> None:
+    """Put a link to `target` where `place` is."""
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "notes.txt", "tokenizer.json", "README.md", "model.safetensors"])
+def test_a_link_out_of_the_checkpoint_is_refused_by_name(tmp_path, model, name):
+    private = tmp_path / "private"
+    private.mkdir()
+    shutil.copy(model / name if (model / name).exists() else model / "config.json", private / name)
+    linked(model / name, private / name)
+    with pytest.raises(ValueError, match=f"^{name} in .* is a link to .*private/{name}"):
+        extend(model, 1024, tmp_path / "out", quiet=True)
+    with pytest.raises(ValueError, match=f"^{name} in .* is a link"):
+        write_checkpoint(tmp_path / "out", model, copy_weights(model), lambda folder: "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "private"]
+
+
+def test_folders_and_relative_and_broken_ways_out_are_refused_too(tmp_path, model):
+    (tmp_path / "secret.json").write_text("{}")
+    (model / "chain.json").symlink_to("hop.json")
+    (model / "hop.json").symlink_to("../secret.json")
+    with pytest.raises(ValueError, match=r"^chain\.json in .* is a link to .*secret\.json"):
+        companion_files(model)
+    for name in ("chain.json", "hop.json"):
+        (model / name).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "key.jinja").write_text("")
+    (model / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    taken, _ = companion_files(model) if not _walks_links(model) else ([], [])
+    assert not any(name.startswith("additional") for name in taken)
+
+
+def _walks_links(folder: Path) -> bool:
+    """Whether this Python's `rglob` enters linked folders; where it does, the file there is refused."""
+    found = any(path.name == "key.jinja" for path in folder.rglob("*"))
+    if found:
+        with pytest.raises(ValueError, match=r"additional_chat_templates/key\.jinja in .* is a link"):
+            companion_files(folder)
+    return found
+
+
+def test_links_within_the_checkpoint_and_hard_links_and_a_linked_folder_are_followed(tmp_path, model):
+    os.link(model / "config.json", tmp_path / "same.json")
+    (model / "NOTICE").write_text("terms")
+    (model / "LICENSE").unlink(missing_ok=True)
+    (model / "LICENSE").symlink_to("NOTICE")
+    (tmp_path / "way").symlink_to(model)
+    extend(tmp_path / "way", 1024, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+    assert not (tmp_path / "out" / "LICENSE").is_symlink()
+
+
+def hub_cache(root: Path, model: Path) -> Path:
+    """The same files as the hub's cache keeps them: blobs by hash, and a snapshot of relative links."""
+    snapshot = root / "models--owner--name" / "snapshots" / "0123abcd"
+    blobs = root / "models--owner--name" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in model.iterdir():
+        shutil.copy(path, blobs / sha256(path))
+        (snapshot / path.name).symlink_to(f"../../blobs/{sha256(path)}")
+    return snapshot
+
+
+def test_the_hub_cache_is_followed_and_nothing_outside_of_it(tmp_path, model):
+    snapshot = hub_cache(tmp_path / "hub", model)
+    extend(snapshot, 1024, tmp_path / "out", quiet=True)
+    copy = tmp_path / "out" / "model.safetensors"
+    assert not copy.is_symlink()
+    assert copy.stat().st_nlink == 1
+    assert sha256(copy) == sha256(model / "model.safetensors")
+    other = tmp_path / "hub" / "models--other--name" / "blobs"
+    other.mkdir(parents=True)
+    (other / "0").write_text("{}")
+    (snapshot / "notes.txt").symlink_to("../../../models--other--name/blobs/0")
+    with pytest.raises(ValueError, match=r"^notes\.txt in .* is a link to .*models--other--name"):
+        extend(snapshot, 1024, tmp_path / "out2", quiet=True)
+
+
+def test_only_the_caches_own_layout_opens_the_way_to_blobs(tmp_path, model):
+    folder = tmp_path / "mine" / "snapshots" / "1"
+    (tmp_path / "mine" / "blobs").mkdir(parents=True)
+    shutil.copytree(model, folder)
+    (tmp_path / "mine" / "blobs" / "0").write_text("{}")
+    (folder / "notes.txt").symlink_to("../../blobs/0")
+    with pytest.raises(ValueError, match=r"^notes\.txt in .* is a link"):
+        companion_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", '"llama"'),
+        ("tokenizer_config.json", "[1]"),
+        ("generation_config.json", "3"),
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+    ],
+)
+def test_json_of_a_wrong_type_is_one_line_with_the_file(tmp_path, model, name, content):
+    (model / name).write_text(content)
+    if "index" in name:
+        (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=name) as error:
+        extend(model, 1024, tmp_path / "out", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        {"a": 1},
+        {"a": {"dtype": 3, "shape": [], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [], "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [], "data_offsets": ["0", 0]}},
+        {"a": {"dtype": "F32", "data_offsets": [0, 0]}},
+    ],
+)
+def test_a_safetensors_header_of_wrong_types_is_one_line_with_the_file(tmp_path, entries):
+    text = json.dumps(entries).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    for read in (lambda: header(tmp_path / "model.safetensors"), lambda: weight_files(tmp_path)):
+        with pytest.raises(ValueError, match=r"model\.safetensors has a damaged safetensors header") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_what_a_config_cannot_say_is_refused_by_name(tmp_path, model):
+    """Not a crash: no window, no head size, a head size that differs between layers."""
+    from transformers import AutoConfig
+
+    with pytest.raises(ValueError, match="has no max_position_embeddings"):
+        from_config({"model_type": "x", "rope_theta": 1e4, "head_dim": 64})
+    with pytest.raises(ValueError, match="neither head_dim nor hidden_size"):
+        from_config({"model_type": "x", "rope_theta": 1e4, "hidden_size": None, "max_position_embeddings": 8})
+    config = AutoConfig.for_model("gemma4_text")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="'gemma4_text' has a head_dim that differs between its layers"):
+        from_config(config)
+    (model / "config.json").write_text('{"model_type": "nothing-like-it"}')
+    with pytest.raises(ValueError, match=r"can't read the config in .*nothing-like-it"):
+        load_config(model)
+
+
+@pytest.mark.parametrize("broken", ["pickled", "cut", "no weights"])
+def test_weights_that_cannot_be_read_are_one_line_before_a_run_or_a_measurement(model, broken):
+    weights = model / "model.safetensors"
+    if broken == "cut":
+        os.truncate(weights, 100)
+    else:
+        weights.rename(model / "pytorch_model.bin")
+        (model / "pytorch_model.bin").rename(model / ("pytorch_model.bin" if broken == "pickled" else "x.txt"))
+    said = {"pickled": "are pickled", "cut": "cut off in its header", "no weights": "not a whole checkpoint"}[broken]
+    config = TrainConfig(model=str(model), out=str(model / "run"), data=(DataSource("rows"),), steps=1)
+    findings = {finding.name: finding for finding in preflight(config, 1)}
+    assert not findings["model"].good
+    assert said in findings["model"].text
+    for load in (lambda: train_model.load_model(config), lambda: load_model(model)):
+        with pytest.raises(ValueError, match=said) as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_from_a_checkpoint_with_a_link_out_is_refused_before_it_starts(tmp_path, model):
+    (tmp_path / "key.txt").write_text("private")
+    (model / "LICENSE.txt").symlink_to(tmp_path / "key.txt")
+    config = TrainConfig(model=str(model), out=str(tmp_path / "run"), data=(DataSource("rows"),), steps=1)
+    findings = {finding.name: finding for finding in preflight(config, 1)}
+    assert "LICENSE.txt in" in findings["model"].text
+    assert not findings["model"].good
