@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ultralong.api import render_launch as render_launch
     from ultralong.api import sft as sft
     from ultralong.api import train as train
+    from ultralong.api import verify as verify
 
 _PUBLIC = (
     "evaluate",
@@ -41,6 +42,7 @@ _PUBLIC = (
     "render_launch",
     "sft",
     "train",
+    "verify",
 )
 __all__ = ["__version__", *_PUBLIC]
 

@@ -87,6 +87,7 @@ def test_parameters_are_those_of_the_function_behind():
         "extend": ("ultralong.checkpoints.extend", "extend"),
         "pack": ("ultralong.data.recipe.build", "pack_recipe"),
         "plan": ("ultralong.planner", "plan"),
+        "verify": ("ultralong.data.verify", "verify"),
         "make_attention_context": ("ultralong.attention", "make_attention_context"),
         "needle": ("ultralong.evaluation.runs.commands", "measure"),
         "perplexity": ("ultralong.evaluation.runs.commands", "measure"),
@@ -106,6 +107,7 @@ COMMANDS_OF = {
     "train": "train",
     "sft": "sft",
     "launch": "render_launch",
+    "verify": "verify",
     "eval needle": "needle",
     "eval perplexity": "perplexity",
 }

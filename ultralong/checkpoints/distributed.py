@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +119,19 @@ def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
         rank: This process, which looks at its share of the files.
         ranks: Processes that share them.
     """
+    return next(changed_files(folder, rank, ranks), None)
+
+
+def changed_files(folder: Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
+    """What is wrong with each file of a checkpoint, as `changed_file` says it of the first."""
     for name in sorted(recorded := recorded_files(folder))[rank::ranks]:
         file, facts = folder / name, recorded[name]
         if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes where {facts['bytes']:,} were written"
-        if sha256(file) != facts["sha256"]:
-            return f"{name} is not what was written (its hash differs)"
-    return None
+            yield f"{name} is missing"
+        elif file.stat().st_size != facts["bytes"]:
+            yield f"{name} has {file.stat().st_size:,} bytes where {facts['bytes']:,} were written"
+        elif sha256(file) != facts["sha256"]:
+            yield f"{name} is not what was written (its hash differs)"
 
 
 def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:

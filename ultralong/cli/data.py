@@ -150,22 +150,3 @@ def show(
     print(as_text(view, colour=paint, most=most))
     if html is not None:
         write_text(html, f"<!doctype html><meta charset=utf-8>{as_html(view, most=most)}\n")
-
-
-def verify(folder: Positional[Path], /) -> None:
-    """Compare rows or tokens on disk with the sizes and hashes in their manifest.
-
-    A file that is missing, cut or changed is named, and the command fails. The command that made the folder makes such
-    shards again.
-
-    Example: ultralong data verify rows
-
-    Args:
-        folder: Folder of packed rows, or of tokens; a token store inside it is compared too.
-    """
-    from ultralong.data.tokens.shards import verify as compare
-
-    inner = folder / "tokens"
-    folders = [folder, *([inner] if (inner / "manifest.json").is_file() else [])]
-    counts = {str(path): compare(path) for path in folders}
-    print("\n".join(f"{path}: {count:,} files, all as their manifest says" for path, count in counts.items()))

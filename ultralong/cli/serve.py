@@ -1,15 +1,46 @@
-"""The command that serves a model."""
+"""Commands on what is finished: a model served, a folder compared with what is recorded of it."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tyro.conf import Positional
+
 from ultralong.cli.options import Group, takes
+from ultralong.cli.shared import Json, leave
 from ultralong.utils.hub import find_checkpoint
 
 if TYPE_CHECKING:
     from ultralong.inference.server.settings import ServeSettings
+
+
+def verify(folder: Positional[Path], /, *, json: Json = None) -> None:
+    """Compare a folder's files with the sizes and hashes recorded in it.
+
+    Rows and token stores by their manifest, a run's checkpoints by their state.json, models by the headers of their
+    weights, their index and, in the hub's cache, their hash. A line for each file that is missing, cut or changed, and
+    exit code 1. `ultralong data verify` is the same command.
+
+    Examples:
+      ultralong verify rows
+      ultralong verify runs/cpt
+      ultralong data verify rows
+
+    Args:
+        folder: Packed rows or tokens, a run, one of its checkpoints, or a model.
+        json: Write what was compared as JSON to this file.
+    """
+    from ultralong.data.verify import verify as run
+
+    found = run(folder)
+    leave(json, found.to_dict())
+    print(found)
+    if found.faults:
+        print("\n".join(found.faults), file=sys.stderr)
+        sys.exit(1)
 
 
 @takes(wanted=Group("ultralong.inference.server.settings:ServeSettings", positional=("model",)))

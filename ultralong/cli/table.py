@@ -43,7 +43,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "data build": data.build,
         "data stats": data.stats,
         "data show": data.show,
-        "data verify": data.verify,
+        "data verify": serve.verify,
         "data decontaminate": texts.decontaminate,
         "data refine": texts.refine,
         "data render": texts.render,
@@ -67,7 +67,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "eval score": measure.score,
         "eval compare": measure.compare,
     },
-    "5. Use the model": {"serve": serve.serve},
+    "5. Use the model": {"verify": serve.verify, "serve": serve.serve},
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ultralong.bench.results import write_rows
 from ultralong.checkpoints.class_table import class_table
 from ultralong.checkpoints.config import CONFIG_ERRORS, one_line
 from ultralong.checkpoints.extend import extend
@@ -69,6 +70,31 @@ def sweep(wanted: Sequence[tuple[str, str, str]]) -> list[dict[str, str]]:
 def counts(rows: Sequence[dict[str, str]]) -> dict[str, int]:
     """Rows by result."""
     return dict(Counter(row["result"] for row in rows))
+
+
+def bench_configs(types: Sequence[str] = (), json: Path | None = None) -> list[dict[str, Any]]:
+    """Sweep all cases of some architectures.
+
+    Args:
+        types: Names of architectures; all where it is empty.
+        json: Result file that is written after every architecture.
+
+    Returns:
+        A row for each architecture: how many cases have which result, and the reasons given, each once.
+
+    Raises:
+        ValueError: There is no causal language model of such a name.
+    """
+    if unknown := sorted(set(types) - set(model_types())):
+        raise ValueError(f"transformers has no causal language model of the type {', '.join(unknown)}.")
+    rows = []
+    for kind in types or model_types():
+        found = sweep([case for case in cases() if case[0] == kind])
+        reasons = dict.fromkeys(f"{row['result']}: {row['reason']}"[:240] for row in found if row["reason"])
+        rows.append({"type": kind, "counts": counts(found), "reasons": list(reasons)})
+        if json is not None:
+            write_rows(json, rows, methods=METHODS, sources=SOURCES)
+    return rows
 
 
 def _case(folder: Path, kind: str, rope: dict[str, Any] | None, method: str) -> tuple[str, str]:

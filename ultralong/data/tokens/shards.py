@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ NEW_KEYS = frozenset({"date"})
 
 # Endings of a shard's files, and what else is written beside the shards: what a crash may leave is known by its name.
 ENDINGS = ("json", "bin", "offsets.npy", "documents.jsonl", "npy", "segments.npy", "targets.npy")
+RECORD = re.compile(r"[a-z]+-\d{5,}\.json")
 BESIDE = ("settings.json", "manifest.json", "sources.json", "report.json", "recipe.yaml")
 
 
@@ -200,12 +201,40 @@ def verify(folder: str | os.PathLike[str]) -> int:
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} holds no finished shards (no manifest.json).")
     checked = 0
-    for shard in read_record(folder / "manifest.json")["shards"]:
-        for name, expected in shard["files"].items():
-            if (wrong := _differs(folder / name, expected)) is not None:
-                raise ValueError(f"{wrong}. Run the command that made {folder} again: it makes it whole.")
-            checked += 1
+    for wrong in _compared(folder):
+        if wrong is not None:
+            raise ValueError(f"{wrong}. Run the command that made {folder} again: it makes it whole.")
+        checked += 1
     return checked
+
+
+def shard_faults(folder: Path) -> tuple[int, list[str]]:
+    """Compare the shards of a folder, finished or not, with the sizes and hashes in its manifest or their records.
+
+    Returns:
+        How many files are recorded, and a line for each that is missing, cut or changed.
+
+    Raises:
+        ValueError: The manifest, or a shard's record, cannot be read.
+    """
+    found = list(_compared(folder))
+    return len(found), [wrong for wrong in found if wrong is not None]
+
+
+def _compared(folder: Path) -> Iterator[str | None]:
+    """For each file that is recorded: how it differs, or None."""
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        records = read_record(manifest).get("shards")
+    else:
+        records = [read_record(path) for path in sorted(folder.glob("*.json")) if RECORD.fullmatch(path.name)]
+    try:
+        recorded = {name: expected for record in records or () for name, expected in record["files"].items()}
+        for name, expected in recorded.items():
+            yield _differs(folder / name, expected)
+    except (KeyError, TypeError, AttributeError) as error:
+        place = manifest if manifest.is_file() else folder
+        raise ValueError(f"{place} is no record of shards with sizes and hashes ({error!r}). Restore it.") from error
 
 
 def _differs(path: Path, expected: dict[str, Any]) -> str | None:
