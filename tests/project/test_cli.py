@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -164,13 +165,26 @@ def test_completion_is_a_script_of_all_commands(shell, tmp_path):
         subprocess.run(["bash", "-n", path], check=True)
 
 
+@functools.cache
+def bash_completion() -> str:
+    return forked_command("completion", "bash").stdout
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("ultralong ev", "eval"), ("ultralong eval n", "needle"), ("ultralong train --proc", "--processes")],
+    [
+        ("ultralong ev", "eval"),
+        ("ultralong eval n", "needle"),
+        ("ultralong train --proc", "--processes"),
+        ("ultralong launch reh", "rehearse"),
+        ("ultralong launch --gpus", "--gpus-per-node"),
+        ("ultralong launch rehearse --los", "--lose"),
+        ("ultralong launch x --scheduler jo", "jobset"),
+    ],
 )
 def test_bash_completes(line, expected, tmp_path):
     path = tmp_path / "ultralong.bash"
-    path.write_text(forked_command("completion", "bash").stdout)
+    path.write_text(bash_completion())
     words = line.split(" ")
     script = f"""
 source {path}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ultralong.api.names import as_overrides
@@ -162,6 +162,7 @@ def render_launch(
     scheduler: str = "torchrun",
     changes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    site: Sequence[str] = (),
 ) -> list[Path]:
     """Write the scripts that start a run on several hosts and resume it after a host was lost.
 
@@ -174,19 +175,23 @@ def render_launch(
         nodes: Hosts.
         gpus_per_node: GPUs of a host, one process each.
         out: Folder for the scripts.
-        scheduler: "torchrun", "slurm" or "accelerate".
+        scheduler: "torchrun", "slurm", "accelerate", "skypilot", "trainjob" or "jobset".
         changes: As in `load_config`.
         overwrite: Replace scripts that are there.
+        site: Facts of the site for a manifest, as NAME=VALUE, such as ("image=ultralong:1", "namespace=lab").
 
     Returns:
         The files; the first is the one to start.
 
     Raises:
-        ValueError: The scheduler is unknown, or the processes do not fit the config.
+        ValueError: The scheduler is unknown, the processes do not fit the config, or facts of the site are missing;
+            the message names all of them.
     """
     from ultralong.launch import launch
+    from ultralong.launch.manifests import named_values
 
-    return launch(load_config(config, changes), nodes, gpus_per_node, scheduler, out, overwrite)
+    wanted = load_config(config, changes)
+    return launch(wanted, nodes, gpus_per_node, scheduler, out, overwrite, named_values(site))
 
 
 def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:

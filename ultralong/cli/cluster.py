@@ -73,17 +73,24 @@ def launch(
     nodes: int,
     gpus_per_node: int,
     out: Path,
-    scheduler: Literal["torchrun", "slurm", "accelerate"] = "torchrun",
+    scheduler: Literal["torchrun", "slurm", "accelerate", "skypilot", "trainjob", "jobset"] = "torchrun",
+    site: tuple[str, ...] = (),
     overwrite: bool = False,
     set: tuple[str, ...] = (),
     json: Json = None,
 ) -> None:
-    """Write scripts that start a run on several hosts and resume it: torchrun, Slurm, accelerate.
+    r"""Write what starts a run on several hosts and resumes it: for torchrun, Slurm, accelerate, SkyPilot, Kubernetes.
 
     What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
     their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
 
-    Example: ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
+    A manifest starts the same script in a container on each host: a SkyPilot task, Kubeflow Trainer's TrainJob or a
+    JobSet, with a Containerfile for the image. It takes the facts of the site from --site, and names all that miss.
+
+    Examples:
+      ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
+      ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler jobset --out scripts \
+          --site image=ultralong:1 namespace=lab volume=data workdir=/data interface=eth0
 
     Args:
         config: Name of a preset, or a YAML file.
@@ -91,24 +98,27 @@ def launch(
         gpus_per_node: GPUs of a host, one process each.
         out: Folder for the scripts.
         scheduler: What starts the processes.
+        site: Facts of the site for a manifest, as NAME=VALUE; without any, the message says which.
         overwrite: Replace scripts that are there.
         set: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         json: Write the list of files as JSON to this file.
     """
     from ultralong.launch import launch as render
+    from ultralong.launch.manifests import HOW, named_values
     from ultralong.training.config import TrainConfig, preset
     from ultralong.utils import settings
 
     wanted = settings.load(TrainConfig, preset(config), set)
-    files = render(wanted, nodes, gpus_per_node, scheduler, out, overwrite)
+    files = render(wanted, nodes, gpus_per_node, scheduler, out, overwrite, named_values(site))
     leave(json, {"files": [str(file) for file in files]})
     if not wanted.save_every:
         every = settings.load(TrainConfig, out / "config.yaml").save_every
         print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
-    print(
-        f"Wrote {', '.join(file.name for file in files)} to {out}. Next: read the variables at the top of "
-        f"{files[0]}, then {files[0]} --dry-run"
-    )
+    wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."
+    if scheduler in HOW:
+        print(f"{wrote} Next: build the image (the head of {out / 'Containerfile'} says how). {HOW[scheduler]}")
+    else:
+        print(f"{wrote} Next: read the variables at the top of {files[0]}, then {files[0]} --dry-run")
 
 
 def rehearse(

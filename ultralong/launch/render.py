@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ultralong import __version__
+from ultralong.launch.manifests import MANIFEST_FILES, site_facts, write_manifest
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import process_problem
 from ultralong.utils import settings
@@ -26,6 +27,7 @@ FILES = {
     "accelerate": ("run.sh", "config.yaml", "accelerate.yaml"),
 }
 SCHEDULERS = tuple(FILES)
+FILES |= {target: (file, "run.sh", "config.yaml", "Containerfile") for target, file in MANIFEST_FILES.items()}
 RESUME = "After a stop, start it again: it resumes from the newest checkpoint."
 SAVES = 20  # checkpoints of a run whose config does not say how many
 
@@ -37,6 +39,7 @@ def launch(
     scheduler: str,
     out: str | os.PathLike[str],
     overwrite: bool = False,
+    site: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the scripts that start a run on several hosts, and the one config file that they all read.
 
@@ -46,23 +49,27 @@ def launch(
         nodes: Hosts.
         gpus_per_node: Processes a host, one a GPU.
         scheduler: "torchrun" (run.sh on each host), "slurm" (submit.sh, which submits job.sbatch, which starts run.sh
-            on each host) or "accelerate" (run.sh on each host, through accelerate's launcher).
+            on each host), "accelerate" (run.sh on each host, through accelerate's launcher), or "skypilot", "trainjob"
+            or "jobset" (a manifest that starts run.sh in a container on each host).
         out: Folder for the scripts; it is made when missing.
         overwrite: Replace files of the same names that are there.
+        site: What a manifest has to know of the site, such as {"image": "..."}; see `manifests.FACTS`. Scripts take
+            theirs from variables when they are started.
 
     Returns:
         The files that were written; the first is the one to start.
 
     Raises:
-        ValueError: The scheduler is unknown, a number is not positive, the processes do not fit the config, or files
-            would be replaced.
+        ValueError: The scheduler is unknown, a number is not positive, the processes do not fit the config, facts of
+            the site are missing, or files would be replaced.
     """
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler {scheduler!r} is unknown. Use one of: {', '.join(SCHEDULERS)}.")
+    if scheduler not in FILES:
+        raise ValueError(f"scheduler {scheduler!r} is unknown. Use one of: {', '.join(FILES)}.")
     if nodes < 1 or gpus_per_node < 1:
         raise ValueError(f"nodes and gpus_per_node must be 1 or more, found {nodes} and {gpus_per_node}.")
     if problem := process_problem(config, nodes * gpus_per_node):
         raise ValueError(problem)
+    facts = _facts(scheduler, nodes, site or {})
     folder, config = Path(out), saving(config)
     there = [name for name in FILES[scheduler] if (folder / name).exists()]
     if there and not overwrite:
@@ -91,6 +98,9 @@ def launch(
         {name: value for name, value in values.items() if name != "run_name" or starter == "torchrun"},
         ("facts", "site", "settings", starter, "newest", "loop"),
     )
+    if scheduler in MANIFEST_FILES:
+        write_manifest(scheduler, folder, run_name(config), what, (nodes, gpus_per_node), facts)
+        write_text(folder / "Containerfile", _piece("Containerfile"))
     return [folder / name for name in FILES[scheduler]]
 
 
@@ -131,7 +141,24 @@ def run_name(config: TrainConfig) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.out).name).strip("-.")[:64] or "run"
 
 
+def _facts(scheduler: str, nodes: int, site: Mapping[str, str]) -> dict[str, str]:
+    if scheduler in MANIFEST_FILES:
+        return site_facts(scheduler, nodes, site)
+    if site:
+        raise ValueError(
+            f"{scheduler} takes no --site: its scripts name the variables that they need. Manifests take it: "
+            f"{', '.join(MANIFEST_FILES)}."
+        )
+    return {}
+
+
+def _piece(name: str) -> str:
+    return resources.files("ultralong.launch").joinpath("pieces", name).read_text(encoding="utf-8")
+
+
 def _where(scheduler: str) -> str:
+    if scheduler in MANIFEST_FILES:
+        return f"Started in a container on each host, see {MANIFEST_FILES[scheduler]}."
     if scheduler == "slurm":
         return "Started by job.sbatch, once on each host."
     return "Start it on each host: ./run.sh [--dry-run]"
@@ -160,8 +187,7 @@ def _write(
         "# ---- Values of the run.",
     ]
     assigned = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
-    folder = resources.files("ultralong.launch").joinpath("pieces")
-    body = [folder.joinpath(f"{name}.sh").read_text(encoding="utf-8").strip("\n") for name in pieces]
+    body = [_piece(f"{name}.sh").strip("\n") for name in pieces]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*header, *assigned]) + "\n\n" + "\n\n".join(body) + "\n", encoding="utf-8")
     # Who may read a script may run it.
