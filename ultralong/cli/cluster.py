@@ -79,13 +79,14 @@ def launch(
     set: tuple[str, ...] = (),
     json: Json = None,
 ) -> None:
-    r"""Write what starts a run on several hosts and resumes it: for torchrun, Slurm, accelerate, SkyPilot, Kubernetes.
+    r"""Write what starts a run on several hosts and resumes it: scripts or manifests.
 
     What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
     their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
 
-    A manifest starts the same script in a container on each host: a SkyPilot task, Kubeflow Trainer's TrainJob or a
-    JobSet, with a Containerfile for the image. It takes the facts of the site from --site, and names all that miss.
+    Scripts are for torchrun, Slurm and accelerate. A manifest starts the same script in a container on each host: a
+    SkyPilot task, Kubeflow Trainer's TrainJob or a JobSet, with a Containerfile for the image. It takes the facts of
+    the site from --site, and names all that miss.
 
     Examples:
       ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
