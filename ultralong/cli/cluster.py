@@ -166,3 +166,32 @@ def rehearse(
         f"{found.repeated} steps were computed again, and all {found.steps} are in {out / wanted.out / 'log.jsonl'} "
         "once."
     )
+
+
+def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
+    """List training runs: how far each is, how fast, and what stopped it.
+
+    Reads the runs' own folders and writes nothing, so it works beside running ones, on any host that sees the files.
+    A run is running, finished, failed (with its error) or interrupted (told to stop, or killed).
+
+    Examples:
+      ultralong runs
+      ultralong runs /data/runs --json runs.json
+
+    Args:
+        folder: A run's folder, or one that holds such folders at any depth; by default the current one.
+        json: Write the list as JSON to this file.
+    """
+    from ultralong.launch.runs import find_runs, table
+
+    found = find_runs(folder)
+    leave(json, {"runs": [run.to_dict() for run in found]})
+    if not found:
+        print(
+            f"No run in {folder}. A run's folder is what its config calls `out`, and holds config.yaml and log.jsonl."
+        )
+        return
+    print(table(found))
+    waiting = [run for run in found if run.state in ("failed", "interrupted")]
+    if waiting:
+        print(f"To resume one: ultralong train {waiting[0].folder}/config.yaml --resume")

@@ -55,6 +55,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "sft": make.sft,
         "launch": cluster.launch,
         "launch rehearse": cluster.rehearse,
+        "runs": cluster.runs,
     },
     "4. Measure the model": {
         "eval needle": measure.needle,

@@ -58,6 +58,7 @@ FREE_TO_CHANGE = (
 # How damaged files show when they are read.
 FORMAT_ERRORS = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError, SafetensorError)
 TORCH_FORMAT_ERRORS = ("PytorchStreamReader",)  # torch raises plain RuntimeErrors for broken zip archives
+STOPPED = "stopped.json"  # why a run stopped before its end, until it is resumed
 NAME = re.compile(r"step-(\d{7})")
 ADVICE = "Remove that folder and run again with --resume: the checkpoint before it is used."
 
@@ -105,7 +106,9 @@ class RunFolder:
             if not resume:
                 raise ValueError(f"{self.path} holds a run already. Resume it (--resume) or choose another `out`.")
             self._check_same(config)
-        elif self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
+        elif self.path.exists() and any(
+            entry.name != LOCK and entry.suffix != ".partial" for entry in self.path.iterdir()
+        ):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
 
     def open(self, config: TrainConfig, resume: bool) -> int | None:
@@ -119,6 +122,7 @@ class RunFolder:
         """
         self.check(config, resume)
         shutil.rmtree(self.path / "checkpoints" / "unfinished", ignore_errors=True)
+        (self.path / STOPPED).unlink(missing_ok=True)
         settings.save(config, self.config, "Every setting of this run; `ultralong train` with this file repeats it.")
         steps = self.checkpoints()
         self._cut_log(steps[-1][0] if steps else 0)

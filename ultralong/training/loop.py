@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,20 @@ def _train(
     """Train in a folder that this run holds."""
     order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size, config.length)
     _on_main(lambda: folder.open(config, resume), processes)
+    with _stop_recorded(folder):
+        return _train_in(config, folder, processes, order, resume, quiet, start)
+
+
+def _train_in(
+    config: TrainConfig,
+    folder: checkpoint.RunFolder,
+    processes: Processes,
+    order: RowOrder,
+    resume: bool,
+    quiet: bool,
+    start: float,
+) -> TrainResult:
+    """Train in a folder that is ready."""
     set_seed(config.seed)
     model = load_model(config)
     run = build_run(config, processes, folder, order, model)
@@ -144,6 +158,21 @@ def _say_finished(folder: checkpoint.RunFolder, config: TrainConfig) -> None:
         "Nothing was left to resume; to train on, start another run from that model.",
         file=sys.stderr,
     )
+
+
+@contextmanager
+def _stop_recorded(folder: checkpoint.RunFolder) -> Iterator[None]:
+    """Record what stops the run, for `ultralong runs`: of several processes, what the first of them met."""
+    try:
+        yield
+    except BaseException as error:
+        asked = isinstance(error, KeyboardInterrupt | SystemExit)
+        words = " ".join(str(error).split()) or type(error).__name__
+        reason = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else words
+        with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
+            if not (file := folder.path / checkpoint.STOPPED).exists():
+                write_json(file, {"state": "interrupted" if asked else "failed", "reason": reason})
+        raise
 
 
 @contextmanager

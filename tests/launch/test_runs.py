@@ -1,0 +1,87 @@
+"""`ultralong runs`: each state is told from the folder's own files, of this version's runs and of unfinished ones."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import make_run
+
+from ultralong import cli
+from ultralong.launch.runs import find_runs, state_of, table
+from ultralong.training import loop
+from ultralong.training.loop import train
+from ultralong.utils.files import locked
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_tiny_model, tiny_tokenizer):
+    """One folder with a finished run, one that failed, and one that was stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run = make_run(folder, make_tiny_model(), tiny_tokenizer, steps=3, save_every=1, out="group/finished")
+        train(run, quiet=True)
+        step = loop.training_step
+
+        def stopped(error):
+            def instead(run, number):
+                if number == 2:
+                    raise error
+                return step(run, number)
+
+            return instead
+
+        for name, error in (("failed", FloatingPointError("Step 3: the loss is nan.")), ("stopped", SystemExit(143))):
+            patch.setattr(loop, "training_step", stopped(error))
+            with pytest.raises(type(error)):
+                train(replace(run, out=f"group/{name}"), quiet=True)
+    return folder
+
+
+def test_each_state_is_told(place):
+    found = {Path(run.folder).name: run for run in find_runs(place)}
+    assert {name: run.state for name, run in found.items()} == {
+        "finished": "finished", "failed": "failed", "stopped": "interrupted"
+    }  # fmt: skip
+    assert (found["finished"].step, found["finished"].steps, found["finished"].saved) == (3, 3, 3)
+    assert (found["finished"].seconds_left, found["finished"].reason) == (None, "")
+    assert (found["failed"].step, found["failed"].saved) == (2, 2)
+    assert found["failed"].reason == "Step 3: the loss is nan."
+    assert (found["failed"].tokens_per_second or 0) > 0
+    assert (found["failed"].seconds_left or 0) > 0
+    lines = table(list(found.values())).splitlines()
+    assert len(lines) == 4
+    assert any("2/3" in line and line.endswith("the loss is nan.") for line in lines)
+
+
+def test_a_held_folder_is_running_and_a_resumed_run_has_no_old_reason(place, monkeypatch):
+    folder = place / "group" / "failed"
+    with locked(folder):
+        assert state_of(folder).state == "running"
+    monkeypatch.chdir(place)
+    from ultralong.training.config import TrainConfig
+    from ultralong.utils import settings
+
+    train(settings.load(TrainConfig, folder / "config.yaml"), resume=True, quiet=True)
+    assert (state_of(folder).state, state_of(folder).reason) == ("finished", "")
+    assert not (folder / "stopped.json").exists()
+
+
+def test_damaged_and_foreign_folders_are_told(place, tmp_path, capsys):
+    run = tmp_path / "killed"
+    (run / "checkpoints" / "step-0000005").mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 9\n")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "config.yaml").write_text("steps: 9\n")
+    (found,) = find_runs(tmp_path)
+    assert (found.state, found.saved, found.steps, found.loss) == ("interrupted", 5, 9, None)
+    (run / "log.jsonl").write_text("no json\n")
+    assert "line 1: not valid JSON" in state_of(run).reason
+    with pytest.raises(ValueError, match="is not a folder"):
+        find_runs(tmp_path / "missing")
+    cli.main(["runs", str(tmp_path), "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["runs"][0]["state"] == "interrupted"
+    assert f"ultralong train {run}/config.yaml --resume" in capsys.readouterr().out
+    cli.main(["runs", str(tmp_path / "scripts")])
+    assert "No run in" in capsys.readouterr().out

@@ -1,0 +1,157 @@
+"""What became of runs, from the files of their own folders: how far each is, how fast, and what stopped it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ultralong.training.checkpoint import STOPPED, RunFolder
+from ultralong.utils.files import is_locked, read_json, read_jsonl
+
+RECENT = 10  # steps whose median is the rate
+STATES = ("running", "finished", "failed", "interrupted")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as its folder shows it.
+
+    Attributes:
+        folder: The run's folder.
+        state: One of `STATES`: running (a process holds the folder), finished (the model is exported), failed (it
+            recorded an error), or interrupted (it was stopped or killed, and no process holds the folder).
+        step: Steps that are logged.
+        steps: Steps of the whole run.
+        saved: Step of the newest checkpoint; a resumption starts from it. 0 where there is none.
+        loss: Of the last logged step, in nats per target; None before the first.
+        tokens_per_second: Median of the last ten logged steps; None before the first.
+        seconds_left: At that rate, for a run that is not finished; None where it is not known.
+        reason: What the run recorded when it stopped, or what is wrong with the folder's files.
+    """
+
+    folder: str
+    state: str
+    step: int
+    steps: int
+    saved: int
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for a JSON file."""
+        return asdict(self)
+
+
+def find_runs(folder: str | os.PathLike[str]) -> list[RunState]:
+    """The runs in a folder, at any depth, those that changed last first. Nothing is written.
+
+    Args:
+        folder: A run's folder, or one that holds such folders.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ValueError(f"{place} is not a folder. Give a run's folder (its `out`), or one that holds such folders.")
+    found = sorted(_run_folders(place), key=_changed, reverse=True)
+    return [state_of(path) for path in found]
+
+
+def state_of(folder: Path) -> RunState:
+    """The state of one run's folder."""
+    run, problems = RunFolder(folder), []
+    try:
+        records = [record for record in read_jsonl(run.log) if isinstance(record.get("step"), int)]
+    except FileNotFoundError:
+        records = []
+    except ValueError as error:
+        records, problems = [], [str(error)]
+    steps = int(_settings(run.config).get("steps") or 0)
+    step, recent = (records[-1]["step"] if records else 0), records[-RECENT:]
+    saved = run.checkpoints()
+    stopped = _recorded(folder / STOPPED)
+    if is_locked(folder):
+        state, reason = "running", ""
+    elif step == steps and _recorded(folder / "result.json"):
+        state, reason = "finished", ""
+    elif stopped.get("state") == "failed":
+        state, reason = "failed", str(stopped.get("reason", ""))
+    else:
+        state, reason = "interrupted", str(stopped.get("reason", "ended without a word: killed, or its host was lost"))
+    rate = _median(recent, "tokens_per_second")
+    seconds = _median(recent, "seconds")
+    left = None if state == "finished" or seconds is None else round(seconds * (steps - step), 1)
+    return RunState(
+        str(folder), state, step, steps, saved[-1][0] if saved else 0, records[-1].get("loss") if records else None,
+        rate, left, "; ".join([*problems, reason] if reason else problems),
+    )  # fmt: skip
+
+
+def _run_folders(place: Path) -> Iterator[Path]:
+    for path, folders, files in os.walk(place):
+        if "config.yaml" in files and _is_run(Path(path)):
+            folders.clear()
+            yield Path(path)
+        # What a run or a checkpoint consists of holds no further runs, and may be many files.
+        folders[:] = [name for name in folders if name != "checkpoints" and not name.startswith(".")]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder was trained in: launch scripts and rows have a config.yaml too, but no lock and no log."""
+    return any((path / name).exists() for name in (".lock", "log.jsonl", "checkpoints"))
+
+
+def _changed(path: Path) -> float:
+    return max((path / name).stat().st_mtime for name in ("config.yaml", "log.jsonl") if (path / name).exists())
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The config as it was written, whichever version wrote it."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _median(records: list[dict[str, Any]], name: str) -> float | None:
+    values = [float(record[name]) for record in records if isinstance(record.get(name), float | int)]
+    return round(statistics.median(values), 3) if values else None
+
+
+def table(runs: list[RunState]) -> str:
+    """Runs as lines for people."""
+    rows = [("run", "state", "step", "saved", "loss", "tokens/s", "left", "")]
+    for run in runs:
+        loss = "-" if run.loss is None else f"{run.loss:.3f}"
+        rate = "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"
+        left = "-" if run.seconds_left is None else _duration(run.seconds_left)
+        rows.append((run.folder, run.state, f"{run.step}/{run.steps}", str(run.saved), loss, rate, left, run.reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]).rstrip() for row in rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
