@@ -106,9 +106,7 @@ class RunFolder:
             if not resume:
                 raise ValueError(f"{self.path} holds a run already. Resume it (--resume) or choose another `out`.")
             self._check_same(config)
-        elif self.path.exists() and any(
-            entry.name != LOCK and entry.suffix != ".partial" for entry in self.path.iterdir()
-        ):
+        elif self.path.exists() and any(x.name != LOCK and x.suffix != ".partial" for x in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
 
     def open(self, config: TrainConfig, resume: bool) -> int | None:
