@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.4.0"
 
 if TYPE_CHECKING:
+    from ultralong.api import check as check
     from ultralong.api import evaluate as evaluate
     from ultralong.api import extend as extend
     from ultralong.api import load_config as load_config
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ultralong.api import verify as verify
 
 _PUBLIC = (
+    "check",
     "evaluate",
     "extend",
     "load_config",

@@ -21,6 +21,7 @@ from tiny_run import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralong import miniature
+from ultralong.bench.checkpoints.readers import bench_readers, unnamed
 from ultralong.checkpoints.config import config_for_readers, load_config, weights_dtype
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.write import copy_weights, write_checkpoint
@@ -114,6 +115,14 @@ def test_transformers_4_reads_what_transformers_5_reads(folders, ours, python):
     # The card of a yarn model says that releases before 4.57 read another table.
     version = tuple(map(int, python.parts[-3].lstrip("v").split(".")[:2]))
     assert wrong <= (set() if version >= (4, 57) else {"yarn", "trained-yarn"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not READERS, reason="make readers makes interpreters with transformers of version 4")
+def test_check_says_all_that_they_read_wrong():
+    rows = bench_readers(READERS)
+    assert unnamed(rows) == []
+    assert [row for row in rows if row["read"] == "right" and row["check"] != "right"] == []
 
 
 @pytest.mark.parametrize("name", ["llama3", "yarn"])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TypeAlias
 
+from ultralong.api.names import folder_of
+
 if TYPE_CHECKING:
+    from ultralong.checkpoints.check import Readings
     from ultralong.data.verify import Verification
 
     StrPath: TypeAlias = str | os.PathLike[str]
@@ -30,3 +33,25 @@ def verify(folder: StrPath) -> Verification:
     from ultralong.data.verify import verify as run
 
     return run(folder)
+
+
+def check(model: StrPath, revision: str | None = None) -> Readings:
+    """What transformers 4 and 5, vLLM, SGLang and llama.cpp read from a checkpoint, and what they get wrong.
+
+    >>> found = check("long")
+    >>> print(found.window, found.readings[0].program, found.readings[0].version, found.readings[0].verdict)
+    1024 transformers 4.46 wrong
+
+    Args:
+        model: Checkpoint folder, hub id, or "miniature".
+        revision: Branch, tag or commit of a hub model.
+
+    Returns:
+        A reading for each program and version; `print` shows them as a table.
+
+    Raises:
+        ValueError: There is no such checkpoint, or its RoPE is none that this library reproduces.
+    """
+    from ultralong.checkpoints.check import check as run
+
+    return run(folder_of(model), revision)

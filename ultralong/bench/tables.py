@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong import __version__
+from ultralong.bench.checkpoints.tables import configs_table, readers_table
 from ultralong.bench.results import rows_of
 from ultralong.utils.files import read_json, write_text
 
@@ -192,6 +193,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         ),
         prefill_table,
     ),
+    "readers": (("readers.json",), readers_table),
+    "configs": (("config_sweep.json",), configs_table),
 }
 
 

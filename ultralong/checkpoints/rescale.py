@@ -117,8 +117,9 @@ def config_entries(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]
         **rope_entries(written),
     }
     read = reader(config)
-    if scaling.method == "linear":
-        # This type has no entry for it, so that nobody could tell whether the window above is before or after scaling.
+    if scaling.method in ("linear", "longrope"):
+        # The first has no entry for it, so that nobody could tell whether the window above is before or after scaling;
+        # of the second transformers 4 looks for it here alone.
         entries["original_max_position_embeddings"] = scaling.original_window
     if hasattr(config, "head_dim") and config.head_dim is None:
         entries["head_dim"] = scaling.head_dim  # transformers computes a scaled table from it, and from nothing else

@@ -143,6 +143,55 @@ def sft(
     print("\n".join(table(result)))
 
 
+def readers(*, pythons: tuple[Path, ...] = (), kinds: tuple[str, ...] = (), json: Json = None) -> None:
+    """Open checkpoints of every kind in several versions of transformers, beside what check says.
+
+    make readers makes the interpreters, in build/readers. Exits with 1 where a program reads something wrong, or does
+    not open it, and check had not said so.
+
+    Example: ultralong bench readers --pythons build/readers/*/bin/python --json readers.json
+
+    Args:
+        pythons: Interpreters with other versions of transformers.
+        kinds: Kinds of checkpoints; by default all.
+        json: Write machine and rows as JSON to this file.
+    """
+    import sys
+
+    from ultralong.bench.checkpoints.readers import bench_readers, unnamed
+    from ultralong.bench.checkpoints.tables import readers_table
+
+    rows = bench_readers(pythons, kinds, json)
+    print("\n".join(readers_table([{"rows": rows}])))
+    for row in (wrong := unnamed(rows)):
+        print(f"{row['kind']}, {row['program']} {row['version']}: {row['read']}, and check says right", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+def configs(*, types: tuple[str, ...] = (), json: Json = None) -> None:
+    """Extend a config of every causal language model that transformers knows, and open it again.
+
+    A table of results: the model class computes the table that is meant, or extend refuses it in one line. All types
+    take half an hour of one core. Exits with 1 where one crashed or computes another table.
+
+    Example: ultralong bench configs --types llama qwen3 --json configs.json
+
+    Args:
+        types: Architectures, such as llama; by default all.
+        json: Write machine and rows as JSON to this file, after every architecture.
+    """
+    import sys
+
+    from ultralong.bench.checkpoints.config_sweep import bench_configs
+    from ultralong.bench.checkpoints.tables import configs_table
+
+    rows = bench_configs(types, json)
+    print("\n".join(configs_table([{"rows": rows}])))
+    if any({"crash", "different"} & set(row["counts"]) for row in rows):
+        sys.exit(1)
+
+
 def tables(files: Positional[tuple[Path, ...]] = (Path("notebooks/results/README.md"),), /) -> None:
     """Write the tables in Markdown files anew from the recorded measurements, in a clone.
 

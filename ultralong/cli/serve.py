@@ -1,4 +1,4 @@
-"""Commands on what is finished: a model served, a folder compared with what is recorded of it."""
+"""Commands on what is finished: what other programs read, files compared, a model served."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ from ultralong.utils.hub import find_checkpoint
 
 if TYPE_CHECKING:
     from ultralong.inference.server.settings import ServeSettings
+
+
+def check(model: Positional[str], /, *, revision: str | None = None, json: Json = None) -> None:
+    """Say what other programs and versions will read from a checkpoint, and what they get wrong.
+
+    transformers 4.46, 4.51, 4.57 and the installed one, vLLM, SGLang, llama.cpp: the RoPE that each computes, right or
+    not, its window, the type it computes in, whether the tokenizer opens, and what to type. Nothing is loaded.
+
+    Example: ultralong check llama-1m
+
+    Args:
+        model: Checkpoint folder, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        json: Write the readings as JSON to this file.
+    """
+    from ultralong.checkpoints.check import check as run
+
+    found = run(model, revision)
+    leave(json, found.to_dict())
+    print(found)
 
 
 def verify(folder: Positional[Path], /, *, json: Json = None) -> None:

@@ -1,0 +1,145 @@
+"""What `check` says that other programs read; tests/checkpoints/test_readers.py opens the same folders in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ultralong import check, miniature
+from ultralong.bench.checkpoints.config_sweep import bench_configs, sweep
+from ultralong.bench.checkpoints.readers import compared, unnamed
+from ultralong.bench.checkpoints.tables import configs_table, readers_table
+from ultralong.checkpoints.extend import extend
+from ultralong.checkpoints.readers import VERSIONS_4, knows
+from ultralong.cli import main
+from ultralong.utils.files import read_json, write_json
+
+PAIRS = 32  # of the miniature's heads
+
+
+def made(folder: Path, method: str, **options) -> Path:
+    extend(miniature.path(), 2048, folder, method, quiet=True, **options)
+    return folder
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    """Verdicts by name: a version for transformers, the program for others."""
+    return {
+        one.version.partition(".")[0] if one.version.startswith("5.") else f"transformers {one.version}"
+        if one.program == "transformers" else one.program: one.verdict
+        for one in check(folder).readings
+    }  # fmt: skip
+
+
+def remarks(folder: Path, program: str, version: str = "") -> str:
+    (one,) = (r for r in check(folder).readings if r.program == program and r.version.startswith(version))
+    return " ".join((*one.remarks, one.typed))
+
+
+def only_wrong(folder: Path) -> set[str]:
+    return {name for name, verdict in verdicts(folder).items() if verdict != "right"}
+
+
+LONG = {"short_factors": (1.0,) * PAIRS, "long_factors": (4.0,) * PAIRS}
+CASES = [
+    ("llama3", {}, set()),
+    ("linear", {}, set()),
+    ("default", {"theta": 5e5}, set()),
+    ("yarn", {"beta": 32.0}, {"transformers 4.46"}),
+    ("yarn", {}, {"transformers 4.46", "llama.cpp"}),
+    ("yarn", {"factor": 8.0}, {"transformers 4.46", "transformers 4.51", "llama.cpp"}),
+    ("yarn", {"attention_factor": 1.0}, {"transformers 4.46", "SGLang", "llama.cpp"}),
+    ("dynamic", {}, {"vLLM", "SGLang", "llama.cpp"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "wrong"), CASES, ids=[f"{m} {o}" for m, o, _ in CASES])
+def test_who_reads_another_table(tmp_path, method, options, wrong):
+    assert only_wrong(made(tmp_path / "out", method, **options)) == wrong
+
+
+def test_what_is_said_of_it_and_what_to_type(tmp_path):
+    folder = made(tmp_path / "out", "yarn")
+    assert "max_position_embeddings for the original window of yarn" in remarks(folder, "transformers", "4.46")
+    assert "4.57 or later" in remarks(folder, "transformers", "4.46")
+    assert "--yarn-beta-fast 4 --yarn-beta-slow 1" in remarks(folder, "llama.cpp").partition("llama-server")[2]
+    assert f"vllm serve {folder} --max-model-len 2048" in remarks(folder, "vLLM")
+    assert 'torch_dtype="auto"' in remarks(folder, "transformers", "4.57")
+    longrope = made(tmp_path / "long", "longrope", **LONG)
+    assert "one table for all lengths" in remarks(longrope, "vLLM")
+    assert read_json(longrope / "config.json")["original_max_position_embeddings"] == 512
+    assert verdicts(longrope)["transformers 4.57"] == "right"
+
+
+def test_keys_that_only_version_5_reads_are_told(tmp_path):
+    folder = made(tmp_path / "out", "llama3", theta=5e5)
+    entries = read_json(folder / "config.json")
+    write_json(folder / "config.json", {k: v for k, v in entries.items() if k not in ("rope_theta", "rope_scaling")})
+    assert only_wrong(folder) == {f"transformers {version}" for version in VERSIONS_4}
+    assert "no rope_theta" in remarks(folder, "transformers", "4.57")
+    assert "no rope_scaling" in remarks(folder, "transformers", "4.57")
+    write_json(folder / "config.json", entries | {"dtype": "float32", "torch_dtype": "float32"})
+    assert only_wrong(folder) == set()
+    assert "weights are bfloat16" in remarks(folder, "transformers", "4.57")
+
+
+def test_tokenizers_and_types_that_older_versions_do_not_open(tmp_path):
+    folder = made(tmp_path / "out", "llama3")
+    settings = read_json(folder / "tokenizer_config.json")
+    for change in ({"tokenizer_class": "TokenizersBackend"}, {"extra_special_tokens": ["<x>"]}):
+        write_json(folder / "tokenizer_config.json", settings | change)
+        found = verdicts(folder)
+        assert {found[f"transformers {version}"] for version in VERSIONS_4} == {"refused"}
+        assert found["5"] == found["vLLM"] == "right"
+    write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k != "chat_template"})
+    assert "no chat template" in remarks(folder, "transformers", "4.46")
+    assert "no chat template" not in remarks(folder, "transformers", "4.51")
+    assert knows("4.46", "llama")
+    assert [knows(version, "qwen3") for version in VERSIONS_4] == [False, True, True]
+    assert [knows(version, "smollm3") for version in VERSIONS_4] == [False, False, True]
+    assert not any(knows(version, "youtu") for version in VERSIONS_4)
+
+
+def test_the_command_prints_a_table_and_refuses_what_is_no_model(tmp_path, capsys):
+    main(["check", str(made(tmp_path / "out", "yarn")), "--json", str(tmp_path / "said.json")])
+    told = capsys.readouterr().out
+    assert "transformers 4.46     wrong" in told
+    assert len(read_json(tmp_path / "said.json")["readings"]) == 7
+    other = made(tmp_path / "other", "llama3")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor.to(torch.float16) for name, tensor in tensors.items()}, other / "model.safetensors")
+    assert "weights are float16" in remarks(other, "transformers", "4.51")
+    (other / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        check(other)
+
+
+def test_what_a_program_reads_is_compared_with_ours():
+    ours = {"tables": [[1.0], [0.5]], "factor": 1.0, "window": 4, "dtype": ["x"], "ids": [1], "chat": True}
+    assert compared(ours, ours) == ("right", [])
+    assert compared(ours, ours | {"tables": [[1.0], [0.6]]}) == ("wrong", ["table at 2048 tokens"])
+    assert compared(ours, ours | {"ids": [2], "factor": 1.1}) == ("wrong", ["ids", "attention factor 1.1 for 1"])
+    assert compared(ours, {"refused": "why"}) == ("refused", ["why"])
+    rows = [
+        {"kind": "a", "program": "p", "version": "1", "read": "wrong", "check": "right"},
+        {"kind": "a", "program": "q", "version": "1", "read": None, "check": "wrong"},
+        {"kind": "b", "program": "p", "version": "1", "read": "refused", "check": "wrong"},
+    ]
+    assert unnamed(rows) == rows[:1]
+    assert readers_table([{"rows": rows}])[2:] == ["| a | wrong, not said | (wrong) |", "| b | refused, said |  |"]
+
+
+def test_config_classes_are_scaled_or_refused(tmp_path):
+    """A handful of cases, some of which crashed; `ultralong bench configs` takes all."""
+    cases = [("qwen3", "default", "auto"), ("qwen3", "yarn", "auto"), ("mamba", "linear", "auto")]
+    cases += [("xlnet", "yarn", "auto"), ("gemma4_text", "yarn", "auto"), ("rwkv", "llama3", "auto")]
+    found = [row["result"] for row in sweep(cases)]
+    assert found == ["equal", "equal", "refused", "refused", "refused", "refused"]
+    (row,) = bench_configs(("gpt2",), tmp_path / "rows.json")
+    assert row["counts"] == {"refused": 9}
+    assert configs_table([read_json(tmp_path / "rows.json")])[3].startswith("| refused | 9 | 1 of 1 |")
+    with pytest.raises(ValueError, match="no causal language model of the type nothing"):
+        bench_configs(("nothing",))

@@ -1,0 +1,63 @@
+"""Tables of what was recorded of checkpoints: kinds by programs and versions, config classes by result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ultralong.bench.results import rows_of
+
+MEANING = {
+    "equal": "the model class computes the table that is meant, and the window is the one asked for",
+    "refused": "one line says why, and nothing is written",
+    "unmade": "transformers itself cannot make or write such a source",
+    "different": "the model class computes another table",
+    "crash": "another error than one line",
+}
+
+
+def readers_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """What each program reads of each kind of checkpoint; in brackets what `ultralong check` says without a run.
+
+    Args:
+        recorded: What `ultralong bench readers --json` wrote.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    rows = [row for file in recorded for row in rows_of(file)]
+    programs = list(dict.fromkeys((row["program"], row["version"]) for row in rows))
+    cells = {(row["kind"], row["program"], row["version"]): _cell(row) for row in rows}
+    lines = [f"| checkpoint | {' | '.join(' '.join(one) for one in programs)} |", "|---" * (len(programs) + 1) + "|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        lines.append(f"| {kind} | {' | '.join(cells.get((kind, *one), '') for one in programs)} |")
+    return lines
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if row["read"] is None:
+        return f"({row['check']})"
+    if row["read"] == "right":
+        return "right" if row["check"] == "right" else "right, check says otherwise"
+    return f"{row['read']}, {'said' if row['check'] in ('wrong', 'refused') else 'not said'}"
+
+
+def configs_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """How many cases of how many architectures had which result.
+
+    Args:
+        recorded: What `ultralong bench configs --json` wrote.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    rows = [row for file in recorded for row in rows_of(file)]
+    cases: Counter[str] = Counter()
+    for row in rows:
+        cases.update(row["counts"])
+    lines = ["| result | cases | architectures with one | meaning |", "|---|---|---|---|"]
+    for result, meaning in MEANING.items():
+        types = sum(result in row["counts"] for row in rows)
+        lines.append(f"| {result} | {cases[result]:,} | {types} of {len(rows)} | {meaning} |")
+    return lines
