@@ -161,7 +161,12 @@ def caveats(config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
             "Remove it from config.json to be served by the rescaled RoPE alone."
         )
     if kind == "yarn" and scaling.attention_factor is not None:
-        notes.append("Older vLLM releases ignore attention_factor and apply YaRN's own temperature instead.")
+        notes.append("SGLang and older vLLM releases ignore attention_factor and apply YaRN's own temperature.")
+    if kind == "dynamic":
+        notes.append(
+            "vLLM 0.33 scales nothing of a dynamic type and its table ends with the old window, SGLang takes the table "
+            "of the whole window for short texts too, llama.cpp converts none: choose yarn or llama3 to serve there."
+        )
     if kind in SERVED_BY_FACTOR and reach > to:
         notes.append(
             f"The factor of {scaling.factor:g} is larger than the window needs: vLLM will offer {reach:,} "

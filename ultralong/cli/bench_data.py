@@ -143,7 +143,14 @@ def sft(
     print("\n".join(table(result)))
 
 
-def readers(*, pythons: tuple[Path, ...] = (), kinds: tuple[str, ...] = (), json: Json = None) -> None:
+def readers(
+    *,
+    pythons: tuple[Path, ...] = (),
+    kinds: tuple[str, ...] = (),
+    vllm: Path | None = None,
+    sglang: Path | None = None,
+    json: Json = None,
+) -> None:
     """Open checkpoints of every kind in several versions of transformers, beside what check says.
 
     make readers makes the interpreters, in build/readers. Exits with 1 where a program reads something wrong, or does
@@ -154,6 +161,8 @@ def readers(*, pythons: tuple[Path, ...] = (), kinds: tuple[str, ...] = (), json
     Args:
         pythons: Interpreters with other versions of transformers.
         kinds: Kinds of checkpoints; by default all.
+        vllm: Interpreter with vLLM, asked for the table that it computes; needs no GPU.
+        sglang: The same of SGLang.
         json: Write machine and rows as JSON to this file.
     """
     import sys
@@ -161,7 +170,7 @@ def readers(*, pythons: tuple[Path, ...] = (), kinds: tuple[str, ...] = (), json
     from ultralong.bench.checkpoints.readers import bench_readers, unnamed
     from ultralong.bench.checkpoints.tables import readers_table
 
-    rows = bench_readers(pythons, kinds, json)
+    rows = bench_readers(pythons, kinds, vllm=vllm, sglang=sglang, json=json)
     print("\n".join(readers_table([{"rows": rows}])))
     for row in (wrong := unnamed(rows)):
         print(f"{row['kind']}, {row['program']} {row['version']}: {row['read']}, and check says right", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 Each version of transformers is an interpreter of its own (`make readers` makes them). It opens every checkpoint and
 says window, rotary table at two lengths, type of the parameters and tokens of a text; what the installed version says
-is the measure. vLLM, SGLang and llama.cpp stand in the rows as `check` has them from their source.
+is the measure. vLLM and SGLang are asked for their reading of the config and their table, which needs no GPU, where an
+interpreter has them. What did not run stands in the rows as `check` has it from its source.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 
 from ultralong import miniature
+from ultralong.bench.checkpoints.questions import QUESTIONS
 from ultralong.bench.results import write_rows
 from ultralong.checkpoints.check import Readings, check
 from ultralong.checkpoints.extend import extend
@@ -29,30 +31,6 @@ from ultralong.utils.files import read_json, write_json
 
 WINDOW = 2048  # tokens of the extended models; the miniature has 512
 TEXT = "The tide came in at dawn; no ship had passed. 1048576"
-ASK = """
-import json, sys, torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-transformers.logging.set_verbosity_error()
-print("version", transformers.__version__)
-text, lengths, *folders = sys.argv[1:]
-for folder in folders:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
-        tables = []
-        for length in json.loads(lengths):
-            rotary(torch.zeros(1), torch.arange(length)[None])
-            tables.append(rotary.inv_freq.tolist())
-        said = {
-            "tables": tables, "factor": float(getattr(rotary, "attention_scaling", 1.0)),
-            "window": model.config.max_position_embeddings, "chat": tokenizer.chat_template is not None,
-            "dtype": sorted({str(p.dtype) for p in model.parameters()}), "ids": tokenizer(text)["input_ids"],
-        }
-    except Exception as error:
-        said = {"refused": f"{type(error).__name__}: {error}"[:300]}
-    print("said", json.dumps(said))
-"""
 
 
 def _extended(method: str, **options: Any) -> Callable[[Path], Any]:
@@ -120,13 +98,20 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 
 def bench_readers(
-    pythons: Sequence[Path] = (), kinds: Sequence[str] = (), json: Path | None = None
+    pythons: Sequence[Path] = (),
+    kinds: Sequence[str] = (),
+    *,
+    vllm: Path | None = None,
+    sglang: Path | None = None,
+    json: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Open a checkpoint of each kind with each interpreter, and compare with what `check` says.
 
     Args:
         pythons: Interpreters with other versions of transformers.
         kinds: Names in `KINDS`; all where it is empty.
+        vllm: Interpreter with vLLM.
+        sglang: Interpreter with SGLang.
         json: Result file.
 
     Returns:
@@ -140,11 +125,13 @@ def bench_readers(
             folders[kind] = Path(scratch) / str(len(folders))
             KINDS[kind](folders[kind])
         _, measure = ask(Path(sys.executable), folders)
-        for python in pythons:
-            version, answers = ask(python, folders)
+        asked = [("transformers", python) for python in pythons]
+        asked += [(name, python) for name, python in (("vLLM", vllm), ("SGLang", sglang)) if python is not None]
+        for program, python in asked:
+            version, answers = ask(python, folders, program)
             for kind in folders:
                 read, differs = compared(measure[kind], answers[kind])
-                said = {"kind": kind, "program": "transformers", "version": version, "read": read, "differs": differs}
+                said = {"kind": kind, "program": program, "version": version, "read": read, "differs": differs}
                 rows.append(said)
         for kind, folder in folders.items():
             rows = _with_check(rows, kind, check(folder), measure[kind], str(folder))
@@ -158,7 +145,8 @@ def _with_check(
 ) -> list[dict[str, Any]]:
     """The rows with what `check` says of one kind; programs that did not run get rows of their own."""
     for one in readings.readings:
-        mine = [row for row in rows if row["kind"] == kind and row["version"].startswith(one.version)]
+        same = [row for row in rows if (row["kind"], row["program"]) == (kind, one.program)]
+        mine = [row for row in same if row["version"].startswith(one.version)]
         said = {"check": one.verdict, "remarks": [text.replace(folder, "FOLDER") for text in one.remarks]}
         if mine:
             mine[0].update(said)
@@ -175,13 +163,15 @@ def unnamed(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["read"] in ("wrong", "refused") and row["check"] not in ("wrong", "refused")]
 
 
-def ask(python: Path, folders: Mapping[str, Path]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """What one interpreter says of checkpoints: its version of transformers, and an answer by kind.
+def ask(
+    python: Path, folders: Mapping[str, Path], program: str = "transformers"
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What one interpreter says of checkpoints: the program's version, and an answer by kind.
 
     Raises:
-        ValueError: The interpreter could not be run, or has no transformers.
+        ValueError: The interpreter could not be run, or has no such program.
     """
-    words = [str(python), "-c", ASK, TEXT, json.dumps([512, WINDOW]), *map(str, folders.values())]
+    words = [str(python), "-c", QUESTIONS[program], TEXT, json.dumps([512, WINDOW]), *map(str, folders.values())]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     answers = [json.loads(rest) for word, _, rest in lines if word == "said"]
@@ -195,7 +185,9 @@ def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, l
     """Verdict: "right", "wrong" or "refused", and what differs."""
     if "refused" in theirs:
         return "refused", [theirs["refused"]]
-    differs = [key for key in ("window", "dtype", "ids", "chat") if ours[key] != theirs[key]]
+    differs = [key for key in ("window", "dtype", "ids", "chat") if key in theirs and ours[key] != theirs[key]]
+    if theirs.get("positions", WINDOW) < WINDOW:
+        differs.append(f"a table of {theirs['positions']:,} positions")
     for length, one, other in zip((512, WINDOW), ours["tables"], theirs["tables"], strict=True):
         if not torch.allclose(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=0):
             differs.append(f"table at {length} tokens")
