@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Notebooks that have exercises, by the number that starts their exercises' names.
-MODULES = ("00", "01", "02", "03", "05", "06", "07", "08", "10", "12")
+MODULES = ("00", "01", "02", "03", "05", "06", "07", "08", "09", "10", "12")
 
 
 @dataclass(frozen=True)
