@@ -350,7 +350,7 @@ print(f"ok: the plan of this config fits one {better.machine}: {better.total('gp
 # **Go on reading:** the library's [trainer](../ultralong/training/loop.py) and [demo](../ultralong/demo/stages.py);
 # [ProLong](https://arxiv.org/abs/2410.02660) on training long models well.
 #
-# **Next:** [10_evaluation](10_evaluation.ipynb): does it read, or only find?
+# **Next:** [09_sft](09_sft.ipynb): can it learn to answer from short conversations?
 
 # %%
 store(time_off=max(map(abs, off.values())), memory_off=max(map(abs, memory_off.values())), good_rate=last["A"],

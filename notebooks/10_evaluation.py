@@ -25,7 +25,7 @@
 # * read a table of cumulative means, and take it apart.
 #
 # **Needs:** a share and a standard error. **Before this:**
-# [08_one_gpu_run](08_one_gpu_run.ipynb). Terms: [RULER](https://arxiv.org/abs/2404.06654),
+# [09_sft](09_sft.ipynb). Terms: [RULER](https://arxiv.org/abs/2404.06654),
 # [BABILong](https://arxiv.org/abs/2406.10149), [NoLiMa](https://arxiv.org/abs/2502.05167),
 # [InfiniteBench](https://arxiv.org/abs/2402.13718), [LV-Eval](https://arxiv.org/abs/2402.05136).
 
