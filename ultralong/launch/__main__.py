@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ultralong.launch.check import check
+from ultralong.launch.dry_run import check
 from ultralong.training.config import TrainConfig
 from ultralong.utils import settings
 
