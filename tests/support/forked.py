@@ -50,6 +50,9 @@ def _main(words: list[str], cwd: Path | None, out: Path, err: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     if cwd is not None:
         os.chdir(cwd)
+    # The parent's thread pool is not the child's. torch makes a new one at the first call, which two threads at once,
+    # as when transformers loads weights, may find half made.
+    torch.set_num_threads(1)
     code = 0
     try:
         cli.main(words)

@@ -22,6 +22,9 @@ class InductionModel:
     def eval(self):
         return self
 
+    def modules(self):
+        return iter(())  # it has no rotary module, as nothing of it depends on positions
+
     def forward(self, input_ids, past_key_values=None, use_cache=False, logits_to_keep=0):
         history = getattr(past_key_values, "history", input_ids[:, :0]) if use_cache else input_ids[:, :0]
         whole = torch.cat([history, input_ids], dim=1)
