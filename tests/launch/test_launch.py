@@ -500,7 +500,7 @@ def wait_for(condition, seconds: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [1, 0])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_tokenizer, lost):
     run = make_run(
         tmp_path, tiny_model, tiny_tokenizer, steps=300, save_every=5, parallel=ParallelConfig(context_parallel_size=2)

@@ -92,7 +92,7 @@ def test_ctrl_c_and_failed_children_keep_their_exit_codes(capsys):
         assert (left.value.code, capsys.readouterr().err) == (code, told)
 
 
-@pytest.mark.parametrize("how", ["--processes", "torchrun"])
+@pytest.mark.parametrize("how", ["--processes", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_run_of_several_processes_says_its_error_once(tmp_path, tiny_model, tiny_tokenizer, how):
     two = ParallelConfig(context_parallel_size=2)
     config = make_run(tmp_path, tiny_model, tiny_tokenizer, parallel=two, length=128)

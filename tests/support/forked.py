@@ -13,6 +13,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
+
 from ultralong import cli
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train

@@ -52,7 +52,9 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's word for the death of a parent is Linux's")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.soak), signal.SIGKILL]
+)
 def test_ranks_end_with_the_command_that_started_them(run, tmp_path, number):
     """However it ends; and the folder is free for the run's resumption at once."""
     name = f"long-{os.getpid()}-{int(number)}"  # what the ranks' command lines are known by
@@ -140,7 +142,7 @@ def test_two_trainings_that_start_at_one_moment_are_one(run):
     assert [record["step"] for record in read_jsonl("run/log.jsonl")] == list(range(1, 31))
 
 
-@pytest.mark.parametrize("start", ["library", "command", "processes"])
+@pytest.mark.parametrize("start", ["library", "command", pytest.param("processes", marks=pytest.mark.soak)])
 def test_resuming_a_finished_run_says_so_and_changes_nothing(run, capfd, start):
     result = train(run, quiet=True)
     settings.save(run, "run.yaml")
@@ -225,7 +227,7 @@ def test_a_run_folder_of_the_wrong_shape_is_one_line(run, file, text, said, caps
     assert "Traceback" not in told
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="a child's end with its parent is Linux's")
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(run, tmp_path):
     """A few of the trials that `tests/support/kill_trials.py` makes as many of as asked for."""

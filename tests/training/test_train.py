@@ -19,7 +19,6 @@ from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import pack
 from ultralong.data.rows.separators import PackSettings
 from ultralong.data.tokens.tokenize import tokenize_corpus
-from ultralong.launch.local import launch_local
 from ultralong.training import checkpoint, loop
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
@@ -98,11 +97,7 @@ def test_two_sequence_parallel_processes_train_as_one(config, made, tmp_path, ro
     one = replace(config, data=(DataSource(str(made / rows)),), out=str(tmp_path / "one"))
     two = replace(one, out=str(tmp_path / "two"), parallel=ParallelConfig(context_parallel_size=2))
     train(one, quiet=True)
-    if rows == "rows":  # once as a user starts it: by torchrun, from a file
-        settings.save(two, tmp_path / "two.yaml")
-        launch_local(tmp_path / "two.yaml", processes=2)
-    else:
-        train_over(two, 2)
+    train_over(two, 2)
     assert curve(two, "targets") == curve(one, "targets")
     assert curve(two) == pytest.approx(curve(one), rel=2e-5)
     assert curve(two, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=1e-4)
@@ -111,7 +106,10 @@ def test_two_sequence_parallel_processes_train_as_one(config, made, tmp_path, ro
 
 
 def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsys):
-    """Their own words go nowhere; the command's are the run's result, in its file too, or why there is none."""
+    """As a user starts it: torchrun, from a file. The ranks' words go nowhere; the command's are the run's result."""
+    one = replace(config, out=str(tmp_path / "one"))
+    train(one, quiet=True)
+    config = replace(config, parallel=ParallelConfig(context_parallel_size=2))
     settings.save(config, tmp_path / "run.yaml")
     command(str(tmp_path / "run.yaml"), processes=2, quiet=True, json=tmp_path / "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -120,6 +118,13 @@ def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsy
         f"{config.out}/model: 6 steps, 1,536 tokens, loss {numbers['loss']:.4f}. "
         f"Next: ultralong eval needle {config.out}/model --lengths 4096 8192\n"
     )
+    assert curve(config) == pytest.approx(curve(one), rel=2e-5)
+
+
+@pytest.mark.soak
+def test_several_processes_that_fail_have_said_why(config, tmp_path):
+    train(config, quiet=True)
+    settings.save(config, tmp_path / "run.yaml")
     with pytest.raises(RuntimeError, match="exit code 1; its own message is above"):
         command(str(tmp_path / "run.yaml"), processes=2, quiet=True)
 

@@ -215,11 +215,14 @@ class Preflight:
 
     def _folder(self) -> tuple[str, None]:
         folder = RunFolder(Path(self.config.out))
-        folder.check(self.config, self.resume)
+        busy = f"Another process is training in {folder.path} now: wait for it, end it, or choose another `out`."
+        try:
+            folder.check(self.config, self.resume)
+        except ValueError as error:
+            # A run that begins there at this moment has not written all that tells a run's folder.
+            raise ValueError(busy) if is_locked(folder.path) else error from None
         if is_locked(folder.path):
-            raise ValueError(
-                f"Another process is training in {folder.path} now: wait for it, end it, or choose another `out`."
-            )
+            raise ValueError(busy)
         saved = folder.checkpoints()
         return f"{folder.path}: {f'resumes after step {saved[-1][0]}' if saved else 'starts at the first step'}", None
 
