@@ -7,6 +7,7 @@ commands, so that `ultralong --help` and a mistyped option answer at once.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -236,3 +237,34 @@ def demo(
     report = run(load(model, changes), out)
     leave(json, report)
     print(f"Open {out / 'report.html'} in a browser. The model is in {report['checkpoint']}.")
+
+
+def export_gguf(
+    checkpoint: Positional[Path],
+    out: Positional[Path],
+    /,
+    *,
+    llama_cpp: Path | None = None,
+    dtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
+    json: Json = None,
+) -> None:
+    """Write a checkpoint as one GGUF file for llama.cpp, and say which options read its window right.
+
+    llama.cpp's own converter does it, from a folder with llama.cpp's sources; without one, the message says how to get
+    it. What llama.cpp cannot apply, such as a temperature of YaRN that is not its own, is refused.
+
+    Example: ultralong export gguf runs/cpt/model model.gguf --llama-cpp llama.cpp
+
+    Args:
+        checkpoint: Checkpoint folder with safetensors weights.
+        out: The file to write.
+        llama_cpp: Folder of llama.cpp's sources.
+        dtype: Type of the weights in the file; auto keeps the checkpoint's.
+        json: Write the file's facts and the options as JSON to this file.
+    """
+    from ultralong.checkpoints.gguf import export_gguf as run
+
+    made = run(checkpoint, out, llama_cpp, dtype)
+    leave(json, made.to_dict())
+    words = " ".join(["llama-server", "-m", made.file, "-c", str(made.window), *made.options])
+    print(f"Wrote {made.file} ({made.architecture}, window {made.window:,}). To serve it: {words}")

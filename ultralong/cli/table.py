@@ -68,7 +68,12 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "eval score": measure.score,
         "eval compare": measure.compare,
     },
-    "5. Use the model": {"check": serve.check, "verify": serve.verify, "serve": serve.serve},
+    "5. Use the model": {
+        "check": serve.check,
+        "verify": serve.verify,
+        "serve": serve.serve,
+        "export gguf": make.export_gguf,
+    },
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,
@@ -97,6 +102,7 @@ COMMANDS = {name: command for section in SECTIONS.values() for name, command in 
 GROUPS = {
     "data": "Rows of text: recipes built, counted, looked at and cleaned.",
     "eval": "A model measured: needles, perplexity, tasks, reports.",
+    "export": "The model in other formats.",
     "course": "The course: a folder to work in, how far you are, its pages.",
     "bench": "This machine measured: attention, prefill, decoding, training, data.",
 }
