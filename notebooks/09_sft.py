@@ -202,9 +202,10 @@ for talk in parts.heldout:
     alone.append((float(losses[mask[0, 1:].bool()].sum()), int(mask[0, 1:].sum())))
 
 # %% tags=["check"]
-packed = sorted((float(s), int(n)) for s, n in zip(before.sums, before.counts, strict=True) if n)
-assert [n for _, n in sorted(alone)] == [n for _, n in packed], "another number of targets"
-apart = max(abs(a - b) for (a, _), (b, _) in zip(sorted(alone), packed, strict=True))
+packed = [(float(s), int(n)) for s, n in zip(before.sums, before.counts, strict=True) if n]
+packed, single = (sorted(each, key=lambda pair: (pair[1], pair[0])) for each in (packed, alone))
+assert [n for _, n in single] == [n for _, n in packed], "another number of targets"
+apart = max(abs(a - b) for (a, _), (b, _) in zip(single, packed, strict=True))
 assert apart < (0.01 if DEVICE == "cpu" else 2.0), f"a conversation's loss depends on its neighbours: {apart}"
 print(f"ok: {len(packed)} conversations, the same loss alone and in a row, within {max(apart, 1e-6):.0e} nats")
 

@@ -45,3 +45,16 @@ def test_what_can_not_be_played_is_refused():
         animated([FRAMES[0], other], ["a", "b"])
     with pytest.raises(ValueError, match="indices of the 6 frames"):
         filmstrip_bundle(animated(FRAMES, TITLES), FRAMES, TITLES, "Bars.", [9])
+
+
+@pytest.mark.parametrize("height", [240, 360, 520])
+def test_slider_and_legend_have_places_of_their_own_at_any_height(height):
+    frames = [figures.lines({"one": ([0, 1], [0, end]), "two": ([0, 1], [end, 0])}, height=height) for end in (1, 2)]
+    layout = animated(frames, ["short", "long"]).layout
+    axes = layout.height - layout.margin.t - layout.margin.b
+    assert axes == height - frames[0].layout.margin.t - frames[0].layout.margin.b, "the axes lost room"
+    slider, legend = -layout.sliders[0].y * axes, -layout.legend.y * axes
+    assert slider > 40, "the slider stands on the axis title"
+    assert legend > slider + 100, "the legend stands on the slider's labels"
+    assert legend + 20 < layout.margin.b, "the legend is cut off"
+    assert animated([figures.attention_mask([0, 4], True)], ["alone"]).layout.margin.b < layout.margin.b

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_FRAMES = 24
-CONTROLS = 84  # pixels of the slider and its button
+BELOW_AXES = 56  # pixels of tick labels and the axis title
+CONTROLS = 104  # pixels of the slider with its labels, and of the button beside it
+LEGEND = 30  # pixels of a legend of one line
 
 
 def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: int = 700) -> Figure:
@@ -57,10 +59,14 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
     step = {"mode": "immediate", "frame": {"duration": milliseconds, "redraw": True}, "transition": {"duration": 0}}
     play = {"label": "Play", "method": "animate", "args": [None, step | {"fromcurrent": True}]}
     halt = {"label": "Stop", "method": "animate", "args": [[None], step | {"frame": {"duration": 0, "redraw": False}}]}
+    # Below the axes, which keep their size: places are in shares of it, so that pixels are divided by it.
+    height, top = figure.layout.height or 380, figure.layout.margin.t or 32
+    axes = max(40, height - top - BELOW_AXES)
+    added = CONTROLS + (LEGEND if _has_legend(figure) else 0)
     figure.update_layout(
-        height=(figure.layout.height or 380) + CONTROLS,  # below the axes, so that they keep their size
-        margin={"b": 56 + CONTROLS},
-        legend={"y": -0.62},
+        height=height + added,
+        margin={"b": BELOW_AXES + added},
+        legend={"y": -(BELOW_AXES + CONTROLS) / axes},
         updatemenus=[
             {
                 "type": "buttons",
@@ -68,7 +74,7 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
                 "buttons": [play, halt],
                 "x": 0,
                 "xanchor": "left",
-                "y": -0.3,
+                "y": -BELOW_AXES / axes,
                 "yanchor": "top",
                 "pad": {"t": 14},
                 "font": {"color": GREY},
@@ -78,14 +84,20 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
             {
                 "active": 0,
                 "x": 0.22,
-                "len": 0.78,
-                "y": -0.26,
+                "len": 0.74,
+                "y": -0.85 * BELOW_AXES / axes,
                 "currentvalue": {"visible": True, "xanchor": "right"},
                 "steps": [{"label": title, "method": "animate", "args": [[title], step]} for title in titles],
             }
         ],
     )
     return figure
+
+
+def _has_legend(figure: Figure) -> bool:
+    """Whether plotly draws a legend: asked for, or for several named traces of kinds that have one."""
+    named = [trace for trace in figure.data if trace.type != "heatmap" and trace.name and trace.showlegend is not False]
+    return bool(figure.layout.showlegend or (figure.layout.showlegend is None and len(named) > 1))
 
 
 def _changing(frames: Sequence[Figure]) -> list[list[dict[str, Any]]]:
