@@ -196,6 +196,8 @@ before = row_loss(model, rows["heldout"], quiet=True)
 alone = []
 for talk in parts.heldout:
     ids, mask = (torch.tensor([x], device=model.device) for x in encode_chat(tokenizer, talk.messages))
+    if ids.numel() > LENGTH:
+        continue  # packing left it out too
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
