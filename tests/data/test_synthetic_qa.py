@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ultralong import miniature
+from ultralong.data.chat import synthetic_qa
 from ultralong.data.chat.synthetic_qa import synthetic_qa_conversations
 from ultralong.data.chat.template import encode_chat
 from ultralong.data.select.clean import collapse_spaces
@@ -34,6 +35,16 @@ def test_none_is_longer_than_asked_and_most_fill_it(made, tokenizer):
     assert sum(length > 270 for length in lengths) > 20
 
 
+RARE = " ".join(f"Zyxq{i} vrombled quornly, wexing{i % 7} the flimp." for i in range(3000))
+
+
+@pytest.mark.parametrize("tokens", [160, 256])
+def test_questions_about_rare_words_keep_their_length_too(tokenizer, tokens):
+    """A question names its facts: with rare words several of them are longer than a short conversation may be."""
+    made = list(synthetic_qa_conversations([TEXT, RARE], tokenizer, count=40, max_tokens=tokens, seed=1))
+    assert max(len(encode_chat(tokenizer, messages)[0]) for messages in made) <= tokens
+
+
 def test_every_number_asked_for_stands_in_the_passage_under_its_key(made):
     asked = 0
     for messages in made:
@@ -58,11 +69,14 @@ def test_the_same_seed_gives_the_same_stream(made, tokenizer):
     assert list(synthetic_qa_conversations([TEXT], tokenizer, count=5, max_tokens=300, seed=5)) != made[:5]
 
 
-def test_what_cannot_be_made_is_refused(tokenizer):
+def test_what_cannot_be_made_is_refused(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="128 or more"):
         next(synthetic_qa_conversations([TEXT], tokenizer, count=1, max_tokens=50))
     with pytest.raises(ValueError, match="No text is longer"):
         next(synthetic_qa_conversations(["short"], tokenizer, count=1, max_tokens=300))
+    monkeypatch.setattr(synthetic_qa, "TRIES", 1)
+    with pytest.raises(ValueError, match="Ask for more tokens"):
+        list(synthetic_qa_conversations([RARE], tokenizer, count=40, max_tokens=128, quotes=0.0))
 
 
 def test_collapsed_spaces_keep_lines_and_paragraphs():

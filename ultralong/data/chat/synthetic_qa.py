@@ -22,6 +22,7 @@ from ultralong.data.read.messages import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRIES = 20  # draws of a conversation that keeps its length
 WORD = re.compile(r"\b[a-z]{3,9}\b")
 
 
@@ -112,7 +113,18 @@ def synthetic_qa_conversations(
         tokens = max_tokens if draw.random() < full else draw.randint(max_tokens // 3, max_tokens)
         text = draw.choices(usable, weights)[0]
         make = _quote if draw.random() < quotes else _facts
-        yield _fitted(make, text, tokenizer, tokens, ratio, f"{seed}:{number}")
+        key, tries = f"{seed}:{number}", range(TRIES)
+        found = (
+            _fitted(make, text, tokenizer, tokens, ratio, f"{key}:try{attempt}" if attempt else key, max_tokens)
+            for attempt in tries
+        )
+        conversation = next((made for made in found if made), None)
+        if conversation is None:
+            raise ValueError(
+                f"max_tokens is {max_tokens}, and of {TRIES} conversations none was that short, not even without its "
+                "passage: questions about these texts are longer. Ask for more tokens."
+            )
+        yield conversation
 
 
 def _fitted(
@@ -122,14 +134,20 @@ def _fitted(
     tokens: int,
     ratio: float,
     key: str,
-) -> list[Message]:
-    """Shorten the passage until the conversation fits; every try repeats the same draws."""
+    longest: int,
+) -> list[Message] | None:
+    """Shorten the passage until the conversation fits, with the same draws; None where no passage is left to shorten.
+
+    A conversation that misses its own length and keeps `longest` is taken: lengths below that are no promise.
+    """
     characters = int(ratio * tokens)
     while True:
         conversation = make(text, max(0, characters), random.Random(key + ":text"))
         length = len(encode_chat(tokenizer, conversation)[0])
-        if length <= tokens or characters <= 0:
+        if length <= tokens or (characters <= 0 and length <= longest):
             return conversation
+        if characters <= 0:
+            return None
         characters -= int(ratio * (length - tokens)) + 4
 
 

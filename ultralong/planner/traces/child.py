@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -98,6 +99,8 @@ def main() -> None:
     """Answer until standard input ends."""
     from ultralong.planner.traces.attention import AttentionWorkload, trace_attention
 
+    # Ctrl-C in a terminal, or a kernel's end, reaches this process too; the one that asks says when it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not end up between answers
     for line in sys.stdin:
