@@ -122,6 +122,12 @@ def test_the_package_itself_is_no_way_round_the_table():
     assert GRAPH["ultralong"] == set(), "what ultralong/__init__.py offers is loaded on demand"
 
 
+def test_each_test_module_has_a_name_of_its_own():
+    """Folders of tests are no packages: pytest takes the second module of a name for the first, and runs neither."""
+    names = [path.name for path in tracked("tests/**/*.py") if path.name != "conftest.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_a_folder_is_small_enough_to_know():
     sizes = folder_sizes(ROOT)
     assert {n: size for n, size in sizes.items() if size > FOLDERS_TO_SHRINK.get(n, MOST_MODULES_A_FOLDER)} == {}

@@ -89,7 +89,7 @@ def state_of(folder: Path) -> RunState:
         state, reason = "interrupted", str(stopped.get("reason", "ended without a word: killed, or its host was lost"))
     rate = _median(recent, "tokens_per_second")
     seconds = _median(recent, "seconds")
-    left = None if state == "finished" or seconds is None else round(seconds * (steps - step), 1)
+    left = None if state == "finished" or seconds is None else round(seconds * (steps - step), 3)
     return RunState(
         str(folder), state, step, steps, saved[-1][0] if saved else 0, records[-1].get("loss") if records else None,
         rate, left, "; ".join([*problems, reason] if reason else problems),
