@@ -24,7 +24,7 @@ from ultralong.utils.files import atomic_path, read_json_object
 SCRIPT = "convert_hf_to_gguf.py"
 LLAMA_CPP = "llama_cpp_python-0.3.36/vendor/llama.cpp"
 GET = (
-    "pip download --no-deps --no-build-isolation --no-binary :all: llama-cpp-python==0.3.36 && "
+    "pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && "
     "tar xzf llama_cpp_python-0.3.36.tar.gz, or clone llama.cpp; and pip install gguf sentencepiece"
 )
 # llama.cpp takes these for every model whose file does not say otherwise, and reads them from few architectures' files.

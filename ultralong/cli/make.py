@@ -11,7 +11,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from ultralong.cli.shared import Json, is_main, leave
+from ultralong.cli.shared import File, Json, is_main, leave
 from ultralong.utils.hub import load_tokenizer
 from ultralong.utils.units import Tokens
 
@@ -241,7 +241,7 @@ def demo(
 
 def export_gguf(
     checkpoint: Positional[Path],
-    out: Positional[Path],
+    out: Positional[File],
     /,
     *,
     llama_cpp: Path | None = None,
