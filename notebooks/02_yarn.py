@@ -250,7 +250,7 @@ print(f"ok: {count} tables equal transformers' to the last bit, {len(caught)} wr
 # Now you. Four configurations say that they are Llama-3.1-8B extended to 1M by the recipe. All four load.
 
 # %%
-from ultralong.course.exercises.nb02 import FAULTY
+from ultralong.course.exercises.foundations.nb02 import FAULTY
 
 for name, wrong in FAULTY.items():
     print(name, {key: value for key, value in wrong.items() if key != "rope_parameters"} | wrong["rope_parameters"])

@@ -379,7 +379,7 @@ print("ok: labels shifted once, in the data; a trainer that shifts again would s
 # logits move. First say what you expect.
 
 # %%
-from ultralong.course.exercises.nb03 import LEAK_OPTIONS
+from ultralong.course.exercises.foundations.nb03 import LEAK_OPTIONS
 
 print(LEAK_OPTIONS)
 my_leak = None  # {"masked": one of them, "not masked": one of them}

@@ -329,7 +329,7 @@ reveal("09.window", "no difference that can be told",
 print(f"ok: answers {moved['change']:+.3f} nats ({moved['low']:+.3f} to {moved['high']:+.3f}), paired")
 
 # %%
-from ultralong.course.exercises.nb09 import CLAIMS
+from ultralong.course.exercises.practice.nb09 import CLAIMS
 
 print("\n".join(f"{letter}  {claim}" for letter, claim in CLAIMS.items()))
 my_claims = ...  # a set of letters

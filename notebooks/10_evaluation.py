@@ -299,7 +299,7 @@ check("10.match_part", my_match_part)
 # two checkpoints of one model do.
 
 # %%
-from ultralong.course.exercises.nb10_checks import paired_as_apart, two_readers
+from ultralong.course.exercises.practice.nb10_checks import paired_as_apart, two_readers
 
 first, second = two_readers(SEED)
 same = paired_difference(first, second, seed=SEED)

@@ -234,7 +234,7 @@ assert all(finding.good for finding in preflight(run, 2, 1)), "what was broken w
 print(f"ok: the sound run passes {len(sound)} checks, and {len(found)} broken ones are each found by name")
 
 # %%
-from ultralong.course.exercises.nb12 import BROKEN
+from ultralong.course.exercises.practice.nb12 import BROKEN
 
 print(BROKEN)
 my_repaired = None  # the same dict, repaired for two hosts of eight GPUs

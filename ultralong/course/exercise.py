@@ -11,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Notebooks that have exercises, by the number that starts their exercises' names.
-MODULES = ("00", "01", "02", "03", "05", "06", "07", "08", "09", "10", "12")
+# Notebooks that have exercises, by the number that starts their exercises' names: a folder for each part of the course.
+PARTS = {
+    "foundations": ("00", "01", "02", "03"),
+    "machinery": ("05", "06", "07", "08"),
+    "practice": ("09", "10", "12"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,10 @@ class _Registry:
 
     def load(self) -> dict[str, Exercise]:
         if not self.found:
-            for number in MODULES:
-                module = importlib.import_module(f"ultralong.course.exercises.nb{number}")
-                self.found |= {exercise.name: exercise for exercise in module.EXERCISES}
+            for part, numbers in PARTS.items():
+                for number in numbers:
+                    module = importlib.import_module(f"ultralong.course.exercises.{part}.nb{number}")
+                    self.found |= {exercise.name: exercise for exercise in module.EXERCISES}
         return self.found
 
 

@@ -1,1 +1,1 @@
-"""The exercises, a module for each notebook."""
+"""The exercises, a module for each notebook, in a folder for each part of the course."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ultralong.course.exercise import Exercise, Mistake
-from ultralong.course.exercises.nb10_checks import (
+from ultralong.course.exercises.practice.nb10_checks import (
     check_match_part,
     check_paired,
     check_solve,

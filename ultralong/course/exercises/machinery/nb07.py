@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ultralong.course.exercise import Exercise, Mistake
-from ultralong.course.exercises.nb07_checks import (
+from ultralong.course.exercises.machinery.nb07_checks import (
     STEP,
     check_keep,
     check_longest,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.course.exercise import Exercise, Mistake
-from ultralong.course.exercises.nb05_checks import merge, plain
-from ultralong.course.exercises.nb06_checks import (
+from ultralong.course.exercises.machinery.nb05_checks import merge, plain
+from ultralong.course.exercises.machinery.nb06_checks import (
     check_all_to_all,
     check_deal,
     check_sees,
@@ -229,7 +229,7 @@ EXERCISES = (
             "Write `ring(q, k, v, dout, rank)`: each of two ranks holds half of a row, (T/2, D), in order. Give "
             "(out, dq, "
             "dk, dv) of this rank's tokens under causal attention. `plain`, `merge` and `backward` of one block are "
-            "given (`from ultralong.course.exercises.nb06 import ...`); exchange by "
+            "given (`from ultralong.course.exercises.machinery.nb06 import ...`); exchange by "
             "`dist.batch_isend_irecv`."
         ),
         check=check_ring,

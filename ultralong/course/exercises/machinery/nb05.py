@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ultralong.course.exercise import Exercise, Mistake
-from ultralong.course.exercises.nb05_checks import (
+from ultralong.course.exercises.machinery.nb05_checks import (
     backward_no_delta,
     backward_own_lse,
     backward_own_out,
