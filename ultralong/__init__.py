@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.4.0"
 
 if TYPE_CHECKING:
+    from ultralong.api import ablate as ablate
     from ultralong.api import check as check
     from ultralong.api import evaluate as evaluate
     from ultralong.api import extend as extend
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ultralong.api import verify as verify
 
 _PUBLIC = (
+    "ablate",
     "check",
     "evaluate",
     "extend",

@@ -110,6 +110,7 @@ COMMANDS_OF = {
     "launch": "render_launch",
     "check": "check",
     "verify": "verify",
+    "ablate": "ablate",
     "eval needle": "needle",
     "eval perplexity": "perplexity",
 }

@@ -30,7 +30,7 @@ LAYERS = (
     {"launch"},
     {"notebook_tools", "course"},
     {"miniature"},  # trains the committed model, so it stands above the trainer
-    {"demo"},  # runs the whole recipe on the miniature
+    {"demo", "ablation"},  # run the whole recipe, on the miniature too
     {"bench"},  # times all of the rooms, the demo included
     {"api"},  # what `from ultralong import ...` gives
     {"cli"},
@@ -38,7 +38,7 @@ LAYERS = (
 )
 # Rooms inside a room, lowest first: a later one may import an earlier one.
 INNER_LAYERS = {"data": ("read", "select", "tokens", "rows", "chat", "recipe")}
-DRAWING = {"evaluation", "notebook_tools", "course", "demo", "cli"}
+DRAWING = {"evaluation", "notebook_tools", "course", "demo", "ablation", "cli"}
 
 
 def modules(root: Path) -> dict[str, Path]:

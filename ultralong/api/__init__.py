@@ -11,7 +11,7 @@ These modules import nothing heavy: torch and transformers are imported when a f
 
 from ultralong.api.make import extend, make_attention_context, pack
 from ultralong.api.measure import evaluate, needle, perplexity
-from ultralong.api.runs import load_config, plan, render_launch, sft, train
+from ultralong.api.runs import ablate, load_config, plan, render_launch, sft, train
 from ultralong.api.verdicts import check, verify
 
 __all__ = [  # noqa: RUF022 - in the order of the steps
@@ -28,4 +28,5 @@ __all__ = [  # noqa: RUF022 - in the order of the steps
     "evaluate",
     "render_launch",
     "make_attention_context",
+    "ablate",
 ]

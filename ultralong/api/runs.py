@@ -194,6 +194,53 @@ def render_launch(
     return launch(wanted, nodes, gpus_per_node, scheduler, out, overwrite, named_values(site))
 
 
+def ablate(
+    study: StrPath,
+    out: StrPath | None = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    arms: Sequence[str] = (),
+    dry_run: bool = False,
+    machine: str = "h200",
+    gpus: int | None = None,
+    price: float | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Compare ways to extend a model: arms that differ from one base, on the same samples. A stopped call is resumed.
+
+    >>> ablate("miniature", dry_run=True)["runs"][0]["arm"]
+    'base'
+
+    Args:
+        study: Name of a study that ships, or a YAML file: see `ultralong.ablation.study`.
+        out: Folder of the study; needed unless it is only priced.
+        changes: New values by key of the study, with dots for groups.
+        arms: Arms to run now, beside the base; all when empty.
+        dry_run: Only say what the training will take.
+        machine: With `dry_run`: the GPU, as in `plan`.
+        gpus: With `dry_run`: GPUs of each run; None is as many as share one row.
+        price: With `dry_run`: of one GPU-hour, in any currency.
+        device: Where evaluation runs: "auto", or any of torch's.
+        quiet: No progress bars.
+
+    Returns:
+        The content of `results.json`: paired differences with 95% intervals by outcome and arm, and verdicts; with
+        `dry_run` what `ultralong.ablation.price` returns.
+
+    Raises:
+        ValueError: The study is wrong; nothing was started then.
+    """
+    from ultralong import ablation
+
+    wanted = ablation.load_study(study, as_overrides(changes))
+    if dry_run:
+        return ablation.price(wanted, machine=machine, gpus=gpus, cost=price)
+    if out is None:
+        raise ValueError("ablate() needs out, the folder that the study is kept in, or dry_run=True.")
+    return ablation.ablate(wanted, out, only=arms, device=device, quiet=quiet)
+
+
 def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:
     from ultralong.training.loop import TrainResult
     from ultralong.training.loop import train as run

@@ -34,7 +34,7 @@ METAVARS = {
     "language": "LANGUAGE", "language_code": "CODE", "partition": "PARTITION", "time": "TIME", "environment": "COMMAND",
     "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "RATE", "to": "TOKENS",
     "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD",
-    "host": "ADDRESS", "name": "NAME", "checkpoint": "FOLDER", "llama_cpp": "FOLDER",
+    "host": "ADDRESS", "name": "NAME", "checkpoint": "FOLDER", "llama_cpp": "FOLDER", "study": "STUDY", "arms": "ARM",
 }  # fmt: skip
 # tyro's markers, which are types to a type checker.
 POSITIONAL: Any = Positional

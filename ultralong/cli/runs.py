@@ -74,6 +74,63 @@ def report(folder: Positional[Path], /, *, before: Path | None = None, json: Jso
     _tell(result, folder)
 
 
+def ablate(
+    study: Positional[str],
+    /,
+    *,
+    out: Path | None = None,
+    arms: tuple[str, ...] = (),
+    dry_run: bool = False,
+    machine: str = "h200",
+    gpus: int | None = None,
+    price: float | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    set: tuple[str, ...] = (),
+    json: Json = None,
+) -> None:
+    """Compare ways to extend a model: arms that differ from one base, on the same samples.
+
+    STUDY is one YAML file: the base, the arms with the keys that they change, the training seeds, and for each arm a
+    hypothesis with the number that refutes it. What arms share is built once. Stop it at any time; the same command
+    resumes where it stopped. The folder gets results.json and a page with forest plots.
+
+    Examples:
+      ultralong ablate miniature --out study
+      ultralong ablate smollm2-135m-64k --dry-run --price 2.5
+
+    Args:
+        study: Name of a study that ships, or a YAML file.
+        out: Folder of the study; needed unless it is only priced.
+        arms: Arms to run now, beside the base; by default all.
+        dry_run: Only say what the training will take, by ultralong plan.
+        machine: With --dry-run: the GPU, as ultralong plan takes it.
+        gpus: With --dry-run: GPUs of each run; by default as many as share one row.
+        price: With --dry-run: of one GPU-hour, in any currency.
+        device: Where evaluation runs: auto, cpu or cuda.
+        quiet: No progress bars.
+        set: Changes of the study, with dots for groups, such as base.training.steps=10.
+        json: Write the result as JSON to this file.
+    """
+    from ultralong.ablation import ablate as work
+    from ultralong.ablation import load_study
+    from ultralong.ablation import price as estimate
+    from ultralong.ablation.page import table_lines
+    from ultralong.ablation.price import price_lines
+
+    wanted = load_study(study, set)
+    if dry_run:
+        found = estimate(wanted, machine=machine, gpus=gpus, cost=price)
+        lines = price_lines(found)
+    elif out is None:
+        raise ValueError("--out FOLDER is needed, which the study is kept in (or --dry-run, to price it).")
+    else:
+        found = work(wanted, out, only=arms, device=device, quiet=quiet)
+        lines = [*table_lines(found), f"{out / 'report.html'}"]
+    leave(json, found)
+    print("\n".join(lines))
+
+
 def _tell(result: dict[str, Any], out: Path) -> None:
     from ultralong.evaluation.report.run_page import draw_run
     from ultralong.evaluation.report.table import table_lines

@@ -74,6 +74,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "serve": serve.serve,
         "export gguf": make.export_gguf,
     },
+    "Compare ways to do it": {"ablate": runs.ablate},
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,

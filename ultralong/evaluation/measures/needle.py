@@ -71,7 +71,8 @@ def needle_grid(
 
     Returns:
         One dictionary a cell, lengths in order and depths within: `length`, `depth`, `n`, `correct`, `low` and `high`
-        (Wilson's interval at 95%) and `wrong`, a list of `sample`, `expected` and `got`.
+        (Wilson's interval at 95%), `wrong`, a list of `sample`, `expected` and `got` of some wrong answers, and
+        `missed`, the samples of all.
 
     Raises:
         ValueError: An empty grid, another method, neither model nor engine, or what `make_needle` refuses.
@@ -139,6 +140,7 @@ def _cell(length: int, depth: float, judged: Judged, expected: Sequence[str], ke
         "n": len(judged),
         "correct": correct,
         "wrong": wrong[:keep_wrong],
+        "missed": [item["sample"] for item in wrong],
         "low": low,
         "high": high,
     }

@@ -137,7 +137,8 @@ def perplexity_by_position(
 
     Returns:
         One dictionary a bin that holds tokens: `start`, `end` (tokens, end excluded), `n` (tokens), `rows`, `nll` (mean
-        loss, nats), `perplexity`, and `low` and `high` of the perplexity (None where fewer than two rows reach).
+        loss, nats), `perplexity`, `low` and `high` of the perplexity (None where fewer than two rows reach), and
+        `each`: nats and tokens of every row, in order.
 
     Raises:
         ValueError: No rows, edges that do not rise, or another `by`.
@@ -178,4 +179,5 @@ def _describe(start: int, end: int, sums: np.ndarray, counts: np.ndarray, low: f
         "perplexity": math.exp(mean),
         "low": None if math.isnan(low) else math.exp(low),
         "high": None if math.isnan(high) else math.exp(high),
+        "each": [[float(nats), int(tokens)] for nats, tokens in zip(sums, counts, strict=True)],
     }

@@ -211,7 +211,7 @@ def perplexity_result(bins: Sequence[Mapping[str, Any]], by: str) -> Result:
             item["high"],
             start=item["start"],
             end=item["end"],
-            details={"rows": item["rows"]} if "rows" in item else {},
+            details={key: item[key] for key in ("rows", "each") if key in item},
         )
         for item in bins
     )

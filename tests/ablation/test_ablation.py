@@ -1,0 +1,158 @@
+"""Studies: refused before work starts, differences that are exact, and the same result after a stop."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ultralong.ablation import ablate, load_study
+from ultralong.ablation import build as building
+from ultralong.ablation.outcomes import Outcome
+from ultralong.ablation.page import render_study, table_lines
+from ultralong.ablation.resolve import check
+from ultralong.ablation.results import summarise
+from ultralong.ablation.study import STUDIES, Refutation
+from ultralong.evaluation.measures.intervals import crossed_difference
+
+ARM = {
+    "name": "low",
+    "changes": {"training.optimizer.lr": 1e-6},
+    "hypothesis": "A rate of almost nothing changes nothing.",
+    "refuted_if": {"outcome": "needles", "above": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"Chapter {number}. " + "It was a dark and stormy night. " * 120)
+    return folder
+
+
+def study_file(folder, texts, *, arms=(ARM,), **changes):
+    base = {
+        "model": "miniature",
+        "stages": [{"to": 576, "factor": 2}],
+        "rows": {"recipe": str(texts)},
+        "heldout": {"recipe": str(texts)},
+        "training": {"steps": 1, "dtype": "float32", "optimizer": {"lr": 1e-3}},
+        "evaluation": {
+            "tasks": ["needle", "perplexity"], "needle_lengths": [128], "needle_depths": [0.5], "grid_samples": 2,
+            "max_rows": 2,
+        },
+    }  # fmt: skip
+    for key, value in changes.items():
+        base[key] = {**base[key], **value} if isinstance(value, dict) else value
+    path = folder / "study.yaml"
+    path.write_text(json.dumps({"name": "small", "question": "Does it run?", "base": base, "arms": list(arms)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arm", "base", "message"),
+    [
+        ({"changes": {}}, {}, "arm low changes nothing"),
+        ({"changes": {"training.optimizer.lr": 1e-3}}, {}, "arm low changes nothing"),
+        ({"changes": {"training.steps": 1, "training.keep": 2}}, {}, "arm low changes nothing: it does what the base"),
+        ({"changes": {"scaling.bata": 2}}, {}, "unknown key 'bata'"),
+        ({"changes": {"training.stepps": 2}}, {}, "arm low: .*unknown key 'stepps'"),
+        ({"changes": {"rows.packing.joint": "none"}}, {}, "arm low: .*'joint'"),
+        ({"changes": {"evaluation.max_rows": 1}}, {}, "arm low changes evaluation"),
+        ({"changes": {"stages": [{"to": 600}]}}, {}, "ends at a window of 600"),
+        ({"changes": {"training.seed": 3}}, {}, "seed does not belong here"),
+        ({"refuted_if": {"outcome": "needels", "above": 0}}, {}, "'needels', which is not measured"),
+        ({"refuted_if": {"outcome": "needles"}}, {}, "either below or above"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(tmp_path, texts, arm, base, message):
+    with pytest.raises(ValueError, match=message):
+        check(load_study(study_file(tmp_path, texts, arms=({**ARM, **arm},), **base)))
+
+
+def test_two_arms_that_do_the_same_are_refused(tmp_path, texts):
+    other = {**ARM, "name": "lower", "changes": {"training": {"optimizer": {"lr": 1e-6}}}}
+    with pytest.raises(ValueError, match="arm lower does what arm low does"):
+        check(load_study(study_file(tmp_path, texts, arms=(ARM, other))))
+
+
+def test_studies_that_ship_are_whole():
+    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    assert names == ["miniature", "smollm2-135m-64k"]
+    for name in names:
+        assert len(load_study(name).designs()) > 3
+
+
+def test_intervals_over_seeds_and_samples():
+    sure = crossed_difference(np.full((3, 8), 2.5), seed=0)
+    assert (sure.mean, sure.low, sure.high, sure.n) == (2.5, 2.5, 2.5, 8)
+    apart = np.repeat([[0.0], [1.0], [2.0]], 8, axis=1)  # seeds differ, samples do not
+    found = crossed_difference(apart, seed=0)
+    assert found.low < -1 < 3 < found.high, "three seeds are few"
+    assert np.isnan(crossed_difference([[1.0], [2.0]], seed=0).low)
+    random = np.random.default_rng(0)
+    held = 0
+    for trial in range(100):
+        values = random.normal(0, 1, (3, 1)) + random.normal(0, 1, (3, 20))
+        one = crossed_difference(values, seed=trial, resamples=200)
+        held += one.low <= 0 <= one.high
+    assert held >= 90
+
+
+def test_differences_are_paired_and_exact(tmp_path, texts):
+    study = load_study(study_file(tmp_path, texts))
+
+    def score(*values):
+        return [Outcome("needles", "per cent", ("a", "b"), values, headline=True)]
+
+    trained = {"base": {0: score(50.0, 100.0)}, "low": {0: score(0.0, 100.0)}}
+    found = summarise(study, score(0.0, 0.0), {"base": score(0.0, 50.0), "low": score(0.0, 50.0)}, trained)
+    base, low = found["outcomes"][0]["arms"]
+    assert (base["before"], base["rescaled"], base["trained"], base["to_base"]) == (0, 25, 75, None)
+    assert (low["by_rescaling"]["mean"], low["by_training"]["mean"], low["to_base"]["mean"]) == (25, 25, -25)
+    assert low["to_base"]["low"] == -50
+    assert low["to_base"]["high"] == 0
+    assert found["verdicts"][0]["verdict"] == "not refuted"
+    other = [Outcome("needles", "per cent", ("a", "c"), (0.0, 0.0), headline=True)]
+    with pytest.raises(ValueError, match="other samples"):
+        summarise(study, score(0.0, 0.0), {"base": other}, {})
+
+
+@pytest.mark.parametrize(("ends", "verdict"), [((-3, -1), "refuted"), ((0, 2), "not refuted"), ((-1, 1), "undecided")])
+def test_a_verdict_needs_the_whole_interval(ends, verdict):
+    assert Refutation("needles", below=0).verdict(*ends) == verdict
+    assert Refutation("needles", above=0).verdict(-ends[1], -ends[0]) == verdict
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("miniature", marks=pytest.mark.soak)])
+def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer, size):
+    changes = {}
+    if size == "tiny":
+        make_tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+        tiny_tokenizer.save_pretrained(tmp_path / "model")
+        changes = {"model": str(tmp_path / "model"), "stages": [{"to": 384, "factor": 2}]}
+        changes["evaluation"] = {"needle_lengths": [300], "max_rows": 1, "grid_samples": 1}
+    study = load_study(study_file(tmp_path, texts, **changes))
+    whole = ablate(study, tmp_path / "whole", draw=False, quiet=True)
+    real, calls = building.run, []
+
+    def stopped(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(building, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(study, tmp_path / "stopped", draw=False, quiet=True)
+    resumed = ablate(study, tmp_path / "stopped", draw=False, quiet=True)
+    assert len(calls) == 5, "before, rescaled, base stopped; base and low after"
+    assert resumed["outcomes"] == whole["outcomes"]
+    assert resumed["verdicts"] == whole["verdicts"]
+    assert whole["missing"] == []
+    assert len(whole["runs"]) == 2
+    assert json.loads((tmp_path / "stopped" / "results.json").read_text())["outcomes"] == whole["outcomes"]
+    page = render_study(whole, interactive=False)
+    assert "A rate of almost nothing" in page
+    assert "Rescaled only" in page
+    assert any(line.startswith("low: ") for line in table_lines(whole))

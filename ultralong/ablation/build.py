@@ -1,0 +1,176 @@
+"""The artefacts of a study in its folder: each is built once, under its key, and found again after a stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ultralong.ablation.outcomes import Outcome, read_outcomes
+from ultralong.ablation.resolve import (
+    Link,
+    base_folder,
+    extension_key,
+    heldout_key,
+    links,
+    measured_key,
+    recipe_of,
+    run_settings,
+    training_config,
+)
+from ultralong.ablation.study import Design, Rows, Stage
+from ultralong.checkpoints.config import load_config
+from ultralong.checkpoints.extend import extend
+from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.texts import read_documents
+from ultralong.evaluation.runs.run import run
+from ultralong.launch.local import launch_local
+from ultralong.rope import window_of
+from ultralong.training.loop import train
+from ultralong.utils import settings
+from ultralong.utils.environment import describe_environment
+from ultralong.utils.files import make_folder, read_json, read_jsonl, write_json, write_text
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds what is missing.
+
+    Attributes:
+        out: The study's folder.
+        base: Key of the model before.
+        device: Where evaluation runs.
+        quiet: No progress bars, and no line for each thing that is built.
+    """
+
+    out: Path
+    base: str
+    device: str = "auto"
+    quiet: bool = False
+
+    def before(self, design: Design) -> list[Outcome]:
+        """The model before, measured."""
+        return self.measured(design, self.base, lambda: base_folder(design), "the model before")
+
+    def rescaled(self, design: Design) -> list[Outcome]:
+        """The model rescaled to the last window and not trained, measured."""
+        last = design.stages[-1]
+        key = extension_key(self.base, last, design.scaling)
+        return self.measured(design, key, lambda: self.extended(design, last, key, base_folder(design)), "rescaled")
+
+    def trained(self, design: Design, seed: int) -> list[Outcome]:
+        """The arm's model of a seed, measured."""
+        key = links(design, seed, self.base)[-1].trained
+        return self.measured(design, key, lambda: self.model(design, seed), f"trained, seed {seed}")
+
+    def model(self, design: Design, seed: int) -> Path:
+        """Folder of the arm's model of a seed."""
+        model = base_folder(design)
+        for link in links(design, seed, self.base):
+            extended = self.extended(design, link.stage, link.extended, model)
+            model = self._train(design, link, seed, extended, self.rows(design.rows, link.stage.to, link.rows, design))
+        return model
+
+    def extended(self, design: Design, stage: Stage, key: str, model: Path) -> Path:
+        """A checkpoint rescaled to a stage's window."""
+        out = self.out / "shared" / key
+        if not out.exists():
+            self._say(f"rescale to {stage.to:,} tokens: {key}")
+            scaling = asdict(design.scaling)
+            extend(model, stage.to, out, scaling.pop("method"), factor=stage.factor, quiet=True, **scaling)
+        return out
+
+    def rows(self, rows: Rows, length: int, key: str, design: Design) -> Path:
+        """Packed rows; a stopped call is resumed."""
+        out = self.out / "shared" / key
+        if not (out / "report.json").exists():
+            self._say(f"pack rows of {length:,} tokens: {key}")
+            pack_recipe(recipe_of(rows), base_folder(design), length, out, limit=rows.limit, quiet=self.quiet)
+        return out
+
+    def texts(self, design: Design) -> Path:
+        """A folder of the held-out documents as text files, which prompts are filled with."""
+        out = self.out / "shared" / heldout_key(design, self.base).replace("heldout-", "texts-")
+        if not out.exists():
+            scratch = out.with_name(f".{out.name}.partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            make_folder(scratch)
+            recipe = recipe_of(design.heldout).with_token_limit(design.heldout.limit)
+            for number, document in enumerate(read_documents(recipe, quiet=True)):
+                write_text(scratch / f"{number:05d}.txt", document.text)
+            os.replace(scratch, out)
+        return out
+
+    def measured(self, design: Design, model: str, find: Callable[[], Path], title: str) -> list[Outcome]:
+        """What a model scores, sample by sample; a stopped evaluation is resumed.
+
+        Args:
+            design: The arm, for what is measured.
+            model: Key of the model.
+            find: Gives its folder, building what is missing.
+            title: What the model is called while it works.
+        """
+        out = self.out / "shared" / measured_key(design, model, self.base)
+        record = out / "outcomes.json"
+        if not record.exists():
+            folder = find()
+            self._say(f"measure ({title}): {out.name}")
+            started = time.perf_counter()
+            key = heldout_key(design, self.base)
+            rows = self.rows(design.heldout, design.window, key, design)
+            wanted = run_settings(design, str(folder), str(self.texts(design)), str(rows))
+            with warnings.catch_warnings():  # the model before is asked beyond its window, to show that it fails there
+                warnings.filterwarnings("ignore", message=".*beyond the model's window")
+                run(wanted, out, device=self.device, draw=False, quiet=self.quiet)
+            found = read_outcomes(out, window_of(load_config(base_folder(design))))
+            seconds = round(time.perf_counter() - started, 1)
+            write_json(
+                record,
+                {
+                    "outcomes": [outcome.to_dict() for outcome in found],
+                    "seconds_of_last_call": seconds,
+                    "environment": describe_environment(),
+                },
+            )
+        return [Outcome.from_dict(values) for values in read_json(record)["outcomes"]]
+
+    def cost(self, design: Design, seed: int) -> dict[str, Any]:
+        """What the training of an arm and seed took: tokens, seconds of all steps, the last loss."""
+        tokens, seconds, loss = 0, 0.0, None
+        for link in links(design, seed, self.base):
+            folder = self.out / "runs" / link.trained
+            result = read_json(folder / "result.json")
+            tokens, loss = tokens + result["tokens"], result["loss"]
+            seconds += sum(record["seconds"] for record in read_jsonl(folder / "log.jsonl"))
+        return {
+            "tokens": tokens,
+            "loss": loss,
+            "step_seconds": round(seconds, 1),
+            "model": f"runs/{link.trained}/model",
+        }
+
+    def _train(self, design: Design, link: Link, seed: int, model: Path, rows: Path) -> Path:
+        out = self.out / "runs" / link.trained
+        if (out / "result.json").exists():
+            return out / "model"
+        config = training_config(design, link.stage, seed, model, rows, out)
+        self._say(f"train {config.steps:,} steps of {config.global_batch_size} x {link.stage.to:,}: {out.name}")
+        if design.processes is None:
+            train(config, resume=True, quiet=self.quiet)
+        else:
+            file = self.out / "runs" / f"{link.trained}.yaml"
+            settings.save(config, file)
+            launch_local(file, design.processes, resume=True, quiet=self.quiet)
+        return out / "model"
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""A study from its file to its page: what is missing is built arm by arm, and the table is written after each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralong.ablation.build import Builder
+from ultralong.ablation.outcomes import Outcome
+from ultralong.ablation.page import draw_study
+from ultralong.ablation.resolve import check
+from ultralong.ablation.results import summarise
+from ultralong.ablation.study import BASE_ARM, Design, Study
+from ultralong.utils import settings
+from ultralong.utils.environment import describe_environment
+from ultralong.utils.files import locked, make_folder, write_json
+
+
+def ablate(
+    study: Study,
+    out: str | os.PathLike[str],
+    *,
+    only: Sequence[str] = (),
+    device: str = "auto",
+    draw: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run what is missing of a study, and write its table and page.
+
+    Every seed goes through all arms before the next one starts, so that a study that is cut short has whole
+    comparisons. What arms share is built once; a stopped call is resumed, within a training run or an evaluation too.
+
+    Args:
+        study: What to compare.
+        out: Folder of the study; it may hold what an earlier call with other arms or seeds left.
+        only: Names of arms to run now, beside the base; all when empty.
+        device: Where evaluation runs: `auto`, or any of torch's.
+        draw: False writes no page.
+        quiet: No progress bars.
+
+    Returns:
+        The content of `results.json`: as `results.summarise`, with `name`, `question`, `seeds`, `base`, `runs` (what
+        each training took), `missing` (arms and seeds not done yet) and `environment`.
+
+    Raises:
+        ValueError: The study is wrong, or another process works in `out`; nothing was started then.
+    """
+    base = check(study)
+    designs = study.designs()
+    unknown = [name for name in only if name not in designs]
+    if unknown:
+        raise ValueError(f"There is no arm {', '.join(unknown)}; there are {', '.join(designs)}.")
+    wanted = {name: design for name, design in designs.items() if not only or name in (BASE_ARM, *only)}
+    builder = Builder(make_folder(Path(out).expanduser()), base, device, quiet)
+    with locked(builder.out):
+        for folder in ("shared", "runs"):
+            make_folder(builder.out / folder)
+        settings.save(study, builder.out / "study.yaml", "Repeat or resume with: ultralong ablate study.yaml --out")
+        state, result = State(study, builder), {}
+        for arm, seed, design in _order(wanted, study.seeds):
+            state.measure(arm, seed, design)
+            result = state.write()
+        if draw:
+            draw_study(result, builder.out)
+        return result
+
+
+def _order(designs: Mapping[str, Design], seeds: Sequence[int]) -> Iterator[tuple[str, int, Design]]:
+    for seed in seeds:
+        for arm, design in designs.items():
+            yield arm, seed, design
+
+
+class State:
+    """What is measured so far of a study, found again in its folder.
+
+    Args:
+        study: The study.
+        builder: Builds what is missing.
+    """
+
+    def __init__(self, study: Study, builder: Builder) -> None:
+        self.study, self.builder = study, builder
+        self.before: list[Outcome] = []
+        self.rescaled: dict[str, list[Outcome]] = {}
+        self.trained: dict[str, dict[int, list[Outcome]]] = {}
+        self.runs: list[dict[str, Any]] = []
+
+    def measure(self, arm: str, seed: int, design: Design) -> None:
+        """Train and measure an arm with a seed, and what it is compared with."""
+        if not self.builder.quiet:
+            print(f"arm {arm}, seed {seed}", file=sys.stderr, flush=True)
+        self.before = self.builder.before(design)
+        if arm not in self.rescaled:
+            self.rescaled[arm] = self.builder.rescaled(design)
+        self.trained.setdefault(arm, {})[seed] = self.builder.trained(design, seed)
+        self.runs.append({"arm": arm, "seed": seed, **self.builder.cost(design, seed)})
+
+    def write(self) -> dict[str, Any]:
+        """Write `results.json`."""
+        asked = [(arm, seed) for seed in self.study.seeds for arm in self.study.designs()]
+        done = [(run["arm"], run["seed"]) for run in self.runs]
+        found = {
+            "name": self.study.name,
+            "question": self.study.question,
+            "seeds": list(self.study.seeds),
+            "base": settings.to_mapping(self.study.base),
+            **summarise(self.study, self.before, self.rescaled, self.trained),
+            "runs": self.runs,
+            "missing": [{"arm": arm, "seed": seed} for arm, seed in asked if (arm, seed) not in done],
+            "environment": describe_environment(),
+        }
+        write_json(self.builder.out / "results.json", found)
+        return found
