@@ -19,7 +19,8 @@ STAMP := $(VENV)/.installed
 
 # One thread a process: on a small machine several threads in each of several processes wait for each other and a test
 # that takes 40 ms takes seconds. No hub: a test that needs the network would fail elsewhere, so it should fail here.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+# Modules stay compiled, also where the environment says otherwise, as in many containers: hundreds of processes import.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 # On Linux PyPI's torch is the CUDA build, gigabytes that a machine without a GPU has no use for. The CPU build has the

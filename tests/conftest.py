@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -21,6 +22,17 @@ torch.set_num_threads(1)
 # A deadline on a shared machine measures the neighbours; the same examples each time keep a red test red.
 settings.register_profile("ultralong", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ultralong")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported and collected out of later garbage collections.
+
+    accelerate collects garbage after each training run: half a second each time over the millions of objects that
+    torch, transformers and the tests make, and a forked process copies each page that a collection touches.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 BOS, EOS, START, END, TURN = "<|bos|>", "<|eos|>", "<|start|>", "<|end|>", "<|turn|>"
 CHAT_TEMPLATE = (

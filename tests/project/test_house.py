@@ -93,33 +93,36 @@ def test_no_weights_but_the_miniature_and_no_large_files():
             assert path.stat().st_size <= 2**20, f"{name(path)} is {path.stat().st_size / 2**20:.1f} MiB"
 
 
-GRAPH = imports(ROOT)
+@pytest.fixture(scope="module")
+def graph():
+    """The imports between the package's modules."""
+    return imports(ROOT)
 
 
-def test_imports_point_down_the_table_of_rooms():
-    wrong = {pair: found for pair, found in upward(GRAPH).items() if pair not in ARROWS_TO_REMOVE}
+def test_imports_point_down_the_table_of_rooms(graph):
+    wrong = {pair: found for pair, found in upward(graph).items() if pair not in ARROWS_TO_REMOVE}
     assert not wrong, f"these imports point up: {wrong}"
 
 
-def test_imports_inside_a_room_point_down_too():
-    assert upward_inside(GRAPH) == []
+def test_imports_inside_a_room_point_down_too(graph):
+    assert upward_inside(graph) == []
     made = {"ultralong.data.read.a": {"ultralong.data.rows.b"}, "ultralong.data.rows.b": {"ultralong.data.read.a"}}
     assert upward_inside(made) == [("ultralong.data.read.a", "ultralong.data.rows.b")]
 
 
-def test_every_room_has_its_place_in_the_table():
-    assert {room(module) for module in GRAPH} - {"ultralong"} <= set().union(*LAYERS)
+def test_every_room_has_its_place_in_the_table(graph):
+    assert {room(module) for module in graph} - {"ultralong"} <= set().union(*LAYERS)
 
 
-def test_no_cycle_between_rooms_or_modules():
-    assert cycles(GRAPH) == []
-    assert cycles(rooms_graph(GRAPH)) == []
+def test_no_cycle_between_rooms_or_modules(graph):
+    assert cycles(graph) == []
+    assert cycles(rooms_graph(graph)) == []
 
 
-def test_the_package_itself_is_no_way_round_the_table():
+def test_the_package_itself_is_no_way_round_the_table(graph):
     taken = {module: names - {"__version__"} for module, names in names_from_package(ROOT).items()}
     assert {module: names for module, names in taken.items() if names} == {}
-    assert GRAPH["ultralong"] == set(), "what ultralong/__init__.py offers is loaded on demand"
+    assert graph["ultralong"] == set(), "what ultralong/__init__.py offers is loaded on demand"
 
 
 def test_each_test_module_has_a_name_of_its_own():
