@@ -21,6 +21,7 @@ from ultralong.data.rows.separators import PackSettings
 from ultralong.data.select.clean import CLEANERS
 from ultralong.data.select.decontaminate import Decontaminate
 from ultralong.data.select.length_rule import LengthRule
+from ultralong.data.select.retrieval import Retrieval
 from ultralong.utils.home import expand_home
 from ultralong.utils.settings import from_mapping, load
 
@@ -62,6 +63,7 @@ class Source:
         read: How its files are read.
         clean: What is taken out of every text: "gutenberg" (licence notices), "rfc" (page headers and footers).
         max_characters: A longer document is cut, at a line's end, into several.
+        retrieval: Its documents become practice in finding: invented facts inside them, asked for at the end.
         budget: Take about this many tokens of it and no more (of each subset, with `subsets`).
         share: Instead of a budget: this share of the recipe's `tokens`.
         subsets: The source is a stream of several sources, each with a share of its own.
@@ -84,6 +86,7 @@ class Source:
     read: ReadSettings = field(default_factory=ReadSettings)
     clean: tuple[str, ...] = ()
     max_characters: int | None = None
+    retrieval: Retrieval | None = None
     budget: int | None = None
     share: float | None = None
     subsets: Subsets | None = None
@@ -153,6 +156,9 @@ class Recipe:
                 f"subsets: they are for documents; {', '.join(mixed)} is of conversations. Make each subset a "
                 "source of its own."
             )
+        practice = [source.name for source in self.sources if source.retrieval is not None]
+        if self.kind == "chat" and practice:
+            raise ValueError(f"retrieval: it is for documents; {', '.join(practice)} is of conversations.")
         if self.kind == "documents" and self.subsample is not None:
             raise ValueError(
                 "subsample: it is for conversations; documents are with_token_limit by their sources' budgets."

@@ -19,7 +19,7 @@ from ultralong.data.read.listing import readable
 from ultralong.data.read.messages import check_messages, from_first_question
 from ultralong.data.read.readers import RecordReader, list_files
 from ultralong.data.recipe.schema import Recipe, Source
-from ultralong.data.select.clean import CLEANERS
+from ultralong.data.select.clean import CLEANERS, cut
 from ultralong.data.select.decontaminate import OverlapFilter, OverlapLog, read_tests
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, sample_subsets, uniform
 from ultralong.data.select.overlap import NgramIndex
@@ -124,9 +124,11 @@ class SourceReader:
             yield from sample(texts, rule=rule, seed=seed, characters_per_token=rate, budget=budget, counts=counts)
 
     def texts(self) -> Iterator[Document]:
-        """Read, clean, keep tests out and cut, but do not sample."""
+        """Read, clean, keep tests out, cut and put facts in, but do not sample."""
         texts = self._clean(self._read())
-        return self._cut(texts if self.filter is None else self.filter.documents(texts))
+        texts = cut(texts if self.filter is None else self.filter.documents(texts), self.source.max_characters)
+        practice = self.source.retrieval
+        return texts if practice is None else practice.documents(texts, self.recipe.seed)
 
     def measure(self, texts: Iterator[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
         """Find `characters_per_token`; returns `texts`, whole."""
@@ -265,21 +267,6 @@ class SourceReader:
                 for name in self.source.clean:
                     text = CLEANERS[name](text)
                 yield text
-
-    def _cut(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Cut documents of more than `max_characters` at the last line end before the limit."""
-        limit = self.source.max_characters
-        for document in documents:
-            if limit is None or len(document.text) <= limit:
-                yield document
-                continue
-            start, number = 0, 1
-            while start < len(document.text):
-                end = min(start + limit, len(document.text))
-                if end < len(document.text):
-                    end = document.text.rfind("\n", start, end) + 1 or end
-                yield replace(document, id=f"{document.id}@{number}", text=document.text[start:end])
-                start, number = end, number + 1
 
 
 def _record_of(row: dict[str, Any], field: str) -> Any:

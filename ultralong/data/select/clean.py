@@ -1,9 +1,12 @@
-"""Take what is not text out of a text: a publisher's notices, page headers and footers, layout."""
+"""Take what is not text out of a text (a publisher's notices, page headers and footers, layout), and cut long ones."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from ultralong.data.read.documents import Document
 
 GUTENBERG_START = re.compile(r"\*{3}\s*START OF (?:THE|THIS) PROJECT GUTENBERG[^\n]*\*{3}[^\n]*\n", re.IGNORECASE)
 GUTENBERG_END = re.compile(r"\n[^\n]*\*{3}\s*END OF (?:THE|THIS) PROJECT GUTENBERG", re.IGNORECASE)
@@ -71,6 +74,21 @@ def collapse_spaces(text: str) -> str:
     """
     text = re.sub(r"[ \t]+", " ", text.replace("\r\n", "\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def cut(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
+    """Cut documents of more than `limit` characters at the last line end before the limit; None cuts nothing."""
+    for document in documents:
+        if limit is None or len(document.text) <= limit:
+            yield document
+            continue
+        start, number = 0, 1
+        while start < len(document.text):
+            end = min(start + limit, len(document.text))
+            if end < len(document.text):
+                end = document.text.rfind("\n", start, end) + 1 or end
+            yield replace(document, id=f"{document.id}@{number}", text=document.text[start:end])
+            start, number = end, number + 1
 
 
 CLEANERS: dict[str, Callable[[str], str]] = {

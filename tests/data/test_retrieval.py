@@ -1,0 +1,161 @@
+"""Practice in finding: every fact stands before what comes back to it, and no sentence is a test's."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+
+import pytest
+
+from ultralong.data.read.documents import Document
+from ultralong.data.recipe.schema import load_recipe
+from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.select.retrieval import HANDED, SEVERAL, WORDINGS, Retrieval
+
+LINES = ("The keeper wrote in his log.", "No ship had passed.", "The tide came in at dawn, cold and grey.")
+TEXT = "".join(f"{LINES[(i * i + i // 7) % 3]} Night {i} fell.\n" for i in range(4000))
+SETTINGS = Retrieval(shortest=4000, longest=40_000, spacing=800)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    texts = [Document(f"book-{i}", TEXT[1000 * i :]) for i in range(4)]
+    return list(SETTINGS.documents(texts, seed=3))
+
+
+def pattern(sentence: str) -> re.Pattern[str]:
+    """A sentence of a wording, its key and value as named groups."""
+    text = re.escape(sentence)
+    for name, of in (("key", "[A-Z][a-z]+ [A-Z][a-z]+"), ("value", r"\w+(?: [A-Z]\w+)?"), ("before", r"\w+ [A-Z]\w+")):
+        text = text.replace(rf"\{{{name}\}}", f"(?P<{name}>{of})", 1)
+    return re.compile(text)
+
+
+def facts_of(piece: str) -> dict[str, list[tuple[int, str]]]:
+    """Place and value of every fact, by question."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for wording in (*WORDINGS, SEVERAL, HANDED):
+        for match in pattern(wording.fact).finditer(piece):
+            asked = wording.question.format(key=match["key"])
+            found.setdefault(asked, []).append((match.start(), match["value"]))
+    for match in pattern(HANDED.again).finditer(piece):
+        found[HANDED.question.format(key=match["key"])].append((match.start(), match["value"]))
+    return found
+
+
+def test_every_question_is_answered_by_what_stands_before_it(pieces):
+    asked, several, chained = 0, 0, 0
+    for piece in pieces:
+        for question, told in facts_of(piece.text).items():
+            place = piece.text.find(question)
+            if place < 0:
+                continue
+            assert all(where < place for where, _ in told)
+            values = [value for _, value in sorted(told)]
+            behind = piece.text[place + len(question) : place + len(question) + 120]
+            if pattern(HANDED.question).fullmatch(question):
+                assert behind.lstrip('\nA:" ').startswith(f"With the clerk of {values[-1]}")
+                chained += 1
+            else:
+                assert behind.lstrip('\nA:" ').startswith(", ".join(values))
+                several += len(values) > 1
+            asked += 1
+    assert asked > 200 and several > 20 and chained > 10
+
+
+def test_what_is_told_again_stands_behind_its_fact_and_agrees(pieces):
+    again = 0
+    for piece in pieces:
+        for wording in WORDINGS:
+            told = {m["key"]: (m.start(), m["value"]) for m in pattern(wording.fact).finditer(piece.text)}
+            for match in pattern(wording.again).finditer(piece.text):
+                place, value = told[match["key"]]
+                assert place < match.start() and value == match["value"]
+                again += 1
+    assert again > 60
+
+
+def test_the_text_itself_is_whole(pieces):
+    """Without the lines put in and the questions, a piece is the text that it was cut from."""
+    for piece in pieces:
+        kept = [line for line in piece.text.splitlines() if "Night" in line]
+        start = TEXT.index(kept[0] + "\n" + kept[1])
+        assert TEXT[start:].startswith("\n".join(kept))
+
+
+def test_lengths_cover_the_range(pieces):
+    lengths = sorted(len(piece.text) for piece in pieces)
+    assert lengths[0] < 8000 and lengths[-1] > 30_000
+
+
+def test_a_piece_depends_on_its_document_alone(pieces):
+    other = [Document("else", TEXT[:9000]), Document("book-2", TEXT[2000:])]
+    again = [piece for piece in SETTINGS.documents(other, seed=3) if piece.id.startswith("book-2")]
+    assert again == [piece for piece in pieces if piece.id.startswith("book-2")]
+    assert list(SETTINGS.documents(other, seed=4)) != list(SETTINGS.documents(other, seed=3))
+
+
+def grams(text: str, words: int) -> set[tuple[str, ...]]:
+    tokens = re.findall(r"[a-z]+", text.lower())
+    return {tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)}
+
+
+def test_no_wording_shares_four_words_with_a_test():
+    """The sources of every test, and of the conversations that rehearse the needle, hold none of these sentences."""
+    from ultralong.data.chat import synthetic_qa
+    from ultralong.evaluation.tasks import babilong_style, haystack, infinitebench, needle, nonliteral, prompts, ruler
+    from ultralong.evaluation.tasks.ruler import counting, niah, questions, tracking
+
+    modules = (synthetic_qa, babilong_style, haystack, infinitebench, needle, nonliteral, prompts, ruler)
+    sources = " ".join(inspect.getsource(module) for module in (*modules, counting, niah, questions, tracking))
+    tests = grams(re.sub(r'"\s+"', "", sources), 4)
+    assert ("one", "of", "the", "special") in tests  # the needle's own words are found
+    for wording in (*WORDINGS, SEVERAL, HANDED):
+        for sentence in (wording.fact, wording.again, wording.question):
+            shared = grams(re.sub(r"\{\w+\}", " . ", sentence), 4) & tests
+            assert not shared, f"{sentence!r} shares {shared} with a test"
+
+
+def test_a_share_of_the_pieces_comes_from_all_over():
+    whole = Retrieval(shortest=1000, longest=1500, spacing=500)
+    some = Retrieval(shortest=1000, longest=1500, spacing=500, keep=0.3)
+    book = [Document("book", TEXT)]
+    every, kept = list(whole.documents(book, 0)), list(some.documents(book, 0))
+    assert 0.15 * len(every) < len(kept) < 0.45 * len(every)
+    numbers = [int(piece.id.rpartition("?")[2]) for piece in kept]
+    assert min(numbers) < len(every) / 4 and max(numbers) > len(every) * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"shortest": 10}, "shortest"),
+        ({"longest": 2000}, "longest"),
+        ({"spacing": 10}, "spacing"),
+        ({"asked": 1.5}, "asked"),
+        ({"several": 0.8, "chained": 0.4}, "several and chained"),
+    ],
+)
+def test_settings_without_sense_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Retrieval(**wrong)
+
+
+def test_a_recipe_asks_for_it(tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "name: a\ndescription: b\nsources:\n- {name: book, license: x, path: book.txt,"
+        " retrieval: {shortest: 4000, longest: 8000, spacing: 500}}\n"
+    )
+    recipe = load_recipe(file)
+    made = list(SourceReader(recipe.sources[0], recipe, None, quiet=True).documents())
+    assert len(made) > 10 and all(piece.source == "book" and "?" in piece.id for piece in made)
+    with pytest.raises(ValueError, match="retrieval: it is for documents"):
+        load_recipe(file, ("kind=chat",))
+
+
+def test_names_and_values_vary():
+    piece = SETTINGS.with_facts(TEXT[:30_000], random.Random(1))
+    assert len(facts_of(piece)) > 20

@@ -1,0 +1,227 @@
+"""Documents that give practice in finding: invented facts inside real texts, told again or asked for much later.
+
+Plain continued pretraining lowers perplexity and can still lose retrieval: hardly any token of a book depends on one
+sentence 50,000 tokens earlier. OLMo 3 and others therefore mix in retrieval-like documents. Each piece of a text gets
+facts at random lines ("The ledger of Tolmer Reach closes on folio 48213."). Some are told again further on, the others
+are asked for at the end, with their answers, so that every distance inside the piece occurs.
+
+The wording is other than that of any test in `ultralong.evaluation` (a test compares the two), and keys are invented
+names: what improves on a test was not learned from its sentences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from ultralong.data.read.documents import Document
+
+_SYLLABLES = "bal cor dun fen gar hol kel lam mor nar oss pel quin ral sten tol ul ver wick yar"
+_ENDINGS = "Bridge Court Dale Field Gate Grove Heath Hill Lane Mill Moor Quay Reach Row Yard"
+_THINGS = "anchor barrel candle drum engine flute globe hammer kettle lantern mirror organ plough rope"
+SYLLABLES, ENDINGS, THINGS = _SYLLABLES.split(), _ENDINGS.split(), _THINGS.split()
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One way to tell a fact and to come back to it; `{key}` and `{value}` are filled in.
+
+    Attributes:
+        fact: The sentence that holds the fact.
+        again: The same told later.
+        question: The question at the end; its answer is the value alone.
+        named: Whether the value is a thing rather than a number.
+    """
+
+    fact: str
+    again: str
+    question: str
+    named: bool = False
+
+
+WORDINGS = (
+    Wording(
+        "The ledger of {key} closes on folio {value}.",
+        "Whoever opened the ledger of {key} would have found that it closes on folio {value}.",
+        "On which folio does the ledger of {key} close?",
+    ),
+    Wording(
+        "Parcels for {key} go into locker {value}.",
+        "As was said, parcels for {key} go into locker {value}.",
+        "Into which locker do parcels for {key} go?",
+    ),
+    Wording(
+        "In the tower of {key} hangs a bell that was cast under licence {value}.",
+        "The bell in the tower of {key}, to come back to it, was cast under licence {value}.",
+        "Under which licence was the bell in the tower of {key} cast?",
+    ),
+    Wording(
+        "The people of {key} carry a painted {value} on their banner.",
+        "It was a painted {value}, let us recall, that the people of {key} carry on their banner.",
+        "What do the people of {key} carry on their banner?",
+        named=True,
+    ),
+    Wording(
+        "Trains to {key} depart with engine number {value}.",
+        "Engine number {value} is the one with which trains to {key} depart.",
+        "With which engine number do trains to {key} depart?",
+    ),
+)
+SEVERAL = Wording(
+    "A boat with sail {value} is moored at {key}.",
+    "At {key}, where several boats are moored, one has sail {value}.",
+    "Which sails have the boats that are moored at {key}? Name each.",
+)
+HANDED = Wording(
+    "The seal of {key} was handed to the clerk of {value}.",
+    "From {before} the seal of {key} went on to the clerk of {value}.",
+    "Where does the seal of {key} lie at last?",
+)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How a source's documents become practice in finding.
+
+    Attributes:
+        shortest: Characters of the shortest piece.
+        longest: Characters of the longest piece. Lengths are drawn between the two, evenly by their logarithm; with
+            four characters a token, 4 x the row's length fills a row.
+        spacing: One fact for about this many characters.
+        keep: Share of the pieces that is taken, from all over each document.
+        asked: Share of the facts that are asked for at the end; the others are told again further on.
+        several: Share of the keys that have two to four values, all asked for in one question.
+        chained: Share of the keys whose value leads to another key, two to four in a chain.
+    """
+
+    shortest: int = 8_000
+    longest: int = 240_000
+    spacing: int = 2_000
+    keep: float = 1.0
+    asked: float = 0.6
+    several: float = 0.15
+    chained: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 1_000 <= self.shortest <= self.longest:
+            raise ValueError(
+                f"retrieval: shortest must be 1,000 characters or more and no more than longest, found "
+                f"{self.shortest} and {self.longest}."
+            )
+        if not 200 <= self.spacing <= self.shortest:
+            raise ValueError(f"retrieval: spacing must lie in 200..shortest ({self.shortest}), found {self.spacing}.")
+        for key in ("keep", "asked", "several", "chained"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"retrieval: {key} is a share and must lie in 0..1, found {getattr(self, key)}.")
+        if self.several + self.chained > 1:
+            raise ValueError(
+                f"retrieval: several and chained must not exceed 1 together, found {self.several} and {self.chained}."
+            )
+
+    def documents(self, texts: Iterable[Document], seed: int) -> Iterator[Document]:
+        """Cut each text into pieces of random lengths and put facts and questions into each.
+
+        A piece depends on the seed, its document's id and text alone. A last piece of less than `shortest` characters
+        is left out.
+
+        Args:
+            texts: The documents.
+            seed: The recipe's.
+        """
+        for document in texts:
+            draw = random.Random(hashlib.sha256(f"retrieval {seed} {document.id}".encode()).digest())
+            start, number = 0, 1
+            while len(document.text) - start >= self.shortest:
+                wanted = int(self.shortest * (self.longest / self.shortest) ** draw.random())
+                end = _line_end(document.text, start, min(start + wanted, len(document.text)))
+                if draw.random() < self.keep:
+                    piece = self.with_facts(document.text[start:end], draw)
+                    yield replace(document, id=f"{document.id}?{number}", text=piece)
+                start, number = end, number + 1
+
+    def with_facts(self, text: str, draw: random.Random) -> str:
+        """One piece of text with its facts told, told again, and asked for.
+
+        Args:
+            text: The piece.
+            draw: Decides everything.
+        """
+        told, questions = self._facts(max(1, len(text) // self.spacing), draw)
+        places = _line_starts(text)
+        inserted: list[tuple[int, int, str]] = []
+        for number, sentences in enumerate(told):
+            # In the order they are told: what comes back to a fact stands behind it.
+            chosen = sorted(draw.choice(places) for _ in sentences)
+            inserted += [(place, number, sentence) for place, sentence in zip(chosen, sentences, strict=True)]
+        inserted.sort(key=lambda item: item[0])
+        parts, last = [], 0
+        for place, _, sentence in inserted:
+            parts += [text[last:place], sentence, "\n"]
+            last = place
+        parts.append(text[last:].rstrip())
+        draw.shuffle(questions)
+        return "".join(parts) + _exam(questions, draw) + "\n"
+
+    def _facts(self, count: int, draw: random.Random) -> tuple[list[list[str]], list[tuple[str, str]]]:
+        """Sentences by fact, each list in the order in which it must stand, and questions with answers."""
+        told: list[list[str]] = []
+        questions: list[tuple[str, str]] = []
+        names = _names(draw)
+        while sum(map(len, told)) < count or not questions:
+            kind, key = draw.random(), next(names)
+            if kind < self.several:
+                values = [str(value) for value in draw.sample(range(100, 10_000), draw.randint(2, 4))]
+                told.append([SEVERAL.fact.format(key=key, value=value) for value in values])
+                questions.append((SEVERAL.question.format(key=key), ", ".join(values)))
+            elif kind < self.several + self.chained:
+                chain = [key, *(next(names) for _ in range(draw.randint(2, 4)))]
+                steps = [HANDED.fact.format(key=key, value=chain[1])]
+                steps += [HANDED.again.format(key=key, before=a, value=b) for a, b in pairwise(chain[1:])]
+                told.append(steps)
+                questions.append((HANDED.question.format(key=key), f"With the clerk of {chain[-1]}"))
+            else:
+                wording = draw.choice(WORDINGS)
+                value = draw.choice(THINGS) if wording.named else str(draw.randrange(10 ** draw.randint(2, 6), 10**7))
+                sentences = [wording.fact.format(key=key, value=value)]
+                if questions and draw.random() >= self.asked:
+                    sentences.append(wording.again.format(key=key, value=value))
+                else:
+                    questions.append((wording.question.format(key=key), value))
+                told.append(sentences)
+        return told, questions
+
+
+def _names(draw: random.Random) -> Iterator[str]:
+    """Invented names, none twice."""
+    seen: set[str] = set()
+    while True:
+        name = "".join(draw.choice(SYLLABLES) for _ in range(draw.randint(2, 3))).capitalize()
+        name = f"{name} {draw.choice(ENDINGS)}"
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+def _exam(questions: list[tuple[str, str]], draw: random.Random) -> str:
+    """Questions and answers in one of three layouts."""
+    layout = draw.randrange(3)
+    if layout == 0:
+        return "\n\n" + "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in questions)
+    if layout == 1:
+        numbered = (f"{n}. {question} {answer}." for n, (question, answer) in enumerate(questions, 1))
+        return "\n\nQuestions on these pages, with their answers.\n\n" + "\n".join(numbered)
+    return "\n\n" + "\n".join(f'"{question}"\n"{answer}."' for question, answer in questions)
+
+
+def _line_starts(text: str) -> list[int]:
+    """Where a sentence of its own may be put: behind each line break, and at the start where there is none."""
+    return [match.end() for match in re.finditer("\n", text)] or [0]
+
+
+def _line_end(text: str, start: int, end: int) -> int:
+    """The last line end in `start..end`, or `end` where the text ends there or holds none."""
+    return end if end == len(text) else text.rfind("\n", start, end) + 1 or end
