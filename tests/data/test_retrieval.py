@@ -61,7 +61,9 @@ def test_every_question_is_answered_by_what_stands_before_it(pieces):
                 assert behind.lstrip('\nA:" ').startswith(", ".join(values))
                 several += len(values) > 1
             asked += 1
-    assert asked > 200 and several > 20 and chained > 10
+    assert asked > 200
+    assert several > 20
+    assert chained > 10
 
 
 def test_what_is_told_again_stands_behind_its_fact_and_agrees(pieces):
@@ -71,7 +73,8 @@ def test_what_is_told_again_stands_behind_its_fact_and_agrees(pieces):
             told = {m["key"]: (m.start(), m["value"]) for m in pattern(wording.fact).finditer(piece.text)}
             for match in pattern(wording.again).finditer(piece.text):
                 place, value = told[match["key"]]
-                assert place < match.start() and value == match["value"]
+                assert place < match.start()
+                assert value == match["value"]
                 again += 1
     assert again > 60
 
@@ -86,7 +89,8 @@ def test_the_text_itself_is_whole(pieces):
 
 def test_lengths_cover_the_range(pieces):
     lengths = sorted(len(piece.text) for piece in pieces)
-    assert lengths[0] < 8000 and lengths[-1] > 30_000
+    assert lengths[0] < 8000
+    assert lengths[-1] > 30_000
 
 
 def test_a_piece_depends_on_its_document_alone(pieces):
@@ -124,7 +128,8 @@ def test_a_share_of_the_pieces_comes_from_all_over():
     every, kept = list(whole.documents(book, 0)), list(some.documents(book, 0))
     assert 0.15 * len(every) < len(kept) < 0.45 * len(every)
     numbers = [int(piece.id.rpartition("?")[2]) for piece in kept]
-    assert min(numbers) < len(every) / 4 and max(numbers) > len(every) * 3 / 4
+    assert min(numbers) < len(every) / 4
+    assert max(numbers) > len(every) * 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,8 @@ def test_a_recipe_asks_for_it(tmp_path):
     )
     recipe = load_recipe(file)
     made = list(SourceReader(recipe.sources[0], recipe, None, quiet=True).documents())
-    assert len(made) > 10 and all(piece.source == "book" and "?" in piece.id for piece in made)
+    assert len(made) > 10
+    assert all(piece.source == "book" and "?" in piece.id for piece in made)
     with pytest.raises(ValueError, match="retrieval: it is for documents"):
         load_recipe(file, ("kind=chat",))
 
