@@ -101,12 +101,10 @@ def outputs(notebook) -> str:
     return "\n".join(str(cell.get("outputs", "")) for cell in notebook.cells)
 
 
-@pytest.mark.notebooks
 def test_a_sound_notebook_breaks_no_rule(executed):
     assert violations(*executed, OK) == []
 
 
-@pytest.mark.notebooks
 def test_parameters_arrive_and_leave_no_cell_behind(executed):
     notebook, path = executed
     assert "wave 5 False notebooks" in outputs(notebook)
@@ -114,7 +112,6 @@ def test_parameters_arrive_and_leave_no_cell_behind(executed):
     assert stored(notebook) == {"points": 5}
 
 
-@pytest.mark.notebooks
 def test_nothing_of_the_moment_is_kept(executed):
     notebook, path = executed
     text = nbformat.writes(notebook)
@@ -125,7 +122,6 @@ def test_nothing_of_the_moment_is_kept(executed):
     assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.notebooks
 def test_two_runs_write_the_same_bytes(executed, tmp_path):
     notebook, path = executed
     write_notebook(notebook, tmp_path / "first.ipynb")
@@ -165,7 +161,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.notebooks
 @pytest.mark.parametrize("message", FAULTS)
 def test_each_fault_of_an_executed_file_is_found(executed, message):
     notebook, path = copy.deepcopy(executed[0]), executed[1]
@@ -173,7 +168,6 @@ def test_each_fault_of_an_executed_file_is_found(executed, message):
     assert message in "\n".join(violations(notebook, path, OK))
 
 
-@pytest.mark.notebooks
 def test_a_stored_value_outside_its_bounds_is_found(executed):
     wrong = violations(*executed, Settings(timeout=60, expect={"points": (6, 9)}))
     assert wrong == ["stored points = 5; ci.yml expects 6 to 9."]
@@ -242,7 +236,6 @@ def test_wrong_settings_are_named(folder, text, message):
         load_settings(folder)
 
 
-@pytest.mark.notebooks
 def test_a_failing_cell_or_a_slow_one_stops_the_notebook(folder):
     (folder / "01_one.py").write_text("# %%\nassert False, 'teaches'\n")
     with pytest.raises(papermill.PapermillExecutionError, match="teaches"):
@@ -262,7 +255,6 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.notebooks
 def test_the_command_writes_checks_and_fails(folder):
     written = folder / "02_two.ipynb"
     checked = command(folder, "02", "--check")

@@ -1,4 +1,7 @@
-"""Every notebook is executed under papermill with the parameters of `notebooks/ci.yml`, and keeps every rule."""
+"""Every notebook is executed under papermill with the parameters of `notebooks/ci.yml`, and keeps every rule.
+
+`make papermill` executes them all, `make test` the one of `CANARIES`, which draws, trains nothing and starts ranks.
+"""
 
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from ultralong.notebook_tools.settings import NAME, load_settings
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 SETTINGS = load_settings(FOLDER)
 SOURCES = sorted(FOLDER.glob(NAME))
+CANARIES = {"06_sequence_parallel"}
 
 
 def test_settings_and_sources_are_the_same_notebooks():
@@ -26,7 +30,10 @@ def test_parameters_exist(path):
 
 @pytest.mark.notebooks
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.canary] if path.stem in CANARIES else []) for path in SOURCES],
+)
 def test_a_notebook_runs_and_its_checks_hold(path):
     settings = SETTINGS[path.stem]
     if settings.needs == "gpu" and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
-"""`make setup`: which torch it asks for, tried with stand-ins for the interpreter, uv and nvidia-smi."""
+"""`make setup`: which torch it asks for, tried with stand-ins for the interpreter, uv and nvidia-smi; what CI runs."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -77,3 +78,15 @@ def test_a_torch_that_is_there_is_kept(setup):
     called, said = setup("uv", torch=True)
     assert len(called) == 1
     assert said == ""
+
+
+def test_what_make_test_leaves_out_is_a_job_of_its_own():
+    """Each marker that `make test` excludes is run whole by a target, and that target by the hosted CI file."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    jobs = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    targets = dict(re.findall(r"^(\w+): .*\n\t.* -m pytest .*-m (\"[^\"]*\"|\w+) \$\(ARGS\)$", makefile, re.MULTILINE))
+    left_out = re.findall(r"not (\w+)", targets.pop("test"))
+    assert left_out
+    assert sorted(left_out) == sorted(targets.values())
+    for target in targets:
+        assert f"run: make {target}\n" in jobs, f"no job runs `make {target}`"
