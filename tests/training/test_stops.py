@@ -18,6 +18,7 @@ from tiny_run import make_run
 from torch import equal
 
 from ultralong.cli import main
+from ultralong.training import loop
 from ultralong.training.config import DataSource
 from ultralong.training.loop import train
 from ultralong.training.preflight import preflight
@@ -76,6 +77,45 @@ def test_ranks_end_with_the_command_that_started_them(run, tmp_path, number):
     length = log.stat().st_size
     time.sleep(0.5)
     assert log.stat().st_size == length
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_saves_first(run, number, monkeypatch):
+    """The step is finished and saved, and the resumed run ends as one that was left alone."""
+    run = replace(run, save_every=0, steps=4)
+    train(replace(run, out="alone"), quiet=True)
+    step = loop.training_step
+
+    def asked(state, at):
+        if at == 1:
+            signal.raise_signal(number)
+        return step(state, at)
+
+    monkeypatch.setattr(loop, "training_step", asked)
+    with pytest.raises(SystemExit) as left:
+        train(run, quiet=True)
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) is signal.SIG_DFL
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-0000002"]
+    assert read_json("run/stopped.json") == {"state": "interrupted", "reason": f"stopped by {number.name}"}
+    monkeypatch.setattr(loop, "training_step", step)
+    train(run, quiet=True, resume=True)
+    for name, x in load_file("alone/model/model.safetensors").items():
+        assert equal(x, load_file("run/model/model.safetensors")[name])
+    logs = [[(r["step"], r["loss"]) for r in read_jsonl(f"{out}/log.jsonl")] for out in ("alone", "run")]
+    assert logs[0] == logs[1]
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_after_a_checkpoint(run):
+    settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
+    words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]
+    agent = subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: Path("run/log.jsonl").exists(), 120)
+    ranks = [pid for pid in processes_of(f"{Path.cwd()}/run.yaml") if pid != agent.pid]
+    os.kill(max(ranks), signal.SIGTERM)
+    assert agent.wait(60) == 128 + signal.SIGTERM
+    (saved,) = Path("run/checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step-")) == read_jsonl("run/log.jsonl")[-1]["step"]
 
 
 def test_a_rank_ends_when_its_agent_is_killed(run):

@@ -7,6 +7,7 @@ checkpoints and the exported model.
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from ultralong.training.parallel import Processes, connect
 from ultralong.training.preflight import check_start
 from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
 from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
+from ultralong.utils.processes import stop_asked
 from ultralong.utils.progress import progress
 
 T = TypeVar("T")
@@ -116,7 +118,8 @@ def _train_in(
         log = read_jsonl(folder.log)
         run.recent.extend(record["loss"] for record in log[-RECENT:])
         run.losses.extend(record["loss"] for record in log if record["step"] > _tail(config))
-    _steps(run, first, quiet)
+    with stop_asked() as came:
+        _steps(run, first, quiet, came)
     tokens = config.steps * config.global_batch_size * order.length
     loss = sum(run.losses) / len(run.losses) if run.losses else None
     facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
@@ -168,10 +171,13 @@ def _stop_recorded(folder: checkpoint.RunFolder) -> Iterator[None]:
     except BaseException as error:
         asked = isinstance(error, KeyboardInterrupt | SystemExit)
         words = " ".join(str(error).split()) or type(error).__name__
-        reason = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else words
+        if isinstance(error, KeyboardInterrupt):
+            words = "stopped by Ctrl-C"
+        elif isinstance(error, SystemExit) and type(error.code) is int and error.code > 128:
+            words = f"stopped by {signal.Signals(error.code - 128).name}"
         with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
             if not (file := folder.path / checkpoint.STOPPED).exists():
-                write_json(file, {"state": "interrupted" if asked else "failed", "reason": reason})
+                write_json(file, {"state": "interrupted" if asked else "failed", "reason": words})
         raise
 
 
@@ -204,7 +210,12 @@ def _on_main(work: Callable[[], T], processes: Processes) -> T:
     return told[1]
 
 
-def _steps(run: Run, first: int, quiet: bool) -> None:
+def _steps(run: Run, first: int, quiet: bool, came: list[int]) -> None:
+    """The steps after `first`. When a stop signal came to any process, all save after the step and leave.
+
+    Raises:
+        SystemExit: With 128 and the signal's number, as if the signal had ended the process.
+    """
     config = run.config
     bar = progress(
         total=config.steps, initial=first, desc="train", unit="step", quiet=quiet or not run.processes.is_main
@@ -226,10 +237,13 @@ def _steps(run: Run, first: int, quiet: bool) -> None:
             run.processes.accelerator.log(numbers, step=step + 1)
         bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
         bar.update()
-        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+        stop = int(run.processes.largest(came[0] if came else 0))
+        if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
             run.memory.release()  # saving copies parameters and states to the host
             with full_disk_named(run.folder.path, FREE_SOME):
                 checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
             saved = step + 1
+        if stop and saved < config.steps:
+            raise SystemExit(128 + stop)
     bar.close()
     assert saved == config.steps or first == config.steps

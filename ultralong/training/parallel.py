@@ -62,6 +62,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def largest(self, value: float) -> float:
+        """The largest of a number that each process gives."""
+        if self.accelerator.num_processes == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
     def backward(self, loss: Tensor, model: nn.Module, last: bool) -> None:
         """Backward pass; gradients are exchanged in the last micro-batch of a step only."""
         if isinstance(model, FSDPModule):

@@ -1,4 +1,4 @@
-"""Child processes: none outlives the process that started it, and what failed in one is told once."""
+"""Processes and their signals: no child outlives its parent, a failure is told once, a stop is noted between rounds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
@@ -31,3 +34,26 @@ class ChildFailed(RuntimeError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def stop_asked(names: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> Iterator[list[int]]:
+    """Note signals that ask a process to stop, for a loop that looks between two of its rounds.
+
+    Signals that the caller handles or ignores stay as they are, and so do all outside of the main thread, where no
+    handler can be set.
+
+    Yields:
+        The numbers of the signals that came, the first one first.
+    """
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.Signals[name] for name in names if main and hasattr(signal, name)]
+    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
