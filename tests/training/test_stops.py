@@ -106,6 +106,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(run, number, monkeypatch):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_one_rank_that_is_asked_to_stop_stops_all_after_a_checkpoint(run):
     settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
     words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]
