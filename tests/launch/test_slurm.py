@@ -66,10 +66,11 @@ class Job:
 
 def test_a_job_is_requeued_before_its_end_and_resumes_in_order(tmp_path, tiny_model, tiny_tokenizer, cluster):
     run = make_run(
-        tmp_path, tiny_model, tiny_tokenizer, steps=120, save_every=5, parallel=ParallelConfig(context_parallel_size=2)
-    )
+        tmp_path, tiny_model, tiny_tokenizer, steps=120, save_every=120,
+        parallel=ParallelConfig(context_parallel_size=2),
+    )  # fmt: skip
     job = Job(tmp_path, cluster, run)
-    job.wait(lambda: job.steps() >= 8)
+    job.wait(lambda: job.steps() >= 8)  # far from a step that is saved without being asked
     job.command("scancel", "--batch", "--signal=USR1", job.number)
     job.wait(lambda: "back into the queue, to resume from ./run/checkpoints/step-" in job.log(), 60)
     job.wait(lambda: job.state() == "COMPLETED")
@@ -95,10 +96,14 @@ def test_a_job_without_a_checkpoint_is_not_requeued_for_ever(tmp_path, tiny_mode
 
 def test_a_cancelled_job_stays_cancelled(tmp_path, tiny_model, tiny_tokenizer, cluster):
     run = make_run(
-        tmp_path, tiny_model, tiny_tokenizer, steps=5000, save_every=5, parallel=ParallelConfig(context_parallel_size=2)
-    )
+        tmp_path, tiny_model, tiny_tokenizer, steps=5000, save_every=5000,
+        parallel=ParallelConfig(context_parallel_size=2),
+    )  # fmt: skip
     job = Job(tmp_path, cluster, run)
     job.wait(lambda: job.steps() >= 6)
     job.command("scancel", job.number)
     job.wait(lambda: job.state() == "CANCELLED", 60)
+    job.wait(lambda: (job.out / "checkpoints" / f"step-{job.steps():07d}").exists(), 30)  # its last step, saved
+    time.sleep(3)
+    assert job.state() == "CANCELLED"
     assert "back into the queue" not in job.log()

@@ -153,7 +153,17 @@ def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     if first.keys() != second.keys():
         return [*found, "the models hold other tensors"]
     found += [f"{name} differs" for name in first if not equal(first[name], second[name])]
-    files = [{str(path.relative_to(run.out)) for path in Path(run.out).rglob("*")} for run in (one, other)]
+    # A run that was told to stop saved wherever it was, so only the last checkpoint is of one name.
+    files = [
+        {
+            str(path.relative_to(run.out))
+            for path in Path(run.out).rglob("*")
+            if "step-" not in str(path) or f"step-{run.steps:07d}" in str(path)
+        }
+        for run in (one, other)
+    ]
+    kept = [len(list(Path(run.out, "checkpoints").iterdir())) for run in (one, other)]
+    found += [f"the runs keep {kept[0]} and {kept[1]} checkpoints"] if kept[0] != kept[1] else []
     return found + [f"only one run has {name}" for name in sorted(files[0] ^ files[1])]
 
 

@@ -75,30 +75,49 @@ def test_ranks_end_with_the_command_that_started_them(run, tmp_path, number):
     wait_for(lambda: not processes_of(f"scratch-{name}"), 40)
     wait_for(lambda: not is_locked(name), 20)
     length = log.stat().st_size
+    if number != signal.SIGKILL:  # the last step that was made is saved
+        (saved,) = Path(name, "checkpoints").iterdir()
+        assert saved.name == f"step-{read_jsonl(log)[-1]['step']:07d}"
     time.sleep(0.5)
     assert log.stat().st_size == length
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_asked_to_stop_saves_first(run, number, monkeypatch):
-    """The step is finished and saved, and the resumed run ends as one that was left alone."""
-    run = replace(run, save_every=0, steps=4)
-    train(replace(run, out="alone"), quiet=True)
-    step = loop.training_step
+def asked_in(monkeypatch, name: str, number: int, at: int) -> None:
+    """Send this process a signal, twice, when the loop comes to a function for the given time."""
+    holder, attribute = {"step": (loop, "training_step"), "save": (loop.checkpoint, "save")}[name]
+    real, calls = getattr(holder, attribute), []
 
-    def asked(state, at):
-        if at == 1:
+    def asked(*given):
+        calls.append(given)
+        if len(calls) == at:
             signal.raise_signal(number)
-        return step(state, at)
+            signal.raise_signal(number)
+        return real(*given)
 
-    monkeypatch.setattr(loop, "training_step", asked)
-    with pytest.raises(SystemExit) as left:
-        train(run, quiet=True)
+    monkeypatch.setattr(holder, attribute, asked)
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "at", "saved"),
+    [
+        (signal.SIGTERM, "step", 2, "step-0000002"),
+        (signal.SIGUSR1, "save", 1, "step-0000003"),  # saved every 3 steps: no other step is made after it
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_first(run, number, moment, at, saved, monkeypatch, capsys):
+    """The step is finished and saved, and the resumed run ends as one that was left alone."""
+    run = replace(run, save_every=3, steps=4)
+    train(replace(run, out="alone"), quiet=True)
+    with monkeypatch.context() as patch:
+        asked_in(patch, moment, number, at)
+        with pytest.raises(SystemExit) as left:
+            train(run, quiet=True)
     assert left.value.code == 128 + number
     assert signal.getsignal(number) is signal.SIG_DFL
-    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-0000002"]
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == [saved]
     assert read_json("run/stopped.json") == {"state": "interrupted", "reason": f"stopped by {number.name}"}
-    monkeypatch.setattr(loop, "training_step", step)
+    said = f"note: stopped by {number.name} after step {saved[-1]}, which is saved in run/checkpoints/{saved}."
+    assert said in capsys.readouterr().err
     train(run, quiet=True, resume=True)
     for name, x in load_file("alone/model/model.safetensors").items():
         assert equal(x, load_file("run/model/model.safetensors")[name])
@@ -106,7 +125,31 @@ def test_a_run_that_is_asked_to_stop_saves_first(run, number, monkeypatch):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_run_that_is_asked_to_stop_in_its_last_step_ends_as_it_would_have(run, moment, monkeypatch):
+    asked_in(monkeypatch, moment, signal.SIGTERM, {"step": 2, "save": 1}[moment])
+    assert train(replace(run, steps=2), quiet=True).steps == 2
+    assert Path("run/result.json").exists()
+    assert not Path("run/stopped.json").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="finds its ranks in /proc")
+def test_a_rank_that_waits_in_vain_is_killed_by_its_agent(run):
+    """It noted the signal and can't come to look; torchrun's SIGKILL follows 30 seconds after it."""
+    settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
+    words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]
+    agent = subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: Path("run/log.jsonl").exists(), 120)
+    ranks = sorted(pid for pid in processes_of(f"{Path.cwd()}/run.yaml") if pid != agent.pid)
+    os.kill(ranks[0], signal.SIGSTOP)  # alive, and in no collective: the other one waits for it
+    time.sleep(1)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(60) == 128 + signal.SIGTERM
+    wait_for(lambda: not processes_of(f"{Path.cwd()}/run.yaml"), 20)
+
+
+@pytest.mark.soak
 def test_one_rank_that_is_asked_to_stop_stops_all_after_a_checkpoint(run):
     settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
     words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]

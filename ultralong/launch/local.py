@@ -13,7 +13,7 @@ from types import FrameType
 
 from ultralong.utils.processes import ChildFailed
 
-STOP_SECONDS = 20.0  # what an agent gets to end its ranks, before it is killed and they with it
+STOP_SECONDS = 20  # what ranks get to finish their step and save, before they and their agent are killed
 
 
 def launch_local(
@@ -22,7 +22,8 @@ def launch_local(
     """Run `ultralong train CONFIG` (or `ultralong sft CONFIG`) on `processes` processes of this machine, and wait.
 
     One process is a fresh interpreter all the same, so that what the run leaves behind (process groups, thread counts,
-    CUDA memory) cannot reach the caller. The processes end when the caller does, however it ends.
+    CUDA memory) cannot reach the caller. The processes end when the caller does, however it ends: where it can still
+    tell them, they finish their step and save, for which the environment's STOP_SECONDS (20) gives them time.
 
     Args:
         config: A settings file, see `TrainConfig`.
@@ -34,19 +35,21 @@ def launch_local(
     Raises:
         ultralong.utils.processes.ChildFailed: The run failed; its own message went to standard error.
     """
+    patience = int(os.environ.get("STOP_SECONDS", STOP_SECONDS))  # as in the scripts of `ultralong.launch`
     threads = max(1, (os.cpu_count() or 1) // processes)
     words = [sys.executable, "-m", "ultralong.launch.agent", str(os.getpid()), str(processes)]
     words += [command, str(config), *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     # Freed blocks of a long row are of many sizes; segments that grow let one be used for the next.
     environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(patience))
     # The agent leads a session of its own: a Ctrl-C of the terminal reaches this process alone, which then stops it.
     process = subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         with _ended_by_signals():
             code = process.wait()
     except BaseException:
-        _stop(process)
+        _stop(process, patience)
         raise
     if code:
         code = code if code > 0 else 128 - code
@@ -75,11 +78,11 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End an agent and its ranks, within `STOP_SECONDS`."""
+def _stop(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """End an agent and its ranks, which may save first, within so many seconds."""
     process.terminate()
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

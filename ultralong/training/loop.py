@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -173,7 +173,7 @@ def _stop_recorded(folder: checkpoint.RunFolder) -> Iterator[None]:
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
             words = "stopped by Ctrl-C"
-        elif isinstance(error, SystemExit) and type(error.code) is int and error.code > 128:
+        elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code - 128 in set(signal.Signals):
             words = f"stopped by {signal.Signals(error.code - 128).name}"
         with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
             if not (file := folder.path / checkpoint.STOPPED).exists():
@@ -216,34 +216,57 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int]) -> None:
     Raises:
         SystemExit: With 128 and the signal's number, as if the signal had ended the process.
     """
-    config = run.config
-    bar = progress(
-        total=config.steps, initial=first, desc="train", unit="step", quiet=quiet or not run.processes.is_main
-    )
-    saved = first
-    for step in range(first, config.steps):
-        reserve_host_memory(run)
-        begin = time.perf_counter()
-        record = training_step(run, step)
-        record["seconds"] = round(time.perf_counter() - begin, 4)
-        tokens = config.global_batch_size * run.order.length
-        record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
-        if step >= _tail(config):
-            run.losses.append(record["loss"])
-        if run.processes.is_main:
-            append_jsonl(run.folder.log, {"step": step + 1, "tokens": (step + 1) * tokens, **record})
-        if config.trackers:
-            numbers = {key: value for key, value in record.items() if isinstance(value, float | int)}
-            run.processes.accelerator.log(numbers, step=step + 1)
-        bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
-        bar.update()
-        stop = int(run.processes.largest(came[0] if came else 0))
-        if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-            run.memory.release()  # saving copies parameters and states to the host
-            with full_disk_named(run.folder.path, FREE_SOME):
-                checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
-            saved = step + 1
-        if stop and saved < config.steps:
-            raise SystemExit(128 + stop)
-    bar.close()
+    config, saved = run.config, first
+    hidden = quiet or not run.processes.is_main
+    with progress(total=config.steps, initial=first, desc="train", unit="step", quiet=hidden) as bar:
+        for step in range(first, config.steps):
+            record = _logged_step(run, step)
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
+            bar.update()
+            stop = _first_signal(run, came)
+            if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+                run.memory.release()  # saving copies parameters and states to the host
+                with full_disk_named(run.folder.path, FREE_SOME):
+                    checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
+                saved = step + 1
+                stop = stop or _first_signal(run, came)  # one that came while this was saved needs no other step
+            if stop and saved < config.steps:
+                _leave(run, stop, saved)
     assert saved == config.steps or first == config.steps
+
+
+def _logged_step(run: Run, step: int) -> dict[str, Any]:
+    """One step, and its record in the log and the trackers."""
+    config = run.config
+    reserve_host_memory(run)
+    begin = time.perf_counter()
+    record = training_step(run, step)
+    record["seconds"] = round(time.perf_counter() - begin, 4)
+    tokens = config.global_batch_size * run.order.length
+    record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
+    if step >= _tail(config):
+        run.losses.append(record["loss"])
+    if run.processes.is_main:
+        append_jsonl(run.folder.log, {"step": step + 1, "tokens": (step + 1) * tokens, **record})
+    if config.trackers:
+        numbers = {key: value for key, value in record.items() if isinstance(value, float | int)}
+        run.processes.accelerator.log(numbers, step=step + 1)
+    return record
+
+
+def _first_signal(run: Run, came: list[int]) -> int:
+    """The number of a signal that asked any of the processes to stop, the same on all of them; 0 for none."""
+    return int(run.processes.largest(came[0] if came else 0))
+
+
+def _leave(run: Run, number: int, step: int) -> NoReturn:
+    """End a run that was asked to stop and has saved its last step."""
+    for tracker in run.processes.accelerator.trackers:
+        tracker.finish()
+    if run.processes.is_main:
+        print(
+            f"note: stopped by {signal.Signals(number).name} after step {step:,}, which is saved in "
+            f"{run.folder.checkpoint(step)}. Run again with --resume.",
+            file=sys.stderr,
+        )
+    raise SystemExit(128 + number)

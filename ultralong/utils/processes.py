@@ -41,7 +41,9 @@ def stop_asked(names: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> Iterator[list[i
     """Note signals that ask a process to stop, for a loop that looks between two of its rounds.
 
     Signals that the caller handles or ignores stay as they are, and so do all outside of the main thread, where no
-    handler can be set.
+    handler can be set. A further signal changes nothing: a scheduler, torchrun's agent and a script may each send one
+    for the same stop. A process that waits for another one in vain does not come to look; what ends it is the SIGKILL
+    that torchrun sends after its shutdown timeout of 30 seconds, and schedulers after their own.
 
     Yields:
         The numbers of the signals that came, the first one first.

@@ -43,8 +43,10 @@ requeue() {
 }
 
 # Slurm sends USR1 five minutes before the time limit and, where the site asks for it, before preemption. Processes that
-# are told to stop now leave their GPUs clean, and the next allocation resumes from the newest checkpoint. The signal
-# goes to the tasks through scancel: srun, told to terminate, kills them at once.
+# are told to stop finish their step and save, and the next allocation resumes from there; a step that takes longer than
+# STOP_SECONDS is lost. The signal goes to the tasks through scancel: srun, told to terminate, kills them at once.
+# After scancel by a person Slurm kills what is left after its KillWait (30 seconds by default).
+export STOP_SECONDS="${STOP_SECONDS:-240}"
 interrupted=false
 step=""
 interrupt() {
