@@ -454,6 +454,8 @@ print(f"a checkpoint of {parameters / 1e9:.1f}B parameters: {12 * parameters / 2
 # [script pieces](../ultralong/launch/pieces); [elastic launch](https://docs.pytorch.org/docs/stable/elastic/run.html),
 # [Young's interval](https://doi.org/10.1145/361147.361115), [the Llama 3
 # report](https://arxiv.org/abs/2407.21783) on failures of a large run.
+#
+# **Next:** [13_serve_and_cost](13_serve_and_cost.ipynb): who can use the result, and what does it cost?
 
 # %%
 store(layouts=len(sizes), scripts=len(scripts), broken_found=len(found), repeated=show.repeated,
