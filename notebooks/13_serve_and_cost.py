@@ -512,7 +512,7 @@ assert "--yarn-beta-fast" in now["llama.cpp"].typed, "llama.cpp would take anoth
 print(f"ok: {len(kinds)} kinds in {len(columns)} programs, {len(wrong)} cells wrong or refused, all of them foretold")
 
 # %%
-from ultralong.course.exercises.practice.nb13 import CAPPED
+from ultralong.course.exercises.practice.nb13_checks import CAPPED
 
 print(json.dumps(CAPPED, indent=1))
 my_repaired = None  # the same dict, repaired for 1,048,576 tokens
