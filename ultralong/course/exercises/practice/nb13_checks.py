@@ -13,7 +13,7 @@ import torch
 from ultralong.checkpoints.check import Readings
 from ultralong.checkpoints.check import check as readings_of
 from ultralong.inference.kv_cache import KvCache
-from ultralong.miniature import path as miniature
+from ultralong.planner.shapes import model_config
 
 GIB = 2**30
 
@@ -101,8 +101,8 @@ REPAIRED = {**CAPPED, "max_position_embeddings": TARGET, "factor": 128.0, "model
 
 
 def _readings(entries: dict[str, Any]) -> Readings:
-    """What programs would read from a folder with these entries; its shapes are the miniature's."""
-    config = json.loads((miniature() / "config.json").read_text(encoding="utf-8"))
+    """What programs would read from a folder with these entries."""
+    config = model_config("meta-llama/Llama-3.1-8B").to_dict()
     rope = {key: entries[key] for key in ("rope_type", "factor", "original_max_position_embeddings")}
     if rope["rope_type"] == "yarn":
         rope |= {"beta_fast": 4.0, "beta_slow": 1.0}
@@ -151,7 +151,7 @@ def gpus(users: int, tokens: int, token_bytes: int, weights: float, memory: floa
 
 def gpus_rounded(users: int, tokens: int, token_bytes: int, weights: float, memory: float, share: float) -> int:
     """Wrong: rounded down."""
-    return round(users * tokens * token_bytes / (share * (memory - weights)) - 0.49)
+    return int(users * tokens * token_bytes / (share * (memory - weights)))
 
 
 def gpus_no_weights(users: int, tokens: int, token_bytes: int, weights: float, memory: float, share: float) -> int:
