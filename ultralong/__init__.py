@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ultralong.api import extend as extend
     from ultralong.api import load_config as load_config
     from ultralong.api import make_attention_context as make_attention_context
+    from ultralong.api import merge as merge
     from ultralong.api import needle as needle
     from ultralong.api import pack as pack
     from ultralong.api import perplexity as perplexity
@@ -39,6 +40,7 @@ _PUBLIC = (
     "extend",
     "load_config",
     "make_attention_context",
+    "merge",
     "needle",
     "pack",
     "perplexity",

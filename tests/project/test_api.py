@@ -88,6 +88,7 @@ def test_parameters_are_those_of_the_function_behind():
         "pack": ("ultralong.data.recipe.build", "pack_recipe"),
         "plan": ("ultralong.planner", "plan"),
         "check": ("ultralong.checkpoints.check", "check"),
+        "merge": ("ultralong.checkpoints.merge", "merge"),
         "verify": ("ultralong.data.verify", "verify"),
         "make_attention_context": ("ultralong.attention", "make_attention_context"),
         "needle": ("ultralong.evaluation.runs.commands", "measure"),
@@ -111,6 +112,7 @@ COMMANDS_OF = {
     "check": "check",
     "verify": "verify",
     "ablate": "ablate",
+    "merge": "merge",
     "eval needle": "needle",
     "eval perplexity": "perplexity",
 }

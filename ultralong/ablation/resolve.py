@@ -75,6 +75,9 @@ def recipe_of(rows: Rows) -> Recipe:
     """
     changes = {**rows.changes, **{f"packing.{name}": value for name, value in rows.packing.items()}}
     recipe = load_recipe(rows.recipe)
+    if rows.max_characters is not None:
+        sources = tuple(replace(source, max_characters=rows.max_characters) for source in recipe.sources)
+        recipe = replace(recipe, sources=sources)
     texts = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
     where = f"recipe {rows.recipe}"
     return settings.from_mapping(Recipe, settings.override(settings.to_mapping(recipe), texts, Recipe), where)

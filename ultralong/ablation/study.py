@@ -75,12 +75,14 @@ class Rows:
     Attributes:
         recipe: Name of a data recipe, its YAML file, or a folder of texts.
         limit: Take about this many tokens of each source at most.
+        max_characters: Cut longer documents of every source into several; None is what the recipe says.
         packing: Keys of the recipe's packing that are replaced, such as join or mask_documents.
         changes: Other keys of the recipe that are replaced, with dots for groups.
     """
 
     recipe: str
     limit: Tokens | None = None
+    max_characters: int | None = None
     packing: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
 

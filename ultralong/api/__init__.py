@@ -9,7 +9,7 @@ tokens, seconds on a CPU); `texts` there is a folder of documents, `talks.yaml` 
 These modules import nothing heavy: torch and transformers are imported when a function is called.
 """
 
-from ultralong.api.make import extend, make_attention_context, pack
+from ultralong.api.make import extend, make_attention_context, merge, pack
 from ultralong.api.measure import evaluate, needle, perplexity
 from ultralong.api.runs import ablate, load_config, plan, render_launch, sft, train
 from ultralong.api.verdicts import check, verify
@@ -22,6 +22,7 @@ __all__ = [  # noqa: RUF022 - in the order of the steps
     "plan",
     "train",
     "sft",
+    "merge",
     "verify",
     "needle",
     "perplexity",

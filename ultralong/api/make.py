@@ -1,4 +1,4 @@
-"""Functions that make something: a longer window, rows, an attention context."""
+"""Functions that make something: a longer window, rows, an average of checkpoints, an attention context."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ultralong.attention import AttentionContext
     from ultralong.attention.choose import GroupOrMesh
     from ultralong.checkpoints.extend import ExtendReport
+    from ultralong.checkpoints.merge import MergeReport
     from ultralong.data.recipe.build import PackReport
 
     StrPath: TypeAlias = str | os.PathLike[str]
@@ -110,6 +111,37 @@ def pack(
     from ultralong.data.recipe.build import pack_recipe
 
     return pack_recipe(recipe, folder_of(tokenizer), length, out, limit=limit, workers=workers, quiet=quiet)
+
+
+def merge(
+    models: Sequence[StrPath],
+    out: StrPath,
+    weights: Sequence[float] = (),
+    *,
+    quiet: bool = False,
+) -> MergeReport:
+    """Write the weighted average of checkpoints of one model, taken in float32 a tensor at a time.
+
+    >>> report = merge(["run/model", "long"], out="merged", weights=[0.9, 0.1], quiet=True)
+    >>> print(report.weights, report.dtypes)
+    (0.9, 0.1) ('BF16',)
+
+    Args:
+        models: Checkpoint folders with safetensors weights, hub ids, "miniature", or checkpoints of a run. Config,
+            tokenizer and the type of the weights are those of the first.
+        out: New folder; it must not exist or be empty.
+        weights: A number a model, which add up to 1; all alike when empty.
+        quiet: No progress bar.
+
+    Returns:
+        What was done: see `ultralong.checkpoints.merge.MergeReport`.
+
+    Raises:
+        ValueError: Another architecture, shape or tokenizer, or weights that don't fit; nothing is written then.
+    """
+    from ultralong.checkpoints.merge import merge as run
+
+    return run([folder_of(model) for model in models], out, weights, quiet=quiet)
 
 
 def make_attention_context(

@@ -18,7 +18,7 @@ UNTRAINED = (
     "**Not trained at this length yet.** The weights are the base model's, byte for byte; only the rotary table,\n"
     "the declared window and the tokenizer's limit differ. Train it on long rows before judging it.\n"
 )
-TRAINED = re.compile(r"^\*\*(?:Not trained|Trained) at (?:.+\n)+", re.MULTILINE)
+TRAINED = re.compile(r"^\*\*(?:Not trained at|Trained at|Merged from) (?:.+\n)+", re.MULTILINE)
 LICENCE_KEYS = ("license", "license_name", "license_link")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
@@ -91,6 +91,15 @@ def trained_card(card: str, tokens: int, length: int, section: str) -> str:
         section: What was done, as a section of the card; added at the end.
     """
     said = f"**Trained at {length:,} tokens a row**, {tokens:,} tokens in all: see Training below.\n"
+    return _with_section(card, said, section)
+
+
+def merged_card(card: str, count: int, section: str) -> str:
+    """The card of a merged model, from that of the first model. Arguments as for `trained_card`."""
+    return _with_section(card, f"**Merged from {count} checkpoints**: see Merge below.\n", section)
+
+
+def _with_section(card: str, said: str, section: str) -> str:
     changed, count = TRAINED.subn(said, card, count=1)
     return (changed if count else card).rstrip() + "\n\n" + section
 

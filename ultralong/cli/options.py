@@ -35,6 +35,7 @@ METAVARS = {
     "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "RATE", "to": "TOKENS",
     "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD",
     "host": "ADDRESS", "name": "NAME", "checkpoint": "FOLDER", "llama_cpp": "FOLDER", "study": "STUDY", "arms": "ARM",
+    "models": "MODEL",
 }  # fmt: skip
 # tyro's markers, which are types to a type checker.
 POSITIONAL: Any = Positional
@@ -100,9 +101,12 @@ class Option:
         metavar = own or metavar_of(self.name, self.kind, self.commas)
         if metavar and self.positional and not required:
             metavar = f"[{metavar}]"
-        told = "(required)" if required else _default_text(self.default)
+        told = _default_text(() if required else self.default)
         markers = [*markers, *([POSITIONAL] if self.positional else [])]
-        shown = arg(metavar=metavar, help=self.text, help_behavior_hint=None if required else told)
+        # tyro says (required) by itself, and of a positional list that it has an empty default, which is not so.
+        shown = arg(
+            metavar=metavar, help=self.text, help_behavior_hint=None if required and not self.positional else told
+        )
         return (self.name, Annotated[(kind, shown, *markers)], dataclasses.field(default=self.default))
 
 

@@ -1,4 +1,4 @@
-"""Commands on what is finished: what other programs read, files compared, a model served."""
+"""Commands on what is finished: what other programs read, files compared, checkpoints averaged, a model served."""
 
 from __future__ import annotations
 
@@ -61,6 +61,39 @@ def verify(folder: Positional[Path], /, *, json: Json = None) -> None:
     if found.faults:
         print("\n".join(found.faults), file=sys.stderr)
         sys.exit(1)
+
+
+def merge(
+    models: Positional[tuple[str, ...]],
+    /,
+    *,
+    out: Path,
+    weights: tuple[float, ...] = (),
+    quiet: bool = False,
+    json: Json = None,
+) -> None:
+    """Average checkpoints of one model: the last ones of a run, or a trained model and its start.
+
+    Tensors are averaged one at a time in float32 and written in the type of the first model, whose config and tokenizer
+    go along. Another architecture, shape or tokenizer is refused.
+
+    Examples:
+      ultralong merge runs/cpt/model extended --weights 0.9 0.1 --out merged
+      ultralong merge runs/cpt/checkpoints/step-0000080 runs/cpt/checkpoints/step-0000100 --out merged
+
+    Args:
+        models: Checkpoint folders, hub ids, or checkpoints of a run.
+        out: Folder to write; it must be empty or not exist.
+        weights: A number a model, which add up to 1; by default all count alike.
+        quiet: No progress bar.
+        json: Write the report as JSON to this file.
+    """
+    from ultralong.checkpoints.merge import merge as run
+
+    report = run(models, out, weights, quiet=quiet)
+    leave(json, report.to_dict())
+    print("\n".join([*report.notes, f"{out}: {report.tensors:,} tensors of {len(models)} checkpoints averaged."]))
+    print(f"Measure it like any model: ultralong eval needle {out}")
 
 
 @takes(wanted=Group("ultralong.inference.server.settings:ServeSettings", positional=("model",)))
