@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,14 @@ def test_the_program_compiles_and_names_what_it_uses(corpus, changes):
     assert load_recipe(corpus / "scripts" / "recipe.yaml").length_rule.short_keep == 0.5
 
 
+def paths_and_names(text: str, at: str) -> dict[str, object]:
+    """The program's constants as they are where it stands at `at`."""
+    constants = text[text.index("HERE = ") : text.index("def stage")]
+    values: dict[str, object] = {"Path": Path, "__file__": at}
+    exec(constants, values)
+    return values
+
+
 @pytest.mark.parametrize(
     ("language", "changes", "code"),
     [("eng", {}, "en"), ("spa", {}, "es"), ("jpn", {}, "ja"), ("yue", {"language_code": "yue"}, "yue")],
@@ -111,12 +120,18 @@ def test_a_language_has_the_name_that_the_model_gives_it(corpus, language, chang
     """Their first two letters would be `sp` and `jp`, which the model never says: every text would be thrown out."""
     made = trove(corpus, filters=("language",), language=language, language_model="/models/it's.bin", **changes)
     text = render(str(corpus / "mine.yaml"), made, corpus / "scripts").read_text()
-    values = {
-        node.targets[0].id: node.value.value
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-    }
+    values = paths_and_names(text, "/elsewhere/pipeline.py")
     assert (values["LANGUAGE_CODE"], values["LANGUAGE_MODEL"]) == (code, "/models/it's.bin")
+
+
+def test_paths_that_are_not_absolute_are_meant_from_the_program(corpus):
+    """So a folder with the program, its recipe and a tokenizer runs wherever it is copied to."""
+    made = DatatroveSettings(base="run", tokenizer="model", cache="cache", tasks=2, workers=1)
+    text = render(str(corpus / "mine.yaml"), made, corpus / "scripts").read_text()
+    values = paths_and_names(text, "/elsewhere/copied/pipeline.py")
+    wanted = {"BASE": "run", "TOKENIZER": "model", "CACHE": "cache", "RECIPE": "recipe.yaml"}
+    assert {name: values[name] for name in wanted} == {key: f"/elsewhere/copied/{name}" for key, name in wanted.items()}
+    assert str(corpus) not in text, "nothing of the machine that wrote it"
 
 
 @needs_datatrove

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 # Notebooks that have exercises, by the number that starts their exercises' names: a folder for each part of the course.
 PARTS = {
-    "foundations": ("00", "01", "02", "03"),
+    "foundations": ("00", "01", "02", "03", "04"),
     "machinery": ("05", "06", "07", "08"),
     "practice": ("09", "10", "12", "13"),
 }

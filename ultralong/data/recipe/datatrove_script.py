@@ -27,6 +27,8 @@ CODES = dict(pair.split(":") for pair in _LANGUAGES.split())
 class DatatroveSettings:
     """How a recipe runs on datatrove.
 
+    Paths that are not absolute are meant from the folder of the program, which can so be copied to a cluster whole.
+
     Attributes:
         base: Folder of the run, which every task sees.
         tokenizer: Folder of the tokenizer, which every task sees.
@@ -86,19 +88,21 @@ HEAD = '''"""{name} on datatrove, {executor} executor, made by `ultralong data r
     python pipeline.py            # run, or submit to Slurm
     python pipeline.py --dry-run  # build every stage and say what it is
 
-Afterwards: {after}
+Afterwards, in this folder: {after}
 """
 
 import sys
+from pathlib import Path
 
 from datatrove.executor.{module} import {executor_class}
 {imports}
 from ultralong.data.recipe.datatrove_steps import {steps}
 
-BASE = {base!r}
-RECIPE = {recipe!r}
-TOKENIZER = {tokenizer!r}
-CACHE = {cache!r}
+HERE = Path(__file__).resolve().parent  # where paths that are not absolute are meant from
+BASE = str(HERE / {base!r})
+RECIPE = str(HERE / {recipe!r})
+TOKENIZER = str(HERE / {tokenizer!r})
+CACHE = {cache}
 TASKS = {tasks!r}
 WORKERS = {workers!r}
 LANGUAGE = {language!r}
@@ -217,8 +221,13 @@ def render(
         raise ValueError(f"recipe {loaded.name} is of {loaded.kind}: pack it on one machine with ultralong pack.")
     out = Path(out).resolve()
     save(loaded, out / "recipe.yaml", "The recipe that pipeline.py reads, every setting written out.")
-    write_text(out / "pipeline.py", script(loaded.name, str(out / "recipe.yaml"), settings))
+    write_text(out / "pipeline.py", script(loaded.name, "recipe.yaml", settings))
     return out / "pipeline.py"
+
+
+def _path(path: str | None) -> str:
+    """The program's expression for a path that may be missing."""
+    return "None" if path is None else f"str(HERE / {path!r})"
 
 
 def script(name: str, recipe: str, settings: DatatroveSettings) -> str:
@@ -234,7 +243,7 @@ def script(name: str, recipe: str, settings: DatatroveSettings) -> str:
     executor_class = "SlurmPipelineExecutor" if slurm else "LocalPipelineExecutor"
     site = (
         f"LANGUAGE_CODE = {settings.language_code or CODES[settings.language]!r}\n"
-        f"LANGUAGE_MODEL = {settings.language_model!r}\n"
+        f"LANGUAGE_MODEL = {_path(settings.language_model)}\n"
         if tokenizer_fingerprint
         else ""
     )
@@ -263,7 +272,7 @@ def script(name: str, recipe: str, settings: DatatroveSettings) -> str:
         base=settings.base,
         recipe=recipe,
         tokenizer=settings.tokenizer,
-        cache=settings.cache,
+        cache=_path(settings.cache),
         tasks=settings.tasks,
         workers=settings.workers,
         language=settings.language,
