@@ -24,7 +24,7 @@
 # * count the query-key pairs between unrelated documents, with and without a mask.
 #
 # **Needs:** what a token and a training target are. **Before this:** [02_yarn](02_yarn.ipynb). **After this:**
-# [05_attention_kernels](05_attention_kernels.ipynb). Terms:
+# [04_data_at_scale](04_data_at_scale.ipynb). Terms:
 # [byte-pair encoding](https://arxiv.org/abs/1508.07909), [packing](https://arxiv.org/abs/2107.02027),
 # [the recipe](https://arxiv.org/abs/2504.06214).
 
@@ -525,7 +525,7 @@ for number in (0, begin):
 # [From 128K to 4M](https://arxiv.org/abs/2504.06214), [Fu et al.](https://arxiv.org/abs/2402.10171) (the length rule),
 # [packing without contamination](https://arxiv.org/abs/2107.02027).
 #
-# **Next:** [05_attention_kernels](05_attention_kernels.ipynb): how attention over such a row is computed.
+# **Next:** [04_data_at_scale](04_data_at_scale.ipynb): where a billion such tokens come from.
 
 # %%
 store(rows=len(rows), padding_share=wasted, separator_tokens=len(separator), leak_masked=max(change["masked"][8:]),

@@ -23,8 +23,9 @@
 # * write the backward pass from the saved pair;
 # * count the work of a row, packed or whole, and place a kernel on a roofline.
 #
-# **Needs:** a softmax, matrix products. **Before this:** [03_separator_packing](03_separator_packing.ipynb). **After
-# this:** [06_sequence_parallel](06_sequence_parallel.ipynb). Terms: [online softmax](https://arxiv.org/abs/1805.02867),
+# **Needs:** a softmax, matrix products. **Before this:** [04_data_at_scale](04_data_at_scale.ipynb), or
+# [03_separator_packing](03_separator_packing.ipynb). **After this:**
+# [06_sequence_parallel](06_sequence_parallel.ipynb). Terms: [online softmax](https://arxiv.org/abs/1805.02867),
 # [FlashAttention](https://arxiv.org/abs/2205.14135), [roofline](https://doi.org/10.1145/1498765.1498785).
 
 # %% tags=["parameters"]

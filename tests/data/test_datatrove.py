@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -265,24 +266,12 @@ def test_a_language_model_that_is_not_there_is_said_before_anything_runs(tmp_pat
 @needs_datatrove
 @pytest.mark.slow
 def test_the_local_executor_gives_the_corpus_of_one_machine_without_its_duplicates(corpus, tiny_tokenizer):
-    words = [
-        "data",
-        "render",
-        str(corpus / "mine.yaml"),
-        "--tokenizer",
-        str(corpus / "model"),
-        "--base",
-        str(corpus / "run"),
-        "--out",
-        str(corpus / "scripts"),
-        "--tasks",
-        "3",
-        "--workers",
-        "1",
-        "--filters",
-        "quality",
-    ]
-    main(words)
+    """From a folder that was copied elsewhere, as it would be to a cluster."""
+    made = DatatroveSettings(base="run", tokenizer="model", tasks=3, workers=1, filters=("quality",))
+    render(str(corpus / "mine.yaml"), made, corpus / "written")
+    shutil.copytree(corpus / "written", corpus / "scripts")
+    shutil.copytree(corpus / "model", corpus / "scripts" / "model")
+    shutil.rmtree(corpus / "written")
     for _ in range(2):  # the second run has nothing left to do
         done = subprocess.run(
             [sys.executable, corpus / "scripts" / "pipeline.py"], capture_output=True, text=True, check=False
@@ -292,7 +281,7 @@ def test_the_local_executor_gives_the_corpus_of_one_machine_without_its_duplicat
         [
             "data",
             "merge",
-            str(corpus / "run"),
+            str(corpus / "scripts" / "run"),
             "--recipe",
             str(corpus / "scripts" / "recipe.yaml"),
             "--tokenizer",
