@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 
 # Before transformers is imported, which reads it once: a test that needs the network would fail elsewhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# jsonschema, which nbformat imports, builds a parser with it, four seconds for a format that nothing here uses; where
+# its import fails it does without.
+sys.modules["rfc3987_syntax"] = None
 
 import pytest
 import torch

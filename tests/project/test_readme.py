@@ -9,6 +9,7 @@ from functools import cache
 from urllib.parse import unquote
 
 import pytest
+from command_server import served
 from test_env import EXTRAS, ROOT, tracked
 
 from ultralong.bench.tables import TABLES, filled
@@ -184,13 +185,14 @@ def test_the_blocks_run_in_order_on_the_miniature(tmp_path):
         text for language, text in re.findall(r"^```(\w*)\n(.*?)^```", section, re.M | re.S) if language == "bash"
     ]
     assert len(blocks) == 3
-    shim = tmp_path / "bin" / "ultralong"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ultralong "$@"\n')
-    shim.chmod(0o755)
-    environment = os.environ | {"PATH": f"{shim.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for command in ([sys.executable, "-c", python], *(["bash", "-euo", "pipefail", "-c", block] for block in blocks)):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with served(programs):
+        for command in (
+            [sys.executable, "-c", python], *(["bash", "-euo", "pipefail", "-c", block] for block in blocks)
+        ):  # fmt: skip
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     for made in ("extended/config.json", "cpt/model/model.safetensors", "job/config.yaml", "eval/report.html"):
         assert (tmp_path / "runs" / "tiny" / made).exists(), made

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -47,9 +49,15 @@ def forked_command(*words: object, cwd: Path | None = None) -> subprocess.Comple
 
 
 def _main(words: list[str], cwd: Path | None, out: Path, err: Path) -> None:
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    streams = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in (out, err)]
+    run_and_exit(words, cwd, [os.open(os.devnull, os.O_RDONLY), *streams])
+
+
+def run_and_exit(words: list[str], cwd: Path | None, streams: Sequence[int]) -> NoReturn:
+    """Become the command `ultralong WORDS`, in a process that was forked; its streams are these descriptors."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
     if cwd is not None:
         os.chdir(cwd)
     # The parent's thread pool is not the child's. torch makes a new one at the first call, which two threads at once,
