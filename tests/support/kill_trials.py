@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,9 @@ PATIENCE = 240.0  # seconds that any one start of the run may take
 SAME = ("step", "tokens", "loss", "grad_norm", "lr", "targets", "loss_by_position")
 
 
-def kill_trials(config: TrainConfig, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def kill_trials(
+    config: TrainConfig, folder: Path, kills: int, seed: int, moments: Sequence[str] = MOMENTS
+) -> dict[str, Any]:
     """Train `config` on two processes undisturbed, and once more under `kills` kills; compare.
 
     Args:
@@ -47,6 +49,7 @@ def kill_trials(config: TrainConfig, folder: Path, kills: int, seed: int) -> dic
         folder: Where both runs go.
         kills: How often the second one is killed before it may end.
         seed: Of what is drawn.
+        moments: When it may be killed, of `MOMENTS`.
 
     Returns:
         `kills`, `starts`, counts by signal, victim and moment, `survivors` (processes left 40 s after a kill), and
@@ -60,7 +63,7 @@ def kill_trials(config: TrainConfig, folder: Path, kills: int, seed: int) -> dic
     counts: Counter[str] = Counter()
     survivors = 0
     for _ in range(kills):
-        number, victim, moment = rng.choice(SIGNALS), rng.choice(VICTIMS), rng.choice(MOMENTS)
+        number, victim, moment = rng.choice(SIGNALS), rng.choice(VICTIMS), rng.choice(moments)
         counts.update([number.name, victim, moment])
         command = _start(disturbed, folder)
         counts["starts"] += 1
@@ -172,6 +175,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--background", action="store_true", help="checkpoints are written in the background")
+    parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=MOMENTS)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import make_tiny_model, tiny_tokenizer
@@ -185,7 +190,8 @@ def main() -> int:
         config = replace(
             config, model=f"{scratch}/model", data=tuple(replace(s, rows=f"{scratch}/{s.rows}") for s in config.data)
         )
-        found = kill_trials(config, Path(scratch), options.kills, options.seed)
+        config = replace(config, async_checkpoints=options.background)
+        found = kill_trials(config, Path(scratch), options.kills, options.seed, options.moments)
         if found["differences"] or found["survivors"]:
             sys.stderr.write(Path(scratch, "log").read_text(errors="replace")[-6000:])
     print(json.dumps(found, indent=2))

@@ -52,7 +52,9 @@ def test_eight_bits_train_as_float32_does(narrow, tmp_path):
 
 @needs_torchao
 @pytest.mark.slow
-def test_a_cut_run_with_eight_bit_states_resumes_to_the_bit(narrow, tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_cut_run_with_eight_bit_states_resumes_to_the_bit(narrow, tmp_path, background):
+    narrow = replace(narrow, async_checkpoints=background)
     train(narrow, quiet=True)
     cut = replace(narrow, out=str(tmp_path / "cut"))
     shutil.copytree(narrow.out, cut.out, ignore=shutil.ignore_patterns("model", "result.json", "step-0000006"))

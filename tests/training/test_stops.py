@@ -106,8 +106,8 @@ def asked_in(monkeypatch, name: str, number: int, at: int) -> None:
 )
 def test_a_run_that_is_asked_to_stop_saves_first(run, number, moment, at, saved, monkeypatch, capsys):
     """The step is finished and saved, and the resumed run ends as one that was left alone."""
-    run = replace(run, save_every=3, steps=4)
-    train(replace(run, out="alone"), quiet=True)
+    run = replace(run, save_every=3, steps=4, async_checkpoints=moment == "save")
+    train(replace(run, out="alone", async_checkpoints=False), quiet=True)
     with monkeypatch.context() as patch:
         asked_in(patch, moment, number, at)
         with pytest.raises(SystemExit) as left:

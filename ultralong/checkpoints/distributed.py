@@ -7,21 +7,29 @@ what it likes when it is resumed. Here both are read by names that such a checkp
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ultralong.utils.files import read_json, sha256, write_json
 
 STATE = "state.json"
+# How damaged files show when they are read.
+FORMAT_ERRORS = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError, SafetensorError)
+TORCH_FORMAT_ERRORS = ("PytorchStreamReader",)  # torch raises plain RuntimeErrors for broken zip archives
 PART = re.compile(r"__(\d+)_\d+\.distcp|random-(\d+)\.safetensors")
 # All that pickle may look up for a checkpoint's metadata, besides torch's names of number types.
 NAMES = {
@@ -145,6 +153,43 @@ def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
         for name, facts in files.items()
     )
     return files if whole else {}
+
+
+def damage_behind(path: Path, error: BaseException) -> str | None:
+    """What is wrong with a checkpoint's files, given the error that loading it raised; None where they are whole.
+
+    Only a failed format counts. Removing a checkpoint must never be advised because memory or a connection gave out.
+    """
+    if isinstance(error, FORMAT_ERRORS) or any(text in str(error) for text in TORCH_FORMAT_ERRORS):
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'a file ends too early')}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | ConnectionError | dist.DistError):
+        return None
+    try:
+        state = read_json(path / "state.json")
+        if not isinstance(state, dict) or any(type(state.get(name)) is not int for name in ("step", "processes")):
+            return "state.json lacks the step or the number of processes"
+        items = Reader(path).read_metadata().storage_data or {}
+    except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, *FORMAT_ERRORS) as found:
+        return f"{type(found).__name__}: {found}"
+    ends: dict[str, int] = {}
+    for item in items.values():
+        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+    for name, size in ends.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size < size:
+            return f"{name} has {(path / name).stat().st_size:,} bytes where {size:,} were written"
+    randoms = [path / f"random-{rank}.safetensors" for rank in range(state["processes"])]
+    if missing := [file.name for file in randoms if not file.is_file()]:
+        return f"{missing[0]} is missing"
+    return next((f"{file.name} holds no random state" for file in randoms if "cpu" not in load_file(file)), None)
+
+
+def first_cause(error: BaseException, rank: int) -> BaseException:
+    """What a checkpoint exception of torch was raised for: this rank's failure, else the first rank's that failed."""
+    if not isinstance(error, CheckpointException) or not error.failures:
+        return error
+    return error.failures.get(rank, next(iter(error.failures.values())))[0]
 
 
 def _is_kept(name: str) -> bool:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ultralong.planner.memory import HOST_BYTES, gpu_total
+from ultralong.planner.memory import HOST_BYTES, gpu_total, staged_bytes
 from ultralong.planner.step_time import step_time
 from ultralong.planner.workload import Workload
 from ultralong.training.config import MemoryConfig
@@ -33,7 +33,7 @@ def autotune_memory(workload: Workload, gpu_memory: float, host_memory: float | 
         The run's memory settings with layers checkpointed and the numbers of layers set. Where nothing fits, the plan
         that exceeds the GPU by the least: `plan` then says by how much.
     """
-    host = 0.0 if host_memory is None else max(0.0, host_memory - HOST_BYTES)
+    host = 0.0 if host_memory is None else max(0.0, host_memory - HOST_BYTES - staged_bytes(workload))
     found = list(_candidates(workload, gpu_memory, host))
     fitting = [each for each in found if gpu_total(each) <= gpu_memory]
     if not fitting:

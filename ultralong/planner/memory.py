@@ -162,9 +162,19 @@ def host_memory(workload: Workload) -> list[PlanLine]:
     if offloaded:
         items[f"attention outputs of {offloaded} layers, pinned"] = offloaded * workload.output_bytes
     states = STATE_BYTES[workload.config.optimizer.state_precision]
-    saved = (SAVED_BYTES + states) * workload.shape.parameters / (workload.shard or 1)
-    beyond = saved + HOST_BYTES - sum(items.values())
+    count = workload.shape.parameters / (workload.shard or 1)
+    if staged := staged_bytes(workload):
+        items["model and states for checkpoints in the background, pinned"] = staged
+    beyond = (SAVED_BYTES + states) * count + HOST_BYTES - sum(items.values())
     if beyond > 0:
         more = " beyond what was pinned" if len(items) > 1 else ""
         items[f"copies of model and states while a checkpoint is saved{more}"] = beyond
     return [PlanLine("host", name, value, "estimated", "bytes") for name, value in items.items()]
+
+
+def staged_bytes(workload: Workload) -> float:
+    """Bytes of the host's memory that `async_checkpoints` takes from one process over the whole run."""
+    if not workload.config.async_checkpoints:
+        return 0.0
+    states = STATE_BYTES[workload.config.optimizer.state_precision]
+    return (FLOAT + states) * workload.shape.parameters / (workload.shard or 1)

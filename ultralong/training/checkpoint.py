@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -33,7 +30,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from ultralong.checkpoints.distributed import Planner, Reader, changed_file, hash_own_files, record_hashes
+from ultralong.checkpoints.background import BackgroundSaver, Together
+from ultralong.checkpoints.distributed import (
+    Planner,
+    Reader,
+    changed_file,
+    damage_behind,
+    first_cause,
+    hash_own_files,
+    record_hashes,
+)
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
@@ -50,14 +56,12 @@ FREE_TO_CHANGE = (
     "memory",
     "micro_batch_size",
     "compile",
+    "async_checkpoints",
     "loss_spike_threshold",
     # Only checked and planned with: a run of a version without them is resumed with a preset that has them.
     "base_model",
     "length",
 )
-# How damaged files show when they are read.
-FORMAT_ERRORS = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError, SafetensorError)
-TORCH_FORMAT_ERRORS = ("PytorchStreamReader",)  # torch raises plain RuntimeErrors for broken zip archives
 STOPPED = "stopped.json"  # why a run stopped before its end, until it is resumed
 NAME = re.compile(r"step-(\d{7})")
 ADVICE = "Remove that folder and run again with --resume: the checkpoint before it is used."
@@ -149,33 +153,66 @@ class RunFolder:
 
 
 def save(
-    folder: RunFolder, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int
+    folder: RunFolder,
+    processes: Processes,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    keep: int,
+    background: BackgroundSaver | None = None,
 ) -> None:
     """Write the checkpoint of `step`; all processes call it. Older ones beyond `keep` are removed afterwards.
+
+    Args:
+        folder: The run's.
+        processes: The run's.
+        model: The model, wrapped as it is trained.
+        optimizer: Its optimizer.
+        step: Steps that were made.
+        keep: Checkpoints that stay.
+        background: Returns when the states are copied, and writes the copy; what fails then, its `wait` raises.
 
     Raises:
         OSError: The disk is full or not writable. Nothing half-written is left under a checkpoint's name.
     """
     final = folder.checkpoint(step)
     partial = final.parent / "unfinished"
+    if background is not None:
+        background.wait()  # for the checkpoint before, which is written under the same name
     if processes.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     processes.barrier()
     parameters, states = get_state_dict(model, optimizer)
-    alone = processes.accelerator.num_processes == 1
+    content = {"model": parameters, "optimizer": plain_tensor_states(states)}
+    random, rank = _random_state(), processes.accelerator.process_index
+
+    def own_files() -> None:
+        save_file(random, partial / f"random-{rank}.safetensors")
+        hash_own_files(partial, rank)
+
+    def publish() -> None:
+        if processes.is_main:
+            record_hashes(partial, {"step": step, "processes": processes.accelerator.num_processes})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for _, old in folder.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+
+    def complete(together: Together) -> None:
+        together(own_files)
+        together(publish)
+
+    def one_after_another(work: Callable[[], None]) -> None:
+        work()
+        processes.barrier()
+
+    if background is not None:
+        background.start(content, partial, complete)
+        return
     with _without_warning():
-        dcp.save({"model": parameters, "optimizer": plain_tensor_states(states)}, checkpoint_id=partial, no_dist=alone)
-    save_file(_random_state(), partial / f"random-{processes.accelerator.process_index}.safetensors")
-    hash_own_files(partial, processes.accelerator.process_index)
-    processes.barrier()
-    if processes.is_main:
-        record_hashes(partial, {"step": step, "processes": processes.accelerator.num_processes})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for _, old in folder.checkpoints()[:-keep]:
-            shutil.rmtree(old)
-    processes.barrier()
+        dcp.save(content, checkpoint_id=partial, no_dist=processes.accelerator.num_processes == 1)
+    complete(one_after_another)
 
 
 def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -193,8 +230,8 @@ def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch
     try:
         return _load(path, processes, model, optimizer)
     except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
-        cause = _cause(error, processes.accelerator.process_index)
-        if (damage := _damage(path, cause)) is not None:
+        cause = first_cause(error, processes.accelerator.process_index)
+        if (damage := damage_behind(path, cause)) is not None:
             raise ValueError(f"{path} is damaged: {damage}. {ADVICE}") from cause
         if cause is error:
             raise
@@ -229,43 +266,6 @@ def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.o
     rank = rank if rank < state["processes"] else 0
     _restore_random_state(load_file(path / f"random-{rank}.safetensors"))
     return int(state["step"])
-
-
-def _cause(error: BaseException, rank: int) -> BaseException:
-    """What a checkpoint exception of torch was raised for: this rank's failure, else the first rank's that failed."""
-    if not isinstance(error, dcp.CheckpointException) or not error.failures:
-        return error
-    return error.failures.get(rank, next(iter(error.failures.values())))[0]
-
-
-def _damage(path: Path, error: BaseException) -> str | None:
-    """What is wrong with a checkpoint's files, given the error that loading it raised; None where they are whole.
-
-    Only a failed format counts. Removing a checkpoint must never be advised because memory or a connection gave out.
-    """
-    if isinstance(error, FORMAT_ERRORS) or any(text in str(error) for text in TORCH_FORMAT_ERRORS):
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'a file ends too early')}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | ConnectionError | dist.DistError):
-        return None
-    try:
-        state = read_json(path / "state.json")
-        if not isinstance(state, dict) or any(type(state.get(name)) is not int for name in ("step", "processes")):
-            return "state.json lacks the step or the number of processes"
-        items = Reader(path).read_metadata().storage_data or {}
-    except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, *FORMAT_ERRORS) as found:
-        return f"{type(found).__name__}: {found}"
-    ends: dict[str, int] = {}
-    for item in items.values():
-        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
-    for name, size in ends.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if (path / name).stat().st_size < size:
-            return f"{name} has {(path / name).stat().st_size:,} bytes where {size:,} were written"
-    randoms = [path / f"random-{rank}.safetensors" for rank in range(state["processes"])]
-    if missing := [file.name for file in randoms if not file.is_file()]:
-        return f"{missing[0]} is missing"
-    return next((f"{file.name} holds no random state" for file in randoms if "cpu" not in load_file(file)), None)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

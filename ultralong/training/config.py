@@ -208,6 +208,8 @@ class TrainConfig:
         compile: Compile the model with torch.compile (single process).
         save_every: Steps between checkpoints; 0 keeps only the last.
         keep: Newest checkpoints kept on disk.
+        async_checkpoints: Copy model and states to host memory and write checkpoints from there while training goes
+            on, instead of waiting for the disk. The copy takes host memory over the whole run.
         optimizer: See `OptimizerConfig`.
         parallel: See `ParallelConfig`.
         memory: See `MemoryConfig`.
@@ -239,6 +241,7 @@ class TrainConfig:
     compile: bool = False
     save_every: int = 0
     keep: int = 2
+    async_checkpoints: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

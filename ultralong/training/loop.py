@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate.utils import set_seed
 
+from ultralong.checkpoints.background import BackgroundSaver, background_saver
 from ultralong.training import checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
@@ -118,8 +120,9 @@ def _train_in(
         log = read_jsonl(folder.log)
         run.recent.extend(record["loss"] for record in log[-RECENT:])
         run.losses.extend(record["loss"] for record in log if record["step"] > _tail(config))
-    with stop_asked() as came:
-        _steps(run, first, quiet, came)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    with stop_asked() as came, background_saver(config.async_checkpoints, timeout) as background:
+        _steps(run, first, quiet, came, background)
     tokens = config.steps * config.global_batch_size * order.length
     loss = sum(run.losses) / len(run.losses) if run.losses else None
     facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
@@ -210,7 +213,7 @@ def _on_main(work: Callable[[], T], processes: Processes) -> T:
     return told[1]
 
 
-def _steps(run: Run, first: int, quiet: bool, came: list[int]) -> None:
+def _steps(run: Run, first: int, quiet: bool, came: list[int], background: BackgroundSaver | None) -> None:
     """The steps after `first`. When a stop signal came to any process, all save after the step and leave.
 
     Raises:
@@ -223,16 +226,27 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int]) -> None:
             record = _logged_step(run, step)
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
             bar.update()
-            stop = _first_signal(run, came)
+            stop = _asked(run, came, background)
             if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-                run.memory.release()  # saving copies parameters and states to the host
-                with full_disk_named(run.folder.path, FREE_SOME):
-                    checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step + 1, config.keep)
+                _save(run, step + 1, background, wait=bool(stop) or step + 1 == config.steps)
                 saved = step + 1
-                stop = stop or _first_signal(run, came)  # one that came while this was saved needs no other step
+                stop = stop or _asked(run, came, background)  # one that came while this was saved needs no other step
             if stop and saved < config.steps:
+                if background is not None:
+                    with full_disk_named(run.folder.path, FREE_SOME):
+                        background.wait()
                 _leave(run, stop, saved)
     assert saved == config.steps or first == config.steps
+
+
+def _save(run: Run, step: int, background: BackgroundSaver | None, wait: bool) -> None:
+    """Write a checkpoint; in the background where there is one, unless it has to be there before what follows."""
+    with full_disk_named(run.folder.path, FREE_SOME):
+        if background is None or wait:
+            run.memory.release()  # saving copies parameters and states to the host
+        checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step, run.config.keep, background)
+        if background is not None and wait:
+            background.wait()
 
 
 def _logged_step(run: Run, step: int) -> dict[str, Any]:
@@ -254,9 +268,18 @@ def _logged_step(run: Run, step: int) -> dict[str, Any]:
     return record
 
 
-def _first_signal(run: Run, came: list[int]) -> int:
-    """The number of a signal that asked any of the processes to stop, the same on all of them; 0 for none."""
-    return int(run.processes.largest(came[0] if came else 0))
+def _asked(run: Run, came: list[int], background: BackgroundSaver | None) -> int:
+    """The number of a signal that asked any of the processes to stop, the same on all of them; 0 for none.
+
+    Raises:
+        BaseException: A checkpoint could not be written in the background; it is raised on all processes.
+    """
+    failed = background is not None and background.failed
+    number, failures = run.processes.largest(came[0] if came else 0, failed)
+    if failures and background is not None:
+        with full_disk_named(run.folder.path, FREE_SOME):
+            background.wait()
+    return int(number)
 
 
 def _leave(run: Run, number: int, step: int) -> NoReturn:

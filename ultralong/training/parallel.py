@@ -62,13 +62,13 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def largest(self, value: float) -> float:
-        """The largest of a number that each process gives."""
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each number over all processes."""
         if self.accelerator.num_processes == 1:
-            return value
-        found = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return float(found)
+        return [float(value) for value in found]
 
     def backward(self, loss: Tensor, model: nn.Module, last: bool) -> None:
         """Backward pass; gradients are exchanged in the last micro-batch of a step only."""

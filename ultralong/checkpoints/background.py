@@ -1,0 +1,143 @@
+"""Saving beside the training: states are copied to the host, and a thread writes the copy while steps go on.
+
+torch's `async_save` makes the copy and writes the shards; what completes a checkpoint after it (hashes, the rename) is
+done in the background too. Processes agree over a gloo group of their own: the training's is in use by its steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time in the background.
+
+    The copies on the host are kept from one save to the next: parameters and optimizer states of this process, once,
+    pinned where there is a GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Make one on each process.
+
+        Args:
+            group: A gloo group of all processes; None where nothing is distributed.
+        """
+        on_gpu = torch.cuda.is_available()
+        options = StagingOptions(
+            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+        )
+        self._group, self._stager = group, DefaultStager(options)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def start(self, state: Mapping[str, Any], folder: Path, complete: Callable[[Together], None]) -> None:
+        """Copy a state to the host and begin to write it; all processes call it. The state may change when it returns.
+
+        Args:
+            state: As torch's distributed checkpoint takes it.
+            folder: An empty folder, the same for all.
+            complete: Called in the background when all shards are written, with a function that does a piece of work
+                on every process and raises everywhere where it failed anywhere.
+
+        Raises:
+            BaseException: The write before this one failed.
+        """
+        self.wait()
+        written = dcp.async_save(
+            dict(state),
+            checkpoint_id=folder,
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=self._alone,
+        )
+        assert isinstance(written, Future)  # the stager copies before it returns
+
+        def finish() -> None:
+            written.result()
+            complete(self._together)
+
+        self._pending = self._thread.submit(finish)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last write has ended with an error by now, which `wait` raises."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            BaseException: Writing failed on this process or on another one. It is raised once.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the end of the write, whether it fails or not, and free the copies."""
+        with suppress(Exception, dcp.CheckpointException):  # torch's is no Exception
+            self.wait()
+        self._thread.shutdown()
+        self._stager.close()
+
+    @property
+    def _alone(self) -> bool:
+        return self._group is None or dist.get_world_size(self._group) == 1
+
+    def _together(self, work: Callable[[], None]) -> None:
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as found:  # noqa: BLE001 - raised below, when all know of it
+            error = found
+        if not self._alone:
+            told: list[Any] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(told, None if error is None else _plain(error), group=self._group)
+            error = error or next((other for other in told if other is not None), None)
+        if error is not None:
+            raise error
+
+
+Together = Callable[[Callable[[], None]], None]
+
+
+@contextmanager
+def background_saver(wanted: bool, timeout: timedelta) -> Iterator[BackgroundSaver | None]:
+    """A saver for the time of a training, or None; all processes enter together.
+
+    When the block ends with an error, the write that is under way is completed first if it can be.
+
+    Args:
+        wanted: Whether to make one.
+        timeout: How long a process waits for the others.
+    """
+    if not wanted:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+    saver = BackgroundSaver(group)
+    with warnings.catch_warnings():
+        # One process saves alone, which torch warns about in the thread and which is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        try:
+            yield saver
+        finally:
+            saver.close()
+
+
+def _plain(error: Exception) -> Exception:
+    """An error that can be sent to another process."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
+    return RuntimeError(f"{type(error).__name__} on another process: {error}")
