@@ -31,6 +31,7 @@ PACKAGE = sorted((ROOT / "ultralong").rglob("*.py"))
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".cff", ".ipynb", ".json", ""}
 # In pieces, so that this file does not hold what it looks for.
 UNFINISHED = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b")
+CONFLICT = re.compile(r"^(?:<{7}|>{7}) ", re.MULTILINE)
 MACHINE = re.compile(r"(?<![\w.])/(?:work|root|home/\w+)/\w|py" r"pi\.org|python" r"hosted|npm" r"js\.(?:org|com)")
 
 
@@ -55,7 +56,7 @@ def test_a_module_is_short_and_plain(path):
 @pytest.mark.parametrize("path", [path for path in tracked() if path.suffix in SUFFIXES], ids=name)
 def test_a_file_is_finished_and_of_no_machine(path):
     text = path.read_text(encoding="utf-8")
-    for pattern in (UNFINISHED, MACHINE):
+    for pattern in (UNFINISHED, CONFLICT, MACHINE):
         found = pattern.search(text)
         assert found is None, f"{name(path)} holds {text[max(0, found.start() - 30) : found.end() + 30]!r}"
 
