@@ -15,7 +15,7 @@
 # |---|---|
 # | time on CPU | about 30 s, two idle cores (estimated from 30 CPU seconds, November 2026) |
 # | reading and doing | 30 and 30 minutes |
-# | memory | 1.5 GB, half of it the server's |
+# | memory | 1 GB, and 0.5 GB of the server |
 # | downloads, cost | none |
 # | a GPU adds | the server on it: `DEVICE=cuda`, a model of yours as `MODEL` |
 # | two GPUs, a cluster add | one prompt read by all of them: `GPUS` |
