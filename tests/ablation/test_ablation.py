@@ -1,6 +1,7 @@
 """Studies: refused before work starts, differences that are exact, and the same result after a stop."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from ultralong.ablation import ablate, load_study
 from ultralong.ablation import build as building
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import render_study, table_lines
-from ultralong.ablation.resolve import check
+from ultralong.ablation.resolve import check, told
 from ultralong.ablation.results import summarise
 from ultralong.ablation.study import STUDIES, Refutation
 from ultralong.evaluation.measures.intervals import crossed_difference
+from ultralong.training.config import DataSource, OptimizerConfig, TrainConfig
 
 ARM = {
     "name": "low",
@@ -61,6 +63,11 @@ def study_file(folder, texts, *, arms=(ARM,), **changes):
         ({"changes": {"evaluation.max_rows": 1}}, {}, "arm low changes evaluation"),
         ({"changes": {"stages": [{"to": 600}]}}, {}, "ends at a window of 600"),
         ({"changes": {"training.seed": 3}}, {}, "seed does not belong here"),
+        (
+            {"changes": {"training.skip_positions_to": 576, "rows.packing.mask_documents": True}},
+            {},
+            "cuts whole rows in two, and rows.packing masks documents",
+        ),
         ({"refuted_if": {"outcome": "needels", "above": 0}}, {}, "'needels', which is not measured"),
         ({"refuted_if": {"outcome": "needles"}}, {}, "either below or above"),
     ],
@@ -74,6 +81,14 @@ def test_two_arms_that_do_the_same_are_refused(tmp_path, texts):
     other = {**ARM, "name": "lower", "changes": {"training": {"optimizer": {"lr": 1e-6}}}}
     with pytest.raises(ValueError, match="arm lower does what arm low does"):
         check(load_study(study_file(tmp_path, texts, arms=(ARM, other))))
+
+
+def test_a_setting_at_its_default_changes_no_key():
+    """So that a study of an earlier version, which knew fewer settings, is resumed."""
+    config = TrainConfig("model", "out", (DataSource("rows"),), steps=2, optimizer=OptimizerConfig(lr=1e-4))
+    found = {"model": "model", "out": "out", "data": [{"rows": "rows"}], "steps": 2, "optimizer": {"lr": 1e-4}}
+    assert told(config) == found
+    assert told(replace(config, skip_positions_to=64)) == {**found, "skip_positions_to": 64}
 
 
 def test_studies_that_ship_are_whole():

@@ -12,9 +12,10 @@ from tiny_run import LENGTH, make_run
 from ultralong import launch, planner
 from ultralong.cli import main
 from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.training.batches import longest_position
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
-from ultralong.training.preflight import check_start, longest_position, preflight
+from ultralong.training.preflight import check_start, preflight
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
 

@@ -76,7 +76,9 @@ class Builder:
         model = base_folder(design)
         for link in links(design, seed, self.base):
             extended = self.extended(design, link.stage, link.extended, model)
-            model = self._train(design, link, seed, extended, self.rows(design.rows, link.stage.to, link.rows, design))
+            model = self._train(
+                design, link, seed, extended, self.rows(design.rows, link.stage.length, link.rows, design)
+            )
         return model
 
     def extended(self, design: Design, stage: Stage, key: str, model: Path) -> Path:
@@ -162,7 +164,7 @@ class Builder:
         if (out / "result.json").exists():
             return out / "model"
         config = training_config(design, link.stage, seed, model, rows, out)
-        self._say(f"train {config.steps:,} steps of {config.global_batch_size} x {link.stage.to:,}: {out.name}")
+        self._say(f"train {config.steps:,} steps of {config.global_batch_size} x {link.stage.length:,}: {out.name}")
         if design.processes is None:
             train(config, resume=True, quiet=self.quiet)
         else:

@@ -27,10 +27,10 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
         cost: Price of one GPU-hour, in any currency.
 
     Returns:
-        `runs`, one an arm, seed and stage: `arm`, `seed`, `to`, `steps`, `tokens`, `seconds`, `gpus`, `gpu_hours`,
-        `gib` (memory of each GPU), `fits`, `shared` (True where an earlier run is the same); `gpu_hours` and `cost`
-        over all; `evaluations` (models measured) and `prompt_tokens` (read by the tests of all, without needles and
-        perplexity), which are not priced.
+        `runs`, one an arm, seed and stage: `arm`, `seed`, `to` (window), `row` (tokens), `steps`, `tokens`, `seconds`,
+        `gpus`, `gpu_hours`, `gib` (memory of each GPU), `fits`, `shared` (True where an earlier run is the same);
+        `gpu_hours` and `cost` over all; `evaluations` (models measured) and `prompt_tokens` (read by the tests of all,
+        without needles and perplexity), which are not priced.
 
     Raises:
         ValueError: The study is wrong, or a run cannot be planned.
@@ -45,7 +45,7 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
                 # Seeds differ in nothing that takes time.
                 shape = str(replace(config, seed=0))
                 if shape not in planned:
-                    planned[shape] = plan(config, gpus, machine=machine, tokens=link.stage.to)
+                    planned[shape] = plan(config, gpus, machine=machine, tokens=link.stage.length)
                 made = planned[shape]
                 seconds = made.total("step") * config.steps
                 rows.append(
@@ -53,8 +53,9 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
                         "arm": arm,
                         "seed": seed,
                         "to": link.stage.to,
+                        "row": link.stage.length,
                         "steps": config.steps,
-                        "tokens": config.steps * config.global_batch_size * link.stage.to,
+                        "tokens": config.steps * config.global_batch_size * link.stage.length,
                         "seconds": round(seconds, 1),
                         "gpus": made.gpus,
                         "gpu_hours": round(seconds * made.gpus / 3600, 4),
@@ -84,7 +85,7 @@ def price_lines(found: Mapping[str, Any]) -> list[str]:
     for run in found["runs"]:
         note = "  shared" if run["shared"] else "" if run["fits"] else "  does not fit"
         lines.append(
-            f"{run['arm']:22} {run['seed']:5} {run['to']:19,} {run['steps']:7,} {run['seconds']:9,.1f} {run['gpus']:5}"
+            f"{run['arm']:22} {run['seed']:5} {run['row']:19,} {run['steps']:7,} {run['seconds']:9,.1f} {run['gpus']:5}"
             f" {run['gib']:10.1f}{note}"
         )
     cost = "" if found["cost"] is None else f", {found['cost']:,.2f} in all"

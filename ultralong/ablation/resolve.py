@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,23 @@ def key(kind: str, *parts: Any) -> str:
     """The name of an artefact: a hash of what decides its bytes."""
     text = json.dumps([kind, *parts], sort_keys=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]}"
+
+
+def told(value: Any) -> Any:
+    """The settings that are not at their defaults, so that a setting which a later version adds changes no key."""
+    if isinstance(value, list | tuple):
+        return [told(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    plain = settings.to_mapping(value)
+    found = {}
+    for field in fields(value):
+        given = getattr(value, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if default is MISSING or given != default:
+            nested = is_dataclass(given) or isinstance(given, list | tuple)
+            found[field.name] = told(given) if nested else plain[field.name]
+    return found
 
 
 def base_folder(design: Design) -> Path:
@@ -100,7 +117,7 @@ def training_config(design: Design, stage: Stage, seed: int, model: Path, rows: 
         "out": str(out),
         "data": [settings.to_mapping(DataSource(str(rows)))],
         "seed": seed,
-        "length": stage.to,
+        "length": stage.length,
         "base_model": None,
     }
     steps = {} if stage.steps is None else {"steps": stage.steps}
@@ -121,12 +138,12 @@ def run_settings(design: Design, model: str, haystack: str | None, rows: str | N
 
 def extension_key(before: str, stage: Stage, scaling: Scaling) -> str:
     """Key of a checkpoint that is rescaled to a stage's window."""
-    return key("extended", before, stage.to, stage.factor, settings.to_mapping(scaling))
+    return key("extended", before, stage.to, stage.factor, told(scaling))
 
 
 def rows_key(rows: Rows, length: int, tokenizer: str) -> str:
     """Key of packed rows."""
-    return key("rows", settings.to_mapping(recipe_of(rows)), rows.limit, length, tokenizer)
+    return key("rows", told(recipe_of(rows)), rows.limit, length, tokenizer)
 
 
 def links(design: Design, seed: int, base: str) -> list[Link]:
@@ -140,9 +157,9 @@ def links(design: Design, seed: int, base: str) -> list[Link]:
     found, before = [], base
     for stage in design.stages:
         extended = extension_key(before, stage, design.scaling)
-        rows = rows_key(design.rows, stage.to, base)
+        rows = rows_key(design.rows, stage.length, base)
         config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
-        before = key("trained", extended, rows, settings.to_mapping(config), design.processes)
+        before = key("trained", extended, rows, told(config), design.processes)
         found.append(Link(stage, extended, rows, before))
     return found
 
@@ -154,7 +171,7 @@ def heldout_key(design: Design, base: str) -> str:
 
 def measured_key(design: Design, model: str, base: str) -> str:
     """Key of the evaluation of a model."""
-    wanted = settings.to_mapping(run_settings(design, "model", "texts", "rows"))
+    wanted = told(run_settings(design, "model", "texts", "rows"))
     return key("measured", model, wanted, heldout_key(design, base))
 
 
@@ -175,7 +192,8 @@ def check(study: Study) -> str:
         try:
             trained = links(design, study.seeds[0], name)[-1].trained
             run_settings(design, "model", "texts", "rows")
-            recipe_of(design.rows).row_settings(design.window)
+            for stage in design.stages:
+                _check_rows(design, stage, study.seeds[0])
             recipe_of(design.heldout).row_settings(design.window)
             for stage in design.stages:
                 choose_scaling(config, extension(stage, design.scaling))
@@ -186,6 +204,13 @@ def check(study: Study) -> str:
             raise ValueError(f"arm {arm} {same or f'does what arm {done[trained]} does'}. Remove it, or change it.")
         done[trained] = arm
     return name
+
+
+def _check_rows(design: Design, stage: Stage, seed: int) -> None:
+    rows = recipe_of(design.rows).row_settings(stage.length)
+    config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
+    if config.skip_positions_to is not None and getattr(rows, "mask_documents", False):
+        raise ValueError("training.skip_positions_to cuts whole rows in two, and rows.packing masks documents.")
 
 
 def extension(stage: Stage, scaling: Scaling) -> Extension:

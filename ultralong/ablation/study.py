@@ -58,14 +58,21 @@ class Stage:
     """One step of extension: rescale to a window, then train on rows of that window.
 
     Attributes:
-        to: Tokens of the window and of a row.
+        to: Tokens of the window.
         steps: Optimizer steps; None is the training's.
         factor: Scaling factor; None is the window over the one of the unscaled pretraining.
+        row: Tokens of a row to train on; None is the window. Shorter ones go with `training.skip_positions_to`.
     """
 
     to: Tokens
     steps: int | None = None
     factor: float | None = None
+    row: Tokens | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row to train on."""
+        return self.row or self.to
 
 
 @dataclass(frozen=True)

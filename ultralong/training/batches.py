@@ -6,7 +6,8 @@ at the exact row, and the number of processes does not change what a step sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Batch:
         boundaries: (N + 1,) int32 cumulative document lengths where attention must not cross documents, else None.
         places: Where the rows came from, to name them when something goes wrong.
         row_length: T.
+        skips: Whether positions jump inside the rows (`skipped_positions`), which are one text each all the same.
     """
 
     input_ids: Tensor
@@ -44,6 +46,7 @@ class Batch:
     boundaries: Tensor | None
     places: tuple[Place, ...]
     row_length: int
+    skips: bool = False
 
 
 class RowOrder:
@@ -54,13 +57,22 @@ class RowOrder:
         seed: Names the order.
         total: Rows the whole run draws.
         length: Tokens that a row must have; None accepts any length.
+        skip_to: Positions that rows are spread over (`skipped_positions`); None leaves them as they are.
 
     Raises:
-        ValueError: A source is empty, rows of different length or masking are mixed, or their length is not `length`.
+        ValueError: A source is empty, rows of different length or masking are mixed, their length is not `length`, or
+            positions can't be skipped in them.
     """
 
-    def __init__(self, sources: tuple[DataSource, ...], seed: int, total: int, length: int | None = None) -> None:
-        self.seed = seed
+    def __init__(
+        self,
+        sources: tuple[DataSource, ...],
+        seed: int,
+        total: int,
+        length: int | None = None,
+        skip_to: int | None = None,
+    ) -> None:
+        self.seed, self.skip_to = seed, skip_to
         self.folders = [PackedRows(source.rows) for source in sources]
         for source, rows in zip(sources, self.folders, strict=True):
             if not len(rows):
@@ -75,6 +87,8 @@ class RowOrder:
                 f"The config says length: {length}, the rows in {self.folders[0].folder} have {self.length} tokens. "
                 f"Pack rows of {length} (ultralong pack ... --length {length}), or set length={self.length}."
             )
+        if skip_to is not None:
+            check_skipping(self.folders, skip_to)
         weights = np.array([source.weight for source in sources])
         draws = np.random.default_rng(seed).choice(len(sources), size=total, p=weights / weights.sum())
         self._source = draws  # (total,)
@@ -93,7 +107,11 @@ class RowOrder:
     def batch(self, first: int, count: int) -> Batch:
         """Rows `first` to `first + count - 1` of the run as one batch."""
         places = tuple(self.place(index) for index in range(first, first + count))
-        return collate([self.folders[place.source][place.row] for place in places], places, self.mask_documents)
+        batch = collate([self.folders[place.source][place.row] for place in places], places, self.mask_documents)
+        if self.skip_to is None:
+            return batch
+        rows = [skipped_positions(self.length, self.skip_to, self.seed, first + number) for number in range(count)]
+        return replace(batch, position_ids=torch.from_numpy(np.stack(rows)), skips=True)
 
     def describe(self, place: Place) -> str:
         """A row's source and the documents in it, for messages."""
@@ -101,6 +119,60 @@ class RowOrder:
         documents = rows[place.row].document_ids.tolist()
         shown = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
         return f"{rows.folder} row {place.row} (documents {shown})"
+
+
+def skipped_positions(length: int, to: int, seed: int, index: int) -> np.ndarray:
+    """Positions of one row whose second chunk stands later: every distance of a long window comes up in short rows.
+
+    PoSE (arXiv 2309.10400) with two chunks, drawn as its training script draws them: the first has 1 to half of the
+    tokens and stands at the start, the second skips 0 to all that is left. The text itself stays connected.
+
+    Args:
+        length: T, tokens of the row.
+        to: Positions are below this.
+        seed: The run's.
+        index: The row's number in the run; with the seed it decides, so that a resumed run draws the same.
+
+    Returns:
+        (T,) int64, rising.
+    """
+    draw = np.random.default_rng((seed, index))
+    cut = int(draw.integers(1, (length + 1) // 2, endpoint=True))
+    skip = int(draw.integers(0, to - length, endpoint=True))
+    positions = np.arange(length, dtype=np.int64)
+    positions[cut:] += skip
+    return positions
+
+
+def check_skipping(folders: Sequence[PackedRows], to: int) -> None:
+    """Refuse rows whose positions can't be skipped.
+
+    Raises:
+        ValueError: They are longer than `to`, of one token, or of documents that do not see each other.
+    """
+    for rows in folders:
+        if rows.mask_documents or rows.restart_positions:
+            raise ValueError(
+                f"skip_positions_to cuts whole rows in two, and documents in {rows.folder} do not see each other. Pack "
+                "them with mask_documents: false and positions: row, or leave skip_positions_to out."
+            )
+        if not 1 < rows.length <= to:
+            raise ValueError(
+                f"skip_positions_to is {to:,}, the rows in {rows.folder} have {rows.length:,} tokens: it must be as "
+                "much or more, and a row 2 tokens at least."
+            )
+
+
+def longest_position(rows: PackedRows) -> int:
+    """Positions that a folder's rows use: their length, or the longest document where each starts at 0 again."""
+    if not rows.restart_positions:
+        return rows.length
+    longest = 0
+    for shard in rows.segments():
+        ends = np.append(shard[1:, 1], 0)
+        ends[np.append(shard[1:, 0] != shard[:-1, 0], True)] = rows.length
+        longest = max(longest, int((ends - shard[:, 1]).max(initial=0)))
+    return longest
 
 
 def collate(rows: list[PackedRow], places: tuple[Place, ...], mask_documents: bool) -> Batch:
@@ -115,4 +187,5 @@ def collate(rows: list[PackedRow], places: tuple[Place, ...], mask_documents: bo
         stacked = {name: tensor.reshape(1, -1) for name, tensor in stacked.items()}  # (1, B * T)
         starts = [row.boundaries[:-1].astype(np.int64) + number * length for number, row in enumerate(rows)]
         boundaries = torch.from_numpy(np.append(np.concatenate(starts), len(rows) * length)).to(torch.int32)
-    return Batch(**stacked, boundaries=boundaries, places=places, row_length=length)
+    ids, labels, positions = stacked["input_ids"], stacked["labels"], stacked["position_ids"]
+    return Batch(ids, labels, positions, boundaries=boundaries, places=places, row_length=length)

@@ -218,6 +218,9 @@ class TrainConfig:
         trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
         position_buckets: The log has the loss of this many equal stretches of the row, which shows a loss that
             falls only near its start.
+        skip_positions_to: Skipped positions (PoSE, arXiv 2309.10400): each row is cut in two, and its second chunk
+            stands at a later position, drawn anew for each row, below this one; so short rows train the distances of a
+            longer window. None trains at the rows' own positions.
         base_model: Hub id of the model that `model` was extended from, or `miniature`. `ultralong plan` takes its shape
             where `model` is no folder yet; training does not read it.
         length: Tokens of a row. `ultralong plan` takes it where no rows are packed yet; training refuses rows of
@@ -248,6 +251,7 @@ class TrainConfig:
     loss_spike_threshold: float = 3.0
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
+    skip_positions_to: Tokens | None = None
     base_model: str | None = None
     length: Tokens | None = None
 
@@ -261,6 +265,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}.")
         if self.length is not None and self.length < 1:
             raise ValueError(f"length must be 1 or more, found {self.length}.")
+        if self.compile and self.skip_positions_to is not None:
+            # Compiled attention is transformers' own, which takes a jump of the positions for another text's start.
+            raise ValueError("compile and skip_positions_to don't go together: switch one of them off.")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "

@@ -186,6 +186,25 @@ def export(
         model.config._attn_implementation = attention
 
 
+def check_full_attention(text: Any) -> None:
+    """Refuse skipped positions where a layer counts tokens and not positions.
+
+    Args:
+        text: The config of the model, or of its text part.
+
+    Raises:
+        ValueError: A layer has a sliding window, or is no attention.
+    """
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True) is not False
+    if kinds or (sliding and not getattr(text, "layer_types", None)):
+        found = ", ".join(sorted(kinds)) or "sliding windows"
+        raise ValueError(
+            f"skip_positions_to needs full attention in every layer, the model has {found}: such layers count tokens, "
+            "so a skipped stretch would not be there for them."
+        )
+
+
 def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:
     """What was done to the model, as a section of its card."""
     loss = "not known" if facts["loss"] is None else f"{facts['loss']:.4f} nats per target"
@@ -194,7 +213,8 @@ def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any
         "## Training",
         "",
         f"- {facts['steps']:,} steps of {config.global_batch_size} x {order.length:,} tokens: {facts['tokens']:,} "
-        f"tokens, attention {'kept inside documents' if order.mask_documents else 'across documents'}",
+        f"tokens, attention {'kept inside documents' if order.mask_documents else 'across documents'}"
+        f"{f', positions skipped up to {config.skip_positions_to:,} (PoSE)' if config.skip_positions_to else ''}",
         f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
         f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
         f"- loss over the last tenth of the steps: {loss}",

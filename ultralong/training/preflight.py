@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
@@ -20,10 +19,11 @@ from ultralong.checkpoints.files import check_whole
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
+from ultralong.training.batches import check_skipping, longest_position
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory import check_tiled_layers
-from ultralong.training.model import adamw_8bit
+from ultralong.training.model import adamw_8bit, check_full_attention
 from ultralong.training.parallel import process_problem
 from ultralong.utils.files import is_locked
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
@@ -81,7 +81,7 @@ class Preflight:
         if folders:
             self._check("targets", lambda: self._targets(folders))
         if folders and model is not None:
-            self._check("window", lambda: _window(model, folders, self.config.model))
+            self._check("window", lambda: _window(model, folders, self.config))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
         self._check("attention", lambda: self._attention(self.shape or model, folders or []))
         self._check("folder", self._folder)
@@ -275,26 +275,21 @@ def _heads(model: Any) -> tuple[int, int]:
     return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
-def _window(model: Any, folders: list[PackedRows], name: str) -> tuple[str, None]:
-    window = declared_window(model.get_text_config())
+def _window(model: Any, folders: list[PackedRows], config: TrainConfig) -> tuple[str, None]:
+    text, skip_to = model.get_text_config(), config.skip_positions_to
+    window = declared_window(text)
+    if skip_to is not None:
+        check_skipping(folders, skip_to)
+        check_full_attention(text)
+        if skip_to > window > 0:
+            raise ValueError(f"skip_positions_to is {skip_to:,}, the model's window is {window:,}. Extend it first.")
+        return f"{window:,} tokens hold every row, with positions skipped up to {skip_to:,}", None
     for rows in folders:
         reach = longest_position(rows) if rows.length > window > 0 else 0
         if reach > window > 0:
             what = "Rows have" if not rows.restart_positions else "Documents in rows have up to"
             raise ValueError(
                 f"{what} {reach} tokens in {rows.folder}, the model's window is {window}. Extend the model first "
-                f"(ultralong extend {name} --to {reach} --out NEW), or pack shorter rows."
+                f"(ultralong extend {config.model} --to {reach} --out NEW), or pack shorter rows."
             )
     return f"{window:,} tokens hold every row", None
-
-
-def longest_position(rows: PackedRows) -> int:
-    """Positions that a folder's rows use: their length, or the longest document where each starts at 0 again."""
-    if not rows.restart_positions:
-        return rows.length
-    longest = 0
-    for shard in rows.segments():
-        ends = np.append(shard[1:, 1], 0)
-        ends[np.append(shard[1:, 0] != shard[:-1, 0], True)] = rows.length
-        longest = max(longest, int((ends - shard[:, 1]).max(initial=0)))
-    return longest

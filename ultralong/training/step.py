@@ -132,7 +132,8 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     extra = {}
     run.memory.clear()
     shared = run.processes.context_parallel_size > 1
-    if shared or batch.boundaries is not None or run.memory.attention_store is not None:
+    # Without a context transformers makes the mask, and takes a jump of the positions for another text's start.
+    if shared or batch.skips or batch.boundaries is not None or run.memory.attention_store is not None:
         context = make_attention_context(
             batch.input_ids.shape[1],
             run.processes.context_parallel_group,
@@ -144,7 +145,9 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             head_chunks=run.config.parallel.head_chunks,
             store=run.memory.attention_store,
         )
-        tensors["text_lengths"] = text_lengths(tensors["position_ids"])
+        positions = tensors["position_ids"]
+        last = positions[:, -1:].expand_as(positions)
+        tensors["text_lengths"] = last + 1 if batch.skips else text_lengths(positions)
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0, "text_lengths": 1}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
         extra = {"attention_context": context}

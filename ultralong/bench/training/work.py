@@ -101,7 +101,8 @@ def work(folder: Path, short: str, profile: bool = False) -> None:
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
         set_seed(config.seed)
-        order = RowOrder(config.data, config.seed, config.steps * config.global_batch_size)
+        rows, skip_to = config.steps * config.global_batch_size, config.skip_positions_to
+        order = RowOrder(config.data, config.seed, rows, skip_to=skip_to)
         warm_data = (replace(config.data[0], rows=short),)
         warm = RowOrder(warm_data, config.seed, config.global_batch_size)
         dtype = (
