@@ -128,6 +128,9 @@ def test_differences_are_paired_and_exact(tmp_path, texts):
     assert low["to_base"]["low"] == -50
     assert low["to_base"]["high"] == 0
     assert found["verdicts"][0]["verdict"] == "not refuted"
+    seeds = {arm: {0: score(of, of), 1: score(0.0, 0.0)} for arm, of in (("base", 100.0), ("low", 0.0))}
+    found = summarise(study, score(0.0, 0.0), {}, seeds)
+    assert found["outcomes"][0]["arms"][1]["to_base"]["low"] == -100, "a score cannot fall by more"
     other = [Outcome("needles", "per cent", ("a", "c"), (0.0, 0.0), headline=True)]
     with pytest.raises(ValueError, match="other samples"):
         summarise(study, score(0.0, 0.0), {"base": other}, {})

@@ -80,10 +80,21 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 def _hypotheses(verdicts: Sequence[Mapping[str, Any]]) -> Table:
     head = ("arm", "changes", "hypothesis", "refuted if", "found", "verdict")
     rows = [
-        [v["arm"], v["changes"], v["hypothesis"], v["refuted_if"], effect_text(v["difference"]), v["verdict"]]
+        [
+            v["arm"],
+            v["changes"],
+            v["hypothesis"],
+            v["refuted_if"],
+            _unbroken(effect_text(v["difference"])),
+            v["verdict"],
+        ]
         for v in verdicts
     ]
     return Table(head, rows, numbers=False)
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", "\u00a0")
 
 
 def _section(outcome: Mapping[str, Any], draw: Drawer) -> Section:
@@ -99,7 +110,8 @@ def _section(outcome: Mapping[str, Any], draw: Drawer) -> Section:
         if rows:
             make = partial(forest, rows, x=f"{unit}, 95% interval", zero=0.0)
             figures.append(draw(f"{outcome['name']}: {title}, paired differences.", make, names=(title,)))
-    return Section(f"{outcome['name']} ({outcome['unit']})", figures=figures, tables=[_table(outcome)])
+    title = f"{outcome['name']} ({outcome['unit']})" if score else outcome["name"]
+    return Section(title, figures=figures, tables=[_table(outcome)])
 
 
 def _table(outcome: Mapping[str, Any], *, folded: bool = False) -> Table:

@@ -106,8 +106,10 @@ def _difference(rows: Sequence[np.ndarray], unit: str) -> dict[str, Any] | None:
     if not rows:
         return None
     found = crossed_difference(np.stack(rows), seed=DRAWS_SEED)
-    values = found
-    if unit != "per cent":
+    if unit == "per cent":  # few seeds widen an interval, beyond what a score can differ by too
+        low, high = (float(np.clip(end, -100, 100)) for end in (found.low, found.high))
+        values = Difference(found.mean, low, high, found.n)
+    else:
         values = Difference(_per_cent(found.mean), _per_cent(found.low), _per_cent(found.high), found.n)
     ends = {"low": _number(values.low), "high": _number(values.high)}
     return {"mean": values.mean, **ends, "seeds": len(rows), "n": values.n}

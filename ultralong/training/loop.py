@@ -95,13 +95,8 @@ def _train(
     start: float,
 ) -> TrainResult:
     """Train in a folder that this run holds."""
-    order = RowOrder(
-        config.data,
-        config.seed,
-        config.steps * config.global_batch_size,
-        config.length,
-        config.skip_positions_to,
-    )
+    rows = config.steps * config.global_batch_size
+    order = RowOrder(config.data, config.seed, rows, config.length, config.skip_positions_to)
     _on_main(lambda: folder.open(config, resume), processes)
     with _stop_recorded(folder):
         return _train_in(config, folder, processes, order, resume, quiet, start)
