@@ -36,7 +36,7 @@ def test_two_processes_and_batches_answer_as_one_does(checkpoint, tmp_path):
     settings = {
         "model": checkpoint,
         "tasks": (*TASKS, "needle"),
-        "lengths": (1024, 2048),
+        "lengths": (768, 1024),
         "samples": 3,
         "grid": (2, 2),
         "grid_samples": 1,

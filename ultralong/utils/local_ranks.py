@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ultralong.utils.processes import end_with_parent
+from ultralong.utils.processes import end_with_parent, start_method
 
 GRACE = 3.0  # seconds that ranks get to report after the first failure, or after their collectives have timed out
 
@@ -65,7 +65,7 @@ def run_ranks(
     """
     if device == "cuda" and world > torch.cuda.device_count():
         raise ValueError(f"{world} ranks need {world} GPUs, found {torch.cuda.device_count()}")
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context(start_method())
     results = context.Queue()
     port = free_port()
     processes = [

@@ -28,6 +28,16 @@ def end_with_parent(parent: int | None = None, how: signal.Signals = signal.SIGK
         os.kill(os.getpid(), how)
 
 
+def start_method() -> str:
+    """How a process that computes with torch is started: "fork", which is at once; "spawn" where there is a GPU.
+
+    A forked process can't use CUDA, and what this one holds on a GPU would be counted as its own.
+    """
+    import torch
+
+    return "spawn" if torch.cuda.is_available() else "fork"
+
+
 class ChildFailed(RuntimeError):
     """Processes that this one started failed; their message went to standard error. `code` is their exit code."""
 

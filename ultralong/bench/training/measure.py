@@ -31,6 +31,7 @@ from ultralong.training.throughput import DATASHEET
 from ultralong.utils import settings
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, read_jsonl
+from ultralong.utils.processes import start_method
 from ultralong.utils.units import GIB
 
 DATASHEET_FLOPS = DATASHEET["H200"]
@@ -58,7 +59,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
         (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
         also `kernels`, what they took on the first GPU in one more step, and `kinds`, the same by kind.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+    with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         facts = other.submit(machine_facts).result()  # not here: this process must hold no GPU memory beside the run
     shape = shape_of(_config(case))
     row = {

@@ -33,6 +33,7 @@ from ultralong.bench.training.work import prepare, random_model
 from ultralong.planner.shapes import model_config, shape_of
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, write_json
+from ultralong.utils.processes import start_method
 from ultralong.utils.units import GIB
 
 PEERS = ("torch-cp-flash", "torch-cp-cudnn", "deepspeed-alst")
@@ -51,7 +52,7 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
     config = model_config(case.model)
     config.num_hidden_layers = case.layers or config.num_hidden_layers
     shape = shape_of(config)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+    with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         facts = other.submit(machine_facts).result()
     row = {
         "peer": name,

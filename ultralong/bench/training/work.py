@@ -32,6 +32,7 @@ from ultralong.training.parallel import connect
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.utils import settings
 from ultralong.utils.files import append_jsonl, write_json
+from ultralong.utils.processes import start_method
 
 WARM = 2048  # tokens of the row that is trained on first
 WINDOW = 2**24  # of the made models: no row is too long
@@ -51,7 +52,7 @@ def prepare(folder: Path, model: str, layers: int | None, tokens: int) -> dict[s
     """
     name = f"{Path(model).name}-{layers or 'all'}"
     made = {"model": folder / name, "rows": folder / f"rows-{tokens}", "short": folder / f"rows-{WARM}"}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+    with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
         if not (made["model"] / "config.json").exists():
             other.submit(_make_model, made["model"], model, layers).result()

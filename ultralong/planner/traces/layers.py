@@ -143,7 +143,7 @@ def _config(model: str) -> PreTrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def traced(model: str, tokens: int, settings: StepSettings, layers: int) -> LayerTrace:
     """The trace of a model's first layers.
 
