@@ -121,6 +121,7 @@ def test_a_run_of_several_processes_says_its_error_once(tmp_path, tiny_model, ti
     assert "Traceback" not in done.stderr.split("ultralong train: error: ")[1].split("\n")[0]
 
 
+@pytest.mark.soak  # tests/training/test_stops.py asks for more of the same
 def test_ranks_end_with_the_command_that_started_them(tmp_path, tiny_model, tiny_tokenizer):
     config = make_run(
         tmp_path, tiny_model, tiny_tokenizer, steps=5000, parallel=ParallelConfig(context_parallel_size=2)

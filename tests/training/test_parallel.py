@@ -44,6 +44,21 @@ PLANS = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function: train on one process, once for all tests that ask for the same run; returns its config."""
+    done = {}
+
+    def get(config):  # noqa: F811
+        key = repr(replace(config, out=""))
+        if key not in done:
+            done[key] = replace(config, out=str(tmp_path_factory.mktemp("trained") / "run"))
+            train(done[key], quiet=True)
+        return done[key]
+
+    return get
+
+
 def run(config, folder, processes, **changes):  # noqa: F811
     changed = replace(config, out=str(folder / "run"), **changes)
     train_over(changed, processes)
@@ -57,12 +72,14 @@ def assert_same_curves(a, b, steps):
     assert curve(a, "grad_norm") == pytest.approx(curve(b, "grad_norm"), rel=5e-4)
 
 
-@pytest.mark.parametrize(("processes", "sequence", "shard"), [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4), (4, 2, 2)])
-def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_path, processes, sequence, shard):  # noqa: F811
+@pytest.mark.parametrize(
+    "split", [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4), (4, 2, 2)], ids=lambda split: "-".join(map(str, split))
+)
+def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_path, trained, split):  # noqa: F811
     """Sequence-parallel 1, 2, 4 and FSDP2 over 1, 2, 4 processes, replicated too: one curve of losses and norms."""
+    processes, sequence, shard = split
     kind = "masked" if processes == 4 else "rows"
-    one = replace(config, steps=20, save_every=0, data=(DataSource(str(made / kind)),), out=str(tmp_path / "one"))
-    train(one, quiet=True)
+    one = trained(replace(config, steps=20, save_every=0, data=(DataSource(str(made / kind)),)))
     many = run(
         one,
         tmp_path,
@@ -76,11 +93,10 @@ def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_what_is_kept_moved_or_recomputed_changes_nothing(config, made, tmp_path, plan):  # noqa: F811
+def test_what_is_kept_moved_or_recomputed_changes_nothing(config, made, tmp_path, trained, plan):  # noqa: F811
     for kind in ("rows", "masked"):
-        plain = replace(config, data=(DataSource(str(made / kind)),), out=str(tmp_path / kind))
+        plain = trained(replace(config, save_every=0, data=(DataSource(str(made / kind)),)))
         planned = replace(plain, memory=PLANS[plan], out=str(tmp_path / f"{kind} planned"))
-        train(plain, quiet=True)
         train(planned, quiet=True)
         assert_same_curves(planned, plain, config.steps)
 
