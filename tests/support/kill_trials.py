@@ -47,13 +47,14 @@ def kill_trials(
     Args:
         config: The run; its steps and `save_every` give the moments. Its folder is chosen here.
         folder: Where both runs go.
-        kills: How often the second one is killed before it may end.
+        kills: How often the second one is killed before it may end; a run with too few steps for them ends earlier.
         seed: Of what is drawn.
         moments: When it may be killed, of `MOMENTS`.
 
     Returns:
-        `kills`, `starts`, counts by signal, victim and moment, `survivors` (processes left 40 s after a kill), and
-        `differences` (empty where weights and log are equal).
+        `kills` that were asked for, counts (starts, kills, kills that left a checkpoint half written, and what was
+        drawn), `survivors` (kills with processes left after 40 s), and `differences` (empty where weights and log are
+        equal).
     """
     rng = random.Random(seed)
     config = replace(config, parallel=ParallelConfig(context_parallel_size=2))
@@ -62,7 +63,7 @@ def kill_trials(
     assert code == 0, f"the undisturbed run failed with {code}"
     counts: Counter[str] = Counter()
     survivors = 0
-    for _ in range(kills):
+    while counts["killed"] < kills and not (Path(disturbed.out) / "result.json").exists():
         number, victim, moment = rng.choice(SIGNALS), rng.choice(VICTIMS), rng.choice(moments)
         counts.update([number.name, victim, moment])
         command = _start(disturbed, folder)
@@ -71,6 +72,7 @@ def kill_trials(
         counts["killed"] += reached and _kill(number, victim, folder, command, rng)
         with suppress(subprocess.TimeoutExpired):
             command.wait(60)
+        counts["half written"] += (Path(disturbed.out) / "checkpoints" / "unfinished").exists()
         survivors += not _wait(lambda: not _processes(folder) and not is_locked(disturbed.out), 40)
     command = _start(disturbed, folder)
     counts["starts"] += 1
@@ -175,6 +177,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--save-every", type=int, default=4)
     parser.add_argument("--background", action="store_true", help="checkpoints are written in the background")
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=MOMENTS)
     options = parser.parse_args()
@@ -186,11 +190,11 @@ def main() -> int:
         return (getattr(fixture, "_fixture_function", None) or fixture.__wrapped__)()
 
     with tempfile.TemporaryDirectory(prefix="kill-trials-") as scratch:
-        config = make_run(Path(scratch), made(make_tiny_model)(), made(tiny_tokenizer), steps=40, save_every=4)
+        config = make_run(Path(scratch), made(make_tiny_model)(), made(tiny_tokenizer), steps=options.steps)
         config = replace(
             config, model=f"{scratch}/model", data=tuple(replace(s, rows=f"{scratch}/{s.rows}") for s in config.data)
         )
-        config = replace(config, async_checkpoints=options.background)
+        config = replace(config, save_every=options.save_every, async_checkpoints=options.background)
         found = kill_trials(config, Path(scratch), options.kills, options.seed, options.moments)
         if found["differences"] or found["survivors"]:
             sys.stderr.write(Path(scratch, "log").read_text(errors="replace")[-6000:])
