@@ -3,7 +3,8 @@
     .venv/bin/python tests/support/kill_trials.py --kills 30 --seed 1
 
 Signals, victims (the command, its agent, a rank) and moments (while it starts, in a step, while a checkpoint is saved,
-at the end) are drawn from the seed. Prints what was done as JSON; exits with 1 if anything differs.
+at the end) are drawn from the seed. Prints what was done as JSON; exits with 1 if anything differs. Not under nohup:
+the run would ignore SIGHUP, as it should.
 """
 
 from __future__ import annotations
@@ -99,11 +100,13 @@ def _start(config: TrainConfig, folder: Path) -> subprocess.Popen[bytes]:
 def _wait_for_moment(moment: str, config: TrainConfig, command: subprocess.Popen[bytes], rng: random.Random) -> bool:
     """Wait until the run is in the middle of something; False where it ended before."""
     out = Path(config.out)
+    unfinished = out / "checkpoints" / "unfinished"
+    left = _changed(unfinished)  # by the start before
     until, step = time.monotonic() + rng.uniform(0, START), rng.randrange(1, config.steps)
     reached: dict[str, Callable[[], bool]] = {
         "start": lambda: time.monotonic() > until,
         "step": lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes().count(b"\n") >= step,
-        "save": lambda: (out / "checkpoints" / "unfinished").exists(),
+        "save": lambda: _changed(unfinished) not in (None, left),
         "end": lambda: (out / "checkpoints" / f"step-{config.steps:07d}").exists(),
     }
     if not _wait(lambda: command.poll() is not None or reached[moment](), PATIENCE, pause=0.002):
@@ -121,6 +124,13 @@ def _kill(
         os.kill(rng.choice(sorted(found)) if found else command.pid, number)
         return True
     return False
+
+
+def _changed(path: Path) -> int | None:
+    """When something there was changed last; None where nothing is."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_ctime_ns
+    return None
 
 
 def _processes(folder: Path) -> list[tuple[int, str]]:

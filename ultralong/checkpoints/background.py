@@ -17,7 +17,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+from torch.distributed.checkpoint.staging import AsyncStager
+
+
+class _Stager(AsyncStager):
+    """Copies a state to the host, into the same memory each time; torch 2.11's own pins it anew each time."""
+
+    def __init__(self) -> None:
+        self._on_gpu = torch.cuda.is_available()
+        self._copies = StateDictStager(pin_memory=self._on_gpu)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The copy, complete when this returns."""
+        copy: dict[str, Any] = self._copies.stage(state_dict, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return copy
+
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for."""
+
+    def close(self) -> None:
+        """Free the copies."""
+        self._copies.close()
 
 
 class BackgroundSaver:
@@ -33,11 +56,7 @@ class BackgroundSaver:
         Args:
             group: A gloo group of all processes; None where nothing is distributed.
         """
-        on_gpu = torch.cuda.is_available()
-        options = StagingOptions(
-            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
-        )
-        self._group, self._stager = group, DefaultStager(options)
+        self._group, self._stager = group, _Stager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 

@@ -56,7 +56,8 @@ echo "allocator of GPU memory on $(hostname): $PYTORCH_ALLOC_CONF"
 # torchrun's default of one thread a process starves what runs on the host: loading rows, pinned copies, checkpoints.
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > gpus_per_node ? cores / gpus_per_node : 1))}"
-# Processes that are told to stop finish their step and save. torchrun waits as long as this script does.
+# Processes that are told to stop finish their step and save. torchrun waits as long as this script does (30 seconds
+# with torch 2.11, whatever this says).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-${STOP_SECONDS:-20}}"
 # Each process tokenises nothing itself; without this, tokenizers warns in every one of them.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
