@@ -108,7 +108,10 @@ def _section(outcome: Mapping[str, Any], draw: Drawer) -> Section:
             if arm[effect] is not None and arm[effect]["low"] is not None
         }
         if rows:
-            make = partial(forest, rows, x=f"{unit}, 95% interval", zero=0.0)
+            ends = [0.0, *(end for _, low, high in rows.values() for end in (low, high))]
+            margin = 0.04 * (max(ends) - min(ends)) or 1.0  # so that no interval seems to be cut
+            span = (min(ends) - margin, max(ends) + margin)
+            make = partial(forest, rows, x=f"{unit}, 95% interval", zero=0.0, span=span)
             figures.append(draw(f"{outcome['name']}: {title}, paired differences.", make, names=(title,)))
     title = f"{outcome['name']} ({outcome['unit']})" if score else outcome["name"]
     return Section(title, figures=figures, tables=[_table(outcome)])
