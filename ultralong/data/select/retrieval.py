@@ -3,7 +3,7 @@
 Plain continued pretraining lowers perplexity and can still lose retrieval: hardly any token of a book depends on one
 sentence 50,000 tokens earlier. OLMo 3 and others therefore mix in retrieval-like documents. Each piece of a text gets
 facts at random lines ("The ledger of Tolmer Reach closes on folio 48213."). Some are told again further on, the others
-are asked for at the end, with their answers, so that every distance inside the piece occurs.
+are asked for, with their answers, further on or at the end, so that every distance inside the piece occurs.
 
 The wording is other than that of any test in `ultralong.evaluation` (a test compares the two), and keys are invented
 names: what improves on a test was not learned from its sentences.
@@ -24,6 +24,9 @@ _SYLLABLES = "bal cor dun fen gar hol kel lam mor nar oss pel quin ral sten tol 
 _ENDINGS = "Bridge Court Dale Field Gate Grove Heath Hill Lane Mill Moor Quay Reach Row Yard"
 _THINGS = "anchor barrel candle drum engine flute globe hammer kettle lantern mirror organ plough rope"
 SYLLABLES, ENDINGS, THINGS = _SYLLABLES.split(), _ENDINGS.split(), _THINGS.split()
+
+
+Asked = tuple[str, str]  # a question and its answer
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ class Retrieval:
             four characters a token, 4 x the row's length fills a row.
         spacing: One fact for about this many characters.
         keep: Share of the pieces that is taken, from all over each document.
-        asked: Share of the facts that are asked for at the end; the others are told again further on.
+        asked: Share of the facts of one value that are asked for; the others are told again further on.
+        inside: Share of the questions that stand at a random line behind their facts, the rest stands at the end. A
+            packed row may end inside a piece, and cuts the questions at its end off from what they ask for.
         several: Share of the keys that have two to four values, all asked for in one question.
         chained: Share of the keys whose value leads to another key, two to four in a chain.
     """
@@ -102,7 +107,8 @@ class Retrieval:
     longest: int = 240_000
     spacing: int = 2_000
     keep: float = 1.0
-    asked: float = 0.6
+    asked: float = 0.7
+    inside: float = 0.5
     several: float = 0.15
     chained: float = 0.1
 
@@ -114,7 +120,7 @@ class Retrieval:
             )
         if not 200 <= self.spacing <= self.shortest:
             raise ValueError(f"retrieval: spacing must lie in 200..shortest ({self.shortest}), found {self.spacing}.")
-        for key in ("keep", "asked", "several", "chained"):
+        for key in ("keep", "asked", "inside", "several", "chained"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"retrieval: {key} is a share and must lie in 0..1, found {getattr(self, key)}.")
         if self.several + self.chained > 1:
@@ -150,7 +156,14 @@ class Retrieval:
             text: The piece.
             draw: Decides everything.
         """
-        told, questions = self._facts(max(1, len(text) // self.spacing), draw)
+        told: list[list[str]] = []
+        at_end: list[Asked] = []
+        for sentences, question in self._facts(max(1, len(text) // self.spacing), draw):
+            told.append(sentences)
+            if question is not None and draw.random() < self.inside:
+                sentences.append("\n".join(question))
+            elif question is not None:
+                at_end.append(question)
         places = _line_starts(text)
         inserted: list[tuple[int, int, str]] = []
         for number, sentences in enumerate(told):
@@ -163,36 +176,37 @@ class Retrieval:
             parts += [text[last:place], sentence, "\n"]
             last = place
         parts.append(text[last:].rstrip())
-        draw.shuffle(questions)
-        return "".join(parts) + _exam(questions, draw) + "\n"
+        draw.shuffle(at_end)
+        return "".join(parts) + _exam(at_end, draw) + "\n"
 
-    def _facts(self, count: int, draw: random.Random) -> tuple[list[list[str]], list[tuple[str, str]]]:
-        """Sentences by fact, each list in the order in which it must stand, and questions with answers."""
-        told: list[list[str]] = []
-        questions: list[tuple[str, str]] = []
+    def _facts(self, count: int, draw: random.Random) -> list[tuple[list[str], Asked | None]]:
+        """About `count` facts: the sentences of each in the order in which they must stand, and its question."""
+        made: list[tuple[list[str], Asked | None]] = []
         names = _names(draw)
-        while sum(map(len, told)) < count or not questions:
+        while sum(len(sentences) for sentences, _ in made) < count:
             kind, key = draw.random(), next(names)
             if kind < self.several:
                 values = [str(value) for value in draw.sample(range(100, 10_000), draw.randint(2, 4))]
-                told.append([SEVERAL.fact.format(key=key, value=value) for value in values])
-                questions.append((SEVERAL.question.format(key=key), ", ".join(values)))
+                sentences = [SEVERAL.fact.format(key=key, value=value) for value in values]
+                made.append((sentences, (SEVERAL.question.format(key=key), ", ".join(values))))
             elif kind < self.several + self.chained:
                 chain = [key, *(next(names) for _ in range(draw.randint(2, 4)))]
                 steps = [HANDED.fact.format(key=key, value=chain[1])]
                 steps += [HANDED.again.format(key=key, before=a, value=b) for a, b in pairwise(chain[1:])]
-                told.append(steps)
-                questions.append((HANDED.question.format(key=key), f"With the clerk of {chain[-1]}"))
+                made.append((steps, (HANDED.question.format(key=key), f"With the clerk of {chain[-1]}")))
             else:
-                wording = draw.choice(WORDINGS)
-                value = draw.choice(THINGS) if wording.named else str(draw.randrange(10 ** draw.randint(2, 6), 10**7))
-                sentences = [wording.fact.format(key=key, value=value)]
-                if questions and draw.random() >= self.asked:
-                    sentences.append(wording.again.format(key=key, value=value))
-                else:
-                    questions.append((wording.question.format(key=key), value))
-                told.append(sentences)
-        return told, questions
+                made.append(self._single(draw.choice(WORDINGS), key, bool(made), draw))
+        return made
+
+    def _single(
+        self, wording: Wording, key: str, may_be_told: bool, draw: random.Random
+    ) -> tuple[list[str], Asked | None]:
+        """A fact of one value: asked for, or told again where another is asked for already."""
+        value = draw.choice(THINGS) if wording.named else str(draw.randrange(10 ** draw.randint(2, 6), 10**7))
+        fact = wording.fact.format(key=key, value=value)
+        if may_be_told and draw.random() >= self.asked:
+            return [fact, wording.again.format(key=key, value=value)], None
+        return [fact], (wording.question.format(key=key), value)
 
 
 def _names(draw: random.Random) -> Iterator[str]:
@@ -206,9 +220,11 @@ def _names(draw: random.Random) -> Iterator[str]:
             yield name
 
 
-def _exam(questions: list[tuple[str, str]], draw: random.Random) -> str:
-    """Questions and answers in one of three layouts."""
+def _exam(questions: list[Asked], draw: random.Random) -> str:
+    """Questions and answers in one of three layouts; nothing where there are none."""
     layout = draw.randrange(3)
+    if not questions:
+        return ""
     if layout == 0:
         return "\n\n" + "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in questions)
     if layout == 1:
