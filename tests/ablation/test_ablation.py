@@ -23,6 +23,8 @@ ARM = {
     "refuted_if": {"outcome": "needles", "above": 0},
 }
 
+LOWER = {"changes": {"training.optimizer.lr": 1e-7}}
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
@@ -170,6 +172,11 @@ def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_
     assert whole["missing"] == []
     assert len(whole["runs"]) == 2
     assert json.loads((tmp_path / "stopped" / "results.json").read_text())["outcomes"] == whole["outcomes"]
+    again = ablate(study, tmp_path / "whole", only=["low"], draw=False, quiet=True)
+    assert (again["outcomes"], len(calls)) == (whole["outcomes"], 5), "nothing is measured again"
+    two = load_study(study_file(tmp_path, texts, arms=(ARM, {**ARM, "name": "lower", **LOWER}), **changes))
+    later = ablate(two, tmp_path / "whole", only=["lower"], draw=False, quiet=True)
+    assert [run["arm"] for run in later["runs"]] == ["base", "low", "lower"], "earlier arms stay in the table"
     page = render_study(whole, interactive=False)
     assert "A rate of almost nothing" in page
     assert "Rescaled only" in page

@@ -71,6 +71,13 @@ class Builder:
         key = links(design, seed, self.base)[-1].trained
         return self.measured(design, key, lambda: self.model(design, seed), f"trained, seed {seed}")
 
+    def done(self, design: Design, seed: int) -> bool:
+        """Whether the arm's model of a seed, and what it is compared with, are measured already."""
+        made = links(design, seed, self.base)
+        wanted = [self.base, extension_key(self.base, design.stages[-1], design.scaling), made[-1].trained]
+        records = [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
+        return all(file.exists() for file in (*records, *(self.out / "runs" / m.trained / "result.json" for m in made)))
+
     def model(self, design: Design, seed: int) -> Path:
         """Folder of the arm's model of a seed."""
         model = base_folder(design)

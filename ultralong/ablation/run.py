@@ -59,10 +59,17 @@ def ablate(
         for folder in ("shared", "runs"):
             make_folder(builder.out / folder)
         settings.save(study, builder.out / "study.yaml", "Repeat or resume with: ultralong ablate study.yaml --out")
-        state, result = State(study, builder), {}
+        state = State(study, builder)
+        # What an earlier call with other arms finished stays in the table.
+        done = [(arm, seed) for arm, seed, design in _order(designs, study.seeds) if builder.done(design, seed)]
+        for arm, seed in done:
+            state.measure(arm, seed, designs[arm])
+        result = state.write() if done else {}
         for arm, seed, design in _order(wanted, study.seeds):
-            state.measure(arm, seed, design)
-            result = state.write()
+            if (arm, seed) not in done:
+                _say(f"arm {arm}, seed {seed}", quiet)
+                state.measure(arm, seed, design)
+                result = state.write()
         if draw:
             draw_study(result, builder.out)
         return result
@@ -72,6 +79,11 @@ def _order(designs: Mapping[str, Design], seeds: Sequence[int]) -> Iterator[tupl
     for seed in seeds:
         for arm, design in designs.items():
             yield arm, seed, design
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 class State:
@@ -91,8 +103,6 @@ class State:
 
     def measure(self, arm: str, seed: int, design: Design) -> None:
         """Train and measure an arm with a seed, and what it is compared with."""
-        if not self.builder.quiet:
-            print(f"arm {arm}, seed {seed}", file=sys.stderr, flush=True)
         self.before = self.builder.before(design)
         if arm not in self.rescaled:
             self.rescaled[arm] = self.builder.rescaled(design)
