@@ -58,9 +58,7 @@ def _serve(listener: socket.socket) -> None:
             words, cwd, environment = json.loads(client.makefile("rb").read(int.from_bytes(size, "little")))
             child = os.fork()
             if not child:
-                os.environ.clear()
-                os.environ.update(environment)
-                forked.run_and_exit(words, Path(cwd), streams)
+                forked.run_and_exit(words, Path(cwd), environment, streams)
             _, status = os.waitpid(child, 0)
             for stream in streams:
                 os.close(stream)

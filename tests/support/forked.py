@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,23 +38,28 @@ def _rank(rank: int, world: int, config: TrainConfig, resume: bool) -> None:
     train(config, resume=resume, quiet=True)
 
 
-def forked_command(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def forked_command(
+    *words: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `ultralong WORDS` in a process of its own; returns what `subprocess.run` would."""
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder, "out"), Path(folder, "err")
-        child = multiprocessing.get_context("fork").Process(target=_main, args=([*map(str, words)], cwd, *streams))
+        child = multiprocessing.get_context("fork").Process(target=_main, args=([*map(str, words)], cwd, env, *streams))
         child.start()
         child.join()
         return subprocess.CompletedProcess(words, child.exitcode, *(path.read_text() for path in streams))
 
 
-def _main(words: list[str], cwd: Path | None, out: Path, err: Path) -> None:
+def _main(words: list[str], cwd: Path | None, env: Mapping[str, str] | None, out: Path, err: Path) -> None:
     streams = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in (out, err)]
-    run_and_exit(words, cwd, [os.open(os.devnull, os.O_RDONLY), *streams])
+    run_and_exit(words, cwd, env, [os.open(os.devnull, os.O_RDONLY), *streams])
 
 
-def run_and_exit(words: list[str], cwd: Path | None, streams: Sequence[int]) -> NoReturn:
+def run_and_exit(words: list[str], cwd: Path | None, env: Mapping[str, str] | None, streams: Sequence[int]) -> NoReturn:
     """Become the command `ultralong WORDS`, in a process that was forked; its streams are these descriptors."""
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))

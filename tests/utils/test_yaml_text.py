@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import forked_command
 
 from ultralong.cli import main
 from ultralong.data.recipe.schema import load_recipe
@@ -121,9 +120,9 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch, place):
 
 def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path):
     """A shell leaves it as it is in --out=~/scripts."""
-    words = [sys.executable, "-m", "ultralong", "launch", "tiny-cpu", "--nodes", "1", "--gpus-per-node", "2"]
+    words = ["launch", "tiny-cpu", "--nodes", "1", "--gpus-per-node", "2"]
     words += ["--out=~/scripts", "--set", "model=~/m", "out=~/run", "data=[{rows: ~/rows}]"]
-    made = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": ""})
+    made = forked_command(*words, cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": ""})
     assert made.returncode == 0, made.stderr
     assert not (tmp_path / "~").exists()
     found = settings.load(TrainConfig, tmp_path / "scripts" / "config.yaml")
