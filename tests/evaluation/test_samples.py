@@ -234,16 +234,16 @@ def test_every_reference_stands_once_where_it_is_said(task, make, tokenizer):
 
 
 def test_needles_stand_at_every_depth(make):
-    depths = [record["depth"] for record in make("niah_single_1", samples=200)]
+    depths = [record["depth"] for record in make("niah_single_1", 1024, samples=200)]
     counts, _ = np.histogram(depths, bins=5, range=(0, 1))
     assert counts.min() >= 24, "of 40 expected in each fifth"
-    even = [record["depth"] for record in make("needle", samples=50)]
+    even = [record["depth"] for record in make("needle", 1024, samples=50)]
     counts, _ = np.histogram(even, bins=5, range=(0, 1))
     assert set(counts.tolist()) <= {9, 10, 11}
     questions_at = [record["depth"] for record in make("ruler_qa_squad", samples=100)]
     counts, _ = np.histogram(questions_at, bins=4, range=(0, 1))
     assert counts.min() >= 13, "of 25 expected in each quarter"
-    passkeys = [record["depth"] for record in make("infinitebench_passkey", samples=59)]
+    passkeys = [record["depth"] for record in make("infinitebench_passkey", 1024, samples=59)]
     assert passkeys == pytest.approx(np.linspace(0, 1, 59))
 
 
