@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.tiny_run import make_run
+from ultralong.checkpoints import merge as module
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.merge import merge
 from ultralong.training.loop import train
@@ -55,7 +56,8 @@ def numpy_average(folders, weights):
 
 
 @pytest.mark.parametrize("weights", [(), (0.9, 0.1, 0.0), (1.5, -0.25, -0.25)])
-def test_averages_are_the_reference_s_bit_for_bit(models, tmp_path, weights):
+def test_averages_are_the_reference_s_bit_for_bit(models, tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 1000)
     folders = [models / "a", models / "b", models / "c"]
     report = merge(folders, tmp_path / "out", weights, quiet=True)
     expected = numpy_average(folders, weights or (1 / 3,) * 3)

@@ -25,6 +25,7 @@ from ultralong.utils.files import read_json, sha256, write_json
 from ultralong.utils.progress import progress
 
 REPORT = "merge.json"
+PIECE = 1 << 22  # numbers that are averaged at a time, so that float32 takes little memory
 # Entries of a config that change no output of the forward pass. The window and RoPE are compared apart.
 NO_MATTER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
@@ -128,10 +129,14 @@ def average(tensors: Sequence[torch.Tensor], weights: Sequence[float], dtype: to
         dtype: Type of the result.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    total = tensors[0].to(wide) * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += tensor.to(wide) * weight
-    return total.to(dtype)
+    made = torch.empty(tensors[0].shape, dtype=dtype)
+    pieces = zip(made.view(-1).split(PIECE), *(tensor.reshape(-1).split(PIECE) for tensor in tensors), strict=True)
+    for piece, *parts in pieces:
+        total = parts[0].to(wide) * weights[0]
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total += part.to(wide) * weight
+        piece.copy_(total)
+    return made
 
 
 def _shares(count: int, weights: Sequence[float]) -> tuple[float, ...]:
@@ -243,10 +248,14 @@ def _merged(name: str, sources: Sequence[Source], weights: Sequence[float]) -> t
                 raise ValueError(f"{name} holds whole numbers that differ in {source.title} and {sources[0].title}.")
         return read[0]
     made = average(read, weights, sources[0].dtype(name))
-    if not bool(made.isfinite().all()):
-        wrong = next((s for t, s in zip(read, sources, strict=True) if not bool(t.isfinite().all())), None)
+    if not _finite(made):
+        wrong = next((source for tensor, source in zip(read, sources, strict=True) if not _finite(tensor)), None)
         raise ValueError(f"{name} is not finite {f'in {wrong.title}' if wrong else 'once averaged'}.")
-    return made.contiguous()
+    return made
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(PIECE))
 
 
 def _section(report: MergeReport, sources: Sequence[Source]) -> str:
