@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+gc.disable()  # until everything is imported and collected: what is made till then stays
+
 # Before transformers is imported, which reads it once: a test that needs the network would fail elsewhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,6 +39,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 BOS, EOS, START, END, TURN = "<|bos|>", "<|eos|>", "<|start|>", "<|end|>", "<|turn|>"
