@@ -15,7 +15,7 @@ from typing import Any, Literal
 PARTS = {
     "foundations": ("00", "01", "02", "03", "04"),
     "machinery": ("05", "06", "07", "08"),
-    "practice": ("09", "10", "12", "13"),
+    "practice": ("09", "10", "11", "12", "13"),
 }
 
 
