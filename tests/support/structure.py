@@ -28,9 +28,10 @@ LAYERS = (
     {"evaluation"},
     {"planner"},
     {"launch"},
-    {"notebook_tools", "course"},
+    {"notebook_tools"},
     {"miniature"},  # trains the committed model, so it stands above the trainer
     {"demo", "ablation"},  # run the whole recipe, on the miniature too
+    {"course"},  # its exercises are about all of these
     {"bench"},  # times all of the rooms, the demo included
     {"api"},  # what `from ultralong import ...` gives
     {"cli"},

@@ -1,0 +1,565 @@
+# %% [markdown]
+# # 11. Which parts of the recipe earn their place?
+#
+# A recipe has many parts: a separator, a scaling method, one step instead of two. A part earns its place if the result
+# is worse without it. That is easy to say and hard to show. Train once with it and once without, and the two scores
+# will differ. They would differ with another seed too.
+#
+# Here you make a comparison that can fail, write down beforehand what would refute you, run it, and read four sets of
+# results with it: your own, a recorded study, the paper's tables, and a search that was never a comparison.
+#
+# ### At a glance
+#
+# | | |
+# |---|---|
+# | time on CPU | about 45 s, two idle cores (estimated from CPU seconds, November 2026) |
+# | reading and doing | 30 and 20 minutes |
+# | memory | 1 GB |
+# | downloads, cost | none |
+# | a GPU, a cluster add | a study of a real model: `ultralong ablate smollm2-135m-64k` |
+# | two GPUs add | `processes: 2` in a study's base: two share a row |
+#
+# **You will be able to**
+# * say whether two runs may be compared, by code;
+# * write a hypothesis together with the number that refutes it;
+# * read a paired difference with an interval over seeds and samples;
+# * say how many seeds an effect needs, and what a small model cannot tell.
+#
+# **Needs:** intervals and pairs. **Before this:** [10_evaluation](10_evaluation.ipynb),
+# [02_yarn](02_yarn.ipynb). Terms: [bootstrap](https://doi.org/10.1214/aos/1176344552), [crossed
+# factors](https://arxiv.org/abs/0712.1111), [preregistration](https://doi.org/10.1073/pnas.1708274114),
+# [Wilson's interval](https://doi.org/10.1080/01621459.1927.10502953).
+
+# %% tags=["parameters"]
+METHOD: str = "linear"  # how the arm of your study rescales RoPE; the base uses YaRN: linear or ntk
+NUMBER: float = 5.0  # per cent of perplexity: a difference below it refutes the hypothesis
+WINDOW: int = 1024  # tokens that the miniature is extended to; it was trained on 512
+STEPS: int = 3  # optimizer steps of each training run
+SEEDS: int = 2  # training seeds of your study
+SEED: int = 0  # the first of them, and the seed of the simulations
+DEVICE: str = "cpu"  # where models are measured: cpu or cuda
+OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
+INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+
+# %%
+import itertools
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers.utils import logging
+
+from ultralong import figures
+from ultralong.ablation import ablate, load_study, price
+from ultralong.ablation.page import effect_text, table_lines
+from ultralong.ablation.study import Arm, Refutation, changed, changes_text
+from ultralong.course import check, predict, reveal
+from ultralong.course.exercises.practice.nb11 import DESIGNS, STUDENT
+from ultralong.evaluation.measures.intervals import crossed_difference, paired_difference, wilson
+from ultralong.figures.play import play
+from ultralong.figures.samples import forest
+from ultralong.notebook_tools import store
+
+# %%
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-11-"))
+out.mkdir(parents=True, exist_ok=True)
+shutil.rmtree(out / "study", ignore_errors=True)
+BEYOND = "perplexity beyond the old window"
+miniature, search = (json.loads(Path(f"results/{name}.json").read_text())
+                     for name in ("ablation_miniature", "smollm2_64k_h200"))
+
+
+def intervals(rows):
+    """Name to (mean, low, high), as the forest plot takes it, from recorded or computed differences."""
+    return {name: (found["mean"], found["low"], found["high"]) for name, found in rows.items()}
+
+
+print(f"recorded: {miniature['environment']['date']}, {miniature['environment']['hardware']}; "
+      f"{search['environment']['date']}, {search['environment']['gpu 0']}")
+
+# %% [markdown]
+# ## What makes a comparison fair
+#
+# An *arm* is the recipe with one decision made otherwise. Six things make its difference mean something:
+#
+# 1. **One decision** differs. It may take several keys, such as a method and its parameters.
+# 2. **The same tokens** in training. Steps may differ, tokens may not.
+# 3. **The same seeds**: order of rows and everything drawn.
+# 4. **The same samples** in the test, so that differences are taken sample by sample.
+# 5. **An interval over both**, seeds and samples. Each alone is too narrow.
+# 6. **A guess before**, with the number that would refute it.
+#
+# A study of the library is one YAML file: a base that says everything, and arms that change named keys. What would
+# break the pairing is refused before any work.
+
+# %%
+study = load_study("miniature")
+priced = price(study)
+tokens = {}
+for run in priced["runs"]:
+    tokens.setdefault(run["arm"], {}).setdefault(run["seed"], []).append(run["tokens"])
+tokens = {arm: {seed: sum(parts) for seed, parts in each.items()} for arm, each in tokens.items()}
+for arm in study.arms:
+    print(f"{arm.name:13} {tokens[arm.name][0]:,} tokens a seed; changes {changes_text(arm)}")
+number = Refutation("needles", below=0)
+try:
+    changed(study.base, Arm("easier", {"evaluation.needle_lengths": [512]}, "It finds more.", number))
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+print(refused)
+
+# %% tags=["check"]
+assert len({total for each in tokens.values() for total in each.values()}) == 1, "the arms train on other tokens"
+assert "samples are paired" in refused, "another test in one arm was let through"
+recorded_tokens = {run["tokens"] for run in miniature["runs"]}
+assert recorded_tokens == {tokens["base"][0]}, "what was recorded is another study"
+print(f"ok: {len(tokens)} arms, {tokens['base'][0]:,} tokens each; another test in one arm is refused")
+
+# %% [markdown]
+# Now four designs of others. Each looks odd in some way. Only one is unfair.
+
+# %%
+for letter, changes in DESIGNS.items():
+    print(letter, json.dumps(changes))
+my_unfair = None  # one of the letters
+
+check("11.unfair", my_unfair)
+
+# %% [markdown]
+# ## The guess, written down
+#
+# "I expect the separator to help" cannot lose. Whatever comes out, there is a story for it. So a study asks for two
+# things before it starts: a sentence, and `refuted_if`, an outcome with a number. The verdict then needs no judgement:
+# it looks on which side of the number the *whole* interval lies.
+
+# %%
+refutation = Refutation(BEYOND, below=NUMBER)
+imagined = [(-8, -2), (1, NUMBER - 1), (NUMBER - 3, NUMBER + 3), (NUMBER + 1, 14), (-10, 25)]
+verdicts = [refutation.verdict(low, high) for low, high in imagined]
+rows = {f"{low:+g} to {high:+g}: {verdict}": ((low + high) / 2, low, high)
+        for (low, high), verdict in zip(imagined, verdicts, strict=True)}
+figures.show(forest(rows, f"Refuted if the difference is below {NUMBER:+g}", x="per cent of the perplexity",
+                    zero=NUMBER),
+             "Five imagined intervals and the number as a dashed line: two lie below it and refute, one above does not, "
+             "two hold it and are undecided.")
+
+# %% tags=["check"]
+assert verdicts == ["refuted", "refuted", "undecided", "not refuted", "undecided"]
+print("ok: undecided is a verdict too, and the honest one of a small study")
+
+# %% [markdown]
+# **What you should see.** The second interval is above zero and still refutes: the guess was not "worse", it was "worse
+# by so much". The last one holds nearly everything, so it says nearly nothing.
+
+# %%
+my_refutation = None  # for the hypothesis in the task, such as {"outcome": "needles", "above": 3}
+
+check("11.refute", my_refutation)
+
+# %% [markdown]
+# ## A study of your own
+#
+# The question: does it matter *which* pairs of RoPE are slowed ([notebook 02](02_yarn.ipynb))? YaRN leaves the fast
+# ones alone; linear interpolation slows all alike. Here is the study, with its guess. Change what you like.
+
+# %%
+mine = {
+    "name": "mine", "question": f"Does {METHOD} instead of YaRN matter for the miniature at {WINDOW:,} tokens?",
+    "seeds": [SEED + number for number in range(SEEDS)],
+    "base": {
+        "model": "miniature", "stages": [{"to": WINDOW, "factor": WINDOW // 512}],
+        "scaling": {"method": "yarn", "beta": 16},
+        "rows": {"recipe": "tiny", "limit": "20k", "max_characters": 3000},
+        "heldout": {"recipe": "tiny-heldout", "limit": 10 * WINDOW},
+        "training": {"steps": STEPS, "dtype": "float32",
+                     "optimizer": {"lr": 3.0e-4, "warmup_steps": 1, "schedule": "linear"}},
+        "evaluation": {"tasks": ["perplexity"], "max_rows": 6}},
+    "arms": [{"name": METHOD, "changes": {"scaling.method": METHOD, "scaling.beta": None},
+              "hypothesis": f"{METHOD} costs at least {NUMBER:g} per cent of perplexity beyond the old window.",
+              "refuted_if": {"outcome": BEYOND, "below": NUMBER}}]}
+(out / "study.yaml").write_text(yaml.safe_dump(mine, sort_keys=False))
+my_study = load_study(out / "study.yaml")  # a key that is misspelt or of the wrong type ends here
+bill = price(my_study)
+for run in bill["runs"]:
+    print(f"{run['arm']:8} seed {run['seed']}: {run['steps']} steps, {run['tokens']:,} tokens, {run['gib']} GiB")
+print(f"models to measure: {bill['evaluations']}")
+
+# %% [markdown]
+# `price` is what `ultralong ablate study.yaml --dry-run` prints. Now the guess is on disk, and the study may run.
+
+# %%
+result = ablate(my_study, out / "study", device=DEVICE, draw=False, quiet=True)
+print("\n".join(table_lines(result)))
+measure = {outcome["name"]: outcome for outcome in result["outcomes"]}[BEYOND]
+base_row, arm_row = measure["arms"]
+steps_of_it = {f"{METHOD} against yarn, both trained": arm_row["to_base"],
+               f"{METHOD}: trained against rescaled only": arm_row["by_training"],
+               "yarn: trained against rescaled only": base_row["by_training"]}
+figures.show(forest(intervals(steps_of_it), BEYOND.capitalize(), x="per cent of the perplexity, 95% interval",
+                    zero=0.0),
+             f"Three paired differences of perplexity: {METHOD} against yarn is far above zero with a wide interval; "
+             "training lowered it more for that arm than for yarn, whose interval holds zero.")
+
+# %% tags=["check"]
+verdict = result["verdicts"][0]
+found = verdict["difference"]
+assert verdict["verdict"] == refutation.verdict(found["low"], found["high"]), "the verdict does not follow the number"
+assert found["seeds"] == SEEDS and not result["missing"], "an arm or a seed is missing"
+assert len({run["tokens"] for run in result["runs"]}) == 1, "the arms trained on other numbers of tokens"
+assert all(run["loss"] > 0 for run in result["runs"])
+ratio = 100 * (arm_row["trained"] / base_row["trained"] - 1)
+assert abs(ratio - found["mean"]) < 1e-6, "the mean of paired differences is not the ratio of the perplexities"
+if METHOD == "linear" and STEPS <= 6:
+    assert found["mean"] > 0, "YaRN was worse here"
+print(f"ok: {METHOD} {effect_text(found)} per cent, {verdict['verdict']} (refuted if {verdict['refuted_if']})")
+
+# %% [markdown]
+# **What you should see.** A large effect, and an interval that is wide all the same: two seeds give Student's quantile
+# of 12.7 where a known spread would give 1.96. And a warning: the arm that starts worse gains more in training. After
+# three steps you mostly measure *where it starts*. A longer training could close the gap, and this study can't say.
+#
+# ## The same on record, with more arms
+#
+# The shipped study `miniature`: four arms, two seeds, 12 steps, each run on the same 24,576 tokens.
+
+# %%
+recorded = {outcome["name"]: {arm["arm"]: arm for arm in outcome["arms"]} for outcome in miniature["outcomes"]}
+arms = [arm for arm in recorded[BEYOND] if arm != "base"]
+against = {arm: recorded[BEYOND][arm]["to_base"] for arm in arms}
+figures.show(forest(intervals(against), "Against the base arm, recorded", x="per cent of the perplexity beyond 512 "
+                    "tokens, 95% interval", zero=0.0),
+             "Four arms against the base: no separator, mask and two steps have intervals that hold zero; NTK is some "
+             "47 per cent above, its whole interval right of zero.")
+trained = {arm: row["by_training"] for arm, row in recorded[BEYOND].items()}
+figures.show(forest(intervals(trained), "What training gave, recorded", x="per cent of the perplexity beyond 512 "
+                    "tokens, 95% interval", zero=0.0),
+             "Change by training in five arms: all means are below zero, most by about eight per cent with intervals "
+             "that reach zero or nearly; NTK, which started worst, by forty per cent.")
+
+# %% tags=["check"]
+said = {verdict["arm"]: verdict["verdict"] for verdict in miniature["verdicts"]}
+for verdict in miniature["verdicts"]:
+    outcome, side, limit = verdict["refuted_if"].partition(": difference ")[0], *verdict["refuted_if"].split()[-2:]
+    again = Refutation(outcome, **{side: float(limit)})
+    assert again.verdict(verdict["difference"]["low"], verdict["difference"]["high"]) == verdict["verdict"]
+undecided = [arm for arm, verdict in said.items() if verdict == "undecided"]
+assert undecided == ["no-separator", "mask", "two-steps"] and said["ntk"] == "not refuted"
+assert against["ntk"]["low"] > 0 and all(against[arm]["low"] <= 0 <= against[arm]["high"] for arm in undecided)
+row = recorded[BEYOND]["base"]
+assert row["before"] > 5 * row["rescaled"] > 5 * row["trained"], "rescaling did not do most of it"
+print(f"ok: {len(undecided)} of 4 undecided; base {row['before']:.0f} before, {row['rescaled']:.1f} rescaled only, "
+      f"{row['trained']:.1f} trained")
+
+# %% [markdown]
+# **What you should see.** Three of the four verdicts are *undecided*. That is not "no effect": the separator's interval
+# reaches from -5.7 to +7.3 per cent, and the paper's effect may well lie inside. NTK of the same factor is clearly
+# worse here, and it regained most in training. Two papers found NTK better after longer training
+# ([LCEG](https://arxiv.org/abs/2409.12181), [LongRoPE2](https://arxiv.org/abs/2502.20082)).
+#
+# ## The paper's tables
+#
+# [UltraLong](https://arxiv.org/abs/2504.06214) compared arms of its 1M model on RULER, one run each (tables 3 and 4).
+# Its scores are means over all lengths up to a bound.
+
+# %%
+# NTK instead of YaRN, after the same training. On lengths up to 128K, the paper finds NTK ...
+predict("11.ntk", ["worse", "the same", "better"], guess=None)
+
+# %%
+PAPER = {"full recipe": (85.63, 82.28, 80.17), "no separator": (85.47, 81.63, 79.15), "NTK": (86.91, 80.27, 76.62)}
+TWO_STEPS = 77.52  # two steps to 1M, mean of all lengths; one step has the full recipe's 80.17
+LENGTHS = (131072, 524288, 1048576)
+differences = {arm: [score - full for score, full in zip(scores, PAPER["full recipe"], strict=True)]
+               for arm, scores in PAPER.items() if arm != "full recipe"}
+at_1m = {arm: 9 * scores[2] - 8 * scores[1] for arm, scores in PAPER.items()}  # nine lengths less eight: one is left
+figure = figures.lines({f"{arm}, all lengths up to": (LENGTHS, each) for arm, each in differences.items()},
+                       "RULER against the full recipe, as published", x="tokens", y="points", log_x=True, markers=True)
+figure.add_scatter(x=[LENGTHS[2]] * 2, y=[at_1m[arm] - at_1m["full recipe"] for arm in differences], mode="markers",
+                   name="at 1M alone (derived)", marker={"symbol": "diamond", "size": 11, "color": figures.PALETTE[2]})
+figure.update_xaxes(tickvals=LENGTHS, ticktext=[figures.tokens_label(n) for n in LENGTHS], dtick=None)
+figure.update_layout(legend={"y": -0.3}, margin={"b": 100}, height=420)
+figures.show(figure, "Published differences in RULER points: no separator falls to one point below the full recipe at "
+             "1M, NTK from a point above it to three and a half below; derived for 1M alone, four and sixteen below.")
+ours = {"no separator": "no-separator", "NTK": "ntk", "two steps": "two-steps"}
+published = {arm: each[2] for arm, each in differences.items()} | {"two steps": TWO_STEPS - 80.17}
+print("arm             paper, RULER points, one run    ours, per cent of perplexity, two seeds")
+for arm, name in ours.items():
+    print(f"{arm:15} {published[arm]:+25.2f}       {effect_text(against[name])}, {said[name]}")
+
+# %% tags=["check"]
+assert differences["NTK"][0] > 0 > differences["NTK"][2], "NTK's sign does not turn with the length"
+lost = {arm: at_1m[arm] - at_1m["full recipe"] for arm in differences}
+assert -4.5 < lost["no separator"] < -3.5 and lost["NTK"] < -15
+chance = 0.8
+needed = 2 * chance * (1 - chance) * (1.96 / (published["no separator"] / 100)) ** 2  # found or not, not paired
+assert 11_000 < needed < 13_000
+reveal("11.ntk", "better", "86.91 against 85.63: the order turns between 128K and 512K.")
+print(f"ok: the separator's {published['no separator']:+.2f} takes {needed:,.0f} samples an arm to be told from zero, "
+      "not paired, before any spread of seeds")
+
+# %% [markdown]
+# **What you should see.** Which method wins depends on the length: one number for all of them would hide it. The means
+# dilute what happens at the longest length, where the derived differences are four times as large. And no interval can
+# be given: one run an arm, and no sample's score published. The separator's point may be real. The table alone does not
+# show it, and our miniature does not contradict it.
+#
+# ## Six trials that are no study
+#
+# On one H200 six short trainings of SmolLM2-135M looked for settings that work at 65,536 tokens. The last found 84 of
+# 100 needles. It is tempting to read them as a comparison.
+
+# %%
+# Six trials make 15 pairs. How many of them differ in one setting only?
+predict("11.pairs", ["2", "5", "9"], guess=None)
+
+
+# %%
+def settings_of(trial):
+    """What was chosen for a trial, and the grid it was measured on."""
+    return {key: trial[key] for key in ("scaling", "lr", "steps", "retrieval", "grid")}
+
+
+def differing(first, second, group=""):
+    """Names of the settings in which two trials differ; a group that one of them lacks counts as one."""
+    names = []
+    for key in first:
+        if isinstance(first[key], dict) and isinstance(second[key], dict):
+            names += differing(first[key], second[key], f"{key}.")
+        elif first[key] != second[key]:
+            names.append(group + key)
+    return names
+
+
+trials = search["trials"]
+pairs = {(a, b): differing(settings_of(trials[a]), settings_of(trials[b]))
+         for a, b in itertools.combinations(range(len(trials)), 2)}
+single = {pair: names[0] for pair, names in pairs.items() if len(names) == 1}
+numbers = [str(number + 1) for number in range(len(trials))]
+counts = [[len(pairs.get((min(a, b), max(a, b)), [])) for a in range(len(trials))] for b in range(len(trials))]
+grid = figures.new_figure("Settings that differ between two trials", "trial", "trial", height=340, width=520)
+grid.add_heatmap(x=numbers, y=numbers, z=counts, text=counts, texttemplate="%{text}", showscale=False, xgap=2, ygap=2,
+                 colorscale=[[0, "#F4F4F4"], [0.13, "#B5D3EA"], [0.25, "#F3E9DC"], [1, "#F2B48A"]])
+grid.update_xaxes(type="category").update_yaxes(type="category", autorange="reversed")
+figures.show(grid, "A table of six trials against each other with the number of settings that differ: a one stands only "
+             "between trials 1 and 2 and between 2 and 3; most others differ in three to eight.")
+for (a, b), name in single.items():
+    print(f"trials {a + 1} and {b + 1}: {name}: {trials[a][name]} against {trials[b][name]}")
+
+# %% [markdown]
+# Trials 2 and 4 differ in factor *and* beta, two decisions of one method. The last two were measured on another grid:
+# their counts are answers to other questions. So two pairs are left. What do they say?
+
+# %%
+shown = {}
+for number, trial in enumerate(trials, 1):
+    needles, scaling = trial["needles"], trial["scaling"]
+    share = (trial["retrieval"] or {}).get("retrieval_share", 0)
+    name = f"{number}: x{scaling['factor']}, beta {scaling['beta']}, lr {trial['lr']:g}, {trial['steps']} steps, {share:.0%}"
+    low, high = wilson(needles["found"], needles["of"])
+    shown[name] = (100 * needles["found"] / needles["of"], 100 * low, 100 * high)
+figures.show(forest(shown, "Needles found: scaling, rate, steps, share of retrieval documents", x="per cent, Wilson's "
+                    "95% interval over samples; one seed each", span=(0, 100)),
+             "Needles found by six trials with Wilson's intervals: 8, 20, 40 and 45 per cent on one grid, 52 and 84 on "
+             "another. Neighbours overlap, and the last one stands clear.")
+
+
+def cells(first, second, nested):
+    """Both trials sample by sample: the counts of each length are known, which samples were found is not."""
+    ours, theirs = [], []
+    for length, count in first["found_by_length"].items():
+        of, other = first["needles"]["of"] // 4, second["found_by_length"][length]
+        ours += [100.0] * count + [0.0] * (of - count)
+        hits = [100.0] * other + [0.0] * (of - other)
+        theirs += hits if nested else hits[::-1]
+    return ours, theirs
+
+
+possible = {}
+for (a, b), name in single.items():
+    for nested in (True, False):
+        pair = paired_difference(*cells(trials[a], trials[b], nested), seed=SEED)
+        possible[name, nested] = pair
+        kind = "as many samples shared as can be" if nested else "as few"
+        print(f"{name:10} {kind:33} {pair.mean:+.1f} ({pair.low:+.1f} to {pair.high:+.1f})")
+
+# %% tags=["check"]
+assert list(single.values()) == ["retrieval", "lr"], "other pairs are left"
+for trial in trials:
+    ends = [100 * end for end in wilson(trial["needles"]["found"], trial["needles"]["of"])]
+    assert abs(ends[0] - trial["needles"]["low"]) < 0.06 and abs(ends[1] - trial["needles"]["high"]) < 0.06
+for name in single.values():
+    assert possible[name, True].low > 0 >= possible[name, False].low, "the missing record would not decide it"
+assert {trial["seed"] for trial in trials} == {0}
+reveal("11.pairs", str(len(single)), "Retrieval documents or none, and the learning rate.")
+print("ok: which samples were found decides whether the interval leaves out zero, and it was not kept")
+
+# %% [markdown]
+# **What you should see.** Two questions could have been answered for those samples, and were not, because only the
+# last trial kept which needles it missed. All six have one seed. So they say: *these settings, together, with this
+# seed, find 84 of 100*. They do not say which setting did it. That is what the study `smollm2-135m-64k` is for: nine
+# arms around those settings, three seeds each. It was not run yet.
+#
+# ## How many seeds?
+#
+# Suppose the true difference is zero, but a training run moves it by 1 from seed to seed. You measure 40 samples,
+# with one seed.
+
+# %%
+# How often does a 95% interval over the samples leave out zero, so that you announce an effect?
+predict("11.one_seed", ["1 in 20", "about half", "nearly always"], guess=None)
+
+# %%
+random = np.random.default_rng(SEED)
+
+
+def simulated(seeds, effect, samples=40):
+    """Differences of a study whose truth is known: (seeds, samples); seeds move by 1, samples by more."""
+    return (effect + random.standard_normal((seeds, 1)) + 1.5 * random.standard_normal((1, samples))
+            + 1.5 * random.standard_normal((seeds, samples)))
+
+
+sizes = (1, 2, 3, 5, 8, 12)
+frames = []
+for seeds in sizes:
+    eight = [crossed_difference(simulated(seeds, 1.0), seed=SEED) for _ in range(8)]
+    frames.append(forest({f"study {n + 1}": (one.mean, one.low, one.high) for n, one in enumerate(eight)}, "",
+                         x="difference; the truth is 1", zero=1.0, span=(-5, 7)))
+play(frames, [f"{seeds} seed{'s' if seeds > 1 else ''}" for seeds in sizes], stills=[0, 1, 2, 4],
+     alt="Eight repeated studies of a true difference of 1 as intervals: with one seed short ones that often miss it, "
+     "with two so wide that they leave the picture, then ever shorter ones around the truth.")
+
+# %%
+EFFECTS = (0.0, 0.5, 1.0, 2.0)  # in units of the spread from seed to seed
+REPEATS = 100
+announced = {effect: [] for effect in EFFECTS}
+for effect, seeds in itertools.product(EFFECTS, sizes):
+    drawn = [crossed_difference(simulated(seeds, effect), seed=number, resamples=300) for number in range(REPEATS)]
+    announced[effect].append(sum(not one.low <= 0 <= one.high for one in drawn) / REPEATS)
+figure = figures.lines({f"true difference {effect:g}": (sizes, shares) for effect, shares in announced.items()},
+                       f"Studies whose interval leaves out zero, of {REPEATS} simulated", x="training seeds",
+                       y="share of studies", markers=True)
+figures.show(figure.update_layout(legend={"y": -0.3}, margin={"b": 100}, height=420),
+             "Share of studies that announce an effect against seeds: with one seed half of those announce one where "
+             "there is none; from two seeds on hardly any, and large effects are found by more and more.")
+
+# %% tags=["check"]
+false_alarms = announced[0.0]
+assert 0.3 < false_alarms[0] < 0.7, f"one seed announced {false_alarms[0]:.0%}"
+assert max(false_alarms[1:]) <= 0.13, "with two seeds or more there are too many false alarms"
+assert announced[2.0][-1] > 0.95 and announced[0.5][-1] < 0.6
+reveal("11.one_seed", "about half", f"{false_alarms[0]:.0%} here: samples say nothing of other seeds.")
+print(f"ok: false alarms with one seed {false_alarms[0]:.0%}, with more at most {max(false_alarms[1:]):.0%}")
+
+# %% [markdown]
+# **What you should see.** With one seed the interval is short and wrong: it covers the samples, not the training. Two
+# seeds make it honest and nearly useless. An effect as large as the spread needs seven seeds or more, and even then it
+# is found about every other time. So: many seeds for small effects, or no claim.
+
+# %%
+print({seeds: quantile for seeds, quantile in STUDENT.items() if seeds <= 8})
+
+
+def my_seeds(effect, spread):  # half of the interval of S seeds is STUDENT[S] * spread / sqrt(S)
+    ...
+
+
+check("11.seeds", my_seeds)
+
+# %% [markdown]
+# ## What a miniature can't tell
+#
+# In the recorded study every arm but NTK's found all needles beyond the old window. The paired difference is 0, and so
+# are both ends of its interval. Is that certainty?
+
+# %%
+needles = recorded["needles beyond the old window"]
+n = needles["base"]["to_base"]["n"] if needles["base"]["to_base"] else needles["mask"]["to_base"]["n"]
+low, high = wilson(n, n)
+print(f"mask against base: {effect_text(needles['mask']['to_base'])} points; but {n} of {n} is "
+      f"{100 * low:.0f} to {100 * high:.0f} per cent by Wilson's interval")
+
+# %% tags=["check"]
+full = [arm for arm, row in needles.items() if row["trained"] == 100]
+assert len(full) == 4 and all(needles[arm]["by_training"]["high"] == 0 for arm in full)
+assert needles["base"]["rescaled"] == 100, "training, not rescaling, filled the grid"
+assert 0.8 < low < 0.85, "18 of 18 leave room for a true share below 90 per cent"
+print(f"ok: {len(full)} arms stand at the ceiling, where no test can tell them apart")
+
+# %% [markdown]
+# It is a **ceiling**: the test is too easy to show a difference, up or down. The bootstrap knows only the samples it
+# got. And a miniature has limits that no number of seeds lifts:
+#
+# * **Size.** A model of a few layers copies; it does not follow chains. A part that helps reasoning has nothing to help.
+# * **Length.** Four times 512 is not a million. The paper's separator effect grows with the length.
+# * **Training.** Twelve steps measure where an arm starts. Order can turn later, as it does for NTK.
+# * **Data.** Scenes of plays, not books and code: joints between documents are of another kind.
+#
+# Use it to find broken arms, to test a study's file, and to learn the spread. Decide on the model you care about.
+#
+# ## Hand it on
+#
+# `study.yaml` is yours: change `base.model` to a folder of your own, add arms, name the numbers.
+
+# %%
+text = (out / "study.yaml").read_text()
+print(text[text.index("arms:"):])
+wider = replace(my_study, seeds=tuple(range(7)))
+again = price(wider)
+last = trials[-1]
+shipped = load_study("smollm2-135m-64k")
+runs = len(shipped.designs()) * len(shipped.seeds)
+print(f"with seven seeds: {len(again['runs'])} trainings, {sum(run['tokens'] for run in again['runs']):,} tokens")
+print(f"the shipped study of SmolLM2: {runs} trainings; at the recorded {last['training_seconds']:.0f} s each, "
+      f"{runs * last['training_seconds'] / 3600:.1f} hours of one H200, and its evaluations")
+
+# %% tags=["check"]
+assert load_study(out / "study.yaml") == my_study, "what was written is not what ran"
+assert len(again["runs"]) == 7 * 2 and again["evaluations"] == 1 + 2 * (1 + 7)
+assert runs == 30, "the shipped study has other arms"
+shutil.rmtree(out / "study")
+print("ok: ultralong ablate study.yaml --dry-run prices it, --out study runs it")
+
+# %% [markdown]
+# Stuck? `hint("11.seeds")` gives a nudge, `solution("11.seeds")` an answer; import both from `ultralong.course`.
+#
+# ## What this does not show
+#
+# * Nothing here says what matters at a million tokens. The paper's numbers do, without intervals.
+# * The simulation's spreads were chosen. Yours have to be measured: train the base with several seeds first.
+# * Twenty comparisons of nothing give one refutation by chance. Few arms, named before, are the cure.
+# * Arms share the base's learning rate. A method may want its own; then the decision is "method with its best rate",
+#   and each arm needs the same number of tries.
+#
+# ## At the next scale
+#
+# `ultralong ablate smollm2-135m-64k --dry-run`, then `--arms mask linear` and so on, some at a time: a folder takes the
+# next arms later, a stopped call resumes, and each seed goes through all arms before the next one starts.
+#
+# ## Recap
+#
+# * One decision, same tokens, same seeds, same samples, an interval over both, a guess before.
+# * A guess has a number that would refute it; undecided is a result.
+# * One seed announces an effect of nothing every other time.
+# * Keep each sample's outcome: without it no pair can be taken later.
+#
+# **Go on reading:** the library's [studies](../ultralong/ablation/studies),
+# [verdicts](../ultralong/ablation/study.py) and [intervals](../ultralong/evaluation/measures/intervals.py);
+# [what was measured](results/README.md); [seeds in deep learning](https://arxiv.org/abs/2109.08203),
+# [accounting for variance](https://arxiv.org/abs/2103.03098), [error bars for
+# evaluations](https://arxiv.org/abs/2411.00640).
+#
+# **Next:** [12_many_hosts](12_many_hosts.ipynb) takes a run to a cluster.
+
+# %%
+store(change=found["mean"], low_end=found["low"], undecided=len(undecided), recorded_ntk=against["ntk"]["mean"],
+      separator_at_1m=lost["no separator"], fair_pairs=len(single), false_alarms_one_seed=false_alarms[0],
+      false_alarms_more=max(false_alarms[1:]), large_found=announced[2.0][-1], samples_needed=needed)
