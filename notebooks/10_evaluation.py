@@ -459,7 +459,7 @@ print("ok: a sample made again alone is the same, and its reference scores 1")
 # [intervals](../ultralong/evaluation/measures/intervals.py) and [results](../notebooks/results/README.md);
 # [HELMET](https://arxiv.org/abs/2410.02694) on what long-context scores predict.
 #
-# **Next:** [12_many_hosts](12_many_hosts.ipynb) takes a run to a cluster.
+# **Next:** [11_ablations](11_ablations.ipynb): which parts of the recipe earn their place?
 
 # %%
 store(tests=len(made), ruler_by_patterns=sum(solved[name][0] for name in ruler) / len(ruler),

@@ -149,8 +149,8 @@ rows = {f"{low:+g} to {high:+g}: {verdict}": ((low + high) / 2, low, high)
         for (low, high), verdict in zip(imagined, verdicts, strict=True)}
 figures.show(forest(rows, f"Refuted if the difference is below {NUMBER:+g}", x="per cent of the perplexity",
                     zero=NUMBER),
-             "Five imagined intervals and the number as a dashed line: two lie below it and refute, one above does not, "
-             "two hold it and are undecided.")
+             "Five imagined intervals and the number as a dashed line: two lie below it and refute, one above does not "
+             "and two hold it and are undecided.")
 
 # %% tags=["check"]
 assert verdicts == ["refuted", "refuted", "undecided", "not refuted", "undecided"]
@@ -213,13 +213,15 @@ figures.show(forest(intervals(steps_of_it), BEYOND.capitalize(), x="per cent of 
 verdict = result["verdicts"][0]
 found = verdict["difference"]
 assert verdict["verdict"] == refutation.verdict(found["low"], found["high"]), "the verdict does not follow the number"
-assert found["seeds"] == SEEDS and not result["missing"], "an arm or a seed is missing"
+assert found["seeds"] == SEEDS, "a seed is missing"
+assert not result["missing"], "an arm is missing"
 assert len({run["tokens"] for run in result["runs"]}) == 1, "the arms trained on other numbers of tokens"
 assert all(run["loss"] > 0 for run in result["runs"])
 ratio = 100 * (arm_row["trained"] / base_row["trained"] - 1)
 assert abs(ratio - found["mean"]) < 1e-6, "the mean of paired differences is not the ratio of the perplexities"
 if METHOD == "linear" and STEPS <= 6:
     assert found["mean"] > 0, "YaRN was worse here"
+    assert arm_row["by_training"]["mean"] < base_row["by_training"]["mean"], "the worse start did not gain more"
 print(f"ok: {METHOD} {effect_text(found)} per cent, {verdict['verdict']} (refuted if {verdict['refuted_if']})")
 
 # %% [markdown]
@@ -252,8 +254,11 @@ for verdict in miniature["verdicts"]:
     again = Refutation(outcome, **{side: float(limit)})
     assert again.verdict(verdict["difference"]["low"], verdict["difference"]["high"]) == verdict["verdict"]
 undecided = [arm for arm, verdict in said.items() if verdict == "undecided"]
-assert undecided == ["no-separator", "mask", "two-steps"] and said["ntk"] == "not refuted"
-assert against["ntk"]["low"] > 0 and all(against[arm]["low"] <= 0 <= against[arm]["high"] for arm in undecided)
+assert undecided == ["no-separator", "mask", "two-steps"]
+assert said["ntk"] == "not refuted"
+assert against["ntk"]["low"] > 0, "NTK's interval holds zero"
+assert all(against[arm]["low"] <= 0 <= against[arm]["high"] for arm in undecided)
+assert min(trained, key=lambda arm: trained[arm]["mean"]) == "ntk", "another arm gained most in training"
 row = recorded[BEYOND]["base"]
 assert row["before"] > 5 * row["rescaled"] > 5 * row["trained"], "rescaling did not do most of it"
 print(f"ok: {len(undecided)} of 4 undecided; base {row['before']:.0f} before, {row['rescaled']:.1f} rescaled only, "
@@ -261,7 +266,7 @@ print(f"ok: {len(undecided)} of 4 undecided; base {row['before']:.0f} before, {r
 
 # %% [markdown]
 # **What you should see.** Three of the four verdicts are *undecided*. That is not "no effect": the separator's interval
-# reaches from -5.7 to +7.3 per cent, and the paper's effect may well lie inside. NTK of the same factor is clearly
+# reaches from -5.7 to +7.3 per cent, so some per cent either way are possible. NTK of the same factor is clearly
 # worse here, and it regained most in training. Two papers found NTK better after longer training
 # ([LCEG](https://arxiv.org/abs/2409.12181), [LongRoPE2](https://arxiv.org/abs/2502.20082)).
 #
@@ -286,7 +291,7 @@ figure = figures.lines({f"{arm}, all lengths up to": (LENGTHS, each) for arm, ea
 figure.add_scatter(x=[LENGTHS[2]] * 2, y=[at_1m[arm] - at_1m["full recipe"] for arm in differences], mode="markers",
                    name="at 1M alone (derived)", marker={"symbol": "diamond", "size": 11, "color": figures.PALETTE[2]})
 figure.update_xaxes(tickvals=LENGTHS, ticktext=[figures.tokens_label(n) for n in LENGTHS], dtick=None)
-figure.update_layout(legend={"y": -0.3}, margin={"b": 100}, height=420)
+figure.update_layout(legend={"y": -0.24}, margin={"b": 100}, height=420)
 figures.show(figure, "Published differences in RULER points: no separator falls to one point below the full recipe at "
              "1M, NTK from a point above it to three and a half below; derived for 1M alone, four and sixteen below.")
 ours = {"no separator": "no-separator", "NTK": "ntk", "two steps": "two-steps"}
@@ -298,7 +303,8 @@ for arm, name in ours.items():
 # %% tags=["check"]
 assert differences["NTK"][0] > 0 > differences["NTK"][2], "NTK's sign does not turn with the length"
 lost = {arm: at_1m[arm] - at_1m["full recipe"] for arm in differences}
-assert -4.5 < lost["no separator"] < -3.5 and lost["NTK"] < -15
+assert -4.5 < lost["no separator"] < -3.5
+assert lost["NTK"] < 4 * differences["NTK"][2], "the mean does not dilute what happens at 1M"
 chance = 0.8
 needed = 2 * chance * (1 - chance) * (1.96 / (published["no separator"] / 100)) ** 2  # found or not, not paired
 assert 11_000 < needed < 13_000
@@ -349,24 +355,26 @@ grid = figures.new_figure("Settings that differ between two trials", "trial", "t
 grid.add_heatmap(x=numbers, y=numbers, z=counts, text=counts, texttemplate="%{text}", showscale=False, xgap=2, ygap=2,
                  colorscale=[[0, "#F4F4F4"], [0.13, "#B5D3EA"], [0.25, "#F3E9DC"], [1, "#F2B48A"]])
 grid.update_xaxes(type="category").update_yaxes(type="category", autorange="reversed")
-figures.show(grid, "A table of six trials against each other with the number of settings that differ: a one stands only "
-             "between trials 1 and 2 and between 2 and 3; most others differ in three to eight.")
+figures.show(grid, "A table of six trials against each other with the number of settings that differ: a one is only "
+             "between trials 1 and 2 and between 2 and 3; the others differ in two to nine.")
 for (a, b), name in single.items():
     print(f"trials {a + 1} and {b + 1}: {name}: {trials[a][name]} against {trials[b][name]}")
 
 # %% [markdown]
 # Trials 2 and 4 differ in factor *and* beta, two decisions of one method. The last two were measured on another grid:
-# their counts are answers to other questions. So two pairs are left. What do they say?
+# their counts are answers to other questions. So two pairs are left. What do they say? (The last number of a line
+# below is the share of retrieval documents in the training tokens.)
 
 # %%
 shown = {}
 for number, trial in enumerate(trials, 1):
     needles, scaling = trial["needles"], trial["scaling"]
     share = (trial["retrieval"] or {}).get("retrieval_share", 0)
-    name = f"{number}: x{scaling['factor']}, beta {scaling['beta']}, lr {trial['lr']:g}, {trial['steps']} steps, {share:.0%}"
+    name = f"{number}: x{scaling['factor']}, beta {scaling['beta']}, lr {trial['lr']:g}, {trial['steps']} steps"
+    name += f", {share:.0%}"
     low, high = wilson(needles["found"], needles["of"])
     shown[name] = (100 * needles["found"] / needles["of"], 100 * low, 100 * high)
-figures.show(forest(shown, "Needles found: scaling, rate, steps, share of retrieval documents", x="per cent, Wilson's "
+figures.show(forest(shown, "Needles found by each trial", x="per cent, Wilson's "
                     "95% interval over samples; one seed each", span=(0, 100)),
              "Needles found by six trials with Wilson's intervals: 8, 20, 40 and 45 per cent on one grid, 52 and 84 on "
              "another. Neighbours overlap, and the last one stands clear.")
@@ -395,10 +403,12 @@ for (a, b), name in single.items():
 assert list(single.values()) == ["retrieval", "lr"], "other pairs are left"
 for trial in trials:
     ends = [100 * end for end in wilson(trial["needles"]["found"], trial["needles"]["of"])]
-    assert abs(ends[0] - trial["needles"]["low"]) < 0.06 and abs(ends[1] - trial["needles"]["high"]) < 0.06
+    assert abs(ends[0] - trial["needles"]["low"]) < 0.06
+    assert abs(ends[1] - trial["needles"]["high"]) < 0.06
 for name in single.values():
     assert possible[name, True].low > 0 >= possible[name, False].low, "the missing record would not decide it"
 assert {trial["seed"] for trial in trials} == {0}
+assert trials[5]["needles"]["low"] > trials[4]["needles"]["high"], "the last one does not stand clear"
 reveal("11.pairs", str(len(single)), "Retrieval documents or none, and the learning rate.")
 print("ok: which samples were found decides whether the interval leaves out zero, and it was not kept")
 
@@ -410,12 +420,17 @@ print("ok: which samples were found decides whether the interval leaves out zero
 #
 # ## How many seeds?
 #
-# Suppose the true difference is zero, but a training run moves it by 1 from seed to seed. You measure 40 samples,
-# with one seed.
+# A study of S seeds and N samples has S x N differences, but they are not S x N independent ones: all samples of a seed
+# share its training, and all seeds share the samples. The two are *crossed*. So the library draws seeds and samples
+# again, each on its own, and takes the mean of what it drew, two thousand times; the middle 95% of these means are the
+# interval. As few seeds look more alike than they are, their spread is widened by Student's quantile.
+#
+# Why so careful? Suppose the true difference is zero, but a training run moves it by 1 from seed to seed. You measure
+# 40 samples, with one seed.
 
 # %%
 # How often does a 95% interval over the samples leave out zero, so that you announce an effect?
-predict("11.one_seed", ["1 in 20", "about half", "nearly always"], guess=None)
+predict("11.one_seed", ["1 in 20", "1 in 5", "more than half"], guess=None)
 
 # %%
 random = np.random.default_rng(SEED)
@@ -447,16 +462,18 @@ for effect, seeds in itertools.product(EFFECTS, sizes):
 figure = figures.lines({f"true difference {effect:g}": (sizes, shares) for effect, shares in announced.items()},
                        f"Studies whose interval leaves out zero, of {REPEATS} simulated", x="training seeds",
                        y="share of studies", markers=True)
-figures.show(figure.update_layout(legend={"y": -0.3}, margin={"b": 100}, height=420),
-             "Share of studies that announce an effect against seeds: with one seed half of those announce one where "
+figures.show(figure.update_layout(legend={"y": -0.24}, margin={"b": 100}, height=420),
+             "Share of studies that announce an effect against seeds: with one seed more than half announce one where "
              "there is none; from two seeds on hardly any, and large effects are found by more and more.")
 
 # %% tags=["check"]
 false_alarms = announced[0.0]
-assert 0.3 < false_alarms[0] < 0.7, f"one seed announced {false_alarms[0]:.0%}"
+assert 0.5 < false_alarms[0] < 0.8, f"one seed announced {false_alarms[0]:.0%}"
 assert max(false_alarms[1:]) <= 0.13, "with two seeds or more there are too many false alarms"
-assert announced[2.0][-1] > 0.95 and announced[0.5][-1] < 0.6
-reveal("11.one_seed", "about half", f"{false_alarms[0]:.0%} here: samples say nothing of other seeds.")
+assert announced[2.0][-1] > 0.95, "even a large effect is not found"
+assert announced[0.5][-1] < 0.6, "a small effect is found easily"
+assert STUDENT[7] / 7**0.5 < 1 < STUDENT[6] / 6**0.5, "seven seeds are not the fewest for an effect of one spread"
+reveal("11.one_seed", "more than half", f"{false_alarms[0]:.0%} here: samples say nothing of other seeds.")
 print(f"ok: false alarms with one seed {false_alarms[0]:.0%}, with more at most {max(false_alarms[1:]):.0%}")
 
 # %% [markdown]
@@ -489,7 +506,8 @@ print(f"mask against base: {effect_text(needles['mask']['to_base'])} points; but
 
 # %% tags=["check"]
 full = [arm for arm, row in needles.items() if row["trained"] == 100]
-assert len(full) == 4 and all(needles[arm]["by_training"]["high"] == 0 for arm in full)
+assert len(full) == 4
+assert all(needles[arm]["by_training"]["high"] == 0 for arm in full)
 assert needles["base"]["rescaled"] == 100, "training, not rescaling, filled the grid"
 assert 0.8 < low < 0.85, "18 of 18 leave room for a true share below 90 per cent"
 print(f"ok: {len(full)} arms stand at the ceiling, where no test can tell them apart")
@@ -498,7 +516,7 @@ print(f"ok: {len(full)} arms stand at the ceiling, where no test can tell them a
 # It is a **ceiling**: the test is too easy to show a difference, up or down. The bootstrap knows only the samples it
 # got. And a miniature has limits that no number of seeds lifts:
 #
-# * **Size.** A model of a few layers copies; it does not follow chains. A part that helps reasoning has nothing to help.
+# * **Size.** A model of a few layers copies; it does not follow chains. A part that helps reasoning is not seen.
 # * **Length.** Four times 512 is not a million. The paper's separator effect grows with the length.
 # * **Training.** Twelve steps measure where an arm starts. Order can turn later, as it does for NTK.
 # * **Data.** Scenes of plays, not books and code: joints between documents are of another kind.
@@ -523,7 +541,8 @@ print(f"the shipped study of SmolLM2: {runs} trainings; at the recorded {last['t
 
 # %% tags=["check"]
 assert load_study(out / "study.yaml") == my_study, "what was written is not what ran"
-assert len(again["runs"]) == 7 * 2 and again["evaluations"] == 1 + 2 * (1 + 7)
+assert len(again["runs"]) == 7 * 2
+assert again["evaluations"] == 1 + 2 * (1 + 7)
 assert runs == 30, "the shipped study has other arms"
 shutil.rmtree(out / "study")
 print("ok: ultralong ablate study.yaml --dry-run prices it, --out study runs it")
@@ -548,7 +567,7 @@ print("ok: ultralong ablate study.yaml --dry-run prices it, --out study runs it"
 #
 # * One decision, same tokens, same seeds, same samples, an interval over both, a guess before.
 # * A guess has a number that would refute it; undecided is a result.
-# * One seed announces an effect of nothing every other time.
+# * One seed announces an effect of nothing more often than not.
 # * Keep each sample's outcome: without it no pair can be taken later.
 #
 # **Go on reading:** the library's [studies](../ultralong/ablation/studies),

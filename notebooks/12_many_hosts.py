@@ -27,7 +27,7 @@
 # * choose how often to save.
 #
 # **Needs:** a shell; what a rank is. **Before this:** [06_sequence_parallel](06_sequence_parallel.ipynb),
-# [10_evaluation](10_evaluation.ipynb). Terms: [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html),
+# [11_ablations](11_ablations.ipynb). Terms: [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html),
 # [Slurm](https://slurm.schedmd.com/quickstart.html), [accelerate](https://huggingface.co/docs/accelerate),
 # [FSDP](https://arxiv.org/abs/2304.11277).
 
