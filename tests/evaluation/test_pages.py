@@ -41,6 +41,7 @@ def report_data(text):
         seconds=1.0,
         checkpoint=text,
         needle_before=cells(lambda length: 4),
+        needle_rescaled=[{**cell, "wrong": wrong} for cell in cells(lambda length: 2)],
         needle_after=[{**cell, "wrong": wrong} for cell in cells(lambda length: 3)],
         perplexity={text: bins()},
         losses={text: [(0, 2.0), (1, 1.0)]},

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from ultralong.demo.page import credit
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.report.page import duration, table
 from ultralong.evaluation.report.report import ReportData, count_needles, summarise, write_report
@@ -180,3 +181,24 @@ def test_environment_names_machine_and_versions():
     facts = describe_environment()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", facts["date"])
     assert {"python", "processor", "torch", "transformers", "numpy"} <= set(facts)
+
+
+def test_what_rescaling_alone_finds_has_a_column_of_its_own(tmp_path, data):
+    data = replace(data, needle_rescaled=cells(lambda length: 4))
+    page = write_report(tmp_path, data, interactive=False).read_text(encoding="utf-8")
+    assert page.count("rescaled only") >= 3
+    assert "rescaled only, nothing trained: 16 of 16" in page
+    assert json.loads((tmp_path / "report.json").read_text())["summary"]["rescaled_beyond"]["correct"] == 16
+
+
+@pytest.mark.parametrize(
+    ("alone", "trained", "said"),
+    [(4, 4, "training added none"), (0, 4, "training found the rest"), (2, 3, "within the intervals")],
+)
+def test_the_demo_credits_the_step_that_made_the_gain(alone, trained, said):
+    rescaled = {"needle": cells(lambda length: alone), "perplexity": [{"perplexity": 30.0}]}
+    after = {"needle": cells(lambda length: trained), "perplexity": [{"perplexity": 20.0}]}
+    text = credit(rescaled, after, 512, 4096)
+    assert said in text
+    assert "30.0 with rescaling alone and 20.0 after" in text
+    assert credit(rescaled, after, 4096, 8192).startswith("Perplexity"), "no cell beyond the window, no claim"

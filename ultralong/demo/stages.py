@@ -79,6 +79,7 @@ class Demo:
             ("documents -> tokens -> rows joined by the separator", self.rows),
             ("before: needles and perplexity of the base model", lambda: self.measure("base")),
             (f"RoPE rescaled in one step to {self.config.target:,} tokens", self.extended),
+            ("rescaled only: needles and perplexity before any training", lambda: self.measure("extended")),
             ("continued pretraining on rows of the new length", self.pretrained),
             ("short SFT", self.tuned),
             ("after: needles and perplexity of the extended model", lambda: self.measure("tuned")),

@@ -35,6 +35,7 @@ class ReportData:
         checkpoint: Where the extended model lies, as the reader should type it.
         needle_before: Needle cells of the model before, as `needle_grid` returns them.
         needle_after: The same after.
+        needle_rescaled: The same with RoPE rescaled and nothing trained; what it finds, training did not bring.
         perplexity: Name of each model to its bins, as `perplexity_by_position` returns them.
         losses: Name of each training stage to its (step, loss) pairs.
         packed_rows: Document boundaries of a few packed rows, from 0 to the row's length.
@@ -52,6 +53,7 @@ class ReportData:
     checkpoint: str
     needle_before: Sequence[Mapping[str, Any]] = ()
     needle_after: Sequence[Mapping[str, Any]] = ()
+    needle_rescaled: Sequence[Mapping[str, Any]] = ()
     perplexity: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     losses: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     packed_rows: Sequence[Sequence[int]] = ()
@@ -86,10 +88,11 @@ def count_needles(cells: Sequence[Mapping[str, Any]], shortest: int, longest: in
 
 
 def summarise(data: ReportData) -> dict[str, Any]:
-    """Needles found inside the old window and beyond it, before and after."""
+    """Needles found inside the old window and beyond it, before and after, and with RoPE rescaled alone if measured."""
+    rescaled = [("rescaled", data.needle_rescaled)] if data.needle_rescaled else []
     return {
         f"{when}_{where}": count_needles(cells, *span)
-        for when, cells in (("before", data.needle_before), ("after", data.needle_after))
+        for when, cells in (("before", data.needle_before), *rescaled, ("after", data.needle_after))
         for where, span in (("inside", (0, data.base_window)), ("beyond", (data.base_window, data.target_window)))
     }
 
@@ -168,11 +171,13 @@ def _tiles(data: ReportData, summary: Mapping[str, Any]) -> list[tuple[str, str,
     tiles = [("window", f"{tokens_label(data.base_window)} \u2192 {tokens_label(data.target_window)}", "tokens")]
     if after is not None:
         start = "" if before is None else f"{before['share']:.0%} "
+        rescaled = summary.get("rescaled_beyond")
+        alone = "" if rescaled is None else f"; rescaled only, nothing trained: {_share(rescaled)}"
         tiles.append(
             (
                 "needles found beyond the old window",
                 f"{start}\u2192 {after['share']:.0%}",
-                f"{_share(before)} \u2192 {_share(after)}",
+                f"{_share(before)} \u2192 {_share(after)}{alone}",
             )
         )
     return [*tiles, ("time", duration(data.seconds), "the whole run")]
@@ -194,13 +199,15 @@ def _sections(data: ReportData, draw: Drawer) -> list[Section]:
 
 
 def _needle(data: ReportData, draw: Drawer) -> Section | None:
-    sides = {"before": data.needle_before, "after": data.needle_after}
+    sides = {"before": data.needle_before, "rescaled only": data.needle_rescaled, "after": data.needle_after}
+    if not data.needle_rescaled:
+        del sides["rescaled only"]
     shown = {name: cells for name, cells in sides.items() if cells}
     if not shown:
         return None
     alt = "Needles found by prompt length and depth{}; the line marks the old window."
     figure = draw(
-        alt.format(", before and after" if len(shown) > 1 else ""),
+        alt.format(f", {', '.join(shown)}" if len(shown) > 1 else ""),
         *(partial(figures.needle_heatmap, cells, base_window=data.base_window) for cells in shown.values()),
         names=tuple(shown) if len(shown) > 1 else ("",),
     )
@@ -212,7 +219,7 @@ def _needle(data: ReportData, draw: Drawer) -> Section | None:
             n, correct = sum(cell["n"] for cell in chosen), sum(cell["correct"] for cell in chosen)
             row += [f"{correct} of {n}", _interval(correct, n)] if n else ["", ""]
         rows.append(row)
-    head = ("prompt and answer (tokens)", "before", "95% interval", "after", "95% interval")
+    head = ("prompt and answer (tokens)", *(text for name in sides for text in (name, "95% interval")))
     return Section("Needle in a haystack", figure, "Counts by length", head, rows)
 
 
