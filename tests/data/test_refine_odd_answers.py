@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,7 @@ import pytest
 from ultralong.data.chat import endpoint as endpoints
 from ultralong.data.chat.endpoint import Endpoint
 from ultralong.data.chat.refine import RefineSettings, refine
+from ultralong.data.chat.transport import Watch
 from ultralong.data.read.conversations import Conversation
 from ultralong.utils.files import locked, read_jsonl
 
@@ -150,3 +153,12 @@ def test_two_refinements_of_one_folder_are_refused(url, tmp_path):
     (tmp_path / ".refined.jsonl.abcdef012345.partial").write_text("left by a kill")
     refine(talks("good"), tmp_path, settings(url), quiet=True)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_deadline_that_passes_while_the_connection_is_made_ends_the_request():
+    with socket.create_server(("127.0.0.1", 0)) as server, Watch(60.0) as watch:
+        made = watch.connection(http.client.HTTPConnection, f"127.0.0.1:{server.getsockname()[1]}", timeout=5.0)
+        watch._cut()  # the lookup of a name took longer than the request may take
+        with pytest.raises(TimeoutError, match="deadline"):
+            made.connect()
+        assert made.sock is None

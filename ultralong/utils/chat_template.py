@@ -7,6 +7,9 @@ where there is no clock.
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ultralong.utils.time_limit import time_limit
@@ -97,3 +100,45 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     size = sum(len(str(value)) for message in messages for value in message.values())
     with time_limit(LONGEST + size / SLOWEST, f"the chat template did not end within {LONGEST:g} s: its loops run on."):
         return tokenizer.apply_chat_template(messages, chat_template=template, **{"return_dict": False, **options})
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What matches any control token as it is spelled; None where a tokenizer has none."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelled = sorted(filter(None, added | set(tokenizer.all_special_tokens)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spelled))) if spelled else None
+
+
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], render: Callable[[list[dict[str, str]]], str]
+) -> list[int]:
+    """Ids of a rendered conversation: the template's control tokens are control tokens, those in messages stay text.
+
+    Otherwise whoever writes a message could end his turn and speak as another role.
+
+    Args:
+        tokenizer: Any tokenizer.
+        messages: Turns, each with `role` and `content`.
+        render: Gives the conversation as the template writes it.
+    """
+    pattern = control_tokens(tokenizer)
+    spelled: list[str] = []
+    mark = "\u2402"
+    while any(mark in message["content"] for message in messages):
+        mark += "\u2403"
+
+    def set_aside(match: re.Match[str]) -> str:
+        spelled.append(match[0])
+        return f"{mark}{len(spelled) - 1}\u2404"
+
+    if pattern is not None:
+        messages = [{**message, "content": pattern.sub(set_aside, message["content"])} for message in messages]
+    # Every other piece is the number of what was set aside, also where a template says a message twice.
+    pieces = re.split(f"{mark}([0-9]+)\u2404", render(messages)) if spelled else [render(messages)]
+    ids: list[int] = []
+    for number, piece in enumerate(pieces):
+        text, split = (spelled[int(piece)], True) if number % 2 else (piece, False)
+        found: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=split, verbose=False)
+        ids += found["input_ids"]
+    return ids

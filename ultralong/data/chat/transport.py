@@ -50,6 +50,9 @@ class Watch:
         def watched() -> None:
             connect()
             self._socket = made.sock  # urllib takes it away from the connection once an answer begins
+            if self.over:  # the time ran out while names were looked up or the connection was made
+                made.close()
+                raise TimeoutError("cut by the deadline")
 
         made.connect = watched  # type: ignore[method-assign]
         return made

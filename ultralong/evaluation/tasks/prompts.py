@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ultralong.utils.chat_template import apply_chat_template
+from ultralong.utils.chat_template import apply_chat_template, control_tokens
 
 # Survives templates that strip or rewrite what surrounds the message.
 MARK = "\u2402message\u2403"
@@ -39,14 +37,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Ids of texts that are data: what is spelled like a control token stays text, as in packed rows."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
-
-@functools.lru_cache(maxsize=8)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """What matches any control token as it is spelled; None where a tokenizer has none."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    spelled = sorted(filter(None, added | set(tokenizer.all_special_tokens)), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, frame: Frame, message: str
     """
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     leading, tail = list(frame.leading), frame.after + answer_prefix
-    pattern = _control_tokens(tokenizer)
+    pattern = control_tokens(tokenizer)
     if pattern is None or not pattern.search(message):
         text = frame.before + message + tail
         encoding = tokenizer(text, **options)

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
 from ultralong.inference.server.worker import Job, Refused
+from ultralong.utils.chat_template import LONGEST, conversation_ids
+from ultralong.utils.time_limit import time_limit
 
 MOST_STOPS = 16
 
@@ -94,18 +96,25 @@ class ChatRequest(_Request):
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the conversation under the tokenizer's chat template, the next turn opened.
 
+        What a message spells like a control token stays text; `/v1/completions` reads control tokens, as prompts for it
+        are written by whoever knows the template.
+
         Raises:
             Refused: There is no template, or it refuses the conversation.
         """
         if not tokenizer.chat_template:
             raise Refused(400, "The model's tokenizer has no chat template: use /v1/completions.", "no_chat_template")
         turns = [message.plain() for message in self.messages]
+
+        def render(messages: list[dict[str, str]]) -> str:
+            with time_limit(LONGEST, f"the template did not end within {LONGEST:g} s."):
+                return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
         try:
-            text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            return conversation_ids(tokenizer, turns, render)
         except (TemplateError, ValueError, TypeError) as error:
             text = f"The model's chat template refuses these messages: {error}"
             raise Refused(400, text, "invalid_messages", "messages") from error
-        return _ids(tokenizer, text, special=False)
 
     @property
     def most(self) -> int | None:
@@ -132,7 +141,7 @@ class CompletionRequest(_Request):
                 raise Refused(400, "One prompt a request is taken; send the others by themselves.", "invalid_prompt")
             given = given[0]
         if isinstance(given, str):
-            return _ids(tokenizer, given, special=True)
+            return _ids(tokenizer, given)
         ids = [int(token) for token in given]
         if wrong := [token for token in ids if not 0 <= token < len(tokenizer)]:
             raise Refused(400, f"The model has no token {wrong[0]}; its ids end at {len(tokenizer) - 1}.", "bad_token")
@@ -144,6 +153,6 @@ class CompletionRequest(_Request):
         return self.max_tokens
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    found: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: Any = tokenizer(text)["input_ids"]
     return list(found)
