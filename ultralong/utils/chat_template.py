@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST = 10.0  # seconds that a template may take
+LARGEST = 4 * 2**30  # bytes that the process may grow by meanwhile
+BYTES = 1000  # and for each character of the conversation, which is tokenised there too
 SLOWEST = 50_000  # characters a second that are tokenised behind it at least
 DATE = "2024-07-26"
 CLOCK = "strftime_now"
@@ -93,12 +95,13 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
         **options: As for the tokenizer's own method.
 
     Raises:
-        ValueError: The template runs on; templates come with other people's checkpoints.
+        ValueError: The template takes too long or too much memory; templates come with other people's checkpoints.
     """
     template = with_fixed_date(tokenizer.get_chat_template())
     # Tokenising takes its time with what is long; a short conversation whose template runs on is no conversation.
     size = sum(len(str(value)) for message in messages for value in message.values())
-    with time_limit(LONGEST + size / SLOWEST, f"the chat template did not end within {LONGEST:g} s: its loops run on."):
+    message = f"the chat template did not end within {LONGEST:g} s and {LARGEST / 2**30:g} GiB: its loops run on."
+    with time_limit(LONGEST + size / SLOWEST, message, LARGEST + size * BYTES):
         return tokenizer.apply_chat_template(messages, chat_template=template, **{"return_dict": False, **options})
 
 

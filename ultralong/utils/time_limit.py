@@ -1,8 +1,9 @@
-"""A limit of time for code of someone else that runs in this process, such as a chat template's loops."""
+"""A limit of time and memory for code of someone else that runs in this process, such as a chat template's loops."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.lock, self.pid = threading.Lock(), 0
-        self.until: dict[int, float] = {}  # by thread
+        self.until: dict[int, tuple[float, float]] = {}  # by thread: its time, and the process's bytes
         self.fired: set[int] = set()
 
     def start(self) -> None:
@@ -34,7 +35,8 @@ class _Watch:
         while True:
             time.sleep(PAUSE)
             with self.lock:
-                for thread in [thread for thread, until in self.until.items() if time.monotonic() > until]:
+                now, used = time.monotonic(), resident_bytes() if self.until else 0
+                for thread in [thread for thread, (until, most) in self.until.items() if now > until or used > most]:
                     del self.until[thread]
                     self.fired.add(thread)
                     _interrupt(thread, TimeIsUp)
@@ -48,9 +50,24 @@ def _interrupt(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
 
 
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 @contextmanager
-def time_limit(seconds: float, message: str) -> Iterator[None]:
+def time_limit(seconds: float, message: str, memory: float = math.inf) -> Iterator[None]:
     """Interrupt the block when it takes longer; blocks inside of one count for the outer alone.
+
+    Args:
+        seconds: The block's time.
+        message: What the error says.
+        memory: Bytes by which the whole process may grow meanwhile; looked at five times a second, and one operation
+            is never cut in two.
 
     Raises:
         ValueError: It did; says `message`.
@@ -60,7 +77,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
     with _watch.lock:
         outer = thread in _watch.until
         if not outer:
-            _watch.until[thread] = time.monotonic() + seconds
+            _watch.until[thread] = (time.monotonic() + seconds, resident_bytes() + memory)
     if outer:
         yield
         return
