@@ -176,13 +176,34 @@ def plans_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def host_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Attention over the GPUs of a host: useful TF/s per GPU by GPUs, length, rows, kernel and scheme.
+
+    Args:
+        recorded: What the attention steps of `ultralong bench host` wrote.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    rows = [row for file in recorded for row in rows_of(file) if row["tflops"] is not None and row["ranks"] > 1]
+    rows.sort(key=lambda row: (row["ranks"], row["tokens"], row["packed"], row["kernel"]))
+    lines = ["| GPUs | tokens | rows | kernel | scheme | TF/s per GPU | of one GPU |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells: list[str] = [str(row["ranks"]), f"{row['tokens']:,}", "packed" if row["packed"] else "whole"]
+        cells += [str(KERNELS.get(row["kernel"], row["kernel"])), row["name"], f"{row['tflops']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {'' if row['of_one'] is None else format(row['of_one'], '.1%')} |")
+    return lines
+
+
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], list[str]]]] = {
     "attention": (
         ("attention_131k.json", "attention_512k_first.json", "attention_512k.json", "attention_512k_cudnn.json"),
         attention_table,
     ),
-    "training": (("training_sharded_h200.json",), training_table),
+    # A star stands for files that need not be there: hosts are measured when one is to be had.
+    "training": (("training_sharded_h200.json", "host_*_train_*.json"), training_table),
+    "host": (("host_*_attention_*.json",), host_table),
     "plans": (("plans_h200.json",), plans_table),
     "prefill": (
         (
@@ -209,12 +230,13 @@ def filled(text: str, results: Path) -> str:
         ValueError: A table in the text has a name that is not in `TABLES`.
     """
 
-    def table(found: re.Match[str]) -> str:
-        name = found[1]
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
         if name not in TABLES:
             raise ValueError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
         files, make = TABLES[name]
-        lines = make([read_json(results / file) for file in files])
+        found = [path for file in files for path in (sorted(results.glob(file)) if "*" in file else [results / file])]
+        lines = make([read_json(path) for path in found])
         return "\n".join([f"<!-- table {name} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

@@ -15,6 +15,7 @@ from ultralong.utils.units import Tokens
 if TYPE_CHECKING:
     from ultralong.bench.attention.options import AttentionBench
     from ultralong.bench.decode_options import DecodeBench
+    from ultralong.bench.host import HostBench
     from ultralong.bench.prefill_options import PrefillBench
     from ultralong.bench.training.case import TrainingCase
 
@@ -187,6 +188,25 @@ def rates(*, lengths: tuple[Tokens, ...] = (), only: tuple[str, ...] = (), json:
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
             print(name, ", ".join(values))
+
+
+@takes(wanted=Group("ultralong.bench.host:HostBench"))
+def host(wanted: HostBench) -> None:
+    """Measure a host of several GPUs in one go: Llama-3.1-8B at 1M and 4M tokens, attention over all GPUs and fewer.
+
+    Each step is a command of its own with a limit of time, and writes its JSON as it goes. A step that fails is
+    recorded, and the next one starts; the same command leaves out what is done.
+
+    Examples:
+      ultralong bench host --gpus 8 --out notebooks/results --host-memory 60
+      ultralong bench host --gpus 4 --out rehearsal --rehearse
+
+    Args:
+        wanted: What to measure.
+    """
+    from ultralong.bench.host import bench_host, summary
+
+    print("\n".join(summary(bench_host(wanted), wanted.out)))
 
 
 def error_curve(*, ranks: tuple[int, ...] = (1, 2, 4, 8, 16), tokens: Tokens = 512, json: Json = None) -> None:

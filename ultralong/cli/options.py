@@ -32,7 +32,7 @@ METAVARS = {
     "machine": "MACHINE", "device": "DEVICE", "method": "METHOD", "revision": "REVISION", "url": "URL",
     "key_variable": "VARIABLE", "task": "TASK", "tasks": "TASK", "benchmarks": "NAME", "fields": "FIELD",
     "language": "LANGUAGE", "language_code": "CODE", "partition": "PARTITION", "time": "TIME", "environment": "COMMAND",
-    "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "RATE", "to": "TOKENS",
+    "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "NAME", "to": "TOKENS",
     "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD",
     "host": "ADDRESS", "name": "NAME", "checkpoint": "FOLDER", "llama_cpp": "FOLDER", "study": "STUDY", "arms": "ARM",
     "models": "MODEL",

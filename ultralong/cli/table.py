@@ -81,6 +81,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "bench prefill": bench.prefill,
         "bench decode": bench.decode,
         "bench train": bench.train,
+        "bench host": bench.host,
         "bench readers": bench_data.readers,
         "bench configs": bench_data.configs,
         "bench compare": bench.compare,

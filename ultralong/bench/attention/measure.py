@@ -11,16 +11,18 @@ as they are in a training step.
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ultralong.attention import AttentionContext, available_kernels, get_kernel, make_attention_context
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
-from ultralong.bench.attention.options import SCHEMES, AttentionBench, AttentionResult
+from ultralong.bench.attention.options import HYBRIDS, SCHEMES, AttentionBench, AttentionResult
 from ultralong.bench.attention.peers import PEERS, PeerMissing, peer
 from ultralong.bench.attention.report import save
 from ultralong.bench.attention.timing import Times, causal_flops, measure
@@ -75,6 +77,7 @@ def _measure_all(
         for name in ([n for n in available_kernels(device) if n != "reference"] if asked == "all" else [asked])
     ]
     schemes = SCHEMES if "all" in options.schemes else options.schemes
+    schemes = (*schemes, *(f"{hybrid} {mesh}" for mesh in options.meshes for hybrid in HYBRIDS))
     lengths = ([options.latency_length] if options.latency_length else []) + list(options.lengths)
     cases = list(product(lengths, [False, True] if options.documents else [False], dict.fromkeys(kernels)))
     results: list[AttentionResult] = []
@@ -132,10 +135,11 @@ def _context(
     options: AttentionBench, tokens: int, ranks: int, scheme: str, kernel: str, edges: tuple[int, ...] | None
 ) -> AttentionContext:
     alone = ranks == 1
+    scheme, _, mesh = scheme.partition(" ")
     head_chunks = options.head_chunks if scheme in ("ulysses", "gathered") else None
     return make_attention_context(
         tokens,
-        None if alone else dist.group.WORLD,
+        None if alone else _mesh(mesh, ranks) if mesh else dist.group.WORLD,
         "auto" if alone else scheme,
         kernel,
         edges,
@@ -143,6 +147,19 @@ def _context(
         kv_heads=options.kv_heads,
         head_chunks=head_chunks,
     )
+
+
+@functools.cache
+def _mesh(written: str, ranks: int) -> DeviceMesh:
+    """The mesh of two levels that is written as 2x4; made once, as its groups stay.
+
+    Raises:
+        ValueError: It has not as many ranks as there are.
+    """
+    outer, inner = (int(size) for size in written.split("x"))
+    if outer * inner != ranks:
+        raise ValueError(f"a mesh of {written} has {outer * inner} ranks, and there are {ranks}")
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (outer, inner))
 
 
 def _case(

@@ -5,11 +5,13 @@ Legend: H query heads, K kv heads, D head size.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from ultralong.utils.units import Tokens
 
 SCHEMES = ("ulysses", "gathered", "ring")
+HYBRIDS = ("hybrid-gathered", "hybrid-ring")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class AttentionBench:
         latency_length: A short length at which latency is measured, on idle GPUs; 0 leaves it out.
         schemes: Schemes, or "all"; `single` (one GPU) is always measured first.
         kernels: Names of kernels; "auto" is the fastest one for the call, "all" every one that is installed.
+        meshes: Also measure the two hybrids over meshes of two levels, such as 2x4: the first number of groups, each of
+            as many ranks as the second says, which split heads.
         documents: Also measure packed rows of this many masked documents of mixed length; 0 leaves them out.
         peers: Also measure other projects' attention where installed.
         check: Also report errors against float32.
@@ -41,6 +45,7 @@ class AttentionBench:
     latency_length: Tokens = 8192
     schemes: tuple[str, ...] = ("all",)
     kernels: tuple[str, ...] = ("auto",)
+    meshes: tuple[str, ...] = ()
     documents: int = 32
     peers: bool = False
     check: bool = False
@@ -59,6 +64,9 @@ class AttentionBench:
         unknown = set(self.schemes) - {"all", *SCHEMES}
         if unknown:
             raise ValueError(f"schemes must be among all, {', '.join(SCHEMES)}; found {', '.join(sorted(unknown))}")
+        wrong = [mesh for mesh in self.meshes if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", mesh)]
+        if wrong:
+            raise ValueError(f"meshes are written as 2x4, found {', '.join(wrong)}")
         if min(self.lengths, default=0) < 1:
             raise ValueError(f"lengths must be positive, found {self.lengths}")
 
