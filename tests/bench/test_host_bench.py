@@ -10,7 +10,8 @@ import pytest
 from ultralong import cli
 from ultralong.bench import host
 from ultralong.bench.attention import measure as measuring
-from ultralong.bench.host import HostBench, bench_host, commands, summary
+from ultralong.bench.host import bench_host, summary
+from ultralong.bench.host_options import HostBench, commands
 from ultralong.bench.tables import host_table
 from ultralong.bench.training import measure as training
 from ultralong.cli import bench
@@ -99,6 +100,7 @@ def test_the_table_has_a_line_for_each_scheme():
             {**row, "ranks": 1, "tflops": 9.0},
         ]
     }
+    assert host_table([]) == []
     assert host_table([recorded])[2:] == ["| 8 | 131,072 | packed | flash-attn 4 | hybrid-ring 2x4 | 512 | 81.2% |"]
 
 

@@ -183,9 +183,11 @@ def host_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         recorded: What the attention steps of `ultralong bench host` wrote.
 
     Returns:
-        Lines of a Markdown table.
+        Lines of a Markdown table; none where nothing was recorded.
     """
     rows = [row for file in recorded for row in rows_of(file) if row["tflops"] is not None and row["ranks"] > 1]
+    if not rows:
+        return []
     rows.sort(key=lambda row: (row["ranks"], row["tokens"], row["packed"], row["kernel"]))
     lines = ["| GPUs | tokens | rows | kernel | scheme | TF/s per GPU | of one GPU |", "|---|---|---|---|---|---|---|"]
     for row in rows:

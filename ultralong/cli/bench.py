@@ -15,7 +15,7 @@ from ultralong.utils.units import Tokens
 if TYPE_CHECKING:
     from ultralong.bench.attention.options import AttentionBench
     from ultralong.bench.decode_options import DecodeBench
-    from ultralong.bench.host import HostBench
+    from ultralong.bench.host_options import HostBench
     from ultralong.bench.prefill_options import PrefillBench
     from ultralong.bench.training.case import TrainingCase
 
@@ -190,11 +190,12 @@ def rates(*, lengths: tuple[Tokens, ...] = (), only: tuple[str, ...] = (), json:
             print(name, ", ".join(values))
 
 
-@takes(wanted=Group("ultralong.bench.host:HostBench"))
+@takes(wanted=Group("ultralong.bench.host_options:HostBench"))
 def host(wanted: HostBench) -> None:
-    """Measure a host of several GPUs in one go: Llama-3.1-8B at 1M and 4M tokens, attention over all GPUs and fewer.
+    """Measure a host of several GPUs in one go: training at 1M and 4M tokens, attention.
 
-    Each step is a command of its own with a limit of time, and writes its JSON as it goes. A step that fails is
+    The model is Llama-3.1-8B's shape; attention runs over all GPUs and over fewer, hybrids of two levels included. Each
+    step is a command of its own with a limit of time, and writes its JSON as it goes. A step that fails is
     recorded, and the next one starts; the same command leaves out what is done.
 
     Examples:
