@@ -207,7 +207,7 @@ def host(wanted: HostBench) -> None:
     """
     from ultralong.bench.host import bench_host, summary
 
-    print("\n".join(summary(bench_host(wanted), wanted.out)))
+    print("\n".join(summary(bench_host(wanted), wanted.out.expanduser())))
 
 
 def error_curve(*, ranks: tuple[int, ...] = (1, 2, 4, 8, 16), tokens: Tokens = 512, json: Json = None) -> None:

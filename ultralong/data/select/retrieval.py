@@ -24,8 +24,6 @@ _SYLLABLES = "bal cor dun fen gar hol kel lam mor nar oss pel quin ral sten tol 
 _ENDINGS = "Bridge Court Dale Field Gate Grove Heath Hill Lane Mill Moor Quay Reach Row Yard"
 _THINGS = "anchor barrel candle drum engine flute globe hammer kettle lantern mirror organ plough rope"
 SYLLABLES, ENDINGS, THINGS = _SYLLABLES.split(), _ENDINGS.split(), _THINGS.split()
-
-
 Asked = tuple[str, str]  # a question and its answer
 
 
@@ -35,8 +33,8 @@ class Wording:
 
     Attributes:
         fact: The sentence that holds the fact.
-        again: The same told later.
-        question: The question at the end; its answer is the value alone.
+        again: The same told later, or the next step of a chain; empty where it is only asked for.
+        question: The question; its answer is the value alone.
         named: Whether the value is a thing rather than a number.
     """
 
@@ -76,7 +74,7 @@ WORDINGS = (
 )
 SEVERAL = Wording(
     "A boat with sail {value} is moored at {key}.",
-    "At {key}, where several boats are moored, one has sail {value}.",
+    "",
     "Which sails have the boats that are moored at {key}? Name each.",
 )
 HANDED = Wording(
