@@ -12,7 +12,7 @@ from ultralong.evaluation.measures.score import grades
 from ultralong.evaluation.runs.answer_files import answer_files
 from ultralong.utils.files import read_jsonl
 
-TESTS, NEEDLES, PERPLEXITY = "all tests", "needles", "perplexity"
+TESTS, NEEDLES, PERPLEXITY, LONGPPL = "all tests", "needles", "perplexity", "LongPPL"
 BEYOND = " beyond the old window"
 
 
@@ -57,7 +57,8 @@ def read_outcomes(folder: Path, window: int) -> list[Outcome]:
     tests = {(task, length): _answers(task, length, path) for (task, length), path in answer_files(folder).items()}
     needles = _needles(folder / "needle.jsonl")
     joined = [*_joined(TESTS, tests, window), *_joined(NEEDLES, needles, window)]
-    found = [*joined, *_perplexity(folder / "perplexity.json", window), *tests.values(), *needles.values()]
+    nats = [*_perplexity(folder / "perplexity.json", window), *_longppl(folder / "longppl.json")]
+    found = [*joined, *nats, *tests.values(), *needles.values()]
     if not found:
         raise ValueError(f"{folder} holds no answers, needles or perplexity: name such tests in evaluation.tasks.")
     return found
@@ -118,3 +119,13 @@ def _perplexity(path: Path, window: int) -> list[Outcome]:
         if values:
             found.append(Outcome(name, "nats", tuple(names), tuple(values), headline=True))
     return found
+
+
+def _longppl(path: Path) -> list[Outcome]:
+    """Mean loss of the key tokens of each document; the same evaluator chose them for every arm."""
+    if not path.exists():
+        return []
+    (result,) = read_measurements(path)
+    each = result.details["each"]
+    names = tuple(f"document {document}" for document, _, _ in each)
+    return [Outcome(LONGPPL, "nats", names, tuple(nats / tokens for _, nats, tokens in each), headline=True)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ultralong.ablation.resolve import base_folder, check, links, run_settings, training_config
 from ultralong.ablation.study import Study
+from ultralong.evaluation.tasks.groups import SPECIAL
 from ultralong.planner import plan
 from ultralong.utils.units import GIB
 
@@ -67,7 +68,7 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
                 seen.add(link.trained)
     hours = sum(row["gpu_hours"] for row in rows if not row["shared"])
     wanted = run_settings(study.base, "model", "texts", "rows")
-    tests = [name for name in wanted.tasks if name not in ("needle", "perplexity", "loss", "lm_eval")]
+    tests = [name for name in wanted.tasks if name not in SPECIAL]
     models = 1 + len(study.designs()) * (1 + len(study.seeds))
     return {
         "runs": rows,

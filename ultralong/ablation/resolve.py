@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ultralong import miniature
-from ultralong.ablation.outcomes import BEYOND, NEEDLES, PERPLEXITY, TESTS
+from ultralong.ablation.outcomes import BEYOND, LONGPPL, NEEDLES, PERPLEXITY, TESTS
 from ultralong.ablation.study import BASE_ARM, Design, Rows, Scaling, Stage, Study, flat
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.files import locate, weight_files
 from ultralong.checkpoints.rescale import Extension, choose_scaling
 from ultralong.data.recipe.schema import Recipe, load_recipe
 from ultralong.evaluation.runs.settings import RunSettings
-from ultralong.evaluation.tasks.groups import expand
+from ultralong.evaluation.tasks.groups import SPECIAL, expand
 from ultralong.training.config import DataSource, TrainConfig, preset
 from ultralong.utils import settings
 from ultralong.utils.files import sha256
@@ -220,14 +220,20 @@ def extension(stage: Stage, scaling: Scaling) -> Extension:
 
 def _check_outcomes(study: Study) -> None:
     """Refuse a refutation by something that the evaluation does not measure."""
-    tests = run_settings(study.base, "model", "texts", "rows").tasks
-    answered = [name for name in tests if name not in ("needle", "perplexity", "loss", "lm_eval")]
+    wanted = run_settings(study.base, "model", "texts", "rows")
+    tests = wanted.tasks
+    if "longppl" in tests and wanted.evaluator is None:
+        raise ValueError(
+            "evaluation.tasks has longppl: name evaluation.evaluator, the one model that chooses the key tokens of all "
+            "arms (one that reads this far)."
+        )
+    answered = [name for name in tests if name not in SPECIAL]
     joined = [
         *([NEEDLES] if "needle" in tests else []),
         *([PERPLEXITY] if "perplexity" in tests else []),
         *([TESTS] if answered else []),
     ]
-    names = [*joined, *(name + BEYOND for name in joined)]
+    names = [*joined, *(name + BEYOND for name in joined), *([LONGPPL] if "longppl" in tests else [])]
     single = tuple(f"{name} at " for name in tests)
     for arm in study.arms:
         outcome = arm.refuted_if.outcome

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
 from ultralong.utils.hub import find_checkpoint
+from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from ultralong.evaluation.runs.settings import RunSettings
@@ -31,7 +32,7 @@ def run(wanted: RunSettings, *, out: Path, before: Path | None = None, device: s
 
     Tests are named with commas between them; groups are ruler, niah, infinitebench, infinitebench_synthetic,
     infinitebench_published, lveval, lveval_16k to lveval_256k, babilong_style, nonliteral, needle (the map),
-    perplexity, loss and lm_eval (short benchmarks).
+    perplexity, longppl, loss and lm_eval (short benchmarks).
 
     Examples:
       ultralong eval run needle,ruler,babilong_style model --lengths 4k 32k 128k --samples 50 --out runs/model
@@ -53,6 +54,73 @@ def run(wanted: RunSettings, *, out: Path, before: Path | None = None, device: s
         return
     leave(json, result)
     _tell(result, out)
+
+
+def longppl(
+    model: Positional[str],
+    /,
+    *,
+    rows: Path,
+    evaluator: Annotated[str | None, arg(metavar="MODEL")] = None,
+    texts: Literal["document", "row"] = "document",
+    short_context: Tokens = 4096,
+    short_stride: Tokens = 1024,
+    key_alpha: float = 2.0,
+    key_beta: float = -2.0,
+    max_rows: int = 16,
+    chunk: Tokens | None = None,
+    gpus: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    json: Json = None,
+) -> None:
+    """Measure perplexity over the tokens that need the long context (LongPPL).
+
+    Key tokens are those whose log-likelihood the whole text raises over a short context, by more than --key-alpha and
+    to above --key-beta; the paper's thresholds are the defaults. To compare models, let one evaluator choose for all:
+    a model that reads this far well.
+
+    Examples:
+      ultralong eval longppl model --rows rows --evaluator long-model
+      ultralong eval longppl model --rows rows-1m --evaluator long-model --gpus 8
+
+    Args:
+        model: Folder or hub id.
+        rows: Folder of packed rows of long documents.
+        evaluator: The model that chooses key tokens; by default the model itself.
+        texts: Read each document of a row by itself, or the whole row as one text.
+        short_context: Tokens of the short context.
+        short_stride: Tokens that share a short context; fewer cost more.
+        key_alpha: Nats by which the long context must raise the log-likelihood.
+        key_beta: What the log-likelihood with the long context must be above.
+        max_rows: Rows to use.
+        chunk: Tokens of one pass; by default 16,384 of texts beyond 32,768.
+        gpus: GPUs that share each text, each with the whole model.
+        seed: Seed of the intervals.
+        device: auto, cpu or cuda.
+        json: Write the numbers as JSON to this file.
+    """
+    from ultralong.evaluation.measures.key_tokens import KeyRule
+    from ultralong.evaluation.measures.longppl import measure_longppl
+    from ultralong.evaluation.measures.result import Result
+    from ultralong.evaluation.report.table import longppl_lines
+
+    found = measure_longppl(
+        find_checkpoint(model),
+        rows,
+        evaluator=None if evaluator is None else find_checkpoint(evaluator),
+        rule=KeyRule(short_context, short_stride, key_alpha, key_beta),
+        by=texts,
+        max_rows=max_rows,
+        chunk=chunk,
+        gpus=gpus,
+        device=device,
+        seed=seed,
+    )
+    leave(json, found)
+    print("\n".join(longppl_lines(Result.from_dict(found["result"]), model)))
+    if evaluator is None:
+        print("Another model's LongPPL compares with this one on the same key tokens: --evaluator MODEL for both.")
 
 
 def report(folder: Positional[Path], /, *, before: Path | None = None, json: Json = None) -> None:

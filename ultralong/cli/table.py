@@ -61,6 +61,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
     "4. Measure the model": {
         "eval needle": measure.needle,
         "eval perplexity": measure.perplexity,
+        "eval longppl": runs.longppl,
         "eval loss": measure.loss,
         "eval run": runs.run,
         "eval report": runs.report,

@@ -34,6 +34,7 @@ def section_list(sides: Sequence[Side], result: Mapping[str, Any], draw: Drawer)
         *_depths(sides, draw),
         *_compared(result),
         *_perplexity(sides, draw),
+        *_longppl(sides),
         *_loss(sides),
         *_benchmarks(sides),
     ]
@@ -204,6 +205,31 @@ def _perplexity(sides: Sequence[Side], draw: Drawer) -> list[Section]:
         return []
     head = ("counted from the start of, positions", "perplexity", "95% interval", "tokens")
     return [Section("Perplexity", drawn, [Table(head, rows, "Values", folded=True)])]
+
+
+def _longppl(sides: Sequence[Side]) -> list[Section]:
+    rows = []
+    for side in sides:
+        found = side.by_metric("longppl")
+        if found is None:
+            continue
+        chosen = f"key tokens by {model_label(found.details['evaluator'])}"
+        rows.append([f"{side.lead}{chosen}", f"{found.value:.3f}", interval_text(found, "{:.3f}"), f"{found.n:,}"])
+        rows.append(
+            [f"{side.lead}all tokens", f"{found.details['perplexity']:.3f}", "", f"{found.details['tokens']:,}"]
+        )
+        rows += [
+            [
+                f"{side.lead}positions {part.start:,} to {part.end:,}",
+                f"{part.value:.3f}",
+                interval_text(part, "{:.3f}"),
+                f"{part.n:,}",
+            ]
+            for part in found.by_position
+        ]
+    head = ("part of the texts", "perplexity", "95% interval", "tokens")
+    title = "LongPPL: perplexity of the tokens that need the long context"
+    return [Section(title, tables=[Table(head, rows)])] if rows else []
 
 
 def _loss(sides: Sequence[Side]) -> list[Section]:

@@ -26,6 +26,8 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     for result in (Result.from_dict(values) for values in summary["results"]):
         if result.task == "needle":
             lines += needle_lines(result, model)
+        elif result.metric == "longppl":
+            lines += longppl_lines(result, model)
         elif result.metric in POSITIONS:
             lines += position_lines(result, model)
         elif not result.by_length:
@@ -40,6 +42,25 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
         reached, bar = summary["effective"]["length"], summary["effective"]["bar"]
         lines.append(f"effective length (RULER, {bar}): {f'{reached:,}' if reached else 'none'}")
     return lines
+
+
+def longppl_lines(result: Result, model: str) -> list[str]:
+    """LongPPL beside the perplexity of the same texts, and by the key tokens' position in their text."""
+    said, rule = result.details, result.details["rule"]
+    share = result.n / said["tokens"]
+    documents = f"{said['documents']:,} text{'' if said['documents'] == 1 else 's'}"
+    return [
+        f"LongPPL {result.value:.3f}  ({interval_text(result, '{:.3f}')})  {model}",
+        f"  over {result.n:,} key tokens of {documents}, {share:.2%} of {said['tokens']:,} tokens; perplexity over all "
+        f"of them {said['perplexity']:.3f}",
+        f"  key tokens chosen by {said['evaluator']}: log-likelihood up by more than {rule['alpha']:g} to above "
+        f"{rule['beta']:g} with the whole text instead of {rule['short_context']:,} tokens",
+        *(
+            f"{part.start or 0:>11,} to {part.end or 0:>11,}  {part.value:>9.3f}  ({interval_text(part, '{:.3f}')})  "
+            f"n {part.n:,}"
+            for part in result.by_position
+        ),
+    ]
 
 
 def needle_lines(result: Result, model: str) -> list[str]:

@@ -20,6 +20,7 @@ from ultralong.utils import settings
 from ultralong.utils.extras import require
 
 FIXED = ("model", "seed", "chat", "haystack", "data", "rows", "engine", "kv_dtype")
+OF_LONGPPL = ("evaluator", "texts", "short_context", "short_stride", "key_alpha", "key_beta")
 
 
 def check_needs(names: Sequence[str], wanted: RunSettings) -> None:
@@ -31,11 +32,9 @@ def check_needs(names: Sequence[str], wanted: RunSettings) -> None:
         ValueError: Perplexity or loss without rows, or an unknown benchmark.
         ImportError: A package is missing; the message holds the command that installs it.
     """
-    for name in ("perplexity", "loss"):
+    for name, title in (("perplexity", "Perplexity"), ("longppl", "LongPPL"), ("loss", "Loss")):
         if name in names and wanted.rows is None:
-            raise ValueError(
-                f"{name.capitalize()} needs packed rows to read: give --rows FOLDER, as written by `ultralong pack`."
-            )
+            raise ValueError(f"{title} needs packed rows to read: give --rows FOLDER, as written by `ultralong pack`.")
     if "lm_eval" in names:
         find_benchmarks(wanted.benchmarks)
         require("lm_eval", "eval")
@@ -54,7 +53,8 @@ def check_same_run(wanted: RunSettings, out: Path) -> None:
     if not (out / SETTINGS_FILE).exists():
         return
     there = settings.load(RunSettings, out / SETTINGS_FILE)
-    for name in FIXED:
+    measured = OF_LONGPPL if (out / "longppl.json").exists() else ()
+    for name in (*FIXED, *measured):
         if getattr(there, name) != getattr(wanted, name):
             raise ValueError(
                 f"{out} holds a run with {name} {getattr(there, name)}, this one has "

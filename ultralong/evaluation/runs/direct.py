@@ -11,14 +11,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.evaluation.measures.key_tokens import KeyRule
 from ultralong.evaluation.measures.lm_eval import lm_eval_version, measure_lm_eval
+from ultralong.evaluation.measures.longppl import longppl
 from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.perplexity import perplexity_by_position, position_edges
-from ultralong.evaluation.measures.result import perplexity_result, write_measurements
+from ultralong.evaluation.measures.result import Result, perplexity_result, write_measurements
 from ultralong.evaluation.measures.row_loss import open_for_loss, row_loss
 from ultralong.evaluation.runs.settings import RunSettings, within_window
 from ultralong.evaluation.tasks.needle import prepare_haystack
 from ultralong.inference.engines import Engine
+from ultralong.inference.load import load_model
 from ultralong.utils.files import append_jsonl, locked, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
@@ -113,7 +116,7 @@ def measure_rows(
     device: str = "auto",
     quiet: bool = False,
 ) -> None:
-    """Perplexity and loss on packed rows, where they are asked for and not there yet.
+    """Perplexity, LongPPL and loss on packed rows, where they are asked for and not there yet.
 
     Perplexity is taken by position in the row and by distance from the start of the token's own document; the loss as
     training takes it, with parameters in float32.
@@ -128,9 +131,11 @@ def measure_rows(
         quiet: True draws no progress bar.
 
     Raises:
-        ValueError: As for `PackedRows` and `row_loss`.
+        ValueError: As for `PackedRows`, `longppl` and `row_loss`.
     """
-    missing = [name for name in ("perplexity", "loss") if name in names and not (out / f"{name}.json").exists()]
+    missing = [
+        name for name in ("perplexity", "longppl", "loss") if name in names and not (out / f"{name}.json").exists()
+    ]
     if not missing:
         return
     packed = PackedRows(Path(wanted.rows or ""))
@@ -150,10 +155,28 @@ def measure_rows(
             for by in ("row", "document")
         ]
         write_measurements(out / "perplexity.json", results)
+    if "longppl" in missing:
+        write_measurements(out / "longppl.json", [_longppl(model, packed, wanted, device, quiet)])
     if "loss" in missing:
         reader = model if model.dtype == torch.float32 else open_for_loss(wanted.model, device)
         found = row_loss(reader, packed, most=wanted.max_rows, quiet=quiet)
         write_measurements(out / "loss.json", [found.result(wanted.seed)])
+
+
+def _longppl(model: PreTrainedModel, packed: PackedRows, wanted: RunSettings, device: str, quiet: bool) -> Result:
+    own = wanted.evaluator in (None, wanted.model)
+    return longppl(
+        model,
+        packed,
+        KeyRule(wanted.short_context, wanted.short_stride, wanted.key_alpha, wanted.key_beta),
+        evaluator=None if own else load_model(str(wanted.evaluator), device),
+        evaluator_name=wanted.model if own else wanted.evaluator,
+        by=wanted.texts,
+        most=wanted.max_rows,
+        chunk=wanted.chunk_for(packed.length),
+        seed=wanted.seed,
+        quiet=quiet,
+    )
 
 
 def measure_benchmarks(

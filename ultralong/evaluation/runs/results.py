@@ -137,7 +137,7 @@ def read_measured(folder: Path) -> tuple[list[Result], dict[str, str]]:
     if (path := folder / "needle.jsonl").exists() and (cells := read_jsonl(path)):
         with _named(path):
             results.append(needle_result(cells))
-    for name in ("perplexity", "loss"):
+    for name in ("perplexity", "longppl", "loss"):
         path = folder / f"{name}.json"
         if path.exists():
             found = read_json(path)

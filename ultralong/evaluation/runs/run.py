@@ -1,9 +1,9 @@
 """`ultralong eval run`: make samples, let a model answer, score, report; after a stop it resumes where it stopped.
 
 A folder holds one run: `run.yaml` (what was asked), `TASK-LENGTH.jsonl` (answers, appended one by one), `needle.jsonl`
-(cells of the map, appended one by one), `perplexity.json`, `loss.json`, `lm_eval.json`, and what is made from those
-files alone and can be made again without the model (`ultralong eval report`): `results.json`, which holds every
-measurement in one shape (`Result`), `report.json` and the page.
+(cells of the map, appended one by one), `perplexity.json`, `longppl.json`, `loss.json`, `lm_eval.json`, and what is
+made from those files alone and can be made again without the model (`ultralong eval report`): `results.json`, which
+holds every measurement in one shape (`Result`), `report.json` and the page.
 """
 
 from __future__ import annotations

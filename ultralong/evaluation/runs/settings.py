@@ -35,16 +35,23 @@ class RunSettings:
         haystack: Text file or folder to fill prompts with.
         data: Folder of published data (LV-Eval, InfiniteBench, SQuAD, HotpotQA, benchmarks), or package for what a
             package registry has.
-        rows: Perplexity and loss: folder of packed rows.
-        max_rows: Perplexity and loss: rows to use.
+        rows: Perplexity, LongPPL and loss: folder of packed rows.
+        max_rows: Perplexity, LongPPL and loss: rows to use.
+        evaluator: LongPPL: folder or hub id of the model that chooses the key tokens; by default the model itself,
+            whose number then compares with no other model's.
+        texts: LongPPL: read each document of a row by itself, or the whole row as one text.
+        short_context: LongPPL: tokens of the short context that the long one is set against.
+        short_stride: LongPPL: tokens that share a short context.
+        key_alpha: LongPPL: nats by which the long context must raise a key token's log-likelihood.
+        key_beta: LongPPL: what a key token's log-likelihood with the long context must be above.
         beyond_window: Ask also at lengths beyond the model's window.
         skip_missing: Leave out tests whose data is missing instead of stopping.
         benchmarks: lm_eval: which benchmarks; by default all (MMLU MMLU-Pro MATH GSM-8K HumanEval HellaSwag ARC-Easy
             ARC-Challenge PIQA).
         limit: lm_eval: samples of each task, to try it out; by default all.
         run_code: lm_eval: let HumanEval run the programs that the model wrote, on this machine.
-        engine: What answers samples: transformers, or vllm, which must be installed; the needle map, perplexity
-            and loss need transformers.
+        engine: What answers samples: transformers, or vllm, which must be installed; the needle map, perplexity,
+            LongPPL and loss need transformers.
         gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
             model over.
         kv_dtype: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
@@ -67,6 +74,12 @@ class RunSettings:
     data: str | None = None
     rows: str | None = None
     max_rows: int = 16
+    evaluator: str | None = None
+    texts: Literal["document", "row"] = "document"
+    short_context: Tokens = 4096
+    short_stride: Tokens = 1024
+    key_alpha: float = 2.0
+    key_beta: float = -2.0
     beyond_window: bool = False
     skip_missing: bool = False
     benchmarks: tuple[str, ...] = ()
@@ -79,7 +92,7 @@ class RunSettings:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("model", "haystack", "data", "rows"):
+        for name in ("model", "haystack", "data", "rows", "evaluator"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
         if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
@@ -94,16 +107,17 @@ class RunSettings:
                 f"kv is {' or '.join(get_args(KV))}, gpus at least 1 and workers not negative, got "
                 f"{self.kv_dtype}, {self.gpus} and {self.workers}."
             )
-        if self.shared and {"perplexity", "loss", "lm_eval", "standard"} & set(self.tasks):
+        if self.shared and {"perplexity", "longppl", "loss", "lm_eval", "standard"} & set(self.tasks):
             raise ValueError(
-                "Perplexity, loss and lm-eval's benchmarks run on one GPU with keys and values in the "
-                "model's own type: measure them in a run of their own, without --gpus and --kv."
+                "Perplexity, LongPPL, loss and lm-eval's benchmarks run on one GPU with keys and values in the "
+                "model's own type: measure them in a run of their own, without --gpus and --kv (LongPPL on several "
+                "GPUs: ultralong eval longppl)."
             )
         if self.shared and self.batch not in (None, 1):
             raise ValueError("Several GPUs or 8-bit keys and values read one prompt at a time: leave --batch away.")
-        if self.engine == "vllm" and {"needle", "perplexity", "loss"} & set(self.tasks):
+        if self.engine == "vllm" and {"needle", "perplexity", "longppl", "loss"} & set(self.tasks):
             raise ValueError(
-                "The needle map, perplexity and loss read the model's own forward pass, which vllm does not "
+                "The needle map, perplexity, LongPPL and loss read the model's own forward pass, which vllm does not "
                 "give: leave them out, or --engine away."
             )
 

@@ -15,7 +15,7 @@ from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.samples import find_task
 
 # Measured by other means than samples and answers: a grid, losses, lm-eval.
-SPECIAL = ("needle", "perplexity", "loss", "lm_eval")
+SPECIAL = ("needle", "perplexity", "longppl", "loss", "lm_eval")
 RENAMED_GROUPS = {"facts": "babilong_style", "standard": "lm_eval"}  # as version 0.3 called them
 GROUPS: dict[str, tuple[str, ...]] = {
     "ruler": tuple(RULER_TASKS),
