@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -130,6 +131,16 @@ def test_a_share_of_the_pieces_comes_from_all_over():
     numbers = [int(piece.id.rpartition("?")[2]) for piece in kept]
     assert min(numbers) < len(every) / 4
     assert max(numbers) > len(every) * 3 / 4
+
+
+def test_another_draw_takes_the_same_texts_with_no_fact_twice(pieces):
+    texts = [Document(f"book-{i}", TEXT[1000 * i :]) for i in range(4)]
+    others = list(replace(SETTINGS, draw=1).documents(texts, seed=3))
+    seen = {(asked, value) for piece in pieces for asked, found in facts_of(piece.text).items() for _, value in found}
+    again = {(asked, value) for piece in others for asked, found in facts_of(piece.text).items() for _, value in found}
+    assert len(seen) > 100
+    assert len(seen & again) < 0.02 * len(seen), "invented names may meet, hardly ever with one value"
+    assert [piece.text for piece in SETTINGS.documents(texts, seed=3)] == [piece.text for piece in pieces]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ class Retrieval:
             packed row may end inside a piece, and cuts the questions at its end off from what they ask for.
         several: Share of the keys that have two to four values, all asked for in one question.
         chained: Share of the keys whose value leads to another key, two to four in a chain.
+        draw: Another number gives other pieces and facts of the same texts, so that a recipe can take them several
+            times and no fact twice.
     """
 
     shortest: int = 8_000
@@ -109,6 +111,7 @@ class Retrieval:
     inside: float = 0.5
     several: float = 0.15
     chained: float = 0.1
+    draw: int = 0
 
     def __post_init__(self) -> None:
         if not 1_000 <= self.shortest <= self.longest:
@@ -136,8 +139,9 @@ class Retrieval:
             texts: The documents.
             seed: The recipe's.
         """
+        kind = f"{seed}.{self.draw}" if self.draw else f"{seed}"
         for document in texts:
-            draw = random.Random(hashlib.sha256(f"retrieval {seed} {document.id}".encode()).digest())
+            draw = random.Random(hashlib.sha256(f"retrieval {kind} {document.id}".encode()).digest())
             start, number = 0, 1
             while len(document.text) - start >= self.shortest:
                 wanted = int(self.shortest * (self.longest / self.shortest) ** draw.random())
