@@ -211,6 +211,11 @@ def _check_rows(design: Design, stage: Stage, seed: int) -> None:
     config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
     if config.skip_positions_to is not None and getattr(rows, "mask_documents", False):
         raise ValueError("training.skip_positions_to cuts whole rows in two, and rows.packing masks documents.")
+    if config.long_ce.weight_cap and stage.length < config.long_ce.shortest:
+        raise ValueError(
+            f"training.long_ce weighs what stands in {config.long_ce.shortest:,} tokens (short_context and stride) or "
+            f"more, and rows have {stage.length:,}: set training.long_ce.short_context and stride lower."
+        )
 
 
 def extension(stage: Stage, scaling: Scaling) -> Extension:

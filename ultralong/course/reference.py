@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ultralong
+from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.utils.extras import require
 
@@ -30,6 +31,7 @@ GROUPS: tuple[tuple[str, type[Any]], ...] = (
     ("optimizer", OptimizerConfig),
     ("parallel", ParallelConfig),
     ("memory", MemoryConfig),
+    ("long_ce", LongCEConfig),
 )
 # What a reader imports. The commands have --help, and the rest serves the pages and the tables of this project.
 ROOMS = ("rope", "checkpoints", "data", "attention", "training", "inference", "evaluation", "planner", "launch", "api")

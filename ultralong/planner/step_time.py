@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from ultralong.data.rows.short_contexts import short_contexts
 from ultralong.planner.report import PlanLine
 from ultralong.planner.traces.attention import PassTrace
 from ultralong.planner.workload import FLOAT, Workload
+from ultralong.training.step import SHORT_TOKENS
 
 # What the tiled loss moves beside its products: each logit for the log-sum-exp (read twice) and for the gradient (read,
 # and written in two bytes), and for each tile the head's gradient, float32, which the tile's own is added to.
@@ -39,6 +43,7 @@ def step_time(workload: Workload) -> list[PlanLine]:
     launches = operations * passes * machine.launch - sum(items.values())
     if launches > 0:
         items["waiting for operations to be launched"] = launches
+    items["short contexts of LongCE"] = _short_contexts(workload) * passes  # before the long pass, and hides nothing
     return [PlanLine("step", name, value, machine.basis, "s") for name, value in items.items() if value > 0]
 
 
@@ -79,6 +84,35 @@ def _recomputed_inputs(workload: Workload) -> float:
     layer = workload.layer_parameters - projections
     products = (shape.layers - workload.checkpoints) * 2.0 * layer * tokens
     return products / workload.machine.matmul_rate(shape.hidden)
+
+
+def _short_contexts(workload: Workload) -> float:
+    """Seconds of reading a micro-batch's rows once more in short contexts: forward passes, dealt to those who share it.
+
+    What else than products and attention a forward pass takes is put as a third of what the whole step's two passes
+    take beside them, for as many tokens.
+    """
+    weights, machine, shape = workload.config.long_ce, workload.machine, workload.shape
+    if not weights.weight_cap:
+        return 0.0
+    rows = workload.row_boundaries or (None,)
+    found = [
+        short_contexts(np.zeros((1, workload.tokens), dtype=np.int8), edges, weights.short_context, weights.stride)
+        for edges in rows
+    ]
+    share = workload.config.micro_batch_size / workload.context_parallel_size / len(rows)
+    tokens = share * sum(context.length for contexts in found for context in contexts)
+    targets = share * sum(context.end - context.first for contexts in found for context in contexts)
+    pairs = share * sum(context.length**2 / 2 for contexts in found for context in contexts)
+    flops = 4.0 * pairs * shape.heads * shape.head_dim * shape.layers
+    length = weights.short_context + weights.stride - 1
+    forward, _ = machine.attention_rates(workload.rates_of, shape.head_dim, length)
+    products = 2.0 * tokens * workload.layer_parameters * shape.layers + 2.0 * targets * shape.hidden * shape.vocabulary
+    local = workload.share * workload.config.micro_batch_size
+    moved, reads = workload.trace.layers.moved * tokens / local / 3, tokens / max(length, min(local, SHORT_TOKENS))
+    operations = workload.trace.layers.operations / 3 * max(1.0, reads)
+    seconds = flops / forward + products / machine.matmul_rate(shape.hidden)
+    return seconds + machine.traffic_seconds(operations, moved)
 
 
 def _exchange(workload: Workload) -> float:

@@ -122,16 +122,18 @@ class Workload:
         """One layer's attention of the row whose work is nearest to the mean: the one that seconds are taken from."""
         if self.documents is None:
             return self.trace.attention
-        work = [query_key_pairs(self.tokens, edges) for edges in self._boundaries]
+        work = [query_key_pairs(self.tokens, edges) for edges in self.row_boundaries]
         mean = sum(work) / len(work)
-        return self._attention(min(self._boundaries, key=lambda edges: abs(query_key_pairs(self.tokens, edges) - mean)))
+        return self._attention(
+            min(self.row_boundaries, key=lambda edges: abs(query_key_pairs(self.tokens, edges) - mean))
+        )
 
     @property
     def work_over_usual(self) -> float:
         """Query-key pairs of a row in the mean, over those of the row of `usual_attention`."""
         if self.documents is None:
             return 1.0
-        work = [query_key_pairs(self.tokens, edges) for edges in self._boundaries]
+        work = [query_key_pairs(self.tokens, edges) for edges in self.row_boundaries]
         mean = sum(work) / len(work)
         return mean / min(work, key=lambda each: abs(each - mean))
 
@@ -141,7 +143,9 @@ class Workload:
         if self.documents is None:
             return self.tokens / 2
         return (
-            sum(query_key_pairs(self.tokens, edges) for edges in self._boundaries) / len(self._boundaries) / self.tokens
+            sum(query_key_pairs(self.tokens, edges) for edges in self.row_boundaries)
+            / len(self.row_boundaries)
+            / self.tokens
         )
 
     @property
@@ -149,21 +153,23 @@ class Workload:
         """Length of the documents that the work is in: their mean, weighted by query-key pairs; T for a whole row."""
         if self.documents is None:
             return self.tokens
-        lengths = [float(b - a) for edges in self._boundaries for a, b in pairwise(edges)]
+        lengths = [float(b - a) for edges in self.row_boundaries for a, b in pairwise(edges)]
         return sum(n**3 for n in lengths) / sum(n**2 for n in lengths)
 
     @cached_property
-    def _boundaries(self) -> tuple[tuple[int, ...], ...]:
-        """The rows' boundaries at this length, their documents repeated or cut off where it is not the rows' own."""
-        assert self.documents is not None
-        return tuple(_at_length(edges, self.tokens) for edges in self.documents)
+    def row_boundaries(self) -> tuple[tuple[int, ...], ...]:
+        """Boundaries of rows whose documents don't see each other, at this length; none where they do.
+
+        Documents are repeated or cut off where the length is not the rows' own.
+        """
+        return tuple(_at_length(edges, self.tokens) for edges in self.documents or ())
 
     @property
     def _heaviest(self) -> tuple[int, ...] | None:
         """Boundaries of the row with the longest document: the most keys to gather."""
         if self.documents is None:
             return None
-        return max(self._boundaries, key=lambda edges: max(b - a for a, b in pairwise(edges)))
+        return max(self.row_boundaries, key=lambda edges: max(b - a for a, b in pairwise(edges)))
 
     def _attention(self, boundaries: tuple[int, ...] | None) -> AttentionTrace:
         micro = rows = self.config.micro_batch_size

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ultralong.data.rows.packed_rows import PackedRow, PackedRows
 from ultralong.data.rows.permutation import permuted
+from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.training.config import DataSource
 
 
@@ -165,14 +166,34 @@ def check_skipping(folders: Sequence[PackedRows], to: int) -> None:
 
 def longest_position(rows: PackedRows) -> int:
     """Positions that a folder's rows use: their length, or the longest document where each starts at 0 again."""
-    if not rows.restart_positions:
-        return rows.length
+    return _longest_document(rows) if rows.restart_positions else rows.length
+
+
+def _longest_document(rows: PackedRows) -> int:
     longest = 0
     for shard in rows.segments():
         ends = np.append(shard[1:, 1], 0)
         ends[np.append(shard[1:, 0] != shard[:-1, 0], True)] = rows.length
         longest = max(longest, int((ends - shard[:, 1]).max(initial=0)))
     return longest
+
+
+def check_long_ce(folders: Sequence[PackedRows], weights: LongCEConfig) -> str:
+    """Refuse rows in which LongCE would weigh nothing; returns what it weighs.
+
+    Raises:
+        ValueError: Their texts are no longer than a short context and its stride.
+    """
+    for rows in folders:
+        reach = _longest_document(rows) if rows.mask_documents else rows.length
+        if reach < weights.shortest:
+            text = "Documents, which see no other," if rows.mask_documents else "Rows"
+            raise ValueError(
+                f"{text} have up to {reach:,} tokens in {rows.folder}, and long_ce weighs what stands in "
+                f"{weights.shortest:,} (short_context and stride) or more: nothing would be weighted. Set "
+                "long_ce.short_context and long_ce.stride lower, or long_ce.weight_cap=0."
+            )
+    return f"targets behind {weights.short_context:,} tokens and more are weighted by up to {weights.weight_cap:g}"
 
 
 def collate(rows: list[PackedRow], places: tuple[Place, ...], mask_documents: bool) -> Batch:

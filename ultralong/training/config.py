@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.utils.units import Tokens
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -221,6 +222,7 @@ class TrainConfig:
         skip_positions_to: Skipped positions (PoSE, arXiv 2309.10400): each row is cut in two, and its second chunk
             stands at a later position, drawn anew for each row, below this one; so short rows train the distances of a
             longer window. None trains at the rows' own positions.
+        long_ce: Weights of the targets, see `LongCEConfig`; off by default.
         base_model: Hub id of the model that `model` was extended from, or `miniature`. `ultralong plan` takes its shape
             where `model` is no folder yet; training does not read it.
         length: Tokens of a row. `ultralong plan` takes it where no rows are packed yet; training refuses rows of
@@ -252,6 +254,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
     skip_positions_to: Tokens | None = None
+    long_ce: LongCEConfig = field(default_factory=LongCEConfig)
     base_model: str | None = None
     length: Tokens | None = None
 
@@ -268,6 +271,8 @@ class TrainConfig:
         if self.compile and self.skip_positions_to is not None:
             # Compiled attention is transformers' own, which takes a jump of the positions for another text's start.
             raise ValueError("compile and skip_positions_to don't go together: switch one of them off.")
+        if self.compile and self.long_ce.weight_cap:
+            raise ValueError("compile and long_ce don't go together, as short contexts are of other shapes.")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "

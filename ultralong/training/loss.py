@@ -10,6 +10,7 @@ as rows differ in their number of targets.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from ultralong.utils.rope_tables import RopeTables
 IGNORE = -100  # the label that torch's cross entropy leaves out
 
 
-def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int = 2048) -> tuple[Tensor, Tensor]:
+def tiled_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tile: int = 2048,
+    short_losses: Tensor | None = None,
+    weight_cap: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Sum of the cross entropies of `hidden @ weight.T` against `labels`, computed a tile of tokens at a time.
 
     The gradients of both inputs are made in the forward pass, while a tile's logits exist, and scaled by the incoming
@@ -34,6 +42,10 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
         weight: (V, d), the head.
         labels: (N,) int64, already shifted: `labels[n]` is the target of `hidden[n]`; -100 for none.
         tile: Tokens whose logits exist at a time.
+        short_losses: (N,) the targets' losses with a short context, NaN where there is none (LongCE): each loss in the
+            sum is then multiplied by exp(short loss - loss), at most `weight_cap`; by 1 where there is none. No
+            gradient goes through these weights.
+        weight_cap: See `short_losses`.
 
     Returns:
         The sum over all targets (float32 scalar, or float64 for float64 inputs; 0 with a graph where there is no
@@ -50,9 +62,13 @@ def tiled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: in
         raise ValueError(
             f"labels must be ({hidden.shape[0]},), one for each hidden state, found {tuple(labels.shape)}."
         )
+    if short_losses is not None and short_losses.shape != labels.shape:
+        raise ValueError(f"short_losses must be as labels, {tuple(labels.shape)}, found {tuple(short_losses.shape)}.")
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _TiledCrossEntropy.apply(hidden, weight, labels, tile, compute)
+    return _TiledCrossEntropy.apply(hidden, weight, labels, tile, compute, short_losses, weight_cap)
 
 
 def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,13 +100,29 @@ _normalise, _by_logits = (
 )
 
 
+def _long_ce_weights(losses: Tensor, short_losses: Tensor, cap: float) -> Tensor:
+    """LongCE's weights (m,) of losses (m,): what the long context is worth to each target."""
+    gained = (short_losses - losses).clamp(max=math.log(cap)).exp()
+    return torch.where(short_losses.isnan(), 1.0, gained)
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, compute: torch.dtype) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        tile: int,
+        compute: torch.dtype,
+        short_losses: Tensor | None,
+        weight_cap: float,
+    ) -> Any:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = weight.to(compute)  # (V, d)
         losses = torch.zeros(labels.shape, dtype=accumulate, device=hidden.device)  # (N,)
+        weighted = losses if short_losses is None else torch.zeros_like(losses)  # (N,)
         d_hidden = torch.zeros_like(hidden) if wants_hidden else None  # (N, d)
         d_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None  # (V, d)
         # Tokens without a target are left out before the product: in SFT they are most of a row.
@@ -101,10 +133,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
             wanted = labels[index, None]  # (m, 1)
             normaliser = _normalise(logits)  # (m, 1)
             losses[index] = (normaliser - logits.gather(1, wanted)).squeeze(1)
+            if short_losses is not None:
+                weights = _long_ce_weights(losses[index], short_losses[index].to(accumulate), weight_cap)  # (m,)
+                weighted[index] = weights * losses[index]
             if d_hidden is None and d_weight is None:
                 continue
             d_logits = _by_logits(logits, normaliser, wanted, compute)  # (m, V)
             del logits
+            if short_losses is not None:
+                d_logits.mul_(weights[:, None])
             if d_hidden is not None:
                 d_hidden[index] = (d_logits @ head).to(hidden.dtype)
             if d_weight is not None:
@@ -113,16 +150,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return weighted.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = d_hidden * d_total.to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * d_total).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 class LanguageModelLoss(nn.Module):
@@ -152,15 +189,23 @@ class LanguageModelLoss(nn.Module):
         self.rope: RopeTables = RopeTables(model)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, text_lengths: Tensor | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        text_lengths: Tensor | None = None,
+        short_losses: Tensor | None = None,
+        weight_cap: float = 1.0,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the losses and each token's own loss.
+        """Sum of the losses, weighted where `short_losses` are given, and each token's own loss, unweighted.
 
         Args:
             input_ids: (B, T).
             labels: (B, T), already shifted, -100 for no target.
             text_lengths: (B, T) tokens of each token's text where the row is shared or holds several, for a RoPE that
                 follows the length.
+            short_losses: (B, T), as for `tiled_cross_entropy`.
+            weight_cap: As for `tiled_cross_entropy`.
             **inputs: What else the decoder takes: `position_ids`, `attention_context`.
 
         Returns:
@@ -170,5 +215,8 @@ class LanguageModelLoss(nn.Module):
         with self.rope.at(text_lengths):
             hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
         weight = self.model.get_output_embeddings().weight
-        total, losses = tiled_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), self.tile)
+        short = None if short_losses is None else short_losses.flatten()
+        total, losses = tiled_cross_entropy(
+            hidden.flatten(0, 1), weight, labels.flatten(), self.tile, short, weight_cap
+        )
         return total, losses.view(labels.shape)

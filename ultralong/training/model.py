@@ -205,6 +205,17 @@ def check_full_attention(text: Any) -> None:
         )
 
 
+def _long_ce_line(config: TrainConfig) -> list[str]:
+    """Which weights the targets had, where they had any."""
+    weights = config.long_ce
+    if not weights.weight_cap:
+        return []
+    return [
+        f"- LongCE: targets weighted by what more than {weights.short_context:,} tokens of context are worth, at most "
+        f"{weights.weight_cap:g}"
+    ]
+
+
 def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:
     """What was done to the model, as a section of its card."""
     loss = "not known" if facts["loss"] is None else f"{facts['loss']:.4f} nats per target"
@@ -215,6 +226,7 @@ def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any
         f"- {facts['steps']:,} steps of {config.global_batch_size} x {order.length:,} tokens: {facts['tokens']:,} "
         f"tokens, attention {'kept inside documents' if order.mask_documents else 'across documents'}"
         f"{f', positions skipped up to {config.skip_positions_to:,} (PoSE)' if config.skip_positions_to else ''}",
+        *_long_ce_line(config),
         f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
         f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
         f"- loss over the last tenth of the steps: {loss}",

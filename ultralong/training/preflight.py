@@ -19,7 +19,7 @@ from ultralong.checkpoints.files import check_whole
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
-from ultralong.training.batches import check_skipping, longest_position
+from ultralong.training.batches import check_long_ce, check_skipping, longest_position
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory import check_tiled_layers
@@ -80,6 +80,8 @@ class Preflight:
         folders = self._check("rows", self._rows)
         if folders:
             self._check("targets", lambda: self._targets(folders))
+        if folders and self.config.long_ce.weight_cap:
+            self._check("LongCE", lambda: (check_long_ce(folders, self.config.long_ce), None))
         if folders and model is not None:
             self._check("window", lambda: _window(model, folders, self.config))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))

@@ -12,11 +12,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ultralong.attention import make_attention_context
+from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
 from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
@@ -27,6 +31,7 @@ from ultralong.training.parallel import Processes, full_tensor, shard_parameters
 from ultralong.training.throughput import Throughput, query_key_pairs
 from ultralong.utils.rope_tables import text_lengths
 
+SHORT_TOKENS = 16384  # of short contexts that are read in one pass, where a share of a row is as long
 RECENT, FEWEST = 32, 8  # steps that a loss spike is measured against, and how few of them are too few
 
 
@@ -98,9 +103,11 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
     targets, seen = (processes.all_reduce_sum(count) / processes.context_parallel_size for count in (targets, seen))
     scale = processes.accelerator.num_processes / targets.clamp(min=1)
     sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
+    weighted = sums.new_zeros(())
     for number, batch in enumerate(batches):
         total, losses, bucket, counted = _forward(run, batch)
         processes.backward(total * scale, run.model, last=number == len(batches) - 1)
+        weighted += total.detach()
         sums[0].scatter_add_(0, bucket, losses)
         sums[1].scatter_add_(0, bucket, counted)
     sums = processes.all_reduce_sum(sums)
@@ -111,12 +118,18 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
         _stop(run, step, f"the gradient's norm is {norm}", batches)
     run.recent.append(loss)
     by_position = (sums[0] / sums[1]).tolist()
+    long_ce = (
+        {"long_ce": round(float(processes.all_reduce_sum(weighted) / targets.clamp(min=1)), 6)}
+        if config.long_ce.weight_cap
+        else {}
+    )
     return {
         "loss": round(loss, 6),
         "grad_norm": round(norm, 6),
         "lr": float(run.optimizer.param_groups[0]["lr"]),
         "targets": int(targets),
         "pairs": float(seen),
+        **long_ce,
         "loss_by_position": [round(x, 4) if math.isfinite(x) else None for x in by_position],
     }
 
@@ -129,7 +142,9 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     }
     place = torch.arange(batch.input_ids.shape[1], device=device) % batch.row_length  # (T,)
     tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
-    extra = {}
+    extra: dict[str, Any] = {}
+    if run.config.long_ce.weight_cap:
+        tensors["short_losses"] = _short_losses(run, batch)
     run.memory.clear()
     shared = run.processes.context_parallel_size > 1
     # Without a context transformers makes the mask, and takes a jump of the positions for another text's start.
@@ -148,12 +163,63 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         positions = tensors["position_ids"]
         last = positions[:, -1:].expand_as(positions)
         tensors["text_lengths"] = last + 1 if batch.skips else text_lengths(positions)
-        padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0, "text_lengths": 1}
+        padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0, "text_lengths": 1, "short_losses": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
+    if run.config.long_ce.weight_cap:
+        extra["weight_cap"] = run.config.long_ce.weight_cap
     bucket, labels = tensors.pop("bucket"), tensors["labels"]
     total, losses = run.model(**tensors, **extra)
     return total, losses.double().flatten(), bucket.flatten(), (labels != -100).double().flatten()
+
+
+@torch.no_grad()
+def _short_losses(run: Run, batch: Batch) -> Tensor:
+    """Losses (B, T) of a batch's targets with a short context, NaN where there is none, on all who share the rows.
+
+    The processes that share a row deal its short contexts out. All processes make as many passes: under FSDP2 each pass
+    gathers parameters from all of them.
+    """
+    config, processes, device = run.config, run.processes, run.processes.accelerator.device
+    model = run.model.module if isinstance(run.model, DistributedDataParallel) else run.model
+    size, labels = processes.context_parallel_size, batch.labels.numpy()
+    boundaries = None if batch.boundaries is None else batch.boundaries.tolist()
+    contexts = short_contexts(labels, boundaries, config.long_ce.short_context, config.long_ce.stride)
+    most = min(SHORT_TOKENS, labels.size // size)  # a pass is no larger than the long one, if one context is not
+    mine = list(equal_lengths(contexts, most))[processes.accelerator.process_index % size :: size]
+    (passes,) = processes.largest(len(mine))
+    found = torch.zeros(2, *labels.shape, device=device)  # losses, and whether there is one
+    for number in range(int(passes)):
+        if number >= len(mine):
+            _read_short(run, model, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -100))
+            continue
+        ids, wanted = (
+            torch.stack([x[context.row, context.start : context.end] for context in mine[number]])
+            for x in (batch.input_ids, batch.labels)
+        )
+        wanted = wanted.where(torch.arange(ids.shape[1]) >= mine[number][0].first - mine[number][0].start, -100)
+        for context, losses in zip(mine[number], _read_short(run, model, ids, wanted), strict=True):
+            found[0, context.row, context.first : context.end] = losses[context.first - context.start :]
+            found[1, context.row, context.first : context.end] = 1
+    if processes.context_parallel_group is not None:
+        dist.all_reduce(found, group=processes.context_parallel_group)
+    return found[0].masked_fill_(found[1] == 0, np.nan)
+
+
+def _read_short(run: Run, model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """Losses (B, t) of texts of one length, each by itself and on this process alone."""
+    tokens, device = ids.shape[1], run.processes.accelerator.device
+    context = make_attention_context(
+        tokens, kernel=run.config.parallel.kernel, heads=run.heads[0], kv_heads=run.heads[1]
+    )
+    _, losses = model(
+        ids.to(device),
+        labels.to(device),
+        torch.full_like(ids, tokens, device=device),
+        position_ids=torch.arange(tokens, device=device).expand_as(ids),
+        attention_context=context,
+    )
+    return losses
 
 
 def _update(run: Run, step: int) -> float:

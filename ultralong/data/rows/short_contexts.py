@@ -7,11 +7,47 @@ time, so that one short pass serves W of them: a text is read about (S + W) / W 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+
+from ultralong.utils.units import Tokens
+
+
+@dataclass(frozen=True)
+class LongCEConfig:
+    """LongCE (arXiv 2410.23771): targets are weighted by what the long context is worth to them.
+
+    A target's loss is multiplied by exp(loss with a short context - loss with all of it), at most `weight_cap`, taken
+    from the model in training and without a gradient through the weight; targets with no more than a short context
+    before them keep weight 1. The sum is still divided by the number of targets. Every step reads its rows once more,
+    in short contexts and without a backward pass.
+
+    Attributes:
+        weight_cap: Largest weight; 0 switches LongCE off. The paper takes 5.
+        short_context: Tokens of the short context at least.
+        stride: Tokens that share a short context: rows are read about (short_context + stride) / stride times more.
+    """
+
+    weight_cap: float = 0.0
+    short_context: Tokens = 4096
+    stride: Tokens = 1024
+
+    def __post_init__(self) -> None:
+        if self.weight_cap and not 1 <= self.weight_cap < math.inf:
+            raise ValueError(
+                f"weight_cap must be 0 (off) or a number from 1, found {self.weight_cap}: the paper takes 5."
+            )
+        if self.short_context < 1 or self.stride < 1:
+            raise ValueError(f"short_context and stride must be 1 or more, found {self}.")
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest text that has a target with more than a short context before it."""
+        return self.short_context + self.stride
 
 
 @dataclass(frozen=True)
