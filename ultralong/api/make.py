@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 def extend(
     model: StrPath,
     to: int,
-    out: StrPath,
+    out: StrPath | None = None,
     method: str = "auto",
     *,
+    explain: bool = False,
     factor: float | None = None,
     attention_factor: float | None = None,
     original_window: int | None = None,
@@ -46,6 +47,8 @@ def extend(
         to: Tokens of the new window.
         out: New folder; it must not exist or be empty.
         method: "auto" keeps a model's llama3 scaling and gives any other yarn; or one of `ultralong.rope.METHODS`.
+        explain: Write nothing: the report's `explanation` then says what changes for which rotary pairs, and what the
+            model's own traits let expect.
         factor: Scaling factor; None is `to` over the window of the unscaled pretraining.
         attention_factor: Factor on cosine and sine; 1.0 switches YaRN's temperature off.
         original_window: Tokens of the unscaled pretraining, where the config does not tell.
@@ -67,6 +70,7 @@ def extend(
         to,
         out,
         method,
+        explain=explain,
         factor=factor,
         attention_factor=attention_factor,
         original_window=original_window,

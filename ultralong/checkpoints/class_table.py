@@ -1,4 +1,4 @@
-"""The rotary table that a model class computes for itself, beside the one that was meant.
+"""What a model class does by itself: its rotary table, beside the one that was meant, and its norms.
 
 transformers' classes differ from their common functions in places: some read further keys, some cannot compute a
 scaled table without `head_dim`, and hybrids may have no rotary module at all. The class itself is asked, before a copy.
@@ -30,6 +30,21 @@ def class_table(config: PreTrainedConfig) -> tuple[torch.Tensor, float] | None:
         return None
     built = type(module)(config.get_text_config())
     return built.inv_freq, float(getattr(built, "attention_scaling", 1.0))
+
+
+def class_norms(config: PreTrainedConfig) -> frozenset[str]:
+    """Where a model class normalises beside its layers' inputs: any of `queries and keys` and `after a sublayer`.
+
+    By the names of transformers' modules; the model is built without memory.
+    """
+    with torch.device("meta"):
+        names = {name.rsplit(".", 1)[-1] for name, _ in AutoModelForCausalLM.from_config(config).named_modules()}
+    found = set()
+    if names & {"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"}:
+        found.add("queries and keys")
+    if any(name.startswith(("post_feedforward", "post_mlp")) for name in names):
+        found.add("after a sublayer")
+    return frozenset(found)
 
 
 def check_class_table(config: PreTrainedConfig, scaling: RopeScaling) -> None:

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoConfig
 from transformers import __version__ as transformers_version
 
-from ultralong.checkpoints.class_table import check_class_table
+from ultralong.checkpoints.class_table import check_class_table, class_norms
 from ultralong.checkpoints.config import CONFIG_ERRORS, load_config, one_line
 from ultralong.checkpoints.files import CARD, check_links, companion_files, locate, weight_files
 from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, read_licence
-from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries
+from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries, explanation
 from ultralong.checkpoints.write import check_free, copy_weights, write_checkpoint
 from ultralong.rope import (
     RopeScaling,
@@ -30,6 +30,7 @@ from ultralong.rope import (
     window_of,
 )
 from ultralong.rope import attention_factor as attention_factor_of
+from ultralong.rope.scaling import require
 from ultralong.utils.files import read_json_object, write_json
 from ultralong.utils.units import parse_tokens
 
@@ -63,6 +64,8 @@ class ExtendReport:
         left_out: Files of the source that are no part of the model.
         licence: The source's licence where its card states one.
         notes: What a user should know, one sentence each.
+        explanation: Where it was asked for: the scaling pair by pair (`ultralong.rope.explain.ScalingExplanation`),
+            the model's `traits` that cost long-context quality, and all of it as text (`lines`); nothing was written.
     """
 
     source: str
@@ -87,6 +90,7 @@ class ExtendReport:
     left_out: tuple[str, ...]
     licence: str | None
     notes: tuple[str, ...]
+    explanation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, numbers and strings, ready for JSON."""
@@ -96,9 +100,10 @@ class ExtendReport:
 def extend(
     source: str | os.PathLike[str],
     to: int | str,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     method: str = "auto",
     *,
+    explain: bool = False,
     factor: float | None = None,
     attention_factor: float | None = None,
     original_window: int | None = None,
@@ -118,6 +123,7 @@ def extend(
         to: Tokens of the new window, as a number or as "1m"; "8x" is eight times the source's window.
         out: New folder; it must not exist or be empty.
         method: "auto" keeps a model's `llama3` type and gives any other `yarn`; or one of `ultralong.rope.METHODS`.
+        explain: Write nothing and need no weights: the report then says what the scaling changes (`explanation`).
         factor: As in `Extension`; the default is `to` over the window of the unscaled pretraining.
         attention_factor: As in `Extension`; 1.0 turns YaRN's temperature off, None keeps `0.1 ln(factor) + 1`.
         original_window: As in `Extension`.
@@ -134,14 +140,47 @@ def extend(
         ValueError: The source is no whole checkpoint, its RoPE can't be rescaled, the target is not longer than its
             window, the settings contradict each other, or `out` is in use. Nothing is written then.
     """
-    check_free(Path(os.path.realpath(Path(out).expanduser())))
-    folder = locate(source, revision)
+    require(out is not None or explain, "give the folder to write (out), or ask to explain, which writes nothing.")
+    if out is not None and not explain:
+        check_free(Path(os.path.realpath(Path(out).expanduser())))
+    folder = locate(source, revision, config_only=explain)
     config = load_config(folder)
     to = target_window(to, window_of(config)) if isinstance(to, str) else to
     wish = Extension(
         to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors, long_factors
     )
     scaling = choose_scaling(config, wish)
+    facts = {
+        "source": str(source),
+        "hub_id": None if folder == Path(source).expanduser() else str(source),
+        "base_model": Path(source).expanduser().absolute().name,
+        "factor_by_rule": factor is None and scaling.method != "default",
+        **_facts(config, scaling, to),
+    }
+    if out is None or explain:
+        return ExtendReport(
+            **facts,
+            out="",
+            files=(),
+            bytes=0,
+            left_out=(),
+            licence=None,
+            notes=caveats(config, scaling, to),
+            explanation=explanation(config, wish, scaling, class_norms(config)),
+        )
+    return _write(folder, out, config, scaling, to, facts, quiet)
+
+
+def _write(
+    folder: Path,
+    out: str | os.PathLike[str],
+    config: Any,
+    scaling: RopeScaling,
+    to: int,
+    facts: dict[str, Any],
+    quiet: bool,
+) -> ExtendReport:
+    """Write the copy of a checkpoint with another scaling."""
     weights = weight_files(folder)
     companions, left_out = companion_files(folder)
     check_links(folder, weights)
@@ -153,17 +192,13 @@ def extend(
     def card(temporary: Path) -> str:
         licence = read_licence(folder)
         report = ExtendReport(
-            source=str(source),
-            hub_id=None if folder == Path(source).expanduser() else str(source),
-            base_model=Path(source).expanduser().absolute().name,
+            **facts,
             out=str(out),
             files=_names(temporary),
             bytes=_size(temporary),
-            factor_by_rule=factor is None and scaling.method != "default",
             left_out=tuple(left_out),
             notes=notes,
             licence=licence.get("license_name") or licence.get("license"),
-            **_facts(config, scaling, to),
         )
         write_json(temporary / REPORT, report.to_dict())
         made.append(report)

@@ -43,8 +43,13 @@ HUB_PATTERNS = [
 ]
 
 
-def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def locate(source: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False) -> Path:
     """The folder of a checkpoint: a local one as it is, a hub id (`owner/name`) downloaded into the hub's cache.
+
+    Args:
+        source: Folder or hub id.
+        revision: Branch, tag or commit of a hub model.
+        config_only: Download no more than config.json.
 
     Raises:
         ValueError: There is no such folder and no such model within reach.
@@ -63,7 +68,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
             huggingface_hub.snapshot_download(
                 str(source),
                 revision=revision,
-                allow_patterns=HUB_PATTERNS,
+                allow_patterns=["config.json"] if config_only else HUB_PATTERNS,
                 ignore_patterns=["original/*", "consolidated*"],
             )
         )

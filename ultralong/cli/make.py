@@ -21,8 +21,9 @@ def extend(
     /,
     *,
     to: str,
-    out: Path,
+    out: Path | None = None,
     method: str = "auto",
+    explain: bool = False,
     factor: float | None = None,
     attention_factor: float | None = None,
     original_window: Tokens | None = None,
@@ -37,13 +38,17 @@ def extend(
     The copy opens in transformers and vLLM by its config alone. Train it on packed rows afterwards (ultralong pack,
     ultralong train).
 
-    Example: ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1m --out llama-1m
+    Examples:
+      ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1m --out llama-1m
+      ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1m --explain
 
     Args:
         model: Checkpoint folder with safetensors weights, or a hub id.
         to: Tokens of the new window, such as 1048576 or 1m, or how many times the old one, such as 8x.
-        out: Folder to write; it must be empty or not exist.
+        out: Folder to write; it must be empty or not exist. Needed but with --explain.
         method: auto keeps a model's llama3 scaling and gives any other yarn; or linear, ntk, dynamic, yarn, llama3.
+        explain: Write nothing and say which scaling this is, what it changes for which rotary pairs, and what the
+            model's own design lets expect.
         factor: Scaling factor; by default the new window over the window of the unscaled pretraining.
         attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
         original_window: Window of the unscaled pretraining, where the config does not tell.
@@ -60,6 +65,7 @@ def extend(
         to,
         out,
         method,
+        explain=explain,
         factor=factor,
         attention_factor=attention_factor,
         original_window=original_window,
@@ -69,6 +75,9 @@ def extend(
         quiet=quiet,
     )
     leave(json, report.to_dict())
+    if report.explanation is not None:
+        print("\n".join([*report.explanation["lines"], *(f"note: {note}" for note in report.notes)]))
+        return
     print(
         f"{out}: window {report.old_window:,} -> {report.new_window:,} tokens ({report.method}, factor "
         f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {report.new_window} --out rows"
