@@ -12,7 +12,7 @@ from tiny_run import LENGTH, make_run
 from ultralong import launch, planner
 from ultralong.cli import main
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.training.batches import longest_position
+from ultralong.data.rows.row_checks import longest_position
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
 from ultralong.training.preflight import check_start, preflight

@@ -82,6 +82,12 @@ class AttentionContext:
         """Tokens this process holds, padding included."""
         return self.layout.local
 
+    def row_degrees(self, lengths: Sequence[int]) -> list[int]:
+        """Processes that compute each of several rows laid end to end, from their lengths."""
+        if self.inner is not None and self.exchanges:  # after its all-to-all every process has a part of the heads
+            return [self.size] * len(lengths)
+        return self.layout.holders(lengths)
+
     @property
     def kernels_used(self) -> tuple[str, ...]:
         """Names of the kernels that this context's attention has run on so far."""

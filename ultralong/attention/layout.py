@@ -10,8 +10,9 @@ splits each rank's tokens again (`inner`), member i holds the i-th contiguous pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -64,6 +65,14 @@ class Layout:
     def ranges(self, rank: int) -> tuple[TokenRange, ...]:
         """Global ranges that a first-level rank holds, rising and apart."""
         return self.owned[rank]
+
+    def holders(self, lengths: Sequence[int]) -> list[int]:
+        """Ranks that hold tokens of each stretch of the row, from the stretches' lengths."""
+        edges = [0, *accumulate(lengths)]
+        return [
+            sum(any(a < stop and start < b for a, b in ranges) for ranges in self.owned)
+            for start, stop in pairwise(edges)
+        ]
 
     def positions(self, process: int) -> Tensor:
         """Global positions (T_local,) int64 of the tokens of a process; those at or past `tokens` are padding."""

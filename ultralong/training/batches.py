@@ -15,8 +15,12 @@ from torch import Tensor
 
 from ultralong.data.rows.packed_rows import PackedRow, PackedRows
 from ultralong.data.rows.permutation import permuted
-from ultralong.data.rows.short_contexts import LongCEConfig
-from ultralong.training.config import DataSource
+from ultralong.data.rows.row_checks import check_rows, check_skipping
+from ultralong.data.rows.step_packs import step_packs
+from ultralong.training.config import DataSource, TrainConfig
+from ultralong.training.throughput import query_key_pairs
+
+EMPTY = 128  # tokens of padding in the pass of a group that has no row left
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,12 @@ class Batch:
     """Tensors of one forward pass, before they are split over context-parallel processes.
 
     Attributes:
-        input_ids: (B, T); with a document mask the rows are laid end to end, (1, B * T).
+        input_ids: (B, T); with a document mask the rows are laid end to end, (1, B * T), as they are in a pack.
         labels: As `input_ids`, already shifted, -100 for no target.
         position_ids: As `input_ids`.
         boundaries: (N + 1,) int32 cumulative document lengths where attention must not cross documents, else None.
         places: Where the rows came from, to name them when something goes wrong.
-        row_length: T.
+        rows: Of each row the tokens that are here and its length; they differ where padding is left out.
         skips: Whether positions jump inside the rows (`skipped_positions`), which are one text each all the same.
     """
 
@@ -46,8 +50,28 @@ class Batch:
     position_ids: Tensor
     boundaries: Tensor | None
     places: tuple[Place, ...]
-    row_length: int
+    rows: tuple[tuple[int, int], ...]
     skips: bool = False
+
+    def position_buckets(self, count: int) -> Tensor:
+        """Which of `count` equal stretches of its row each token lies in, as `input_ids`."""
+        parts = [torch.arange(kept) * count // length for kept, length in self.rows]
+        return torch.cat(parts).view(self.input_ids.shape)
+
+
+@dataclass(frozen=True)
+class StepPacks:
+    """How the rows of one step are packed.
+
+    Attributes:
+        passes: For every pass and context-parallel group the rows it reads; none where a group has none left.
+        tokens: Tokens of the step, padding left out.
+        pairs: Query-key pairs of the step.
+    """
+
+    passes: tuple[tuple[tuple[Place, ...], ...], ...]
+    tokens: int
+    pairs: float
 
 
 class RowOrder:
@@ -59,6 +83,11 @@ class RowOrder:
         total: Rows the whole run draws.
         length: Tokens that a row must have; None accepts any length.
         skip_to: Positions that rows are spread over (`skipped_positions`); None leaves them as they are.
+        mixed: Rows of different lengths and masks are allowed; batches are then packs (`packs`).
+
+    Attributes:
+        length: Tokens of a row, of the longest where they differ.
+        end_to_end: Whether a batch is (1, N): under a document mask, and where rows are mixed.
 
     Raises:
         ValueError: A source is empty, rows of different length or masking are mixed, their length is not `length`, or
@@ -72,22 +101,14 @@ class RowOrder:
         total: int,
         length: int | None = None,
         skip_to: int | None = None,
+        mixed: bool = False,
     ) -> None:
         self.seed, self.skip_to = seed, skip_to
         self.folders = [PackedRows(source.rows) for source in sources]
-        for source, rows in zip(sources, self.folders, strict=True):
-            if not len(rows):
-                raise ValueError(f"{source.rows} holds no row. Pack more documents, or use a shorter row length.")
-        kinds = {(rows.length, rows.mask_documents): rows.folder for rows in self.folders}
-        if len(kinds) > 1:
-            found = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
-            raise ValueError(f"All sources of a run must share row length and document mask, found {found}.")
-        self.length, self.mask_documents = self.folders[0].length, self.folders[0].mask_documents
-        if length is not None and length != self.length:
-            raise ValueError(
-                f"The config says length: {length}, the rows in {self.folders[0].folder} have {self.length} tokens. "
-                f"Pack rows of {length} (ultralong pack ... --length {length}), or set length={self.length}."
-            )
+        check_rows(self.folders, length, mixed)
+        self.length = max(rows.length for rows in self.folders)
+        self.mask_documents = all(rows.mask_documents for rows in self.folders)
+        self.end_to_end = self.mask_documents or mixed
         if skip_to is not None:
             check_skipping(self.folders, skip_to)
         weights = np.array([source.weight for source in sources])
@@ -97,6 +118,12 @@ class RowOrder:
         for number in range(len(sources)):
             chosen = draws == number
             self._turn[chosen] = np.arange(chosen.sum())
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> RowOrder:
+        """The rows of a whole run."""
+        rows, mixed = config.steps * config.global_batch_size, config.parallel.dynamic_context_parallel
+        return cls(config.data, config.seed, rows, config.length, config.skip_positions_to, mixed)
 
     def place(self, index: int) -> Place:
         """The run's row number `index`."""
@@ -113,6 +140,47 @@ class RowOrder:
             return batch
         rows = [skipped_positions(self.length, self.skip_to, self.seed, first + number) for number in range(count)]
         return replace(batch, position_ids=torch.from_numpy(np.stack(rows)), skips=True)
+
+    def documents(self, place: Place) -> tuple[int, ...]:
+        """Boundaries of what sees no other inside a row: its documents, or all of it; padding is left out."""
+        rows = self.folders[place.source]
+        edges = rows.documents(place.row)
+        return edges if rows.mask_documents else (0, edges[-1])
+
+    def packs(self, first: int, count: int, groups: int, most: int, token_work: float) -> StepPacks:
+        """Rows `first` to `first + count - 1` of the run as packs of about equal work.
+
+        Args:
+            first: The first row.
+            count: Rows of the step.
+            groups: Context-parallel groups.
+            most: Most tokens of a pack.
+            token_work: What a token costs beside attention, in query-key pairs.
+        """
+        places = [self.place(index) for index in range(first, first + count)]
+        documents = [self.documents(place) for place in places]
+        lengths, pairs = [edges[-1] for edges in documents], [query_key_pairs(0, edges) for edges in documents]
+        work = [length * token_work + seen for length, seen in zip(lengths, pairs, strict=True)]
+        passes = step_packs(lengths, work, groups, most)
+        named = tuple(tuple(tuple(places[row] for row in pack) for pack in each) for each in passes)
+        return StepPacks(named, sum(lengths), sum(pairs))
+
+    def pack(self, places: tuple[Place, ...]) -> Batch:
+        """Rows of any lengths laid end to end, without their padding; one of nothing but padding for none."""
+        if not places:
+            ids = torch.zeros((1, EMPTY), dtype=torch.int64)
+            edges = torch.tensor([0, EMPTY], dtype=torch.int32)
+            return Batch(ids, ids - 100, ids, edges, places, ((EMPTY, EMPTY),))
+        rows = [self.folders[place.source][place.row] for place in places]
+        documents = [self.documents(place) for place in places]
+        tensors = {
+            name: torch.from_numpy(
+                np.concatenate([getattr(row, name)[: edges[-1]] for row, edges in zip(rows, documents, strict=True)])
+            )[None]  # (1, N)
+            for name in ("input_ids", "labels", "position_ids")
+        }
+        kept = tuple((edges[-1], len(row.input_ids)) for row, edges in zip(rows, documents, strict=True))
+        return Batch(**tensors, boundaries=_end_to_end(documents), places=places, rows=kept)
 
     def describe(self, place: Place) -> str:
         """A row's source and the documents in it, for messages."""
@@ -145,57 +213,6 @@ def skipped_positions(length: int, to: int, seed: int, index: int) -> np.ndarray
     return positions
 
 
-def check_skipping(folders: Sequence[PackedRows], to: int) -> None:
-    """Refuse rows whose positions can't be skipped.
-
-    Raises:
-        ValueError: They are longer than `to`, of one token, or of documents that do not see each other.
-    """
-    for rows in folders:
-        if rows.mask_documents or rows.restart_positions:
-            raise ValueError(
-                f"skip_positions_to cuts whole rows in two, and documents in {rows.folder} do not see each other. Pack "
-                "them with mask_documents: false and positions: row, or leave skip_positions_to out."
-            )
-        if not 1 < rows.length <= to:
-            raise ValueError(
-                f"skip_positions_to is {to:,}, the rows in {rows.folder} have {rows.length:,} tokens: it must be as "
-                "much or more, and a row 2 tokens at least."
-            )
-
-
-def longest_position(rows: PackedRows) -> int:
-    """Positions that a folder's rows use: their length, or the longest document where each starts at 0 again."""
-    return _longest_document(rows) if rows.restart_positions else rows.length
-
-
-def _longest_document(rows: PackedRows) -> int:
-    longest = 0
-    for shard in rows.segments():
-        ends = np.append(shard[1:, 1], 0)
-        ends[np.append(shard[1:, 0] != shard[:-1, 0], True)] = rows.length
-        longest = max(longest, int((ends - shard[:, 1]).max(initial=0)))
-    return longest
-
-
-def check_long_ce(folders: Sequence[PackedRows], weights: LongCEConfig) -> str:
-    """Refuse rows in which LongCE would weigh nothing; returns what it weighs.
-
-    Raises:
-        ValueError: Their texts are no longer than a short context and its stride.
-    """
-    for rows in folders:
-        reach = _longest_document(rows) if rows.mask_documents else rows.length
-        if reach < weights.shortest:
-            text = "Documents, which see no other," if rows.mask_documents else "Rows"
-            raise ValueError(
-                f"{text} have up to {reach:,} tokens in {rows.folder}, and long_ce weighs what stands in "
-                f"{weights.shortest:,} (short_context and stride) or more: nothing would be weighted. Set "
-                "long_ce.short_context and long_ce.stride lower, or long_ce.weight_cap=0."
-            )
-    return f"targets behind {weights.short_context:,} tokens and more are weighted by up to {weights.weight_cap:g}"
-
-
 def collate(rows: list[PackedRow], places: tuple[Place, ...], mask_documents: bool) -> Batch:
     """Put rows together. Under a document mask they are laid end to end and only their boundaries keep them apart."""
     stacked = {
@@ -206,7 +223,12 @@ def collate(rows: list[PackedRow], places: tuple[Place, ...], mask_documents: bo
     boundaries = None
     if mask_documents:
         stacked = {name: tensor.reshape(1, -1) for name, tensor in stacked.items()}  # (1, B * T)
-        starts = [row.boundaries[:-1].astype(np.int64) + number * length for number, row in enumerate(rows)]
-        boundaries = torch.from_numpy(np.append(np.concatenate(starts), len(rows) * length)).to(torch.int32)
+        boundaries = _end_to_end([row.boundaries for row in rows])
     ids, labels, positions = stacked["input_ids"], stacked["labels"], stacked["position_ids"]
-    return Batch(ids, labels, positions, boundaries=boundaries, places=places, row_length=length)
+    return Batch(ids, labels, positions, boundaries, places, rows=((length, length),) * len(rows))
+
+
+def _end_to_end(documents: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """Boundaries (N + 1,) int32 of rows laid end to end, from each row's own."""
+    edges = np.concatenate([np.diff(np.asarray(each, dtype=np.int64)) for each in documents]).cumsum()
+    return torch.from_numpy(np.append(0, edges)).to(torch.int32)

@@ -92,6 +92,9 @@ class ParallelConfig:
     Attributes:
         context_parallel_size: Processes that share one row (context parallelism, also called sequence parallelism);
             the processes of a run must be a multiple.
+        dynamic_context_parallel: Each row is shared by 1, 2, 4 ... of those processes, as its work asks for; rows of
+            different lengths and masks may be mixed, and those of a step are laid end to end in packs of equal work.
+        max_tokens_per_rank: Most tokens of a pack on one process; None is the longest row's share.
         fsdp_shard_degree: Processes over which FSDP2 shards the parameters, their gradients and the optimizer's
             states, whatever rows they work on; the processes of a run must be a multiple, and each further set of that
             many is a replica. 1 is allowed: nothing is sharded then, but parameters are computed with in `dtype` as
@@ -113,6 +116,8 @@ class ParallelConfig:
     }
 
     context_parallel_size: int = 1
+    dynamic_context_parallel: bool = False
+    max_tokens_per_rank: Tokens | None = None
     fsdp_shard_degree: int | None = None
     reshard_after_forward: bool = True
     scheme: str = "auto"
@@ -122,6 +127,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         degree = self.fsdp_shard_degree
+        if (most := self.max_tokens_per_rank) is not None and (most < 1 or not self.dynamic_context_parallel):
+            raise ValueError(f"max_tokens_per_rank ({most}) is 1 or more, and for dynamic_context_parallel: true only.")
         if self.context_parallel_size < 1 or (degree is not None and degree < 1) or not 0 < self.timeout_minutes < 1e6:
             raise ValueError(
                 "context_parallel_size and fsdp_shard_degree must be 1 or more and timeout_minutes above 0, "
@@ -263,21 +270,17 @@ class TrainConfig:
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if not self.data:
             raise ValueError("data must name at least one folder of packed rows.")
-        for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}.")
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"length must be 1 or more, found {self.length}.")
+        for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets", "length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, found {value}.")
         if self.compile and self.skip_positions_to is not None:
             # Compiled attention is transformers' own, which takes a jump of the positions for another text's start.
             raise ValueError("compile and skip_positions_to don't go together: switch one of them off.")
         if self.compile and self.long_ce.weight_cap:
             raise ValueError("compile and long_ce don't go together, as short contexts are of other shapes.")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size})."
-            )
+        rows, micro = self.global_batch_size, self.micro_batch_size
+        if rows % micro:
+            raise ValueError(f"global_batch_size ({rows}) must be a multiple of micro_batch_size ({micro}).")
 
 
 def preset(name: str | os.PathLike[str]) -> Path:

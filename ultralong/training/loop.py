@@ -95,8 +95,7 @@ def _train(
     start: float,
 ) -> TrainResult:
     """Train in a folder that this run holds."""
-    rows = config.steps * config.global_batch_size
-    order = RowOrder(config.data, config.seed, rows, config.length, config.skip_positions_to)
+    order = RowOrder.of_run(config)
     _on_main(lambda: folder.open(config, resume), processes)
     with _stop_recorded(folder):
         return _train_in(config, folder, processes, order, resume, quiet, start)
@@ -121,18 +120,19 @@ def _train_in(
         log = read_jsonl(folder.log)
         run.recent.extend(record["loss"] for record in log[-RECENT:])
         run.losses.extend(record["loss"] for record in log if record["step"] > _tail(config))
+        read = first * config.global_batch_size * order.length  # where the log was removed
+        run.tokens = log[-1].get("tokens", read) if log else read
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     with stop_asked() as came, background_saver(config.async_checkpoints, timeout) as background:
         _steps(run, first, quiet, came, background)
-    tokens = config.steps * config.global_batch_size * order.length
     loss = sum(run.losses) / len(run.losses) if run.losses else None
-    facts = {"steps": config.steps, "tokens": tokens, "loss": loss}
+    facts = {"steps": config.steps, "tokens": run.tokens, "loss": loss}
     weights = checkpoint.whole_weights(model)
     if processes.is_main:
         with full_disk_named(folder.path, FREE_SOME):
             export(model, weights, config, order, facts, folder.model)
     processes.barrier()
-    result = TrainResult(str(folder.model), config.steps, tokens, loss or math.nan, time.perf_counter() - start)
+    result = TrainResult(str(folder.model), config.steps, run.tokens, loss or math.nan, time.perf_counter() - start)
     if processes.is_main:
         write_json(folder.path / "result.json", {**facts, "model": result.model, "seconds": result.seconds})
     if config.trackers:
@@ -257,12 +257,13 @@ def _logged_step(run: Run, step: int) -> dict[str, Any]:
     begin = time.perf_counter()
     record = training_step(run, step)
     record["seconds"] = round(time.perf_counter() - begin, 4)
-    tokens = config.global_batch_size * run.order.length
+    tokens = record.pop("step_tokens")
+    run.tokens += tokens
     record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
     if step >= _tail(config):
         run.losses.append(record["loss"])
     if run.processes.is_main:
-        append_jsonl(run.folder.log, {"step": step + 1, "tokens": (step + 1) * tokens, **record})
+        append_jsonl(run.folder.log, {"step": step + 1, "tokens": run.tokens, **record})
     if config.trackers:
         numbers = {key: value for key, value in record.items() if isinstance(value, float | int)}
         run.processes.accelerator.log(numbers, step=step + 1)

@@ -218,13 +218,16 @@ def _long_ce_line(config: TrainConfig) -> list[str]:
 
 def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:
     """What was done to the model, as a section of its card."""
+    lengths = sorted({rows.length for rows in order.folders})
+    masked = {rows.mask_documents for rows in order.folders}
     loss = "not known" if facts["loss"] is None else f"{facts['loss']:.4f} nats per target"
     optimizer = config.optimizer
     lines = [
         "## Training",
         "",
-        f"- {facts['steps']:,} steps of {config.global_batch_size} x {order.length:,} tokens: {facts['tokens']:,} "
-        f"tokens, attention {'kept inside documents' if order.mask_documents else 'across documents'}"
+        f"- {facts['steps']:,} steps of {config.global_batch_size} x {' or '.join(f'{n:,}' for n in lengths)} tokens: "
+        f"{facts['tokens']:,} tokens, attention "
+        f"{' or '.join('kept inside documents' if mask else 'across documents' for mask in sorted(masked))}"
         f"{f', positions skipped up to {config.skip_positions_to:,} (PoSE)' if config.skip_positions_to else ''}",
         *_long_ce_line(config),
         f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "

@@ -145,6 +145,8 @@ def process_problem(config: TrainConfig, world: int) -> str | None:
             f"--set parallel.fsdp_shard_degree={divisor}."
         )
     groups = world // size
+    if config.parallel.dynamic_context_parallel:
+        return _dynamic_problem(config)
     if rows % (groups * micro):
         larger = [d for d in range(size, world + 1, size) if world % d == 0 and rows % (world // d * micro) == 0]
         other = f", or --set parallel.context_parallel_size={larger[0]}: more GPUs share a row" if larger else ""
@@ -152,6 +154,20 @@ def process_problem(config: TrainConfig, world: int) -> str | None:
             f"global_batch_size ({rows}) is not a multiple of {groups} groups of processes x micro_batch_size "
             f"({micro}). --set global_batch_size={-(-rows // (groups * micro)) * groups * micro}{other}."
         )
+    return None
+
+
+def _dynamic_problem(config: TrainConfig) -> str | None:
+    """Why rows can't be shared by as many processes as each needs, or None where they can."""
+    key = "parallel.dynamic_context_parallel"
+    if config.micro_batch_size > 1:
+        return (
+            f"{key} packs as many rows into a pass as parallel.max_tokens_per_rank allows, found micro_batch_size "
+            f"{config.micro_batch_size}: set it to 1."
+        )
+    if config.compile or config.skip_positions_to is not None:
+        other = "compile" if config.compile else "skip_positions_to"
+        return f"{key} lays rows end to end, which {other} is not for: switch one of them off."
     return None
 
 

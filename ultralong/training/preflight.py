@@ -17,9 +17,9 @@ from ultralong.attention.kernels import KERNELS, get_kernel
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.files import check_whole
 from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows, check_skipping, longest_position
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
-from ultralong.training.batches import check_long_ce, check_skipping, longest_position
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory import check_tiled_layers
@@ -107,6 +107,11 @@ class Preflight:
         size = self.config.parallel.context_parallel_size
         groups = self.world // size
         rows = self.config.global_batch_size // groups
+        if self.config.parallel.dynamic_context_parallel:
+            return (
+                f"{self.world} processes: {groups} group{'s' * (groups > 1)} of {size}, of which each row is shared by "
+                f"as many as it needs; {self.config.global_batch_size} rows a step in packs of equal work"
+            ), None
         return (
             f"{self.world} processes: {groups} group{'s' * (groups > 1)} of {size} that share a row, "
             f"{rows} rows a step each"
@@ -134,27 +139,20 @@ class Preflight:
         config = self.config
         there = [s.rows for s in config.data if not self.planned or (Path(s.rows) / "manifest.json").is_file()]
         folders = [PackedRows(rows) for rows in there]
-        for rows in folders:
-            if not len(rows):
-                raise ValueError(f"{rows.folder} holds no row. Pack more documents, or use a shorter row length.")
-        kinds = {(rows.length, rows.mask_documents): rows.folder for rows in folders}
-        if len(kinds) > 1:
-            found = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
-            raise ValueError(f"All sources of a run must share row length and document mask, found {found}.")
-        if folders and config.length not in (None, length := folders[0].length):
-            raise ValueError(
-                f"The config says length: {config.length}, the rows in {folders[0].folder} have {length} tokens. "
-                f"Pack rows of {config.length} (ultralong pack ... --length {config.length}), or set length={length}."
-            )
+        check_rows(folders, config.length, config.parallel.dynamic_context_parallel)
+        if config.parallel.dynamic_context_parallel:
+            check_room(folders, config.parallel.max_tokens_per_rank, config.parallel.context_parallel_size)
         if len(folders) < len(config.data):
             return f"{len(config.data) - len(folders)} of {len(config.data)} folders are not packed yet", folders
+        lengths = sorted({rows.length for rows in folders})
         needed, count = config.steps * config.global_batch_size, sum(map(len, folders))
         if needed > MOST_ROWS:
             raise ValueError(
                 f"steps x global_batch_size is {needed:,} rows, and a run reads at most {MOST_ROWS:,}: set steps lower."
             )
         return (
-            f"{count:,} rows of {folders[0].length:,} tokens; the run reads {needed:,} ({needed / count:.2f} passes)"
+            f"{count:,} rows of {' or '.join(f'{n:,}' for n in lengths)} tokens; the run reads {needed:,} "
+            f"({needed / count:.2f} passes)"
         ), folders
 
     def _targets(self, folders: list[PackedRows]) -> tuple[str, None]:

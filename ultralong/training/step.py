@@ -48,8 +48,14 @@ class Run:
     heads: tuple[int, int]
     memory: ActivationMemory
     throughput: Throughput
+    tokens: int = 0  # of all steps so far
     losses: list[float] = field(default_factory=list)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether each row is shared by as many processes as its work asks for."""
+        return self.config.parallel.dynamic_context_parallel
 
 
 def build_run(
@@ -78,23 +84,40 @@ def reserve_host_memory(run: Run) -> None:
     config, order = run.config, run.order
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     residual = torch.float32 if run.processes.mesh is None else dtype  # autocast leaves float32 between layers
-    rows = 1 if order.mask_documents else config.micro_batch_size  # under a mask rows lie end to end
-    local_tokens = -(-order.length * config.micro_batch_size // rows // run.processes.context_parallel_size)
+    rows = 1 if order.end_to_end else config.micro_batch_size
+    whole = most_pack_tokens(run) if run.dynamic else order.length * config.micro_batch_size
+    local_tokens = -(-whole // rows // run.processes.context_parallel_size)
     run.memory.reserve(rows, local_tokens, dtype, residual, run.processes.accelerator.device)
+
+
+def most_pack_tokens(run: Run) -> int:
+    """Most tokens of a pack, over the processes that share it: as many as the longest row has, unless it is said."""
+    size, asked = run.processes.context_parallel_size, run.config.parallel.max_tokens_per_rank
+    return run.order.length if asked is None else asked * size
+
+
+def _step_batches(run: Run, step: int) -> tuple[list[Batch], int]:
+    """This process's batches of a step, one for each pass, and the tokens of the whole step."""
+    config, processes, order = run.config, run.processes, run.order
+    rows, groups = config.global_batch_size, processes.data_ranks
+    if run.dynamic:
+        packs = order.packs(step * rows, rows, groups, most_pack_tokens(run), run.throughput.token_work)
+        return [order.pack(each[processes.data_rank]) for each in packs.passes], packs.tokens
+    mine, micro = rows // groups, config.micro_batch_size
+    start = step * rows + processes.data_rank * mine
+    return [order.batch(start + i, micro) for i in range(0, mine, micro)], rows * order.length
 
 
 def training_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns what the log keeps of it."""
     config, processes = run.config, run.processes
-    mine = config.global_batch_size // processes.data_ranks
-    start = step * config.global_batch_size + processes.data_rank * mine
-    batches = [run.order.batch(start + i, config.micro_batch_size) for i in range(0, mine, config.micro_batch_size)]
+    batches, tokens = _step_batches(run, step)
     targets = torch.tensor(
         float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
     )
     seen = torch.tensor(
         sum(query_key_pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
-        if run.order.mask_documents
+        if run.order.end_to_end
         else sum(len(batch.places) for batch in batches) * query_key_pairs(run.order.length, None),
         dtype=torch.float64,
         device=processes.accelerator.device,
@@ -104,8 +127,9 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
     scale = processes.accelerator.num_processes / targets.clamp(min=1)
     sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
     weighted = sums.new_zeros(())
+    shared: list[int] = []  # for each of this group's rows by how many processes
     for number, batch in enumerate(batches):
-        total, losses, bucket, counted = _forward(run, batch)
+        total, losses, bucket, counted = _forward(run, batch, shared)
         processes.backward(total * scale, run.model, last=number == len(batches) - 1)
         weighted += total.detach()
         sums[0].scatter_add_(0, bucket, losses)
@@ -130,18 +154,30 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
         "targets": int(targets),
         "pairs": float(seen),
         **long_ce,
+        "step_tokens": tokens,
+        **(_degrees(run, len(batches), shared) if run.dynamic else {}),
         "loss_by_position": [round(x, 4) if math.isfinite(x) else None for x in by_position],
     }
 
 
-def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This process's part of one batch: sum of losses with its graph, and per token: loss, bucket, counted or not."""
+def _degrees(run: Run, passes: int, shared: list[int]) -> dict[str, Any]:
+    """For the log: passes of a step, and how many of its rows were shared by 1, 2, 4 ... processes."""
+    size = run.processes.context_parallel_size
+    counts = torch.bincount(torch.tensor(shared, dtype=torch.int64), minlength=size + 1)
+    counts = run.processes.all_reduce_sum(counts.to(run.processes.accelerator.device)) // size
+    return {"passes": passes, "rows_by_degree": {str(d): n for d, n in enumerate(counts.tolist()) if n}}
+
+
+def _forward(run: Run, batch: Batch, shared_by: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This process's part of one batch: sum of losses with its graph, and per token: loss, bucket, counted or not.
+
+    The number of processes that hold each row of a pack is added to `shared_by`.
+    """
     device, buckets = run.processes.accelerator.device, run.config.position_buckets
     tensors = {
         name: getattr(batch, name).to(device, non_blocking=True) for name in ("input_ids", "labels", "position_ids")
     }
-    place = torch.arange(batch.input_ids.shape[1], device=device) % batch.row_length  # (T,)
-    tensors["bucket"] = (place * buckets // batch.row_length).expand_as(batch.input_ids)
+    tensors["bucket"] = batch.position_buckets(buckets).to(device, non_blocking=True)
     extra: dict[str, Any] = {}
     if run.config.long_ce.weight_cap:
         tensors["short_losses"] = _short_losses(run, batch)
@@ -166,6 +202,8 @@ def _forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0, "text_lengths": 1, "short_losses": 0}
         tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
+        if run.dynamic and batch.places:
+            shared_by += context.row_degrees([kept for kept, _ in batch.rows])
     if run.config.long_ce.weight_cap:
         extra["weight_cap"] = run.config.long_ce.weight_cap
     bucket, labels = tensors.pop("bucket"), tensors["labels"]

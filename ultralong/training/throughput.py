@@ -95,6 +95,11 @@ class Throughput:
             processes,
         )
 
+    @property
+    def token_work(self) -> float:
+        """What a token costs beside attention, in query-key pairs (see `step_flops`)."""
+        return self.matmul_parameters / (2 * self.layers * self.attention_size)
+
     def metrics(self, seconds: float, tokens: int, seen: float) -> dict[str, float]:
         """Metrics of a step for the log, over all processes; resets the peak of memory.
 

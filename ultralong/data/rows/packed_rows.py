@@ -96,6 +96,19 @@ class PackedRows:
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._row(self._map(shard), int(index - self._first[shard]))
 
+    def documents(self, index: int) -> tuple[int, ...]:
+        """Where documents start in a row and where the last one ends: cumulative lengths without the row's padding.
+
+        No token is read. A row of nothing but padding counts as one document of one token.
+        """
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        segments = self._map(shard)["segments"]
+        low, high = np.searchsorted(segments[:, 0], [index - self._first[shard], index - self._first[shard] + 1])
+        starts = segments[low:high, 1].tolist()
+        if segments[high - 1, 2] == PADDING:
+            return tuple(starts) if len(starts) > 1 else (0, 1)
+        return (*starts, self.length)
+
     def segments(self) -> Iterator[np.ndarray]:
         """The segments of each shard, (segments, 3): row of the shard, first token, document."""
         for shard in range(len(self.manifest["shards"])):
