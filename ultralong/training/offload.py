@@ -12,15 +12,17 @@ from torch import Tensor
 class HostBufferPool:
     """A pool of host buffers by shape and dtype; pinned where there is a GPU.
 
-    They are plain tensors that are registered with CUDA: torch's own pinned memory comes in powers of two, and stays
-    taken when it is free.
+    A tensor (1, T, ...) may lie in the first T of a longer buffer, as packs of rows differ in their tokens. Buffers are
+    plain tensors that are registered with CUDA: torch's own pinned memory comes in powers of two, and stays taken when
+    it is free.
 
     Attributes:
         bytes: Memory taken now.
     """
 
     def __init__(self) -> None:
-        self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        self._free: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+        self._lent: dict[int, Tensor] = {}  # buffers of which a part is in use, by address
         self._registered: list[int] = []
         self.bytes = 0
 
@@ -49,14 +51,21 @@ class HostBufferPool:
 
     def acquire(self, like: Tensor) -> Tensor:
         """A buffer of a tensor's shape and type, with any content."""
-        free = self._free[like.shape, like.dtype]
-        if not free:
+        free = self._free[_kind(like)]
+        fitting = [number for number, buffer in enumerate(free) if len(buffer[0]) >= len(like[0])]
+        if not fitting:
             self.reserve(like.shape, like.dtype, like.device)
-        return free.pop()
+            fitting = [len(free) - 1]
+        buffer = free.pop(min(fitting, key=lambda number: (len(free[number][0]), -number)))
+        if buffer.shape == like.shape:
+            return buffer
+        self._lent[buffer.data_ptr()] = buffer
+        return buffer.narrow(1, 0, len(like[0]))
 
     def recycle(self, buffer: Tensor) -> None:
         """Let a buffer be used again."""
-        self._free[buffer.shape, buffer.dtype].append(buffer)
+        buffer = self._lent.pop(buffer.data_ptr(), buffer)
+        self._free[_kind(buffer)].append(buffer)
 
     def release(self) -> None:
         """Give all buffers back to the system; none may be in use.
@@ -70,6 +79,12 @@ class HostBufferPool:
         self._registered.clear()
         self._free.clear()
         self.bytes = 0
+
+
+def _kind(x: Tensor) -> tuple[object, ...]:
+    """What a buffer must have in common with a tensor of dtype and shape (B, T, ...); all of it where B is not 1."""
+    shape = x.shape if x.shape[0] != 1 else (1, *x.shape[2:])
+    return (*shape, x.dtype)
 
 
 @dataclass
