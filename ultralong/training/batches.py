@@ -173,14 +173,12 @@ class RowOrder:
             return Batch(ids, ids - 100, ids, edges, places, ((EMPTY, EMPTY),))
         rows = [self.folders[place.source][place.row] for place in places]
         documents = [self.documents(place) for place in places]
-        tensors = {
-            name: torch.from_numpy(
-                np.concatenate([getattr(row, name)[: edges[-1]] for row, edges in zip(rows, documents, strict=True)])
-            )[None]  # (1, N)
-            for name in ("input_ids", "labels", "position_ids")
-        }
         kept = tuple((edges[-1], len(row.input_ids)) for row, edges in zip(rows, documents, strict=True))
-        return Batch(**tensors, boundaries=_end_to_end(documents), places=places, rows=kept)
+        ids, labels, positions = (
+            torch.from_numpy(np.concatenate([getattr(row, name)[:n] for row, (n, _) in zip(rows, kept, strict=True)]))
+            for name in ("input_ids", "labels", "position_ids")
+        )
+        return Batch(ids[None], labels[None], positions[None], _end_to_end(documents), places, kept)
 
     def describe(self, place: Place) -> str:
         """A row's source and the documents in it, for messages."""

@@ -26,9 +26,9 @@ def check_rows(folders: Sequence[PackedRows], length: int | None, mixed: bool) -
             raise ValueError(f"{rows.folder} holds no row. Pack more documents, or use a shorter row length.")
     kinds = {(rows.length, rows.mask_documents): rows.folder for rows in folders}
     if len(kinds) > 1 and not mixed:
-        found = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
+        listed = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
         raise ValueError(
-            f"All sources of a run must share row length and document mask, found {found}. Or let each row be shared "
+            f"All sources of a run must share row length and document mask, found {listed}. Or let each row be shared "
             "by as many processes as it needs: --set parallel.dynamic_context_parallel=true."
         )
     longest = max(folders, key=lambda rows: rows.length, default=None)
