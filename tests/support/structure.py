@@ -30,7 +30,7 @@ LAYERS = (
     {"launch"},
     {"notebook_tools"},
     {"miniature"},  # trains the committed model, so it stands above the trainer
-    {"demo", "ablation"},  # run the whole recipe, on the miniature too
+    {"demo", "ablation", "search"},  # run the whole recipe, on the miniature too
     {"course"},  # its exercises are about all of these
     {"bench"},  # times all of the rooms, the demo included
     {"api"},  # what `from ultralong import ...` gives

@@ -15,6 +15,7 @@ from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from ultralong.evaluation.runs.settings import RunSettings
+    from ultralong.search.settings import SearchSettings
 
 
 @takes(
@@ -197,6 +198,52 @@ def ablate(
         lines = [*table_lines(found), f"{out / 'report.html'}"]
     leave(json, found)
     print("\n".join(lines))
+
+
+@takes(wanted=Group("ultralong.search.settings:SearchSettings", positional=("model",)))
+def search(
+    wanted: SearchSettings,
+    *,
+    out: Path,
+    write: Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    json: Json = None,
+) -> None:
+    """Search the scaling of a longer window before training, in minutes.
+
+    Every candidate is scored on tokens that need the long context: the answers of hidden needles, and with --rows and
+    --evaluator the key tokens of LongPPL. Known methods are tried with several factors, ramps and temperatures;
+    longrope evolves a factor for each rotary pair as LongRoPE2 does. With --train the best are trained for a few steps
+    too. Stop it at any time; the same command resumes where it stopped.
+
+    Examples:
+      ultralong search model --to 64k --out search
+      ultralong search model --to 64k --haystack books --train smollm2-135m-64k --out trained --write model-64k
+
+    Args:
+        wanted: What to try, and on what it is scored.
+        out: Folder of the search: trials, results.json.
+        write: Write the model with the best scaling to this folder.
+        device: auto, cpu or cuda.
+        quiet: No progress bars.
+        json: Write the results as JSON to this file.
+    """
+    from ultralong.search.run import search as work
+    from ultralong.search.run import table_lines
+    from ultralong.search.run import write as write_best
+
+    wanted = replace(wanted, model=find_checkpoint(wanted.model))
+    found = work(wanted, out, device=device, quiet=quiet)
+    leave(json, found)
+    print("\n".join(table_lines(found)))
+    if write is None:
+        print(
+            f"{out / 'results.json'}. To write the model with the best scaling: the same command with --write FOLDER."
+        )
+        return
+    write_best(wanted, found["best"], write)
+    print(f"{write}: {found['best']['method']} scaling to {wanted.to:,} tokens. Next: ultralong pack, ultralong train.")
 
 
 def _tell(result: dict[str, Any], out: Path) -> None:

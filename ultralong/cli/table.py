@@ -76,7 +76,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "serve": serve.serve,
         "export gguf": make.export_gguf,
     },
-    "Compare ways to do it": {"ablate": runs.ablate},
+    "Compare ways to do it": {"search": runs.search, "ablate": runs.ablate},
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,

@@ -48,10 +48,9 @@ def _tile_losses(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
     """Losses (N,) of hidden states (N, d) against labels (N,), a tile of logits at a time; 0 where ignored."""
     losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
     tile = max(1, TILE_LOGITS // head.weight.shape[0])
-    for start in range(0, len(labels), tile):
-        part = slice(start, start + tile)
+    for part in (labels != IGNORED).nonzero().squeeze(1).split(tile):  # of answers alone, few tokens of a text
         logits = head(hidden[part]).float()  # (tile, V)
-        losses[part] = nn.functional.cross_entropy(logits, labels[part], ignore_index=IGNORED, reduction="none")
+        losses[part] = nn.functional.cross_entropy(logits, labels[part], reduction="none")
     return losses
 
 
