@@ -52,7 +52,7 @@ def test_the_needle_command_is_a_run_of_its_own(checkpoint, tmp_path):
 
 def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
     """Also without a file to write to: the numbers of a long measurement must not be lost."""
-    from ultralong.cli.measure import needle
+    from ultralong.cli import main
     from ultralong.evaluation.runs import direct
 
     found = {(512, 0.0): 5, (512, 0.5): 4, (1024, 0.0): 0, (1024, 0.5): 3}
@@ -65,7 +65,7 @@ def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(direct, "needle_grid", cells)
-    needle(str(checkpoint), lengths=(512, 1024), depths=(0.0, 0.5), device="cpu")
+    main(["eval", "needle", str(checkpoint), "--lengths", "512", "1k", "--depths", "0.0", "0.5", "--device", "cpu"])
     assert capsys.readouterr().out.splitlines() == [
         f"needles found by {checkpoint}, by length and depth",
         "     tokens       0%      50%",

@@ -1,5 +1,6 @@
 """The public API: instant to import, typed, and its docstrings' examples run in their order on the miniature."""
 
+import ast
 import dataclasses
 import doctest
 import importlib
@@ -115,22 +116,63 @@ COMMANDS_OF = {
     "merge": "merge",
     "eval needle": "needle",
     "eval perplexity": "perplexity",
+    "eval run": "evaluate",
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS_OF)
-def test_a_command_and_its_function_take_the_same_options(command):
-    """Same names and defaults; a command writes JSON, and takes as --set what the function takes as `changes`."""
-    theirs = {option.name: option.default for option in options_of(COMMANDS[command])}
-    ours = {
-        name: dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
-        for name, parameter in inspect.signature(getattr(ultralong, COMMANDS_OF[command])).parameters.items()
-    }
-    assert set(theirs) - set(ours) <= {"json", "set"}
-    assert set(ours) - set(theirs) <= {"changes"}
-    assert {name: ours[name] for name in set(ours) & set(theirs)} == {
-        name: theirs[name] for name in set(ours) & set(theirs)
-    }
+def test_an_option_is_declared_by_the_function_alone(command):
+    """A command gets the function itself: names, types, defaults and help texts come from there."""
+    work, function = COMMANDS[command], getattr(ultralong, COMMANDS_OF[command])
+    groups = work.__dict__["groups"]
+    mine = [group for group in groups.values() if group.load() is function]
+    assert len(mine) == 1, "the command does not call the function"
+    assert set(inspect.signature(work).parameters) - set(groups) == {"json"}, "it declares an option of its own"
+    shown = {option.name: option for option in options_of(work)}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in mine[0].left_out and parameter.kind is not parameter.VAR_KEYWORD:
+            default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+            assert shown[mine[0].names.get(name, name)].default == default
+
+
+def functions_of(tree):
+    """The commands' own options of one module of the command line: name and parameters beside the groups'."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            taken = {word.arg for mark in node.decorator_list if isinstance(mark, ast.Call) for word in mark.keywords}
+            yield node, {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - taken
+
+
+def declared_twice(tree):
+    """Options that a command declares, and also takes from a group or hands to a function of the public API."""
+    names = set(FUNCTIONS) - {"load_config"}
+    for node, own in functions_of(tree):
+        used = {
+            alias.asname or alias.name
+            for one in ast.walk(node)
+            if isinstance(one, ast.ImportFrom) and (one.module or "").startswith("ultralong.api")
+            for alias in one.names
+            if alias.name in names
+        }
+        for call in (one for one in ast.walk(node) if isinstance(one, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id in used:
+                passed = {one.id for word in call.keywords for one in ast.walk(word.value) if isinstance(one, ast.Name)}
+                yield from sorted(passed & own)
+
+
+def test_no_command_hands_options_of_its_own_to_a_function_of_the_api():
+    files = sorted((ROOT / "ultralong" / "cli").glob("*.py"))
+    assert not [
+        (file.name, found) for file in files for found in declared_twice(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    second = "def pack(*, length, json=None):\n    from ultralong.api import pack as run\n    run(length=length)\n"
+    assert list(declared_twice(ast.parse(second))) == ["length"]
+
+
+def test_no_option_of_a_command_has_two_declarations():
+    for name, command in COMMANDS.items():
+        options = [option.name for option in options_of(command)]
+        assert len(options) == len(set(options)), name
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -13,7 +13,8 @@ from forked import train_over
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ultralong.cli.make import train as command
+from ultralong import api
+from ultralong.cli import main
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import pack
@@ -111,7 +112,7 @@ def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsy
     train(one, quiet=True)
     config = replace(config, parallel=ParallelConfig(context_parallel_size=2))
     settings.save(config, tmp_path / "run.yaml")
-    command(str(tmp_path / "run.yaml"), processes=2, quiet=True, json=tmp_path / "numbers.json")
+    main(["train", str(tmp_path / "run.yaml"), "--processes", "2", "--quiet", "--json", str(tmp_path / "numbers.json")])
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert (numbers["steps"], numbers["tokens"], numbers["model"]) == (6, 6 * 2 * 128, f"{config.out}/model")
     assert capsys.readouterr().out == (
@@ -126,7 +127,7 @@ def test_several_processes_that_fail_have_said_why(config, tmp_path):
     train(config, quiet=True)
     settings.save(config, tmp_path / "run.yaml")
     with pytest.raises(RuntimeError, match="exit code 1; its own message is above"):
-        command(str(tmp_path / "run.yaml"), processes=2, quiet=True)
+        api.train(tmp_path / "run.yaml", processes=2, quiet=True)
 
 
 def test_micro_batches_do_not_change_a_step(config, tmp_path):

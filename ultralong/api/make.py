@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
-from ultralong.api.names import folder_of
+from ultralong.api.names import Named, StrPath, Words, folder_of
+from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,19 +19,17 @@ if TYPE_CHECKING:
     from ultralong.checkpoints.merge import MergeReport
     from ultralong.data.recipe.build import PackReport
 
-    StrPath: TypeAlias = str | os.PathLike[str]
-
 
 def extend(
-    model: StrPath,
-    to: int,
+    model: Named,
+    to: Annotated[int | str, Words(str)],
     out: StrPath | None = None,
     method: str = "auto",
     *,
     explain: bool = False,
     factor: float | None = None,
     attention_factor: float | None = None,
-    original_window: int | None = None,
+    original_window: Tokens | None = None,
     theta: float | None = None,
     beta: float | None = None,
     revision: str | None = None,
@@ -43,22 +42,24 @@ def extend(
     yarn 2.0 512 1024
 
     Args:
-        model: Checkpoint folder with safetensors weights, hub id, or "miniature".
-        to: Tokens of the new window.
-        out: New folder; it must not exist or be empty.
-        method: "auto" keeps a model's llama3 scaling and gives any other yarn; or one of `ultralong.rope.METHODS`.
-        explain: Write nothing: the report's `explanation` then says what changes for which rotary pairs, and what the
-            model's own traits let expect.
-        factor: Scaling factor; None is `to` over the window of the unscaled pretraining.
-        attention_factor: Factor on cosine and sine; 1.0 switches YaRN's temperature off.
-        original_window: Tokens of the unscaled pretraining, where the config does not tell.
+        model: Checkpoint folder with safetensors weights, a hub id, or miniature (the model that ships).
+        to: Tokens of the new window, such as 1048576 or 1m, or how many times the old one, such as 8x.
+        out: Folder to write; it must be empty or not exist. Needed but with `explain`.
+        method: `auto` keeps a model's llama3 scaling and gives any other yarn; or `linear`, `ntk`, `dynamic`, `yarn`,
+            `llama3`.
+        explain: Write nothing and say which scaling this is, what it changes for which rotary pairs, and what the
+            model's own design lets expect.
+        factor: Scaling factor; by default the new window over the window of the unscaled pretraining.
+        attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
+        original_window: Window of the unscaled pretraining, where the config does not tell.
         theta: Another RoPE base.
-        beta: Turns within the original window above which a pair keeps its speed; None is the recipe's 4.
+        beta: Turns within the original window above which a pair keeps its speed; by default the recipe's 4.
         revision: Branch, tag or commit of a hub model.
         quiet: No progress bar.
 
     Returns:
-        What was done: see `ultralong.checkpoints.extend.ExtendReport`.
+        What was done: see `ultralong.checkpoints.extend.ExtendReport`; with `explain`, the lines to read are in its
+        `explanation`.
 
     Raises:
         ValueError: The model can't be extended so; nothing is written then.
@@ -82,12 +83,12 @@ def extend(
 
 
 def pack(
-    recipe: StrPath,
-    tokenizer: PreTrainedTokenizerBase | StrPath,
-    length: int,
+    recipe: Named,
+    tokenizer: Annotated[PreTrainedTokenizerBase | StrPath, Words(str)],
+    length: Tokens,
     out: StrPath,
     *,
-    limit: int | None = None,
+    limit: Tokens | None = None,
     workers: int = 1,
     quiet: bool = False,
 ) -> PackReport:
@@ -99,10 +100,10 @@ def pack(
 
     Args:
         recipe: A recipe's name, its YAML file, or a folder of texts.
-        tokenizer: A tokenizer, or the folder or hub id of a model.
+        tokenizer: Folder or hub id of the model whose tokenizer is used.
         length: Tokens of a row.
-        out: Folder of the rows.
-        limit: Take about this many tokens of each source at most.
+        out: Folder to write the rows into.
+        limit: Take about this many tokens of each source at most, to try a recipe out.
         workers: Processes that tokenise.
         quiet: No progress bars.
 
@@ -113,28 +114,32 @@ def pack(
         ValueError: The recipe is wrong, a source cannot be read, or `out` was made from something else.
     """
     from ultralong.data.recipe.build import pack_recipe
+    from ultralong.utils.hub import find_checkpoint
 
-    return pack_recipe(recipe, folder_of(tokenizer), length, out, limit=limit, workers=workers, quiet=quiet)
+    place = folder_of(tokenizer)
+    place = find_checkpoint(place) if isinstance(place, str | os.PathLike) else place
+    return pack_recipe(recipe, place, length, out, limit=limit, workers=workers, quiet=quiet)
 
 
 def merge(
-    models: Sequence[StrPath],
+    models: Annotated[Sequence[StrPath], Words(tuple[str, ...])],
     out: StrPath,
-    weights: Sequence[float] = (),
+    weights: Annotated[Sequence[float], Words(tuple[float, ...])] = (),
     *,
     quiet: bool = False,
 ) -> MergeReport:
     """Write the weighted average of checkpoints of one model, taken in float32 a tensor at a time.
+
+    Config, tokenizer and the type of the weights are those of the first.
 
     >>> report = merge(["run/model", "long"], out="merged", weights=[0.9, 0.1], quiet=True)
     >>> print(report.weights, report.dtypes)
     (0.9, 0.1) ('BF16',)
 
     Args:
-        models: Checkpoint folders with safetensors weights, hub ids, "miniature", or checkpoints of a run. Config,
-            tokenizer and the type of the weights are those of the first.
-        out: New folder; it must not exist or be empty.
-        weights: A number a model, which add up to 1; all alike when empty.
+        models: Checkpoint folders, hub ids, or checkpoints of a run.
+        out: Folder to write; it must be empty or not exist.
+        weights: A number a model, which add up to 1; by default all count alike.
         quiet: No progress bar.
 
     Returns:

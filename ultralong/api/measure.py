@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Annotated, Any
 
-from ultralong.api.names import folder_of
-
-if TYPE_CHECKING:
-    StrPath: TypeAlias = str | os.PathLike[str]
+from ultralong.api.names import Named, StrPath, Words, folder_of
+from ultralong.utils.units import Tokens
 
 
 def needle(
-    model: StrPath,
-    lengths: Sequence[int] = (),
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    model: Named,
+    lengths: Annotated[Sequence[int], Words(tuple[Tokens, ...])] = (),
+    depths: Annotated[Sequence[float], Words(tuple[float, ...])] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 5,
     *,
-    haystack: StrPath | None = None,
     seed: int = 0,
+    haystack: StrPath | None = None,
     device: str = "auto",
     out: StrPath | None = None,
 ) -> dict[str, Any]:
@@ -30,14 +27,14 @@ def needle(
     2
 
     Args:
-        model: Folder, hub id or "miniature".
-        lengths: Tokens of the prompts; a short one and eighths of the model's window when empty.
+        model: Folder, hub id or miniature (the model that ships).
+        lengths: Tokens of the prompts; by default a short one and eighths of the model's window.
         depths: Where the needle stands, from 0 (first) to 1 (last).
-        samples: Prompts a cell.
-        haystack: Text file or folder to hide it in; None is repeated filler.
+        samples: Prompts of each length and depth.
         seed: Seed of the prompts.
-        device: "auto", or any of torch's.
-        out: Folder of the run and its report; None writes nothing.
+        haystack: Text file or folder to hide the needle in; repeated filler without it.
+        device: `auto`, `cpu` or `cuda`.
+        out: Folder of the run and its report.
 
     Returns:
         The content of `report.json`: the needle's result in `results`, with `by_length` and `by_depth` (each with
@@ -47,22 +44,23 @@ def needle(
         ValueError: No such model, or lengths and depths that no prompt can have.
     """
     from ultralong.evaluation.runs.commands import measure
+    from ultralong.utils.hub import find_checkpoint
 
     return measure(
         "needle",
-        folder_of(model),
+        find_checkpoint(folder_of(model)),
         lengths=lengths,
         depths=depths,
         samples=samples,
-        haystack=haystack,
         seed=seed,
+        haystack=haystack,
         device=device,
         out=out,
     )
 
 
 def perplexity(
-    model: StrPath,
+    model: Named,
     rows: StrPath,
     max_rows: int = 16,
     *,
@@ -77,12 +75,12 @@ def perplexity(
     0 1024
 
     Args:
-        model: Folder, hub id or "miniature".
+        model: Folder, hub id or miniature (the model that ships).
         rows: Folder of packed rows.
-        max_rows: Rows to read.
-        seed: Seed of the bootstrap behind the intervals.
-        device: "auto", or any of torch's.
-        out: Folder of the run and its report; None writes nothing.
+        max_rows: Rows to use.
+        seed: Seed of the intervals.
+        device: `auto`, `cpu` or `cuda`.
+        out: Folder of the run and its report.
 
     Returns:
         The content of `report.json`: in `results` perplexity by position in the row, and by distance from the start of
@@ -92,12 +90,14 @@ def perplexity(
         ValueError: No such model or rows.
     """
     from ultralong.evaluation.runs.commands import measure
+    from ultralong.utils.hub import find_checkpoint
 
-    return measure("perplexity", folder_of(model), rows=rows, max_rows=max_rows, seed=seed, device=device, out=out)
+    place = find_checkpoint(folder_of(model))
+    return measure("perplexity", place, rows=rows, max_rows=max_rows, seed=seed, device=device, out=out)
 
 
 def evaluate(
-    model: StrPath,
+    model: Named,
     tasks: str | Iterable[str],
     out: StrPath,
     *,
@@ -113,11 +113,11 @@ def evaluate(
     1
 
     Args:
-        model: Folder, hub id or "miniature".
+        model: Folder, hub id or miniature (the model that ships).
         tasks: Tests and groups of tests, such as "needle,ruler".
         out: Folder of answers and report.
         before: Folder of a run of the model before, to set beside it.
-        device: "auto", or any of torch's.
+        device: `auto`, `cpu` or `cuda`.
         quiet: No progress bars.
         **settings: Fields of `ultralong.evaluation.runs.settings.RunSettings`, such as `lengths` and `samples`.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ultralong.api.names import as_overrides
+from ultralong.api.names import Changes, Named, StrPath, Words, as_overrides
+from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from ultralong.training.config import TrainConfig
     from ultralong.training.loop import TrainResult
 
-    StrPath: TypeAlias = str | os.PathLike[str]
 
-
-def load_config(config: TrainConfig | StrPath, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+def load_config(config: TrainConfig | StrPath, changes: Changes = ()) -> TrainConfig:
     """Read a training config: a preset's name or a YAML file, with changes.
 
     >>> config = load_config("tiny-cpu", {"model": "long", "optimizer.lr": 1e-4, "length": 1024})
@@ -27,7 +25,7 @@ def load_config(config: TrainConfig | StrPath, changes: Mapping[str, Any] | None
 
     Args:
         config: Name of a preset, YAML file, or a config to change.
-        changes: New values by key, with dots for groups; values as in YAML.
+        changes: New values by key, with dots for groups; or texts, such as "optimizer.lr=1e-5".
 
     Raises:
         ValueError: There is no such config, a key is unknown, or a value is of the wrong type.
@@ -42,12 +40,12 @@ def load_config(config: TrainConfig | StrPath, changes: Mapping[str, Any] | None
 
 
 def plan(
-    config: TrainConfig | StrPath,
+    config: Annotated[TrainConfig | StrPath, Words(str)],
     gpus: int | None = None,
-    changes: Mapping[str, Any] | None = None,
+    changes: Changes = (),
     *,
-    machine: Machine | str = "h200",
-    tokens: int | None = None,
+    machine: Annotated[Machine | str, Words(str)] = "h200",
+    tokens: Tokens | None = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
     price: float | None = None,
@@ -60,15 +58,16 @@ def plan(
     True
 
     Args:
-        config: As in `load_config`.
-        gpus: GPUs of the run; None is as many as share one row.
-        changes: As in `load_config`.
-        machine: "h200", "h100", "a100", or a machine that `ultralong.bench.rates` measured.
-        tokens: Tokens of a row; None takes those of the packed rows, or the config's.
-        gpu_memory: GiB of one GPU; None is the machine's.
-        host_memory: GiB of host memory for one process; None is not judged.
+        config: Name of a preset, or a YAML file.
+        gpus: GPUs of the run; by default as many as share one row, or the parameters where those are more.
+        changes: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
+        machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.
+        tokens: Tokens of a row; by default those of the packed rows, or where there are none yet the config's length,
+            or the model's window.
+        gpu_memory: GiB of one GPU; by default the machine's.
+        host_memory: GiB of host memory for one process.
         price: Of one GPU-hour, in any currency.
-        fit: Choose what is kept on the GPU, offloaded and recomputed instead of taking it from the config.
+        fit: Choose what is kept on the GPU, moved to the host and computed again, and say what was chosen.
 
     Returns:
         The plan; `print` shows it as a table.
@@ -91,8 +90,8 @@ def plan(
 
 
 def train(
-    config: TrainConfig | StrPath,
-    changes: Mapping[str, Any] | None = None,
+    config: Annotated[TrainConfig | StrPath, Words(str)],
+    changes: Changes = (),
     *,
     resume: bool = False,
     processes: int | None = None,
@@ -106,10 +105,10 @@ def train(
     run/model 2 2048
 
     Args:
-        config: As in `load_config`.
-        changes: As in `load_config`.
-        resume: Resume from the newest checkpoint of the run's folder; start anew where there is none.
-        processes: Start this many processes on this machine; None trains in this process (or torchrun's).
+        config: Name of a preset, or a YAML file.
+        changes: Changes of the config, with dots for groups, such as optimizer.lr=1e-5.
+        resume: Resume from the newest checkpoint of the run's folder.
+        processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
         quiet: No progress bar.
 
     Returns:
@@ -124,8 +123,8 @@ def train(
 
 
 def sft(
-    config: TrainConfig | StrPath,
-    changes: Mapping[str, Any] | None = None,
+    config: Annotated[TrainConfig | StrPath, Words(str)],
+    changes: Changes = (),
     *,
     resume: bool = False,
     processes: int | None = None,
@@ -139,11 +138,11 @@ def sft(
     'sft/model'
 
     Args:
-        config: As in `load_config`.
-        changes: As in `load_config`.
-        resume: As in `train`.
-        processes: As in `train`.
-        quiet: As in `train`.
+        config: Name of a preset, or a YAML file.
+        changes: Changes of the config, with dots for groups, such as optimizer.lr=1e-5.
+        resume: Resume from the newest checkpoint of the run's folder.
+        processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
+        quiet: No progress bar.
 
     Returns:
         As `train`.
@@ -155,14 +154,14 @@ def sft(
 
 
 def render_launch(
-    config: TrainConfig | StrPath,
+    config: Annotated[TrainConfig | StrPath, Words(str)],
     nodes: int,
     gpus_per_node: int,
     out: StrPath,
-    scheduler: str = "torchrun",
-    changes: Mapping[str, Any] | None = None,
+    scheduler: Literal["torchrun", "slurm", "accelerate", "skypilot", "trainjob", "jobset"] = "torchrun",
+    changes: Changes = (),
     overwrite: bool = False,
-    site: Sequence[str] = (),
+    site: Annotated[Sequence[str], Words(tuple[str, ...])] = (),
 ) -> list[Path]:
     """Write the scripts that start a run on several hosts and resume it after a host was lost.
 
@@ -171,14 +170,14 @@ def render_launch(
     submit.sh
 
     Args:
-        config: As in `load_config`.
+        config: Name of a preset, or a YAML file.
         nodes: Hosts.
         gpus_per_node: GPUs of a host, one process each.
         out: Folder for the scripts.
-        scheduler: "torchrun", "slurm", "accelerate", "skypilot", "trainjob" or "jobset".
-        changes: As in `load_config`.
+        scheduler: What starts the processes.
+        changes: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         overwrite: Replace scripts that are there.
-        site: Facts of the site for a manifest, as NAME=VALUE, such as ("image=ultralong:1", "namespace=lab").
+        site: Facts of the site for a manifest, as NAME=VALUE; without any, the message says which.
 
     Returns:
         The files; the first is the one to start.
@@ -195,11 +194,11 @@ def render_launch(
 
 
 def ablate(
-    study: StrPath,
+    study: Named,
     out: StrPath | None = None,
-    changes: Mapping[str, Any] | None = None,
+    changes: Changes = (),
     *,
-    arms: Sequence[str] = (),
+    arms: Annotated[Sequence[str], Words(tuple[str, ...])] = (),
     dry_run: bool = False,
     machine: str = "h200",
     gpus: int | None = None,
@@ -213,15 +212,15 @@ def ablate(
     'base'
 
     Args:
-        study: Name of a study that ships, or a YAML file: see `ultralong.ablation.study`.
+        study: Name of a study that ships, or a YAML file.
         out: Folder of the study; needed unless it is only priced.
-        changes: New values by key of the study, with dots for groups.
-        arms: Arms to run now, beside the base; all when empty.
-        dry_run: Only say what the training will take.
-        machine: With `dry_run`: the GPU, as in `plan`.
-        gpus: With `dry_run`: GPUs of each run; None is as many as share one row.
+        changes: Changes of the study, with dots for groups, such as base.training.steps=10.
+        arms: Arms to run now, beside the base; by default all.
+        dry_run: Only say what the training will take, by ultralong plan.
+        machine: With `dry_run`: the GPU, as ultralong plan takes it.
+        gpus: With `dry_run`: GPUs of each run; by default as many as share one row.
         price: With `dry_run`: of one GPU-hour, in any currency.
-        device: Where evaluation runs: "auto", or any of torch's.
+        device: Where evaluation runs: `auto`, `cpu` or `cuda`.
         quiet: No progress bars.
 
     Returns:
@@ -237,7 +236,7 @@ def ablate(
     if dry_run:
         return ablation.price(wanted, machine=machine, gpus=gpus, cost=price)
     if out is None:
-        raise ValueError("ablate() needs out, the folder that the study is kept in, or dry_run=True.")
+        raise ValueError("out is needed, the folder that the study is kept in (or dry_run, to price it).")
     return ablation.ablate(wanted, out, only=arms, device=device, quiet=quiet)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from ultralong.api.names import folder_of
+from ultralong.api.names import Named, StrPath, folder_of
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.check import Readings
     from ultralong.data.verify import Verification
-
-    StrPath: TypeAlias = str | os.PathLike[str]
 
 
 def verify(folder: StrPath) -> Verification:
@@ -22,7 +19,7 @@ def verify(folder: StrPath) -> Verification:
     ()
 
     Args:
-        folder: Packed rows or a token store; a run with its checkpoints and model; one training checkpoint; a model.
+        folder: Packed rows or tokens, a run, one of its checkpoints, or a model.
 
     Returns:
         What was compared, and in `faults` a line for each file that is missing, cut or changed.
@@ -35,7 +32,7 @@ def verify(folder: StrPath) -> Verification:
     return run(folder)
 
 
-def check(model: StrPath, revision: str | None = None) -> Readings:
+def check(model: Named, revision: str | None = None) -> Readings:
     """What transformers 4 and 5, vLLM, SGLang and llama.cpp read from a checkpoint, and what they get wrong.
 
     >>> found = check("long")
@@ -43,7 +40,7 @@ def check(model: StrPath, revision: str | None = None) -> Readings:
     1024 transformers 4.46 wrong
 
     Args:
-        model: Checkpoint folder, hub id, or "miniature".
+        model: Checkpoint folder, a hub id, or miniature (the model that ships).
         revision: Branch, tag or commit of a hub model.
 
     Returns:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
-from ultralong.utils.units import Tokens
+
+if TYPE_CHECKING:
+    from ultralong.planner import Plan
 
 
-def plan(
-    config: Positional[str],
-    /,
-    *,
-    gpus: int | None = None,
-    machine: str = "h200",
-    tokens: Tokens | None = None,
-    gpu_memory: float | None = None,
-    host_memory: float | None = None,
-    price: float | None = None,
-    fit: bool = False,
-    set: tuple[str, ...] = (),
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.runs:plan", positional=("config",), names={"changes": "set"}))
+def plan(work: partial[Plan], *, json: Json = None) -> None:
     """Estimate memory, time, GPU-hours and cost of a run before anything starts.
 
     Each line says measured or estimated. Needs no GPU and reads no weights. Where a run does not fit, it says what to
@@ -34,51 +26,20 @@ def plan(
     Example: ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5
 
     Args:
-        config: Name of a preset, or a YAML file.
-        gpus: GPUs of the run; by default as many as share one row, or the parameters where those are more.
-        machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.
-        tokens: Tokens of a row; by default those of the packed rows, or where there are none yet the config's length,
-            or the model's window.
-        gpu_memory: GiB of one GPU; by default the machine's.
-        host_memory: GiB of host memory for one process.
-        price: Of one GPU-hour, in any currency.
-        fit: Choose what is kept on the GPU, moved to the host and computed again, and say what was chosen.
-        set: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
+        work: The function, with the run and the machine.
         json: Write the plan as JSON to this file.
     """
-    from ultralong.planner import plan as estimate
-    from ultralong.training.config import TrainConfig, preset
-    from ultralong.utils import settings
-
-    made = estimate(
-        settings.load(TrainConfig, preset(config), set),
-        gpus,
-        machine=machine,
-        tokens=tokens,
-        gpu_memory=gpu_memory,
-        host_memory=host_memory,
-        price=price,
-        fit=fit,
-    )
+    made = work()
     leave(json, made.to_dict())
     print(made)
     if not made.fits:
         sys.exit(1)
 
 
-def launch(
-    config: Positional[str],
-    /,
-    *,
-    nodes: int,
-    gpus_per_node: int,
-    out: Path,
-    scheduler: Literal["torchrun", "slurm", "accelerate", "skypilot", "trainjob", "jobset"] = "torchrun",
-    site: tuple[str, ...] = (),
-    overwrite: bool = False,
-    set: tuple[str, ...] = (),
-    json: Json = None,
-) -> None:
+@takes(
+    work=Group("ultralong.api.runs:render_launch", positional=("config",), names={"changes": "set"}),
+)
+def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     r"""Write what starts a run on several hosts and resumes it: scripts or manifests.
 
     What the run needs is in the scripts; what the site has (interpreter, network, account) are required variables at
@@ -94,26 +55,17 @@ def launch(
           --site image=ultralong:1 namespace=lab volume=data workdir=/data interface=eth0
 
     Args:
-        config: Name of a preset, or a YAML file.
-        nodes: Hosts.
-        gpus_per_node: GPUs of a host, one process each.
-        out: Folder for the scripts.
-        scheduler: What starts the processes.
-        site: Facts of the site for a manifest, as NAME=VALUE; without any, the message says which.
-        overwrite: Replace scripts that are there.
-        set: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
+        work: The function, with the run and the hosts.
         json: Write the list of files as JSON to this file.
     """
-    from ultralong.launch import launch as render
-    from ultralong.launch.manifests import HOW, named_values
-    from ultralong.training.config import TrainConfig, preset
-    from ultralong.utils import settings
+    from ultralong.api import load_config
+    from ultralong.launch.manifests import HOW
 
-    wanted = settings.load(TrainConfig, preset(config), set)
-    files = render(wanted, nodes, gpus_per_node, scheduler, out, overwrite, named_values(site))
+    asked, out, scheduler = work.keywords, work.keywords["out"], work.keywords["scheduler"]
+    files = work()
     leave(json, {"files": [str(file) for file in files]})
-    if not wanted.save_every:
-        every = settings.load(TrainConfig, out / "config.yaml").save_every
+    if not load_config(asked["config"], asked["changes"]).save_every:
+        every = load_config(out / "config.yaml").save_every
         print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
     wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."
     if scheduler in HOW:

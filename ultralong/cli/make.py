@@ -1,38 +1,29 @@
 """Commands that make something: a longer window, rows, a trained model, the demo.
 
-A command's signature is its options (read by tyro) and its docstring is its help. Modules are imported inside the
-commands, so that `ultralong --help` and a mistyped option answer at once.
+A command's docstring is its help. Its options are those of the function of the public API that does the work, which it
+gets with their values (`takes`), and what it has beside them. Modules are imported inside the commands, so that
+`ultralong --help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import File, Json, is_main, leave
-from ultralong.utils.hub import load_tokenizer
-from ultralong.utils.units import Tokens
+
+if TYPE_CHECKING:
+    from ultralong.checkpoints.extend import ExtendReport
+    from ultralong.data.recipe.build import PackReport
+    from ultralong.training.loop import TrainResult
 
 
-def extend(
-    model: Positional[str],
-    /,
-    *,
-    to: str,
-    out: Path | None = None,
-    method: str = "auto",
-    explain: bool = False,
-    factor: float | None = None,
-    attention_factor: float | None = None,
-    original_window: Tokens | None = None,
-    theta: float | None = None,
-    beta: float | None = None,
-    revision: str | None = None,
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.make:extend", positional=("model",)))
+def extend(work: partial[ExtendReport], *, json: Json = None) -> None:
     """Write a copy of a checkpoint with a longer window: RoPE rescaled, weights untouched.
 
     The copy opens in transformers and vLLM by its config alone. Train it on packed rows afterwards (ultralong pack,
@@ -43,37 +34,10 @@ def extend(
       ultralong extend meta-llama/Llama-3.1-8B-Instruct --to 1m --explain
 
     Args:
-        model: Checkpoint folder with safetensors weights, or a hub id.
-        to: Tokens of the new window, such as 1048576 or 1m, or how many times the old one, such as 8x.
-        out: Folder to write; it must be empty or not exist. Needed but with --explain.
-        method: auto keeps a model's llama3 scaling and gives any other yarn; or linear, ntk, dynamic, yarn, llama3.
-        explain: Write nothing and say which scaling this is, what it changes for which rotary pairs, and what the
-            model's own design lets expect.
-        factor: Scaling factor; by default the new window over the window of the unscaled pretraining.
-        attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
-        original_window: Window of the unscaled pretraining, where the config does not tell.
-        theta: Another RoPE base.
-        beta: Turns within the original window above which a pair keeps its speed; by default the recipe's 4.
-        revision: Branch, tag or commit of a hub model.
-        quiet: No progress bar.
+        work: The function, with what is extended and how.
         json: Write the report as JSON to this file.
     """
-    from ultralong.checkpoints.extend import extend as run
-
-    report = run(
-        model,
-        to,
-        out,
-        method,
-        explain=explain,
-        factor=factor,
-        attention_factor=attention_factor,
-        original_window=original_window,
-        theta=theta,
-        beta=beta,
-        revision=revision,
-        quiet=quiet,
-    )
+    report, out = work(), work.keywords["out"]
     leave(json, report.to_dict())
     if report.explanation is not None:
         print("\n".join([*report.explanation["lines"], *(f"note: {note}" for note in report.notes)]))
@@ -84,18 +48,8 @@ def extend(
     )
 
 
-def pack(
-    recipe: Positional[str],
-    /,
-    *,
-    tokenizer: str,
-    length: Tokens,
-    out: Path,
-    limit: Tokens | None = None,
-    workers: int = 1,
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.make:pack", positional=("recipe",)))
+def pack(work: partial[PackReport], *, json: Json = None) -> None:
     """Turn documents into rows of exactly LENGTH tokens: read, sample, tokenise, join.
 
     Stop it at any time; the same command resumes where it stopped. RECIPE says which documents, from where, under which
@@ -104,32 +58,16 @@ def pack(
     Example: ultralong pack data_recipes/tiny.yaml --tokenizer llama-1m --length 1m --out rows
 
     Args:
-        recipe: A recipe's name or its YAML file.
-        tokenizer: Folder or hub id of the model whose tokenizer is used.
-        length: Tokens of a row.
-        out: Folder to write the rows into.
-        limit: Stop after about this many tokens, to try a recipe out.
-        workers: Processes that tokenise.
-        quiet: No progress bars.
+        work: The function, with what is packed and how.
         json: Write the report as JSON to this file.
     """
-    from ultralong.data.recipe.build import pack_recipe
-
-    report = pack_recipe(recipe, load_tokenizer(tokenizer), length, out, limit=limit, workers=workers, quiet=quiet)
+    report = work()
     leave(json, report.to_dict())
     print(report)
 
 
-def train(
-    config: Positional[str],
-    /,
-    *,
-    set: tuple[str, ...] = (),
-    resume: bool = False,
-    processes: int | None = None,
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.runs:train", positional=("config",), names={"changes": "set"}))
+def train(work: partial[TrainResult], *, json: Json = None) -> None:
     """Train on packed rows: continued pretraining on whole documents.
 
     CONFIG is a preset's name or a YAML file; any of its keys can be changed with --set. The run's folder gets
@@ -141,26 +79,14 @@ def train(
       torchrun --nproc-per-node 8 -m ultralong train my.yaml --set parallel.context_parallel_size=8
 
     Args:
-        config: Name of a preset, or a YAML file.
-        set: Changes of the config, with dots for groups, such as optimizer.lr=1e-5.
-        resume: Resume from the newest checkpoint of the run's folder.
-        processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
-        quiet: No progress bar.
+        work: The function, with its config.
         json: Write the result as JSON to this file.
     """
-    _train("train", config, set, resume, processes, quiet, json)
+    _tell(work(), json)
 
 
-def sft(
-    config: Positional[str],
-    /,
-    *,
-    set: tuple[str, ...] = (),
-    resume: bool = False,
-    processes: int | None = None,
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.runs:sft", positional=("config",), names={"changes": "set"}))
+def sft(work: partial[TrainResult], *, json: Json = None) -> None:
     """Train on the answers of conversations (SFT), on rows packed from a recipe of chat.
 
     The same loop as train. Rows of documents are refused, as every token of theirs is a target. The paper's SFT:
@@ -169,52 +95,24 @@ def sft(
     Example: ultralong sft sft.yaml --set data='[{rows: chat-rows}]' optimizer.lr=5e-6
 
     Args:
-        config: Name of a preset, or a YAML file.
-        set: Changes of the config, with dots for groups, such as optimizer.lr=1e-5.
-        resume: Resume from the newest checkpoint of the run's folder.
-        processes: Start this many processes on this machine; without it the run uses this one, or torchrun's.
-        quiet: No progress bar.
+        work: The function, with its config.
         json: Write the result as JSON to this file.
     """
-    _train("sft", config, set, resume, processes, quiet, json)
+    _tell(work(), json)
 
 
-def _train(
-    command: str,
-    config: str,
-    changes: tuple[str, ...],
-    resume: bool,
-    processes: int | None,
-    quiet: bool,
-    json: Path | None,
-) -> None:
-    """What train and sft share: here, in processes of this machine, or in torchrun's."""
+def _tell(result: TrainResult, json: Path | None) -> None:
+    """What train and sft report."""
     import dataclasses
+    import math
 
-    from ultralong.training.config import TrainConfig, preset
-    from ultralong.utils import settings
-    from ultralong.utils.files import read_json
-
-    resolved = settings.load(TrainConfig, preset(config), changes)
-    if processes is not None:
-        import tempfile
-
-        from ultralong.launch.local import launch_local
-
-        with tempfile.TemporaryDirectory() as scratch:
-            settings.save(resolved, Path(scratch) / "config.yaml")
-            launch_local(Path(scratch) / "config.yaml", processes, resume, quiet, command)
-        result = read_json(Path(resolved.out) / "result.json")
-    else:
-        from ultralong.training.loop import train as run
-
-        result = dataclasses.asdict(run(resolved, resume, quiet, answers=command == "sft"))
-    leave(json, result)
+    loss = None if math.isnan(result.loss) else result.loss  # where no step was left to do
+    leave(json, {**dataclasses.asdict(result), "loss": loss})
     if is_main():
-        loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"  # where no step was left to do
         print(
-            f"{result['model']}: {result['steps']:,} steps, {result['tokens']:,} tokens, loss {loss}. "
-            f"Next: ultralong eval needle {result['model']} --lengths 4096 8192"
+            f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
+            f"{'none' if loss is None else f'{loss:.4f}'}. Next: ultralong eval needle {result.model} "
+            "--lengths 4096 8192"
         )
 
 

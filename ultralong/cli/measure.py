@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import File, Json, leave
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
 from ultralong.utils.units import Tokens
 
 
-def needle(
-    model: Positional[str],
-    /,
-    *,
-    lengths: tuple[Tokens, ...] = (),
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    samples: int = 5,
-    seed: int = 0,
-    haystack: Path | None = None,
-    device: str = "auto",
-    out: Path | None = None,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.measure:needle", positional=("model",)))
+def needle(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Hide a number in long prompts and ask for it: how often it is found, by length and depth.
 
     This is `ultralong eval run needle MODEL` with a small map; with --out it is resumed there after a stop.
@@ -32,60 +23,23 @@ def needle(
     Example: ultralong eval needle model --lengths 4k 16k 64k --samples 10 --out runs/needle
 
     Args:
-        model: Folder or hub id.
-        lengths: Tokens of the prompts; by default a short one and eighths of the model's window.
-        depths: Where the needle stands, from 0 (first) to 1 (last).
-        samples: Prompts of each length and depth.
-        seed: Seed of the prompts.
-        haystack: Text file or folder to hide the needle in; repeated filler without it.
-        device: auto, cpu or cuda.
-        out: Folder of the run and its report.
+        work: The function, with the model and the map.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.runs.commands import measure
-
-    result = measure(
-        "needle",
-        find_checkpoint(model),
-        lengths=lengths,
-        depths=depths,
-        samples=samples,
-        seed=seed,
-        haystack=haystack,
-        device=device,
-        out=out,
-    )
-    _show(result, out, json)
+    _show(work(), work.keywords["out"], json)
 
 
-def perplexity(
-    model: Positional[str],
-    /,
-    *,
-    rows: Path,
-    max_rows: int = 16,
-    seed: int = 0,
-    device: str = "auto",
-    out: Path | None = None,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.measure:perplexity", positional=("model",)))
+def perplexity(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Measure perplexity by position on packed rows, with an interval for each stretch.
 
     Example: ultralong eval perplexity model --rows rows --out runs/perplexity
 
     Args:
-        model: Folder or hub id.
-        rows: Folder of packed rows.
-        max_rows: Rows to use.
-        seed: Seed of the intervals.
-        device: auto, cpu or cuda.
-        out: Folder of the run and its report.
+        work: The function, with the model and the rows.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.runs.commands import measure
-
-    place = find_checkpoint(model)
-    _show(measure("perplexity", place, rows=rows, max_rows=max_rows, seed=seed, device=device, out=out), out, json)
+    _show(work(), work.keywords["out"], json)
 
 
 def _show(result: dict[str, Any], out: Path | None, json: Path | None) -> None:
@@ -253,8 +207,6 @@ def answer(
         device: auto, cpu or cuda.
         json: Write the scores as JSON to this file.
     """
-    from functools import partial
-
     from ultralong.evaluation.measures.result import Result, interval_text
     from ultralong.evaluation.runs.commands import answer as work
     from ultralong.inference.sharded_engine import with_model

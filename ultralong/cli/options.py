@@ -1,24 +1,29 @@
 """Options of a command from its signature: one table of words, defaults and help texts for all commands.
 
-A command is a function. Its parameters are its options; a parameter whose type is a dataclass of settings stands for
-all of that dataclass's fields (`takes`), so that no option is declared twice. Help comes from the docstrings' `Args`
-and `Attributes`. The result is one flat dataclass for tyro, which parses it and prints the help.
+A command is a function. Its parameters are its options; a parameter can stand for all fields of a dataclass of
+settings, or for all parameters of a function of the public API, which it then gets with its values filled in (`takes`),
+so that no option is declared twice. Help comes from the docstrings' `Args` and `Attributes`, where another option in
+backticks is shown as it is typed. The result is one flat dataclass for tyro, which parses it and prints the help.
 """
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ultralong.api.names import Words
 from ultralong.utils.units import TokenCount, parse_tokens
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -47,10 +52,10 @@ TYPES = {int: "INT", float: "FLOAT", Path: "PATH"}
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A dataclass of settings whose fields are options of a command.
+    """A dataclass of settings or a function, whose fields or parameters are options of a command.
 
     Attributes:
-        place: Where it is, "module:Class"; imported when the command is chosen.
+        place: Where it is, "module:name"; imported when the command is chosen.
         positional: Fields that are given by place, in this order.
         names: Options' names where they differ from the fields'.
         given: Fields that are no options, with the values that they get.
@@ -65,14 +70,22 @@ class Group:
     commas: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
-    def load(self) -> type[Any]:
-        """The dataclass."""
+    def load(self) -> Callable[..., Any]:
+        """The dataclass or function."""
         module, _, name = self.place.partition(":")
         return getattr(importlib.import_module(module), name)
 
+    def made(self, given: Mapping[str, Any]) -> Any:
+        """The dataclass, or the function with its arguments, from values by the options' names."""
+        thing, other = self.load(), (*self.given, *self.left_out)
+        taken = {field: given[self.names.get(field, field)] for field in _defaults(thing) if field not in other}
+        if inspect.isfunction(thing):
+            return functools.partial(thing, **taken, **self.given)
+        return thing(**taken, **self.given)
+
 
 def takes(**groups: Group) -> Callable[[Command], Command]:
-    """Say which parameters of a command are whole dataclasses of settings."""
+    """Say which parameters of a command are whole dataclasses of settings, or functions with their arguments."""
 
     def mark(command: Command) -> Command:
         command.__dict__["groups"] = groups
@@ -140,7 +153,7 @@ def call(command: Callable[..., None], values: Any) -> None:
     groups: dict[str, Group] = command.__dict__.get("groups", {})
     positional, named = [], {}
     for name, parameter in inspect.signature(command).parameters.items():
-        value = _made(groups[name], given) if name in groups else given[name]
+        value = groups[name].made(given) if name in groups else given[name]
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
             positional.append(value)
         else:
@@ -148,12 +161,14 @@ def call(command: Callable[..., None], values: Any) -> None:
     command(*positional, **named)
 
 
-def described(thing: Any, section: str) -> dict[str, str]:
-    """What a docstring's section (`Args`, `Attributes`) says of each name, on one line."""
+def described(thing: Any, section: str, options: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """What a docstring's section (`Args`, `Attributes`) says of each name, on one line; `options` by their fields."""
     text = inspect.getdoc(thing) or ""
     found = re.search(rf"^{section}:\n((?:[ ].*\n?|\n)*)", text, re.MULTILINE)
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", found[1] if found else "", re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text).replace("`", "") for name, text in entries}
+    shown = {f"`{field}`": "--" + option.replace("_", "-") for field, option in options.items()}
+    told = {name: re.sub(r"`\w+`", lambda word: shown.get(word[0], word[0]), text) for name, text in entries}
+    return {name: re.sub(r"\s+", " ", text).replace("`", "") for name, text in told.items()}
 
 
 def metavar_of(name: str, kind: Any, commas: bool = False) -> str | None:
@@ -178,35 +193,49 @@ def metavar_of(name: str, kind: Any, commas: bool = False) -> str | None:
 
 
 def _hints(thing: Any) -> dict[str, Any]:
-    """Types of parameters or fields, with what is annotated; names of settings' dataclasses mean nothing here."""
-    groups: dict[str, Group] = getattr(thing, "__dict__", {}).get("groups", {})
-    names = {group.place.partition(":")[2]: Any for group in groups.values()}
-    return get_type_hints(thing, localns=names, include_extras=True)
+    """Types of parameters or fields, with what is annotated; what is imported for type checkers alone is any."""
+    if not inspect.isfunction(thing):
+        return get_type_hints(thing, include_extras=True)
+    texts = [text for name, text in thing.__annotations__.items() if isinstance(text, str)]
+    used = {name for text in texts for name in compile(text, "annotation", "eval").co_names}
+    unknown = used - set(thing.__globals__) - set(vars(builtins))
+    return get_type_hints(thing, localns=dict.fromkeys(unknown, Any), include_extras=True)
 
 
-def _fields_of(group: Group) -> list[Option]:
-    kind = group.load()
-    texts, hints = described(kind, "Attributes"), get_type_hints(kind, include_extras=True)
-    found = []
-    places = {name: place for place, name in enumerate(group.positional)}
-    for field in sorted(dataclasses.fields(kind), key=lambda field: places.get(field.name, len(places))):
-        if field.name in (*group.given, *group.left_out) or not field.init:
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        name, commas = group.names.get(field.name, field.name), field.name in group.commas
-        positional = field.name in group.positional
-        found.append(Option(name, hints[field.name], default, texts[field.name], positional, commas))
+def _defaults(thing: Any) -> dict[str, Any]:
+    """Fields of a dataclass, or parameters of a function but for `**`, with their defaults."""
+    if inspect.isfunction(thing):
+        kept = [one for one in inspect.signature(thing).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        return {one.name: dataclasses.MISSING if one.default is one.empty else one.default for one in kept}
+    found: dict[str, Any] = {}
+    for field in (one for one in dataclasses.fields(thing) if one.init):
+        made = field.default_factory
+        found[field.name] = field.default if made is dataclasses.MISSING else made()
     return found
 
 
-def _made(group: Group, given: Mapping[str, Any]) -> Any:
-    kind = group.load()
-    names = {field.name: group.names.get(field.name, field.name) for field in dataclasses.fields(kind)}
-    other = (*group.given, *group.left_out)
-    taken = {field: given[name] for field, name in names.items() if field not in other}
-    return kind(**taken, **group.given)
+def _fields_of(group: Group) -> list[Option]:
+    thing = group.load()
+    defaults, hints, found = _defaults(thing), _hints(thing), []
+    typed = {field: group.names.get(field, field) for field in defaults if field not in group.positional}
+    texts = described(thing, "Args" if inspect.isfunction(thing) else "Attributes", typed)
+    places = {name: place for place, name in enumerate(group.positional)}
+    for field in sorted(defaults, key=lambda field: places.get(field, len(places))):
+        if field in (*group.given, *group.left_out):
+            continue
+        kind, default, name = hints[field], defaults[field], group.names.get(field, field)
+        found.append(
+            Option(name, _narrow(kind), default, texts[field], field in group.positional, field in group.commas)
+        )
+    return found
+
+
+def _narrow(kind: Any) -> Any:
+    """The type that a command line reads: of what takes more in Python, the type in its mark."""
+    if get_origin(kind) in (Union, types.UnionType) and len(get_args(kind)) == 2 and type(None) in get_args(kind):
+        inner = next(one for one in get_args(kind) if one is not type(None))
+        return _narrow(inner) | None
+    return next((extra.kind for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Words)), kind)
 
 
 def _inner(kind: Any) -> tuple[Any, int | None]:

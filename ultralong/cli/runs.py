@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
         positional=("tasks", "model"),
         names={"kv_dtype": "kv"},
         commas=("tasks",),
-    )
+    ),
+    work=Group("ultralong.api.measure:evaluate", left_out=("model", "tasks", "quiet")),
 )
-def run(wanted: RunSettings, *, out: Path, before: Path | None = None, device: str = "auto", json: Json = None) -> None:
+def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Measure a model on any of the tests, and write a report: JSON and one page.
 
     Stop it at any time; the same command resumes where it stopped.
@@ -42,19 +44,17 @@ def run(wanted: RunSettings, *, out: Path, before: Path | None = None, device: s
 
     Args:
         wanted: What to measure.
-        out: Folder of answers and report.
-        before: Folder of a run of the model before, to set beside it.
-        device: auto, cpu or cuda.
+        work: The function, with where and beside what.
         json: Write the report's numbers as JSON to this file.
     """
     from ultralong.evaluation.runs.run import run as measure
 
     wanted = replace(wanted, model=find_checkpoint(wanted.model))
-    result = measure(wanted, out, before=before, device=device, draw=False)
+    result = measure(wanted, **work.keywords, draw=False)
     if result is None:  # one of torchrun's other processes
         return
     leave(json, result)
-    _tell(result, out)
+    _tell(result, work.keywords["out"])
 
 
 def longppl(
@@ -143,21 +143,8 @@ def report(folder: Positional[Path], /, *, before: Path | None = None, json: Jso
     _tell(result, folder)
 
 
-def ablate(
-    study: Positional[str],
-    /,
-    *,
-    out: Path | None = None,
-    arms: tuple[str, ...] = (),
-    dry_run: bool = False,
-    machine: str = "h200",
-    gpus: int | None = None,
-    price: float | None = None,
-    device: str = "auto",
-    quiet: bool = False,
-    set: tuple[str, ...] = (),
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.runs:ablate", positional=("study",), names={"changes": "set"}))
+def ablate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Compare ways to extend a model: arms that differ from one base, on the same samples.
 
     STUDY is one YAML file: the base, the arms with the keys that they change, the training seeds, and for each arm a
@@ -169,35 +156,15 @@ def ablate(
       ultralong ablate smollm2-135m-64k --dry-run --price 2.5
 
     Args:
-        study: Name of a study that ships, or a YAML file.
-        out: Folder of the study; needed unless it is only priced.
-        arms: Arms to run now, beside the base; by default all.
-        dry_run: Only say what the training will take, by ultralong plan.
-        machine: With --dry-run: the GPU, as ultralong plan takes it.
-        gpus: With --dry-run: GPUs of each run; by default as many as share one row.
-        price: With --dry-run: of one GPU-hour, in any currency.
-        device: Where evaluation runs: auto, cpu or cuda.
-        quiet: No progress bars.
-        set: Changes of the study, with dots for groups, such as base.training.steps=10.
+        work: The function, with the study.
         json: Write the result as JSON to this file.
     """
-    from ultralong.ablation import ablate as work
-    from ultralong.ablation import load_study
-    from ultralong.ablation import price as estimate
     from ultralong.ablation.page import table_lines
     from ultralong.ablation.price import price_lines
 
-    wanted = load_study(study, set)
-    if dry_run:
-        found = estimate(wanted, machine=machine, gpus=gpus, cost=price)
-        lines = price_lines(found)
-    elif out is None:
-        raise ValueError("--out FOLDER is needed, which the study is kept in (or --dry-run, to price it).")
-    else:
-        found = work(wanted, out, only=arms, device=device, quiet=quiet)
-        lines = [*table_lines(found), f"{out / 'report.html'}"]
+    found, page = work(), f"{work.keywords['out']}/report.html"
     leave(json, found)
-    print("\n".join(lines))
+    print("\n".join(price_lines(found) if work.keywords["dry_run"] else [*table_lines(found), page]))
 
 
 @takes(wanted=Group("ultralong.search.settings:SearchSettings", positional=("model",)))

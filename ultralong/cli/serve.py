@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
-
-from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
 from ultralong.utils.hub import find_checkpoint
 
 if TYPE_CHECKING:
+    from ultralong.checkpoints.check import Readings
+    from ultralong.checkpoints.merge import MergeReport
+    from ultralong.data.verify import Verification
     from ultralong.inference.server.settings import ServeSettings
 
 
-def check(model: Positional[str], /, *, revision: str | None = None, json: Json = None) -> None:
+@takes(work=Group("ultralong.api.verdicts:check", positional=("model",)))
+def check(work: partial[Readings], *, json: Json = None) -> None:
     """Say what other programs and versions will read from a checkpoint, and what they get wrong.
 
     transformers 4.46, 4.51, 4.57 and the installed one, vLLM, SGLang, llama.cpp: the RoPE that each computes, right or
@@ -26,18 +28,16 @@ def check(model: Positional[str], /, *, revision: str | None = None, json: Json 
     Example: ultralong check llama-1m
 
     Args:
-        model: Checkpoint folder, or a hub id.
-        revision: Branch, tag or commit of a hub model.
+        work: The function, with the checkpoint.
         json: Write the readings as JSON to this file.
     """
-    from ultralong.checkpoints.check import check as run
-
-    found = run(model, revision)
+    found = work()
     leave(json, found.to_dict())
     print(found)
 
 
-def verify(folder: Positional[Path], /, *, json: Json = None) -> None:
+@takes(work=Group("ultralong.api.verdicts:verify", positional=("folder",)))
+def verify(work: partial[Verification], *, json: Json = None) -> None:
     """Compare a folder's files with the sizes and hashes recorded in it.
 
     Rows and token stores by their manifest, a run's checkpoints by their state.json, models by the headers of their
@@ -50,12 +50,10 @@ def verify(folder: Positional[Path], /, *, json: Json = None) -> None:
       ultralong data verify rows
 
     Args:
-        folder: Packed rows or tokens, a run, one of its checkpoints, or a model.
+        work: The function, with the folder.
         json: Write what was compared as JSON to this file.
     """
-    from ultralong.data.verify import verify as run
-
-    found = run(folder)
+    found = work()
     leave(json, found.to_dict())
     print(found)
     if found.faults:
@@ -63,15 +61,8 @@ def verify(folder: Positional[Path], /, *, json: Json = None) -> None:
         sys.exit(1)
 
 
-def merge(
-    models: Positional[tuple[str, ...]],
-    /,
-    *,
-    out: Path,
-    weights: tuple[float, ...] = (),
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.make:merge", positional=("models",)))
+def merge(work: partial[MergeReport], *, json: Json = None) -> None:
     """Average checkpoints of one model: the last ones of a run, or a trained model and its start.
 
     Tensors are averaged one at a time in float32 and written in the type of the first model, whose config and tokenizer
@@ -82,15 +73,10 @@ def merge(
       ultralong merge runs/cpt/checkpoints/step-0000080 runs/cpt/checkpoints/step-0000100 --out merged
 
     Args:
-        models: Checkpoint folders, hub ids, or checkpoints of a run.
-        out: Folder to write; it must be empty or not exist.
-        weights: A number a model, which add up to 1; by default all count alike.
-        quiet: No progress bar.
+        work: The function, with the checkpoints.
         json: Write the report as JSON to this file.
     """
-    from ultralong.checkpoints.merge import merge as run
-
-    report = run(models, out, weights, quiet=quiet)
+    report, out, models = work(), work.keywords["out"], work.keywords["models"]
     leave(json, report.to_dict())
     print("\n".join([*report.notes, f"{out}: {report.tensors:,} tensors of {len(models)} checkpoints averaged."]))
     print(f"Measure it like any model: ultralong eval needle {out}")
