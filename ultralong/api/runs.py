@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ultralong.planner import Machine, Plan
     from ultralong.training.config import TrainConfig
-    from ultralong.training.loop import TrainResult
+    from ultralong.training.result import TrainResult
 
 
 def load_config(config: TrainConfig | StrPath, changes: Changes = ()) -> TrainConfig:
@@ -241,15 +241,17 @@ def ablate(
 
 
 def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:
-    from ultralong.training.loop import TrainResult
-    from ultralong.training.loop import train as run
+    from ultralong.utils.processes import without_collections
 
     if processes is None:
+        with without_collections():
+            from ultralong.training.loop import train as run
         return run(config, resume, quiet, answers=command == "sft")
     import tempfile
     from pathlib import Path
 
     from ultralong.launch.local import launch_local
+    from ultralong.training.result import TrainResult
     from ultralong.utils import settings
     from ultralong.utils.files import read_json
 

@@ -15,11 +15,12 @@ from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import File, Json, is_main, leave
+from ultralong.utils.processes import without_collections
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
     from ultralong.data.recipe.build import PackReport
-    from ultralong.training.loop import TrainResult
+    from ultralong.training.result import TrainResult
 
 
 @takes(work=Group("ultralong.api.make:extend", positional=("model",)))
@@ -138,7 +139,8 @@ def demo(
         seed: Seed of documents' order, questions and needles.
         json: Write the report's numbers as JSON to this file.
     """
-    from ultralong.demo import load, run
+    with without_collections():
+        from ultralong.demo import load, run
 
     changes = (*set, *(() if seed is None else (f"seed={seed}",)))
     report = run(load(model, changes), out)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,9 @@ class Demo:
     def pretrained(self) -> Path:
         """The extended model after continued pretraining, sequence-parallel."""
         processes = self.config.processes or max(1, torch.cuda.device_count() or 2)
-        return self._train("pretraining", self.extended(), self.rows().folder, self.config.pretraining, processes)
+        return self._trained("pretraining") or self._train(
+            "pretraining", self.extended(), self.rows().folder, self.config.pretraining, processes
+        )
 
     def chat_rows(self) -> PackedRows:
         """Conversations and questions about passages, none longer than the old window, packed under their masks."""
@@ -158,7 +161,9 @@ class Demo:
 
     def tuned(self) -> Path:
         """The extended, pretrained model after short SFT."""
-        return self._train("tuning", self.pretrained(), self.chat_rows().folder, self.config.tuning, 1, "sft")
+        return self._trained("tuning") or self._train(
+            "tuning", self.pretrained(), self.chat_rows().folder, self.config.tuning, 1, "sft"
+        )
 
     def measure(self, which: str) -> dict[str, Any]:
         """Needle grid and perplexity by position of a stage's model.
@@ -181,7 +186,7 @@ class Demo:
             config.depths,
             config.samples,
             config.seed,
-            self._haystack(),
+            self._haystack,
             chunk=config.chunk,
             quiet=self.quiet,
         )
@@ -200,7 +205,7 @@ class Demo:
         Raises:
             RuntimeError: transformers could not open or run it; the message holds what it said.
         """
-        needle = make_needle(self.tokenizer(), self.config.target, 0.1, self.config.seed + 1, self._haystack())
+        needle = make_needle(self.tokenizer(), self.config.target, 0.1, self.config.seed + 1, self._haystack)
         prompt = needle.input_ids.tolist()
         done = subprocess.run(
             [sys.executable, "-c", PLAIN_CHECK, str(self.tuned())],
@@ -219,6 +224,7 @@ class Demo:
         write_json(self.out / "plain.json", answer)
         return answer
 
+    @cached_property
     def _haystack(self) -> Haystack:
         texts = [document.text for document in read_documents(find_recipe(self.config.heldout), quiet=True)]
         return Haystack.from_texts(self.tokenizer(), texts, limit=4 * self.config.target, name="held-out documents")
@@ -226,10 +232,12 @@ class Demo:
     def _open(self, folder: Path) -> PreTrainedModel:
         return load_model(folder, self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
 
+    def _trained(self, name: str) -> Path | None:
+        """The model of a training that has ended."""
+        return self.out / name / "model" if (self.out / name / "result.json").exists() else None
+
     def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train") -> Path:
         out = self.out / name
-        if (out / "result.json").exists():
-            return out / "model"
         optimizer = OptimizerConfig(lr=stage.lr, warmup_steps=max(1, stage.steps // 10), schedule="linear")
         config = TrainConfig(
             model=str(model),

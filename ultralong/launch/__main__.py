@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 
-from ultralong.launch.dry_run import check
 from ultralong.training.config import TrainConfig
 from ultralong.utils import settings
+from ultralong.utils.processes import without_collections
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"WRONG config: {error}", file=sys.stderr)
         return 2
+    with without_collections():
+        from ultralong.launch.dry_run import check
     findings = check(config, options.nodes, options.gpus_per_node)
     for finding in findings:
         print(finding)
@@ -29,4 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # as a command does before it ends
+    sys.exit(code)

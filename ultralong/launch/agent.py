@@ -6,13 +6,14 @@ agent can know, that a rank was ended by a signal, is said here in one line.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import runpy
 import signal
 import sys
 
-from ultralong.utils.processes import end_with_parent
+from ultralong.utils.processes import end_with_parent, without_collections
 
 
 def main(words: list[str]) -> int:
@@ -27,9 +28,10 @@ def main(words: list[str]) -> int:
         sys.argv = ["ultralong", *command]
         runpy.run_module("ultralong", run_name="__main__", alter_sys=True)
         return 0
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with without_collections():
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # --standalone takes a free port by itself, so that two runs on a machine do not meet.
@@ -51,4 +53,6 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    gc.freeze()  # as a command does before it ends
+    sys.exit(code)

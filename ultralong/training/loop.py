@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -27,6 +26,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
 from ultralong.training.parallel import Processes, connect
 from ultralong.training.preflight import check_start
+from ultralong.training.result import TrainResult
 from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
 from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
 from ultralong.utils.processes import stop_asked
@@ -35,25 +35,6 @@ from ultralong.utils.progress import progress
 T = TypeVar("T")
 FREE_SOME = "free some space, or set `keep` lower, then run again with --resume"
 LOCK_SECONDS = 2.0  # a check of the folder holds its lock for a moment
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        model: The trained model, a plain Hugging Face folder.
-        steps: Optimizer steps of the whole run, those before a resumption included.
-        tokens: Tokens (inputs) of the whole run.
-        loss: Mean loss per target over the last tenth of the steps, in nats.
-        seconds: Wall time of this call, start-up and saving included.
-    """
-
-    model: str
-    steps: int
-    tokens: int
-    loss: float
-    seconds: float
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answers: bool = False) -> TrainResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,18 @@ def end_with_parent(parent: int | None = None, how: signal.Signals = signal.SIGK
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, how)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), how)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """For imports of torch and transformers: a million objects that stay, each looked through again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def start_method() -> str:

@@ -7,6 +7,7 @@ this process still imports and counts the model, and ends with it.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ultralong.utils.processes import without_collections
 
 if TYPE_CHECKING:
     from ultralong.planner.traces.attention import AttentionTrace, AttentionWorkload
@@ -97,7 +100,9 @@ def _parsed(answer: dict[str, Any]) -> AttentionTrace:
 
 def main() -> None:
     """Answer until standard input ends."""
-    from ultralong.planner.traces.attention import AttentionWorkload, trace_attention
+    with without_collections():
+        from ultralong.planner.traces.attention import AttentionWorkload, trace_attention
+    gc.freeze()  # nor are they looked through while it traces, or when it ends
 
     # Ctrl-C in a terminal, or a kernel's end, reaches this process too; the one that asks says when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
