@@ -1,7 +1,9 @@
 """The process between `launch_local` and the ranks: torchrun's agent without its own report of a failure.
 
-A rank that fails says why itself (see `ultralong.cli.errors`); torchrun would add forty lines to that. What only the
-agent can know, that a rank was ended by a signal, is said here in one line.
+Where there is no GPU the agent imports the trainer and forks its ranks, which then start at once. A forked process
+can't use CUDA: with a GPU each rank is an interpreter of its own. A rank that fails says why itself (see
+`ultralong.cli.errors`); torchrun would add forty lines to that. What only the agent can know, that a rank was ended by
+a signal, is said here in one line.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 from ultralong.utils.processes import end_with_parent, without_collections
 
@@ -33,10 +36,10 @@ def main(words: list[str]) -> int:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # --standalone takes a free port by itself, so that two runs on a machine do not meet.
-    started = ["-m", "ultralong.launch.rank", str(os.getpid()), *command]
-    options = parse_args(["--standalone", "--nproc-per-node", processes, *started])
+    options = parse_args(["--standalone", "--nproc-per-node", processes, *_rank_words(), str(os.getpid()), *command])
     try:
         run(options)
     except ChildFailedError as error:
@@ -50,6 +53,18 @@ def main(words: list[str]) -> int:
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0
+
+
+def _rank_words() -> list[str]:
+    """How torchrun starts a rank; where it forks, what a rank imports is imported here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ["-m", "ultralong.launch.rank"]
+    with without_collections():
+        import ultralong.training.loop  # noqa: F401
+    gc.freeze()  # a collection in a rank would touch, and so copy, all of it
+    return ["--start-method", "fork", "--run-path", str(Path(__file__).with_name("rank.py"))]
 
 
 if __name__ == "__main__":
