@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ultralong.planner import Machine, Plan
+    from ultralong.training import TrainResult
     from ultralong.training.config import TrainConfig
-    from ultralong.training.result import TrainResult
 
 
 def load_config(config: TrainConfig | StrPath, changes: Changes = ()) -> TrainConfig:
@@ -251,7 +251,7 @@ def _train(config: TrainConfig, command: str, resume: bool, processes: int | Non
     from pathlib import Path
 
     from ultralong.launch.local import launch_local
-    from ultralong.training.result import TrainResult
+    from ultralong.training import TrainResult
     from ultralong.utils import settings
     from ultralong.utils.files import read_json
 

@@ -20,7 +20,7 @@ from ultralong.utils.processes import without_collections
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
     from ultralong.data.recipe.build import PackReport
-    from ultralong.training.result import TrainResult
+    from ultralong.training import TrainResult
 
 
 @takes(work=Group("ultralong.api.make:extend", positional=("model",)))

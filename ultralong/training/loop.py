@@ -20,13 +20,12 @@ import torch
 from accelerate.utils import set_seed
 
 from ultralong.checkpoints.background import BackgroundSaver, background_saver
-from ultralong.training import checkpoint
+from ultralong.training import TrainResult, checkpoint
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
 from ultralong.training.parallel import Processes, connect
 from ultralong.training.preflight import check_start
-from ultralong.training.result import TrainResult
 from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
 from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
 from ultralong.utils.processes import stop_asked
