@@ -52,7 +52,7 @@ def test_each_turn_keeps_its_own(tiny_tokenizer):
 
 
 def test_a_template_that_runs_on_is_refused(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("ultralong.inference.server.requests.LONGEST", 0.2)
+    monkeypatch.setattr("ultralong.utils.template_renderer.LONGEST", 0.2)
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     monkeypatch.setattr(tiny_tokenizer, "chat_template", endless)
     with pytest.raises(Refused, match="did not end within"):

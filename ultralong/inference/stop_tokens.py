@@ -5,6 +5,8 @@ from __future__ import annotations
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ultralong.utils.chat_template import render_chat
+
 ANSWER = "\u2402answer\u2403"  # survives templates that strip or rewrite what surrounds a message
 
 
@@ -35,7 +37,7 @@ def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     found: set[int] = set()
     for talk in (turns, [*turns, turns[0]]):
         try:
-            text = str(tokenizer.apply_chat_template(talk, tokenize=False))
+            text = render_chat(tokenizer, talk)
         except (TemplateError, ValueError):  # what the template refuses, or a set of templates without a default
             continue
         _, answer, behind = text.rpartition(ANSWER)

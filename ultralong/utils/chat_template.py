@@ -1,4 +1,4 @@
-"""Chat templates rendered the same way every day.
+"""Chat templates rendered the same way every day, within limits of time and memory.
 
 Some templates (Llama 3.2, Granite) write today's date through `strftime_now`. Rows, prompts and their lengths would
 then change from one day to the next. Here the clock stands at one date: the one that Llama 3's templates fall back to
@@ -8,19 +8,21 @@ where there is no clock.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ultralong.utils.time_limit import time_limit
+from ultralong.utils.template_renderer import render_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 10.0  # seconds that a template may take
-LARGEST = 4 * 2**30  # bytes that the process may grow by meanwhile
-BYTES = 1000  # and for each character of the conversation, which is tokenised there too
-SLOWEST = 50_000  # characters a second that are tokenised behind it at least
+# What a template has written, in pieces, with the marks of what the model generates.
+PIECES = (
+    "{%- for text, marked in pieces %}{% if marked %}{% generation %}{{ text }}{% endgeneration %}"
+    "{% else %}{{ text }}{% endif %}{% endfor %}"
+)
 DATE = "2024-07-26"
 CLOCK = "strftime_now"
 # That date at midnight, UTC, in every directive of strftime, spelled as in the C locale.
@@ -86,23 +88,69 @@ def with_fixed_date(template: str) -> str:
     return f"{macro}{{%- endmacro %}}{{{{ '' }}}}{template}"
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str | None = None, **options: Any
+) -> str:
+    """A conversation's text under the tokenizer's template, or another one; what it says of the date is today's.
+
+    Args:
+        tokenizer: Has a chat template, and the control tokens that templates may ask for.
+        messages: The conversation.
+        template: Instead of the tokenizer's own.
+        **options: `add_generation_prompt`, and variables of the template.
+
+    Raises:
+        jinja2.TemplateError: The template refuses the conversation.
+        ValueError: It takes too long or too much memory.
+    """
+    template = tokenizer.get_chat_template() if template is None else template
+    return render_template(template, messages, **{**tokenizer.special_tokens_map, **options})[0]
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    tokenize: bool = True,
+    add_generation_prompt: bool = False,
+    return_dict: bool = False,
+    return_assistant_tokens_mask: bool = False,
+) -> Any:
     """`tokenizer.apply_chat_template` with the date fixed; without `return_dict` it gives ids or text alone.
+
+    The template runs in a process of its own, and the tokenizer gets what it wrote.
 
     Args:
         tokenizer: Has a chat template.
         messages: The conversation.
-        **options: As for the tokenizer's own method.
+        tokenize: False gives the text.
+        add_generation_prompt: Open the assistant's next turn.
+        return_dict: As of the tokenizer's own method.
+        return_assistant_tokens_mask: As of the tokenizer's own method.
 
     Raises:
-        ValueError: The template takes too long or too much memory; templates come with other people's checkpoints.
+        jinja2.TemplateError: The template refuses the conversation.
+        ValueError: It takes too long or too much memory; templates come with other people's checkpoints.
     """
     template = with_fixed_date(tokenizer.get_chat_template())
-    # Tokenising takes its time with what is long; a short conversation whose template runs on is no conversation.
-    size = sum(len(str(value)) for message in messages for value in message.values())
-    message = f"the chat template did not end within {LONGEST:g} s and {LARGEST / 2**30:g} GiB: its loops run on."
-    with time_limit(LONGEST + size / SLOWEST, message, LARGEST + size * BYTES):
-        return tokenizer.apply_chat_template(messages, chat_template=template, **{"return_dict": False, **options})
+    options = {"add_generation_prompt": add_generation_prompt, **tokenizer.special_tokens_map}
+    if return_assistant_tokens_mask:
+        options["return_assistant_tokens_mask"] = True
+    text, marks = render_template(template, messages, **options)
+    if not tokenize:
+        return text
+    edges = sorted({0, len(text), *(edge for mark in marks for edge in mark)})
+    pieces = [
+        (text[begin:end], any(first <= begin and end <= last for first, last in marks))
+        for begin, end in itertools.pairwise(edges)
+    ]
+    return tokenizer.apply_chat_template(
+        messages,
+        chat_template=PIECES,
+        pieces=pieces,
+        return_dict=return_dict,
+        return_assistant_tokens_mask=return_assistant_tokens_mask,
+    )
 
 
 @functools.lru_cache(maxsize=8)

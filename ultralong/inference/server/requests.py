@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
 from ultralong.inference.server.worker import Job, Refused
-from ultralong.utils.chat_template import LONGEST, conversation_ids
-from ultralong.utils.time_limit import time_limit
+from ultralong.utils.chat_template import conversation_ids, render_chat
 
 MOST_STOPS = 16
 
@@ -107,8 +106,7 @@ class ChatRequest(_Request):
         turns = [message.plain() for message in self.messages]
 
         def render(messages: list[dict[str, str]]) -> str:
-            with time_limit(LONGEST, f"the template did not end within {LONGEST:g} s."):
-                return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            return render_chat(tokenizer, messages, add_generation_prompt=True)
 
         try:
             return conversation_ids(tokenizer, turns, render)
