@@ -162,3 +162,58 @@ def test_a_deadline_that_passes_while_the_connection_is_made_ends_the_request():
         with pytest.raises(TimeoutError, match="deadline"):
             made.connect()
         assert made.sock is None
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    """Lookups of names that end in .slow hang; how many of them are under way."""
+    known, done, count = socket.getaddrinfo, threading.Event(), []
+
+    def look_up(host, *arguments, **options):
+        if host.endswith(".slow"):
+            count.append(host)
+            done.wait(30)
+        return known("127.0.0.1" if host.endswith((".slow", ".here")) else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield count
+    done.set()
+
+
+@pytest.mark.parametrize("limit", ["deadline", "timeout"])
+def test_a_lookup_that_hangs_is_given_up_unpaid(hanging, tmp_path, limit):
+    """The system's own lookup has no time-out; those who wait for one name share one."""
+    slow = settings("http://name.slow:9/v1", **{limit: 0.2})
+    start = time.monotonic()
+    report = refine(talks("good", "good too"), tmp_path, slow, quiet=True)
+    assert time.monotonic() - start < 15
+    assert (report.refined, report.failed, hanging) == (0, 2, ["name.slow"])
+    reasons = [record["error"] for record in read_jsonl(tmp_path / "refined.jsonl")]
+    assert all("the address of name.slow was not found within" in reason for reason in reasons)
+
+
+def test_the_next_address_of_a_name_is_tried(hanging, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as closed:
+        shut = closed.getsockname()
+        closed.close()
+        entry = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+        places = [(*entry, shut), (*entry, server.getsockname())]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: places)
+        with Watch(60.0) as watch:
+            made = watch.connection(http.client.HTTPConnection, "two.here:80", timeout=5.0)
+            made.connect()
+            assert made.sock.getpeername() == server.getsockname()
+            assert made.sock.gettimeout() == 5.0
+            made.close()
+
+
+def test_a_handshake_that_stalls_is_cut(hanging):
+    """Also over TLS, whose socket is another one than the connection's."""
+    with socket.create_server(("127.0.0.1", 0)) as server, Watch(0.3) as watch:
+        port = server.getsockname()[1]
+        made = watch.connection(http.client.HTTPSConnection, f"name.here:{port}", timeout=60.0)
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            made.connect()
+        assert watch.over
+        assert time.monotonic() - start < 30

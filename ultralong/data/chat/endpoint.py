@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ultralong.data.chat.transport import (
+    LookupTooLong,
     NoRedirect,
     TooLong,
     Watch,
@@ -228,8 +229,9 @@ class Client:
             except TimeoutError:
                 raise _Again(f"no answer in {self.endpoint.timeout:g} s", billed=True) from None
             except urllib.error.URLError as error:
-                late = watch.over or isinstance(error.reason, TimeoutError)
-                reason = self._late() if watch.over else f"no connection: {error.reason}"
+                sent = not isinstance(error.reason, LookupTooLong)
+                late = sent and (watch.over or isinstance(error.reason, TimeoutError))
+                reason = self._late() if watch.over and sent else f"no connection: {error.reason}"
                 raise _Again(reason, billed=late) from None
             except (http.client.HTTPException, OSError, ValueError) as error:
                 reason = self._late() if watch.over else f"connection lost: {type(error).__name__}"

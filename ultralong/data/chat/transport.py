@@ -1,7 +1,7 @@
 """One HTTP request that the server can neither stretch nor swell: its whole time and its size have a limit.
 
 urllib's own time-out is for each read: a server that sends a byte now and then, of the headers even, keeps a request
-open for ever.
+open for ever. A lookup of the server's name has no time-out at all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import socket
 import threading
+import time
 import urllib.request
 from functools import partial
 from typing import Any
@@ -19,6 +20,10 @@ class TooLong(Exception):
     """An answer has more bytes than are read."""
 
 
+class LookupTooLong(OSError):
+    """A server's name was not looked up in time: nothing was sent."""
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follows no redirect."""
 
@@ -26,11 +31,53 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         """A redirect would carry the key to another host, so it is an error like any other."""
 
 
+class _Lookup:
+    """The addresses of one name, looked up in a thread of its own, as nothing can interrupt the system's lookup."""
+
+    running: dict[tuple[str, int], _Lookup] = {}  # noqa: RUF012 - one of a name at a time, however many wait for it
+    lock = threading.Lock()
+
+    def __init__(self, host: str, port: int) -> None:
+        self.name, self.done = (host, port), threading.Event()
+        self.found: list[Any] = []
+        self.error: OSError | None = None
+        threading.Thread(target=self._look, daemon=True, name=f"lookup of {host}").start()
+
+    def _look(self) -> None:
+        try:
+            self.found = socket.getaddrinfo(*self.name, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            self.error = error if isinstance(error, OSError) else OSError(str(error))
+        finally:
+            with self.lock:
+                self.running.pop(self.name, None)
+            self.done.set()
+
+
+def addresses(host: str, port: int, seconds: float) -> list[Any]:
+    """What `socket.getaddrinfo` finds, in bounded time.
+
+    Raises:
+        LookupTooLong: It takes longer.
+        OSError: There is no such name.
+    """
+    with _Lookup.lock:
+        lookup = _Lookup.running.get((host, port))
+        if lookup is None:
+            lookup = _Lookup.running[host, port] = _Lookup(host, port)
+    if not lookup.done.wait(max(0.0, seconds)):
+        raise LookupTooLong(f"the address of {host} was not found within {seconds:.3g} s")
+    if lookup.error is not None:
+        raise lookup.error
+    return lookup.found
+
+
 class Watch:
-    """Cuts the connection of one request when its time is over, wherever the server keeps it waiting."""
+    """Cuts the connection of one request when its time is over, wherever it is kept waiting."""
 
     def __init__(self, seconds: float) -> None:
         self.over = False
+        self.until = time.monotonic() + seconds
         self._socket: socket.socket | None = None
         self._timer = threading.Timer(seconds, self._cut)
         self._timer.daemon = True
@@ -41,27 +88,43 @@ class Watch:
 
     def __exit__(self, *exception: object) -> None:
         self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
 
     def connection(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> Any:
         """A connection that this watches."""
-        made = kind(host, **options)
-        connect = made.connect
-
-        def watched() -> None:
-            connect()
-            self._socket = made.sock  # urllib takes it away from the connection once an answer begins
-            if self.over:  # the time ran out while names were looked up or the connection was made
-                made.close()
-                raise TimeoutError("cut by the deadline")
-
-        made.connect = watched  # type: ignore[method-assign]
+        made: Any = kind(host, **options)
+        made._create_connection = self._connect
         return made
+
+    def _connect(self, address: tuple[str, int], timeout: Any, source: tuple[str, int] | None = None) -> socket.socket:
+        """`socket.create_connection` within the time that is left, the lookup of the name included."""
+        patience = timeout if isinstance(timeout, int | float) else float("inf")
+        error: OSError = OSError(f"{address[0]} has no address")
+        for family, kind, protocol, _, place in addresses(*address, min(patience, self.until - time.monotonic())):
+            made = socket.socket(family, kind, protocol)
+            try:
+                made.settimeout(max(1e-3, min(patience, self.until - time.monotonic())))
+                if source is not None:
+                    made.bind(source)
+                made.connect(place)
+                made.settimeout(None if patience == float("inf") else patience)
+                # A second handle: TLS and urllib take the first one away.
+                self._socket = made.dup()
+                if self.over:
+                    raise TimeoutError("cut by the deadline")
+            except OSError as failed:
+                made.close()
+                error = failed
+            else:
+                return made
+        raise error
 
     def _cut(self) -> None:
         self.over = True
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # not TLS's own, which would wait for the server
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class WatchedRequest(urllib.request.Request):
