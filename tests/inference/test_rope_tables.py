@@ -19,9 +19,9 @@ from ultralong.inference.batched import BatchedRunner, batch_that_fits
 from ultralong.inference.generate import generate, prefill
 from ultralong.inference.runner import LocalRunner
 from ultralong.inference.sharded_generation import ShardedRunner
+from ultralong.rope.tables import RopeTables, text_lengths
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.utils.local_ranks import run_ranks
-from ultralong.utils.rope_tables import RopeTables, text_lengths
 
 WINDOW = 64
 SIZES = {

@@ -29,7 +29,7 @@ from ultralong.attention.spec import AttentionSpec, VarlenSegments
 from ultralong.inference.kv_cache import KvCache
 from ultralong.inference.runner import LocalRunner, Prompts
 from ultralong.inference.sharded_generation import check_model
-from ultralong.utils.rope_tables import RopeTables
+from ultralong.rope.tables import RopeTables
 
 PACKED = 32768  # tokens of prompts that are read in one pass
 BLOCK = 64  # rows are read up to a multiple of this: few shapes, and aligned ones

@@ -19,7 +19,7 @@ from ultralong.inference.decoding import GREEDY, Generated, Sampler, Sampling, S
 from ultralong.inference.kv_cache import make_cache
 from ultralong.inference.runner import Prompts, Runner, model_logits
 from ultralong.inference.stop_tokens import end_tokens
-from ultralong.utils.rope_tables import RopeTables
+from ultralong.rope.tables import RopeTables
 
 
 def check_budgets(max_new_tokens: int | Sequence[int], prompts: int) -> list[int]:

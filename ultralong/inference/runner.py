@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ultralong.inference.kv_cache import ModelCache, make_cache
+from ultralong.rope.tables import RopeTables
 from ultralong.utils.progress import progress
-from ultralong.utils.rope_tables import RopeTables
 
 SHOWN = 131072  # prompts of so many tokens get a progress bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ultralong.rope.tables import RopeTables
 from ultralong.utils.compiled import CheckedCompile
-from ultralong.utils.rope_tables import RopeTables
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 

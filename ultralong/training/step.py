@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ultralong.attention import make_attention_context
 from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
+from ultralong.rope.tables import text_lengths
 from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
@@ -29,7 +30,6 @@ from ultralong.training.memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
 from ultralong.training.throughput import Throughput, query_key_pairs
-from ultralong.utils.rope_tables import text_lengths
 
 SHORT_TOKENS = 16384  # of short contexts that are read in one pass, where a share of a row is as long
 RECENT, FEWEST = 32, 8  # steps that a loss spike is measured against, and how few of them are too few

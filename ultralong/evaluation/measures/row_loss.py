@@ -23,12 +23,12 @@ from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.evaluation.measures.result import Part, Result
 from ultralong.inference.load import load_model
+from ultralong.rope.tables import text_lengths
 from ultralong.training.batches import Batch, collate
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.model import head_counts
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.progress import progress
-from ultralong.utils.rope_tables import text_lengths
 
 Compute = Literal["auto", "bfloat16", "float32"]
 
