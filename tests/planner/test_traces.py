@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ultralong.attention import NAME, make_attention_context
 from ultralong.planner.traces import attention as traces
 from ultralong.planner.traces import child
+from ultralong.planner.traces import tracker as tracker_module
 from ultralong.planner.traces.attention import AttentionWorkload, between, trace_attention
 from ultralong.planner.traces.fake_loss import fake_head_loss
 from ultralong.planner.traces.kernel import KERNELS, AllocatingKernel, planned_kernel
@@ -164,6 +165,21 @@ def real_peaks(rank: int, world: int, asked: AttentionWorkload) -> tuple[int, li
             scheme.backward(dout, q, k, v, out, lse, spec)
             peaks.append((forward, tracker.peak))
     return traces._most_keys(context), [min(each) for each in zip(*peaks)]
+
+
+def test_attention_of_grouped_queries_counts_all_query_heads(monkeypatch):
+    """As PyTorch before 2.12 counts: it asserts that there are as many kv heads as query heads."""
+
+    def count(query, key, value, *args, out_val=None, **kwargs):
+        assert query.shape[1] == key.shape[1] == value.shape[1]
+        return 4 * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    monkeypatch.setitem(tracker_module.flop_registry, flash, count)
+    with FakeTensorMode(), Tracker() as tracker:
+        q, k, v = (torch.empty(1, heads, 64, 16, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+        flash(q, k, v)
+    assert tracker.multiplied == 4 * 8 * 64 * 64 * 16
 
 
 CASES = {

@@ -89,6 +89,7 @@ class Tracker(TorchDispatchMode):
             return
         self.operations += 1
         if packet in flop_registry:
+            args = _all_heads(args) if "scaled_dot_product" in packet.__name__ else args
             self.multiplied += flop_registry[packet](*args, **kwargs, out_val=result)
             return
         if packet.__name__ in WRITES_ONLY:
@@ -108,6 +109,20 @@ class Tracker(TorchDispatchMode):
             self.received += _size(args[0]) * (ranks - 1) // ranks
         else:
             raise NotImplementedError(f"the planner does not know what {name} sends")
+
+
+def _all_heads(args: Any) -> tuple[Any, ...]:
+    """Arguments of attention with as many kv heads as query heads, which is what is multiplied.
+
+    PyTorch's count before 2.12 asserts that there are as many; a kernel for grouped queries is given fewer.
+    """
+    heads = max(arg.shape[1] for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 4)
+    return tuple(
+        torch.empty((arg.shape[0], heads, *arg.shape[2:]), device="meta", dtype=arg.dtype)
+        if isinstance(arg, torch.Tensor) and arg.dim() == 4 and arg.shape[1] < heads
+        else arg
+        for arg in args
+    )
 
 
 def _size(tensor: torch.Tensor) -> int:
