@@ -12,7 +12,7 @@ import pytest
 import torch
 from forked import train_over
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.read.documents import Document
@@ -21,6 +21,9 @@ from ultralong.data.rows.packing import pack
 from ultralong.data.rows.separators import PackSettings
 from ultralong.data.rows.step_packs import step_packs
 from ultralong.data.tokens.tokenize import tokenize_corpus
+from ultralong.planner import plan
+from ultralong.planner.rows import planned_packs
+from ultralong.planner.shapes import shape_of
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
@@ -226,6 +229,24 @@ def test_the_documents_of_a_row_are_known_without_its_tokens(mixture):
             real = len(row.document_ids) - (row.document_ids[-1] == -1)
             assert rows.documents(number) == tuple(row.boundaries[: real + 1].tolist())
             assert (row.labels[rows.documents(number)[-1] :] == -100).all()
+
+
+def test_the_plan_is_of_the_packs_that_the_run_makes(one):
+    found = plan(one, 1)
+    passes, tokens = sum(curve(one, "passes")) / STEPS, curve(one, "tokens")[-1]
+    assert f"Rows of a step, {tokens / STEPS:,.0f} tokens in the mean, are laid end to end in {passes:.1f} packs" in (
+        found.attention
+    )
+    (million,) = (line.value for line in found.lines if line.name == "tokens")
+    assert million * 1e6 == pytest.approx(tokens)
+    assert found.tokens == LENGTHS["long"]
+    four = planned_packs(
+        replace(one, parallel=replace(one.parallel, max_tokens_per_rank=448)),
+        4,
+        shape_of(AutoConfig.from_pretrained(one.model)),
+    )
+    assert four.packs.passes == 1
+    assert 1 < four.packs.waiting < 2, "the group with the long row"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ CASE = (
         "tokens",
         "length",
         "packed",
+        "mix",
+        "sharing",
         "gpus",
         "ranks",
         "sharded",

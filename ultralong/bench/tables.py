@@ -95,7 +95,8 @@ def _trainer(row: dict[str, Any]) -> str:
     if "peer" in row:
         return str(row["peer"])
     made, today = (version.rpartition(".")[0] for version in (row["versions"].get("ultralong", "0.1.0"), __version__))
-    return "ours" if made == today else f"ours, {made}"
+    mix = f", {row['sharing']} degree over {row['mix']}" if "mix" in row else ""
+    return ("ours" if made == today else f"ours, {made}") + mix
 
 
 def _beside(row: dict[str, Any], key: str) -> str:

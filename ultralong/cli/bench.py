@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -79,7 +79,10 @@ def decode(wanted: DecodeBench, *, json: Json = None) -> None:
 
 @takes(
     case=Group(
-        "ultralong.bench.training.case:TrainingCase", positional=("model",), given={"tokens": 1}, left_out=("memory",)
+        "ultralong.bench.training.case:TrainingCase",
+        positional=("model",),
+        given={"tokens": 1},
+        left_out=("memory", "sharing"),
     )
 )
 def train(
@@ -87,6 +90,7 @@ def train(
     *,
     lengths: tuple[Tokens, ...] = (131072,),
     memory: tuple[str, ...] = ("activation_checkpointing=true",),
+    sharing: tuple[Literal["dynamic", "fixed"], ...] = ("dynamic", "fixed"),
     peers: bool = False,
     machine: str = "h200",
     folder: Path | None = None,
@@ -98,11 +102,14 @@ def train(
       ultralong bench train meta-llama/Llama-3.2-1B --lengths 32k 128k --json rows.json
       ultralong bench train --lengths 1m --gpus 2 --sharded --state-precision 8bit --kernel flash4 --head-chunks 8
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
+      ultralong bench train meta-llama/Llama-3.2-1B --mix 8k:38 128k:1 256k:1 --gpus 2 --sharded
 
     Args:
         case: What to train.
-        lengths: Tokens of the rows, one case each.
+        lengths: Tokens of the rows, one case each; with --mix they are not used.
         memory: Settings of the memory plan.
+        sharing: With --mix: each row by as many GPUs as it needs (dynamic), every row by all of them (fixed), or one
+            after the other.
         peers: Measure other projects that are installed as well (two GPUs or more).
         machine: Rates that the plan uses: h200, h100, a100, or a file of ultralong bench rates.
         folder: Keep models and rows here for the next measurement.
@@ -120,11 +127,11 @@ def train(
     plan = settings.from_mapping(
         MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
     )
-    names = PEERS if peers and case.gpus > 1 else ()
+    names = PEERS if peers and case.gpus > 1 and not case.mix else ()
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
-        for tokens in lengths:
-            one = replace(case, tokens=tokens, memory=plan)
+        for change in [{"sharing": way} for way in sharing] if case.mix else [{"tokens": n} for n in lengths]:
+            one = replace(case, memory=plan, **dict[str, Any](change))
             for row in (measure(one, machine, place), *(measure_peer(name, one, place) for name in names)):
                 if json is not None:
                     append_row(json, row)
@@ -135,7 +142,8 @@ def train(
 
 def _line(row: dict[str, Any]) -> str:
     """One measured row as text."""
-    name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {row['tokens']:,} tokens, {row['gpus']} x {row['gpu']}: "
+    what = f"{row['tokens']:,} tokens" + (f" ({row['mix']}), {row['sharing']} degree" if "mix" in row else "")
+    name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {what}, {row['gpus']} x {row['gpu']}: "
     if "note" in row:
         return name + row["note"] + ("\n" + row["messages"][-1500:] if "messages" in row else "")
     text = (
@@ -144,6 +152,11 @@ def _line(row: dict[str, Any]) -> str:
     )
     if "planned_seconds_per_step" in row:
         text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
+    if "of_kernel" in row:
+        text += (
+            f"; {row['passes']} passes, rows by degree {row['rows_by_degree']}, {row['of_kernel']:.0%} of the rate of "
+            "kernels and products alone"
+        )
     for kind, took in row.get("kinds", {}).items():
         text += f"\n{took:10.3f} s  {kind}"
     for kernel in row.get("kernels", ())[:12]:

@@ -13,7 +13,7 @@ from ultralong.planner.machine import Machine, load_machine
 from ultralong.planner.memory import gpu_memory as gpu_lines
 from ultralong.planner.memory import host_memory as host_lines
 from ultralong.planner.report import Plan
-from ultralong.planner.rows import PlannedRows, planned_rows
+from ultralong.planner.rows import PlannedRows, planned_packs, planned_rows
 from ultralong.planner.shapes import planned_model, shape_of
 from ultralong.planner.step_time import run_totals, step_time
 from ultralong.planner.traces import child
@@ -21,7 +21,7 @@ from ultralong.planner.workload import Workload
 from ultralong.rope import declared_window
 from ultralong.training.config import TrainConfig
 from ultralong.training.preflight import check_start
-from ultralong.training.throughput import query_key_pairs, step_flops
+from ultralong.training.throughput import step_flops
 from ultralong.utils.settings import to_mapping
 from ultralong.utils.units import GIB
 
@@ -66,11 +66,12 @@ def plan(
         child.start()  # imports beside what follows
     model, named = planned_model(config.model, config.base_model)
     check_start(config, gpus, resume=True, planned=True, shape=model)
-    rows = planned_rows(config.data)
+    shape = shape_of(model)
+    rows = planned_packs(config, gpus, shape) if config.parallel.dynamic_context_parallel else planned_rows(config.data)
     known = tokens or (rows.length if rows else config.length)
     length = known or declared_window(model.get_text_config())
     documents = rows.documents if rows else None
-    workload = Workload(config, model, shape_of(model), machine, length, gpus, documents)
+    workload = Workload(config, model, shape, machine, length, gpus, documents, rows.packs if rows else None)
     budget = machine.memory if gpu_memory is None else gpu_memory * GIB
     host = None if host_memory is None else host_memory * GIB
     if fit:
@@ -106,9 +107,9 @@ def _fewest_gpus(config: TrainConfig) -> int:
 
 def _useful_flops(workload: Workload) -> float:
     """Causal FLOP of a step by the rule of the log (`ultralong.training.throughput`)."""
-    shape, tokens, rows = workload.shape, workload.tokens, workload.config.global_batch_size
-    seen = query_key_pairs(tokens, None) if workload.documents is None else workload.keys_seen * tokens
-    return step_flops(shape.multiplied, shape.layers, shape.heads * shape.head_dim, tokens * rows, seen * rows)
+    shape, tokens = workload.shape, workload.step_tokens
+    pairs = workload.keys_seen * tokens
+    return step_flops(shape.multiplied, shape.layers, shape.heads * shape.head_dim, tokens, pairs)
 
 
 def _attention(workload: Workload, rows: PlannedRows | None) -> str:
@@ -117,7 +118,14 @@ def _attention(workload: Workload, rows: PlannedRows | None) -> str:
     if workload.context_parallel_size > 1:
         traced = workload.usual_attention
         said.append(f"Attention scheme: {traced.scheme} over {workload.context_parallel_size} GPUs ({traced.reason}).")
-    if rows is not None and rows.documents is not None:
+    if rows is not None and rows.packs is not None:
+        packs = rows.packs
+        said.append(
+            f"Rows of a step, {packs.tokens:,.0f} tokens in the mean, are laid end to end in {packs.passes:.1f} packs "
+            f"of up to {workload.tokens:,} tokens for each group of GPUs; a query sees {workload.keys_seen:,.0f} keys "
+            "in the mean."
+        )
+    elif rows is not None and rows.documents is not None:
         said.append(
             f"Documents don't see each other: by {len(rows.documents)} of the packed rows a query sees "
             f"{workload.keys_seen:,.0f} keys in the mean, where it would see {workload.tokens / 2:,.0f} of a whole row."

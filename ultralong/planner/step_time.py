@@ -43,6 +43,8 @@ def step_time(workload: Workload) -> list[PlanLine]:
     launches = operations * passes * machine.launch - sum(items.values())
     if launches > 0:
         items["waiting for operations to be launched"] = launches
+    if workload.packs is not None:
+        items["waiting for the group with the most work"] = (workload.packs.waiting - 1) * sum(items.values())
     items["short contexts of LongCE"] = _short_contexts(workload) * passes  # before the long pass, and hides nothing
     return [PlanLine("step", name, value, machine.basis, "s") for name, value in items.items() if value > 0]
 
@@ -149,7 +151,7 @@ def run_totals(workload: Workload, seconds: float, price: float | None) -> list[
     """The whole run: hours, GPU-hours and, with a price for a GPU-hour, its cost."""
     config, basis = workload.config, workload.machine.basis
     hours = seconds * config.steps / 3600
-    of_step = config.global_batch_size * workload.tokens
+    of_step = workload.step_tokens
     lines = [
         PlanLine("run", "tokens", config.steps * of_step / 1e6, "estimated", "million"),
         PlanLine("run", "time", hours, basis, "h"),

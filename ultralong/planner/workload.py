@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, cycle, pairwise
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedConfig
 
 from ultralong.planner.machine import Machine
+from ultralong.planner.rows import PlannedPacks, at_length
 from ultralong.planner.shapes import Shape
 from ultralong.planner.traces.attention import AttentionTrace, AttentionWorkload, between
 from ultralong.planner.traces.child import attention_trace
@@ -65,6 +65,7 @@ class Workload:
         tokens: Tokens of a row.
         gpus: Processes of the run.
         documents: Boundaries of some of its rows where documents don't see each other; None where they do.
+        packs: What is known of its packs where rows are packed by the step; `tokens` and `documents` are then a pack's.
         traced: Its step, if that is known; it is traced on fake tensors otherwise.
     """
 
@@ -75,6 +76,7 @@ class Workload:
     tokens: int
     gpus: int
     documents: tuple[tuple[int, ...], ...] | None = None
+    packs: PlannedPacks | None = None
     traced: StepTrace | None = None
 
     @property
@@ -88,9 +90,16 @@ class Workload:
         return -(-self.tokens // self.context_parallel_size)
 
     @property
-    def passes(self) -> int:
-        """Micro-batches of a step on one GPU."""
+    def step_tokens(self) -> float:
+        """Tokens of a step over all GPUs."""
+        return self.config.global_batch_size * self.tokens if self.packs is None else self.packs.tokens
+
+    @property
+    def passes(self) -> float:
+        """Micro-batches of a step on one GPU; of packs as many full ones as hold its tokens."""
         groups = self.gpus // self.context_parallel_size
+        if self.config.parallel.dynamic_context_parallel:
+            return self.step_tokens / (groups * self.tokens)
         return self.config.global_batch_size // (groups * self.config.micro_batch_size)
 
     @property
@@ -120,33 +129,31 @@ class Workload:
     @cached_property
     def usual_attention(self) -> AttentionTrace:
         """One layer's attention of the row whose work is nearest to the mean: the one that seconds are taken from."""
-        if self.documents is None:
-            return self.trace.attention
-        work = [query_key_pairs(self.tokens, edges) for edges in self.row_boundaries]
-        mean = sum(work) / len(work)
-        return self._attention(
-            min(self.row_boundaries, key=lambda edges: abs(query_key_pairs(self.tokens, edges) - mean))
-        )
+        return self.trace.attention if self.documents is None else self._attention(self._usual)
 
     @property
     def work_over_usual(self) -> float:
         """Query-key pairs of a row in the mean, over those of the row of `usual_attention`."""
         if self.documents is None:
             return 1.0
-        work = [query_key_pairs(self.tokens, edges) for edges in self.row_boundaries]
-        mean = sum(work) / len(work)
-        return mean / min(work, key=lambda each: abs(each - mean))
+        return self.keys_seen * self.tokens / query_key_pairs(self.tokens, self._usual)
 
-    @property
+    @cached_property
     def keys_seen(self) -> float:
         """Keys that a query sees in the mean: half of a whole row, less under a document mask."""
         if self.documents is None:
             return self.tokens / 2
-        return (
-            sum(query_key_pairs(self.tokens, edges) for edges in self.row_boundaries)
-            / len(self.row_boundaries)
-            / self.tokens
+        if self.packs is not None:
+            return self.packs.pairs / self.packs.tokens
+        return sum(query_key_pairs(self.tokens, edges) for edges in self.row_boundaries) / (
+            len(self.row_boundaries) * self.tokens
         )
+
+    @cached_property
+    def _usual(self) -> tuple[int, ...]:
+        """Boundaries of the row whose work is nearest to the mean."""
+        mean = self.keys_seen * self.tokens
+        return min(self.row_boundaries, key=lambda edges: abs(query_key_pairs(self.tokens, edges) - mean))
 
     @property
     def length_of_work(self) -> float:
@@ -162,7 +169,7 @@ class Workload:
 
         Documents are repeated or cut off where the length is not the rows' own.
         """
-        return tuple(_at_length(edges, self.tokens) for edges in self.documents or ())
+        return tuple(at_length(edges, self.tokens) for edges in self.documents or ())
 
     @property
     def _heaviest(self) -> tuple[int, ...] | None:
@@ -281,16 +288,3 @@ class Workload:
         """The same run with rows shared by so many GPUs, at least."""
         parallel = replace(self.config.parallel, context_parallel_size=size)
         return replace(self, config=replace(self.config, parallel=parallel), gpus=max(self.gpus, size), traced=None)
-
-
-def _at_length(boundaries: Sequence[int], tokens: int) -> tuple[int, ...]:
-    """Boundaries of a row of another length whose documents are those of this one, over and over."""
-    if boundaries[-1] == tokens:
-        return tuple(boundaries)
-    lengths = cycle([b - a for a, b in pairwise(boundaries)])
-    edges = [0]
-    for edge in accumulate(lengths):
-        edges.append(min(edge, tokens))
-        if edge >= tokens:
-            return tuple(edges)
-    raise AssertionError("documents have tokens")

@@ -165,6 +165,15 @@ class RowOrder:
         named = tuple(tuple(tuple(places[row] for row in pack) for pack in each) for each in passes)
         return StepPacks(named, sum(lengths), sum(pairs))
 
+    def most_pack_tokens(self, config: TrainConfig) -> int:
+        """Most tokens of a pack, over the processes that share it: as many as the longest row has, if none is said."""
+        most = config.parallel.max_tokens_per_rank
+        return self.length if most is None else most * config.parallel.context_parallel_size
+
+    def boundaries(self, places: tuple[Place, ...]) -> tuple[int, ...]:
+        """Boundaries of a pack of rows."""
+        return tuple(_end_to_end([self.documents(place) for place in places]).tolist())
+
     def pack(self, places: tuple[Place, ...]) -> Batch:
         """Rows of any lengths laid end to end, without their padding; one of nothing but padding for none."""
         if not places:

@@ -85,15 +85,9 @@ def reserve_host_memory(run: Run) -> None:
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     residual = torch.float32 if run.processes.mesh is None else dtype  # autocast leaves float32 between layers
     rows = 1 if order.end_to_end else config.micro_batch_size
-    whole = most_pack_tokens(run) if run.dynamic else order.length * config.micro_batch_size
+    whole = order.most_pack_tokens(config) if run.dynamic else order.length * config.micro_batch_size
     local_tokens = -(-whole // rows // run.processes.context_parallel_size)
     run.memory.reserve(rows, local_tokens, dtype, residual, run.processes.accelerator.device)
-
-
-def most_pack_tokens(run: Run) -> int:
-    """Most tokens of a pack, over the processes that share it: as many as the longest row has, unless it is said."""
-    size, asked = run.processes.context_parallel_size, run.config.parallel.max_tokens_per_rank
-    return run.order.length if asked is None else asked * size
 
 
 def _step_batches(run: Run, step: int) -> tuple[list[Batch], int]:
@@ -101,7 +95,7 @@ def _step_batches(run: Run, step: int) -> tuple[list[Batch], int]:
     config, processes, order = run.config, run.processes, run.order
     rows, groups = config.global_batch_size, processes.data_ranks
     if run.dynamic:
-        packs = order.packs(step * rows, rows, groups, most_pack_tokens(run), run.throughput.token_work)
+        packs = order.packs(step * rows, rows, groups, order.most_pack_tokens(config), run.throughput.token_work)
         return [order.pack(each[processes.data_rank]) for each in packs.passes], packs.tokens
     mine, micro = rows // groups, config.micro_batch_size
     start = step * rows + processes.data_rank * mine

@@ -29,6 +29,10 @@ class TrainingCase:
         host_memory: With fit: GiB of host memory for one process; without it nothing is offloaded.
         steps: Measured steps; one on a short row comes before.
         profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
+        mix: Rows of several lengths in each step instead of one row, as LENGTH:ROWS, such as 8k:38 128k:1 256k:1. Rows
+            of up to 8k hold short conversations, longer ones are one text.
+        sharing: With mix: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).
+        max_tokens_per_rank: With mix: most tokens of a pack on one GPU; by default the longest row's share.
     """
 
     model: str = "meta-llama/Llama-3.1-8B"
@@ -45,6 +49,9 @@ class TrainingCase:
     host_memory: float | None = None
     steps: int = 2
     profile: bool = False
+    mix: tuple[str, ...] = ()
+    sharing: Literal["dynamic", "fixed"] = "dynamic"
+    max_tokens_per_rank: Tokens | None = None
 
     @property
     def name(self) -> str:

@@ -23,9 +23,11 @@ from statistics import median
 from typing import Any
 
 from ultralong.bench.training.case import TrainingCase
+from ultralong.bench.training.mix import RowCount, kernel_seconds, parse_mix, seed_of, useful_flops
 from ultralong.bench.training.work import WARM, prepare
 from ultralong.planner import plan
-from ultralong.planner.shapes import model_config, shape_of
+from ultralong.planner.machine import load_machine
+from ultralong.planner.shapes import Shape, model_config, shape_of
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.throughput import DATASHEET
 from ultralong.utils import settings
@@ -65,16 +67,18 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
     row = {
         "model": case.name,
         "parameters": shape.parameters,
-        "tokens": case.tokens,
+        "tokens": sum(part.tokens * part.rows for part in parse_mix(case.mix)) or case.tokens,
+        **({"mix": " ".join(case.mix), "sharing": case.sharing} if case.mix else {}),
         "gpus": case.gpus,
         "gpu": facts["device"],
         "date": facts["date"],
         "versions": facts["packages"],
     }
     with _kept(folder) as place:
-        made = prepare(place, case.model, case.layers, case.tokens)
+        mix = parse_mix(case.mix) or (RowCount(case.tokens, 1),)
+        made = prepare(place, case.model, case.layers, [part.tokens for part in mix], mixed=bool(case.mix))
         with tempfile.TemporaryDirectory(dir=place) as run:
-            config = _train_config(case, made, Path(run))
+            config = _train_config(case, made, Path(run), mix)
             config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config
             settings.save(config, Path(run) / "config.yaml")
             row |= {
@@ -85,9 +89,14 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
                 "memory": settings.to_mapping(config.memory),
             }
             with ThreadPoolExecutor(1) as beside:
-                running = beside.submit(_run, case, Path(run), made, shape.model_flops(case.tokens))
-                row |= _planned(config, case, machine)
-                return row | running.result()
+                running = beside.submit(_run, case, Path(run), made, shape)
+                if case.sharing == "dynamic":  # a plan is of a run, and no run takes mixed rows one by one
+                    row |= _planned(config, case, machine)
+                row |= running.result()
+                if case.mix and "note" not in row:
+                    least = kernel_seconds(shape, load_machine(machine), case.kernel, mix, case.gpus)
+                    row |= {"kernel_seconds": round(least, 4), "of_kernel": round(least / row["seconds_per_step"], 4)}
+                return row
 
 
 def _config(case: TrainingCase) -> Any:
@@ -107,16 +116,20 @@ def _kept(folder: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def _train_config(case: TrainingCase, made: dict[str, str], run: Path) -> TrainConfig:
+def _train_config(case: TrainingCase, made: dict[str, str], run: Path, mix: tuple[RowCount, ...]) -> TrainConfig:
     return TrainConfig(
         model=made["model"],
         out=str(run / "run"),
-        data=(DataSource(made["rows"]),),
+        data=tuple(DataSource(made[str(part.tokens)], part.rows) for part in mix),
         steps=case.steps,
+        seed=seed_of(mix, case.steps),
+        global_batch_size=sum(part.rows for part in mix),
         optimizer=OptimizerConfig(state_precision=case.state_precision),
         memory=case.memory,
         parallel=ParallelConfig(
             context_parallel_size=case.gpus,
+            dynamic_context_parallel=bool(case.mix),
+            max_tokens_per_rank=case.max_tokens_per_rank,
             fsdp_shard_degree=case.gpus if case.sharded else None,
             kernel=case.kernel,
             head_chunks=case.head_chunks,
@@ -139,7 +152,7 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str,
     return {key: value for key, value in said.items() if key.startswith("planned_") and key != "planned_longest_row"}
 
 
-def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> dict[str, Any]:
+def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
     command = [
         sys.executable,
@@ -153,6 +166,7 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> d
         str(run),
         made["short"],
         *(["profile"] if case.profile else []),
+        *(["one-row-passes"] if case.sharing == "fixed" else []),
     ]
     threads = str(max(1, (os.cpu_count() or 1) // (2 * case.gpus)))
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
@@ -167,15 +181,17 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], flops: float) -> d
     ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
     seconds = median(record["seconds"] for record in log)
     kernels = read_json(run / "kernels.json") if case.profile else []
+    tokens, flops = log[-1]["step_tokens"], useful_flops(shape, log[-1]["step_tokens"], log[-1]["pairs"])
     return {
         "seconds_per_step": round(seconds, 4),
-        "tokens_per_second_per_gpu": round(case.tokens / seconds / case.gpus, 1),
+        "tokens_per_second_per_gpu": round(tokens / seconds / case.gpus, 1),
         "mfu_causal": round(flops / seconds / case.gpus / DATASHEET_FLOPS, 4),
         **{key: round(max(rank[key] for rank in ranks) / GIB, 3) for key in ranks[0]},
         "steps": [record["seconds"] for record in log],
         "loss": log[-1]["loss"],
         "grad_norm": log[-1]["grad_norm"],
         "warm_up_tokens": WARM,
+        **{key: log[-1][key] for key in ("passes", "rows_by_degree") if key in log[-1]},
         **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
     }
 

@@ -67,7 +67,7 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
     needed = NEEDED.get(name)
     if needed is not None and importlib.util.find_spec(needed) is None:  # before rows are made and processes started
         return row | {"note": f"{needed} is not installed (pip install {needed})"}
-    made = prepare(folder, case.model, case.layers, case.tokens)
+    made = prepare(folder, case.model, case.layers, [case.tokens])
     with tempfile.TemporaryDirectory(dir=folder) as place:
         command = [
             sys.executable,

@@ -1,4 +1,4 @@
-"""The processes of a training case: `python -m ultralong.bench.training.work FOLDER SHORT [profile]`.
+"""The processes of a training case: `python -m ultralong.bench.training.work FOLDER SHORT [profile] [one-row-passes]`.
 
 The models have random weights and rows of random letters; how long a step takes depends on neither.
 """
@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ultralong.attention.kernels import flash_attn_4_hooks
+from ultralong.bench.training.mix import SHORT, OneRowPasses, conversations
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.tokenize import tokenize_corpus
@@ -38,27 +40,32 @@ WARM = 2048  # tokens of the row that is trained on first
 WINDOW = 2**24  # of the made models: no row is too long
 
 
-def prepare(folder: Path, model: str, layers: int | None, tokens: int) -> dict[str, str]:
+def prepare(
+    folder: Path, model: str, layers: int | None, lengths: Sequence[int], mixed: bool = False
+) -> dict[str, str]:
     """Write a model's config and tokenizer, and rows of random letters, unless they are there.
 
     Args:
         folder: Where.
         model: A model folder, a hub id, or a shape that the planner knows.
         layers: Decoder layers to keep; None keeps all.
-        tokens: Tokens of a row.
+        lengths: Tokens of a row, of each kind of rows.
+        mixed: The short ones hold conversations (`ultralong.bench.training.mix`).
 
     Returns:
-        The paths of `model`, `rows` and `short` rows.
+        The paths of `model`, of rows by their length, and of `short` ones.
     """
     name = f"{Path(model).name}-{layers or 'all'}"
-    made = {"model": folder / name, "rows": folder / f"rows-{tokens}", "short": folder / f"rows-{WARM}"}
+    chats = {length: mixed and length <= SHORT for length in lengths}
+    made = {"model": folder / name, "short": folder / f"rows-{WARM}"}
+    made |= {str(length): folder / f"{'chats' if chats[length] else 'rows'}-{length}" for length in lengths}
     with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
         if not (made["model"] / "config.json").exists():
             other.submit(_make_model, made["model"], model, layers).result()
-        for key, length in (("rows", tokens), ("short", WARM)):
+        for key, length in (("short", WARM), *((str(length), length) for length in lengths)):
             if not (made[key] / "manifest.json").exists():
-                other.submit(_make_rows, made[key], made["model"], length).result()
+                other.submit(_make_rows, made[key], made["model"], length, key != "short" and chats[length]).result()
     return {key: str(path) for key, path in made.items()}
 
 
@@ -71,16 +78,17 @@ def _make_model(folder: Path, model: str, layers: int | None) -> None:
     config.save_pretrained(folder)
 
 
-def _make_rows(folder: Path, model: Path, length: int) -> None:
+def _make_rows(folder: Path, model: Path, length: int, chats: bool) -> None:
     """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has no merges."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, size=2 * length + 16, dtype=np.uint8)
     letters[::64] = ord("\n")  # words of a length that tokenizers are made for
-    documents = [Document("noise", letters.tobytes().decode("ascii"), "synthetic", "CC0-1.0")]
+    noise = [Document("noise", letters.tobytes().decode("ascii"), "synthetic", "CC0-1.0")]
+    documents = conversations(2 * length + 16) if chats else noise
     store = tokenize_corpus(documents, tokenizer, folder.with_name(f"{folder.name}-tokens"), quiet=True)
-    pack(store, tokenizer, folder, PackSettings(length=length), quiet=True)
+    pack(store, tokenizer, folder, PackSettings(length=length, mask_documents=chats), quiet=True)
 
 
 def random_model(
@@ -94,18 +102,19 @@ def random_model(
         ).train()
 
 
-def work(folder: Path, short: str, profile: bool = False) -> None:
+def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool = False) -> None:
     """Train as `folder/config.yaml` says, on a short row first; write the log and this process's peaks in bytes.
 
+    With `one_row_passes` rows of several lengths are read one by one, as with a fixed degree of context parallelism.
     With `profile`, one more step follows, and the first process writes the time of its kernels (`kernels.json`).
     """
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
         set_seed(config.seed)
-        rows, skip_to = config.steps * config.global_batch_size, config.skip_positions_to
-        order = RowOrder(config.data, config.seed, rows, skip_to=skip_to)
+        mixed = config.parallel.dynamic_context_parallel
+        order = (OneRowPasses if one_row_passes else RowOrder).of_run(config)
         warm_data = (replace(config.data[0], rows=short),)
-        warm = RowOrder(warm_data, config.seed, config.global_batch_size)
+        warm = RowOrder(warm_data, config.seed, config.global_batch_size, mixed=mixed)
         dtype = (
             torch.float32 if config.parallel.fsdp_shard_degree is None else torch.bfloat16
         )  # as the trainer loads it
@@ -115,6 +124,8 @@ def work(folder: Path, short: str, profile: bool = False) -> None:
         training_step(replace(run, order=warm), 0)
         with flash_attn_4_hooks.tiles_everywhere():  # a long row's kernels, compiled here and not in what is timed
             training_step(replace(run, order=warm), 0)
+        if mixed:  # kernels of its own for packs, and the allocator's segments for each of their sizes
+            training_step(run, 0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the warm-up left cached would count as the run's reserved memory
@@ -172,4 +183,4 @@ def _leave_peaks(folder: Path, pinned: int) -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:])
+    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:], "one-row-passes" in sys.argv[3:])
