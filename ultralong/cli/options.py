@@ -40,7 +40,7 @@ METAVARS = {
     "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "NAME", "to": "TOKENS",
     "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD",
     "host": "ADDRESS", "name": "NAME", "checkpoint": "FOLDER", "llama_cpp": "FOLDER", "study": "STUDY", "arms": "ARM",
-    "models": "MODEL",
+    "models": "MODEL", "mix": "LENGTH:ROWS",
 }  # fmt: skip
 # tyro's markers, which are types to a type checker.
 POSITIONAL: Any = Positional
