@@ -2,13 +2,17 @@
 
 import copy
 import json
+import re
+import subprocess
 
 import pytest
 from test_env import ROOT
 
 from ultralong.bench.compare import HIGHER_IS_BETTER, LOWER_IS_BETTER, case_name, compare
 from ultralong.bench.results import append_row, read_rows, rows_of, write_rows
+from ultralong.bench.tables import training_table
 from ultralong.cli import main
+from ultralong.utils.environment import commit
 
 RECORDED = [
     *sorted((ROOT / "notebooks" / "results").glob("attention_*.json")),
@@ -130,6 +134,23 @@ def test_the_three_forms_of_files_are_read():
     assert rows_of({"rates": {"link": [{"gbps": 5.0}]}}) == [{"rate": "link", "gbps": 5.0}]
     with pytest.raises(ValueError, match="no rows were found; the file has model"):
         rows_of({"model": 1})
+
+
+def test_a_measurement_says_of_which_commit_it_is(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words], check=True)
+
+    assert commit(tmp_path) == ""
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "one")
+    assert re.fullmatch(r"[0-9a-f]{12,}", commit(tmp_path))
+    (tmp_path / "file").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{12,}-dirty", commit(tmp_path))
+    row = {"model": "M", "gpus": 2, "tokens": 1024, "note": "stopped", "mix": "8k:1", "sharing": "fixed"}
+    row["versions"] = {"ultralong": "0.4.0", "ultralong-commit": "0123456789ab"}
+    assert "ours, 0.4 at 0123456789ab, fixed degree over 8k:1 | stopped" in training_table([{"rows": [row]}])[2]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"what": 1}'])

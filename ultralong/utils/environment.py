@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ def machine_facts() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if found := commit():
+        versions["ultralong-commit"] = found
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -57,6 +61,21 @@ def machine_facts() -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
         }
     return facts
+
+
+def commit(folder: Path | None = None) -> str:
+    """The commit of a checkout, 12 digits, with -dirty where files differ from it; empty where there is none.
+
+    Args:
+        folder: The checkout; by default the one that this package is imported from.
+    """
+    folder = Path(ultralong.__file__).parents[1] if folder is None else folder
+    git = shutil.which("git")
+    if git is None or not (folder / ".git").exists():  # an installed package, perhaps inside another project's checkout
+        return ""
+    words = [git, "-C", str(folder), "describe", "--always", "--exclude", "*", "--abbrev=12", "--dirty"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def describe_environment() -> dict[str, str]:
