@@ -249,7 +249,7 @@ def test_what_the_trainer_refuses_is_refused_in_the_other_process_too():
     assert child.attention_trace(workload("ring", 2)).scheme == "ring", "the process is there for the next one"
 
 
-def test_the_other_process_leaves_this_ones_groups_alone_and_may_be_started_again():
+def test_the_other_process_leaves_this_ones_groups_alone_and_may_be_started_again(fresh_child):
     child.attention_trace(workload("ring", 3))
     assert not dist.is_initialized()
     before = child.start()

@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _only_new_garbage() -> None:
-    """Modules loaded on demand, reports and caches: a second for each run after an hour of tests, 0.3 s without them."""
+    """Modules loaded on demand, reports and caches take a second of each run that comes after an hour of tests."""
     gc.collect()
     gc.freeze()

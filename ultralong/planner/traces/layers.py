@@ -120,17 +120,17 @@ def trace_layers(config: PreTrainedConfig, tokens: int, settings: StepSettings) 
         tokens: Tokens of a row on one rank.
         settings: How the step is computed.
     """
-    model = config.to_json_string(use_diff=False)
+    depth = config.get_text_config().num_hidden_layers
+    model = _plain(config, min(depth, 3)).to_json_string(use_diff=False)  # one trace for all depths of a model
     tile = max(settings.layer_tile, settings.loss_tile)
     few, more = (tile * count for count in TRACED_TILES)
     if settings.layer_tile and tokens > more:
-        short, longer = (_of_all_layers(model, length, settings) for length in (few, more))
+        short, longer = (_of_all_layers(model, depth, length, settings) for length in (few, more))
         return short.towards(longer, (tokens - few) / (more - few))
-    return _of_all_layers(model, tokens, settings)
+    return _of_all_layers(model, depth, tokens, settings)
 
 
-def _of_all_layers(model: str, tokens: int, settings: StepSettings) -> LayerTrace:
-    layers = _config(model).get_text_config().num_hidden_layers
+def _of_all_layers(model: str, layers: int, tokens: int, settings: StepSettings) -> LayerTrace:
     few, more = TRACED_LAYERS if settings.activation_checkpointing else TRACED_STORED_LAYERS
     if layers <= more:
         return traced(model, tokens, settings, layers)
