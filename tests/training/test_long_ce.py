@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support.tiny_run import LENGTH, make_run
 from ultralong.ablation import load_study
 from ultralong.ablation.resolve import check
+from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.rows.short_contexts import LongCEConfig
-from ultralong.data.tokens.store import TokenStore
+from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.planner.machine import load_machine
 from ultralong.planner.shapes import shape_of
 from ultralong.planner.step_time import step_time
@@ -41,7 +42,10 @@ def made(tmp_path_factory, make_tiny_model, tiny_tokenizer):
                 parameter.mul_(12)  # attention that cares what lies far back
     config = make_run(folder, model, tiny_tokenizer, steps=1, long_ce=WEIGHTS, optimizer=OptimizerConfig(lr=1e-3))
     masked = PackSettings(length=LENGTH, mask_documents=True)
-    pack(TokenStore(folder / "tokens"), tiny_tokenizer, folder / "masked", masked, quiet=True)
+    texts = [f"Entry {number} of the log: the tide came in at {number}. " for number in range(40)]
+    documents = [Document(str(number), text, "test", "CC0-1.0") for number, text in enumerate(texts)]
+    store = tokenize_corpus(documents, tiny_tokenizer, folder / "short", quiet=True)
+    pack(store, tiny_tokenizer, folder / "masked", masked, quiet=True)
     return replace(config, model=str(folder / "model"), data=(DataSource(str(folder / "rows")),))
 
 

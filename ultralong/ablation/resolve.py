@@ -211,6 +211,8 @@ def _check_rows(design: Design, stage: Stage, seed: int) -> None:
     config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
     if config.skip_positions_to is not None and getattr(rows, "mask_documents", False):
         raise ValueError("training.skip_positions_to cuts whole rows in two, and rows.packing masks documents.")
+    if config.anchor and not getattr(rows, "mask_documents", False):
+        raise ValueError("training.anchor needs masked documents: set rows.packing.mask_documents: true.")
     if config.long_ce.weight_cap and stage.length < config.long_ce.shortest:
         raise ValueError(
             f"training.long_ce weighs what stands in {config.long_ce.shortest:,} tokens (short_context and stride) or "

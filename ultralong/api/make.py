@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ultralong.attention import AttentionContext
-    from ultralong.attention.choose import GroupOrMesh
+    from ultralong.attention.collectives import GroupOrMesh
     from ultralong.checkpoints.extend import ExtendReport
     from ultralong.checkpoints.merge import MergeReport
     from ultralong.data.recipe.build import PackReport
@@ -163,6 +163,7 @@ def make_attention_context(
     heads: int,
     kv_heads: int | None = None,
     head_chunks: int | None = None,
+    anchors: Sequence[int] = (),
 ) -> AttentionContext:
     """Decide how the attention of one row is shared out over processes (context parallelism).
 
@@ -181,10 +182,21 @@ def make_attention_context(
         heads: Query heads of the model.
         kv_heads: Kv heads of the model; None is as many as query heads.
         head_chunks: Chunks of heads that the scheme works through one after another.
+        anchors: First tokens of documents that all tokens behind them see, up to the next anchor.
 
     Raises:
         ValueError: A name is unknown, boundaries don't fit, or the heads can't be split over the group.
     """
     from ultralong.attention import make_attention_context as make
 
-    return make(tokens, group, scheme, kernel, boundaries, heads=heads, kv_heads=kv_heads, head_chunks=head_chunks)
+    return make(
+        tokens,
+        group,
+        scheme,
+        kernel,
+        boundaries,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_chunks=head_chunks,
+        anchors=anchors,
+    )

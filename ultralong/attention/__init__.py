@@ -5,9 +5,9 @@ decides how one row's attention is distributed; the model is then called with th
 `attention_context=`.
 """
 
-from ultralong.attention.choose import SCHEMES
+from ultralong.attention.choose import SCHEMES, make_attention_context
 from ultralong.attention.collectives import PeerLost
-from ultralong.attention.context import AttentionContext, make_attention_context
+from ultralong.attention.context import AttentionContext
 from ultralong.attention.kernels import KERNELS, available_kernels, get_kernel
 from ultralong.attention.protocol import AttentionContextLike, AttentionOutputStore
 from ultralong.attention.register import NAME

@@ -1,4 +1,4 @@
-"""Which scheme computes a row's attention, in how many head chunks, and who holds which tokens.
+"""Which scheme computes a row's attention, in how many head chunks, who holds which tokens: a context is made.
 
 Legend: T tokens of the row, P ranks, H query heads, K kv heads.
 """
@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor
 
 from ultralong.attention.balance import balanced, cost, sends_nothing, work
-from ultralong.attention.collectives import Group
+from ultralong.attention.collectives import GroupOrMesh, two_levels
+from ultralong.attention.context import AttentionContext
 from ultralong.attention.cost_model import H200
+from ultralong.attention.kernels import KERNELS, Kernel
 from ultralong.attention.layout import Layout, contiguous, zigzag
+from ultralong.attention.protocol import AttentionOutputStore
+from ultralong.attention.spec import check_anchors, check_boundaries, check_heads
 from ultralong.attention.ulysses import head_chunk_counts, head_split
 
 log = logging.getLogger(__name__)
@@ -24,7 +28,6 @@ log = logging.getLogger(__name__)
 SCHEMES = ("single", "ulysses", "gathered", "ring", "hybrid-gathered", "hybrid-ring")
 LONG_ROW = 65536  # tokens from which a kernel's start is short beside its run even for a part of the heads
 WORTHWHILE = 0.98  # cost over that of Ulysses, which needs no balance, from which another scheme is taken
-GroupOrMesh = Group | DeviceMesh | tuple[Group, Group]
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,6 @@ class RowSpec:
     heads: int
     kv_heads: int
     head_chunks: int | None = None
-
-
-def two_levels(group: GroupOrMesh | None) -> tuple[Group | None, Group | None]:
-    """(outer, inner) groups; a group of one process is none."""
-    if group is None:
-        return None, None
-    if isinstance(group, DeviceMesh):
-        if group.ndim > 2:
-            raise ValueError(
-                f"group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found {group.ndim}"
-            )
-        group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
-    outer, inner = group if isinstance(group, tuple) else (group, None)
-    members: list[Group | None] = [outer, inner]
-    for member in members:
-        if member is not None and dist.get_rank(member) < 0:
-            raise ValueError(
-                f"process {dist.get_rank()} is not a member of the group that it passed to make_attention_context"
-            )
-    first, second = (None if g is None or dist.get_world_size(g) == 1 else g for g in members)
-    return (first, second) if first is not None or second is None else (second, None)
 
 
 def choose_scheme(scheme: str, outer: int, inner: int, row: RowSpec) -> tuple[str, str]:
@@ -223,3 +205,82 @@ def choose_layout(row: RowSpec, outer: int, inner: int) -> Layout:
     if row.boundaries is None:
         return zigzag(row.tokens, outer, inner)
     return balanced(row.tokens, outer, row.boundaries, inner)
+
+
+def make_attention_context(
+    tokens: int,
+    group: GroupOrMesh | None = None,
+    scheme: str = "auto",
+    kernel: str | Kernel = "auto",
+    boundaries: Tensor | Sequence[int] | None = None,
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    head_chunks: int | None = None,
+    store: AttentionOutputStore | None = None,
+    anchors: Sequence[int] = (),
+) -> AttentionContext:
+    """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
+
+    Args:
+        tokens: Length of the row; any length (it is padded inside).
+        group: The processes that share the row: a process group, a 1-dimensional device mesh, or, for two levels, a
+            2-dimensional mesh or a pair of groups (across hosts, inside the host). None: this process alone.
+        scheme: "auto", or one of `SCHEMES`. The two hybrids run Ulysses inside the host, the named scheme across.
+        kernel: "auto", one of `ultralong.attention.kernels.KERNELS`, or a `Kernel` of your own.
+        boundaries: (N+1,) cumulative document lengths from 0 to `tokens` when documents must not see each other; None
+            when every token sees all before it (the recipe's way). Where whole documents can be assigned evenly,
+            nothing is exchanged, whatever the scheme.
+        heads: Query heads of the model.
+        kv_heads: Kv heads of the model, as many as query heads by default.
+        head_chunks: Number of head chunks of Ulysses and of gathered keys. Transfers of one chunk run beside the
+            computing of another, and more chunks make the exchanged buffers smaller; each costs a little. None is 1,
+            and up to 4 for Ulysses on long rows of short documents.
+        store: Stores attention outputs over recomputed forward passes.
+        anchors: First tokens of documents, rising; each is seen by all tokens behind it up to the next, whatever their
+            document (AnchorAttention, arXiv 2411.13476).
+
+    Raises:
+        ValueError: A name is unknown, boundaries don't rise or don't end at `tokens`, heads can't be split, or the
+            group does not fit the scheme; says what was found and what to do.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    check_heads(heads, kv_heads)
+    if isinstance(kernel, str) and kernel not in ("auto", *KERNELS):
+        raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {kernel!r}")
+    edges = None if boundaries is None else check_boundaries(boundaries, tokens)
+    edges = None if edges is not None and len(edges) == 2 else edges
+    outer, inner = two_levels(group)
+    outer_size, inner_size = (1 if g is None else dist.get_world_size(g) for g in (outer, inner))
+    row = RowSpec(tokens, edges, heads, kv_heads, head_chunks)
+    name, reason = choose_scheme(scheme, outer_size, inner_size, row)
+    if name == "ulysses":
+        outer, inner, outer_size, inner_size = None, outer, 1, outer_size
+    if inner is not None:
+        head_split(heads, kv_heads, inner_size)
+    head_chunks = choose_head_chunks(name, inner_size, row)
+    whole = whole_documents(row, outer_size * inner_size) if inner is not None else None
+    if whole is not None:
+        reason += "; whole documents on every process, nothing is exchanged"
+    layout = whole or choose_layout(row, outer_size, inner_size)
+    outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
+    check_anchors(anchors, edges)
+    if edges is not None and edges[-1] != layout.padded:
+        edges = (*edges, layout.padded)
+    process = outer_rank * inner_size + inner_rank
+    return AttentionContext(
+        tokens,
+        layout,
+        process,
+        name,
+        kernel,
+        heads,
+        kv_heads,
+        edges,
+        outer,
+        inner,
+        head_chunks,
+        store,
+        reason,
+        tuple(anchors) if edges else (),
+    )

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 Group = dist.ProcessGroup
+GroupOrMesh = Group | DeviceMesh | tuple[Group, Group]
 DIRECT_RANKS = 8  # as many GPUs as hosts have: every pair of them has a link
 BLOCK = torch.complex128  # torch's widest type: 16 bytes, copied bit by bit
 # The name changed in torch 2.13; the older one warns there and is the only one before.
@@ -200,3 +202,24 @@ def _in_blocks(x: Tensor) -> bool:
         and x.data_ptr() % BLOCK.itemsize == 0
         and all(stride % each == 0 for stride in x.stride()[:-1])
     )
+
+
+def two_levels(group: GroupOrMesh | None) -> tuple[Group | None, Group | None]:
+    """(outer, inner) groups; a group of one process is none."""
+    if group is None:
+        return None, None
+    if isinstance(group, DeviceMesh):
+        if group.ndim > 2:
+            raise ValueError(
+                f"group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found {group.ndim}"
+            )
+        group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
+    outer, inner = group if isinstance(group, tuple) else (group, None)
+    members: list[Group | None] = [outer, inner]
+    for member in members:
+        if member is not None and dist.get_rank(member) < 0:
+            raise ValueError(
+                f"process {dist.get_rank()} is not a member of the group that it passed to make_attention_context"
+            )
+    first, second = (None if g is None or dist.get_world_size(g) == 1 else g for g in members)
+    return (first, second) if first is not None or second is None else (second, None)

@@ -10,29 +10,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.balance import sends_nothing
-from ultralong.attention.choose import (
-    GroupOrMesh,
-    RowSpec,
-    choose_head_chunks,
-    choose_layout,
-    choose_scheme,
-    two_levels,
-    whole_documents,
-)
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.attention.gathered import Gathered
-from ultralong.attention.kernels import KERNELS, Kernel, choose_kernel
+from ultralong.attention.kernels import Kernel, choose_kernel
 from ultralong.attention.kv_plan import plan_kv
-from ultralong.attention.layout import Layout
+from ultralong.attention.layout import Layout, held
 from ultralong.attention.protocol import AttentionOutputStore
 from ultralong.attention.ring import Ring
-from ultralong.attention.scheme import Local, Scheme, attention
-from ultralong.attention.spec import AttentionSpec, VarlenSegments, check_boundaries, check_heads, check_tensors
-from ultralong.attention.ulysses import Ulysses, head_split
+from ultralong.attention.scheme import Anchored, AnchorPlaces, Local, Scheme, attention
+from ultralong.attention.spec import (
+    AttentionSpec,
+    VarlenSegments,
+    check_tensors,
+)
+from ultralong.attention.ulysses import Ulysses
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +49,7 @@ class AttentionContext:
         head_chunks: Head chunks of Ulysses and of gathered keys.
         store: Stores attention outputs over recomputed forward passes.
         reason: Why `auto` chose this scheme, and whether there is anything for it to exchange.
+        anchors: Tokens that all documents behind them see, up to the next; starts of documents.
     """
 
     tokens: int
@@ -70,6 +65,7 @@ class AttentionContext:
     head_chunks: int = 1
     store: AttentionOutputStore | None = None
     reason: str = ""
+    anchors: tuple[int, ...] = ()
     _schemes: dict[Kernel, Scheme] = field(default_factory=dict, repr=False)
 
     @property
@@ -192,6 +188,8 @@ class AttentionContext:
             raise ValueError(
                 f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or 'gathered'"
             )
+        if self.anchors and (window is not None or softcap):
+            raise ValueError(f"an anchor can't be joined to a sliding window ({window}) or soft cap ({softcap})")
         return self._scheme(q, spec), spec
 
     @cached_property
@@ -211,6 +209,16 @@ class AttentionContext:
         (call,) = plan_kv(self.layout.ranges(self.process), self.boundaries).calls
         return call.segments
 
+    @cached_property
+    def _anchor_places(self) -> tuple[AnchorPlaces, ...]:
+        """Where this process's rank of the first level holds the anchors, and the tokens that see them."""
+        edges, own = self.boundaries or (), self.layout.ranges(self.process // self.layout.inner)
+        behind = [edges[edges.index(anchor) + 1] for anchor in self.anchors]  # their own document sees them already
+        return tuple(
+            AnchorPlaces(next((place.start for place in held(own, a, a + 1)), None), held(own, start, stop))
+            for a, start, stop in zip(self.anchors, behind, (*self.anchors[1:], self.tokens), strict=True)
+        )
+
     def _scheme(self, q: Tensor, spec: AttentionSpec) -> Scheme:
         bottom_right = self.exchanges and "gathered" in self.scheme
         kernel = choose_kernel(self.kernel, q, spec.with_segments(self._segments), bottom_right=bottom_right)
@@ -222,69 +230,11 @@ class AttentionContext:
             else:
                 chunks = self.head_chunks if self.inner is None else 1
                 core = Gathered(self.outer, self.layout, kernel, self.boundaries, chunks)
+            if self.anchors:
+                inside = self.exchanges and self.inner is not None
+                groups = [group for group in (None if inside else self.inner, self.outer) if group is not None]
+                core = Anchored(core, self._anchor_places, tuple(groups))
             if self.exchanges and self.inner is not None:
                 core = Ulysses(self.inner, core, self.head_chunks)
             self._schemes[kernel] = core
         return self._schemes[kernel]
-
-
-def make_attention_context(
-    tokens: int,
-    group: GroupOrMesh | None = None,
-    scheme: str = "auto",
-    kernel: str | Kernel = "auto",
-    boundaries: Tensor | Sequence[int] | None = None,
-    *,
-    heads: int,
-    kv_heads: int | None = None,
-    head_chunks: int | None = None,
-    store: AttentionOutputStore | None = None,
-) -> AttentionContext:
-    """Decide how one row's attention is computed. Every rank of the group calls it with the same arguments.
-
-    Args:
-        tokens: Length of the row; any length (it is padded inside).
-        group: The processes that share the row: a process group, a 1-dimensional device mesh, or, for two levels, a
-            2-dimensional mesh or a pair of groups (across hosts, inside the host). None: this process alone.
-        scheme: "auto", or one of `SCHEMES`. The two hybrids run Ulysses inside the host, the named scheme across.
-        kernel: "auto", one of `ultralong.attention.kernels.KERNELS`, or a `Kernel` of your own.
-        boundaries: (N+1,) cumulative document lengths from 0 to `tokens` when documents must not see each other; None
-            when every token sees all before it (the recipe's way). Where whole documents can be assigned evenly,
-            nothing is exchanged, whatever the scheme.
-        heads: Query heads of the model.
-        kv_heads: Kv heads of the model, as many as query heads by default.
-        head_chunks: Number of head chunks of Ulysses and of gathered keys. Transfers of one chunk run beside the
-            computing of another, and more chunks make the exchanged buffers smaller; each costs a little. None is 1,
-            and up to 4 for Ulysses on long rows of short documents.
-        store: Stores attention outputs over recomputed forward passes.
-
-    Raises:
-        ValueError: A name is unknown, boundaries don't rise or don't end at `tokens`, heads can't be split, or the
-            group does not fit the scheme; says what was found and what to do.
-    """
-    kv_heads = heads if kv_heads is None else kv_heads
-    check_heads(heads, kv_heads)
-    if isinstance(kernel, str) and kernel not in ("auto", *KERNELS):
-        raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {kernel!r}")
-    edges = None if boundaries is None else check_boundaries(boundaries, tokens)
-    edges = None if edges is not None and len(edges) == 2 else edges
-    outer, inner = two_levels(group)
-    outer_size, inner_size = (1 if g is None else dist.get_world_size(g) for g in (outer, inner))
-    row = RowSpec(tokens, edges, heads, kv_heads, head_chunks)
-    name, reason = choose_scheme(scheme, outer_size, inner_size, row)
-    if name == "ulysses":
-        outer, inner, outer_size, inner_size = None, outer, 1, outer_size
-    if inner is not None:
-        head_split(heads, kv_heads, inner_size)
-    head_chunks = choose_head_chunks(name, inner_size, row)
-    whole = whole_documents(row, outer_size * inner_size) if inner is not None else None
-    if whole is not None:
-        reason += "; whole documents on every process, nothing is exchanged"
-    layout = whole or choose_layout(row, outer_size, inner_size)
-    outer_rank, inner_rank = (0 if g is None else dist.get_rank(g) for g in (outer, inner))
-    if edges is not None and edges[-1] != layout.padded:
-        edges = (*edges, layout.padded)
-    process = outer_rank * inner_size + inner_rank
-    return AttentionContext(
-        tokens, layout, process, name, kernel, heads, kv_heads, edges, outer, inner, head_chunks, store, reason
-    )

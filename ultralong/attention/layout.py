@@ -120,6 +120,17 @@ class Layout:
         return gathered.narrow(dim, 0, self.tokens)
 
 
+def held(ranges: Sequence[TokenRange], start: int, stop: int) -> tuple[slice, ...]:
+    """Where the tokens `start` to `stop - 1` of a row stand among those of these ranges, laid end to end."""
+    found, offset = [], 0
+    for first, last in ranges:
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            found.append(slice(offset + low - first, offset + high - first))
+        offset += last - first
+    return tuple(found)
+
+
 def merge_adjacent(ranges: Iterable[TokenRange]) -> tuple[TokenRange, ...]:
     """Ranges in rising order, adjacent ones merged."""
     found: list[TokenRange] = []

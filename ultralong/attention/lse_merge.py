@@ -41,6 +41,19 @@ def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None
     out.lerp_(part.to(out.dtype), per_token(weight).to(out.dtype))
 
 
+def merge_into_rounded(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """As `merge_into` for an `out` (B, T, H, D) in any type, computed in the accumulation dtype and rounded once.
+
+    Args:
+        out: (B, T, H, D), may be a slice of a larger tensor.
+        lse: (B, H, T), likewise.
+        part: Of `out`'s shape or one that broadcasts to it.
+        part_lse: (B, H, T).
+    """
+    weight = per_token(_weight(lse, part_lse.to(lse.dtype)))
+    out.copy_(torch.lerp(out.to(lse.dtype), part.to(lse.dtype).expand_as(out), weight))
+
+
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
     """As `merge_into` with a new `out`, in one pass over memory on a GPU; `lse` is changed in place.
 

@@ -9,18 +9,22 @@ scheme's own shape. Who stores the pair need not compute attention again in a re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ultralong.attention.collectives import Group
 from ultralong.attention.kernels import Kernel, attention_backward, attention_forward, backward_accumulate
-from ultralong.attention.lse_merge import accumulation_dtype, add_sink, sink_gradient
+from ultralong.attention.lse_merge import accumulation_dtype, add_sink, merge_into_rounded, sink_gradient
 from ultralong.attention.protocol import AttentionOutputStore, OutLse
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+ANCHOR_TILE = 8192  # tokens whose scores with an anchor are computed at a time
 
 
 class Scheme(ABC):
@@ -107,6 +111,114 @@ class Local(Scheme):
         dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (k, v))
         dq = backward_accumulate(self.kernel, dout, q, k, v, out, lse, spec, dk, dv)
         return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class AnchorPlaces:
+    """Where a process holds one anchor and the tokens that see it beside their own document.
+
+    Attributes:
+        own: The anchor's index among the process's tokens; None where another process has it.
+        seen_from: Ranges of the process's tokens.
+    """
+
+    own: int | None
+    seen_from: tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Anchored(Scheme):
+    """Documents that do not see each other, and one token of each row that all see: its anchor (AnchorAttention).
+
+    The anchor's score joins the softmax of another scheme's result by the log-sum-exp, so it is exact with every kernel
+    and scheme. As for a sink, the joined pair goes into the scheme's backward unchanged: `exp(score - lse)` and
+    `sum_d dout * out` are then those of all keys that a query sees.
+
+    Attributes:
+        core: Attention inside the documents; the anchor's own document sees it there already.
+        anchors: One a row; the same number on every process.
+        groups: Groups over which the process's tokens are a part of the row; all call this together.
+    """
+
+    core: Scheme
+    anchors: tuple[AnchorPlaces, ...]
+    groups: tuple[Group, ...] = ()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> OutLse:
+        """The core's result with the anchors joined."""
+        out, lse = self.core.attend(q, k, v, spec)
+        anchors = self._gathered(k, v)  # (2, B, A, K, D)
+        for index, places in self._pieces():
+            score = _anchor_scores(q[:, places], anchors[0, :, index], spec)  # (B, H, t)
+            value = _to_heads(anchors[1, :, index], q.shape[2])  # (B, 1, H, D)
+            merge_into_rounded(out[:, places], lse[:, :, places], value, score)
+        return out, lse
+
+    def attend_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        spec: AttentionSpec,
+        *,
+        fp32_grads: bool = False,
+    ) -> Gradients:
+        """The core's gradients, the anchors' part added."""
+        dq, dk, dv = self.core.attend_backward(dout, q, k, v, out, lse, spec, fp32_grads=fp32_grads)
+        anchors = self._gathered(k, v)
+        grads = torch.zeros_like(anchors)
+        for index, places in self._pieces():
+            query, gradient = q[:, places].to(anchors.dtype), dout[:, places].to(anchors.dtype)  # (B, t, H, D)
+            key, value = (_to_heads(x[:, index], q.shape[2]) for x in anchors)  # (B, 1, H, D)
+            score = _anchor_scores(query, anchors[0, :, index], spec)
+            weight = torch.exp(score - lse[:, :, places]).transpose(1, 2).to(anchors.dtype)  # (B, t, H)
+            delta = (gradient * (value - out[:, places].to(anchors.dtype))).sum(-1)
+            d_score = (weight * delta * spec.scale).unsqueeze(-1)  # (B, t, H, 1)
+            dq[:, places] += (d_score * key).to(dq.dtype)
+            grads[0, :, index] += _to_kv_heads((d_score * query).sum(1), k.shape[2])
+            grads[1, :, index] += _to_kv_heads((weight.unsqueeze(-1) * gradient).sum(1), k.shape[2])
+        for group in self.groups:
+            dist.all_reduce(grads, group=group)
+        for index, anchor in enumerate(self.anchors):
+            if anchor.own is not None:
+                dk[:, anchor.own] += grads[0, :, index].to(dk.dtype)
+                dv[:, anchor.own] += grads[1, :, index].to(dv.dtype)
+        return dq, dk, dv
+
+    def _gathered(self, k: Tensor, v: Tensor) -> Tensor:
+        """Keys and values of the anchors (2, B, A, K, D), on every process."""
+        found = k.new_zeros((2, k.shape[0], len(self.anchors), *k.shape[2:]), dtype=accumulation_dtype(k.dtype))
+        for index, anchor in enumerate(self.anchors):
+            if anchor.own is not None:
+                found[0, :, index], found[1, :, index] = k[:, anchor.own], v[:, anchor.own]
+        for group in self.groups:
+            dist.all_reduce(found, group=group)
+        return found
+
+    def _pieces(self) -> Iterator[tuple[int, slice]]:
+        """Each anchor with ranges of tokens that see it, a bounded number of them at a time."""
+        for index, anchor in enumerate(self.anchors):
+            for places in anchor.seen_from:
+                for start in range(places.start, places.stop, ANCHOR_TILE):
+                    yield index, slice(start, min(start + ANCHOR_TILE, places.stop))
+
+
+def _anchor_scores(q: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
+    """Scores (B, H, t) of queries (B, t, H, D) with one key (B, K, D), in the key's type."""
+    return ((q.to(key.dtype) * _to_heads(key, q.shape[2])).sum(-1) * spec.scale).transpose(1, 2)
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, K, D) to (B, 1, H, D): each query head's kv head."""
+    return x.repeat_interleave(heads // x.shape[1], 1).unsqueeze(1)
+
+
+def _to_kv_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, D) to (B, K, D): the sum over the query heads of a kv head."""
+    return x.unflatten(1, (kv_heads, -1)).sum(2)
 
 
 class _Attention(torch.autograd.Function):

@@ -141,6 +141,20 @@ def check_boundaries(boundaries: Tensor | Sequence[int], tokens: int) -> tuple[i
     return edges
 
 
+def check_anchors(anchors: Sequence[int], edges: Sequence[int] | None) -> None:
+    """Refuse anchors that are no starts of documents, or do not rise.
+
+    Raises:
+        ValueError: Names them.
+    """
+    if edges is None:
+        wrong = [anchor for anchor in anchors if anchor]
+    else:
+        wrong = sorted(set(anchors) - set(edges[:-1]))
+    if wrong or list(anchors) != sorted(set(anchors)):
+        raise ValueError(f"anchors must be rising starts of documents, found {list(anchors)[:8]}")
+
+
 def check_heads(heads: int, kv_heads: int) -> None:
     """Check that kv heads divide query heads.
 

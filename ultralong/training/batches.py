@@ -43,6 +43,7 @@ class Batch:
         places: Where the rows came from, to name them when something goes wrong.
         rows: Of each row the tokens that are here and its length; they differ where padding is left out.
         skips: Whether positions jump inside the rows (`skipped_positions`), which are one text each all the same.
+        anchors: First tokens of the rows, which all documents of the row see; none where documents share nothing.
     """
 
     input_ids: Tensor
@@ -52,6 +53,7 @@ class Batch:
     places: tuple[Place, ...]
     rows: tuple[tuple[int, int], ...]
     skips: bool = False
+    anchors: tuple[int, ...] = ()
 
     def position_buckets(self, count: int) -> Tensor:
         """Which of `count` equal stretches of its row each token lies in, as `input_ids`."""
@@ -87,6 +89,7 @@ class RowOrder:
 
     Attributes:
         length: Tokens of a row, of the longest where they differ.
+        anchor: The token that takes the place of each masked row's first one and is shared; None shares nothing.
         end_to_end: Whether a batch is (1, N): under a document mask, and where rows are mixed.
 
     Raises:
@@ -104,6 +107,7 @@ class RowOrder:
         mixed: bool = False,
     ) -> None:
         self.seed, self.skip_to = seed, skip_to
+        self.anchor: int | None = None
         self.folders = [PackedRows(source.rows) for source in sources]
         check_rows(self.folders, length, mixed)
         self.length = max(rows.length for rows in self.folders)
@@ -137,7 +141,7 @@ class RowOrder:
         places = tuple(self.place(index) for index in range(first, first + count))
         batch = collate([self.folders[place.source][place.row] for place in places], places, self.mask_documents)
         if self.skip_to is None:
-            return batch
+            return self._anchored(batch)
         rows = [skipped_positions(self.length, self.skip_to, self.seed, first + number) for number in range(count)]
         return replace(batch, position_ids=torch.from_numpy(np.stack(rows)), skips=True)
 
@@ -187,7 +191,16 @@ class RowOrder:
             torch.from_numpy(np.concatenate([getattr(row, name)[:n] for row, (n, _) in zip(rows, kept, strict=True)]))
             for name in ("input_ids", "labels", "position_ids")
         )
-        return Batch(ids[None], labels[None], positions[None], _end_to_end(documents), places, kept)
+        return self._anchored(Batch(ids[None], labels[None], positions[None], _end_to_end(documents), places, kept))
+
+    def _anchored(self, batch: Batch) -> Batch:
+        """A batch of rows end to end whose first tokens are shared, where that is asked for."""
+        if self.anchor is None:
+            return batch
+        starts = np.cumsum([0, *(kept for kept, _ in batch.rows[:-1])]).tolist()
+        masked = [s for s, at in zip(starts, batch.places, strict=True) if self.folders[at.source].mask_documents]
+        batch.input_ids[:, masked] = self.anchor
+        return replace(batch, anchors=tuple(starts))
 
     def describe(self, place: Place) -> str:
         """A row's source and the documents in it, for messages."""

@@ -16,6 +16,9 @@ from typing import ClassVar, Literal
 from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.utils.units import Tokens
 
+# Compiled attention is transformers' own: it takes a jump of the positions for another text's start, and knows no
+# anchor. Short contexts are of other shapes, and have no anchor before them.
+CLASHES = {"compile": ("skip_positions_to", "long_ce", "anchor"), "anchor": ("long_ce", "skip_positions_to")}
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
@@ -194,11 +197,6 @@ class MemoryConfig:
                 raise ValueError(f"{name} must be -1 (all layers) or more, found {getattr(self, name)}.")
 
 
-def layers_meant(asked: int, layers: int) -> int:
-    """What a number of layers in `MemoryConfig` means for a model: -1 is all, and more than there are is all too."""
-    return layers if asked < 0 else min(asked, layers)
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run.
@@ -230,6 +228,8 @@ class TrainConfig:
             stands at a later position, drawn anew for each row, below this one; so short rows train the distances of a
             longer window. None trains at the rows' own positions.
         long_ce: Weights of the targets, see `LongCEConfig`; off by default.
+        anchor: Rows with a document mask get one shared first token, the model's BOS, that all of their documents see
+            (AnchorAttention, arXiv 2411.13476).
         base_model: Hub id of the model that `model` was extended from, or `miniature`. `ultralong plan` takes its shape
             where `model` is no folder yet; training does not read it.
         length: Tokens of a row. `ultralong plan` takes it where no rows are packed yet; training refuses rows of
@@ -262,6 +262,7 @@ class TrainConfig:
     position_buckets: int = 8
     skip_positions_to: Tokens | None = None
     long_ce: LongCEConfig = field(default_factory=LongCEConfig)
+    anchor: bool = False
     base_model: str | None = None
     length: Tokens | None = None
 
@@ -273,11 +274,11 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
-        if self.compile and self.skip_positions_to is not None:
-            # Compiled attention is transformers' own, which takes a jump of the positions for another text's start.
-            raise ValueError("compile and skip_positions_to don't go together: switch one of them off.")
-        if self.compile and self.long_ce.weight_cap:
-            raise ValueError("compile and long_ce don't go together, as short contexts are of other shapes.")
+        on = {"compile": self.compile, "anchor": self.anchor, "long_ce": bool(self.long_ce.weight_cap)}
+        on["skip_positions_to"] = self.skip_positions_to is not None
+        for one, others in CLASHES.items():
+            if on[one] and (clash := " and ".join(name for name in others if on[name])):
+                raise ValueError(f"{one} and {clash} don't go together: switch one of them off.")
         rows, micro = self.global_batch_size, self.micro_batch_size
         if rows % micro:
             raise ValueError(f"global_batch_size ({rows}) must be a multiple of micro_batch_size ({micro}).")

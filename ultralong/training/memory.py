@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ultralong.training.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
-from ultralong.training.config import MemoryConfig, layers_meant
+from ultralong.training.config import MemoryConfig
 from ultralong.training.layers import KNOWN, CustomBackwardLayers
 from ultralong.training.offload import Offloader
 from ultralong.training.tiled import tile_module
@@ -42,6 +42,11 @@ def check_tiled_layers(config: PreTrainedConfig) -> None:
             f"memory.layer_tile is for layers without dropout, found attention_dropout={dropout}: set it to 0 in the "
             "model's config, or memory.layer_tile to 0."
         )
+
+
+def layers_meant(asked: int, layers: int) -> int:
+    """What a number of layers in `MemoryConfig` means for a model: -1 is all, and more than there are is all too."""
+    return layers if asked < 0 else min(asked, layers)
 
 
 class ActivationMemory:

@@ -7,6 +7,7 @@ can reshard both: any mesh can load what another saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from ultralong.checkpoints.config import one_line, weights_dtype
 from ultralong.checkpoints.files import CARD, check_whole, locate
 from ultralong.checkpoints.model_card import trained_card
 from ultralong.checkpoints.write import save_weights, write_checkpoint
+from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.data.rows.row_checks import anchor_token
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
 from ultralong.utils.extras import require
 
+COUNT_TOKENS = "such layers count tokens, so a skipped stretch would not be there for them"
 BLOCK = 256  # elements with a scale in common (torchao's default)
 SMALLEST = 4096  # torchao leaves a shard of fewer elements in the parameter's own type
 
@@ -186,11 +190,13 @@ def export(
         model.config._attn_implementation = attention
 
 
-def check_full_attention(text: Any) -> None:
-    """Refuse skipped positions where a layer counts tokens and not positions.
+def check_full_attention(text: Any, setting: str = "skip_positions_to", reason: str = COUNT_TOKENS) -> None:
+    """Refuse a setting that needs full attention in every layer.
 
     Args:
         text: The config of the model, or of its text part.
+        setting: Its name.
+        reason: Why other layers cannot have it.
 
     Raises:
         ValueError: A layer has a sliding window, or is no attention.
@@ -199,10 +205,21 @@ def check_full_attention(text: Any) -> None:
     sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True) is not False
     if kinds or (sliding and not getattr(text, "layer_types", None)):
         found = ", ".join(sorted(kinds)) or "sliding windows"
-        raise ValueError(
-            f"skip_positions_to needs full attention in every layer, the model has {found}: such layers count tokens, "
-            "so a skipped stretch would not be there for them."
-        )
+        raise ValueError(f"{setting} needs full attention in every layer, the model has {found}: {reason}.")
+
+
+def check_anchor(text: Any, folders: Sequence[PackedRows]) -> str:
+    """Refuse an anchor that the model or the rows can't have; returns what is shared.
+
+    Args:
+        text: The config of the model, or of its text part.
+        folders: The rows.
+
+    Raises:
+        ValueError: As for `check_full_attention` and `anchor_token`.
+    """
+    check_full_attention(text, "anchor", "an anchor can't be joined to a window")
+    return f"token {anchor_token(folders, text)} at the start of each row is seen by all of its documents"
 
 
 def _long_ce_line(config: TrainConfig) -> list[str]:
@@ -229,6 +246,7 @@ def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any
         f"{facts['tokens']:,} tokens, attention "
         f"{' or '.join('kept inside documents' if mask else 'across documents' for mask in sorted(masked))}"
         f"{f', positions skipped up to {config.skip_positions_to:,} (PoSE)' if config.skip_positions_to else ''}",
+        *(["- one first token of each row is shared by its documents (anchor)"] if config.anchor else []),
         *_long_ce_line(config),
         f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
         f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",

@@ -23,7 +23,7 @@ from ultralong.rope import declared_window
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory import check_tiled_layers
-from ultralong.training.model import adamw_8bit, check_full_attention
+from ultralong.training.model import adamw_8bit, check_anchor, check_full_attention
 from ultralong.training.parallel import process_problem
 from ultralong.utils.files import is_locked
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
@@ -82,6 +82,8 @@ class Preflight:
             self._check("targets", lambda: self._targets(folders))
         if folders and self.config.long_ce.weight_cap:
             self._check("LongCE", lambda: (check_long_ce(folders, self.config.long_ce), None))
+        if folders and model is not None and self.config.anchor:
+            self._check("anchor", lambda: (check_anchor(model.get_text_config(), folders), None))
         if folders and model is not None:
             self._check("window", lambda: _window(model, folders, self.config))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ultralong.attention import make_attention_context
+from ultralong.data.rows.row_checks import anchor_token
 from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
 from ultralong.rope.tables import text_lengths
 from ultralong.training import checkpoint
@@ -64,6 +65,7 @@ def build_run(
     """Wrap a model and make its optimizer as the config says; nothing is read from or written to the folder."""
     if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):
         raise ValueError("compile works on one process with rows that have no document mask; switch one of them off.")
+    order.anchor = anchor_token(order.folders, model.config.get_text_config()) if config.anchor else None
     loss, memory = LanguageModelLoss(model, config.memory.loss_tile), ActivationMemory(model, config.memory)
     throughput = Throughput.from_model(model, processes.accelerator.device, processes.accelerator.num_processes)
     if config.compile:
@@ -189,6 +191,7 @@ def _forward(run: Run, batch: Batch, shared_by: list[int]) -> tuple[Tensor, Tens
             kv_heads=run.heads[1],
             head_chunks=run.config.parallel.head_chunks,
             store=run.memory.attention_store,
+            anchors=batch.anchors,
         )
         positions = tensors["position_ids"]
         last = positions[:, -1:].expand_as(positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,19 +92,39 @@ def _longest_document(rows: PackedRows) -> int:
     return longest
 
 
+def anchor_token(folders: Sequence[PackedRows], config: Any) -> int:
+    """The token that documents which do not see each other share: the BOS of the model.
+
+    Args:
+        folders: The rows.
+        config: The text config of the model.
+
+    Raises:
+        ValueError: No documents are masked, or the model names no BOS token.
+    """
+    if not any(rows.mask_documents for rows in folders):
+        raise ValueError(
+            f"anchor shares a token among documents that do not see each other, and those in {folders[0].folder} do: "
+            "pack them with mask_documents: true, or set anchor=false."
+        )
+    if not isinstance(config.bos_token_id, int):
+        raise ValueError(f"anchor needs a BOS token, and the model's config has bos_token_id {config.bos_token_id!r}.")
+    return config.bos_token_id
+
+
 def check_long_ce(folders: Sequence[PackedRows], weights: LongCEConfig) -> str:
     """Refuse rows in which LongCE would weigh nothing; returns what it weighs.
 
     Raises:
         ValueError: Their texts are no longer than a short context and its stride.
     """
-    for rows in folders:
-        reach = _longest_document(rows) if rows.mask_documents else rows.length
-        if reach < weights.shortest:
-            text = "Documents, which see no other," if rows.mask_documents else "Rows"
-            raise ValueError(
-                f"{text} have up to {reach:,} tokens in {rows.folder}, and long_ce weighs what stands in "
-                f"{weights.shortest:,} (short_context and stride) or more: nothing would be weighted. Set "
-                "long_ce.short_context and long_ce.stride lower, or long_ce.weight_cap=0."
-            )
+    reached = {_longest_document(rows) if rows.mask_documents else rows.length: rows for rows in folders}
+    reach, rows = max(reached.items(), key=lambda item: item[0])
+    if reach < weights.shortest:
+        text = "Documents, which see no other," if rows.mask_documents else "Rows"
+        raise ValueError(
+            f"{text} have up to {reach:,} tokens in {rows.folder}, and long_ce weighs what stands in "
+            f"{weights.shortest:,} (short_context and stride) or more: nothing would be weighted. Set "
+            "long_ce.short_context and long_ce.stride lower, or long_ce.weight_cap=0."
+        )
     return f"targets behind {weights.short_context:,} tokens and more are weighted by up to {weights.weight_cap:g}"

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ultralong.attention import AttentionContext, make_attention_context
 from ultralong.attention.balance import PairCounter, with_padding
-from ultralong.attention.choose import GroupOrMesh
+from ultralong.attention.collectives import GroupOrMesh
 from ultralong.attention.kv_plan import plan_kv
 from ultralong.planner.traces.kernel import AllocatingKernel
 from ultralong.planner.traces.tracker import Tracker
