@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from ultralong import check, miniature
 from ultralong.bench.checkpoints.config_sweep import bench_configs, sweep
 from ultralong.bench.checkpoints.readers import compared, unnamed
 from ultralong.bench.checkpoints.tables import configs_table, readers_table
+from ultralong.checkpoints.config import rope_entries
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.readers import VERSIONS_4, knows
 from ultralong.cli import main
@@ -143,3 +145,66 @@ def test_config_classes_are_scaled_or_refused(tmp_path):
     assert configs_table([read_json(tmp_path / "rows.json")])[3].startswith("| refused | 9 | 1 of 1 |")
     with pytest.raises(ValueError, match="no causal language model of the type nothing"):
         bench_configs(("nothing",))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "declared", "offered"),
+    [
+        ("yarn", {}, 512, {"vLLM": 512, "SGLang": 512}),
+        ("yarn", {}, 1024, {"vLLM": 1024, "SGLang": 1024}),
+        ("llama3", {}, 2048, {"vLLM": 2048, "SGLang": 2048}),
+        ("linear", {}, 512, {"vLLM": 2048, "SGLang": 2048}),
+        ("dynamic", {}, 512, {"vLLM": 2048, "SGLang": 2048}),
+        ("longrope", LONG, 2048, {"vLLM": 512, "SGLang": 2048}),
+    ],
+)
+def test_the_window_that_a_server_offers(tmp_path, method, options, declared, offered):
+    """vLLM 0.33 and SGLang 0.5: a factor of yarn does not reach beyond max_position_embeddings."""
+    folder = made(tmp_path / "out", method, **options)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"max_position_embeddings": declared})
+    found = {one.program: one for one in check(folder).readings}
+    assert {name: found[name].window for name in offered} == offered
+    capped = method == "yarn" and declared < 2048
+    assert ("--hf-overrides '{\"max_position_embeddings\": 2048}'" in found["vLLM"].typed) == capped
+    assert ("--json-model-override-args" in found["SGLang"].typed) == capped
+    assert any(f"{declared:,} tokens for the whole window" in text for text in found["vLLM"].remarks) == capped
+
+
+def of_type(folder: Path, kind: str, method: str, **rope) -> Path:
+    """A config of another class alone, as `extend` writes it."""
+    options = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, **options, max_position_embeddings=512).to_dict()
+    scaling = {"rope_type": method, "rope_theta": 1e4, "factor": 4.0, **rope}
+    window = 512 if method == "linear" else 2048
+    entries = {key: value for key, value in config.items() if not key.startswith("rope")}
+    entries |= {"max_position_embeddings": window, **rope_entries(scaling, kind, window)}
+    if method in ("longrope", "linear"):
+        entries["original_max_position_embeddings"] = 512
+    folder.mkdir()
+    write_json(folder / "config.json", entries)
+    return folder
+
+
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 512}
+YARN = {"original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "rope", "said"),
+    [
+        ("phi3", "longrope", FACTORS, ["right", "right", "right"]),  # a class of its own, by each text's length
+        ("phi3", "longrope", FACTORS | {"attention_factor": 1.0}, ["refused"] * 3),  # an entry that it does not know
+        ("phi3", "longrope", FACTORS | {"factor": 8.0}, ["refused"] * 3),
+        ("qwen2", "longrope", FACTORS, ["wrong", "right", "right"]),
+        ("mistral", "longrope", FACTORS, ["wrong", "right", "right"]),
+        ("olmo", "linear", {}, ["wrong", "right", "right"]),
+        ("olmo2", "yarn", YARN, ["refused"] * 3),
+    ],
+)
+def test_a_class_of_version_4_is_judged_by_what_it_reads_itself(tmp_path, kind, method, rope, said):
+    """As the programs themselves answer: ultralong bench readers."""
+    folder = of_type(tmp_path / "out", kind, method, **rope)
+    found = {one.version: one.verdict for one in check(folder).readings if one.program == "transformers"}
+    assert [found[version] for version in VERSIONS_4] == said
+    strict = said[-1] == "right" and kind in ("phi3", "olmo")
+    assert ("type" in read_json(folder / "config.json")["rope_scaling"]) == strict

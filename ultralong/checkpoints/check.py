@@ -126,11 +126,21 @@ class _Folder:
         offered = rule.window(self.entries, self.window, self.meant)
         if old and offered != self.window:
             remarks.append(self._stays(offered))
-        elif offered < self.window and not any("window" in text for text in remarks):
+        elif rule.raised and offered < self.window and self.meant.method != "longrope":
+            remarks.append(
+                f"It takes {offered:,} tokens for the whole window, which max_position_embeddings says, and starts "
+                "with no more unless that is overridden: write the window there."
+            )
+        elif offered != self.window and not any("window" in text for text in remarks):
             remarks.append(f"It offers {offered:,} tokens by itself.")
         dtype, problem = self._dtype(old)
         remarks += [problem] if problem else []
-        typed = rule.typed.replace("FOLDER", str(self.folder)).replace("WINDOW", str(self.window))
+        short = offered < self.window and self.meant.method != "longrope"
+        typed = (
+            (rule.typed + rule.raised if short else rule.typed)
+            .replace("FOLDER", str(self.folder))
+            .replace("WINDOW", str(self.window))
+        )
         typed += "".join(f" {advice[5:-1]}" for _, advice in found if advice.startswith("Pass --yarn"))
         verdict = "right" if self._right(table) else "wrong"
         if verdict == "wrong" and not found:
@@ -187,8 +197,8 @@ class _Folder:
         if version == "4.46" and template:
             return name, ["It looks for no chat_template.jinja, so the tokenizer has no chat template."], True
         limit = settings.get("model_max_length")
-        if program == "vLLM" and isinstance(limit, int) and limit < self.window:
-            return name, [f"The tokenizer's model_max_length is {limit:,}, which ends the window."], True
+        if program == "transformers" and isinstance(limit, int) and limit < self.window:
+            return name, [f"The tokenizer's model_max_length is {limit:,}: it warns beyond, and truncates there."], True
         return name, [], True
 
     def _dtype(self, old: bool) -> tuple[str, str | None]:

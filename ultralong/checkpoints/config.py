@@ -26,6 +26,13 @@ CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NotImplemented
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+# Classes of transformers 4 that open a rope_scaling of these types with `type` and these keys, and no other.
+STRICT_4 = {
+    **dict.fromkeys(("phi3", "phi4_multimodal"), (("longrope",), ("short_factor", "long_factor"))),
+    **dict.fromkeys(("olmo", "olmo2"), (("linear", "dynamic"), ("factor",))),
+}
+
+
 def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     """The config of a checkpoint folder or hub id.
 
@@ -55,14 +62,32 @@ def one_line(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def rope_entries(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of config.json that carry one `rope_parameters` dictionary to readers of every age."""
+def rope_entries(written: Mapping[str, Any], model_type: str, window: int) -> dict[str, Any]:
+    """The entries of config.json that carry one `rope_parameters` dictionary to readers of every age.
+
+    Args:
+        written: The dictionary.
+        model_type: transformers' name of the architecture.
+        window: The config's `max_position_embeddings`.
+    """
     older = {key: value for key, value in written.items() if key != "rope_theta"}
-    return {
+    made = {
         "rope_parameters": dict(written),
         "rope_theta": written["rope_theta"],
         "rope_scaling": None if written.get("rope_type", "default") == "default" else older,
     }
+    if "partial_rotary_factor" in written:
+        made["partial_rotary_factor"] = written["partial_rotary_factor"]
+    methods, keys = STRICT_4.get(model_type, ((), ()))
+    if written.get("rope_type") not in methods:
+        return made
+    # What stands beside the entry, or follows from the two windows, is no loss; version 5 reads this entry first.
+    beside = {"rope_type", "partial_rotary_factor", "original_max_position_embeddings"}
+    if written.get("factor") == window / (written.get("original_max_position_embeddings") or window):
+        beside.add("factor")
+    if set(older) <= {*keys, *beside}:
+        made["rope_scaling"] = {"type": written["rope_type"], **{key: older[key] for key in keys}}
+    return made
 
 
 def config_for_readers(entries: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -76,9 +101,7 @@ def config_for_readers(entries: Mapping[str, Any], dtype: torch.dtype | None) ->
     written = made.get("rope_parameters")
     one_table = isinstance(written, Mapping) and not any(isinstance(value, Mapping) for value in written.values())
     if one_table and written and "rope_theta" in written:
-        made |= rope_entries(written)
-        if "partial_rotary_factor" in written:
-            made["partial_rotary_factor"] = written["partial_rotary_factor"]
+        made |= rope_entries(written, str(made.get("model_type")), int(made.get("max_position_embeddings") or 1))
     if dtype is not None and "quantization_config" not in made:
         name = str(dtype).removeprefix("torch.")
         made |= {"dtype": name, "torch_dtype": name}  # the second for version 4, whose servers take float32 without it

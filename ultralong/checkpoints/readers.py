@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ultralong.checkpoints.config import STRICT_4
 from ultralong.rope import RopeScaling, from_config, inverse_frequencies
 
 Table = Callable[[int], tuple[torch.Tensor, float]]  # inverse frequencies and attention factor at a length
@@ -30,6 +31,7 @@ FIRST_KNOWN = {
 }
 # Classes whose rotary module reads no rope_scaling in 4.46.
 UNSCALED_4_46 = ("gemma", "gemma2", "glm", "jetmoe", "mistral", "mixtral", "moshi", "olmo")
+OWN_LONGROPE = ("phi3", "phimoe", "phi4_multimodal")  # with a rotary module of their own, by each text's length
 GGUF_LONGROPE = ("phi3", "phimoe", "minicpm", "minicpm3")
 VERSIONS_4 = ("4.46", "4.51", "4.57")
 UPDATE = "Take transformers 4.57 or later."
@@ -50,6 +52,7 @@ class Rule:
             (what it does otherwise, what to do about it).
         window: The window that it offers by itself.
         typed: What to type to open the model, where FOLDER is the folder.
+        raised: What to type besides where its window ends before the one that is meant.
     """
 
     program: str
@@ -57,6 +60,7 @@ class Rule:
     read: Callable[[Mapping[str, Any], int, RopeScaling], tuple[Table, list[tuple[str, str]]]]
     window: Callable[[Mapping[str, Any], int, RopeScaling], int]
     typed: str
+    raised: str = ""
 
 
 def table_of(scaling: RopeScaling) -> Table:
@@ -94,6 +98,7 @@ def _transformers_4(version: str) -> Callable[..., tuple[Table, list[tuple[str, 
         if version == "4.46" and older.get("rope_scaling") and older.get("model_type") in UNSCALED_4_46:
             older["rope_scaling"] = None
             remarks.append(("its class of this type reads no rope_scaling, so nothing is scaled", UPDATE))
+        _check_strict(version, older)
         found = from_config(older)
         maximum = int(entries["max_position_embeddings"])
         if found.method == "yarn":
@@ -114,19 +119,39 @@ def _transformers_4(version: str) -> Callable[..., tuple[Table, list[tuple[str, 
     return read
 
 
+def _check_strict(version: str, older: Mapping[str, Any]) -> None:
+    """Refuse what a class's own check of rope_scaling refuses.
+
+    Raises:
+        ValueError: It does.
+    """
+    kind, scaling = str(older.get("model_type")), older.get("rope_scaling")
+    if kind not in STRICT_4 or not scaling:
+        return
+    methods, keys = STRICT_4[kind]
+    if set(scaling) != {"type", *keys} or scaling["type"] not in methods:
+        raise ValueError(
+            f"its {kind} class opens a rope_scaling of {' or '.join(methods)} alone, with the keys "
+            f"{', '.join(('type', *keys))}. Take transformers 5."
+        )
+    if version == "4.46" and (older.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError(f"its {kind} class knows no partial_rotary_factor. {UPDATE}")
+
+
 def _longrope_4(
     version: str, found: RopeScaling, older: Mapping[str, Any], maximum: int, remarks: list[tuple[str, str]]
 ) -> tuple[Table, list[tuple[str, str]]]:
     """longrope: the original window is read beside its entry alone; releases before 4.51 keep the long table."""
+    own = older.get("model_type") in OWN_LONGROPE
     if not older.get("original_max_position_embeddings"):
-        found = replace(found, original_window=maximum)
+        found = replace(found, original_window=4096 if own else maximum)  # the first is its class's default
         remarks.append(
             (
                 "it looks for original_max_position_embeddings beside rope_scaling, not in it",
-                f"Write it there: {int(found.original_window or 0)} in config.json.",
+                "Write it there too.",
             )
         )
-    if version != "4.46":
+    if version != "4.46" or own:
         return table_of(found), remarks
     remarks.append(
         ("it takes the long factors for short texts too", "Take transformers 4.51 or later for short texts.")
@@ -197,20 +222,40 @@ def _declared(entries: Mapping[str, Any], window: int, meant: RopeScaling) -> in
     return int(entries["max_position_embeddings"])
 
 
-def _reached(entries: Mapping[str, Any], window: int, meant: RopeScaling) -> int:
-    return int(meant.original_window or 0) if meant.method == "longrope" else window
+def _by_vllm(entries: Mapping[str, Any], window: int, meant: RopeScaling) -> int:
+    """Its `_get_and_verify_max_len`: what the config declares, which a factor of linear or dynamic multiplies."""
+    declared = int(entries["max_position_embeddings"])
+    if meant.method == "longrope":
+        return int(entries.get("original_max_position_embeddings") or meant.original_window or declared)
+    return declared if meant.method in ("default", "yarn", "llama3") else int(declared * meant.factor)
 
 
-def _whole(entries: Mapping[str, Any], window: int, meant: RopeScaling) -> int:
-    return window
+def _by_sglang(entries: Mapping[str, Any], window: int, meant: RopeScaling) -> int:
+    """Its `get_context_length`: the same, where the entry names no original window."""
+    declared = int(entries["max_position_embeddings"])
+    scaling = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
+    named = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
+    return declared if named else int(declared * float(scaling.get("factor") or 1.0))
 
 
 OPEN_4 = 'AutoModelForCausalLM.from_pretrained("FOLDER", torch_dtype="auto")'
 RULES = (
     *(Rule("transformers", version, _transformers_4(version), _declared, OPEN_4) for version in VERSIONS_4),
-    Rule("vLLM", "0.33", _vllm, _reached, "vllm serve FOLDER --max-model-len WINDOW"),
     Rule(
-        "SGLang", "0.5", _sglang, _whole, "python -m sglang.launch_server --model-path FOLDER --context-length WINDOW"
+        "vLLM",
+        "0.33",
+        _vllm,
+        _by_vllm,
+        "vllm serve FOLDER --max-model-len WINDOW",
+        " --hf-overrides '{\"max_position_embeddings\": WINDOW}'",
+    ),
+    Rule(
+        "SGLang",
+        "0.5",
+        _sglang,
+        _by_sglang,
+        "python -m sglang.launch_server --model-path FOLDER --context-length WINDOW",
+        " --json-model-override-args '{\"max_position_embeddings\": WINDOW}'",
     ),
     Rule("llama.cpp", "b6000 on", _llama_cpp, _declared, "llama-server -m FILE.gguf --ctx-size WINDOW"),
 )

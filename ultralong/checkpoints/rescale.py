@@ -115,11 +115,9 @@ def config_entries(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]
     """
     written = rope_parameters(scaling)
     window_key = getattr(config, "attribute_map", {}).get("max_position_embeddings", "max_position_embeddings")
-    entries = {
-        window_key: scaling.original_window if scaling.method in KEEPS_OLD_WINDOW else to,
-        **rope_entries(written),
-    }
-    read = reader(config)
+    kept = scaling.original_window if scaling.method in KEEPS_OLD_WINDOW else None
+    window, read = to if kept is None else kept, reader(config)
+    entries = {window_key: window, **rope_entries(written, str(read("model_type")), window)}
     if scaling.method in ("linear", "longrope"):
         # The first has no entry for it, so that nobody could tell whether the window above is before or after scaling;
         # of the second transformers 4 looks for it here alone.

@@ -58,7 +58,7 @@ def from_config(config: Any) -> RopeScaling:
 
 
 def window_of(config: Any) -> int:
-    """Tokens that a model with this config is declared to read, as serving programs (vLLM) derive it.
+    """Tokens that a model with this config is declared to read.
 
     It is `max_position_embeddings`, but for three methods: "dynamic" keeps the unscaled window there and grows by its
     factor, "linear" does where the config has its original window, and "yarn" counts from its original window, which

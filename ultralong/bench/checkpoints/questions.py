@@ -1,7 +1,8 @@
 """Scripts that an interpreter with another program runs: what it reads of checkpoints, a line of JSON for each.
 
 Their words are a text, lengths as JSON, and folders. They print `version X`, then `said {...}` a folder: `tables`
-(inverse frequencies at each length), `factor` (of cosine and sine), and what else the program tells.
+(inverse frequencies at each length), `factor` (of cosine and sine), `offered` (the window of a server that is told
+nothing), and what else the program tells.
 """
 
 TRANSFORMERS = """
@@ -17,10 +18,10 @@ for folder in folders:
         rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
         tables = []
         for length in json.loads(lengths):
-            rotary(torch.zeros(1), torch.arange(length)[None])
+            cos, _ = rotary(torch.zeros(1), torch.arange(length)[None])  # at position 0 it is the factor alone
             tables.append(rotary.inv_freq.tolist())
         said = {
-            "tables": tables, "factor": float(getattr(rotary, "attention_scaling", 1.0)),
+            "tables": tables, "factor": float(cos.flatten()[0]),
             "window": model.config.max_position_embeddings, "chat": tokenizer.chat_template is not None,
             "dtype": sorted({str(p.dtype) for p in model.parameters()}), "ids": tokenizer(text)["input_ids"],
         }
@@ -49,8 +50,10 @@ VLLM = (
 import json, sys, types, torch, vllm
 from transformers import AutoConfig
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.config.model import _get_and_verify_max_len
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.transformers_utils.config import patch_rope_parameters
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 """
     + FROM_CACHE
     + """
@@ -61,13 +64,16 @@ for folder in folders:
     try:
         config = AutoConfig.from_pretrained(folder)
         patch_rope_parameters(config)
+        declared = ModelArchConfigConvertorBase(config, config).derive_max_model_len_and_key()
+        declared = types.SimpleNamespace(derived_max_model_len_and_key=declared)
+        offered = _get_and_verify_max_len(config, declared, None, None, False, None)
         made = VllmConfig(device_config=DeviceConfig(device="cpu"))
         made.model_config = types.SimpleNamespace(max_model_len=lengths[-1])
         with set_current_vllm_config(made):
             rope = get_rope(
                 config.head_dim, config.max_position_embeddings, True, dict(config.rope_parameters), torch.float32
             )
-        said = told(rope, lengths)
+        said = told(rope, lengths) | {"offered": offered}
     except Exception as error:
         said = {"refused": f"{type(error).__name__}: {error}"[:300]}
     print("said", json.dumps(said))
@@ -79,6 +85,7 @@ SGLANG = (
 import json, sys, torch, sglang
 from transformers import AutoConfig
 from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.utils.hf_transformers.common import get_context_length
 """
     + FROM_CACHE
     + """
@@ -93,7 +100,7 @@ for folder in folders:
             config.head_dim, config.head_dim, config.max_position_embeddings, written["rope_theta"], True,
             None if written["rope_type"] == "default" else dict(written), torch.float32,
         )
-        said = told(rope, lengths)
+        said = told(rope, lengths) | {"offered": get_context_length(config)}
     except Exception as error:
         said = {"refused": f"{type(error).__name__}: {error}"[:300]}
     print("said", json.dumps(said))

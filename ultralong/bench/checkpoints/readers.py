@@ -41,10 +41,17 @@ def _extend(method: str, options: Mapping[str, Any], out: Path) -> None:
     extend(miniature.path(), WINDOW, out, method, quiet=True, **options)
 
 
-def _longrope(out: Path) -> None:
+def _longrope(out: Path, base: Path | None = None) -> None:
     pairs = AutoConfig.from_pretrained(miniature.path()).head_dim // 2
     long = tuple(1.0 + 3.0 * pair / pairs for pair in range(pairs))
-    extend(miniature.path(), WINDOW, out, "longrope", short_factors=(1.0,) * pairs, long_factors=long, quiet=True)
+    source = base or miniature.path()
+    extend(source, WINDOW, out, "longrope", short_factors=(1.0,) * pairs, long_factors=long, quiet=True)
+
+
+def _window_left(method: str, window: int, out: Path) -> None:
+    """A config whose max_position_embeddings was not raised with the scaling."""
+    _extend(method, {}, out)
+    write_json(out / "config.json", read_json(out / "config.json") | {"max_position_embeddings": window})
 
 
 def _saved_by_transformers(out: Path) -> None:
@@ -67,13 +74,19 @@ def _of_type(kind: str, method: str, out: Path) -> None:
     base = out.with_name(f"{out.name}-base")
     shape = read_json(miniature.path() / "config.json")
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    config = AutoConfig.for_model(kind, **{key: shape[key] for key in keys if key in shape}, num_hidden_layers=2)
+    tokens = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(
+        kind, **{key: shape[key] for key in keys if key in shape}, num_hidden_layers=2, **tokens
+    )
     config.max_position_embeddings = 512
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(miniature.path() / name, base / name)
-    extend(base, WINDOW, out, method, quiet=True)
+    if method == "longrope":
+        _longrope(out, base)
+    else:
+        extend(base, WINDOW, out, method, quiet=True)
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {
@@ -88,6 +101,12 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "yarn, larger factor": _extended("yarn", factor=8.0),
     "llama3": _extended("llama3"),
     "longrope": _longrope,
+    "phi3, longrope": partial(_of_type, "phi3", "longrope"),
+    "qwen2, longrope": partial(_of_type, "qwen2", "longrope"),
+    "mistral, longrope": partial(_of_type, "mistral", "longrope"),
+    "olmo, linear": partial(_of_type, "olmo", "linear"),
+    "yarn, window left at the base's": partial(_window_left, "yarn", 512),
+    "yarn, window half-way": partial(_window_left, "yarn", 1024),
     "qwen2, yarn": partial(_of_type, "qwen2", "yarn"),
     "qwen3, yarn": partial(_of_type, "qwen3", "yarn"),
     "mistral, yarn": partial(_of_type, "mistral", "yarn"),
@@ -132,7 +151,7 @@ def bench_readers(
             for kind in folders:
                 read, differs = compared(measure[kind], answers[kind])
                 said = {"kind": kind, "program": program, "version": version, "read": read, "differs": differs}
-                rows.append(said)
+                rows.append(said | {key: answers[kind][key] for key in ("offered",) if key in answers[kind]})
         for kind, folder in folders.items():
             rows = _with_check(rows, kind, check(folder), measure[kind], str(folder))
     if json is not None:
@@ -150,6 +169,9 @@ def _with_check(
         said = {"check": one.verdict, "remarks": [text.replace(folder, "FOLDER") for text in one.remarks]}
         if mine:
             mine[0].update(said)
+            if mine[0].pop("offered", one.window) != one.window:
+                mine[0]["differs"] = [*mine[0]["differs"], "another window than check says"]
+                mine[0]["read"] = "wrong"
             continue
         own = one.version == transformers_version
         read, differs = compared(ours, ours) if own else (None, [])

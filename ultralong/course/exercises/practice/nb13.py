@@ -78,7 +78,7 @@ EXERCISES = (
         solution=REPAIRED,
         mistakes=(
             Mistake("only the tokenizer", {**REPAIRED, "max_position_embeddings": 131072}, "offer no more"),
-            Mistake("tokenizer forgotten", {**REPAIRED, "model_max_length": 131072}, "vLLM ends the window there"),
+            Mistake("tokenizer forgotten", {**REPAIRED, "model_max_length": 131072}, "texts are truncated there"),
             Mistake("factor over 131,072", {**REPAIRED, "factor": 8.0}, "the unscaled window"),
             Mistake(
                 "another original window",

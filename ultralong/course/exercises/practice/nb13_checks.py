@@ -132,7 +132,7 @@ def check_repair(answer: Any) -> str:
     declared = answer["max_position_embeddings"]
     assert declared == TARGET, f"max_position_embeddings is {declared:,}: transformers and llama.cpp offer no more."
     limit = answer["model_max_length"]
-    assert limit == TARGET, f"The tokenizer's model_max_length is {limit:,}: vLLM ends the window there."
+    assert limit == TARGET, f"The tokenizer's model_max_length is {limit:,}: texts are truncated there."
     assert answer["factor"] * original == TARGET, (
         f"Factor {answer['factor']:g}: it counts from {original:,}, the unscaled window, so it reaches "
         f"{answer['factor'] * original:,.0f} tokens."
