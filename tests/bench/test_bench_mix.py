@@ -1,17 +1,18 @@
 """`ultralong bench train --mix`: which rows a step has, and what the kernels alone would take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_run import make_run
 
 from ultralong.bench.compare import case_name
+from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
 from ultralong.bench.training.mix import (
     CONVERSATIONS,
     OneRowPasses,
-    RowCount,
     conversations,
     kernel_seconds,
-    parse_mix,
     seed_of,
 )
 from ultralong.planner.machine import load_machine
@@ -41,10 +42,20 @@ def test_every_step_of_the_run_has_the_mix(tmp_path, monkeypatch, make_tiny_mode
     assert [step.count(1) for step in drawn] == [1, 1, 1]
     fixed = OneRowPasses.of_run(run).packs(6, 6, 1, 640, 1.0)
     assert [each[0] for each in fixed.passes] == [(order.place(6 + row),) for row in range(6)]
+    side_by_side = OneRowPasses.of_run(run).packs(6, 6, 2, 640, 1.0).passes
+    assert [each[1] for each in side_by_side] == [(order.place(9 + row),) for row in range(3)]
     together = order.packs(6, 6, 1, 640, 1.0)
     assert (len(together.passes), together.tokens, together.pairs) == (1, fixed.tokens, fixed.pairs)
     with pytest.raises(ValueError, match="take fewer steps or kinds of rows"):
         seed_of([RowCount(8, 1)] * 12, 9)
+
+
+def test_a_fixed_degree_gives_every_group_as_many_rows():
+    case = TrainingCase(mix=("8k:5", "128k:1"), gpus=4, degree=2, sharing="fixed")
+    assert (case.shared_by, replace(case, sharing="dynamic").shared_by) == (2, 4)
+    for degree, mix in ((3, ("8k:6",)), (2, ("8k:5",))):
+        with pytest.raises(ValueError, match="degree must divide 4 GPUs into groups"):
+            replace(case, degree=degree, mix=mix)
 
 
 def test_conversations_have_the_lengths_of_the_real_set():

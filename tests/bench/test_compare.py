@@ -148,9 +148,9 @@ def test_a_measurement_says_of_which_commit_it_is(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{12,}", commit(tmp_path))
     (tmp_path / "file").write_text("2")
     assert re.fullmatch(r"[0-9a-f]{12,}-dirty", commit(tmp_path))
-    row = {"model": "M", "gpus": 2, "tokens": 1024, "note": "stopped", "mix": "8k:1", "sharing": "fixed"}
+    row = {"model": "M", "gpus": 2, "tokens": 1024, "note": "stopped", "mix": "8k:1", "sharing": "fixed", "degree": 1}
     row["versions"] = {"ultralong": "0.4.0", "ultralong-commit": "0123456789ab"}
-    assert "ours, 0.4 at 0123456789ab, fixed degree over 8k:1 | stopped" in training_table([{"rows": [row]}])[2]
+    assert "ours, 0.4 at 0123456789ab, fixed degree of 1 over 8k:1 | stopped" in training_table([{"rows": [row]}])[2]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"what": 1}'])

@@ -25,6 +25,7 @@ CASE = (
         "packed",
         "mix",
         "sharing",
+        "degree",
         "gpus",
         "ranks",
         "sharded",

@@ -142,7 +142,9 @@ def train(
 
 def _line(row: dict[str, Any]) -> str:
     """One measured row as text."""
-    what = f"{row['tokens']:,} tokens" + (f" ({row['mix']}), {row['sharing']} degree" if "mix" in row else "")
+    what = f"{row['tokens']:,} tokens" + (
+        f" ({row['mix']}), {row['sharing']} degree of {row['degree']}" if "mix" in row else ""
+    )
     name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {what}, {row['gpus']} x {row['gpu']}: "
     if "note" in row:
         return name + row["note"] + ("\n" + row["messages"][-1500:] if "messages" in row else "")

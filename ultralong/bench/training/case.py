@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ultralong.training.config import MemoryConfig
-from ultralong.utils.units import Tokens
+from ultralong.utils.units import Tokens, parse_tokens
+
+
+@dataclass(frozen=True)
+class RowCount:
+    """So many rows of a length in each step."""
+
+    tokens: int
+    rows: int
+
+
+def parse_mix(words: Sequence[str]) -> tuple[RowCount, ...]:
+    """A mix such as 8k:38 128k:1 256k:1.
+
+    Raises:
+        ValueError: A word is not LENGTH:ROWS.
+    """
+    found = []
+    for word in words:
+        length, _, rows = word.partition(":")
+        if not rows.isdecimal() or int(rows) < 1:
+            raise ValueError(f"a part of a mix is LENGTH:ROWS, such as 8k:38, found {word!r}.")
+        found.append(RowCount(int(parse_tokens(length)), int(rows)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,7 @@ class TrainingCase:
         mix: Rows of several lengths in each step instead of one row, as LENGTH:ROWS, such as 8k:38 128k:1 256k:1. Rows
             of up to 8k hold short conversations, longer ones are one text.
         sharing: With mix: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).
+        degree: With mix and fixed sharing: GPUs that share every row, in groups that work side by side; by default all.
         max_tokens_per_rank: With mix: most tokens of a pack on one GPU; by default the longest row's share.
     """
 
@@ -51,7 +76,22 @@ class TrainingCase:
     profile: bool = False
     mix: tuple[str, ...] = ()
     sharing: Literal["dynamic", "fixed"] = "dynamic"
+    degree: int | None = None
     max_tokens_per_rank: Tokens | None = None
+
+    def __post_init__(self) -> None:
+        rows = sum(part.rows for part in parse_mix(self.mix))
+        groups, rest = divmod(self.gpus, self.shared_by)
+        if rest or (self.sharing == "fixed" and rows % groups):
+            raise ValueError(
+                f"degree must divide {self.gpus} GPUs into groups that read as many of the mix's {rows} rows each, "
+                f"found {self.degree}."
+            )
+
+    @property
+    def shared_by(self) -> int:
+        """GPUs that share a row, at most."""
+        return self.gpus if self.degree is None or self.sharing == "dynamic" else self.degree
 
     @property
     def name(self) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ultralong.bench.training.case import TrainingCase
-from ultralong.bench.training.mix import RowCount, kernel_seconds, parse_mix, seed_of, useful_flops
+from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
+from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
 from ultralong.bench.training.work import WARM, prepare
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
@@ -68,7 +68,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
         "model": case.name,
         "parameters": shape.parameters,
         "tokens": sum(part.tokens * part.rows for part in parse_mix(case.mix)) or case.tokens,
-        **({"mix": " ".join(case.mix), "sharing": case.sharing} if case.mix else {}),
+        **({"mix": " ".join(case.mix), "sharing": case.sharing, "degree": case.shared_by} if case.mix else {}),
         "gpus": case.gpus,
         "gpu": facts["device"],
         "date": facts["date"],
@@ -127,7 +127,7 @@ def _train_config(case: TrainingCase, made: dict[str, str], run: Path, mix: tupl
         optimizer=OptimizerConfig(state_precision=case.state_precision),
         memory=case.memory,
         parallel=ParallelConfig(
-            context_parallel_size=case.gpus,
+            context_parallel_size=case.shared_by,
             dynamic_context_parallel=bool(case.mix),
             max_tokens_per_rank=case.max_tokens_per_rank,
             fsdp_shard_degree=case.gpus if case.sharded else None,

@@ -7,16 +7,15 @@ The short rows are packed conversations, as SFT has them: their lengths are thos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from ultralong.bench.training.case import RowCount
 from ultralong.data.read.documents import Document
 from ultralong.planner.machine import Machine
 from ultralong.planner.shapes import Shape
 from ultralong.training.batches import RowOrder, StepPacks
 from ultralong.training.throughput import query_key_pairs, step_flops
-from ultralong.utils.units import parse_tokens
 
 # Tokens of conversations, at the middle of 32 equal parts of the set; in the mean 138.
 CONVERSATIONS = (
@@ -25,29 +24,6 @@ CONVERSATIONS = (
 )
 SEEDS = 200_000  # that are tried
 SHORT = 8192  # rows of up to so many tokens hold conversations that see no other, longer ones are one text
-
-
-@dataclass(frozen=True)
-class RowCount:
-    """So many rows of a length in each step."""
-
-    tokens: int
-    rows: int
-
-
-def parse_mix(words: Sequence[str]) -> tuple[RowCount, ...]:
-    """A mix such as 8k:38 128k:1 256k:1.
-
-    Raises:
-        ValueError: A word is not LENGTH:ROWS.
-    """
-    found = []
-    for word in words:
-        length, _, rows = word.partition(":")
-        if not rows.isdecimal() or int(rows) < 1:
-            raise ValueError(f"a part of a mix is LENGTH:ROWS, such as 8k:38, found {word!r}.")
-        found.append(RowCount(int(parse_tokens(length)), int(rows)))
-    return tuple(found)
 
 
 def conversations(tokens: int, seed: int = 0) -> list[Document]:
@@ -63,14 +39,16 @@ def conversations(tokens: int, seed: int = 0) -> list[Document]:
 
 
 class OneRowPasses(RowOrder):
-    """Each row in a pass of its own, shared by all processes, as with a fixed degree of context parallelism."""
+    """Each row in a pass of its own, shared by all processes of a group: a fixed degree of context parallelism."""
 
     def packs(self, first: int, count: int, groups: int, most: int, token_work: float) -> StepPacks:
-        """As `RowOrder.packs`, one row after another."""
-        assert groups == 1, "all processes share each row"
-        found = super().packs(first, count, groups, most, token_work)
-        places = [self.place(index) for index in range(first, first + count)]
-        return StepPacks(tuple(((place,),) for place in places), found.tokens, found.pairs)
+        """As `RowOrder.packs`, one row after another; each group reads as many, as the trainer gives them out."""
+        found = super().packs(first, count, 1, most, token_work)
+        each = count // groups
+        passes = tuple(
+            tuple((self.place(first + group * each + number),) for group in range(groups)) for number in range(each)
+        )
+        return StepPacks(passes, found.tokens, found.pairs)
 
 
 def seed_of(mix: Sequence[RowCount], steps: int) -> int:
