@@ -59,7 +59,10 @@ def whole(wanted, tmp_path_factory):
     return search(wanted, out, device="cpu", quiet=True), out
 
 
-@pytest.mark.parametrize("method", ["yarn", "llama3", "ntk", "linear", "longrope"])
+@pytest.mark.parametrize(
+    "method",
+    ["yarn", "longrope", *(pytest.param(name, marks=pytest.mark.soak) for name in ("llama3", "ntk", "linear"))],
+)
 def test_a_trial_scores_what_plain_transformers_says_of_the_written_checkpoint(wanted, whole, tmp_path, method):
     result, _ = whole
     trial = next(trial for trial in result["trials"] if trial["method"] == method)

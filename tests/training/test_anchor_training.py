@@ -82,9 +82,10 @@ SHARED = {
     ),
     "packs": (2, {"parallel": ParallelConfig(2, scheme="gathered", dynamic_context_parallel=True)}),
 }
+LONG = ("two processes, ulysses", "two processes, ring, recomputed")
 
 
-@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.soak] * (case in LONG)) for case in SHARED])
 def test_a_step_is_that_of_the_mask(made, expected, tmp_path, case):
     processes, changes = SHARED[case]
     config = replace(made, out=str(tmp_path / "run"), **changes)

@@ -105,9 +105,10 @@ SHARED = {
     "two rows beside each other": (2, "masked", {"memory": MemoryConfig(activation_checkpointing=True)}),
     "four processes, sharded": (4, "masked", {"parallel": ParallelConfig(2, fsdp_shard_degree=4, scheme="gathered")}),
 }
+LONG = ("two processes, ulysses", "two rows beside each other")
 
 
-@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.soak] * (case in LONG)) for case in SHARED])
 def test_a_step_is_that_of_the_formula(made, expected, tmp_path, case):
     processes, kind, changes = SHARED[case]
     config = on(made, kind, out=str(tmp_path / "run"), **changes)
