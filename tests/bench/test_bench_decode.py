@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ultralong import cli
 from ultralong.bench import decode
@@ -49,6 +50,22 @@ def test_rows_fit_together(folder, tmp_path, gpus, capsys):
     assert {line.count("|") for line in table} == {10}
 
 
+def test_a_filled_cache_in_place_of_a_prompt(folder, capsys):
+    options = DecodeBench(folder, (90,), 0, new_tokens=5, chunk=32, filled=True)
+    rows = bench_decode(options)
+    assert [(row["name"], row["kv"]) for row in rows] == [("ultralong, sharded", kv) for kv in ("bf16", "fp8")]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = 4 * (sum(x.numel() for x in model.parameters()) - (embedding is not head) * embedding.numel())
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads
+    size = config.hidden_size // config.num_attention_heads
+    for row, each in zip(rows, (4 * size, size + 2), strict=True):
+        assert row["read_gib"] == pytest.approx((weights + 90 * token * each) / 2**30, abs=6e-5)
+        assert row["gigabytes_per_second"] > 0
+        assert row["of_copy"] > 0
+
+
 def test_what_does_not_fit_is_a_row_too(folder, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -67,6 +84,8 @@ def test_what_does_not_fit_is_a_row_too(folder, monkeypatch, capsys):
         (["nowhere/model"], "neither a model folder"),
         (["meta-llama/Llama-3.1-8B", "--new-tokens", "1"], "two tokens or more"),
         (["meta-llama/Llama-3.1-8B", "--batch", "-1"], "batch 0 or more"),
+        (["meta-llama/Llama-3.1-8B", "--filled"], "--batch 0"),
+        (["meta-llama/Llama-3.1-8B", "--kv", "int4"], "bf16 and fp8"),
     ],
 )
 def test_bad_input_is_a_sentence(words, said, capsys):

@@ -9,6 +9,10 @@ are compiled and chosen. With several GPUs all of them do alone what one GPU doe
 
 `of_transformers` is the rate over that of transformers for the same prompts. `same_tokens` is the share of new tokens
 that both chose: 1 in float32; random weights in bfloat16 often have several likeliest tokens, and fp8 rounds.
+
+A step reads every weight but the embedding's, and every key and value: `read_gib` of the GPU that reads most, each of
+which has all weights and its part of the cache. Over the seconds of a step that is `gigabytes_per_second`, and
+`of_copy` its share of what a copy inside the GPU's memory moves in the same run, bytes read and written together.
 """
 
 from __future__ import annotations
@@ -30,12 +34,15 @@ from ultralong.bench.decode_options import DecodeBench
 from ultralong.bench.results import write_rows
 from ultralong.bench.timing import clear, make_model, now, peak_gib, random_ids, slowest
 from ultralong.inference.batched import BatchedRunner
+from ultralong.inference.decoding import Sampler, decode
 from ultralong.inference.generate import stream
 from ultralong.inference.runner import LocalRunner, Runner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.planner.shapes import model_config
 from ultralong.utils.local_ranks import run_ranks
+from ultralong.utils.units import GIB
 
+COPIES = 10
 WARM_TOKENS, WARM_STEPS = 4096, 4  # prompt and answer before anything is timed
 RULE = "tokens_per_second: prompts answered together over the seconds of one step, from the first new token to the last"
 Row = dict[str, Any]
@@ -85,6 +92,7 @@ class Way:
     kv: str
     gpus: int
     answer: Answer
+    runner: ShardedRunner | None = None
 
 
 def _measure_all(rank: int, world: int, options: DecodeBench, device: str, path: Path | None) -> list[Row]:
@@ -96,6 +104,7 @@ def _measure_all(rank: int, world: int, options: DecodeBench, device: str, path:
     model.generation_config.eos_token_id = None  # every answer has its whole length
     name = Path(options.model).name + ("" if layers == whole else f", cut to {layers} of {whole} layers")
     rows: list[Row] = []
+    copied = copy_rate(model.device)
     work = [(1, tokens) for tokens in options.lengths] + ([(options.batch, options.batch_tokens)] * bool(options.batch))
     for batch, tokens in work:
         ids = random_ids(model, batch, tokens)
@@ -103,7 +112,8 @@ def _measure_all(rank: int, world: int, options: DecodeBench, device: str, path:
         for way in _ways(model, options, batch, world):
             timed = _measure(way, ids, options.new_tokens, world)
             plain = timed if way.name == "transformers" else plain
-            rows.append({"model": name, "layers": layers, "of_layers": whole, **_row(way, ids, options, timed, plain)})
+            row = _row(way, ids, options, timed, plain) | _traffic(way, model, ids, timed, copied)
+            rows.append({"model": name, "layers": layers, "of_layers": whole, **row})
             if rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
                 if path is not None:
@@ -113,17 +123,19 @@ def _measure_all(rank: int, world: int, options: DecodeBench, device: str, path:
 
 def _ways(model: PreTrainedModel, options: DecodeBench, batch: int, world: int) -> Iterator[Way]:
     """First transformers, with which the others are compared; each with the attention that it is for."""
-    model.set_attn_implementation("sdpa")
-    yield Way("transformers", "bf16", 1, partial(_by_transformers, model))
-    model.set_attn_implementation(attention.NAME)
-    if batch > 1:
-        yield Way("ultralong, batched", "bf16", 1, partial(_by_runner, BatchedRunner(model)))
-        return
-    yield Way("ultralong", "bf16", 1, partial(_by_runner, LocalRunner(model)))
+    if not options.filled:
+        model.set_attn_implementation("sdpa")
+        yield Way("transformers", "bf16", 1, partial(_by_transformers, model))
+        model.set_attn_implementation(attention.NAME)
+        if batch > 1:
+            yield Way("ultralong, batched", "bf16", 1, partial(_by_runner, BatchedRunner(model)))
+            return
+        yield Way("ultralong", "bf16", 1, partial(_by_runner, LocalRunner(model)))
     group = dist.group.WORLD if world > 1 else None
-    for kv, kind in (("bf16", "auto"), ("fp8", "fp8")):
-        runner = ShardedRunner(model, None, group, kv=kind, chunk=options.chunk)
-        yield Way("ultralong, sharded", kv, world, partial(_by_runner, runner))
+    for kv in options.kv:
+        runner = ShardedRunner(model, None, group, kv="auto" if kv == "bf16" else kv, chunk=options.chunk)
+        answer = partial(_behind_random if options.filled else _by_runner, runner)
+        yield Way("ultralong, sharded", kv, world, answer, runner)
 
 
 def _measure(way: Way, ids: Tensor, new_tokens: int, world: int) -> Timed | None:
@@ -152,6 +164,56 @@ def _by_runner(runner: Runner, ids: Tensor, new_tokens: int) -> Timed:
     last, peak = now(ids.device), peak_gib(ids.device)
     runner.release()
     return Timed(first - start, (last - first) / (new_tokens - 1), peak, torch.tensor(said).T)
+
+
+def _behind_random(runner: ShardedRunner, ids: Tensor, new_tokens: int) -> Timed:
+    """Decode behind a cache of random numbers."""
+    budgets = [new_tokens] * len(ids)
+    start = now(ids.device)
+    runner.prefill_random(ids, new_tokens)
+    logits = torch.zeros(len(ids), runner.model.config.get_text_config().vocab_size, device=ids.device)
+    first = start
+    said: list[list[int | None]] = []
+    # The second step is the first that is alike all others: kernels are there, and a graph is recorded with it.
+    for step in decode(runner, logits, budgets, (), Sampler()):
+        said.append(step.tokens)
+        first = now(ids.device) if len(said) <= min(3, new_tokens - 1) else first
+    last, peak = now(ids.device), peak_gib(ids.device)
+    runner.release()
+    timed = new_tokens - min(3, new_tokens - 1)
+    return Timed(first - start, (last - first) / timed, peak, torch.tensor(said).T)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s that a copy inside the memory reads and writes, together."""
+    size = 2 * GIB if device.type == "cuda" else GIB // 128
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    start = now(device)
+    for _ in range(COPIES):
+        target.copy_(source)
+    return 2.0 * COPIES * source.numel() * source.element_size() / (now(device) - start)
+
+
+def _traffic(way: Way, model: PreTrainedModel, ids: Tensor, timed: Timed | None, copied: float) -> Row:
+    """What a step of one prompt by the sharded cache reads, and how fast."""
+    if timed is None or way.runner is None:
+        return {}
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings()
+    weights = sum(x.numel() * x.element_size() for x in model.parameters())
+    weights -= 0 if head.weight is embedding else embedding.numel() * embedding.element_size()
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = size + 2 if way.kv == "fp8" else size * embedding.element_size()
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * each * -(-ids.numel() // way.gpus)
+    rate = (weights + cache) / slowest(timed.step, ids.device)
+    return {
+        "read_gib": round((weights + cache) / GIB, 4),
+        "gigabytes_per_second": round(rate / 1e9, 3),
+        "of_copy": round(rate / copied, 4),
+    }
 
 
 def _by_transformers(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Timed:

@@ -20,6 +20,9 @@ class DecodeBench:
         gpus: Processes that share a single prompt.
         layers: Decoder layers to keep; by default all. A model cut short is named so in its rows.
         chunk: Tokens of one prefill pass of the sharded cache; by default 65,536 for each GPU.
+        filled: Fill the cache with random keys and values in place of reading a prompt, which takes minutes at a
+            million tokens; only the sharded cache is measured then.
+        kv: Types of the sharded cache's keys and values to measure, of `bf16` and `fp8`.
     """
 
     model: str
@@ -30,6 +33,8 @@ class DecodeBench:
     gpus: int = 1
     layers: int | None = None
     chunk: Tokens | None = None
+    filled: bool = False
+    kv: tuple[str, ...] = ("bf16", "fp8")
 
     def __post_init__(self) -> None:
         if min((*self.lengths, self.batch_tokens)) < 2 or self.new_tokens < 2:
@@ -39,6 +44,10 @@ class DecodeBench:
             )
         if not self.lengths and not self.batch:
             raise ValueError("There is nothing to measure: give --lengths or --batch.")
+        if not self.kv or set(self.kv) - {"bf16", "fp8"}:
+            raise ValueError(f"kv takes bf16 and fp8, found {' '.join(self.kv) or 'nothing'}")
+        if self.filled and self.batch:
+            raise ValueError("A filled cache holds one prompt: give --batch 0 with --filled.")
         if self.gpus < 1 or self.batch < 0 or (self.layers is not None and self.layers < 1):
             raise ValueError(
                 f"gpus and layers must be 1 or more, batch 0 or more, found {self.gpus}, {self.layers} and {self.batch}"

@@ -118,6 +118,7 @@ class KvCache:
 
     Attributes:
         length: Tokens of the sequence, those of all ranks together.
+        generation: Counts how often buffers were made or given back.
 
     Raises:
         ValueError: Another `kv`, or no room at all.
@@ -130,7 +131,7 @@ class KvCache:
             raise ValueError(f"A key-value cache must have room for at least one token, got {capacity}.")
         self.capacity, self.kv, self.ranks, self.rank = capacity, kv, ranks, rank
         self.layers: dict[int, list[LayerBuffer]] = {}
-        self.length = 0
+        self.length = self.generation = 0
         # For each rank the ranges of the sequence that it holds, rising.
         self._ranges: list[list[Range]] = [[] for _ in range(ranks)]
 
@@ -164,13 +165,20 @@ class KvCache:
         Raises:
             ValueError: They do not fit.
         """
-        if start + k.shape[1] > self.capacity:
-            raise ValueError(
-                f"The key-value cache holds {self.capacity:,} tokens and {start + k.shape[1]:,} were "
-                "given: make it larger."
-            )
+        self.check_room(start + k.shape[1])
         for buffer, x in zip(self._buffers(layer, k, v, len(k)), (k, v), strict=True):
             buffer.write(start, x)
+
+    def check_room(self, tokens: int) -> None:
+        """See that this rank has room for so many tokens.
+
+        Raises:
+            ValueError: It has not.
+        """
+        if tokens > self.capacity:
+            raise ValueError(
+                f"The key-value cache holds {self.capacity:,} tokens and {tokens:,} were given: make it larger."
+            )
 
     def scatter(self, layer: int, batch: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store keys and values (n, K, D) of a layer, each at its row of `batch` and its position (n,)."""
@@ -187,6 +195,7 @@ class KvCache:
         if capacity <= self.capacity:
             return
         held, self.capacity = self.held()[self.rank], capacity
+        self.generation += 1
         for buffers in self.layers.values():
             for place, buffer in enumerate(buffers):  # one at a time, so that no more than one is there twice
                 buffers[place] = buffer.resized(capacity, held)
@@ -194,6 +203,7 @@ class KvCache:
     def release(self) -> None:
         """Give the memory back; the cache is empty and can be filled again."""
         self.layers.clear()
+        self.generation += 1
         self.truncate(0)
 
     @property
@@ -209,6 +219,7 @@ class KvCache:
 
     def _buffers(self, layer: int, k: Tensor, v: Tensor, rows: int) -> list[LayerBuffer]:
         if layer not in self.layers:
+            self.generation += 1
             self.layers[layer] = [LayerBuffer.allocate(x, rows, self.capacity, self.kv) for x in (k, v)]
         return self.layers[layer]
 

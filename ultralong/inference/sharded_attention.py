@@ -80,6 +80,14 @@ class ShardedAttention:
                 return rank, int(place[0])
         raise AssertionError("every token has an owner")
 
+    def place(self) -> tuple[int, int, bool]:
+        """Of a pass over one token: its position, the tokens held here before, and whether it will be held here."""
+        return self.cache.length, self._counts[self.cache.rank], bool(self._new[self.cache.rank])
+
+    def shares(self) -> list[int]:
+        """How many of the pass's tokens each rank will hold."""
+        return [sum(stop - start for start, stop in ranges) for ranges in self._new]
+
     def end(self) -> None:
         """Finish a pass: its tokens are held."""
         self.cache.append(self._tokens, self._new)
@@ -136,7 +144,7 @@ class ShardedAttention:
 
     def _write(self, k: Tensor, v: Tensor, layer: int) -> int:
         """Store what this rank will hold of the pass; how many tokens that is."""
-        mine = sum(stop - start for start, stop in self._new[self.cache.rank])
+        mine = self.shares()[self.cache.rank]
         if mine:
             self.cache.write(layer, self._counts[self.cache.rank], k[:, :mine], v[:, :mine])
         return mine

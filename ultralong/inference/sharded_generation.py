@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ultralong import attention
 from ultralong.attention.collectives import Group
+from ultralong.inference.decode_step.step import fast_step
 from ultralong.inference.decoding import ABANDONED
 from ultralong.inference.kv_cache import KvCache, has_plain_layers
 from ultralong.inference.runner import CachedRunner
@@ -64,6 +65,7 @@ class ShardedRunner(CachedRunner):
             model.set_attn_implementation(attention.NAME)
         self.cache = KvCache(self._share(capacity or 1), kv, ranks=ranks, rank=rank)
         self._context = ShardedAttention(self.cache, self.group, kernel)
+        self.step = fast_step(model, self.cache, self.group)
         self._owner = 0  # who has the last pass's last token
 
     def agree(self, tokens: Tensor) -> Tensor:
@@ -106,6 +108,21 @@ class ShardedRunner(CachedRunner):
         context = self._context
         context.begin(ids.shape[1])
         self._owner, place = context.last()
+        # Every rank must decide alike, and have buffers: where each holds a token, it has.
+        short = self.step is not None and ids.shape[1] == 1 and min(self.cache.held()) > 0
+        if self.step is not None and short and self.step.checked:
+            logits = self.step(ids[:, 0], *context.place())
+            context.end()
+            return logits
+        logits = self._by_model(ids, place)
+        if self.step is not None and short:  # all ranks have the same logits, so all decide alike
+            self.step = self.step if self.step.agrees(logits, ids[:, 0], *context.place()) else None
+        context.end()
+        return logits
+
+    def _by_model(self, ids: Tensor, place: int) -> Tensor:
+        """Logits (B, V) by the model's own code, of one of this rank's tokens."""
+        context = self._context
         out = self.model(
             input_ids=context.shard(ids),
             position_ids=context.positions(ids.device),
@@ -113,14 +130,42 @@ class ShardedRunner(CachedRunner):
             attention_context=context,
             logits_to_keep=torch.tensor([place], device=ids.device),
         )
-        context.end()
-        return out.logits[:, -1]
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _from_owner(self, logits: Tensor) -> Tensor:
         if self.group is not None:
             logits = logits.contiguous()
             dist.broadcast(logits, dist.get_global_rank(self.group, self._owner), group=self.group)
         return logits
+
+    def prefill_random(self, ids: Tensor, follow: int) -> None:
+        """Pretend to have read a prompt (B, T): keys and values are random numbers, in seconds at any length.
+
+        For measuring what follows a prompt whose reading takes minutes.
+        """
+        rows, tokens = ids.shape
+        self.release()
+        self._room = tokens + follow
+        self._prepare(rows, 0, self._room)
+        config = self.model.config.get_text_config()
+        make = torch.Generator(self.model.device).manual_seed(0)
+        step = self.chunk or tokens
+        for start in range(0, tokens, step):
+            self._context.begin(min(step, tokens - start))
+            _, held, _ = self._context.place()
+            mine = self._context.shares()[self.cache.rank]
+            for layer in range(config.num_hidden_layers if mine else 0):
+                shape = (2, rows, mine, config.num_key_value_heads, self._head_size)
+                pair = torch.randn(shape, generator=make, device=self.model.device, dtype=self.model.dtype)
+                self.cache.write(layer, held, *pair)
+            self._context.end()
+        self._ids, self._text = ids.clone(), tokens
+
+    @property
+    def _head_size(self) -> int:
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def _empty(self) -> None:
         self.cache.release()

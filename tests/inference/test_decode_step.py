@@ -1,0 +1,112 @@
+"""Decoding steps by fused operations give what the model's own code gives, for every architecture and cache."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from ultralong import attention
+from ultralong.inference.decode_step.step import DecodeStep, unsupported_reason
+from ultralong.inference.sharded_generation import ShardedRunner
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
+}
+
+
+def make(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention.NAME).eval()
+    for parameter in model.parameters():  # norms and biases that make a difference
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.inference_mode()
+def test_steps_equal_the_models_own(kind, kv):
+    model = make(CONFIGS[kind])
+    plain, fused = (ShardedRunner(model, 40, kv=kv, chunk=7) for _ in range(2))
+    assert fused.step is None, "on a CPU the model's own code runs"
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(1))
+    before = plain.prefill(ids, [20])
+    fused.prefill(ids, [20])
+    fused.step = DecodeStep(model, fused.cache, None)
+    token = ids[:, -1]
+    for _ in range(6):
+        expected, found = plain.decode(token), fused.decode(token)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # some norms are float32 there
+        token = expected.argmax(-1)
+    assert fused.cache.length == 26
+    plain.release()
+    torch.testing.assert_close(plain.prefill(ids, [20]), before)  # the model's weights are views now, and the same
+
+
+@torch.inference_mode()
+def test_a_step_that_is_wrong_is_left_out(caplog):
+    model = make(CONFIGS["llama"])
+    runner = ShardedRunner(model, 40, chunk=7)
+    ids = torch.arange(20)[None]
+    runner.prefill(ids, [9])
+    step = runner.step = DecodeStep(model, runner.cache, None)
+    runner.decode(ids[:, 3])
+    assert runner.step is step
+    assert step.checked
+    other = runner.step = DecodeStep(model, runner.cache, None)
+    other._layers.reverse()
+    expected = ShardedRunner(model, 40, chunk=7).prefill(torch.cat([ids, ids[:, 3:5]], 1))
+    torch.testing.assert_close(runner.decode(ids[:, 4]), expected, rtol=1e-6, atol=1e-6)
+    assert runner.step is None
+    assert "apart from it" in caplog.text
+
+
+@torch.inference_mode()
+def test_a_full_cache_is_refused():
+    model = make(CONFIGS["llama"])
+    runner = ShardedRunner(model, 21, chunk=7)
+    ids = torch.arange(20)[None]
+    runner.prefill(ids, [1])
+    runner.step = DecodeStep(model, runner.cache, None)
+    runner.decode(ids[:, -1])
+    assert runner.step.checked
+    with pytest.raises(ValueError, match="holds 21 tokens and 22 were given"):
+        runner.decode(ids[:, -1])
+
+
+@torch.inference_mode()
+def test_parts_of_a_sequence_join():
+    """Two caches that hold a sequence's halves give, joined, what one that holds it gives."""
+    from ultralong.inference.decode_step import plain
+    from ultralong.inference.kv_cache import KvCache
+
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 1, 10, 2, 8, dtype=torch.float64)
+    q = torch.randn(1, 4, 8, dtype=torch.float64)
+    parts = []
+    for tokens in (slice(0, 4), slice(4, 10), slice(0, 10)):
+        cache = KvCache(16)
+        cache.write(0, 0, k[:, tokens], v[:, tokens])
+        place = torch.tensor([10, tokens.stop - tokens.start, 0])
+        parts.append(plain.attend(q, cache.layers[0], place, 0.3))
+    outs, lses = (torch.stack(x) for x in zip(*parts[:2], strict=True))
+    out, lse = plain.merge(outs, lses, torch.float64)
+    torch.testing.assert_close(out, parts[2][0])
+    torch.testing.assert_close(lse, parts[2][1])
+
+
+def test_other_models_say_why_not(make_tiny_model):
+    model = make_tiny_model()
+    assert unsupported_reason(model) is None
+    model.model.norm.register_forward_hook(lambda *_: None)
+    assert "hooks" in unsupported_reason(model)
+    long = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    assert "length of the text" in unsupported_reason(make(long))
