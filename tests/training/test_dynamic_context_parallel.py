@@ -19,6 +19,7 @@ from ultralong.data.read.documents import Document
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.packing import pack
 from ultralong.data.rows.separators import PackSettings
+from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.data.rows.step_packs import step_packs
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.planner import plan
@@ -181,6 +182,18 @@ OFFLOADED = MemoryConfig(
     activation_checkpointing=True, layer_tile=48, attention_outputs_on_gpu=1, attention_outputs_offloaded=-1,
     layer_inputs_offloaded=-1,
 )  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("size", [1, 2])
+def test_long_ce_weighs_targets_of_packs_alike(mixture, tmp_path, size):
+    """Two processes that share each pack, and two groups of which one has no row."""
+    weights = LongCEConfig(weight_cap=5, short_context=16, stride=16)
+    alone = run_of(mixture, tmp_path / "one", long_ce=weights, global_batch_size=1 if size == 1 else ROWS)
+    train(alone, quiet=True)
+    many = over(alone, tmp_path, 2, context_parallel_size=size)
+    assert_same(many, alone)
+    assert curve(many, "long_ce") == pytest.approx(curve(alone, "long_ce"), rel=2e-5)
 
 
 def test_offloaded_packs_of_any_size_lie_in_the_buffers_of_the_largest(one, tmp_path, monkeypatch):
