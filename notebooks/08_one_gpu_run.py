@@ -317,6 +317,12 @@ if RUN:
     report = run(load(MODEL, (f"seed={SEED}",)), out / "demo", say=print)
     for name, fact in report["facts"].items():
         print(f"{name}: {fact}")
+    for stage in ("before", "rescaled", "after"):
+        cells = [cell for cell in report[f"needle_{stage}"] if cell["length"] > report["base_window"]]
+        found, asked_ = (sum(cell[what] for cell in cells) for what in ("correct", "n"))
+        at_end = report["perplexity"][stage.replace("rescaled", "rescaled only")][-1]["perplexity"]
+        print(f"{stage}: {found} of {asked_} needles beyond the old window, perplexity {at_end:.1f} at its end")
+        store(**{f"run_needles_{stage}": found, f"run_perplexity_{stage}": at_end})
 final_config = replace(config, model=str(Path("runs") / "smollm2-64k"), optimizer=replace(config.optimizer, lr=1e-4))
 settings.save(final_config, out / "run.yaml", "SmolLM2-135M to 65,536 tokens; start it with: ultralong train run.yaml")
 print("\n".join((out / "run.yaml").read_text().splitlines()[:12]))

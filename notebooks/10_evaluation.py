@@ -422,6 +422,7 @@ if MODEL:
                       beyond_window=True, quiet=True)
     for row in report["families"]:
         print(f"{row['family']} at {row['length']:,}: {row['score']:.0f} ({row['low']:.0f} to {row['high']:.0f})")
+        store(**{f"measured {row['family']}": float(row["score"])})
 print(f"{len(tests)} files of samples, such as {tests[0]}_{LENGTH}.jsonl")
 
 # %% tags=["check"]

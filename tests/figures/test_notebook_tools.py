@@ -1,6 +1,7 @@
 """Notebook tooling, on small notebooks written here: what is kept, what is taken out, and which faults are found."""
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -279,3 +280,28 @@ def test_only_plain_values_are_stored(capsys):
     assert capsys.readouterr().out == "loss = 0.5, steps = 3\n"
     with pytest.raises(ValueError, match="got a list"):
         store(losses=[0.5])
+
+
+def test_a_run_with_other_parameters_is_recorded_also_when_a_cell_fails(folder, capsys):
+    """One execution whose last check fails: the notebook up to there, and what its checks and `store` said before."""
+    path = folder / "02_two.py"
+    path.write_text(SOURCE + '\n# %% tags=["check"]\nprint("ok: drawn")\n\n# %%\nraise ValueError("lost")\n')
+    out = folder.parent / "out"
+    typed = ["record", "02", "--set", "POINTS=7", "--set", "NAME=long", "--folder", str(folder), "--out", str(out)]
+    assert main(typed) == 1
+    assert "lost" in capsys.readouterr().out
+    found = json.loads((out / "02_two.json").read_text())
+    assert found["machine"]["date"]
+    assert found["rows"][0].pop("seconds") > 0
+    assert found["rows"] == [
+        {
+            "notebook": "02_two",
+            "parameters": {"INTERACTIVE": False, "POINTS": 7, "NAME": "long"},
+            "checks": ["ok: drawn"],
+            "values": {"points": 7},
+            "error": "ValueError: lost",
+        }
+    ]
+    assert "long 7 False" in outputs(nbformat.read(out / "02_two.ipynb", as_version=4))
+    assert main([*typed[:2], "--set", "DOTS=1", *typed[6:]]) == 2
+    assert "POINTS, INTERACTIVE, NAME" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m ultralong.notebook_tools run [NAMES] [--check]`: see the package's docstring."""
+"""`python -m ultralong.notebook_tools run [NAMES] [--check]` or `record NAME --set DEVICE=cuda`: see the package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from ultralong.notebook_tools.record import changes_of, record
 from ultralong.notebook_tools.rules import violations
 from ultralong.notebook_tools.run import chosen_parameters, execute, write_notebook
 from ultralong.notebook_tools.settings import Settings, load_settings, sources
@@ -20,11 +21,24 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="execute percent sources and write the notebooks beside them")
     run.add_argument("names", nargs="*", metavar="NAME", help="such as 02_yarn or 02; all when none is named")
     run.add_argument("--check", action="store_true", help="execute and check, write nothing")
-    run.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the sources are")
+    other = commands.add_parser("record", help="execute with other parameters, as on a GPU, and keep what was found")
+    other.add_argument("names", nargs="+", metavar="NAME", help="such as 05_attention_kernels or 05")
+    other.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE", help="a parameter")
+    other.add_argument("--out", type=Path, default=Path("build/recorded"), help="for NAME.ipynb, NAME.json and NAME/")
+    for each in (run, other):
+        each.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the sources are")
     options = parser.parse_args(arguments)
     try:
         settings = load_settings(options.folder)
         paths = sources(options.folder, options.names)
+        if options.command == "record":
+            changes = [changes_of(options.changes, path) for path in paths]
+            rows = [
+                record(path, settings[path.stem], each, options.out) for path, each in zip(paths, changes, strict=True)
+            ]
+            for row in rows:
+                print(f"{row['notebook']}: {row['seconds']:.0f} s, {row['error'] or 'nothing failed'}")
+            return int(any(row["error"] for row in rows))
         failed = [path.stem for path in paths if not _one(path, settings.get(path.stem), options.check)]
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -81,7 +81,13 @@ def chosen_parameters(path: str | os.PathLike[str], settings: Settings) -> dict[
     return {name: value for name, value in settings.shared.items() if name in defined} | dict(settings.parameters)
 
 
-def execute(path: str | os.PathLike[str], parameters: Mapping[str, Any], timeout: int, quiet: bool = True) -> Any:
+def execute(
+    path: str | os.PathLike[str],
+    parameters: Mapping[str, Any],
+    timeout: int,
+    quiet: bool = True,
+    keep: Path | None = None,
+) -> Any:
     """Execute a percent source under papermill, in its own folder, and return the notebook cleaned.
 
     Args:
@@ -89,6 +95,7 @@ def execute(path: str | os.PathLike[str], parameters: Mapping[str, Any], timeout
         parameters: What to inject after its parameters cell.
         timeout: Seconds that one cell may take.
         quiet: False draws papermill's bar, one step a cell.
+        keep: Where papermill's own file is kept, also when a cell fails: up to that cell it has its outputs.
 
     Raises:
         papermill.PapermillExecutionError: A cell failed; the message holds its traceback.
@@ -98,7 +105,7 @@ def execute(path: str | os.PathLike[str], parameters: Mapping[str, Any], timeout
     nbformat = require("nbformat", extra="notebooks")
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        plain, executed = _write(read_source(path), Path(folder) / "in.ipynb"), Path(folder) / "out.ipynb"
+        plain, executed = _write(read_source(path), Path(folder) / "in.ipynb"), keep or Path(folder) / "out.ipynb"
         os.environ.update(ENVIRONMENT)
         try:
             papermill.execute_notebook(
