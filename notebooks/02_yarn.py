@@ -369,7 +369,7 @@ figure = figures.lines({"YaRN": (betas, [bin_["perplexity"] for bin_ in ends])},
                        x="beta (turns in the old window)", y="perplexity", log_x=True, markers=True)
 figure.data[0].error_y = {"array": [e["high"] - e["perplexity"] for e in ends],
                           "arrayminus": [e["perplexity"] - e["low"] for e in ends]}
-figures.show(figure.update_xaxes(tickvals=list(betas)),
+figures.show(figure.update_xaxes(tickvals=list(betas), ticktext=[f"{beta:g}" for beta in betas], dtick=None),
              "Perplexity at the end of the row by beta, with intervals that overlap for neighbouring values.")
 asked = {f"{beta:g}": end["perplexity"] for beta, end in zip(betas, ends) if beta in (4, 16, 32)}
 best_beta = min(asked, key=asked.get)

@@ -526,7 +526,7 @@ for name in order:
     print(f"{family[name]:15} {name:8} {recorded['sources'][name]['license'][0][:70]}")
 picture = figures.shares({"736M": {kind: tokens / 1e6 for kind, tokens in by_family.items()}},
                          "Recorded licences in three rough groups", x="million tokens")
-figures.show(picture.update_layout(height=240, margin={"b": 110}, legend={"y": -0.9}),
+figures.show(picture.update_layout(height=200),
              "One bar in three parts: copyleft 77%, verbatim copies 15%, permissive 8%.")
 
 # %% tags=["check"]
@@ -567,7 +567,6 @@ picture = figures.lines(curves, "Tokenising, at the recorded rate", x="tokens", 
 points = {record["document_tokens"]: record["cpu_seconds"]["tokenise"] / 3600 for record in (first_record, recorded)}
 picture.add_scatter(x=list(points), y=list(points.values()), mode="markers", name="recorded, CPU hours",
                     marker={"size": 10, "color": figures.PALETTE[3], "symbol": "diamond"})
-picture.update_layout(legend={"y": -0.3}, margin={"b": 88})
 figures.show(picture, "Three rising lines, hours against tokens, for 1, 16 and 256 cores; two recorded points near the "
                       "line of one core, at 55 and 736 million tokens.")
 

@@ -36,7 +36,7 @@ PRESET: str = "llama31-8b-4m"  # the run that is exported; a preset's name or a 
 HOSTS: int = 4  # hosts of the exported run
 GPUS: int = 8  # GPUs of each of them
 PRICE: float = 2.5  # of one GPU-hour, in any currency
-STEPS: int = 120  # steps of the rehearsed run
+STEPS: int = 48  # steps of the rehearsed run
 LOSE: int = 1  # the host of the rehearsal that is killed: 0 or 1
 SEED: int = 0  # of the rehearsed run
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
@@ -53,6 +53,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import yaml
 from transformers.utils import logging
 
 from ultralong import figures
@@ -136,6 +137,10 @@ check("12.mesh", my_mesh)
 #   `MASTER_ADDR:MASTER_PORT`; host 0 keeps the meeting place.
 # * **Slurm**: `submit.sh`, once. It hands `job.sbatch` to the scheduler, which starts `run.sh` on every host it gives.
 # * **accelerate**: `run.sh` on every host, through accelerate's launcher, for sites that are used to it.
+# * **[SkyPilot](https://docs.skypilot.co)**, **[TrainJob](https://www.kubeflow.org/docs/components/trainer/)** and
+#   **[JobSet](https://jobset.sigs.k8s.io)**: a manifest for a cluster that starts containers, with the same `run.sh`
+#   inside and a `Containerfile` to build the image from. Such a cluster asks before it starts anything, so the site's
+#   facts are given to `ultralong launch` as `--site NAME=VALUE`. The values below are made up; put yours into `SITE`.
 #
 # All of them end in the same command, `ultralong train config.yaml --resume`, so a run may change its scheduler between
 # two starts.
@@ -145,8 +150,13 @@ shape = {"parallel": replace(wanted.parallel, context_parallel_size=world, fsdp_
          "global_batch_size": 1}
 exported = wanted if process_problem(wanted, world) is None else replace(wanted, **shape)
 written = {name: launch(exported, HOSTS, GPUS, name, out / "launch" / name, overwrite=True) for name in SCHEDULERS}
+SITE = {"image": "registry.example/ultralong:1", "workdir": "/data", "volume": "long-context", "interface": "eth0"}
+OF_CLUSTER = {"skypilot": {"accelerator": "H200"}, "trainjob": {"namespace": "training"},
+              "jobset": {"namespace": "training"}}
+for name, more in OF_CLUSTER.items():
+    written[name] = launch(exported, HOSTS, GPUS, name, out / "launch" / name, overwrite=True, site=SITE | more)
 for name, files in written.items():
-    print(f"{name:10} start {files[0].name:10} all: {', '.join(file.name for file in files)}")
+    print(f"{name:10} start {files[0].name:14} all: {', '.join(file.name for file in files)}")
 text = (out / "launch" / "slurm" / "run.sh").read_text()
 parts = [part.splitlines() for part in text.split("# ---- ")[1:]]
 for lines in parts:
@@ -156,10 +166,12 @@ for lines in parts:
 facts = [line.split(maxsplit=2)[1:] for line in text.splitlines() if line.strip().startswith("fact ")]
 for name, meaning in facts:
     print(f"{name:20} {meaning.strip().strip(chr(34))[:90]}")
-lengths = {name: {file.name: float(len(file.read_text().splitlines())) for file in files}
+lengths = {name: {"the manifest" if name in OF_CLUSTER and file == files[0] else file.name:
+                  float(len(file.read_text().splitlines())) for file in files}
            for name, files in written.items()}
 figures.show(figures.shares(lengths, "What is exported, in lines", x="lines"),
-             "Stacked bars of the exported files' lines for torchrun, Slurm and accelerate: run.sh is most of each.")
+             "Stacked bars of the exported files' lines for torchrun, Slurm, accelerate and three kinds of manifests: "
+             "run.sh is most of each.")
 
 # %% [markdown]
 # A script that a machine writes can still be wrong. [ShellCheck](https://www.shellcheck.net) reads shell scripts as a
@@ -173,7 +185,13 @@ for script in scripts:
     if checker:
         found = subprocess.run([checker, "--severity=style", script], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stdout
-print(f"ok: {len(scripts)} scripts parse" + (", and ShellCheck finds nothing in them" if checker else ""))
+manifests = {name: list(yaml.safe_load_all(written[name][0].read_text())) for name in OF_CLUSTER}
+for name, parts_ in manifests.items():
+    said = json.dumps(parts_)
+    assert SITE["image"] in said, f"{name}: another image than the site's"
+    assert SITE["volume"] in said, f"{name}: without the volume of model and rows"
+print(f"ok: {len(scripts)} scripts parse" + (", and ShellCheck finds nothing in them" if checker else "") +
+      f"; {len(manifests)} manifests read back as YAML")
 
 # %% [markdown]
 # ## Break it six ways
@@ -411,7 +429,7 @@ print(f"ok: the plan had said {best['planned_seconds_per_step']:.0f} s a step be
 # ## Hand it on
 #
 # The launch folder: one folder a scheduler, each with everything. Copy one to the cluster, export what it asks for,
-# start it with `--dry-run`.
+# start it with `--dry-run`. A manifest goes to `sky launch` or `kubectl apply -f`.
 
 # %%
 for path in sorted((out / "launch").rglob("*")):
@@ -419,7 +437,7 @@ for path in sorted((out / "launch").rglob("*")):
         print(f"{path.relative_to(out)}  {path.stat().st_size:,} bytes")
 
 # %% tags=["check"]
-for name in SCHEDULERS:
+for name in written:
     again_read = settings.load(TrainConfig, out / "launch" / name / "config.yaml")
     assert again_read.parallel == exported.parallel
     assert again_read.save_every > 0, "a run that may be stopped has to save"
@@ -458,5 +476,5 @@ print(f"a checkpoint of {parameters / 1e9:.1f}B parameters: {12 * parameters / 2
 # **Next:** [13_serve_and_cost](13_serve_and_cost.ipynb): who can use the result, and what does it cost?
 
 # %%
-store(layouts=len(sizes), scripts=len(scripts), broken_found=len(found), repeated=show.repeated,
-      steps_logged=len(show.after), hours_recorded=hours)
+store(layouts=len(sizes), scripts=len(scripts), manifests=len(manifests), broken_found=len(found),
+      repeated=show.repeated, steps_logged=len(show.after), hours_recorded=hours)

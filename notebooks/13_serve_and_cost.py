@@ -98,13 +98,6 @@ weights = 2 * shape.parameters  # bytes in bfloat16
 files = ("prefill_1gpu_262144", "prefill_2gpu_262144", "prefill_1gpu_1m_4layers_fp8")
 one, two, million = (json.loads(Path(f"results/{name}.json").read_text())["rows"][0] for name in files)
 RECORDED = Path(BIG).name == one["model"]  # what was recorded is of this model
-
-
-def spaced(figure):
-    """The figure with its legend clear of the axis title."""
-    return figure.update_layout(legend={"y": -0.32}, margin={"b": 100}, height=figure.layout.height + 40)
-
-
 print(f"{BIG}: {shape.parameters / 1e9:.1f}B parameters, {weights / GIB:.1f} GiB; rates: {h200.name}, {h200.basis}")
 
 # %% [markdown]
@@ -240,7 +233,7 @@ middle = (relative[:, 0] * 2**0.5).tolist()
 figure = figures.lines({"rounding error": (middle, error.tolist()), "1/16": (middle, [1 / 16] * 18)},
                        "Rounding a vector to fp8", x="a number beside the largest of its vector",
                        y="error at most, relative", log_x=True, log_y=True, markers=True)
-figures.show(spaced(figure),
+figures.show(figure,
              "Largest relative error against size on logarithmic axes: level just below one sixteenth for numbers down "
              "to a ten-thousandth of the largest, then it rises to one, where numbers become zero.")
 apart = float((logits["fp8"] - logits["auto"]).abs().mean() / logits["auto"].std())
@@ -305,7 +298,7 @@ for number, (name, (x, y)) in enumerate(points.items(), 1):
     roof.add_scatter(x=[x], y=[y / 1e12], mode="markers", name=name,
                      marker={"size": 12, "symbol": ("circle", "square", "diamond")[number - 1],
                              "color": figures.PALETTE[number]})
-figures.show(spaced(roof.update_layout(showlegend=True)),
+figures.show(roof.update_layout(showlegend=True),
              "A roof of a rising and a level line over operations a byte. Reading stands under the level part, near "
              "it. One token stands far left under the rising part, at best on it; the recorded one far below.")
 
@@ -422,7 +415,7 @@ for key in ("harbor", "violin", "harbor"):
 bars = {f"{number}. {key}": {"read": float(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]),
                              "read before": float(usage["prompt_tokens_details"]["cached_tokens"])}
         for number, (key, _, usage, _) in enumerate(asked, 1)}
-figures.show(spaced(figures.shares(bars, "Tokens of three prompts on one document", x="tokens")),
+figures.show(figures.shares(bars, "Tokens of three prompts on one document", x="tokens"),
              "Three bars of prompts: the first is read whole, of the second and third all but a few tokens were "
              "read before.")
 
@@ -608,7 +601,7 @@ if RECORDED:
     figure.add_scatter(x=[LONG], y=[cost(one["seconds"]) * 2**20 / LONG], mode="markers", name="recorded",
                        marker={"size": 11, "color": figures.PALETTE[2], "symbol": "diamond"})
 figure = logarithmic(figure, [*curves["estimated from the H200's rates"][1], *curves["matrix products alone"][1]])
-figures.show(spaced(figure),
+figures.show(figure,
              "Cost of a million tokens against the length of a prompt, on logarithmic axes: nearly level up to some "
              "ten thousand tokens, then rising in proportion; a recorded point lies on the line.")
 
@@ -656,7 +649,7 @@ def worth(tokens, token=by_hand):
 kept = {"bf16": (sizes, [worth(n) for n in sizes]), "fp8": (sizes, [worth(n, in_fp8) for n in sizes])}
 figure = figures.lines(kept, "How long a cache is worth keeping", x="tokens of the prompt",
                        y="seconds until the next question", log_x=True, log_y=True)
-figures.show(spaced(logarithmic(figure, [*kept["bf16"][1], *kept["fp8"][1]])),
+figures.show(logarithmic(figure, [*kept["bf16"][1], *kept["fp8"][1]]),
              "Seconds that a cache may wait against the length of its prompt: nearly level at half a minute for short "
              "ones, then rising in proportion, to some minutes at a million tokens; twice as long in fp8.")
 

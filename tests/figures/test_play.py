@@ -7,7 +7,8 @@ import json
 import pytest
 
 from ultralong import figures
-from ultralong.figures.play import animated, filmstrip_bundle
+from ultralong.figures.play import LEGEND, animated, filmstrip_bundle
+from ultralong.figures.show import LEGEND_ROW, plotly_json
 
 
 def bars(values):
@@ -53,8 +54,11 @@ def test_slider_and_legend_have_places_of_their_own_at_any_height(height):
     layout = animated(frames, ["short", "long"]).layout
     axes = layout.height - layout.margin.t - layout.margin.b
     assert axes == height - frames[0].layout.margin.t - frames[0].layout.margin.b, "the axes lost room"
-    slider, legend = -layout.sliders[0].y * axes, -layout.legend.y * axes
+    slider, legend = -layout.sliders[0].y * axes, layout.margin.b - LEGEND  # below the axes, in pixels
+    assert (layout.legend.yref, layout.legend.yanchor, layout.legend.y) == ("container", "bottom", 0)
     assert slider > 40, "the slider stands on the axis title"
     assert legend > slider + 100, "the legend stands on the slider's labels"
-    assert legend + 20 < layout.margin.b, "the legend is cut off"
+    still = plotly_json(frames[0])["layout"]
+    assert still["margin"]["b"] == frames[0].layout.margin.b + LEGEND_ROW, "no room below the axis title"
+    assert still["height"] == height + LEGEND_ROW, "the axes lost room to the legend"
     assert animated([figures.attention_mask([0, 4], True)], ["alone"]).layout.margin.b < layout.margin.b

@@ -37,7 +37,8 @@ a { color: var(--link); }
 h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 0.6em; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
   font: 13.5px/1.5 ui-monospace, monospace; }
-code { font-family: ui-monospace, monospace; background: var(--code); padding: 0 3px; border-radius: 4px; }
+code { font-family: ui-monospace, monospace; background: var(--code); padding: 0 3px; border-radius: 4px;
+  overflow-wrap: anywhere; }
 pre code { padding: 0; background: none; }
 pre.output { background: none; border-left: 3px solid var(--line); border-width: 0 0 0 3px; border-radius: 0;
   color: var(--quiet); white-space: pre-wrap; }
@@ -45,7 +46,8 @@ pre.output { background: none; border-left: 3px solid var(--line); border-width:
 table { border-collapse: collapse; margin: 1em 0; }
 thead th:empty { padding: 0; border: 0; }
 td, th { border: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top; }
-.figure { margin: 1em 0; overflow-x: auto; }
+.wide { margin: 1em 0; overflow-x: auto; }
+.figure { min-width: 560px; } /* a narrow screen scrolls: below this a figure's controls would lie on each other */
 .figure img, img { max-width: 100%; height: auto; }
 noscript img { background: white; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 6px 12px; margin: 1em 0; }
@@ -186,7 +188,7 @@ def _figure(data: Any, name: str) -> str:
     alt = html.escape(data.get("text/plain", ""), quote=True)
     still = f"<noscript>{_picture(data)}</noscript>" if "image/png" in data else ""
     return (
-        f'<div class="figure" id="{name}" role="img" aria-label="{alt}"></div>{still}\n'
+        f'<div class="wide"><div class="figure" id="{name}" role="img" aria-label="{alt}"></div></div>{still}\n'
         f"<script>{{ const f = {figure}; f.config = {{responsive: true, displayModeBar: false}}; "
         f"Plotly.newPlot('{name}', f); }}</script>"
     )

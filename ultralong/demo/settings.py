@@ -51,6 +51,7 @@ class DemoConfig:
         depths: Depths of the needle grid.
         samples: Needles in each cell.
         perplexity_rows: Rows of held-out text that perplexity is measured on.
+        limit: Take about this many tokens of the documents at most; None takes all, however few are read.
         chunk: Tokens of one prefill pass in evaluation; None is all at once.
         seed: Seed of row order, questions and needles.
     """
@@ -73,6 +74,7 @@ class DemoConfig:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 4
     perplexity_rows: int = 8
+    limit: int | None = None
     chunk: int | None = None
     seed: int = 0
 

@@ -33,6 +33,7 @@ from ultralong.inference.load import load_model
 from ultralong.launch.local import launch_local
 from ultralong.rope import window_of
 from ultralong.training.config import DataSource, OptimizerConfig, ParallelConfig, TrainConfig
+from ultralong.training.loop import train
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
 
@@ -112,8 +113,10 @@ class Demo:
 
     def rows(self) -> PackedRows:
         """Documents, tokenised and packed into rows of the new length, joined by the separator, no mask."""
-        pack_recipe(self.config.documents, self.tokenizer(), self.config.target, self.out / "rows", quiet=self.quiet)
-        return PackedRows(self.out / "rows")
+        config = self.config
+        into = self.out / "rows"
+        pack_recipe(config.documents, self.tokenizer(), config.target, into, limit=config.limit, quiet=self.quiet)
+        return PackedRows(into)
 
     def busiest_rows(self, count: int) -> list[list[int]]:
         """Document boundaries of the rows that hold most documents: a long document fills many rows alone."""
@@ -255,5 +258,8 @@ class Demo:
         )
         settings.save(config, self.out / f"{name}.yaml")
         resume = (out / "config.yaml").exists()
-        launch_local(self.out / f"{name}.yaml", processes, resume=resume, quiet=self.quiet, command=command)
+        if processes == 1 and self.device == "cpu":  # a new interpreter would take longer to start than a short run
+            train(config, resume=resume, quiet=self.quiet, answers=command == "sft")
+        else:
+            launch_local(self.out / f"{name}.yaml", processes, resume=resume, quiet=self.quiet, command=command)
         return out / "model"

@@ -86,6 +86,7 @@ def rank_timeline(pairs: Sequence[Sequence[float]], title: str = "") -> Figure:
             ygap=3,
         )
     )
+    figure.update_xaxes(type="category")
     figure.update_yaxes(autorange="reversed")
     return figure
 

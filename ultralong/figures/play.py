@@ -66,7 +66,6 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
     figure.update_layout(
         height=height + added,
         margin={"b": BELOW_AXES + added},
-        legend={"y": -(BELOW_AXES + CONTROLS) / axes},
         updatemenus=[
             {
                 "type": "buttons",

@@ -169,7 +169,7 @@ def speed_kept(curves: Mapping[str, Sequence[float]], title: str = "", *, first:
         {name: (range(first, first + len(values)), values) for name, values in curves.items()},
         title,
         x=PAIR_AXIS,
-        y="speed kept",
+        y="share of the frequency kept",
         log_y=True,
         markers=first > 0,
         height=height,

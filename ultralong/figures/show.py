@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ultralong.figures.panels import side_by_side
-from ultralong.figures.static import draw
+from ultralong.figures.static import draw, legend_rows
 from ultralong.utils.extras import require
 from ultralong.utils.files import atomic_path
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DOTS_PER_INCH = 96
 MOST_STILLS = 4
 COLOURS = 256
+WIDTH = 760  # pixels of a figure without a width of its own
+LEGEND_ROW = 24  # pixels
 
 
 def png_bytes(figure: Figure, *, width: int | None = None, height: int | None = None, scale: float = 1.0) -> bytes:
@@ -65,6 +67,20 @@ def save_png(
         temporary.write_bytes(data)
 
 
+def plotly_json(figure: Figure) -> dict[str, Any]:
+    """A figure as plotly's JSON, with room for its legend between the axis title and the lower edge.
+
+    The legend stands at the lower edge (`theme.style`) and plotly keeps no place for it. Animations have theirs.
+    """
+    content: dict[str, Any] = json.loads(figure.to_json())
+    layout = content["layout"]
+    if not layout.get("sliders") and figure.layout.legend.yref == "container":
+        room = LEGEND_ROW * legend_rows(figure, figure.layout.width or WIDTH)
+        layout["height"] = (figure.layout.height or 380) + room
+        layout["margin"]["b"] = figure.layout.margin.b + room
+    return content
+
+
 def bundle(figure: Figure, alt: str) -> dict[str, Any]:
     """The display bundle of a figure: plotly JSON, PNG bytes, and the sentence.
 
@@ -78,7 +94,7 @@ def bundle(figure: Figure, alt: str) -> dict[str, Any]:
     if not alt.strip():
         raise ValueError("show() needs `alt`: one sentence that says what the figure shows.")
     return {
-        "application/vnd.plotly.v1+json": json.loads(figure.to_json()),
+        "application/vnd.plotly.v1+json": plotly_json(figure),
         "image/png": png_bytes(figure),
         "text/plain": alt,
     }

@@ -84,7 +84,8 @@ def _named_in_legend(figure: Figure) -> list[Any]:
     ]
 
 
-def _legend_rows(figure: Figure, width: float) -> int:
+def legend_rows(figure: Figure, width: float) -> int:
+    """Lines that the legend takes at a width in pixels; 0 where a figure has none."""
     named = _named_in_legend(figure)
     if figure.layout.showlegend is False or (len(named) < 2 and not figure.layout.showlegend):
         return 0
@@ -100,7 +101,7 @@ def _plot_box(figure: Figure, size: tuple[float, float]) -> tuple[float, float, 
     top, bottom = margin.t if margin.t is not None else 60, margin.b if margin.b is not None else 60
     if any(trace.type == "heatmap" and trace.showscale is not False for trace in figure.data):
         right += COLOUR_BAR_PIXELS
-    bottom += LEGEND_ROW_PIXELS * _legend_rows(figure, width)
+    bottom += LEGEND_ROW_PIXELS * legend_rows(figure, width)
     return left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height
 
 
@@ -265,7 +266,7 @@ def _draw_title_and_legend(canvas: StaticFigure, figure: Figure, panels: dict, s
     if title:
         left = min(panel.get_position().x0 for panel in panels.values()) if panels else 0.02
         canvas.text(left, 1 - 10 / size[1], _plain(title), ha="left", va="top", size=16 * POINTS_PER_PIXEL, color=INK)
-    rows = _legend_rows(figure, size[0])
+    rows = legend_rows(figure, size[0])
     if rows:
         handles = {
             label: handle

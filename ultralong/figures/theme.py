@@ -66,7 +66,9 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
         colorway=list(PALETTE),
         margin={"l": 64, "r": 24, "t": 56 if title else 32, "b": 56},
         hovermode="closest",
-        legend={"bgcolor": CLEAR, "orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0.0},
+        # At the lower edge of the figure, whatever its height; `show.plotly_json` makes room for it.
+        legend={"bgcolor": CLEAR, "orientation": "h", "xanchor": "left", "x": 0.0}
+        | {"yref": "container", "yanchor": "bottom", "y": 0.0},
     )
     axis = {
         "gridcolor": GRID,

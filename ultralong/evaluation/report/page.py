@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ultralong import figures
+from ultralong.figures.show import plotly_json
 from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Drawer:
 def _panel(name: str, figure: Figure, width: int, interactive: bool) -> Panel:
     scale = 1.5 if width == WIDTH else 2.0
     picture = base64.b64encode(figures.png_bytes(figure, width=width, scale=scale)).decode()
-    return Panel(name, picture, width, json.loads(figure.to_json()) if interactive else None)
+    return Panel(name, picture, width, plotly_json(figure) if interactive else None)
 
 
 def figure_block(figure: Figure, alt: str, *, interactive: bool) -> str:
