@@ -144,7 +144,7 @@ def many_cases(rank, world, examples):
 
 
 @pytest.mark.parametrize(
-    ("world", "examples"), [(1, 40), (2, 120), (4, 60), pytest.param(8, 60, marks=pytest.mark.slow)]
+    ("world", "examples"), [(1, 40), (2, 120), (4, 60), pytest.param(8, 60, marks=pytest.mark.soak)]
 )
 def test_every_scheme_equals_one_process(world, examples):
     """Random documents, lengths, heads, batches, windows and sinks; float64 to 1e-12, float32 to 1e-5."""
@@ -214,7 +214,7 @@ def two_levels(rank, world, shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 2), pytest.param((2, 4), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.slow)]
+    "shape", [(2, 2), pytest.param((2, 4), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.soak)]
 )
 def test_two_levels_equal_one_process(shape):
     assert max(run_ranks(two_levels, shape[0] * shape[1], shape)) <= 1e-12

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from ultralong.api.names import Named, StrPath, Words, folder_of
+from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def extend(
     Raises:
         ValueError: The model can't be extended so; nothing is written then.
     """
-    from ultralong.checkpoints.extend import extend as run
+    with without_collections():
+        from ultralong.checkpoints.extend import extend as run
 
     return run(
         folder_of(model),

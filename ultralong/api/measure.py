@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from ultralong.api.names import Named, StrPath, Words, folder_of
+from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
 
@@ -43,7 +44,8 @@ def needle(
     Raises:
         ValueError: No such model, or lengths and depths that no prompt can have.
     """
-    from ultralong.evaluation.runs.commands import measure
+    with without_collections():
+        from ultralong.evaluation.runs.commands import measure
     from ultralong.utils.hub import find_checkpoint
 
     return measure(
@@ -89,7 +91,8 @@ def perplexity(
     Raises:
         ValueError: No such model or rows.
     """
-    from ultralong.evaluation.runs.commands import measure
+    with without_collections():
+        from ultralong.evaluation.runs.commands import measure
     from ultralong.utils.hub import find_checkpoint
 
     place = find_checkpoint(folder_of(model))
@@ -127,7 +130,8 @@ def evaluate(
     Raises:
         ValueError: `out` holds another run; a test is unknown or misses its data; or no length is in the window.
     """
-    from ultralong.evaluation.runs.run import RunSettings, run
+    with without_collections():
+        from ultralong.evaluation.runs.run import RunSettings, run
 
     names = tuple(tasks.split(",")) if isinstance(tasks, str) else tuple(tasks)
     wanted = RunSettings(model=str(folder_of(model)), tasks=names, **settings)

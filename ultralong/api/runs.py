@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ultralong.api.names import Changes, Named, StrPath, Words, as_overrides
+from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def plan(
     Raises:
         ValueError: The model cannot be found, or the number of GPUs does not fit the config.
     """
-    from ultralong.planner import plan as run
+    with without_collections():
+        from ultralong.planner import plan as run
 
     return run(
         load_config(config, changes),
@@ -241,8 +243,6 @@ def ablate(
 
 
 def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:
-    from ultralong.utils.processes import without_collections
-
     if processes is None:
         with without_collections():
             from ultralong.training.loop import train as run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ultralong.api.names import Named, StrPath, folder_of
+from ultralong.utils.processes import without_collections
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.check import Readings
@@ -49,6 +50,7 @@ def check(model: Named, revision: str | None = None) -> Readings:
     Raises:
         ValueError: There is no such checkpoint, or its RoPE is none that this library reproduces.
     """
-    from ultralong.checkpoints.check import check as run
+    with without_collections():
+        from ultralong.checkpoints.check import check as run
 
     return run(folder_of(model), revision)
