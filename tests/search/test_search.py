@@ -61,7 +61,7 @@ def whole(wanted, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "method",
-    ["yarn", "longrope", *(pytest.param(name, marks=pytest.mark.soak) for name in ("llama3", "ntk", "linear"))],
+    ["longrope", *(pytest.param(name, marks=pytest.mark.soak) for name in ("yarn", "llama3", "ntk", "linear"))],
 )
 def test_a_trial_scores_what_plain_transformers_says_of_the_written_checkpoint(wanted, whole, tmp_path, method):
     result, _ = whole

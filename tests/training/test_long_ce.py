@@ -105,7 +105,7 @@ SHARED = {
     "two rows beside each other": (2, "masked", {"memory": MemoryConfig(activation_checkpointing=True)}),
     "four processes, sharded": (4, "masked", {"parallel": ParallelConfig(2, fsdp_shard_degree=4, scheme="gathered")}),
 }
-LONG = ("two processes, ulysses", "two rows beside each other")
+LONG = ("two processes, ulysses", "two processes, ring, masked", "two rows beside each other")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.soak] * (case in LONG)) for case in SHARED])
