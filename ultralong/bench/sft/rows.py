@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ class PreparedDemo(Demo):
         """Conversations to train on."""
         return PackedRows(self.prepared / "training")
 
+    @cached_property
     def _haystack(self) -> Haystack:
         texts = [line["text"] for line in read_jsonl(self.prepared / "haystack.jsonl")]
         limit = HAYSTACK_WINDOWS * self.config.target
