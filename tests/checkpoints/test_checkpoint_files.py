@@ -204,3 +204,24 @@ def test_a_run_from_a_checkpoint_with_a_link_out_is_refused_before_it_starts(tmp
     findings = {finding.name: finding for finding in preflight(config, 1)}
     assert "LICENSE.txt in" in findings["model"].text
     assert not findings["model"].good
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("num_attention_heads", -1),
+        ("head_dim", 0),
+        ("max_position_embeddings", 0),
+        ("vocab_size", -1),
+        ("hidden_size", 0.5),
+        ("num_hidden_layers", float("nan")),
+        ("dtype", []),
+    ],
+)
+def test_a_size_without_sense_is_one_line(model, name, value):
+    """Not a division by zero somewhere behind."""
+    entries = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**entries, name: value}))
+    with pytest.raises(ValueError, match=rf"has a {name} of|can't read the config"):
+        load_config(model)

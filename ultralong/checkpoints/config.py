@@ -22,7 +22,15 @@ from ultralong.checkpoints.files import header, weight_files
 from ultralong.utils.files import read_json_object
 
 # What transformers raises for a config that it cannot read.
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError, StrictDataclassError)
+CONFIG_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
+# Sizes of a model, which it has one of at least.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -46,7 +54,11 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{folder} is not a checkpoint: it has no config.json."
             f"{' It holds an adapter: merge it into its base first.' if adapter else ''}"
         )
-    kind = read_json_object(folder / "config.json").get("model_type") if folder.is_dir() else None
+    entries = read_json_object(folder / "config.json") if folder.is_dir() else {}
+    kind = entries.get("model_type")
+    for name in SIZES:
+        if isinstance(size := entries.get(name), int | float) and not size >= 1:
+            raise ValueError(f"the config in {model} has a {name} of {size}, and a model has at least 1.")
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
     except CONFIG_ERRORS as error:
