@@ -12,6 +12,7 @@ import pytest
 
 from ultralong.data.read.compressed import lines, parse_json
 from ultralong.data.read.datasets import Dataset, dataset_rows
+from ultralong.data.read.detect import ForeignFile, file_format
 from ultralong.data.read.documents import Document, ReadReport
 from ultralong.data.read.listing import list_files
 from ultralong.data.read.readers import ReadSettings, RecordReader
@@ -251,3 +252,16 @@ def test_nulls_and_missing_columns_of_a_dataset_are_counted(tmp_path):
     found = list(reader.checked(reader.dataset(Dataset(str(tmp_path))), "s", "x"))
     assert [document.text for document in found] == ["one", "two"]
     assert reader.report.skipped == {"text is not a string": 2}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "JSONL.gz"])
+def test_json_in_another_encoding_is_refused_as_a_whole(tmp_path, encoding, ending):
+    """Its first line alone was read, and the others were counted as no JSON."""
+    content = ('{"text": "The night is dark."}\n' * 4).encode(encoding)
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    with pytest.raises(ForeignFile, match="UTF-16 or UTF-32"):
+        file_format(path)
+    with pytest.raises(UnicodeDecodeError):
+        parse_json(content)

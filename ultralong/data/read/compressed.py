@@ -168,6 +168,8 @@ def parse_json(data: bytes) -> Any:
         ValueError: They are no JSON.
         RecursionError: They are nested too deeply.
     """
+    if b"\0" in data[:4] or data.startswith((b"\xff\xfe", b"\xfe\xff")):  # Python would guess another encoding
+        raise UnicodeDecodeError("utf-8", data[:4], 0, 1, "UTF-16 or UTF-32")
     try:
         return json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError):

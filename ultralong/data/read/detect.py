@@ -71,6 +71,8 @@ def file_format(path: Path, encoding: str = "utf-8") -> FileFormat:
         return "parquet"
     if named is None:
         _refuse_foreign(head)
+    elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+        raise ForeignFile("JSON in UTF-16 or UTF-32, and it must be in UTF-8")
     text = head.decode(encoding, "ignore").lstrip("\ufeff")
     if named is None and not _OBJECT.match(text):
         return "text"
