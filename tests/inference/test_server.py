@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -24,14 +25,18 @@ import torch
 import torch.distributed as dist
 
 from ultralong import miniature
+from ultralong.evaluation.runs.run import run
+from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.inference.openai_engine import OpenAIEngine
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.server import worker
 from ultralong.inference.server.serve import serve
 from ultralong.inference.server.settings import ServeSettings
 from ultralong.inference.server.text_stream import TextStream
 from ultralong.inference.sharded_engine import ShardedEngine
+from ultralong.utils.files import read_jsonl
 from ultralong.utils.local_ranks import run_ranks
 
 MODEL = miniature.path()
@@ -183,6 +188,44 @@ def test_models_health_and_metrics(running):
 def resident() -> float:
     """MiB of memory that this process, and so the server in it, has."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_an_evaluation_asks_it(running, tmp_path, monkeypatch):
+    wanted = RunSettings(str(MODEL), ("infinitebench_passkey",), (384,), samples=2)
+    run(wanted, tmp_path / "own", device="cpu", draw=False, quiet=True)
+    url = f"http://127.0.0.1:{running.port}/v1"
+    asked = replace(wanted, engine="openai", endpoint=url)
+    run(asked, tmp_path / "asked", draw=False, quiet=True)
+    own, other = (read_jsonl(tmp_path / folder / "infinitebench_passkey-384.jsonl") for folder in ("own", "asked"))
+    assert [record["prediction"] for record in own] == [record["prediction"] for record in other]
+    assert {record["engine"] for record in other} == {f"openai {url}"}
+    assert own[0].keys() == other[0].keys()
+    # What is answered is not asked again.
+    monkeypatch.setattr(OpenAIEngine, "answer", lambda *arguments, **options: pytest.fail("asked again"))
+    run(asked, tmp_path / "asked", draw=False, quiet=True)
+
+
+def test_what_an_endpoint_cannot_do_is_refused_by_name(running, engine, monkeypatch):
+    with pytest.raises(ValueError, match="forward pass, which openai does not give"):
+        RunSettings("model", ("perplexity", "ruler"), rows="rows", engine="openai", endpoint="http://x/v1")
+    with pytest.raises(ValueError, match="belong together"):
+        RunSettings("model", ("ruler",), engine="openai")
+    with pytest.raises(ValueError, match="leave --gpus"):
+        RunSettings("model", ("ruler",), engine="openai", endpoint="http://x/v1", gpus=2)
+    url = f"http://127.0.0.1:{running.port}/v1"
+    monkeypatch.setenv("NO_KEY", " ")
+    with pytest.raises(ValueError, match="NO_KEY holds no API key"):
+        OpenAIEngine(url, engine.tokenizer, key_variable="NO_KEY")
+    asked = OpenAIEngine(url, engine.tokenizer)
+    with pytest.raises(ValueError, match="own stop tokens"):
+        asked.answer([[5]], [1], stop=[3])
+    with pytest.raises(ValueError, match=r"gave no answer to 600 tokens.*Shorten the prompt"):
+        asked.answer([[5] * 600], [8])
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        free = closed.getsockname()[1]
+    monkeypatch.setattr("ultralong.inference.openai_engine.RETRIES", 0)
+    with pytest.raises(ValueError, match="can't be asked for its models"):
+        OpenAIEngine(f"http://127.0.0.1:{free}/v1", engine.tokenizer)
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ def check_needs(names: Sequence[str], wanted: RunSettings) -> None:
         require("lm_eval", "eval")
     if wanted.engine == "vllm":
         require_vllm()
+    if wanted.engine == "openai":
+        require("openai", "openai")
     if (reason := missing_for_figures()) is not None:
         warnings.warn(f"The report will hold tables and no figures: {reason}", stacklevel=3)
 

@@ -26,6 +26,7 @@ from ultralong.evaluation.tasks.groups import expand
 from ultralong.evaluation.tasks.haystack import read_haystack
 from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.inference.openai_engine import OpenAIEngine
 from ultralong.inference.sharded_engine import with_model
 from ultralong.inference.vllm_engine import VllmEngine
 from ultralong.rope import declared_window
@@ -160,6 +161,8 @@ def _engine(
     chunk = wanted.chunk_for(longest)
     if model is not None:
         return LocalEngine(model, tokenizer, chunk, wanted.batch)
+    if wanted.endpoint is not None:
+        return OpenAIEngine(wanted.endpoint, tokenizer, wanted.endpoint_model, wanted.key_variable)
     return VllmEngine(wanted.model, tokenizer, longest, gpus=wanted.gpus, kv_dtype=wanted.kv_dtype, chunk=chunk)
 
 

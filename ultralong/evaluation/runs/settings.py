@@ -50,8 +50,12 @@ class RunSettings:
             ARC-Challenge PIQA).
         limit: lm_eval: samples of each task, to try it out; by default all.
         run_code: lm_eval: let HumanEval run the programs that the model wrote, on this machine.
-        engine: What answers samples: transformers, or vllm, which must be installed; the needle map, perplexity,
-            LongPPL and loss need transformers.
+        engine: What answers samples: transformers; vllm, which must be installed; or openai, an endpoint of that
+            protocol. The needle map, perplexity, LongPPL and loss need transformers.
+        endpoint: openai: where, up to and with its version, such as http://localhost:8000/v1. The model's folder is
+            still needed, for its tokenizer and window.
+        endpoint_model: openai: the model's name there; by default the only one it has.
+        key_variable: openai: environment variable that holds the API key.
         gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
             model over.
         kv_dtype: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
@@ -85,7 +89,10 @@ class RunSettings:
     benchmarks: tuple[str, ...] = ()
     limit: int | None = None
     run_code: bool = False
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    endpoint: str | None = None
+    endpoint_model: str | None = None
+    key_variable: str | None = None
     gpus: int = 1
     kv_dtype: KV = "auto"
     batch: int | None = None
@@ -115,11 +122,15 @@ class RunSettings:
             )
         if self.shared and self.batch not in (None, 1):
             raise ValueError("Several GPUs or 8-bit keys and values read one prompt at a time: leave --batch away.")
-        if self.engine == "vllm" and {"needle", "perplexity", "longppl", "loss"} & set(self.tasks):
+        if self.engine != "transformers" and {"needle", "perplexity", "longppl", "loss"} & set(self.tasks):
             raise ValueError(
-                "The needle map, perplexity, LongPPL and loss read the model's own forward pass, which vllm does not "
-                "give: leave them out, or --engine away."
+                f"The needle map, perplexity, LongPPL and loss read the model's own forward pass, which {self.engine} "
+                "does not give: leave them out, or --engine away."
             )
+        if (self.engine == "openai") != (self.endpoint is not None):
+            raise ValueError("--engine openai and --endpoint URL belong together: give both, or neither.")
+        if self.engine == "openai" and (self.gpus > 1 or self.kv_dtype != "auto"):
+            raise ValueError("An endpoint chooses its own GPUs and its cache's type: leave --gpus and --kv away.")
 
     @property
     def shared(self) -> bool:

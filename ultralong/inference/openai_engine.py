@@ -1,0 +1,98 @@
+"""An endpoint of OpenAI's protocol as an engine: `ultralong serve`, vLLM, SGLang or llama.cpp, here or elsewhere.
+
+Prompts go to `/completions` as token ids, so that the endpoint reads exactly what other engines read; the tokenizer is
+that of the model folder. Requests that time out or are refused for a while are repeated; others end the run, which can
+be resumed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ultralong.inference.decoding import GREEDY, FinishReason, Sampling
+from ultralong.inference.engines import Answer
+from ultralong.utils.extras import require
+
+RETRIES = 5  # with waits that double, as the client does
+SECONDS = 3600.0  # for a whole answer: a million tokens are read in minutes
+
+
+class OpenAIEngine:
+    """An endpoint that answers one prompt at a time.
+
+    Args:
+        url: The endpoint up to and with its version, such as `http://localhost:8000/v1`.
+        tokenizer: That of the model behind it.
+        name: The model's name there; None takes the only one it lists.
+        key_variable: Environment variable that holds the key; without it no key is sent.
+
+    Raises:
+        ImportError: The openai package is not installed.
+        ValueError: The variable is empty, the endpoint cannot be reached, or it lists several models and no name was
+            given.
+    """
+
+    def __init__(
+        self, url: str, tokenizer: PreTrainedTokenizerBase, name: str | None = None, key_variable: str | None = None
+    ) -> None:
+        self._openai: Any = require("openai", extra="openai")
+        key = os.environ.get(key_variable, "").strip() if key_variable else "none"
+        if not key:
+            raise ValueError(f"The environment variable {key_variable} holds no API key.")
+        self._client = self._openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
+        self.tokenizer, self.name = tokenizer, f"openai {url}"
+        self._model = name or self._only_model(url)
+
+    def max_batch(self, capacity: int) -> int:
+        """See `Engine`."""
+        return 1
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        *,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] | None = None,
+    ) -> list[Answer]:
+        """See `Engine`: one after the other. The endpoint ends answers by its own stop tokens.
+
+        Raises:
+            ValueError: Other stop tokens were asked for, or the endpoint refuses a prompt or does not answer.
+        """
+        if stop is not None:
+            raise ValueError("An endpoint ends answers by its model's own stop tokens: others can't be given.")
+        options: dict[str, Any] = {"temperature": sampling.temperature}
+        if sampling.temperature:
+            options |= {"top_p": sampling.top_p, "seed": sampling.seed}
+        answers = []
+        for prompt, budget in zip(prompts, max_new_tokens, strict=True):
+            try:
+                said = self._client.completions.create(
+                    model=self._model, prompt=list(prompt), max_tokens=budget, **options
+                )
+            except self._openai.OpenAIError as error:
+                raise ValueError(f"{self.name} gave no answer to {len(prompt):,} tokens: {error}") from error
+            choice, usage = said.choices[0], said.usage
+            tokens = tuple(self.tokenizer(choice.text, add_special_tokens=False)["input_ids"])
+            reason: FinishReason = "stop" if choice.finish_reason == "stop" else "length"
+            details = getattr(usage, "prompt_tokens_details", None)
+            answers.append(Answer(choice.text, tokens, reason, getattr(details, "cached_tokens", None) or 0))
+        return answers
+
+    def release(self) -> None:
+        """See `Engine`: the endpoint keeps its memory."""
+
+    def _only_model(self, url: str) -> str:
+        try:
+            names = [model.id for model in self._client.models.list()]
+        except self._openai.OpenAIError as error:
+            raise ValueError(f"{url} can't be asked for its models: {error}") from error
+        if len(names) != 1:
+            raise ValueError(f"{url} has the models {', '.join(names)}: say which with --endpoint-model.")
+        return str(names[0])
