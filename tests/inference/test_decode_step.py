@@ -35,7 +35,7 @@ def make(config):
 @torch.inference_mode()
 def test_steps_equal_the_models_own(kind, kv):
     model = make(CONFIGS[kind])
-    plain, fused = (ShardedRunner(model, 40, kv=kv, chunk=7) for _ in range(2))
+    plain, fused = (ShardedRunner(model, 40, kv=kv, chunk=7, fused=way) for way in (False, True))
     assert fused.step is None, "on a CPU the model's own code runs"
     ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(1))
     before = plain.prefill(ids, [20])

@@ -24,8 +24,8 @@ def steps(rank, world, kind, kv):
     model = kinds[kind][0]._from_config(kinds[kind][1](**WIDE), attn_implementation=attention.NAME).bfloat16()
     model = model.cuda().eval()
     group = dist.group.WORLD if world > 1 else None
-    plain, fused = (ShardedRunner(model, 6000, group, kv=kv, chunk=1024) for _ in range(2))
-    plain.step = None
+    plain, fused = (ShardedRunner(model, 6000, group, kv=kv, chunk=1024, fused=way) for way in (False, True))
+    assert plain.step is None
     assert fused.step is not None
     ids = torch.randint(0, 64, (1, 5000), generator=torch.Generator().manual_seed(1)).cuda()
     plain.prefill(ids, [20])

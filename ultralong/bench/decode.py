@@ -133,9 +133,13 @@ def _ways(model: PreTrainedModel, options: DecodeBench, batch: int, world: int) 
         yield Way("ultralong", "bf16", 1, partial(_by_runner, LocalRunner(model)))
     group = dist.group.WORLD if world > 1 else None
     for kv in options.kv:
-        runner = ShardedRunner(model, None, group, kv="auto" if kv == "bf16" else kv, chunk=options.chunk)
-        answer = partial(_behind_random if options.filled else _by_runner, runner)
-        yield Way("ultralong, sharded", kv, world, answer, runner)
+        for fused in (False, True):
+            of_cache = "auto" if kv == "bf16" else kv
+            runner = ShardedRunner(model, None, group, kv=of_cache, chunk=options.chunk, fused=fused)
+            if fused and runner.step is None:  # on a CPU, or a model that it does not know
+                continue
+            answer = partial(_behind_random if options.filled else _by_runner, runner)
+            yield Way("ultralong, sharded" + (", fused" if fused else ""), kv, world, answer, runner)
 
 
 def _measure(way: Way, ids: Tensor, new_tokens: int, world: int) -> Timed | None:
