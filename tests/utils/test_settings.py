@@ -94,7 +94,7 @@ def test_keys_of_the_version_before_are_read_with_a_note(capsys):
     }  # fmt: skip
     found = settings.from_mapping(TrainConfig, old, "old.yaml")
     assert (found.global_batch_size, found.micro_batch_size, found.loss_spike_threshold) == (4, 2, 2.0)
-    assert found.parallel == ParallelConfig(2, 4, False, head_chunks=2)
+    assert found.parallel == ParallelConfig(2, fsdp_shard_degree=4, reshard_after_forward=False, head_chunks=2)
     assert found.optimizer.state_precision == "8bit"
     assert found.memory == MemoryConfig(True, 2048, 64, 1, 2, 3, 4)
     notes = capsys.readouterr().err
