@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,7 @@ GROUPS: tuple[tuple[str, type[Any]], ...] = (
 )
 # What a reader imports. The commands have --help, and the rest serves the pages and the tables of this project.
 ROOMS = ("rope", "checkpoints", "data", "attention", "training", "inference", "evaluation", "planner", "launch", "api")
+NEEDS = {"ultralong.inference.decode_step.kernels": "triton"}  # modules with a package that only GPU machines have
 
 
 def topics() -> Iterator[tuple[str, str, str]]:
@@ -123,12 +125,13 @@ def write_api(folder: str | os.PathLike[str]) -> list[Path]:
     with warnings.catch_warnings():
         # Named one by one, as pdoc leaves out the modules of a package that has `__all__`; the others it finds twice.
         warnings.filterwarnings("ignore", message="The module specification", category=UserWarning)
-        pdoc.pdoc("ultralong", *documented_modules(), output_directory=folder)
+        left_out = [f"!{re.escape(name)}$" for name in _left_out()]
+        pdoc.pdoc("ultralong", *documented_modules(), *left_out, output_directory=folder)
     return sorted(folder.rglob("*.html"))
 
 
 def documented_modules() -> list[str]:
-    """Every public module of the rooms that a reader imports, packages included."""
+    """Every public module of the rooms that a reader imports and that can be imported here, packages included."""
     names = []
     for room in ROOMS:
         for path in sorted((PACKAGE / room).rglob("*.py")):
@@ -136,4 +139,9 @@ def documented_modules() -> list[str]:
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if not any(part.startswith("_") for part in parts):
                 names.append(".".join(parts))
-    return names
+    return [name for name in names if name not in _left_out()]
+
+
+def _left_out() -> set[str]:
+    """Modules that cannot be imported here, which is how pages are made."""
+    return {name for name, package in NEEDS.items() if find_spec(package) is None}
