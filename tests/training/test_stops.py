@@ -171,6 +171,7 @@ def test_a_rank_ends_when_its_agent_is_killed(run):
     agent.wait()
     wait_for(lambda: not processes_of(f"{Path.cwd()}/run.yaml"), 20)
     wait_for(lambda: not is_locked("run"), 20)
+    assert read_jsonl("run/log.jsonl")[0]["step"] == 1, "what was logged before is still there"
 
 
 def hold(folder: str, ready, done) -> None:

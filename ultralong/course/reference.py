@@ -35,7 +35,10 @@ GROUPS: tuple[tuple[str, type[Any]], ...] = (
     ("long_ce", LongCEConfig),
 )
 # What a reader imports. The commands have --help, and the rest serves the pages and the tables of this project.
-ROOMS = ("rope", "checkpoints", "data", "attention", "training", "inference", "evaluation", "planner", "launch", "api")
+ROOMS = (
+    "rope", "checkpoints", "data", "attention", "training", "inference", "evaluation", "planner", "search", "ablation",
+    "launch", "api",
+)  # fmt: skip
 NEEDS = {"ultralong.inference.decode_step.kernels": "triton"}  # modules with a package that only GPU machines have
 
 
@@ -139,7 +142,8 @@ def documented_modules() -> list[str]:
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if not any(part.startswith("_") for part in parts):
                 names.append(".".join(parts))
-    return [name for name in names if name not in _left_out()]
+    left_out = _left_out()
+    return [name for name in names if name not in left_out]
 
 
 def _left_out() -> set[str]:

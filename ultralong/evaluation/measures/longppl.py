@@ -81,20 +81,6 @@ def longppl_result(
         )
     whole = (sums.sum(1, keepdims=True), counts.sum(1, keepdims=True))
     (low,), (high,) = bootstrap_ratio(*whole, seed=seed, level=level)
-    lows, highs = bootstrap_ratio(sums, counts, seed=seed, level=level)
-    parts = tuple(
-        Part(
-            math.exp(sums[:, i].sum() / counts[:, i].sum()),
-            int(counts[:, i].sum()),
-            _exp(lows[i]),
-            _exp(highs[i]),
-            start=int(edges[i]),
-            end=int(edges[i + 1]),
-            details={"rows": int((counts[:, i] > 0).sum())},
-        )
-        for i in range(len(edges) - 1)
-        if counts[:, i].sum()
-    )
     each = [[int(a), float(b), int(c)] for a, b, c in zip(names, whole[0][:, 0], whole[1][:, 0], strict=True) if c]
     details: dict[str, Any] = {
         "perplexity": math.exp(nats / tokens),
@@ -106,7 +92,34 @@ def longppl_result(
     }
     value = math.exp(sums.sum() / n)
     return Result(
-        "longppl", "longppl", value, n, "", "key tokens", _exp(low), _exp(high), by_position=parts, details=details
+        "longppl",
+        "longppl",
+        value,
+        n,
+        "",
+        "key tokens",
+        _exp(low),
+        _exp(high),
+        by_position=_by_position(sums, counts, edges, seed, level),
+        details=details,
+    )
+
+
+def _by_position(sums: np.ndarray, counts: np.ndarray, edges: np.ndarray, seed: int, level: float) -> tuple[Part, ...]:
+    """LongPPL of each range of positions that has key tokens; `sums` of nats and `counts` are (documents, ranges)."""
+    lows, highs = bootstrap_ratio(sums, counts, seed=seed, level=level)
+    return tuple(
+        Part(
+            math.exp(sums[:, i].sum() / counts[:, i].sum()),
+            int(counts[:, i].sum()),
+            _exp(lows[i]),
+            _exp(highs[i]),
+            start=int(edges[i]),
+            end=int(edges[i + 1]),
+            details={"rows": int((counts[:, i] > 0).sum())},
+        )
+        for i in range(len(edges) - 1)
+        if counts[:, i].sum()
     )
 
 
