@@ -408,8 +408,8 @@ print("ok: the trainer reads it")
 # * Ulysses swaps tokens for heads; gathered keys and the ring bring keys to the queries. All equal one GPU.
 # * Packed rows whose documents don't see each other are dealt out whole, and nothing is sent.
 #
-# **Go on reading:** the library's [ring](../ultralong/attention/ring.py), [Ulysses](../ultralong/attention/ulysses.py)
-# and [layouts](../ultralong/attention/layout.py); [DeepSpeed-Ulysses](https://arxiv.org/abs/2309.14509),
+# **Go on reading:** the library's [ring](../ultralong/attention/ring/ring.py),
+# [Ulysses](../ultralong/attention/ulysses.py) and [layouts](../ultralong/attention/layout.py); [DeepSpeed-Ulysses](https://arxiv.org/abs/2309.14509),
 # [Ring Attention](https://arxiv.org/abs/2310.01889), [USP](https://arxiv.org/abs/2405.07719) (two levels).
 #
 # **Next:** [07_memory_and_the_trainer](07_memory_and_the_trainer.ipynb): what else fills a GPU.

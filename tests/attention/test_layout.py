@@ -22,6 +22,7 @@ from ultralong.attention.balance import (
 from ultralong.attention.kv_plan import exchange_plan, plan_kv
 from ultralong.attention.layout import contiguous, zigzag
 from ultralong.attention.ring import circulating_ranges, own_segments, rectangles
+from ultralong.attention.ring.plan import RingPlan
 from ultralong.attention.ulysses import head_chunk_counts, head_split
 from ultralong.bench.attention.measure import documents
 
@@ -251,6 +252,31 @@ def test_ring_blocks_see_every_pair_once(row, masked):
                 theirs = layout.positions(other)
                 assert torch.equal(found[:, theirs], seen[mine][:, theirs].int())
                 assert found.sum() == found[:, theirs].sum(), "only the other rank's own tokens travel"
+
+
+@settings(max_examples=30)
+@given(row=rows(), masked=st.booleans(), window=st.integers(1, 30))
+def test_ring_blocks_under_a_window_see_every_pair_once(row, masked, window):
+    tokens, ranks, _, edges = row
+    for layout in layouts(tokens, ranks, 1, edges):
+        bounds = closed(edges, layout.padded) if masked else (0, layout.padded)
+        seen = visible(layout.padded, layout.padded, window=window, edges_q=bounds, edges_k=bounds)
+        for rank in range(ranks):
+            plan = RingPlan(rank, layout, bounds if masked else None, window)
+            mine, cuts = layout.positions(rank), plan.segments.q if plan.segments else (0, layout.local)
+            found = torch.zeros(layout.local, layout.padded, dtype=torch.int)
+            found[:, mine] += visible(layout.local, layout.local, window=window, edges_q=cuts, edges_k=cuts).int()
+            held = [torch.arange(*at) for at in layout.ranges(rank)]
+            parts = [(held, plan.own_blocks)]
+            for hop, blocks in enumerate(plan.blocks, start=1):
+                parts.append(([torch.arange(*at) for at in plan.circulating[hop]], blocks))
+            for positions, blocks in parts:
+                for rows_, keys, cut in blocks:
+                    at = torch.cat(positions)[keys]
+                    found[rows_, at] += visible(found[rows_].shape[0], len(at), causal=False, window=cut).int()
+            assert torch.equal(found, seen[mine].int())
+            for rank_behind in range(ranks):
+                assert plan.tokens(rank_behind) <= len(plan.circulating[rank_behind]) * (window - 1)
 
 
 def test_an_unpacked_ring_step_is_one_rectangle():

@@ -101,7 +101,7 @@ def cases(draw):
 
 def check_case(case, group, tried):
     heads, kv_heads = case.heads
-    window = None if case.scheme == "ring" else case.window
+    window = case.window
     head_chunks = [1, kv_heads][case.stage % 2] if case.scheme == "gathered" and dist.get_world_size() > 1 else None
     if case.scheme == "ulysses":
         try:
@@ -206,7 +206,7 @@ def two_levels(rank, world, shape):
                         61, mesh, scheme, boundaries=edges, heads=heads, kv_heads=kv_heads, head_chunks=head_chunks
                     )
                     assert context.size == world
-                    window = 9 if scheme == "hybrid-gathered" else None
+                    window = None if scheme == "auto" else 9
                     inputs, expected, sink_grad = wanted(61, edges, window, heads, kv_heads, torch.float64, 5, 1, True)
                     sink = torch.linspace(-2, 2, heads, dtype=torch.float64)
                     worst = max(worst, error_of(context, inputs, expected, window, sink, sink_grad))
@@ -306,7 +306,6 @@ def models(rank, world, families):
         for family in families
         for masked in (False, True)
         for scheme in ONE_LEVEL
-        if (family, scheme) != ("Mistral", "ring")
     }
 
 
@@ -314,7 +313,7 @@ def models(rank, world, families):
 def test_whole_models_have_the_loss_and_gradients_of_one_process(world):
     """Llama, Qwen2, Qwen3 and Mistral (sliding window), unmodified, at a length that divides by nothing."""
     found = run_ranks(models, world, ("Llama", "Qwen2", "Qwen3", "Mistral"))[0]
-    assert len(found) == 22
+    assert len(found) == 24
     assert max(found.values()) <= 1e-10, {key: value for key, value in found.items() if value > 1e-10}
 
 
@@ -518,8 +517,6 @@ def bad_input(rank, world):
     ):
         with pytest.raises(ValueError, match=message):
             context.attend(*tensors)
-    with pytest.raises(ValueError, match="no sliding window"):
-        good(scheme="ring").attend(q, k, k, window=3)
     with pytest.raises(ValueError, match="unshard has no gradient"):
         context.unshard(q.requires_grad_())
     with pytest.raises(ValueError, match="needs 8 local tokens along dimension 1, found 7"):

@@ -184,10 +184,6 @@ class AttentionContext:
         spec = AttentionSpec(
             scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None
         )
-        if window is not None and self.scheme.endswith("ring"):
-            raise ValueError(
-                f"scheme {self.scheme!r} has no sliding window (asked for {window}): use 'ulysses' or 'gathered'"
-            )
         if self.anchors and (window is not None or softcap):
             raise ValueError(f"an anchor can't be joined to a sliding window ({window}) or soft cap ({softcap})")
         return self._scheme(q, spec), spec

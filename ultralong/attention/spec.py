@@ -96,9 +96,9 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
 
-    def non_causal(self) -> AttentionSpec:
-        """The same scores with every key seen."""
-        return replace(self, causal=False, segments=None)
+    def non_causal(self, window: int | None = None) -> AttentionSpec:
+        """The same scores with every key seen, or all but those further back than a window."""
+        return replace(self, causal=False, segments=None, window=window)
 
     def one_segment(self) -> AttentionSpec:
         """The same spec inside one segment."""

@@ -180,6 +180,7 @@ def _auto(
     if not fits:
         raise ValueError("no attention kernel can compute this call: " + "; ".join(reasons))
     wanted = set() if not packed else {VARLEN} if square else {VARLEN, BOTTOM_RIGHT}
+    wanted = wanted if window is None else wanted | {WINDOW}
     choice = next((kernel for kernel in fits if wanted <= kernel.features and kernel.name != "reference"), fits[0])
     log.info(
         "attention kernel %s for %s, %s, head size %d%s%s%s",

@@ -29,11 +29,14 @@ from ultralong.attention.kernels.fallbacks import (
     flatten_lse,
     has_varlen_call,
     head_groups,
+    lacks_window,
     must_split_causal,
+    without_needless_window,
 )
 from ultralong.attention.kernels.segments import for_each_segment
+from ultralong.attention.kernels.windows import accumulate_in_squares
 from ultralong.attention.lse_merge import accumulation_dtype
-from ultralong.attention.spec import AttentionSpec, VarlenSegments
+from ultralong.attention.spec import AttentionSpec
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -52,13 +55,18 @@ def attention_backward(
         grads = attention_backward(kernel, dout, q, k, v, out, flatten_lse(lse), one_row)
         dq, dk, dv = (grad.unflatten(1, (rows, -1)).squeeze(0) for grad in grads)
         return dq, dk, dv
+    spec = without_needless_window(k, spec)
     groups = head_groups(kernel, q, k)
     if len(groups) > 1:
         dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(q.dtype)) for x in (k, v))
         dq = _accumulate_by_heads(kernel, groups, dout, q, k, v, out, lse, spec, dk, dv)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    if spec.segments is not None and not has_varlen_call(kernel, spec.segments):
+    if spec.segments is not None and not has_varlen_call(kernel, spec):
         return _backward_by_segment(kernel, dout, q, k, v, out, lse, spec)
+    if lacks_window(kernel, spec):
+        dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(q.dtype)) for x in (k, v))
+        dq = backward_accumulate(kernel, dout, q, k, v, out, lse, spec, dk, dv)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
     if must_split_causal(kernel, q, k, spec) or (kernel.prefers_split_backward and bottom_right(q, k, spec)):
         return _backward_split(kernel, dout, q, k, v, out, lse, spec)
     if q.shape[2] == k.shape[2] or GQA in kernel.features:
@@ -82,20 +90,8 @@ def backward_accumulate(
 ) -> Tensor:
     """As `attention_backward`, but this call's dK and dV are added to what is there.
 
-    Args:
-        kernel: Who computes.
-        dout: (B, T_q, H, D).
-        q: (B, T_q, H, D).
-        k: (B, T_k, K, D).
-        v: (B, T_k, K, D).
-        out: (B, T_q, H, D), of the pair that may be merged from several calls.
-        lse: (B, H, T_q), likewise.
-        spec: Which keys are seen.
-        dk: (B, T_k, K, D) in the accumulation dtype, changed in place; may be a slice.
-        dv: (B, T_k, K, D), likewise.
-
-    Returns:
-        The gradient of q (B, T_q, H, D) in q's type.
+    Other args as there; `dk` and `dv` (B, T_k, K, D) are in the accumulation dtype, may be slices, and change in place.
+    Returns the gradient of q (B, T_q, H, D) in q's type.
     """
     if kernel.computes_in_fp32(q):
         dtype = q.dtype
@@ -106,10 +102,13 @@ def backward_accumulate(
         return torch.cat(
             [backward_accumulate(kernel, dout[i], q[i], k[i], v[i], out[i], lse[i], spec, dk[i], dv[i]) for i in rows]
         )
+    spec = without_needless_window(k, spec)
     if len(groups := head_groups(kernel, q, k)) > 1:
         return _accumulate_by_heads(kernel, groups, dout, q, k, v, out, lse, spec, dk, dv)
-    if spec.segments is not None and not has_varlen_call(kernel, spec.segments):
+    if spec.segments is not None and not has_varlen_call(kernel, spec):
         return _accumulate_by_segment(kernel, dout, q, k, v, out, lse, spec, dk, dv)
+    if lacks_window(kernel, spec):
+        return accumulate_in_squares(backward_accumulate, kernel, dout, q, k, v, out, lse, spec, dk, dv)
     if must_split_causal(kernel, q, k, spec) or (kernel.prefers_split_backward and bottom_right(q, k, spec)):
         return _accumulate_split(kernel, dout, q, k, v, out, lse, spec, dk, dv)
     if q.shape[2] != k.shape[2] and (GQA not in kernel.features or kernel.rounds_per_query_head):
@@ -129,11 +128,11 @@ def backward_with_partials(
         partial gradients belongs there.
     """
     segments = spec.segments
-    if segments is None or _all_partial(kernel, q, k, segments):
+    if segments is None or _all_partial(kernel, q, k, spec):
         dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(q.dtype)) for x in (k, v))
         dq = backward_accumulate(kernel, dout, q, k, v, out, lse, spec, dk, dv)
         return dq, torch.empty_like(k), torch.empty_like(v), [(slice(0, k.shape[1]), dk, dv)]
-    if has_varlen_call(kernel, segments):
+    if has_varlen_call(kernel, spec):
         return kernel.backward_with_partials(dout, q, k, v, out, lse, spec)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     partials: list[PartialKVGrad] = []
@@ -151,15 +150,16 @@ def backward_with_partials(
     return dq, dk, dv, partials
 
 
-def _all_partial(kernel: Kernel, q: Tensor, k: Tensor, segments: VarlenSegments) -> bool:
+def _all_partial(kernel: Kernel, q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
     """Whether all keys of a call get partial gradients: where others may see any, or this call gives no final ones."""
-    if segments.shared is None or q.shape[0] > 1:
+    segments = spec.segments
+    if segments is None or segments.shared is None or q.shape[0] > 1:
         return True
     if len(head_groups(kernel, q, k)) > 1:  # several calls, whose sums of a kv head go across them
         return True
     if kernel.computes_in_fp32(q):
         return True
-    grouped = has_varlen_call(kernel, segments) and q.shape[2] != k.shape[2]
+    grouped = has_varlen_call(kernel, spec) and q.shape[2] != k.shape[2]
     return grouped and (GQA not in kernel.features or bool(kernel.rounds_per_query_head and segments.shared))
 
 

@@ -48,7 +48,7 @@ class Kernel(ABC):
         device: "cpu" or "cuda".
         dtypes: Types it takes.
         features: Which of the constants above it has; `ultralong.attention.kernels.fallbacks` makes up for a missing
-            GQA, VARLEN or BOTTOM_RIGHT, the others are refused.
+            GQA, VARLEN, BOTTOM_RIGHT or WINDOW; soft caps are refused.
         head_sizes: Largest head size, and what the size must be divisible by.
         max_elements: Largest tensor that it indexes rightly.
         splits_backward: Whether the backward pass of a causal call with more keys than queries is faster as a square
@@ -126,8 +126,6 @@ class Kernel(ABC):
             return f"it takes {', '.join(sorted(str(d) for d in self.dtypes))}, the tensors are {q.dtype}"
         if q.shape[-1] > largest or q.shape[-1] % multiple:
             return f"it takes head sizes up to {largest} divisible by {multiple}, found {q.shape[-1]}"
-        if spec.window is not None and WINDOW not in self.features:
-            return f"it has no sliding window, asked for {spec.window}"
         if spec.softcap and SOFTCAP not in self.features:
             return f"it has no soft cap on scores, asked for {spec.softcap}"
         return None

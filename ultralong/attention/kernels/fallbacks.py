@@ -3,21 +3,24 @@
 Legend: B batch, T tokens, H query heads, K kv heads, D head size.
 
 In this order: rows of a packed batch are laid end to end; heads are taken in groups where a tensor would outgrow the
-kernel's index; segments are walked one by one where the kernel has no packed call; a causal rectangle becomes a full
-rectangle and a causal square, merged by their log-sum-exp; kv heads are repeated where the kernel needs as many as
-query heads. Each step only runs when the kernel needs it. The way back is in
-`ultralong.attention.kernels.backward`.
+kernel's index; segments are walked one by one where the kernel has no packed call; a sliding window is cut into causal
+squares where it has none (`ultralong.attention.kernels.windows`); a causal rectangle becomes a full rectangle and a
+causal square, merged by their log-sum-exp; kv heads are repeated where the kernel needs as many as query heads. Each
+step only runs when the kernel needs it. The way back is in `ultralong.attention.kernels.backward`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, Kernel
+from ultralong.attention.kernels.base import BOTTOM_RIGHT, GQA, VARLEN, WINDOW, Kernel
 from ultralong.attention.kernels.segments import for_each_segment
+from ultralong.attention.kernels.windows import forward_in_squares
 from ultralong.attention.lse_merge import accumulation_dtype, merge_into
-from ultralong.attention.spec import AttentionSpec, VarlenSegments
+from ultralong.attention.spec import AttentionSpec
 
 HeadGroups = list[tuple[tuple[int, int], tuple[int, int]]]  # ranges of query heads, and of their kv heads
 
@@ -40,6 +43,7 @@ def attention_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: Att
         one_row = spec.with_segments(spec.segments.repeat(rows))
         out, lse = attention_forward(kernel, flatten_batch(q), flatten_batch(k), flatten_batch(v), one_row)
         return out.unflatten(1, (rows, -1)).squeeze(0), _split_rows(lse, rows)
+    spec = without_needless_window(k, spec)
     groups = head_groups(kernel, q, k)
     if len(groups) > 1:
         parts = [
@@ -49,8 +53,10 @@ def attention_forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: Att
             for (a, b), (c, d) in groups
         ]
         return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 1)
-    if spec.segments is not None and not has_varlen_call(kernel, spec.segments):
+    if spec.segments is not None and not has_varlen_call(kernel, spec):
         return _forward_by_segment(kernel, q, k, v, spec)
+    if lacks_window(kernel, spec):
+        return forward_in_squares(attention_forward, kernel, q, k, v, spec)
     if must_split_causal(kernel, q, k, spec):
         return _forward_split(kernel, q, k, v, spec)
     if q.shape[2] != k.shape[2] and GQA not in kernel.features:
@@ -72,9 +78,22 @@ def _split_rows(lse: Tensor, rows: int) -> Tensor:
     return lse[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (1, H, B T) -> (B, H, T)
 
 
-def has_varlen_call(kernel: Kernel, segments: VarlenSegments) -> bool:
-    """Whether a kernel has one varlen call for these segments."""
-    return VARLEN in kernel.features and (segments.square or BOTTOM_RIGHT in kernel.features)
+def without_needless_window(k: Tensor, spec: AttentionSpec) -> AttentionSpec:
+    """The spec of a causal call without a window that reaches over all of its keys (B, T_k, K, D)."""
+    longest = k.shape[1] if spec.segments is None else spec.segments.max_seqlen_k
+    return replace(spec, window=None) if spec.causal and spec.window is not None and spec.window >= longest else spec
+
+
+def lacks_window(kernel: Kernel, spec: AttentionSpec) -> bool:
+    """Whether a call has a window and the kernel has none."""
+    return spec.window is not None and WINDOW not in kernel.features
+
+
+def has_varlen_call(kernel: Kernel, spec: AttentionSpec) -> bool:
+    """Whether a kernel has one varlen call for the segments of this spec."""
+    if spec.segments is None or VARLEN not in kernel.features or lacks_window(kernel, spec):
+        return False
+    return spec.segments.square or BOTTOM_RIGHT in kernel.features
 
 
 def must_split_causal(kernel: Kernel, q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
