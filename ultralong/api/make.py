@@ -130,16 +130,18 @@ def merge(
     *,
     quiet: bool = False,
 ) -> MergeReport:
-    """Write the weighted average of checkpoints of one model, taken in float32 a tensor at a time.
+    """Write the weighted average of checkpoints of one model, or a model with its LoRA adapter merged into it.
 
-    Config, tokenizer and the type of the weights are those of the first.
+    An average is taken in float32 a tensor at a time. Config, tokenizer and the type of the weights are those of the
+    first model, of an adapter's base.
 
     >>> report = merge(["run/model", "long"], out="merged", weights=[0.9, 0.1], quiet=True)
     >>> print(report.weights, report.dtypes)
     (0.9, 0.1) ('BF16',)
 
     Args:
-        models: Checkpoint folders, hub ids, or checkpoints of a run.
+        models: Checkpoint folders, hub ids, or checkpoints of a run; or an adapter's folder, after its base if that is
+            not where it was.
         out: Folder to write; it must be empty or not exist.
         weights: A number a model, which add up to 1; by default all count alike.
         quiet: No progress bar.
@@ -151,7 +153,12 @@ def merge(
         ValueError: Another architecture, shape or tokenizer, or weights that don't fit; nothing is written then.
     """
     from ultralong.checkpoints.merge import merge as run
+    from ultralong.training.adapters.config import is_adapter
 
+    if any(map(is_adapter, models)):
+        from ultralong.training.adapters.merge import merge_adapter
+
+        return merge_adapter(models, out, weights)
     return run([folder_of(model) for model in models], out, weights, quiet=quiet)
 
 

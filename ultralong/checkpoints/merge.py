@@ -47,6 +47,7 @@ class MergeReport:
         copied: Tensors of whole numbers, which are the same in all and were copied.
         dtypes: Types that the averages are written in, those of the first model.
         notes: What a user should know, one sentence each.
+        adapter: Whether the second model is a LoRA adapter of the first, and was added to it.
     """
 
     models: tuple[str, ...]
@@ -56,6 +57,12 @@ class MergeReport:
     copied: int
     dtypes: tuple[str, ...]
     notes: tuple[str, ...]
+    adapter: bool = False
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        done = f"of {len(self.models)} checkpoints averaged"
+        return f"{self.out}: {self.tensors:,} tensors {'changed by the adapter' if self.adapter else done}."
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, numbers and strings, ready for JSON."""

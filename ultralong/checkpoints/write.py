@@ -82,6 +82,19 @@ def write_checkpoint(
     return target
 
 
+def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder that is complete or does not exist, in the place of what is there.
+
+    Args:
+        out: The folder.
+        fill: Writes its files into the folder that it is given.
+    """
+    target = Path(os.path.abspath(out))
+    with _folder_beside(target, 0) as folder:
+        fill(folder)
+        _remove(target)
+
+
 def _text(file: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 

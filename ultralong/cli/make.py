@@ -72,11 +72,13 @@ def train(work: partial[TrainResult], *, json: Json = None) -> None:
     """Train on packed rows: continued pretraining on whole documents.
 
     CONFIG is a preset's name or a YAML file; any of its keys can be changed with --set. The run's folder gets
-    config.yaml (every setting), log.jsonl (a line a step), checkpoints/ and, at the end, model/.
+    config.yaml (every setting), log.jsonl (a line a step), checkpoints/ and, at the end, model/. With lora.rank above 0
+    the weights are frozen and LoRA adapters are trained, which the run leaves in adapter/.
 
     Examples:
       ultralong train tiny-cpu --set model=extended data='[{rows: rows}]' out=runs/cpt
       ultralong train runs/cpt/config.yaml --resume
+      ultralong train my.yaml --set lora.rank=8 lora.train_embeddings=true lora.train_norms=true
       torchrun --nproc-per-node 8 -m ultralong train my.yaml --set parallel.context_parallel_size=8
 
     Args:
@@ -107,13 +109,16 @@ def _tell(result: TrainResult, json: Path | None) -> None:
     import dataclasses
     import math
 
+    from ultralong.training.adapters.config import is_adapter
+
     loss = None if math.isnan(result.loss) else result.loss  # where no step was left to do
     leave(json, {**dataclasses.asdict(result), "loss": loss})
     if is_main():
+        adapter = f"ultralong merge {result.model} --out MERGED"
+        model = f"ultralong eval needle {result.model} --lengths 4096 8192"
         print(
             f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
-            f"{'none' if loss is None else f'{loss:.4f}'}. Next: ultralong eval needle {result.model} "
-            "--lengths 4096 8192"
+            f"{'none' if loss is None else f'{loss:.4f}'}. Next: {adapter if is_adapter(result.model) else model}"
         )
 
 

@@ -63,22 +63,25 @@ def verify(work: partial[Verification], *, json: Json = None) -> None:
 
 @takes(work=Group("ultralong.api.make:merge", positional=("models",)))
 def merge(work: partial[MergeReport], *, json: Json = None) -> None:
-    """Average checkpoints of one model: the last ones of a run, or a trained model and its start.
+    """Average checkpoints of one model, or merge a LoRA adapter into its base.
 
     Tensors are averaged one at a time in float32 and written in the type of the first model, whose config and tokenizer
-    go along. Another architecture, shape or tokenizer is refused.
+    go along: the last checkpoints of a run, or a trained model and its start. Another architecture, shape or tokenizer
+    is refused. An adapter's folder is merged into the model that it was trained on; name that model before it if it is
+    elsewhere now.
 
     Examples:
       ultralong merge runs/cpt/model extended --weights 0.9 0.1 --out merged
       ultralong merge runs/cpt/checkpoints/step-0000080 runs/cpt/checkpoints/step-0000100 --out merged
+      ultralong merge runs/lora/adapter --out merged
 
     Args:
         work: The function, with the checkpoints.
         json: Write the report as JSON to this file.
     """
-    report, out, models = work(), work.keywords["out"], work.keywords["models"]
+    report, out = work(), work.keywords["out"]
     leave(json, report.to_dict())
-    print("\n".join([*report.notes, f"{out}: {report.tensors:,} tensors of {len(models)} checkpoints averaged."]))
+    print("\n".join([*report.notes, str(report)]))
     print(f"Measure it like any model: ultralong eval needle {out}")
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: complete or absent, resumed bit for bit, and the plain Hugging Face folder at the end.
 
-A checkpoint is a folder `checkpoints/step-NNNNNNN`: torch's distributed checkpoint (parameters and optimizer states),
-every process's random state, and `state.json`. It is written under another name and renamed when all of it is on disk,
-so a folder of that name is always complete. The data position is the step itself (see `batches`).
+A checkpoint is a folder `checkpoints/step-NNNNNNN`: torch's distributed checkpoint (trained parameters and optimizer
+states), every process's random state, and `state.json`. It is written under another name and renamed when all of it is
+on disk, so a folder of that name is always complete. The data position is the step itself (see `batches`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ultralong.checkpoints.distributed import (
     hash_own_files,
     record_hashes,
 )
+from ultralong.training.adapters.lora import has_frozen, without_frozen
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
@@ -94,11 +95,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Complete checkpoints, oldest first, with their steps."""
-        found = []
-        for entry in (self.path / "checkpoints").glob("step-*"):
-            if match := NAME.fullmatch(entry.name):
-                found.append((int(match[1]), entry))
-        return sorted(found)
+        found = ((NAME.fullmatch(entry.name), entry) for entry in (self.path / "checkpoints").glob("step-*"))
+        return sorted((int(match[1]), entry) for match, entry in found if match)
 
     def check(self, config: TrainConfig, resume: bool) -> None:
         """Refuse a folder that `open` would refuse.
@@ -133,8 +131,8 @@ class RunFolder:
     def _check_same(self, config: TrainConfig) -> None:
         before = settings.to_mapping(settings.load(TrainConfig, self.config))
         now = settings.to_mapping(config)
-        changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
-        changed = [line for line in changed if line.split(":")[0] not in FREE_TO_CHANGE]
+        other = [key for key in now if before[key] != now[key] and key not in FREE_TO_CHANGE]
+        changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in other]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings, so it can't be resumed: {'; '.join(changed)}. "
@@ -184,7 +182,7 @@ def save(
         partial.mkdir(parents=True)
     processes.barrier()
     parameters, states = get_state_dict(model, optimizer)
-    content = {"model": parameters, "optimizer": plain_tensor_states(states)}
+    content = {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
     random, rank = _random_state(), processes.accelerator.process_index
 
     def own_files() -> None:
@@ -251,7 +249,7 @@ def _changed(path: Path, processes: Processes) -> str | None:
 def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = read_json(path / "state.json")
     parameters, states = get_state_dict(model, optimizer)
-    loaded = {"model": parameters, "optimizer": plain_tensor_states(states)}
+    loaded = {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
     reader = Reader(path)
     reader.read_metadata()  # torch would log a traceback, and a second one, before it raises
     with _without_warning():
@@ -259,22 +257,23 @@ def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.o
         dcp.load(loaded, storage_reader=reader, planner=Planner(), no_dist=alone)
     if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
         loaded["optimizer"] = states  # whose 8-bit states were loaded in place
-    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    strict = StateDictOptions(strict=not has_frozen(model))
+    both = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
+    set_state_dict(model, optimizer, **both, options=strict)
     # Resumed on another number of processes, the random state of the first serves the new ones: training itself
     # draws no numbers unless the model has dropout.
     rank = processes.accelerator.process_index
-    rank = rank if rank < state["processes"] else 0
-    _restore_random_state(load_file(path / f"random-{rank}.safetensors"))
+    _restore_random_state(load_file(path / f"random-{rank if rank < state['processes'] else 0}.safetensors"))
     return int(state["step"])
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters and buffers in full, for the main process; all processes call it.
+    """A model's parameters and buffers in full, the frozen ones left out, for the main process; all call it.
 
     A tensor with two names (a tied head) comes under its first name only, so that it is written once.
     """
     once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     found = get_model_state_dict(model, options=options)
     return {name: x.detach() for name, x in found.items() if name in once and isinstance(x, torch.Tensor)}
 

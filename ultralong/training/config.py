@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ultralong.data.rows.short_contexts import LongCEConfig
+from ultralong.training.adapters.config import LoRAConfig
 from ultralong.utils.units import Tokens
 
 # Compiled attention is transformers' own: it takes a jump of the positions for another text's start, and knows no
 # anchor. Short contexts are of other shapes, and have no anchor before them.
-CLASHES = {"compile": ("skip_positions_to", "long_ce", "anchor"), "anchor": ("long_ce", "skip_positions_to")}
+CLASHES = {"compile": ("skip_positions_to", "long_ce", "anchor", "lora"), "anchor": ("long_ce", "skip_positions_to")}
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
@@ -133,10 +134,8 @@ class ParallelConfig:
         if (most := self.max_tokens_per_rank) is not None and (most < 1 or not self.dynamic_context_parallel):
             raise ValueError(f"max_tokens_per_rank ({most}) is 1 or more, and for dynamic_context_parallel: true only.")
         if self.context_parallel_size < 1 or (degree is not None and degree < 1) or not 0 < self.timeout_minutes < 1e6:
-            raise ValueError(
-                "context_parallel_size and fsdp_shard_degree must be 1 or more and timeout_minutes above 0, "
-                f"found {self}."
-            )
+            names = "context_parallel_size and fsdp_shard_degree must be 1 or more and timeout_minutes above 0"
+            raise ValueError(f"{names}, found {self}.")
 
 
 @dataclass(frozen=True)
@@ -183,16 +182,15 @@ class MemoryConfig:
         planned = ("layer_tile", "attention_outputs_on_gpu", "attention_outputs_offloaded", "layer_inputs_offloaded")
         if not self.activation_checkpointing and any(getattr(self, name) for name in planned):
             raise ValueError(
-                f"{', '.join(planned)} say what is stored of a checkpointed layer: set "
-                f"memory.activation_checkpointing to "
-                "true (without it everything stays on the device)."
+                f"{', '.join(planned)} say what is stored of a checkpointed layer: set memory.activation_checkpointing "
+                "to true (without it everything stays on the device)."
             )
         if self.checkpoint_every > 1 and not self.layer_tile:
             raise ValueError(
                 f"memory.checkpoint_every is {self.checkpoint_every}, which needs the decoder layers with a custom "
                 "backward pass: set memory.layer_tile, to 32768 for example."
             )
-        for name in ("attention_outputs_on_gpu", "attention_outputs_offloaded", "layer_inputs_offloaded"):
+        for name in planned[1:]:
             if getattr(self, name) < -1:
                 raise ValueError(f"{name} must be -1 (all layers) or more, found {getattr(self, name)}.")
 
@@ -219,6 +217,7 @@ class TrainConfig:
         optimizer: See `OptimizerConfig`.
         parallel: See `ParallelConfig`.
         memory: See `MemoryConfig`.
+        lora: Adapters that are trained in place of the model's parameters, see `LoRAConfig`; off by default.
         loss_spike_threshold: A step whose loss is this many nats above the mean of up to 32 steps before it stops the
             run before it updates anything; 0 never does.
         trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
@@ -257,6 +256,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     loss_spike_threshold: float = 3.0
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
@@ -274,7 +274,7 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
-        on = {"compile": self.compile, "anchor": self.anchor, "long_ce": bool(self.long_ce.weight_cap)}
+        on = {"compile": self.compile, "anchor": self.anchor, "long_ce": self.long_ce.weight_cap, "lora": self.lora.on}
         on["skip_positions_to"] = self.skip_positions_to is not None
         for one, others in CLASHES.items():
             if on[one] and (clash := " and ".join(name for name in others if on[name])):

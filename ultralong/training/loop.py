@@ -21,6 +21,8 @@ from accelerate.utils import set_seed
 
 from ultralong.checkpoints.background import BackgroundSaver, background_saver
 from ultralong.training import TrainResult, checkpoint
+from ultralong.training.adapters.config import SETTINGS
+from ultralong.training.adapters.export import ADAPTER, export_adapter
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
@@ -46,7 +48,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
         answers: Refuse rows of documents, where every token is a target (SFT).
 
     Returns:
-        What was done. The trained model lies in `config.out/model`.
+        What was done. The trained model lies in `config.out/model`, trained LoRA adapters in `config.out/adapter`.
 
     Raises:
         ValueError: Settings that do not fit the rows, the model or the processes; a folder in use; a damaged
@@ -110,14 +112,21 @@ def _train_in(
     weights = checkpoint.whole_weights(model)
     if processes.is_main:
         with full_disk_named(folder.path, FREE_SOME):
-            export(model, weights, config, order, facts, folder.model)
+            write = export_adapter if config.lora.on else export
+            write(model, weights, config, order, facts, result_folder(folder, config))
     processes.barrier()
-    result = TrainResult(str(folder.model), config.steps, run.tokens, loss or math.nan, time.perf_counter() - start)
+    made, seconds = str(result_folder(folder, config)), time.perf_counter() - start
+    result = TrainResult(made, config.steps, run.tokens, loss or math.nan, seconds)
     if processes.is_main:
         write_json(folder.path / "result.json", {**facts, "model": result.model, "seconds": result.seconds})
     if config.trackers:
         processes.accelerator.end_training()
     return result
+
+
+def result_folder(folder: checkpoint.RunFolder, config: TrainConfig) -> Path:
+    """What a finished run leaves: the trained model, or the folder of its adapters."""
+    return folder.path / ADAPTER if config.lora.on else folder.model
 
 
 def _tail(config: TrainConfig) -> int:
@@ -128,7 +137,9 @@ def _tail(config: TrainConfig) -> int:
 def _result_of(folder: checkpoint.RunFolder, config: TrainConfig) -> dict[str, Any] | None:
     """What a finished run recorded: `model`, `steps`, `tokens`, `loss`. None where anything of it is missing."""
     saved, record = folder.checkpoints(), folder.path / "result.json"
-    if not saved or saved[-1][0] != config.steps or not (folder.model / "config.json").is_file():
+    place = result_folder(folder, config)
+    kept = place / (SETTINGS if config.lora.on else "config.json")
+    if not saved or saved[-1][0] != config.steps or not kept.is_file():
         return None
     try:
         found = read_json(record) if record.is_file() else None
@@ -136,12 +147,13 @@ def _result_of(folder: checkpoint.RunFolder, config: TrainConfig) -> dict[str, A
         return None  # it is written anew from the last checkpoint
     if not isinstance(found, dict) or found.get("steps") != config.steps or "tokens" not in found:
         return None
-    return {"loss": None, **found, "model": str(folder.model)}
+    return {"loss": None, **found, "model": str(place)}
 
 
 def _say_finished(folder: checkpoint.RunFolder, config: TrainConfig) -> None:
     print(
-        f"note: {folder.path} is finished: its {config.steps:,} steps are done and the model is in {folder.model}. "
+        f"note: {folder.path} is finished: its {config.steps:,} steps are done and the "
+        f"{'adapter' if config.lora.on else 'model'} is in {result_folder(folder, config)}. "
         "Nothing was left to resume; to train on, start another run from that model.",
         file=sys.stderr,
     )

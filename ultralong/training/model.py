@@ -23,6 +23,7 @@ from ultralong.checkpoints.model_card import trained_card
 from ultralong.checkpoints.write import save_weights, write_checkpoint
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.row_checks import anchor_token
+from ultralong.training.adapters.lora import add_adapters
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
 from ultralong.utils.extras import require
@@ -33,7 +34,7 @@ SMALLEST = 4096  # torchao leaves a shard of fewer elements in the parameter's o
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:
-    """The model to train: our attention, caching off; float32, or the checkpoint's type where it is to be sharded.
+    """The model to train, its LoRA adapters included; float32, or the checkpoint's type where it is to be sharded.
 
     Raises:
         ValueError: There is no loadable causal language model at `config.model`.
@@ -47,7 +48,7 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=attention)
     except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(f"No model could be loaded from {config.model!r}: {one_line(error)}") from error
-    return model.train()
+    return add_adapters(model, config.lora, config.model).train() if config.lora.on else model.train()
 
 
 def head_counts(model: PreTrainedModel) -> tuple[int, int]:
@@ -176,7 +177,7 @@ def export(
     source = locate(config.model)
     dtype = weights_dtype(source) or torch.float32
     state = {name: tensor.to("cpu", dtype) for name, tensor in weights.items()}
-    section = _training_section(config, order, facts)
+    section = training_section(config, order, facts)
 
     def card(folder: Path) -> str:
         before = source / CARD
@@ -233,8 +234,8 @@ def _long_ce_line(config: TrainConfig) -> list[str]:
     ]
 
 
-def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:
-    """What was done to the model, as a section of its card."""
+def training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any]) -> str:
+    """What was done to the model, as a section of its card; `facts` as for `export`."""
     lengths = sorted({rows.length for rows in order.folders})
     masked = {rows.mask_documents for rows in order.folders}
     loss = "not known" if facts["loss"] is None else f"{facts['loss']:.4f} nats per target"
@@ -248,6 +249,7 @@ def _training_section(config: TrainConfig, order: RowOrder, facts: dict[str, Any
         f"{f', positions skipped up to {config.skip_positions_to:,} (PoSE)' if config.skip_positions_to else ''}",
         *(["- one first token of each row is shared by its documents (anchor)"] if config.anchor else []),
         *_long_ce_line(config),
+        *([f"- LoRA: {config.lora}, all other weights frozen"] if config.lora.on else []),
         f"- AdamW, learning rate {optimizer.lr:g} ({optimizer.schedule}, {optimizer.warmup_steps} warm-up steps), "
         f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping at {optimizer.clip_norm:g}",
         f"- loss over the last tenth of the steps: {loss}",

@@ -88,8 +88,8 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
     """Shard a model's parameters over the processes of the mesh (FSDP2), layer by layer, in float32.
 
     Each layer's parameters are gathered in the run's type when its turn comes, so activations have that type as well;
-    gradients are summed in float32. torch's own FSDP2 is used: accelerate's refuses to run on CPUs, where this is
-    proved.
+    gradients are summed in float32. Frozen parameters are held in the run's type: no update would be lost in it.
+    torch's own FSDP2 is used: accelerate's refuses to run on CPUs, where this is proved.
 
     Args:
         loss: The model with its loss, whole on every process; changed in place.
@@ -102,10 +102,22 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
     assert processes.mesh is not None
     mesh = processes.mesh["shard"] if processes.mesh.size(0) == 1 else processes.mesh
     for module in layers:
-        fully_shard(
-            module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard_after_forward
-        )
-    fully_shard(loss.float(), mesh=mesh, mp_policy=policy)
+        again = config.parallel.reshard_after_forward
+        fully_shard(_masters(module, dtype), mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    fully_shard(_masters(loss, dtype), mesh=mesh, mp_policy=policy)
+
+
+def _masters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A module in float32, its frozen parameters in `dtype`."""
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    if not frozen:
+        return module.float()
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):  # of a layer that is sharded already
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+    return module
 
 
 @contextmanager

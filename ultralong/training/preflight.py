@@ -20,6 +20,7 @@ from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows, check_skipping, longest_position
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
+from ultralong.training.adapters.lora import check_lora
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory import check_tiled_layers
@@ -84,6 +85,8 @@ class Preflight:
             self._check("LongCE", lambda: (check_long_ce(folders, self.config.long_ce), None))
         if folders and model is not None and self.config.anchor:
             self._check("anchor", lambda: (check_anchor(model.get_text_config(), folders), None))
+        if model is not None and self.config.lora.on:
+            self._check("LoRA", lambda: (check_lora(model, self.config, not self.planned), None))
         if folders and model is not None:
             self._check("window", lambda: _window(model, folders, self.config))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
