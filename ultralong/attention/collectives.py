@@ -5,7 +5,9 @@ Legend: P ranks. Every function is called by all ranks of the group in the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +23,77 @@ DIRECT_RANKS = 8  # as many GPUs as hosts have: every pair of them has a link
 BLOCK = torch.complex128  # torch's widest type: 16 bytes, copied bit by bit
 # The name changed in torch 2.13; the older one warns there and is the only one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class WaitClock:
+    """Adds up how long a process waits in collectives: for the other ranks, and for the transfer itself.
+
+    On a GPU a pair of events of the current stream surrounds each, which nobody waits for; elsewhere the host's clock.
+
+    Attributes:
+        standing: The collective in which the host stands now; empty where in none.
+        ended: Collectives that the host has left.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.standing, self.ended = "", 0
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        """This moment: seconds, or an event of the current stream."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add_since(self, start: Any) -> None:
+        """Count the time from a moment until now as waiting."""
+        if self._cuda:
+            self._events.append((start, self.now()))
+        else:
+            self._seconds += time.perf_counter() - start
+
+    def reached(self) -> tuple[int, str, int]:
+        """Changes whenever the host, or on a GPU its stream, gets past a collective; any thread may ask."""
+        return self.ended, self.standing, sum(end.query() for _, end in list(self._events))
+
+    def take(self) -> float:
+        """Seconds of waiting since the last call. What a GPU has not reached yet counts for the next one."""
+        past = [pair for pair in self._events if pair[1].query()]
+        self._events = [pair for pair in self._events if pair not in past]
+        seconds = self._seconds + sum(start.elapsed_time(end) for start, end in past) / 1000
+        self._seconds = 0.0
+        return seconds
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For a while, count what this process waits in all collectives of the library."""
+        _clocks.append(self)
+        try:
+            yield
+        finally:
+            _clocks.remove(self)
+
+
+_clocks: list[WaitClock] = []  # no context variable: the backward pass on a GPU has a thread of its own
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Count the time inside as waiting in a collective, where a clock runs."""
+    if not _clocks:
+        yield
+        return
+    clock = _clocks[-1]
+    clock.standing, start = what, clock.now()
+    try:
+        yield
+    finally:
+        clock.add_since(start)
+        clock.standing, clock.ended = "", clock.ended + 1
 
 
 class PeerLost(RuntimeError):
@@ -49,8 +122,9 @@ class Pending:
     def wait(self) -> Tensor:
         """The result, once it is there (on a GPU: ordered before later work of the current stream)."""
         try:
-            for handle in self.handles:
-                handle.wait()
+            with waiting(self.what):
+                for handle in self.handles:
+                    handle.wait()
         except RuntimeError as error:
             raise _lost(self.what, self.group, error) from error
         self.handles, self.keep = [], ()

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralong.attention.collectives import Group
+from ultralong.attention.collectives import Group, waiting
 from ultralong.attention.kernels import Kernel, attention_backward, attention_forward, backward_accumulate
 from ultralong.attention.lse_merge import accumulation_dtype, add_sink, merge_into_rounded, sink_gradient
 from ultralong.attention.protocol import AttentionOutputStore, OutLse
@@ -181,7 +181,8 @@ class Anchored(Scheme):
             grads[0, :, index] += _to_kv_heads((d_score * query).sum(1), k.shape[2])
             grads[1, :, index] += _to_kv_heads((weight.unsqueeze(-1) * gradient).sum(1), k.shape[2])
         for group in self.groups:
-            dist.all_reduce(grads, group=group)
+            with waiting("sum of the anchors' gradients"):
+                dist.all_reduce(grads, group=group)
         for index, anchor in enumerate(self.anchors):
             if anchor.own is not None:
                 dk[:, anchor.own] += grads[0, :, index].to(dk.dtype)
@@ -195,7 +196,8 @@ class Anchored(Scheme):
             if anchor.own is not None:
                 found[0, :, index], found[1, :, index] = k[:, anchor.own], v[:, anchor.own]
         for group in self.groups:
-            dist.all_reduce(found, group=group)
+            with waiting("keys and values of the anchors"):
+                dist.all_reduce(found, group=group)
         return found
 
     def _pieces(self) -> Iterator[tuple[int, slice]]:

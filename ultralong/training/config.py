@@ -109,7 +109,7 @@ class ParallelConfig:
         kernel: Attention kernel; auto takes the fastest that is present and right for the shape.
         head_chunks: Chunks of heads that the scheme works through one after another: more make its buffers smaller and
             cost a little; None is one.
-        timeout_minutes: A rank that waits longer than this for the others stops the run with a message.
+        timeout_minutes: A run of several ranks without progress for this long ends, and says what each waits for.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -220,7 +220,7 @@ class TrainConfig:
         lora: Adapters that are trained in place of the model's parameters, see `LoRAConfig`; off by default.
         loss_spike_threshold: A step whose loss is this many nats above the mean of up to 32 steps before it stops the
             run before it updates anything; 0 never does.
-        trackers: accelerate's trackers to report to besides `log.jsonl`, such as tensorboard or wandb.
+        trackers: Get the log's numbers too: accelerate's, such as wandb; prometheus writes `metrics.prom`.
         position_buckets: The log has the loss of this many equal stretches of the row, which shows a loss that
             falls only near its start.
         skip_positions_to: Skipped positions (PoSE, arXiv 2309.10400): each row is cut in two, and its second chunk

@@ -26,9 +26,11 @@ from ultralong.training.adapters.export import ADAPTER, export_adapter
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
-from ultralong.training.parallel import Processes, connect
+from ultralong.training.parallel import SPARE, Processes, connect
 from ultralong.training.preflight import check_start
-from ultralong.training.step import RECENT, Run, build_run, reserve_host_memory, training_step
+from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
+from ultralong.training.watch.loss_spikes import RECENT
+from ultralong.training.watch.trackers import scalars
 from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
 from ultralong.utils.processes import stop_asked
 from ultralong.utils.progress import progress
@@ -105,7 +107,8 @@ def _train_in(
         read = first * config.global_batch_size * order.length  # where the log was removed
         run.tokens = log[-1].get("tokens", read) if log else read
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    with stop_asked() as came, background_saver(config.async_checkpoints, timeout) as background:
+    watched = run.watch.over(folder.path, timeout.total_seconds())
+    with stop_asked() as came, background_saver(config.async_checkpoints, timeout + SPARE) as background, watched:
         _steps(run, first, quiet, came, background)
     loss = sum(run.losses) / len(run.losses) if run.losses else None
     facts = {"steps": config.steps, "tokens": run.tokens, "loss": loss}
@@ -221,6 +224,7 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
             bar.update()
             stop = _asked(run, came, background)
             if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+                run.watch.position.at("saving a checkpoint")
                 _save(run, step + 1, background, wait=bool(stop) or step + 1 == config.steps)
                 saved = step + 1
                 stop = stop or _asked(run, came, background)  # one that came while this was saved needs no other step
@@ -251,14 +255,15 @@ def _logged_step(run: Run, step: int) -> dict[str, Any]:
     record["seconds"] = round(time.perf_counter() - begin, 4)
     tokens = record.pop("step_tokens")
     run.tokens += tokens
+    record |= run.watch.report(step + 1, record["seconds"])
     record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
     if step >= _tail(config):
         run.losses.append(record["loss"])
+    logged = {"tokens": run.tokens, **record}
     if run.processes.is_main:
-        append_jsonl(run.folder.log, {"step": step + 1, "tokens": run.tokens, **record})
+        append_jsonl(run.folder.log, {"step": step + 1, **logged})
     if config.trackers:
-        numbers = {key: value for key, value in record.items() if isinstance(value, float | int)}
-        run.processes.accelerator.log(numbers, step=step + 1)
+        run.processes.accelerator.log(scalars(logged), step=step + 1)
     return record
 
 

@@ -19,8 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ultralong.attention.collectives import waiting
 from ultralong.training.config import TrainConfig
+from ultralong.training.watch.trackers import make_trackers
 from ultralong.utils.local_ranks import nccl_options
+
+SPARE = timedelta(minutes=1)  # that collectives wait longer than a hang takes to be found, so that its record is whole
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Processes:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes."""
         if self.accelerator.num_processes > 1:
-            dist.all_reduce(values)
+            with waiting("sum over all processes"):
+                dist.all_reduce(values)
         return values
 
     def largest(self, *values: float) -> list[float]:
@@ -67,7 +72,8 @@ class Processes:
         if self.accelerator.num_processes == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        with waiting("largest over all processes"):
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         return [float(value) for value in found]
 
     def backward(self, loss: Tensor, model: nn.Module, last: bool) -> None:
@@ -198,11 +204,11 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
         ValueError: The number of processes does not fit `parallel.context_parallel_size` or `global_batch_size`.
     """
     mine = not dist.is_initialized()
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes) + SPARE
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
-        log_with=list(config.trackers) or None,
+        log_with=make_trackers(config.trackers, config.out) or None,
         project_dir=config.out,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timeout),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
 from ultralong.attention.kernels import KERNELS, get_kernel
@@ -26,6 +26,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.memory import check_tiled_layers
 from ultralong.training.model import adamw_8bit, check_anchor, check_full_attention
 from ultralong.training.parallel import process_problem
+from ultralong.training.watch.trackers import check_trackers
 from ultralong.utils.files import is_locked
 from ultralong.utils.hub import find_checkpoint, load_tokenizer
 
@@ -206,14 +207,9 @@ class Preflight:
         return f"{ranks} process{'es' * (ranks > 1)} a row, scheme {scheme}: {reason}", None
 
     def _packages(self) -> tuple[str, None]:
-        names = [name for name in self.config.trackers if name != "all"]
-        if unknown := [name for name in names if name not in LOGGER_TYPE_TO_CLASS]:
-            raise ValueError(f"trackers: {unknown[0]!r} is none of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        check_trackers(self.config.trackers, None if self.planned else get_available_trackers())
         if self.planned:  # on another machine than the run's, perhaps
             return "known", None
-        installed = [str(name) for name in get_available_trackers()]
-        if missing := [name for name in names if name not in installed]:
-            raise ValueError(f"trackers: {missing[0]} is not installed. Install it, or leave it out of trackers.")
         if self.config.optimizer.state_precision == "8bit":
             adamw_8bit()
         return "installed", None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ultralong.attention import make_attention_context
+from ultralong.attention.collectives import waiting
 from ultralong.data.rows.row_checks import anchor_token
 from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
 from ultralong.rope.tables import text_lengths
@@ -31,9 +32,10 @@ from ultralong.training.memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
 from ultralong.training.throughput import Throughput, query_key_pairs
+from ultralong.training.watch.loss_spikes import RECENT, check_loss, stop_run
+from ultralong.training.watch.ranks import RankWatch
 
 SHORT_TOKENS = 16384  # of short contexts that are read in one pass, where a share of a row is as long
-RECENT, FEWEST = 32, 8  # steps that a loss spike is measured against, and how few of them are too few
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Run:
     heads: tuple[int, int]
     memory: ActivationMemory
     throughput: Throughput
+    watch: RankWatch
     tokens: int = 0  # of all steps so far
     losses: list[float] = field(default_factory=list)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -78,7 +81,18 @@ def build_run(
         optimizer = make_optimizer(loss, config.optimizer)
     if config.trackers:
         processes.accelerator.init_trackers("ultralong")
-    return Run(config, processes, folder, order, loss, optimizer, head_counts(model), memory, throughput)
+    return Run(
+        config,
+        processes,
+        folder,
+        order,
+        loss,
+        optimizer,
+        head_counts(model),
+        memory,
+        throughput,
+        RankWatch(processes, loss),
+    )
 
 
 def reserve_host_memory(run: Run) -> None:
@@ -107,7 +121,9 @@ def _step_batches(run: Run, step: int) -> tuple[list[Batch], int]:
 def training_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns what the log keeps of it."""
     config, processes = run.config, run.processes
+    run.watch.begin(step + 1)
     batches, tokens = _step_batches(run, step)
+    run.watch.position.at("counting targets")
     targets = torch.tensor(
         float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
     )
@@ -125,17 +141,20 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
     weighted = sums.new_zeros(())
     shared: list[int] = []  # for each of this group's rows by how many processes
     for number, batch in enumerate(batches):
+        run.watch.position.at(f"pass {number + 1} of {len(batches)}")
         total, losses, bucket, counted = _forward(run, batch, shared)
         processes.backward(total * scale, run.model, last=number == len(batches) - 1)
         weighted += total.detach()
         sums[0].scatter_add_(0, bucket, losses)
         sums[1].scatter_add_(0, bucket, counted)
+    run.watch.gradients.ended()
     sums = processes.all_reduce_sum(sums)
     loss = float(sums[0].sum() / sums[1].sum().clamp(min=1))
-    _check_loss(run, step, loss, batches)
+    check_loss(run, step, loss, batches)
+    run.watch.position.at("update")
     norm = _update(run, step)
     if not math.isfinite(norm):
-        _stop(run, step, f"the gradient's norm is {norm}", batches)
+        stop_run(run, step, f"the gradient's norm is {norm}", batches)
     run.recent.append(loss)
     by_position = (sums[0] / sums[1]).tolist()
     long_ce = (
@@ -237,7 +256,8 @@ def _short_losses(run: Run, batch: Batch) -> Tensor:
             found[0, context.row, context.first : context.end] = losses[context.first - context.start :]
             found[1, context.row, context.first : context.end] = 1
     if processes.context_parallel_group is not None:
-        dist.all_reduce(found, group=processes.context_parallel_group)
+        with waiting("losses with short contexts"):
+            dist.all_reduce(found, group=processes.context_parallel_group)
     return found[0].masked_fill_(found[1] == 0, np.nan)
 
 
@@ -267,28 +287,3 @@ def _update(run: Run, step: int) -> float:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return value
-
-
-def _check_loss(run: Run, step: int, loss: float, batches: list[Batch]) -> None:
-    """Stop before the update if the loss is no number, or far above the steps before."""
-    if not math.isfinite(loss):
-        _stop(run, step, f"the loss is {loss}", batches)
-    jump = run.config.loss_spike_threshold
-    if jump and len(run.recent) >= FEWEST and loss > (usual := sum(run.recent) / len(run.recent)) + jump:
-        _stop(
-            run,
-            step,
-            f"the loss is {loss:.3f}, {loss - usual:.3f} above the mean of the {len(run.recent)} steps "
-            f"before (loss_spike_threshold is {jump})",
-            batches,
-        )
-
-
-def _stop(run: Run, step: int, what: str, batches: list[Batch]) -> NoReturn:
-    rows = "; ".join(run.order.describe(place) for batch in batches for place in batch.places[:4])
-    saved = run.folder.checkpoints()
-    last = f"The last good checkpoint is {saved[-1][1]}." if saved else "There is no checkpoint yet."
-    raise FloatingPointError(
-        f"Step {step + 1}: {what}. No update was made. Rows on this process: {rows}. {last} Lower the learning rate, "
-        "or look at those rows."
-    )
