@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 gc.disable()  # until everything is imported and collected: what is made till then stays
 
@@ -126,6 +126,16 @@ def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
             return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
 
     return make
+
+
+@pytest.fixture
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A program like `sys.executable` in which everything is imported: modules and `-c` start at once."""
+    from command_server import served
+
+    folder = tmp_path_factory.mktemp("bin")
+    with served(folder):
+        yield str(folder / "python")
 
 
 @pytest.fixture

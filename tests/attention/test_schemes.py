@@ -214,7 +214,7 @@ def two_levels(rank, world, shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 2), pytest.param((2, 4), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.soak)]
+    "shape", [(2, 2), pytest.param((2, 4), marks=pytest.mark.soak), pytest.param((4, 2), marks=pytest.mark.soak)]
 )
 def test_two_levels_equal_one_process(shape):
     assert max(run_ranks(two_levels, shape[0] * shape[1], shape)) <= 1e-12
@@ -309,7 +309,7 @@ def models(rank, world, families):
     }
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
 def test_whole_models_have_the_loss_and_gradients_of_one_process(world):
     """Llama, Qwen2, Qwen3 and Mistral (sliding window), unmodified, at a length that divides by nothing."""
     found = run_ranks(models, world, ("Llama", "Qwen2", "Qwen3", "Mistral"))[0]

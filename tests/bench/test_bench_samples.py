@@ -1,13 +1,17 @@
 """The samples bench: one row a test and length, filled as the issue asks, and a reason where none can be made."""
 
+from multiprocessing import get_context
+
 from test_env import ROOT
 
 from ultralong import cli
+from ultralong.bench import samples
 from ultralong.evaluation.tasks.samples import GENERATED, make_samples
 from ultralong.utils.files import read_json
 
 
-def test_rows_say_what_was_made(tiny_tokenizer, tmp_path):
+def test_rows_say_what_was_made(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "get_context", lambda _: get_context("fork"))  # a new interpreter takes seconds
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     words = ["--tasks", "infinitebench_passkey", "ruler_qa_hotpot", "--lengths", "4096", "2k", "--json"]
     cli.main(["bench", "samples", str(tmp_path / "tokenizer"), *words, str(tmp_path / "out.json")])

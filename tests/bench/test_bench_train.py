@@ -1,15 +1,19 @@
 """`ultralong bench train`: a measured row beside its plan, what its kernels took, and the README's table of rows."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from ultralong import __version__
 from ultralong.bench.tables import training_table
+from ultralong.bench.training import measure as measuring
 from ultralong.bench.training.measure import TrainingCase, by_kind, measure
 from ultralong.cli.bench import _line
 from ultralong.training.config import MemoryConfig
 
 
-def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model):
+def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, python, monkeypatch):
+    monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
     model = make_tiny_model()
     model.save_pretrained(tmp_path / "tiny")
     case = TrainingCase(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from forked import forked_agents
 
 from ultralong import cli, miniature
 from ultralong.bench.sft.measure import found
@@ -103,7 +104,8 @@ def test_the_measurement_from_recipes_to_its_table(settings, tmp_path, capsys):
     assert facts["licenses"] == {"talks": "MIT"}
     assert not list(rows.rglob("tokens-*")), "the token store travels for nothing"
     command = ["bench", "sft", *common, "--rows", str(rows), "--out", str(out), "--json", str(tmp_path / "sft.json")]
-    cli.main(command)
+    with forked_agents():
+        cli.main(command)
     said, result = capsys.readouterr().out, read_json(tmp_path / "sft.json")
     assert "after SFT" in said
     assert result["answer_loss"]["base"]["targets"] == PackedRows(rows / "answers").manifest["target_tokens"]

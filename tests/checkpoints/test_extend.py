@@ -537,7 +537,7 @@ def extended_in_a_process(folder, out, in_kernel, answers) -> None:
 
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_memory_does_not_grow_with_the_weights(tmp_path, llama, in_kernel):
-    size = 400 << 20
+    size = 160 << 20
     header = json.dumps({"big": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
     with open(llama / "model.safetensors", "wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)

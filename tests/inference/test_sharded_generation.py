@@ -63,9 +63,18 @@ def read(rank, world, kind, cases):
 CASES = ((1, 4, 1), (3, 64, 1), (37, 8, 1), (101, 16, 2), (101, 1000, 1), (130, 33, 1), (50, 7, 1))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_processes_equals_one(kind, world):
+@pytest.mark.parametrize(
+    ("world", "kind"),
+    [
+        (1, "llama"),
+        (1, "qwen3"),
+        (2, "llama"),
+        (2, "qwen3"),
+        (4, "llama"),
+        pytest.param(4, "qwen3", marks=pytest.mark.soak),
+    ],
+)
+def test_any_number_of_processes_equals_one(world, kind):
     plain = make_model(kind, "sdpa")
     ranks = run_ranks(read, world, kind, CASES)
     for index, (length, chunk, rows) in enumerate(CASES):
@@ -95,7 +104,7 @@ def reread(rank, world):
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
 def test_a_beginning_that_is_the_same_is_kept(world):
     model, whole = make_model("llama", "sdpa"), prompts(1, 120, 1)
     found = run_ranks(reread, world)[0]

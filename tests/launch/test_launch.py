@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from tiny_run import make_run
 
 from ultralong import __version__
 from ultralong.launch import SCHEDULERS, check, launch
+from ultralong.launch import rehearse as rehearsal
 from ultralong.launch.rehearse import _Stage, rehearse
 from ultralong.launch.render import run_name
 from ultralong.launch.sample import sample_run
@@ -340,19 +342,20 @@ def test_a_full_disk_is_found(tmp_path, run, monkeypatch):
     assert (good, "Free some" in text) == (False, True)
 
 
-def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run):
+def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run, python):
     launch(run, 1, 2, "torchrun", tmp_path / "scripts")
-    facts = {"PYTHON": sys.executable, "WORKDIR": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True, check=False
-    )
+    facts = {"PYTHON": python, "WORKDIR": str(tmp_path), "PATH": os.environ["PATH"]}
+
+    def dry_run() -> subprocess.CompletedProcess[str]:
+        words = [tmp_path / "scripts" / "run.sh", "--dry-run"]
+        return subprocess.run(words, env=facts, capture_output=True, text=True, check=False)
+
+    done = dry_run()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok   ") == 11
     assert not (tmp_path / "run").exists()
     shutil.rmtree(tmp_path / "rows")
-    done = subprocess.run(
-        [tmp_path / "scripts" / "run.sh", "--dry-run"], env=facts, capture_output=True, text=True, check=False
-    )
+    done = dry_run()
     assert (done.returncode, "WRONG rows" in done.stdout) == (1, True)
 
 
@@ -501,14 +504,15 @@ def wait_for(condition, seconds: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.soak)])
-def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_tokenizer, lost):
+def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_tokenizer, lost, python, monkeypatch):
+    monkeypatch.setattr(rehearsal, "sys", SimpleNamespace(executable=python))
     run = make_run(
-        tmp_path, tiny_model, tiny_tokenizer, steps=200, save_every=20, parallel=ParallelConfig(context_parallel_size=2)
+        tmp_path, tiny_model, tiny_tokenizer, steps=120, save_every=20, parallel=ParallelConfig(context_parallel_size=2)
     )
     found = rehearse(run, tmp_path, lose=lost, at_step=24, timeout=360)
     assert [record["step"] for record in found.after] == list(range(1, run.steps + 1))
-    assert 20 <= found.saved < 200, "a host was to be lost in the middle"
-    assert 0 <= found.repeated < 200
+    assert 20 <= found.saved < 120, "a host was to be lost in the middle"
+    assert 0 <= found.repeated < 120
     # The steps that were computed again gave the same losses, to the last bit.
     assert [record["loss"] for record in found.before] == [r["loss"] for r in found.after[: len(found.before)]]
     assert [(event.host, event.what) for event in found.events][:4] == [

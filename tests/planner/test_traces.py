@@ -317,8 +317,16 @@ def whole_step(rank: int, world: int, scheme: str, settings: StepSettings, store
     return [min(each) for each in zip(*peaks)]
 
 
-@pytest.mark.parametrize(("layer_tile", "stored"), [(0, 0), (256, 0), (256, 3)], ids=["layers", "tiles", "stored"])
-@pytest.mark.parametrize(("scheme", "world"), [("auto", 1), ("ulysses", 2), ("gathered", 2), ("ring", 2)])
+STEPS = {"layers": (0, 0), "tiles": (256, 0), "stored": (256, 3)}  # the layers' tile, and stored attention outputs
+TOGETHER = [
+    pytest.param(scheme, world, *STEPS[step], id=f"{scheme}-{world}-{step}", marks=[pytest.mark.soak] * again)
+    for scheme, world in (("auto", 1), ("ulysses", 2), ("gathered", 2), ("ring", 2))
+    for step in STEPS
+    for again in [scheme in ("gathered", "ring") and step != "stored"]
+]
+
+
+@pytest.mark.parametrize(("scheme", "world", "layer_tile", "stored"), TOGETHER)
 def test_layers_and_attention_together_are_a_step(scheme, world, layer_tile, stored):
     settings = StepSettings(activation_checkpointing=True, loss_tile=16, layer_tile=layer_tile, sharded=True)
     layers = traced(TINY.to_json_string(use_diff=False), 2048 // world, settings, TINY.num_hidden_layers)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from forked import forked_command
+from forked import forked_agents, forked_command
 from tiny_run import make_run
 
 from ultralong import miniature
@@ -99,7 +99,8 @@ def test_a_run_of_several_processes_says_its_error_once(tmp_path, tiny_model, ti
     settings.save(config, tmp_path / "run.yaml")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if how == "--processes":
-        done = run("train", "run.yaml", "--processes", 2, "--quiet", cwd=tmp_path, env=environment)
+        with forked_agents():
+            done = forked_command("train", "run.yaml", "--processes", 2, "--quiet", cwd=tmp_path, env=environment)
     else:
         words = [
             "torch.distributed.run",

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 from command_server import served
+from forked import forked_agents, forked_planner
 from test_env import EXTRAS, ROOT, tracked
 
 from ultralong.bench.tables import TABLES, filled
@@ -188,9 +189,9 @@ def test_the_blocks_run_in_order_on_the_miniature(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    with served(programs):
+    with forked_agents(), forked_planner(), served(programs):
         for command in (
-            [sys.executable, "-c", python], *(["bash", "-euo", "pipefail", "-c", block] for block in blocks)
+            [str(programs / "python"), "-c", python], *(["bash", "-euo", "pipefail", "-c", block] for block in blocks)
         ):  # fmt: skip
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"

@@ -11,13 +11,17 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
 
 import torch
 
 from ultralong import cli
+from ultralong.launch import agent, local
+from ultralong.planner.traces import child
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
 from ultralong.utils.local_ranks import run_ranks
@@ -38,6 +42,104 @@ def _rank(rank: int, world: int, config: TrainConfig, resume: bool) -> None:
     train(config, resume=resume, quiet=True)
 
 
+@contextmanager
+def forked_agents() -> Iterator[None]:
+    """While this is open, `launch_local` forks its agent, which imports nothing then, as it forks its ranks."""
+    real = local.subprocess
+    local.subprocess = SimpleNamespace(**vars(real) | {"Popen": ForkedAgent})
+    try:
+        yield
+    finally:
+        local.subprocess = real
+
+
+class ForkedAgent:
+    """What `launch_local` uses of a `subprocess.Popen`."""
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], start_new_session: bool, stdout: int) -> None:
+        assert tuple(words[:3]) == (sys.executable, "-m", "ultralong.launch.agent")
+        assert (start_new_session, stdout) == (True, subprocess.DEVNULL)
+        self._process = multiprocessing.get_context("fork").Process(target=self._main, args=(words[3:], env))
+        self._process.start()
+
+    @staticmethod
+    def _main(words: list[str], env: Mapping[str, str]) -> None:
+        os.setsid()
+        streams = [os.open(os.devnull, os.O_RDWR), os.open(os.devnull, os.O_WRONLY), os.dup(2)]
+        run_and_exit(lambda: agent.main(words), None, env, streams)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("the agent", timeout or 0.0)
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+@contextmanager
+def forked_planner() -> Iterator[None]:
+    """While this is open, the planner's other process is forked."""
+    real = child.start
+    child.start = _start_planner
+    try:
+        yield
+    finally:
+        child.stop()
+        child.start = real
+
+
+def _start_planner() -> Any:
+    if not child._running or child._running[0].poll() is not None:
+        child._running[:] = [ForkedPlanner()]
+    return child._running[0]
+
+
+class ForkedPlanner:
+    """What `ultralong.planner.traces.child` uses of a `subprocess.Popen`."""
+
+    def __init__(self) -> None:
+        asked, self.stdin = self._pipe()
+        answered = self._pipe()
+        self.stdout = answered[0]
+        ours = (self.stdin, self.stdout)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=self._serve, args=(asked, answered[1], ours), daemon=True
+        )
+        self._process.start()
+        asked.close()
+        answered[1].close()
+
+    @staticmethod
+    def _pipe() -> tuple[IO[str], IO[str]]:
+        reader, writer = os.pipe()
+        return os.fdopen(reader, "r"), os.fdopen(writer, "w")
+
+    @staticmethod
+    def _serve(asked: IO[str], answers: IO[str], ours: tuple[IO[str], ...]) -> None:
+        for stream in ours:  # the questions end when the last one who can write them has closed them
+            stream.close()
+        os.dup2(asked.fileno(), 0)
+        os.dup2(answers.fileno(), 1)
+        sys.stdin = os.fdopen(0, closefd=False)
+        child.main()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
 def forked_command(
     *words: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -52,11 +154,14 @@ def forked_command(
 
 def _main(words: list[str], cwd: Path | None, env: Mapping[str, str] | None, out: Path, err: Path) -> None:
     streams = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in (out, err)]
-    run_and_exit(words, cwd, env, [os.open(os.devnull, os.O_RDONLY), *streams])
+    run_and_exit(lambda: cli.main(words), cwd, env, [os.open(os.devnull, os.O_RDONLY), *streams])
 
 
-def run_and_exit(words: list[str], cwd: Path | None, env: Mapping[str, str] | None, streams: Sequence[int]) -> NoReturn:
-    """Become the command `ultralong WORDS`, in a process that was forked; its streams are these descriptors."""
+def run_and_exit(
+    work: Callable[[], int | None], cwd: Path | None, env: Mapping[str, str] | None, streams: Sequence[int]
+) -> NoReturn:
+    """Do the work in a process that was forked, with these descriptors as its streams, and end as a program does."""
+    multiprocessing.current_process()._config["daemon"] = False  # a program may start processes
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
@@ -70,7 +175,7 @@ def run_and_exit(words: list[str], cwd: Path | None, env: Mapping[str, str] | No
     torch.set_num_threads(1)
     code = 0
     try:
-        cli.main(words)
+        code = work() or 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:  # noqa: BLE001 - what the interpreter would print

@@ -72,8 +72,12 @@ def assert_same_curves(a, b, steps):
     assert curve(a, "grad_norm") == pytest.approx(curve(b, "grad_norm"), rel=5e-4)
 
 
+SPLITS = [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4), (4, 2, 2)]  # processes, context parallel, sharded
+
+
 @pytest.mark.parametrize(
-    "split", [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4), (4, 2, 2)], ids=lambda split: "-".join(map(str, split))
+    "split",
+    [pytest.param(split, id="-".join(map(str, split)), marks=[pytest.mark.soak] * (split[0] > 2)) for split in SPLITS],
 )
 def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_path, trained, split):  # noqa: F811
     """Sequence-parallel 1, 2, 4 and FSDP2 over 1, 2, 4 processes, replicated too: one curve of losses and norms."""
@@ -101,13 +105,15 @@ def test_what_is_kept_moved_or_recomputed_changes_nothing(config, made, tmp_path
         assert_same_curves(planned, plain, config.steps)
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path):  # noqa: F811
-    """Saved by one process, loaded by two that share the row and the parameters, then by four."""
+@pytest.mark.parametrize("then", [(2, 1), pytest.param((4, 2), marks=pytest.mark.soak)])
+def test_a_checkpoint_goes_on_on_another_mesh(config, tmp_path, then):  # noqa: F811
+    """Saved by one process, loaded by two that share the row and the parameters, then by others."""
+    processes, sequence = then
     whole = replace(config, out=str(tmp_path / "whole"), steps=9, keep=9)
     train(whole, quiet=True)
     meshes = (
         (3, 2, ParallelConfig(context_parallel_size=2, fsdp_shard_degree=2)),
-        (6, 4, ParallelConfig(context_parallel_size=2, fsdp_shard_degree=4)),
+        (6, processes, ParallelConfig(context_parallel_size=sequence, fsdp_shard_degree=processes)),
     )
     before = whole
     for step, processes, parallel in meshes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import train_over
+from forked import forked_agents, train_over
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,7 +112,9 @@ def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsy
     train(one, quiet=True)
     config = replace(config, parallel=ParallelConfig(context_parallel_size=2))
     settings.save(config, tmp_path / "run.yaml")
-    main(["train", str(tmp_path / "run.yaml"), "--processes", "2", "--quiet", "--json", str(tmp_path / "numbers.json")])
+    words = ["train", f"{tmp_path}/run.yaml", "--processes", "2", "--quiet", "--json", f"{tmp_path}/numbers.json"]
+    with forked_agents():
+        main(words)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert (numbers["steps"], numbers["tokens"], numbers["model"]) == (6, 6 * 2 * 128, f"{config.out}/model")
     assert capsys.readouterr().out == (
