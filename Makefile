@@ -41,7 +41,7 @@ else \
 fi
 endef
 
-.PHONY: help setup demo test soak papermill notebooks site readers lint flash flash4 clean distclean
+.PHONY: help setup demo test soak papermill browser playwright notebooks site readers lint flash flash4 clean distclean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,13 +73,21 @@ demo: setup  ## Run the whole recipe in miniature; the result is runs/demo/repor
 	"$(BIN)/ultralong" demo $(ARGS)
 
 test: setup lint  ## Lint, then run the tests and one notebook; soak and papermill run the others
-	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m "not soak and (canary or not notebooks)" $(ARGS)
+	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m "not soak and not browser and (canary or not notebooks)" $(ARGS)
 
 soak: setup  ## Run the tests that repeat others for longer: runs killed again and again, more shapes, more processes
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m soak $(ARGS)
 
 papermill: setup  ## Execute every notebook as a test: its checks, its bounds, its rules; nothing is written
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m notebooks $(ARGS)
+
+browser: playwright  ## Open the course in a browser: JupyterLab, and the site; pictures in build/browser/
+	$(TEST_ENV) "$(BIN)/python" -m pytest -n 0 tests/course/test_browser.py -m browser $(ARGS)
+
+# Chromium of this machine, where CHROMIUM names it or the path has it; otherwise playwright downloads its own once.
+playwright: setup
+	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[browser]'
+	[ -n "$${CHROMIUM:-}" ] || command -v chromium >/dev/null || "$(BIN)/python" -m playwright install --with-deps chromium
 
 notebooks: setup  ## Execute notebooks/*.py and write the .ipynb beside each (NAMES= for some of them)
 	$(TEST_ENV) "$(BIN)/python" -m ultralong.notebook_tools run $(NAMES)

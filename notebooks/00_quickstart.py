@@ -7,6 +7,10 @@
 # goes to the training. This notebook measures after *every* step, in miniature, on a laptop; then it looks at the same
 # measurements of a real model, made on a GPU.
 #
+# Why care? Because the steps cost differently. Rescaling takes a second and no data. Training an 8B model on a billion
+# long tokens takes hundreds of GPU-hours. Who does not know which step earned the result cannot say what to do next:
+# more data, another factor, or nothing at all.
+#
 # ### At a glance
 #
 # | | |
@@ -34,7 +38,7 @@ STEPS: int = 4  # steps of continued pretraining; the full demo does 72
 SAMPLES: int = 2  # needles in each cell of the grid
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 SEED: int = 0  # of row order, questions and needles
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 
 # %%
 import os
@@ -80,6 +84,10 @@ print(f"{'kernels':12} {', '.join(available_kernels('cuda' if torch.cuda.is_avai
 #
 # The test hides a seven-digit number (the *needle*) at some depth of a text that the model has not seen, and asks for
 # it at the end. A grid of lengths and depths shows where the model finds it.
+#
+# How to read a grid: a column is a length of the whole text, a row is the depth at which the needle stands (0 is the
+# beginning), and a cell shows how many of its needles were found. The vertical line is the old window. A needle counts
+# only when all seven digits are right, so guessing finds nothing.
 
 # %%
 changes = [f"seed={SEED}"]
@@ -112,6 +120,10 @@ print(f"ok: {inside} of {asked} found within {window:,} tokens, {lost} of {of} b
 # %% [markdown]
 # **What you should see.** Full cells left of the line at the old window, empty ones right of it. The model does not
 # fail slowly: beyond its window it finds nothing. [01](01_rope_frequencies.ipynb) explains why.
+#
+# The needles test *access*: can the model copy a number from far away? They don't test whether it understands a long
+# text. [10_evaluation](10_evaluation.ipynb) asks for more, and this test stays the first one, as a model that fails it
+# fails all others.
 #
 # ## Step 1: one line of the configuration
 #
@@ -153,7 +165,13 @@ print(f"ok: rescaling alone finds {found} of {of} beyond the old window (95% int
 
 # %% [markdown]
 # **What you should see.** A full grid. On the miniature the needle test is already solved, and a report that shows
-# "before" and "after" would credit the training with it.
+# "before" and "after" would credit the training with it. The interval says how far to trust that: it is what [Wilson's
+# formula](https://doi.org/10.1080/01621459.1927.10502953) gives for that many needles, and you compute it yourself
+# below.
+#
+# Why does one line do so much? The weights learned to read *angles*. After rescaling a far token stands at angles that
+# the weights know, only closer together. For a test of one clear number that is enough. For predicting the next word it
+# is not quite, as the next measurement shows.
 #
 # ## Step 2: continued pretraining on long rows
 #
@@ -198,6 +216,10 @@ figures.show(figures.loss_curve(curves, "Training loss"),
 # %% [markdown]
 # **What you should see.** Two short, noisy lines. Each step reads one row, and rows differ more than the model changes
 # in a step. A loss curve of a few steps says little; what counts is measured on text that was kept apart.
+#
+# [Perplexity](https://huggingface.co/docs/transformers/perplexity) is that measurement: the exponential of the mean
+# loss a token. A perplexity of 30 means that the model is as unsure as if it chose among 30 equally likely words. It is
+# shown *by position* in the row, since a mean over all positions would hide where it fails.
 #
 # ## What each step did
 #
@@ -250,6 +272,10 @@ reveal("00.training", "the needle grid" if gained > 0.1 * of else "perplexity",
 # %% [markdown]
 # **What you should see.** Rescaling fills the grid and takes the cliff out of the perplexity. Training lowers the
 # perplexity further. SFT changes neither here; it teaches the form of an answer.
+#
+# So the answer of the miniature: rescaling did the needles and most of the perplexity, training the rest of the
+# perplexity. Two kinds of measurement, two answers. Neither is wrong; a report that has only one of them tells half.
+# The full demo (`ultralong demo`) trains 72 steps instead of 4, and its report has the same three columns.
 #
 # ## A real model
 #

@@ -6,6 +6,9 @@
 # them. Nothing in that formula ends. Yet a model that was trained on rows of 8,192 tokens fails soon after token 8,192.
 # The reason, and the way to repair it, both lie in one table of 64 frequencies.
 #
+# The whole course rests on that table. [02](02_yarn.ipynb) changes it, and a trainer, a server and a planner all have
+# to read it in the same way. A fault in it raises no error; the model only answers worse.
+#
 # ### At a glance
 #
 # | | |
@@ -31,7 +34,7 @@ BASE: float = 500000.0  # RoPE base (theta); Llama 3 has 500,000
 WINDOW: int = 8192  # tokens of pretraining, before any scaling
 TARGET: int = 1048576  # tokens of the longer window
 SEED: int = 0  # of the random queries and keys
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 
 # %%
 import torch
@@ -59,6 +62,10 @@ print(f"torch {torch.__version__.split('+')[0]}, {HEAD_DIM // 2} pairs a head, b
 # tokens. Each next pair is slower by a fixed factor. The **wavelength** $\lambda_i = 2\pi/\omega_i$ is the number of
 # tokens for one full turn. The pairs are like the hands of a clock: the first is the second hand, the last would take
 # years.
+#
+# Work one out. Pair 32 of 64 is half way: $\omega_{32} = 500{,}000^{-1/2} = 0.0014$ radians a token, and $2\pi$ divided
+# by that is about 4,400 tokens. So it turns nearly twice in a window of 8,192. Each step of one pair multiplies the
+# wavelength by $500{,}000^{1/64} = 1.23$. The cell below prints the first pairs and others to compare.
 
 
 # %%
@@ -90,6 +97,12 @@ figures.show(
 # %% [markdown]
 # **What you should see.** A straight line on a logarithmic axis. About half of the pairs lie below the dashed line:
 # they turn at least once inside the window. The others are slower than the window is long.
+#
+# Fast and slow pairs do different work. A fast pair tells neighbours apart: between two tokens in a row it moves by a
+# large angle. But after a few tokens it has come round, so it cannot say how far away something is. A slow pair moves
+# by next to nothing between neighbours, and says whether a token is near or thousands of tokens back. A clock needs
+# both hands for the same reason. [Round and round we go](https://arxiv.org/abs/2410.06205) looks at trained models and
+# finds that they use the fastest pairs for patterns of position and the slowest for meaning.
 #
 # Eight of the clocks, at growing positions. The thick arc is what the pair showed within the window; the hand is where
 # it points now. Press Play.
@@ -170,6 +183,9 @@ figures.show(
 # %% [markdown]
 # **What you should see.** One curve, not two: the dashed line covers the solid one. Nothing in the formula is tied to
 # the window. So why does a model fail beyond it?
+#
+# A *score* depends on the distance only. It says nothing about distances that are larger than any in training: there
+# the formula gives some score, and the weights never learned to make use of it.
 
 # %%
 apart = max(abs(a - b) for a, b in zip(near, far))
@@ -206,8 +222,12 @@ figures.show(
     "little of it, and the longer window takes them through angles they never met.")
 
 # %% [markdown]
-# **What you should see.** Blue to the top for the fast pairs. For the slow ones almost all of the bar is orange:
-# angles that training never showed. Every method of the next notebook is a way to avoid these angles.
+# **What you should see.** Blue to the top for the fast pairs. For the slow ones almost all of the bar is orange: angles
+# that training never showed. Every method of the next notebook is a way to avoid these angles.
+#
+# How to read it: a bar is a pair, and its height is the share of a full circle. One pair with new angles is enough to
+# spoil a score, since a score is a sum over all pairs, and here it is nearly half of them. The new angles begin with
+# the first token beyond the window, for all slow pairs at once. That is why models fail so suddenly.
 
 # %%
 reveal("01.never_turn", str(never), f"{never / len(before):.0%} of the table, with base {BASE:,.0f}.")
@@ -222,7 +242,8 @@ check("01.never", my_never)
 
 # %% [markdown]
 # The recipe's way: leave the fast pairs alone, divide the frequency of the slow ones by `target / window`, and blend in
-# between. Then position 1,048,576 rotates a slow pair as far as position 8,192 did before.
+# between. Then position 1,048,576 rotates a slow pair as far as position 8,192 did before. The price: two tokens that
+# stood 128 apart now look to a slow pair as neighbours did. That is what continued training is for.
 
 # %% tags=["check"]
 recipe = RopeScaling("llama3", HEAD_DIM, BASE, TARGET / WINDOW, WINDOW)
@@ -262,7 +283,7 @@ windows = (512, 2048, 8192, 32_768, 131_072, 1_048_576)
 play([figures.wavelengths({"wavelength": turn.tolist()}, marks={"window": length}, longest=1e7, height=320)
       for length in windows], [f"window {figures.tokens_label(length)}" for length in windows],
      "Frames with growing window: the dashed line rises over the same table, so more pairs turn at least once.",
-     stills=[0, 3, 5])
+     stills=[0, 5])
 
 
 # %%
@@ -344,7 +365,9 @@ print(f"pairs {once} turned once in {WINDOW:,} tokens, but not twice: 'seen' cou
 # ## At the next scale
 #
 # `ultralong.rope.from_config` reads these settings from any model's configuration, in old and new spellings, and
-# `wavelengths` gives its table. 1M, 2M and 4M tokens need factors of 128, 256 and 512 on Llama 3.
+# `wavelengths` gives its table. 1M, 2M and 4M tokens need factors of 128, 256 and 512 on Llama 3. Before you extend a
+# model, look at three numbers in its `config.json`: the base (`rope_theta`), the head size, and the window of its
+# *pretraining*, which an earlier scaling may hide behind a larger one.
 #
 # ## Recap
 #

@@ -37,7 +37,7 @@ STRETCH: int = 8  # windows that the measured model reads
 STEPS: int = 400  # training steps of the small model
 DEVICE: str = "auto"  # cpu, cuda, or auto for what is there
 SEED: int = 0  # of the small model
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -333,6 +333,9 @@ figures.show(
 # *NTK*: good for about two windows, then its slow pairs reach unknown angles. *YaRN*: flat to the end, without a step
 # of training, at a small cost inside the old window.
 #
+# Which line would you want before a billion tokens of training? The one that starts lowest needs the least repair. But
+# the start is not the end: PI recovers with training too, and its first paper did just that.
+#
 # This is one model and one kind of text. Published comparisons after training disagree:
 # [LongRoPE2](https://arxiv.org/abs/2502.20082) and [LCEG](https://arxiv.org/abs/2409.12181) found NTK-like scaling
 # ahead of YaRN, the [paper of this recipe](https://arxiv.org/abs/2504.06214) found the reverse.
@@ -382,6 +385,10 @@ print(f"ok: {best_beta} is best of those asked; compare the intervals before you
 # %% [markdown]
 # **What you should see.** Small differences, and intervals as wide as they are. Beta depends on the window and on the
 # text: measure it, or leave it at the recipe's value.
+#
+# How to read the bars: an interval holds the values that many more texts of this kind could well have given. Where two
+# intervals overlap, the difference may be luck. To decide it, compare text by text on the same rows, as
+# [10_evaluation](10_evaluation.ipynb) does with paired differences.
 #
 # ## Temperature
 #

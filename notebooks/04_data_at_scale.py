@@ -40,7 +40,7 @@ EXECUTOR: str = "local"  # of the exported program: local or slurm
 TASKS: int = 64  # parts that the exported program reads the recipe in
 SEED: int = 0  # of sampling and order
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 
 # %%
 import ast

@@ -6,6 +6,10 @@
 # query: the output so far, and the *log-sum-exp* of the scores so far. From that pair two partial results can be joined
 # exactly, and the backward pass can start again. Rings, gathered keys and tiled layers all rest on it.
 #
+# You write both halves of that yourself here: the join and the backward pass. Then the kernels of a real GPU are placed
+# on a picture that says how far each is from the best possible. Nothing in this notebook is an approximation. Sparse
+# and windowed attention leave keys out; everything here gives the same numbers as the full matrix, up to rounding.
+#
 # ### At a glance
 #
 # | | |
@@ -35,7 +39,7 @@ HEAD_DIM: int = 16  # size of a head
 LENGTH: int = 2048  # tokens of the row that is timed and checked
 DEVICE: str = "cpu"  # "cuda" measures the kernels of a GPU
 SEED: int = 0  # of the random tensors
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -63,8 +67,13 @@ print(f"kernels here: {', '.join(available_kernels(DEVICE))}")
 # %% [markdown]
 # ## What overflows
 #
-# A softmax divides exponentials by their sum. float32 reaches $3\cdot10^{38}$, which is $e^{88.7}$. Scores of long rows
-# pass that easily.
+# A softmax divides exponentials by their sum. float32 reaches $3\cdot10^{38}$, which is $e^{88.7}$. A single score
+# above that is enough to lose the row: its exponential is infinite, the sum is infinite, and infinity divided by
+# infinity is not a number (`nan`). Narrower types end earlier. float16 ends at 65,504, which is $e^{11.1}$, and a score
+# of 11 is nothing unusual. bfloat16 reaches as far as float32, but holds three decimal digits only.
+#
+# A softmax does not change when the same number is subtracted from all scores, as that number cancels in the quotient.
+# So one may choose which. Guess first where the trouble begins.
 
 # %%
 # Where does exp() leave float32?
@@ -85,8 +94,13 @@ reveal("05.overflow", "a score of 89", "Subtract the largest score first: the re
 print("ok: the shift by the maximum is exact")
 
 # %% [markdown]
-# **What you should see.** `nan` in the naive row. A kernel therefore needs the largest score before it exponentiates,
-# and a block of keys does not know the others' scores.
+# **What you should see.** `nan` in the naive row, for both scores above 88. In the stable row the largest weight is 1,
+# and the smallest is printed as 0: $e^{-110}$ is below what float32 can hold. That loss is harmless, since such a key
+# adds nothing to the output either. Overflow destroys a row, underflow does not; so the shift is by the *largest*
+# score.
+#
+# A kernel therefore needs the largest score before it exponentiates, and a block of keys does not know the others'
+# scores. That looks like a reason to compute all scores first. The next section shows that it is none.
 #
 # ## A block at a time
 #
@@ -96,7 +110,37 @@ print("ok: the shift by the maximum is exact")
 # $$\mathrm{lse} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
 #   o = e^{\mathrm{lse}_a - \mathrm{lse}}\, o_a + e^{\mathrm{lse}_b - \mathrm{lse}}\, o_b .$$
 #
-# No exponent is ever positive.
+# No exponent is ever positive, because each of the two is at most as large as the joined one. The two factors add up
+# to one: they say which share of the whole softmax lies in which part. Joining is a weighted mean, and it may be done
+# in any order. Before the first block the pair is $(0, -\infty)$: a part that holds nothing.
+#
+# Small numbers first. A query sees three keys, with scores 1, 3 and 2 and values 10, 20 and 40. Two keys are in the
+# first block and one in the second.
+
+# %%
+score, value = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([10.0, 20.0, 40.0])
+blocks = {"first": slice(0, 2), "second": slice(2, 3)}
+pairs = {name: (float(score[part].softmax(0) @ value[part]), float(score[part].logsumexp(0)))
+         for name, part in blocks.items()}
+joined_lse = math.log(sum(math.exp(lse_) for _, lse_ in pairs.values()))
+shares = {name: math.exp(lse_ - joined_lse) for name, (_, lse_) in pairs.items()}
+for name, (o, lse_) in pairs.items():
+    print(f"{name:6} block: output {o:.2f}, lse {lse_:.3f}, share of the whole {shares[name]:.3f}")
+joined = sum(shares[name] * o for name, (o, _) in pairs.items())
+print(f"joined: {shares['first']:.3f} x {pairs['first'][0]:.2f} + {shares['second']:.3f} x {pairs['second'][0]:.2f} "
+      f"= {joined:.2f}, lse {joined_lse:.3f}; one softmax over all three gives {float(score.softmax(0) @ value):.2f}")
+
+# %% tags=["check"]
+assert abs(joined - float(score.softmax(0) @ value)) < 1e-5, "the two blocks do not give the softmax over all keys"
+assert abs(sum(shares.values()) - 1) < 1e-12
+print("ok: two numbers a block are enough")
+
+# %% [markdown]
+# The second block has one key, and its output is that key's value. Its share is smaller than one third: its score of 2
+# stands against one of 3. Nothing else of the first block is needed, however many keys it had.
+#
+# Now the same with a row of keys, block by block, through the function that the library's ring and gathered attention
+# use.
 
 # %%
 q = torch.randn(1, HEAD_DIM, generator=generator, dtype=torch.float64)
@@ -144,7 +188,16 @@ figures.show(figures.lines({"distance from the result": ([s for s, _, _ in steps
 
 # %% [markdown]
 # **What you should see.** The weights are right for the keys seen so far, at every step. When the key that the query
-# looks for arrives, all earlier weights shrink by one common factor: that is the whole correction.
+# looks for arrives, all earlier weights shrink by one common factor: that is the whole correction. Their order among
+# each other stays, and so does the mean that they made.
+#
+# The lower figure has a logarithmic axis. Its line falls little for some blocks and then drops at once, when the sought
+# key is there. So an unfinished result is not "nearly right": until all keys were seen nobody knows whether the
+# important one is still to come. After the last block the distance is that of roundings in float64.
+#
+# Why keep the output divided by its sum at every step? A kernel keeps it undivided, and divides once at the end, which
+# saves work. Between GPUs the divided form is better: then each part is a valid attention output of its own, and only
+# one number a query has to travel with it. Try both joins.
 
 
 # %%
@@ -164,6 +217,10 @@ check("05.blockwise", my_blockwise)
 
 # %% [markdown]
 # ## Memory: a square against a line
+#
+# The scores of $n$ queries and $n$ keys are $n^2$ numbers for each head. What a kernel keeps is the output, which the
+# next layer needs anyway, and one log-sum-exp a query. In training both are kept for the backward pass, for every
+# layer. [07](07_memory_and_the_trainer.ipynb) counts what that comes to, and what may be moved off the GPU.
 
 # %%
 # Scores of one layer of 32 heads at 1M tokens, 2 bytes each?
@@ -178,6 +235,9 @@ figures.show(figures.lines({"all scores": (lengths, matrix), "output and log-sum
              "On a log-log plot the scores rise twice as steeply as the pair: 64 TiB against 8 GiB at 1M tokens.")
 at = lengths.index(2**20)
 reveal("05.memory", "64 TB", f"{matrix[at] / 1024:.0f} TiB of scores; the pair is {pair[at]:.1f} GiB.")
+longest = math.isqrt(141 * 10**9 // 64)  # 32 heads, 2 bytes a score, a GPU of 141 GB
+print(f"scores of one layer alone fill a GPU of 141 GB at {longest:,} tokens; the log-sum-exp adds "
+      f"{4 / (128 * 2):.1%} to the output")
 
 # %% tags=["check"]
 assert round(matrix[at] / 1024) == 64
@@ -185,10 +245,18 @@ assert pair[at] < 10
 print("ok: linear memory is what makes long rows possible; the work stays a square")
 
 # %% [markdown]
+# **What you should see.** Both lines are straight on these axes; the upper one is twice as steep. Each doubling of the
+# row doubles the pair and makes four times as many scores. This is why windows stayed at a few thousand tokens for
+# years: not because of the work, but because the matrix was stored. Only the memory becomes a line. The *work* is still
+# a square, and at a million tokens it is nearly all of the work there is.
+#
 # ## Which keys a query sees
 #
 # When the queries are the *last* ones of a row (decoding, a later chunk, a rank's own piece), the diagonal ends at the
-# bottom right: query $i$ of $Q$ sees the keys up to $i + K - Q$.
+# bottom right: query $i$ of $Q$ sees the keys up to $i + K - Q$. With as many queries as keys the offset is zero, and
+# one does not notice it. With one query and a full cache the wrong corner means that the query sees one key out of all.
+# Libraries differ here: PyTorch's `is_causal=True` starts the diagonal at the upper left. No error is raised, and the
+# text that such a model writes is fluent at first.
 
 
 # %%
@@ -204,6 +272,14 @@ check("05.offset", my_offset)
 # The backward pass needs every probability again. It computes them a block at a time from the saved pair:
 # $P = e^{S - \mathrm{lse}}$, then $dS = P \odot (dP - \delta)$ with $dP = dO\,V^\top$ and
 # $\delta = \sum_d dO \odot O$. The log-sum-exp is the *whole row's*: a block's own would make every block sum to one.
+#
+# Two things are worth a look. First, $\delta$ is one number a query. The textbook's formula needs a sum over all keys
+# there, $\sum_j P_{ij}\, dP_{ij}$, which no block has. But $O$ is itself the sum of the values by their weights, so the
+# same number follows from $dO$ and $O$, which are at hand. Second, nothing of the forward pass but the pair is used. So
+# blocks may come in any order, on any GPU, and a ring can pass keys round once more and add up their gradients.
+#
+# The price is work. The forward pass makes two products for each block ($S$ and $PV$); the backward pass makes five:
+# $S$ again, $dP$, and the gradients of queries, keys and values. That is the factor 2.5 of the exercise on FLOPs below.
 
 
 # %%
@@ -217,6 +293,8 @@ check("05.backward", my_backward)
 # ## The kernel on this machine
 #
 # The library takes the fastest kernel that is present and right for the call. On a CPU that is PyTorch's blocked one.
+# `ultralong env` lists what a machine has. The cell compares its output with the full matrix in float64, in two types,
+# and times it. The rate counts only the pairs that a causal mask leaves, as every rate in this course does.
 
 # %%
 heads, kv_heads, size = 4, 2, 64
@@ -257,11 +335,19 @@ figure.update_yaxes(type="log", range=[-8, 0])
 figures.show(figure, "Two bars on a log scale: about one ten-millionth in float32, some thousandths in bfloat16.")
 
 # %% [markdown]
+# **What you should see.** bfloat16 is about ten thousand times less exact than float32: it has 8 binary digits instead
+# of 24. A longer row does not change that much. Within a kernel the sums are kept in float32, and the weights of a
+# query add up to one however many keys there are. What would grow is the harm of joining parts *in* bfloat16, once for
+# each block. So the library joins in float32 always, and a typical mistake of the first exercise is not to.
+#
 # ## A roofline, from recorded rates
 #
 # A GPU does two things at limited rates: products and traffic. A kernel that does few operations for each byte is held
-# by traffic, one that does many by products. Attention over $n$ keys does about $n$ operations a byte: long rows sit
-# far to the right, and what remains is how well the kernel is written.
+# by traffic, one that does many by products. The [roofline](https://doi.org/10.1145/1498765.1498785) draws both limits
+# over the operations a byte: a slope (bandwidth), then a flat roof (the rate of products).
+#
+# Causal attention of one head does $2 n^2 D$ operations forward, and reads or writes $4 n D$ numbers of two bytes:
+# $n/4$ operations a byte. Long rows sit far to the right, and what remains is how well the kernel is written.
 
 # %%
 recorded = json.loads((Path("..") / "ultralong" / "planner" / "machines" / "h200.json").read_text())
@@ -281,6 +367,8 @@ figures.show(figures.lines(roof | curves, f"{machine['device']}, recorded {machi
                            y="TFLOP/s", log_x=True, log_y=True, markers=True),
              "A roof that rises with the intensity and is flat from a few hundred on; attention kernels lie below its "
              "flat part, the faster ones closer.")
+print(f"the slope meets the roof at {peak / bandwidth:.0f} operations a byte, which is a row of "
+      f"{4 * peak / bandwidth:,.0f} tokens; one new token against a cache does 1 operation a byte")
 
 # %% tags=["check"]
 best = {name: max(rates_) for name, (_, rates_) in curves.items()}
@@ -288,8 +376,14 @@ assert all(value < peak for value in best.values()), "a kernel above the product
 print("ok: " + ", ".join(f"{name} reaches {value / peak:.0%} of the product's rate" for name, value in best.items()))
 
 # %% [markdown]
-# **What you should see.** All points lie under the flat roof, so bandwidth is not the limit. Kernels differ by a
-# factor of two at the same length: at a million tokens that is half of a training run's cost.
+# **What you should see.** All points lie under the flat roof, so bandwidth is not the limit: every row that is long
+# enough for this course is. Kernels differ by a factor of two at the same length. At a million tokens, where attention
+# is most of a step, that is half of a training run's cost. So the first question about a slow run is which kernel it
+# uses.
+#
+# Writing an answer is the other case. One new query reads all keys and values of the cache for a single row of scores:
+# about one operation a byte, far down the slope. There a faster kernel helps little, and a smaller cache helps at once.
+# [13_serve_and_cost](13_serve_and_cost.ipynb) uses that: grouped queries and 8-bit caches.
 
 
 # %%
@@ -300,9 +394,15 @@ def my_flops(lengths, heads, head_dim):  # forward and backward FLOPs of a maske
 check("05.flops", my_flops)
 
 # %% [markdown]
+# Packed rows change the count. A row of a million tokens that holds ten masked documents of one length does a tenth of
+# the work of one document: ten squares of a tenth each. A planner that counts tokens only is ten times off. Without a
+# mask, as in the recipe, the row costs the full square, whatever it holds.
+#
 # ## Hand it on
 #
-# The planner turns such rates into seconds a step: `ultralong plan`.
+# The planner turns such rates into seconds a step: `ultralong plan`. The file names the machine and the date, so that
+# nobody takes it for another one's. On your GPU `ultralong bench attention` makes a longer table, by length and by
+# number of ranks, and [07_memory_and_the_trainer](07_memory_and_the_trainer.ipynb) shows a plan beside a measured step.
 
 # %%
 handed = {"source": f"{machine['device']}, recorded {machine['date']}", "matmul_tflops": peak,

@@ -9,6 +9,10 @@
 #
 # Every picture below is computed by the code that trains: the layouts, the plans and the exchanges are the library's.
 #
+# Why this comes before memory and training: the scheme decides which models and rows are possible at all. A scheme that
+# does not divide stops a run at its start. One that leaves ranks waiting doubles its price, and nothing in the log says
+# so.
+#
 # ### At a glance
 #
 # | | |
@@ -38,7 +42,7 @@ KV_HEADS: int = 4  # kv heads: grouped queries
 DEVICE: str = "cpu"  # "cuda" measures this machine's GPUs at the end
 GPUS: int = 2  # GPUs to measure
 SEED: int = 0  # of the random tensors
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -76,6 +80,10 @@ print(f"{TOKENS} tokens, {RANKS} ranks, {HEADS} query heads and {KV_HEADS} kv he
 # rank $r$ the chunks $r$ and $2P - 1 - r$: one from the front, one from the back.
 #
 # Before you look: all ranks hold as many tokens in both. Causal attention lets a token see those before it.
+#
+# What has to be shared out is not tokens but *pairs*. Token 0 makes one pair of query and key, the last token makes as
+# many as the row has. In a row of 64 tokens the first quarter makes 136 of 2,080 pairs, the last quarter 904. A rank of
+# a ring gets the keys of the others one *hop* after the other, and at each hop all ranks wait for the slowest.
 
 # %%
 # Contiguous layout: who is done first, and waits?
@@ -148,6 +156,14 @@ figures.show(rank_timeline(work["contiguous"], "Contiguous: who computes when, i
 # All ranks finish when the slowest does, so two fifths of the machine's time is lost. In zigzag all bars are equal. Its
 # rectangles are also *full*: two pieces of different ranks are either wholly before or wholly after each other, so a
 # hop needs no mask.
+#
+# How to read the last figure: a row is a rank, a column is a hop, and the number is how many query-key pairs are
+# computed there. A cell of zero is a GPU that is paid for and idle. Sum a row and you have a rank's work; the largest
+# number of each column, added up, is the time of the whole ring. Contiguous, more ranks make it worse: with $P$ ranks
+# about half of the machine waits, as one half of all rectangles is empty. Zigzag stays at zero.
+#
+# The mirrored chunks do it. Rank $r$ has an early chunk, which sees little, and the chunk at the same distance from the
+# end, which sees the rest. The same trick balances any work that grows along a line.
 
 # %%
 def my_zigzag(rank, ranks):  # two of the 2P chunks
@@ -171,6 +187,12 @@ check("06.rectangles", my_sees)
 # all tokens of a few heads. One *all-to-all* does it. Then each rank runs ordinary attention over the whole row, and a
 # second all-to-all swaps back. Nothing waits, as all heads cost the same. The price: heads have to split over the
 # ranks.
+#
+# With [grouped queries](https://arxiv.org/abs/2305.13245) there are fewer kv heads than query heads, and the order
+# matters: the kv head that a group of query heads shares has to go to the rank that gets the group. Llama-3.1-8B has 32
+# query heads and 8 kv heads. Over up to 8 ranks both split evenly. Over 16 ranks two ranks need the same kv head, so it
+# is sent twice. Over 64 ranks a rank would get half a query head, which does not exist: `ulysses` is refused there, and
+# `auto` takes gathered keys. So 32 GPUs can share a row of this model by Ulysses alone; more need a second level.
 
 # %%
 def swap_of(rank, world):
@@ -214,6 +236,9 @@ check("06.all_to_all", my_tokens_to_heads)
 
 # %% [markdown]
 # **What you should see.** Columns turn into rows. The block on the diagonal stays where it is; everything else travels.
+# Between the two exchanges every rank runs ordinary causal attention over the whole row. So Ulysses works with any
+# kernel, also with one that cannot return a log-sum-exp. Position embeddings are applied before the exchange, while a
+# rank still knows which tokens it holds.
 #
 # ## What travels
 #
@@ -267,9 +292,46 @@ reveal("06.bytes", "less", f"{ratio:.2f} times as much with twice the ranks: it 
 # and values are a quarter of the queries: gathering or passing *them* is less than swapping everything, as long as
 # there are few ranks. Over many ranks Ulysses sends less and less, the other two don't.
 #
+# The formulas behind it, for one rank and one forward pass, with $n$ tokens, $P$ ranks, $H$ query heads and $K$ kv
+# heads of size $D$. Ulysses: $(P-1)/P^2 \cdot n D\,(2H + 2K)$ numbers, as queries, keys, values and the output travel
+# (with $P$ in place of $K$ where there are more ranks than kv heads). Ring: at most $(P-1)/P \cdot n D \cdot 2K$, as
+# every rank passes on each part once; a chunk that no rank behind it sees stays where it is. The next cells put in a
+# real model's numbers and check both formulas against the recorded bytes.
+
+# %%
+def ulysses_numbers(n, ranks, heads, kv_heads, size):
+    """Numbers that one rank sends in a forward pass under Ulysses; each rank needs a kv head, if need be a copy."""
+    return (ranks - 1) * n * size * (2 * heads + 2 * max(kv_heads, ranks)) // ranks**2
+
+
+def ring_numbers(n, ranks, kv_heads, size):
+    """Numbers that one rank sends in a forward pass of a ring."""
+    return (ranks - 1) * n * size * 2 * kv_heads // ranks
+
+
+for count in (2, 4, 8, 16, 32):
+    both = ulysses_numbers(2**20, count, 32, 8, 128), ring_numbers(2**20, count, 8, 128)
+    print(f"8B, 1,048,576 tokens, {count:2} ranks: one layer sends " + ", ".join(
+        f"{name} {2 * numbers / 2**30:.2f} GiB" for name, numbers in zip(("ulysses", "ring"), both)))
+
+# %% tags=["check"]
+most_sent = {scheme: max(map(sum, sent[scheme])) for scheme in ("ulysses", "ring")}
+assert most_sent["ulysses"] == number * ulysses_numbers(TOKENS, RANKS, HEADS, KV_HEADS, size)
+assert most_sent["ring"] == number * ring_numbers(TOKENS, RANKS, KV_HEADS, size)
+print("ok: both formulas give the bytes of the rank that sends most, as the recorder saw them")
+
+# %% [markdown]
+# **What you should see.** At two ranks the ring sends less, at 8 and more Ulysses does, by a growing factor. Divide by
+# your link's rate and you have the time that attention's arithmetic has to hide. One layer of 8B at a million tokens
+# computes for seconds, so inside a host either is hidden; between hosts with slow links it may not be. Short rows are
+# the hard case: the bytes shrink with the row, the arithmetic with its square.
+#
 # ## Exact, however many ranks
 #
 # Partial results are joined by their log-sum-exp, in float32. Does an error grow with the number of joins?
+#
+# It is a fair question. A ring of 32 ranks joins 32 parts, and each join rounds. Ulysses joins nothing. So one would
+# expect the ring to be a little worse, and worse with more ranks.
 
 # %%
 predict("06.error", ["grows with the ranks", "stays"], guess=None)
@@ -316,6 +378,14 @@ check("06.ring", my_ring)
 #
 # Where documents don't see each other, most rows need no exchange at all: whole documents are dealt to ranks so that
 # tokens *and* work are even. Only a document that is too heavy for one rank is cut.
+#
+# The work of a document is the square of its length, so a fair deal by tokens is not a fair deal by work. Ten documents
+# of 2 to 14 tokens over two ranks: each rank gets half of the tokens, and the long ones must not all lie on one side.
+# The exercise is a small version of what the library does; sorting by length and giving each document to the rank with
+# the least work so far is close to the best.
+#
+# The recipe itself does not mask documents, so its rows always need the exchange. Masked rows are what
+# [03_separator_packing](03_separator_packing.ipynb) calls the other choice, and SFT uses them.
 
 # %%
 lengths = [14, 12, 9, 7, 6, 5, 4, 3, 2, 2]
@@ -378,6 +448,11 @@ if recorded_rows is not None:
 # What decides then is memory, the number of heads, and the links between hosts. Short rows lose more: at 8,192 tokens a
 # scheme costs 2 to 3 ms that nothing hides.
 #
+# Three questions choose a scheme. Do the heads split over the ranks? Then Ulysses, the simplest. Do the ranks of a row
+# span hosts? Then two levels: Ulysses inside the host, a ring or gathered keys across. Are the rows masked and full of
+# short documents? Then gathered keys, most of which are never sent. `scheme: auto` asks the same three, and `ultralong
+# plan` shows the answer with its seconds.
+#
 # ## Hand it on
 #
 # The block below goes into a training config as it is ([presets](../ultralong/presets) have one each). `auto` would
@@ -401,6 +476,13 @@ print("ok: the trainer reads it")
 # * Four ranks on two cores take turns, so times here mean nothing; only counts and errors do.
 # * The recorded rates are of GPUs that share one host. Between hosts the ring and gathered keys were not timed.
 # * The backward pass sends more: keys travel again, and their gradients in float32.
+# * The bytes of a real model above are arithmetic, not a measurement; the two formulas were checked on the small row.
+#
+# ## At the next scale
+#
+# [12_many_hosts](12_many_hosts.ipynb) lays a row over 32 GPUs of four hosts and refuses what does not divide.
+# [13_serve_and_cost](13_serve_and_cost.ipynb) reads one prompt on two GPUs by the same code. On a machine of yours,
+# `ultralong bench attention --ranks N --lengths 131072,1048576` gives the table above for it.
 #
 # ## Recap
 #

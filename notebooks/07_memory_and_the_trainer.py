@@ -36,7 +36,7 @@ MACHINE: str = "h200"  # the planned GPU: h200, h100, a100, or a file of `ultral
 STEP_TOKENS: int = 1024  # tokens of the row that is trained on here, more than 512
 DEVICE: str = "cpu"  # "cuda" measures one step of a real shape beside its plan
 SEED: int = 0  # of the tiny model and its row
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -364,6 +364,9 @@ print(f"ok: fits: {', '.join(fits) or 'nothing'}; attention outputs save {again:
 # more than ten times the axis. Tiled layers matter as much as checkpointing does, for one layer alone makes dozens of
 # GiB. Keeping all attention outputs then costs 130 GiB and saves 220 seconds of each step. Moving 28 of them to the
 # host gives the memory back, and costs no time, as you will see. What is left to cut are the inputs.
+#
+# How to read the ladder: each bar is one more decision than the bar above it, and its parts are what is in memory at
+# the step's highest moment. The right question at each rung is "what is largest now?", not "what could I save?".
 #
 # An input is cheap to make again, once the attention output of the layer below is at hand: its output projection and
 # its feed-forward layer are matrix products alone. So only every third input is kept, at a cost of six seconds a step.

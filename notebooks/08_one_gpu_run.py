@@ -7,6 +7,10 @@
 # stop, resume, measure, and say what was *not* shown. On a CPU the figures are recorded ones, and a few real steps run
 # on the miniature; `RUN=True` on a GPU does it all.
 #
+# The order matters as much as the steps. A plan that is made after the run explains nothing, and a learning rate that
+# was chosen by its result on the test has used the test up. Each decision below is made from what is known at that
+# moment.
+#
 # ### At a glance
 #
 # | | |
@@ -34,7 +38,7 @@ MODEL: str = "smollm2"  # what RUN takes: smollm2, or miniature, which a CPU can
 STEPS: int = 6  # steps of the miniature that run here
 LENGTH: int = 1024  # tokens of its rows, more than 512
 SEED: int = 0  # of its texts and rows
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -115,8 +119,16 @@ print("ok: time " + ", ".join(f"{x:+.1%}" for x in off.values()) + "; memory "
 # grows with their square. Two measured lengths are enough to tell the parts apart. Note also what the plan says of one
 # setting: attention outputs kept instead of computed again take 2 GiB, and save a fifth of the step.
 #
+# That is the whole method of the first exercise: a step costs $a\,n + b\,n^2$ seconds for $n$ tokens, and two measured
+# rows give $a$ and $b$. It holds as long as nothing else changes with the length, such as a kernel or what is
+# offloaded.
+#
 # Plans are not perfect. For the shortest row today's plan says a tenth less memory than was measured, 0.4 GiB; for the
 # other two it is within a hundredth. Near a limit leave a margin.
+#
+# How to read the figure: both axes are logarithmic, so a straight line is a power of the length, and its slope says
+# which. Slope one is work by the token, slope two is attention. Where the two lines lie on each other the plan was
+# right.
 
 
 # %%
@@ -287,6 +299,10 @@ print("ok: last 2,048 positions: " + ", ".join(f"{name} {value:,.1f}" for name, 
 #
 # Perplexity and needles disagree about rescaling, and both are right: perplexity is mostly about the last few hundred
 # tokens, which a rescaled model reads well enough; a needle needs one exact place among 32,768.
+#
+# How to read the intervals: the first three rows are needles within the old window, the last three beyond it. Compare
+# rows of one group only. "Rescaled only" and "after training" do not overlap beyond the window, so the gain is no luck
+# of 80 needles. This is the opposite of [the miniature](00_quickstart.ipynb), where rescaling alone filled the grid.
 #
 # Another run, of 40 steps and 150 of SFT at a lower rate, measured SFT by itself: 54 needles of 120 beyond the window
 # before it, 57 after. That is no difference. [The results](../notebooks/results/README.md) have both.

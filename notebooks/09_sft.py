@@ -36,7 +36,7 @@ TALKS: int = 120  # conversations that are made
 STEPS: int = 8  # steps of SFT
 DEVICE: str = "cpu"  # where losses and needles are measured: cpu or cuda
 SEED: int = 0  # of conversations, order and needles
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -293,6 +293,9 @@ print(f"needles at {WINDOW * 3 // 4} tokens: " + ", ".join(
 # zero. The interval is *paired*: it is of each conversation's own change. The losses themselves differ so much between
 # conversations that two separate intervals would overlap, and nothing could be said. Of the needles little can be said:
 # the interval of 6 found of 6 begins at 61%.
+#
+# Remember this form of answer. It comes back in [10_evaluation](10_evaluation.ipynb) for scores and in
+# [11_ablations](11_ablations.ipynb) for whole recipes: the same samples, twice, and the interval of the difference.
 #
 # ## The same on a real model
 #

@@ -7,6 +7,9 @@
 # looks at what a small real model scores. Then it does the part that most reports leave out: how sure a score is, and
 # what a mean over lengths hides.
 #
+# A number is cheap to make: a script, a model, an evening. To make one that another person can repeat and that decides
+# something takes four more things: fixed samples, the test's name, an interval, and the length it was measured at.
+#
 # ### At a glance
 #
 # | | |
@@ -35,7 +38,7 @@ SAMPLES: int = 3  # samples of each test
 MODEL: str = ""  # a checkpoint to measure here (folder, hub id or miniature); empty: recorded results only
 DEVICE: str = "auto"  # where that model runs
 SEED: int = 0  # of all samples and bootstraps
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
@@ -120,6 +123,11 @@ for name, record in shown.items():
 # `babilong_style_qa3` no sentence holds the answer by itself: who carried what, and where from, has to be followed
 # through the text. In `nonliteral_world` question and sentence share no word; one has to *know* something to see that
 # they belong together.
+#
+# How to read the pages: tokens run from left to right and from top to bottom, as in a book. One orange cell means that
+# one place decides the answer. Many spread cells mean that they must be combined. A page that is orange everywhere asks
+# for something that no single place holds, such as which word is frequent. The three kinds need different things of a
+# model, and one that is good at the first may fail the third.
 #
 # ## A solver that does not read
 #
@@ -251,6 +259,9 @@ figures.show(forest(rows, "The same model at 4,096 tokens, 20 samples a test", x
 # test's name says nothing. And 20 samples a test leave wide intervals: `niah_multikey_1` may be anywhere from a third
 # to three quarters.
 #
+# How to read the forest plot: a dot is the score, a line is its interval. Two tests whose lines overlap widely are not
+# told apart by 20 samples. Look at how wide the lines are before you look at the dots.
+#
 # ## How sure is a score?
 #
 # A share of $n$ samples has an interval. The usual plus or minus two standard errors is empty at 20 of 20, where
@@ -298,6 +309,10 @@ check("10.match_part", my_match_part)
 # Two models answer the *same* samples. Some samples are hard for both: their question is clumsy, their needle stands
 # badly. Subtracting sample by sample takes that out. Below, two made-up readers whose scores hang together as those of
 # two checkpoints of one model do.
+#
+# The standard error of a difference of two separate means adds both variances. Of paired differences only that part
+# counts in which the two readers disagree. So pairing never needs other data, only that both models are asked the same
+# samples, which costs nothing when the samples are made from a seed.
 
 # %%
 from ultralong.course.exercises.practice.nb10_checks import paired_as_apart, two_readers

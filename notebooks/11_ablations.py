@@ -39,7 +39,7 @@ SEEDS: int = 2  # training seeds of your study
 SEED: int = 0  # the first of them, and the seed of the simulations
 DEVICE: str = "cpu"  # where models are measured: cpu or cuda
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 
 # %%
 import itertools

@@ -40,7 +40,7 @@ STEPS: int = 48  # steps of the rehearsed run
 LOSE: int = 1  # the host of the rehearsal that is killed: 0 or 1
 SEED: int = 0  # of the rehearsed run
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 
 # %%
 import json
@@ -82,6 +82,11 @@ print(f"{PRESET}: {wanted.steps} steps, {wanted.parallel}")
 # Three numbers lay a run out. `context_parallel_size` GPUs share one row. `fsdp_shard_degree` GPUs share the
 # parameters. All GPUs divided by the first give the *groups* that each read a row of their own, so a step takes at
 # least as many rows. Groups are neighbours: as long as a row fits into one host, its traffic stays inside.
+#
+# Work one out. The preset's rows have 4,194,304 tokens and 32 GPUs share each, so a GPU holds 131,072 tokens of it. All
+# 32 GPUs make one group, and a step may take one row. If 16 shared a row, each would hold 262,144, and a step would
+# take two rows at least. More GPUs a row leave more memory on each; fewer leave less to exchange. The planner
+# ([07](07_memory_and_the_trainer.ipynb)) says whether a choice fits; this notebook sees to it that it starts.
 
 # %%
 # 4 hosts of 8 GPUs, rows over 16 GPUs. How many rows does a step take at least?
@@ -198,6 +203,10 @@ print(f"ok: {len(scripts)} scripts parse" + (", and ShellCheck finds nothing in 
 #
 # Every script takes `--dry-run`: it checks config, mesh, model, rows and disk, needs no GPU and starts nothing. A check
 # is worth what it finds. Here is a small run that is sound, and the same run broken in six ways, one at a time.
+#
+# Why six, and why by name? A run on many hosts that fails at its start prints the errors of all ranks at once, in any
+# order, and most of them say only that a neighbour is gone. A check before the start names one cause in one line. Do it
+# on one host, where it takes seconds; the scripts do it again before they start anything.
 
 # %%
 place = out / "rehearsal"

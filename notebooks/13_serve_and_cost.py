@@ -41,7 +41,7 @@ PRICE: float = 2.5  # of one GPU-hour, in any currency
 DEVICE: str = "cpu"  # where MODEL is served: cpu or cuda
 GPUS: int = 1  # GPUs (processes on a CPU) that share a prompt of the server
 SEED: int = 0  # of numbers that are hidden, and of intervals
-INTERACTIVE: bool = True  # kept for the tooling: all figures here play without a kernel
+INTERACTIVE: bool = True  # False adds a still to each figure, for pages without scripts
 OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%

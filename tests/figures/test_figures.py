@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,14 +98,20 @@ def test_bundle_is_whole():
 def test_show_sends_one_bundle(monkeypatch):
     display, core = pytest.importorskip("IPython.display"), pytest.importorskip("IPython")
     sent = []
-    monkeypatch.setattr(core, "get_ipython", lambda: object())
+    kernel = SimpleNamespace(user_ns={"INTERACTIVE": False})
+    monkeypatch.setattr(core, "get_ipython", lambda: kernel)
     monkeypatch.setattr(display, "display", lambda content, raw, metadata: sent.append((content, raw, metadata)))
-    figures.show(figures.loss_curve({"run": [(0, 1.0)]}), "A loss of one.")
+    curve = figures.loss_curve({"run": [(0, 1.0)]})
+    figures.show(curve, "A loss of one.")
     assert len(sent) == 1
+    assert "image/png" in sent[0][0], "a page without scripts shows the picture"
     assert sent[0][1] is True
     assert sent[0][0]["text/plain"] == "A loss of one."
 
     assert sent[0][2] == {"image/png": {"alt": "A loss of one."}}, "a page reads the alternative text there"
+    kernel.user_ns["INTERACTIVE"] = True
+    figures.show(curve, "A loss of one.")
+    assert set(sent[1][0]) == set(sent[0][0]) - {"image/png"}, "JupyterLab would hide the figure behind its picture"
 
 
 def test_explore_draws_stills_first_and_asks_for_values(capsys):

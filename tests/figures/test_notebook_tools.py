@@ -275,6 +275,25 @@ def test_the_command_writes_checks_and_fails(folder, monkeypatch, capsys):
     assert "01_one is not in notebooks/ci.yml" in capsys.readouterr().err
 
 
+def test_words_are_taken_over_without_running_and_other_code_is_refused(executed, folder, capsys):
+    path = folder / "02_two.py"
+    write_notebook(executed[0], path.with_suffix(".ipynb"))
+    command = ["sync", "02", "--folder", str(folder)]
+    path.write_text(SOURCE.replace("# # Waves", "# # Waves of a pond").replace("how many points", "the points"))
+    assert main(command) == 0
+    notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    assert notebook.cells[0].source.startswith("# Waves of a pond")
+    assert outputs(notebook) == outputs(executed[0])
+    kept = path.with_suffix(".ipynb").read_bytes()
+    path.write_text(SOURCE.replace("POINTS + 1", "POINTS + 2"))
+    assert main(command) == 2
+    assert "other code than its notebook, from 'POINTS + 2'" in capsys.readouterr().err
+    path.write_text(SOURCE.replace("# # Waves", "# Waves"))
+    assert main(command) == 1
+    assert "has 0 titles" in capsys.readouterr().err
+    assert path.with_suffix(".ipynb").read_bytes() == kept
+
+
 def test_only_plain_values_are_stored(capsys):
     store(loss=0.5, steps=3)
     assert capsys.readouterr().out == "loss = 0.5, steps = 3\n"

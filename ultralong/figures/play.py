@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ultralong.figures.panels import side_by_side
-from ultralong.figures.show import MOST_STILLS, bundle
+from ultralong.figures.show import MOST_STILLS, bundle, send
 from ultralong.figures.theme import GREY, graph_objects
-from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -140,12 +139,7 @@ def play(
         ValueError: See `animated`; or a still that is no frame, or an empty `alt`.
     """
     figure = animated(frames, titles, milliseconds=milliseconds)
-    content = filmstrip_bundle(figure, frames, titles, alt, stills)
-    ipython = require("IPython", extra="notebooks")
-    if ipython.get_ipython() is None:
-        print(alt)
-        return
-    ipython.display.display(content, metadata={"image/png": {"alt": alt}}, raw=True)
+    send(filmstrip_bundle(figure, frames, titles, alt, stills))
 
 
 def filmstrip_bundle(

@@ -1,7 +1,8 @@
 """Show a figure everywhere: interactive in Jupyter, as a picture on GitHub, as a sentence in a terminal.
 
 A plotly figure alone vanishes on GitHub, which strips scripts; a picture alone cannot be explored. `show` sends both
-and a sentence as one display bundle, and each reader picks what it can draw.
+and a sentence as one display bundle, and each reader picks what it can draw. Where a notebook runs for a live reader
+(`INTERACTIVE = True`) the picture is left out: JupyterLab would show it until the pointer is over it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +111,20 @@ def show(figure: Figure, alt: str) -> None:
         figure: The figure.
         alt: What the figure shows, in a sentence.
     """
-    content = bundle(figure, alt)
+    send(bundle(figure, alt))
+
+
+def send(content: dict[str, Any]) -> None:
+    """Display a bundle of `bundle` in a notebook; outside of IPython print its sentence."""
     ipython = require("IPython", extra="notebooks")
-    if ipython.get_ipython() is None:
+    kernel = ipython.get_ipython()
+    alt = content["text/plain"]
+    if kernel is None:
         print(alt)
         return
+    # Colab draws pictures for certain, so they stay there.
+    if kernel.user_ns.get("INTERACTIVE") is True and "google.colab" not in sys.modules:
+        content = {kind: part for kind, part in content.items() if kind != "image/png"}
     # Where a page is made of a notebook, the picture's alternative text is read from the metadata.
     ipython.display.display(content, metadata={"image/png": {"alt": alt}}, raw=True)
 

@@ -2,7 +2,8 @@
 
 `notebooks/NN_name.py` is what people write and review; `notebooks/NN_name.ipynb`, with its outputs, is what people
 read. `python -m ultralong.notebook_tools run` makes the second from the first, with the parameters and limits in
-`notebooks/ci.yml`; `--check` executes and checks without writing.
+`notebooks/ci.yml`; `--check` executes and checks without writing. Where words and comments changed only, `sync` takes
+them over and executes nothing.
 """
 
 from ultralong.notebook_tools.values import store, stored
