@@ -115,7 +115,7 @@ def test_core_dependencies_are_the_short_list():
 
 def test_dev_brings_what_the_tests_need_and_no_built_kernels():
     dev = {Requirement(text).name: Requirement(text) for text in EXTRAS["dev"]}
-    assert dev[PROJECT["name"]].extras == {"data", "gguf", "lora", "notebooks", "serve"}
+    assert dev[PROJECT["name"]].extras == {"data", "gguf", "lora", "notebooks", "serve", "trl"}
     assert not any(name.startswith("flash") for name in dev)
     assert all(Requirement(text).name.startswith("flash-attn") for name in ("flash", "flash4") for text in EXTRAS[name])
 

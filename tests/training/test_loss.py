@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from ultralong.training.loss import LanguageModelLoss, tiled_cross_entropy
+from ultralong.training.loss import LanguageModelLoss, tiled_cross_entropy, tiled_token_losses
 
 
 def example(tokens: int, size: int, vocabulary: int, seed: int, dtype=torch.float64):
@@ -74,3 +74,25 @@ def test_refuses_what_it_would_compute_wrongly(tiny_model):
     tiny_model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping=30"):
         LanguageModelLoss(tiny_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_each_tokens_loss_has_torchs_gradients(dtype):
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 12, generator=generator).to(dtype).requires_grad_() for n in (23, 31))
+    labels = torch.randint(0, 31, (23,), generator=generator).masked_fill(torch.arange(23) % 5 == 0, -100)
+    factors = torch.randn(23, generator=generator)
+    plain = functional.cross_entropy((hidden @ weight.T).to(torch.promote_types(dtype, torch.float32)), labels,
+                                     reduction="none")  # fmt: skip
+    expected = torch.autograd.grad((plain * factors).sum(), (hidden, weight))
+    ours = tiled_token_losses(hidden, weight, labels, 7)
+    rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (2e-2, 5e-2)
+    torch.testing.assert_close(ours, plain, rtol=rtol, atol=atol)
+    for found, grad in zip(torch.autograd.grad((ours * factors).sum(), (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(found, grad, rtol=rtol, atol=atol)
+    only = tiled_token_losses(hidden, weight.detach(), labels, 7)
+    torch.testing.assert_close(
+        torch.autograd.grad((only * factors).sum(), hidden)[0], expected[0], rtol=rtol, atol=atol
+    )
+    with pytest.raises(ValueError, match=r"labels \(N,\)"):
+        tiled_token_losses(hidden, weight, labels[:4])

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ultralong
 from ultralong.data.rows.short_contexts import LongCEConfig
+from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.utils.extras import require
 
@@ -22,6 +23,8 @@ TOPICS = (
     ("architecture", "Architecture", "README.md"),
     ("context-parallelism", "Context parallelism", "attention/README.md"),
     ("memory", "Memory and offloading", "training/README.md"),
+    ("lora", "LoRA", "training/adapters/README.md"),
+    ("trainers", "Hugging Face trainers", "training/huggingface/README.md"),
     ("formats", "File formats", "data/README.md"),
 )
 CONFIG_PAGE = ("config", "Config keys")
@@ -32,6 +35,7 @@ GROUPS: tuple[tuple[str, type[Any]], ...] = (
     ("optimizer", OptimizerConfig),
     ("parallel", ParallelConfig),
     ("memory", MemoryConfig),
+    ("lora", LoRAConfig),
     ("long_ce", LongCEConfig),
 )
 # What a reader imports. The commands have --help, and the rest serves the pages and the tables of this project.

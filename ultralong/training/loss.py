@@ -162,6 +162,61 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None, None
 
 
+def tiled_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int = 2048) -> Tensor:
+    """Each token's own cross entropy with a gradient, computed a tile of tokens at a time in both passes.
+
+    For losses that are no plain sum, as in reinforcement learning: minus this is the log-probability of a token. The
+    logits of a tile are computed again in the backward pass, one product more than `tiled_cross_entropy`.
+
+    Args:
+        hidden: (N, d), the decoder's last hidden states.
+        weight: (V, d), the head.
+        labels: (N,) int64, already shifted; -100 for none.
+        tile: Tokens whose logits exist at a time.
+
+    Returns:
+        (N,), 0 where there is no target; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: `labels` are not one for each hidden state.
+    """
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden must be (N, d) and labels (N,), found {tuple(hidden.shape)}, {tuple(labels.shape)}.")
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return _TiledTokenLosses.apply(hidden, weight, labels, tile, compute)
+
+
+class _TiledTokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, compute: torch.dtype) -> Tensor:
+        ctx.accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        ctx.tile, ctx.compute, head = tile, compute, weight.to(compute)
+        losses = torch.zeros(labels.shape, dtype=ctx.accumulate, device=hidden.device)  # (N,)
+        for index in (labels != IGNORE).nonzero().squeeze(1).split(tile):
+            logits = _product(hidden[index].to(compute), head.T, ctx.accumulate)  # (m, V)
+            losses[index] = (_normalise(logits) - logits.gather(1, labels[index, None])).squeeze(1)
+        ctx.save_for_backward(hidden, weight, labels)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        head, d_hidden = weight.to(ctx.compute), torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=ctx.accumulate) if wants_weight else None
+        for index in (labels != IGNORE).nonzero().squeeze(1).split(ctx.tile):
+            part = hidden[index].to(ctx.compute)  # (m, d)
+            logits = _product(part, head.T, ctx.accumulate)  # (m, V)
+            d_logits = _by_logits(logits, _normalise(logits), labels[index, None], ctx.accumulate)  # (m, V)
+            d_logits = (d_logits * d_losses[index, None]).to(ctx.compute)
+            d_hidden[index] = (d_logits @ head).to(hidden.dtype)
+            if d_weight is not None:
+                d_weight += _product(d_logits.T, part, ctx.accumulate)
+        weights = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden if wants_hidden else None, weights, None, None, None
+
+
 class LanguageModelLoss(nn.Module):
     """A Hugging Face causal language model whose forward pass returns the loss instead of logits.
 
