@@ -67,11 +67,17 @@ class Page(HTMLParser):
             self.images.append(given.get("alt"))
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
+# Most of the time goes into the API's pages, room by room.
+SOME_ROOMS = ("attention", "api")
+
+
+@pytest.fixture(scope="module", params=[SOME_ROOMS, pytest.param(reference.ROOMS, marks=pytest.mark.soak)], ids=len)
+def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    site.build(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "ROOMS", request.param)
+        site.build(folder)
+        yield folder
 
 
 def test_pages_load_nothing_from_elsewhere_and_link_to_each_other(built):
