@@ -72,7 +72,7 @@ from ultralong.planner.traces.tracker import Tracker
 from ultralong.planner.workload import Workload
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import LanguageModelLoss, tiled_cross_entropy
-from ultralong.training.memory import ActivationMemory
+from ultralong.training.memory.activation_memory import ActivationMemory
 from ultralong.utils import settings
 from ultralong.utils.files import read_jsonl
 from ultralong.utils.local_ranks import run_ranks
@@ -603,7 +603,8 @@ print("ok: the trainer reads run.yaml" if gpu <= there else "No plan fits: take 
 # * The number of ranks and an interruption do not change what is learnt, as losses are summed and divided once.
 #
 # **Go on reading:** the library's [tiled loss](../ultralong/training/loss.py),
-# [layers](../ultralong/training/layers.py) and [activation stores](../ultralong/training/activation_store.py);
+# [layers](../ultralong/training/memory/layers.py) and
+# [activation stores](../ultralong/training/memory/activation_store.py);
 # [ALST](https://arxiv.org/abs/2506.13996), [8-bit optimizers](https://arxiv.org/abs/2110.02861),
 # [LightSeq](https://arxiv.org/abs/2310.03294), which first kept attention out of the recomputation.
 #

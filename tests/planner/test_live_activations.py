@@ -13,8 +13,8 @@ from ultralong.planner.memory import gpu_memory
 from ultralong.planner.shapes import model_config, shape_of
 from ultralong.planner.workload import Workload
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from ultralong.training.memory import ActivationMemory
-from ultralong.training.offload import OffloadedTensor
+from ultralong.training.memory.activation_memory import ActivationMemory
+from ultralong.training.memory.offload import OffloadedTensor
 
 LAYERS, TOKENS = 7, 24
 SMALL = LlamaConfig(

@@ -20,7 +20,7 @@ from ultralong.planner.traces.layers import LayerTrace, StepSettings, trace_laye
 from ultralong.planner.traces.tracker import Tracker
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import tiled_cross_entropy
-from ultralong.training.memory import ActivationMemory
+from ultralong.training.memory.activation_memory import ActivationMemory
 from ultralong.utils.local_ranks import run_ranks
 
 TINY = LlamaConfig(

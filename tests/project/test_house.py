@@ -24,7 +24,7 @@ MOST_LINES_A_FILE = 300
 MOST_LINES_A_FUNCTION = 60
 # What does not hold yet. These lists may only shrink; an entry that is no longer needed is to be removed.
 ARROWS_TO_REMOVE: set[tuple[str, str]] = set()
-FOLDERS_TO_SHRINK = {"ultralong/training": 16}
+FOLDERS_TO_SHRINK: dict[str, int] = {}
 FILES_TO_SHRINK: dict[str, int] = {}
 FUNCTIONS_TO_SHRINK: dict[str, int] = {}
 PACKAGE = sorted((ROOT / "ultralong").rglob("*.py"))

@@ -28,7 +28,7 @@ from ultralong.planner.shapes import shape_of
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
-from ultralong.training.offload import HostBufferPool
+from ultralong.training.memory.offload import HostBufferPool
 from ultralong.utils.files import read_jsonl
 
 TEXT = "the keeper of the light wrote in his log that no ship had passed and the tide came in at dawn"

@@ -10,8 +10,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ultralong.attention import lse_merge as merge
-from ultralong.training import fused_ops, loss
-from ultralong.training.fused_ops import (
+from ultralong.training import loss
+from ultralong.training.memory import fused_ops
+from ultralong.training.memory.fused_ops import (
     add_linear,
     add_mlp,
     apply_rotary,

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ultralong.attention import make_attention_context
-from ultralong.training import fused_ops, loss
+from ultralong.training import loss
 from ultralong.training.config import MemoryConfig
-from ultralong.training.fused_ops import rms_norm
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import ActivationMemory
+from ultralong.training.memory import fused_ops
+from ultralong.training.memory.activation_memory import ActivationMemory
+from ultralong.training.memory.fused_ops import rms_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 TOKENS = 6000

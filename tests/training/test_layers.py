@@ -16,8 +16,8 @@ from transformers import (
 from ultralong.attention import make_attention_context
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import ActivationMemory
-from ultralong.training.tiled import tiled
+from ultralong.training.memory.activation_memory import ActivationMemory
+from ultralong.training.memory.tiled import tiled
 
 SMALL = {
     "vocab_size": 160,

@@ -1,8 +1,8 @@
 """Layer inputs and attention outputs on a GPU at each layer's turn in the backward pass.
 
-It follows the memory plan as `ultralong.training.activation_store` and `ultralong.training.layers` carry it out: the
-last layers' attention outputs and the later inputs stay on the device, what was offloaded is prefetched one layer
-ahead, and inputs that were not stored are recomputed a group at a time, with the group's attention outputs that were
+It follows the memory plan as `activation_store` and `layers` of `ultralong.training.memory` carry it out: the last
+layers' attention outputs and the later inputs stay on the device, what was offloaded is prefetched one layer ahead, and
+inputs that were not stored are recomputed a group at a time, with the group's attention outputs that were
 not stored either.
 """
 

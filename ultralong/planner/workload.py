@@ -17,7 +17,7 @@ from ultralong.planner.traces.child import attention_trace
 from ultralong.planner.traces.kernel import planned_kernel
 from ultralong.planner.traces.layers import LayerTrace, StepSettings, trace_layers
 from ultralong.training.config import MemoryConfig, TrainConfig
-from ultralong.training.memory import layers_meant
+from ultralong.training.memory.activation_memory import layers_meant
 from ultralong.training.throughput import query_key_pairs
 
 FLOAT = 4

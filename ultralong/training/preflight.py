@@ -23,7 +23,7 @@ from ultralong.rope import declared_window
 from ultralong.training.adapters.lora import check_lora
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
-from ultralong.training.memory import check_tiled_layers
+from ultralong.training.memory.activation_memory import check_tiled_layers
 from ultralong.training.model import adamw_8bit, check_anchor, check_full_attention
 from ultralong.training.parallel import process_problem
 from ultralong.training.watch.trackers import check_trackers

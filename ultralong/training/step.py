@@ -28,7 +28,7 @@ from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import ActivationMemory, decoder_layers
+from ultralong.training.memory.activation_memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
 from ultralong.training.throughput import Throughput, query_key_pairs

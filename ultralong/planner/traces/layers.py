@@ -25,7 +25,7 @@ from ultralong.attention.spec import AttentionSpec
 from ultralong.planner.traces.fake_loss import fake_head_loss
 from ultralong.planner.traces.tracker import Tracker
 from ultralong.training.config import MemoryConfig
-from ultralong.training.memory import ActivationMemory
+from ultralong.training.memory.activation_memory import ActivationMemory
 
 # Layers that stand for a deep model's: what one more adds, the next one adds as well. Where layers are not checkpointed
 # the first one's input is another kind of tensor than the second's.

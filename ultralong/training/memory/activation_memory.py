@@ -5,7 +5,7 @@ layer are worth more than that rule gives them. The attention output, because re
 `AttentionStore` stores it, on the device or offloaded, so that the second forward pass runs no attention. And the
 input, because 32 of them fill a GPU: inputs are offloaded, or only every N-th is stored and the others are recomputed
 from it and the attention outputs. With `layer_tile` the layers have a custom backward pass
-(`ultralong.training.layers`), which bounds what one layer holds while it is its turn.
+(`ultralong.training.memory.layers`), which bounds what one layer holds while it is its turn.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ultralong.training.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
 from ultralong.training.config import MemoryConfig
-from ultralong.training.layers import KNOWN, CustomBackwardLayers
-from ultralong.training.offload import Offloader
-from ultralong.training.tiled import tile_module
+from ultralong.training.memory.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
+from ultralong.training.memory.layers import KNOWN, CustomBackwardLayers
+from ultralong.training.memory.offload import Offloader
+from ultralong.training.memory.tiled import tile_module
 
 
 def check_tiled_layers(config: PreTrainedConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ultralong.attention.protocol import OutLse
-from ultralong.training.offload import OffloadedTensor, Offloader
+from ultralong.training.memory.offload import OffloadedTensor, Offloader
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ultralong.training.tiled import autocast_now
+from ultralong.training.memory.tiled import autocast_now
 from ultralong.utils.compiled import CheckedCompile
 
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")

@@ -5,8 +5,8 @@ Legend: B batch, T tokens a process holds, t tokens of a tile, d hidden size, H 
 A layer is split at its attention. `pre_attention` computes queries, keys and values from its input, `post_attention`
 its output from input and attention output; both treat every token by itself, so both are computed in tiles, forward and
 backward, and of a whole row only these exist at a time: x, q, k, v, out and their gradients. Between the passes a layer
-leaves its attention output and its input in the activation stores (`ultralong.training.memory`). Even the input may be
-left out: with the attention output at hand, a layer's output, the next one's input, is matrix products alone.
+leaves its attention output and its input in the activation stores (`activation_store`). Even the input may be left
+out: with the attention output at hand, a layer's output, the next one's input, is matrix products alone.
 
 For a million tokens on two GPUs this is the difference between 8 billion parameters fitting and not
 (notebooks/results/design_measurements.md, "Decoder layers with a custom backward pass").
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ultralong.attention.protocol import OutLse, SchemeContext
 from ultralong.attention.scheme import Scheme
 from ultralong.attention.spec import AttentionSpec
-from ultralong.training.activation_store import AttentionStore, LayerInputStore
-from ultralong.training.fused_ops import (
+from ultralong.training.memory.activation_store import AttentionStore, LayerInputStore
+from ultralong.training.memory.fused_ops import (
     add_linear,
     add_mlp,
     apply_rotary,
@@ -35,8 +35,8 @@ from ultralong.training.fused_ops import (
     mlp_for_backward,
     rms_norm,
 )
+from ultralong.training.memory.tiled import Autocast, autocast_now, backward_tiles, tiles
 from ultralong.training.parallel import unsharded
-from ultralong.training.tiled import Autocast, autocast_now, backward_tiles, tiles
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
