@@ -62,10 +62,10 @@ class WaitClock:
 
     def take(self) -> float:
         """Seconds of waiting since the last call. What a GPU has not reached yet counts for the next one."""
-        past = [pair for pair in self._events if pair[1].query()]
-        self._events = [pair for pair in self._events if pair not in past]
+        reached = [(pair[1].query(), pair) for pair in self._events]
+        past, later = ([pair for done, pair in reached if done is wanted] for wanted in (True, False))
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in past) / 1000
-        self._seconds = 0.0
+        self._seconds, self._events = 0.0, later
         return seconds
 
     @contextmanager

@@ -6,6 +6,7 @@ done in the background too. Processes agree over a gloo group of their own: the 
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,9 @@ class BackgroundSaver:
 
     The copies on the host are kept from one save to the next: parameters and optimizer states of this process, once,
     pinned where there is a GPU.
+
+    Attributes:
+        write_seconds: That the last complete write took, from its copy on.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -59,6 +63,7 @@ class BackgroundSaver:
         self._group, self._stager = group, _Stager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.write_seconds = 0.0
 
     def start(self, state: Mapping[str, Any], folder: Path, complete: Callable[[Together], None]) -> None:
         """Copy a state to the host and begin to write it; all processes call it. The state may change when it returns.
@@ -81,10 +86,12 @@ class BackgroundSaver:
             no_dist=self._alone,
         )
         assert isinstance(written, Future)  # the stager copies before it returns
+        copied = time.perf_counter()
 
         def finish() -> None:
             written.result()
             complete(self._together)
+            self.write_seconds = time.perf_counter() - copied
 
         self._pending = self._thread.submit(finish)
 
@@ -92,6 +99,11 @@ class BackgroundSaver:
     def failed(self) -> bool:
         """Whether the last write has ended with an error by now, which `wait` raises."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Wait until nothing is being written.

@@ -1,13 +1,18 @@
-"""Commands that measure the work on data and SFT, and the tables of recorded measurements."""
+"""Commands that measure the work on data and SFT and what checkpoints cost, and the tables of recorded measurements."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
 from ultralong.utils.units import Tokens
+
+if TYPE_CHECKING:
+    from ultralong.bench.training.case import TrainingCase
 
 
 def data(
@@ -213,3 +218,58 @@ def tables(files: Positional[tuple[Path, ...]] = (Path("notebooks/results/README
 
     rewrite(files)
     print(f"{', '.join(map(str, files))}: written")
+
+
+@takes(
+    case=Group(
+        "ultralong.bench.training.case:TrainingCase",
+        positional=("model",),
+        left_out=(
+            "memory",
+            "sharing",
+            "mix",
+            "profile",
+            "degree",
+            "max_tokens_per_rank",
+            "fit",
+            "gpu_memory",
+            "host_memory",
+        ),
+    )
+)
+def saves(
+    case: TrainingCase,
+    *,
+    memory: tuple[str, ...] = ("activation_checkpointing=true",),
+    saves: int = 2,
+    folder: Path | None = None,
+    json: Json = None,
+) -> None:
+    """Time what checkpoints cost a training here, in the background and waited for.
+
+    Examples:
+      ultralong bench saves meta-llama/Llama-3.2-1B --tokens 128k --json saves.json
+      ultralong bench saves --tokens 1m --gpus 2 --sharded --kernel flash4
+        --head-chunks 8 --memory layer_tile=32768 --folder /scratch/bench
+
+    Args:
+        case: What to train.
+        memory: Settings of the memory plan.
+        saves: Background checkpoints that are timed.
+        folder: Write checkpoints here, whose disk is measured, and keep model and rows for the next measurement.
+        json: Append the row to this JSON file.
+    """
+    from dataclasses import replace
+
+    from ultralong.bench.results import append_row
+    from ultralong.bench.training.saves import line, measure_saves
+    from ultralong.training.config import MemoryConfig
+    from ultralong.utils import settings
+
+    plan = settings.from_mapping(
+        MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
+    )
+    row = measure_saves(replace(case, memory=plan), saves, folder)
+    if json is not None:
+        append_row(json, row)
+    print(line(row))

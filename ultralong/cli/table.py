@@ -80,6 +80,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
     "Measure the machine": {
         "bench attention": bench.attention,
         "bench prefill": bench.prefill,
+        "bench saves": bench_data.saves,
         "bench decode": bench.decode,
         "bench train": bench.train,
         "bench host": bench.host,

@@ -61,9 +61,8 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
         (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
         also `kernels`, what they took on the first GPU in one more step, and `kinds`, the same by kind.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
-        facts = other.submit(machine_facts).result()  # not here: this process must hold no GPU memory beside the run
-    shape = shape_of(_config(case))
+    facts = facts_beside()
+    shape = shape_of(case_config(case))
     row = {
         "model": case.name,
         "parameters": shape.parameters,
@@ -74,11 +73,11 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
         "date": facts["date"],
         "versions": facts["packages"],
     }
-    with _kept(folder) as place:
+    with kept(folder) as place:
         mix = parse_mix(case.mix) or (RowCount(case.tokens, 1),)
         made = prepare(place, case.model, case.layers, [part.tokens for part in mix], mixed=bool(case.mix))
         with tempfile.TemporaryDirectory(dir=place) as run:
-            config = _train_config(case, made, Path(run), mix)
+            config = train_config(case, made, Path(run), mix)
             config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config
             settings.save(config, Path(run) / "config.yaml")
             row |= {
@@ -99,7 +98,14 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
                 return row
 
 
-def _config(case: TrainingCase) -> Any:
+def facts_beside() -> dict[str, Any]:
+    """Facts of the machine, found by another process: this one must hold no GPU memory beside the run."""
+    with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
+        return other.submit(machine_facts).result()
+
+
+def case_config(case: TrainingCase) -> Any:
+    """The config of a case's model."""
     config = model_config(case.model)
     if case.layers is not None:
         config.num_hidden_layers = case.layers
@@ -107,7 +113,8 @@ def _config(case: TrainingCase) -> Any:
 
 
 @contextmanager
-def _kept(folder: Path | None) -> Iterator[Path]:
+def kept(folder: Path | None) -> Iterator[Path]:
+    """A folder that stays, or one that is removed afterwards."""
     if folder is None:
         with tempfile.TemporaryDirectory() as place:
             yield Path(place)
@@ -116,7 +123,8 @@ def _kept(folder: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def _train_config(case: TrainingCase, made: dict[str, str], run: Path, mix: tuple[RowCount, ...]) -> TrainConfig:
+def train_config(case: TrainingCase, made: dict[str, str], run: Path, mix: tuple[RowCount, ...]) -> TrainConfig:
+    """The run that measures a case, in a folder of its own."""
     return TrainConfig(
         model=made["model"],
         out=str(run / "run"),
@@ -154,30 +162,10 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str,
 
 def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(case.gpus),
-        "-m",
-        "ultralong.bench.training.work",
-        str(run),
-        made["short"],
-        *(["profile"] if case.profile else []),
-        *(["one-row-passes"] if case.sharing == "fixed" else []),
-    ]
-    threads = str(max(1, (os.cpu_count() or 1) // (2 * case.gpus)))
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        return {
-            "note": lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}",
-            "messages": done.stderr[-4000:],
-        }
+    words = [*(["profile"] if case.profile else []), *(["one-row-passes"] if case.sharing == "fixed" else [])]
+    if failed := start_ranks(case.gpus, "ultralong.bench.training.work", str(run), made["short"], *words):
+        return failed
+    log = read_jsonl(run / "log.jsonl")
     ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
     seconds = median(record["seconds"] for record in log)
     kernels = read_json(run / "kernels.json") if case.profile else []
@@ -194,6 +182,21 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
         **{key: log[-1][key] for key in ("passes", "rows_by_degree") if key in log[-1]},
         **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
     }
+
+
+def start_ranks(gpus: int, module: str, *words: str) -> dict[str, str]:
+    """Run a module in so many processes; where they fail, `note` and `messages` say why."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
+    done = subprocess.run(
+        [*command, "-m", module, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    if not done.returncode:
+        return {}
+    lines = [line for line in done.stderr.splitlines() if "Error" in line]
+    note = lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}"
+    return {"note": note, "messages": done.stderr[-4000:]}
 
 
 def by_kind(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from ultralong.planner.shapes import model_config
 from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
-from ultralong.training.parallel import connect
+from ultralong.training.parallel import Processes, connect
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.utils import settings
 from ultralong.utils.files import append_jsonl, write_json
@@ -102,6 +102,29 @@ def random_model(
         ).train()
 
 
+def warmed_up(config: TrainConfig, processes: Processes, short: str, one_row_passes: bool = False) -> Run:
+    """A run of random weights that has trained on a short row twice; all processes call it."""
+    set_seed(config.seed)
+    mixed = config.parallel.dynamic_context_parallel
+    order = (OneRowPasses if one_row_passes else RowOrder).of_run(config)
+    warm_data = (replace(config.data[0], rows=short),)
+    warm = RowOrder(warm_data, config.seed, config.global_batch_size, mixed=mixed)
+    dtype = torch.float32 if config.parallel.fsdp_shard_degree is None else torch.bfloat16  # as the trainer loads it
+    model = random_model(config.model, processes.accelerator.device, dtype=dtype)
+    run = build_run(config, processes, RunFolder(Path(config.out)), order, model)
+    reserve_host_memory(run)
+    training_step(replace(run, order=warm), 0)
+    with flash_attn_4_hooks.tiles_everywhere():  # a long row's kernels, compiled here and not in what is timed
+        training_step(replace(run, order=warm), 0)
+    if mixed:  # kernels of its own for packs, and the allocator's segments for each of their sizes
+        training_step(run, 0)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the warm-up left cached would count as the run's reserved memory
+        torch.cuda.reset_peak_memory_stats()
+    return run
+
+
 def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool = False) -> None:
     """Train as `folder/config.yaml` says, on a short row first; write the log and this process's peaks in bytes.
 
@@ -110,26 +133,7 @@ def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool =
     """
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
-        set_seed(config.seed)
-        mixed = config.parallel.dynamic_context_parallel
-        order = (OneRowPasses if one_row_passes else RowOrder).of_run(config)
-        warm_data = (replace(config.data[0], rows=short),)
-        warm = RowOrder(warm_data, config.seed, config.global_batch_size, mixed=mixed)
-        dtype = (
-            torch.float32 if config.parallel.fsdp_shard_degree is None else torch.bfloat16
-        )  # as the trainer loads it
-        model = random_model(config.model, processes.accelerator.device, dtype=dtype)
-        run = build_run(config, processes, RunFolder(Path(config.out)), order, model)
-        reserve_host_memory(run)
-        training_step(replace(run, order=warm), 0)
-        with flash_attn_4_hooks.tiles_everywhere():  # a long row's kernels, compiled here and not in what is timed
-            training_step(replace(run, order=warm), 0)
-        if mixed:  # kernels of its own for packs, and the allocator's segments for each of their sizes
-            training_step(run, 0)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # what the warm-up left cached would count as the run's reserved memory
-            torch.cuda.reset_peak_memory_stats()
+        run = warmed_up(config, processes, short, one_row_passes)
         for step in range(config.steps):
             processes.barrier()
             begin = time.perf_counter()

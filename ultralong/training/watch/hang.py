@@ -77,7 +77,7 @@ class Watchdog:
     def _watch(self) -> None:
         since, last = time.monotonic(), self._progress()
         while not self._ended.wait(self._pause):
-            faulthandler.dump_traceback_later(self.seconds + STUCK, exit=True)
+            faulthandler.dump_traceback_later(self.seconds + STUCK, exit=True, file=sys.__stderr__ or sys.stderr)
             if (now := self._progress()) != last:
                 since, last = time.monotonic(), now
             waited = time.monotonic() - since
