@@ -5,9 +5,11 @@ Legend: B batch, T tokens of the row, P ranks, H query heads, K kv heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,7 @@ class AttentionContext:
     reason: str = ""
     anchors: tuple[int, ...] = ()
     _schemes: dict[Kernel, Scheme] = field(default_factory=dict, repr=False)
+    _asked: list[int] = field(default_factory=lambda: [0], repr=False)
 
     @property
     def size(self) -> int:
@@ -88,6 +91,26 @@ class AttentionContext:
     def kernels_used(self) -> tuple[str, ...]:
         """Names of the kernels that this context's attention has run on so far."""
         return tuple(kernel.name for kernel in self._schemes)
+
+    @contextmanager
+    def asked_by_every_layer(self, model: Any) -> Iterator[None]:
+        """Check that a forward pass inside asks this context for the attention of every layer of a model.
+
+        One process alone that has no document mask computes whatever a layer is; else a layer that is no attention, or
+        whose model does not hand `attention_context` on to it, would be wrong without a word.
+
+        Raises:
+            ValueError: Some layers did not ask; names the model.
+        """
+        before, layers = self._asked[0], model.config.get_text_config().num_hidden_layers
+        yield
+        asked = self._asked[0] - before
+        if asked < layers and (self.size > 1 or self.boundaries is not None):
+            raise ValueError(
+                f"{type(model).__name__}: {asked} of {layers} layers asked the attention context for their attention. "
+                "The others are no attention, or the model's code does not pass attention_context on to them: it can't "
+                "be used with rows that are shared by processes or masked by document."
+            )
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Positions (1, local tokens) in the row of this process's tokens, for RoPE over the whole row."""
@@ -180,6 +203,7 @@ class AttentionContext:
         Args and errors as `attend`'s.
         """
         check_tensors(q, k, v, self.local_tokens, self.heads, self.kv_heads)
+        self._asked[0] += 1
         window = None if window is None or window >= self.tokens else window
         spec = AttentionSpec(
             scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap or None

@@ -146,8 +146,8 @@ class MemoryConfig:
         activation_checkpointing: Recompute each layer's activations in the backward pass instead of keeping them.
         loss_tile: Tile size of the head and loss, in tokens: logits exist for one tile at a time, never for a row.
         layer_tile: Tile size of a checkpointed layer's projections and feed-forward, in tokens, in both passes; uses
-            decoder layers with a custom backward pass (`ultralong.training.memory.layers`: Llama, Mistral, Qwen2 and
-            Qwen3). 0 leaves the layers to transformers.
+            decoder layers with a custom backward pass, of the families in `ultralong.training.memory.layers`. 0 leaves
+            the layers to transformers.
         attention_outputs_on_gpu: Number of checkpointed layers, counted from the last, whose attention output stays on
             the GPU, so that attention is not recomputed there; -1 is all.
         attention_outputs_offloaded: Number of layers before those whose attention output is offloaded to host memory;

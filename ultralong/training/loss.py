@@ -11,12 +11,14 @@ as rows differ in their number of targets.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ultralong.attention.context import AttentionContext
 from ultralong.rope.tables import RopeTables
 from ultralong.utils.compiled import CheckedCompile
 
@@ -225,12 +227,19 @@ class LanguageModelLoss(nn.Module):
         tile: Tokens whose logits exist at a time.
 
     Raises:
-        ValueError: The model changes its logits after the head (soft cap, scaling, bias), which this loss does not.
+        ValueError: The model changes its logits after the head (soft cap, scaling, bias), or wants its router's
+            load-balancing loss, neither of which this loss does.
     """
 
     def __init__(self, model: PreTrainedModel, tile: int = 2048) -> None:
         super().__init__()
         config, head = model.config, model.get_output_embeddings()
+        if getattr(config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                f"{type(model).__name__} wants its router's load-balancing loss (output_router_logits), which is not "
+                "linear in the tokens: summed over processes that share a row it would be another loss. Set "
+                "output_router_logits to false in the model's config.json to train on the cross entropy alone."
+            )
         for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
             if getattr(config, name, neutral) not in (None, neutral):
                 raise ValueError(
@@ -266,8 +275,9 @@ class LanguageModelLoss(nn.Module):
         Returns:
             Scalar sum over all targets, and (B, T) losses, detached.
         """
-        decoder = self.model.get_decoder()
-        with self.rope.at(text_lengths):
+        decoder, context = self.model.get_decoder(), inputs.get("attention_context")
+        checked = context.asked_by_every_layer(self.model) if isinstance(context, AttentionContext) else nullcontext()
+        with self.rope.at(text_lengths), checked:
             hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
         weight = self.model.get_output_embeddings().weight
         short = None if short_losses is None else short_losses.flatten()

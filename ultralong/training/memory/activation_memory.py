@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ultralong.training.config import MemoryConfig
 from ultralong.training.memory.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
-from ultralong.training.memory.layers import KNOWN, CustomBackwardLayers
+from ultralong.training.memory.layers import FAMILIES, KNOWN, CustomBackwardLayers
 from ultralong.training.memory.offload import Offloader
 from ultralong.training.memory.tiled import tile_module
 
@@ -32,7 +32,7 @@ def check_tiled_layers(config: PreTrainedConfig) -> None:
         ValueError: Its layers are of another kind, or have dropout.
     """
     text = config.get_text_config()
-    if text.model_type not in [name.removesuffix("DecoderLayer").lower() for name in KNOWN]:
+    if text.model_type.removesuffix("_text").replace("_", "") not in [family.lower() for family in FAMILIES]:
         raise ValueError(
             f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; layers of {text.model_type} "
             "are not known to it: set memory.layer_tile to 0."

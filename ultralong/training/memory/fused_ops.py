@@ -19,7 +19,7 @@ from torch.nn import functional
 from ultralong.training.memory.tiled import autocast_now
 from ultralong.utils.compiled import CheckedCompile
 
-GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "MinistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
 SILU = ("SiLU", "SiLUActivation")
 
 
@@ -175,7 +175,8 @@ def linear_add(x: Tensor, project: Any, y: Tensor) -> Tensor:
     """Compute x + project(y), for x (B, t, d) and y (B, t, e), rounded once where one operation can do both."""
     if not _fuses_add(x, project, y):
         return x + project(y)
-    return torch.addmm(x.flatten(0, -2), y.flatten(0, -2), project.weight.T).view(x.shape)
+    # Row by row as `add_linear` does, so that both round alike: a mixture's router must choose the same experts again.
+    return torch.stack([torch.addmm(total, rows, project.weight.T) for total, rows in zip(x, y, strict=True)])
 
 
 def add_linear(x: Tensor, project: Any, y: Tensor) -> None:
@@ -231,10 +232,16 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(up)
 
 
+def mlp_output(mlp: Any, x: Tensor) -> Tensor:
+    """mlp(x) (B, t, d); gpt-oss gives its router's scores beside it."""
+    found = mlp(x)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def add_mlp(x: Tensor, mlp: Any, y: Tensor) -> None:
     """Add mlp(y) to x in place, for x and y (B, t, d) without gradients."""
     if not _is_plain_swiglu(mlp):
-        x += mlp(y)
+        x += mlp_output(mlp, y)
         return
     gate, up = mlp.gate_proj(y), mlp.up_proj(y)
     add_linear(x, mlp.down_proj, _swiglu_op(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape))
@@ -243,7 +250,7 @@ def add_mlp(x: Tensor, mlp: Any, y: Tensor) -> None:
 def mlp_for_backward(mlp: Any, x: Tensor) -> Tensor:
     """mlp(x) (B, t, d) for its gradients: the result itself, of zeros here, is not computed."""
     if type(mlp).__name__ not in GATED_MLPS or "forward" in vars(mlp):
-        return mlp(x)
+        return mlp_output(mlp, x)
     if not _is_plain_swiglu(mlp):
         gate, up = linears_for_backward((mlp.gate_proj, mlp.up_proj), x, (True, True))
         return linears_for_backward([mlp.down_proj], mlp.act_fn(gate) * up, [False])[0]

@@ -14,7 +14,7 @@ For a million tokens on two GPUs this is the difference between 8 billion parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,89 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from ultralong.attention.protocol import OutLse, SchemeContext
-from ultralong.attention.scheme import Scheme
-from ultralong.attention.spec import AttentionSpec
 from ultralong.training.memory.activation_store import AttentionStore, LayerInputStore
-from ultralong.training.memory.fused_ops import (
-    add_linear,
-    add_mlp,
-    apply_rotary,
-    linear_add,
-    linears_for_backward,
-    mlp_for_backward,
-    rms_norm,
-)
+from ultralong.training.memory.split_layer import QKV, SplitLayer
 from ultralong.training.memory.tiled import Autocast, autocast_now, backward_tiles, tiles
 from ultralong.training.parallel import unsharded
 
-KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-
-Projecting = Callable[[Sequence[nn.Module], Tensor], Sequence[Tensor]]
-QKV = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class SplitLayer:
-    """One decoder layer, split at its attention.
-
-    Attributes:
-        module: transformers' layer, used with its own modules.
-    """
-
-    module: Any
-
-    def pre_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> QKV:
-        """Queries (B, t, H, D), keys and values (B, t, K, D) of x (B, t, d); cos and sin are (1 or B, t, D)."""
-        q, k, v = self._projected(x, lambda projects, x: [project(x) for project in projects])
-        q, k, dtype = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), autocast_now(x)
-        return (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype))
-
-    def pre_attention_for_backward(self, x: Tensor) -> QKV:
-        """`pre_attention` for its gradients, without the rotary embedding: their rotation is undone before this."""
-        needed = (self._normalises_heads, self._normalises_heads, False)
-        return self._projected(x, partial(linears_for_backward, needed=needed))
-
-    def post_attention(self, x: Tensor, out: Tensor) -> None:
-        """Turn the layer's input (B, t, d) into its output, in place, given the attention output (B, t, H, D)."""
-        add_linear(x, self.module.self_attn.o_proj, out.flatten(2))
-        add_mlp(x, self.module.mlp, rms_norm(self.module.post_attention_layernorm, x))
-
-    def post_attention_for_backward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms of the output's sum, for their gradients."""
-        x = linear_add(x, self.module.self_attn.o_proj, out.flatten(2))
-        return x, mlp_for_backward(self.module.mlp, rms_norm(self.module.post_attention_layernorm, x))
-
-    def _projected(self, x: Tensor, project: Projecting) -> QKV:
-        """Heads of x before their rotary embedding; `project` computes the projections."""
-        attention, x = self.module.self_attn, rms_norm(self.module.input_layernorm, x)
-        found = project((attention.q_proj, attention.k_proj, attention.v_proj), x)
-        q, k, v = (part.view(*x.shape[:-1], -1, attention.head_dim) for part in found)
-        if self._normalises_heads:
-            q, k = rms_norm(attention.q_norm, q), rms_norm(attention.k_norm, k)
-        return q, k, v
-
-    @property
-    def _normalises_heads(self) -> bool:
-        """Whether queries and keys are normalised, as in Qwen3."""
-        return hasattr(self.module.self_attn, "q_norm")
-
-    def pre_attention_parameters(self) -> list[Tensor]:
-        """Parameters of `pre_attention`, as the layer holds them now (gathered, inside a sharded layer's pass)."""
-        attention = self.module.self_attn
-        modules = [self.module.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj]
-        modules += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-        return [parameter for module in modules for parameter in module.parameters()]
-
-    def post_attention_parameters(self) -> list[Tensor]:
-        """Parameters of `post_attention`."""
-        modules = self.module.self_attn.o_proj, self.module.post_attention_layernorm, self.module.mlp
-        return [parameter for module in modules for parameter in module.parameters()]
-
-    def scheme_and_spec(self, context: SchemeContext, qkv: QKV) -> tuple[Scheme, AttentionSpec]:
-        """How the context computes the layer's attention; Mistral has its sliding window in the config only."""
-        attention = self.module.self_attn
-        window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-        return context.scheme_and_spec(*qkv, scale=attention.scaling, window=window)
+# Families of transformers whose decoder layers are of the kinds that `SplitLayer` knows.
+FAMILIES = (
+    "Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Gemma3", "Olmo2", "Olmo3", "Mixtral", "Qwen3Moe", "GptOss",
+)  # fmt: skip
+KNOWN = tuple(f"{family}DecoderLayer" for family in FAMILIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +72,7 @@ class CustomBackwardLayers:
         self, layers: Sequence[nn.Module], tile: int, outputs: AttentionStore, inputs: LayerInputStore
     ) -> None:
         self.tile, self.outputs, self.inputs = tile, outputs, inputs
+        self._given: dict[int, ForwardInputs] = {}  # of layers whose backward pass is to come
         self.layers = [_split(module) for module in layers]
         for index, layer in enumerate(self.layers):
             layer.module.forward = partial(self._called, index)
@@ -178,7 +106,7 @@ class CustomBackwardLayers:
         assert position_embeddings is not None
         autocast, save = autocast_now(hidden_states), torch.is_grad_enabled()
         given = ForwardInputs(attention_context, *position_embeddings, autocast, save)
-        parameters = (*layer.pre_attention_parameters(), *layer.post_attention_parameters())
+        parameters = (*layer.pre_attention_parameters(), *layer.post_attention_parameters(), *layer.sinks())
         return _Layer.apply(self, index, given, hidden_states, *parameters)
 
     def forward(self, index: int, given: ForwardInputs, x: Tensor) -> Tensor:
@@ -187,13 +115,14 @@ class CustomBackwardLayers:
         pair = self._attend(layer, given, self._qkv(layer, given, x))
         y = self._post_attention(layer, x, pair[0])
         if given.save:
+            self._given[index] = given
             self.inputs.save(index, x)
             self.outputs.save(index, *pair)
         return y
 
     def backward(self, index: int, given: ForwardInputs, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of a layer's input and of its parameters. Writes into `dy`."""
-        layer, x = self.layers[index], self._input(index, given)
+        layer, x = self.layers[index], self._input(index)
         pair, qkv = self.outputs.pop(index), None
         if pair is None:
             qkv = self._qkv(layer, given, x)
@@ -209,18 +138,19 @@ class CustomBackwardLayers:
         qkv = self._qkv(layer, given, x) if qkv is None else qkv
         scheme, spec = layer.scheme_and_spec(given.context, qkv)
         with torch.autocast(x.device.type, enabled=False):
-            dq, dk, dv, _ = scheme.backward(dout, *qkv, out, lse, spec)
+            dq, dk, dv, of_sink = scheme.backward(dout, *qkv, out, lse, spec, layer.sink())
         del qkv, out, lse, dout
 
         def rotated_back(place: slice) -> list[Tensor]:
             cos, sin = given.cos[:, place], -given.sin[:, place]
-            return [apply_rotary(dq[:, place], cos, sin), apply_rotary(dk[:, place], cos, sin), dv[:, place]]
+            return [*layer.rotated(dq[:, place], dk[:, place], cos, sin), dv[:, place]]
 
         project, parameters = layer.pre_attention_for_backward, layer.pre_attention_parameters()
         pre_grads = backward_tiles(project, [x], rotated_back, [dx], parameters, *tiling, add=True)
-        return dx, *pre_grads, *post_grads
+        self._given.pop(index, None)
+        return dx, *pre_grads, *post_grads, *(of_sink for _ in layer.sinks())
 
-    def _input(self, index: int, given: ForwardInputs) -> Tensor:
+    def _input(self, index: int) -> Tensor:
         """A layer's input (B, T, d): stored, or recomputed from the nearest stored one before it.
 
         On the way the inputs of the layers between are recomputed as well, and stored until their turn, which is next.
@@ -229,7 +159,7 @@ class CustomBackwardLayers:
             start = self.inputs.nearest(index)
             x = self.inputs.get(start)
             for between in range(start, index):
-                x = self._recompute(between, given, x)
+                x = self._recompute(between, self._given[between], x)
                 self.inputs.pin(between + 1, x)
         return self.inputs.pop(index)
 
@@ -258,7 +188,7 @@ class CustomBackwardLayers:
     def _attend(self, layer: SplitLayer, given: ForwardInputs, qkv: QKV) -> OutLse:
         scheme, spec = layer.scheme_and_spec(given.context, qkv)
         with torch.no_grad(), torch.autocast(qkv[0].device.type, enabled=False):
-            return scheme.forward(*qkv, spec)
+            return scheme.forward(*qkv, spec, layer.sink())
 
     def _post_attention(self, layer: SplitLayer, x: Tensor, out: Tensor) -> Tensor:
         """The layer's output (B, T, d)."""
@@ -290,10 +220,10 @@ def _split(module: nn.Module) -> SplitLayer:
             f"memory.layer_tile computes the inside of {', '.join(KNOWN)} in tiles; {name} is not known "
             "to it: set memory.layer_tile to 0."
         )
-    dropout = getattr(module.self_attn, "attention_dropout", 0.0)
-    if dropout:
-        raise ValueError(
-            f"memory.layer_tile is for layers without dropout, found attention_dropout={dropout}: set it to 0 in the "
-            "model's config, or memory.layer_tile to 0."
-        )
+    for place, name in ((module.self_attn, "attention_dropout"), (getattr(module, "mlp", None), "jitter_noise")):
+        if found := getattr(place, name, 0.0):
+            raise ValueError(
+                f"memory.layer_tile is for layers without dropout, found {name}={found}: set it to 0 in the model's "
+                "config, or memory.layer_tile to 0."
+            )
     return SplitLayer(module)
