@@ -117,7 +117,9 @@ def make_samples(
 ) -> None:
     """Write samples of a test to a file, for a model that runs elsewhere.
 
-    Tests are RULER's, InfiniteBench's, LV-Eval's, BABILong-style questions and needles.
+    Tests are RULER's, InfiniteBench's, LV-Eval's, GraphWalks (graphwalks_bfs, graphwalks_parents), HELMET's json_kv,
+    MRCR-style (mrcr_style_2needles, _4needles, _8needles), OOLONG-style (oolong_style_counting, _user, _timeline),
+    BABILong-style and non-literal questions, and needles.
 
     Example: ultralong eval make ruler_vt --length 128k --samples 20 --tokenizer model --out vt.jsonl
 

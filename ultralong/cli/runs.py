@@ -34,13 +34,15 @@ def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None
     Stop it at any time; the same command resumes where it stopped.
 
     Tests are named with commas between them; groups are ruler, niah, infinitebench, infinitebench_synthetic,
-    infinitebench_published, lveval, lveval_16k to lveval_256k, babilong_style, nonliteral, needle (the map),
-    perplexity, longppl, loss and lm_eval (short benchmarks).
+    infinitebench_published, lveval, lveval_16k to lveval_256k, babilong_style, nonliteral, reported (graphwalks,
+    json_kv, mrcr_style and oolong_style, each a group or test too), needle (the map), perplexity, longppl, loss and
+    lm_eval (short benchmarks).
 
     Examples:
       ultralong eval run needle,ruler,babilong_style model --lengths 4k 32k 128k --samples 50 --out runs/model
       ultralong eval run lveval,infinitebench model --lengths 128k --data published --out runs/model
       ultralong eval run ruler model --lengths 1m --gpus 2 --out runs/long
+      ultralong eval run reported miniature --lengths 1k 2k --samples 4 --out runs/reported
 
     Args:
         wanted: What to measure.

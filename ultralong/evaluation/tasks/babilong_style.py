@@ -277,6 +277,7 @@ BABILONG_STYLE_TASKS = {
         only_named,
         ("kind", "named"),
         former_name=name.replace("babilong_style", "facts"),
+        capability="retrieval" if name.endswith("qa1") else "multi-hop",
     )
     for name in STORIES
 }

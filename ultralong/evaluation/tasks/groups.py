@@ -11,6 +11,13 @@ from ultralong.evaluation.tasks.babilong_style import BABILONG_STYLE_TASKS
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LEVELS, LVEVAL_TASKS
+from ultralong.evaluation.tasks.reported import (
+    GRAPHWALKS_TASKS,
+    JSON_KV_TASK,
+    MRCR_STYLE_TASKS,
+    OOLONG_STYLE_TASKS,
+    REPORTED_TASKS,
+)
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.samples import find_task
 
@@ -25,6 +32,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "infinitebench_published": tuple(INFINITEBENCH_PUBLISHED),
     "babilong_style": tuple(BABILONG_STYLE_TASKS),
     "nonliteral": tuple(NONLITERAL_TASKS),
+    "reported": tuple(REPORTED_TASKS),
+    "graphwalks": tuple(GRAPHWALKS_TASKS),
+    "mrcr_style": tuple(MRCR_STYLE_TASKS),
+    "oolong_style": tuple(OOLONG_STYLE_TASKS),
     "lveval": tuple(LVEVAL_TASKS),
     **{f"lveval_{level}": tuple(name for name in LVEVAL_TASKS if name.endswith(f"_{level}")) for level in LEVELS},
 }
@@ -33,6 +44,10 @@ FAMILIES = {
     **dict.fromkeys(GROUPS["infinitebench"], "InfiniteBench"),
     **dict.fromkeys(BABILONG_STYLE_TASKS, "BABILong-style"),
     **dict.fromkeys(NONLITERAL_TASKS, "non-literal needle"),
+    **dict.fromkeys(GRAPHWALKS_TASKS, "GraphWalks"),
+    JSON_KV_TASK.name: "json_kv (HELMET)",
+    **dict.fromkeys(MRCR_STYLE_TASKS, "MRCR-style"),
+    **dict.fromkeys(OOLONG_STYLE_TASKS, "OOLONG-style"),
     **{name: f"LV-Eval {name.rsplit('_', 1)[1]}" for name in LVEVAL_TASKS},
 }
 # The names under which people keep the published files.

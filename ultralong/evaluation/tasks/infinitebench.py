@@ -225,8 +225,10 @@ INFINITEBENCH_TASKS = {
             first_integer,
         ),
         Task("infinitebench_kv_retrieval", 50, lambda setting: PairsBuilder(), whole_word),
-        Task("infinitebench_code_run", 5, lambda setting: CodeBuilder(setting.chat), last_integer),
-        Task("infinitebench_math_find", 3, lambda setting: FindBuilder(), first_number),
-        Task("infinitebench_math_calc", 0, partial(CalcBuilder), correct_prefix),
+        Task(
+            "infinitebench_code_run", 5, lambda setting: CodeBuilder(setting.chat), last_integer, capability="multi-hop"
+        ),
+        Task("infinitebench_math_find", 3, lambda setting: FindBuilder(), first_number, capability="aggregation"),
+        Task("infinitebench_math_calc", 0, partial(CalcBuilder), correct_prefix, capability="reasoning"),
     )
 }

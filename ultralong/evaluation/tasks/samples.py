@@ -21,6 +21,7 @@ from ultralong.evaluation.tasks.needle import NEEDLE_TASK
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
 from ultralong.evaluation.tasks.prompts import EncodedPrompt, Frame, encode_prompt, make_frame
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS
+from ultralong.evaluation.tasks.reported import REPORTED_TASKS
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.task import Builder, Draft, Reader, Setting, Task
 
@@ -31,6 +32,7 @@ GENERATED: dict[str, Task] = {
     **INFINITEBENCH_TASKS,
     **BABILONG_STYLE_TASKS,
     **NONLITERAL_TASKS,
+    **REPORTED_TASKS,
 }
 PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LVEVAL_TASKS}
 TASKS = GENERATED | PUBLISHED

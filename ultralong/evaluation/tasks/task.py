@@ -12,6 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.tasks.prompts import Frame
 
+# RULER's four categories (Hsieh et al. 2024, section 3) and what the tests of 2026 ask for beside them.
+CAPABILITIES = (
+    "retrieval",
+    "multi-hop",
+    "aggregation",
+    "co-reference",
+    "question answering",
+    "reasoning",
+    "summarisation",
+)
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -110,6 +121,7 @@ class Task:
         extra: Further fields of a record that `score` takes, by name.
         former_name: Its name in version 0.3, where that was another one.
         needs: Package that `score` imports, where it is an optional one.
+        capability: What of a long context it asks for, one of `CAPABILITIES`; reports average by it.
     """
 
     name: str
@@ -119,6 +131,11 @@ class Task:
     extra: tuple[str, ...] = ()
     former_name: str = ""
     needs: str = ""
+    capability: str = "retrieval"
+
+    def __post_init__(self) -> None:
+        if self.capability not in CAPABILITIES:
+            raise ValueError(f"{self.capability!r} is none of the capabilities {', '.join(CAPABILITIES)}.")
 
     @property
     def seed_name(self) -> str:

@@ -34,10 +34,10 @@ RULER_TASKS = {
     task.name: task
     for task in (
         *(Task(name, 128, partial(niah.prepare, kind), match_all) for name, kind in NIAH.items()),
-        Task("ruler_vt", 30, tracking.prepare, match_all),
-        Task("ruler_cwe", 120, counting.prepare_common, match_all),
-        Task("ruler_fwe", 50, counting.prepare_coded, match_all),
-        Task("ruler_qa_squad", 32, partial(questions.prepare, "squad"), match_part),
-        Task("ruler_qa_hotpot", 32, partial(questions.prepare, "hotpot"), match_part),
+        Task("ruler_vt", 30, tracking.prepare, match_all, capability="multi-hop"),
+        Task("ruler_cwe", 120, counting.prepare_common, match_all, capability="aggregation"),
+        Task("ruler_fwe", 50, counting.prepare_coded, match_all, capability="aggregation"),
+        Task("ruler_qa_squad", 32, partial(questions.prepare, "squad"), match_part, capability="question answering"),
+        Task("ruler_qa_hotpot", 32, partial(questions.prepare, "hotpot"), match_part, capability="question answering"),
     )
 }
