@@ -47,7 +47,7 @@ def test_rows_fit_together(folder, tmp_path, gpus, capsys):
     assert not compare(rows, rows).regressions
     table = decode_table([kept])
     assert len(table) == 2 + len(rows)
-    assert {line.count("|") for line in table} == {10}
+    assert {line.count("|") for line in table} == {12}
 
 
 def test_a_filled_cache_in_place_of_a_prompt(folder, capsys):

@@ -126,8 +126,11 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+SHARES = {"of_copy": ".0%", "of_transformers": ".2f"}  # of a decoding row, and how they are written
+
+
 def decode_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Decoding: tokens a second by prompt and batch, with the ratio to transformers' own loop in the same run.
+    """Decoding: tokens a second by prompt and batch, with what they are compared with in the same run.
 
     Args:
         recorded: What `ultralong bench decode --json` wrote, one or more files.
@@ -137,18 +140,20 @@ def decode_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     """
     rows = sorted((row for file in recorded for row in rows_of(file)), key=lambda row: (row["batch"], row["tokens"]))
     lines = [
-        "| model | prompts | tokens of each | by | GPUs | cache | tokens/s | of transformers' | GiB of a GPU |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | prompts | tokens of each | by | GPUs | cache | tokens/s | ms a step | of a copy's rate |"
+        " of transformers' | GiB of a GPU |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         before = (
             f"| {row['model']} | {row['batch']} | {row['tokens']:,} | {row['name']} | {row['gpus']} | {row['kv']} | "
         )
         if "note" in row:
-            lines.append(before + f"{row['note']} | | |")
+            lines.append(before + f"{row['note']} | | | | |")
             continue
-        ratio = f"{row['of_transformers']:.2f}" if "of_transformers" in row else ""
-        lines.append(f"{before}{row['tokens_per_second']:,.1f} | {ratio} | {row['peak_gib']:.1f} |")
+        shares = [format(row[key], spec) if key in row else "" for key, spec in SHARES.items()]
+        cells = [f"{row['tokens_per_second']:,.1f}", f"{1000 * row['decode_seconds_per_token']:.1f}", *shares]
+        lines.append(f"{before}{' | '.join(cells)} | {row['peak_gib']:.1f} |")
     return lines
 
 
@@ -218,6 +223,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         ),
         prefill_table,
     ),
+    "decode": (("decode_1gpu_131k.json", "decode_1gpu_1m_fp8.json"), decode_table),
     "readers": (("readers.json",), readers_table),
     "configs": (("config_sweep.json",), configs_table),
 }

@@ -41,7 +41,7 @@ class ShardedRunner(CachedRunner):
         kernel: Name of the attention kernel, or `auto`.
         quiet: True draws no progress bar.
         fused: Decode by fused kernels in one CUDA graph where model, device and packages allow it
-            (`decode_step`). Off by default: it was not run on a GPU yet.
+            (`decode_step`). By default on one GPU, where it was measured; between several GPUs it was not run yet.
 
     Raises:
         ValueError: A model with sliding windows or other special layers, a chunk below one token, or another `kv`.
@@ -57,7 +57,7 @@ class ShardedRunner(CachedRunner):
         chunk: int | None = None,
         kernel: str = "auto",
         quiet: bool = False,
-        fused: bool = False,
+        fused: bool | None = None,
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)
         check_model(model)
@@ -68,7 +68,8 @@ class ShardedRunner(CachedRunner):
             model.set_attn_implementation(attention.NAME)
         self.cache = KvCache(self._share(capacity or 1), kv, ranks=ranks, rank=rank)
         self._context = ShardedAttention(self.cache, self.group, kernel)
-        self.step = fast_step(model, self.cache, self.group) if fused else None
+        wanted = self.group is None if fused is None else fused
+        self.step = fast_step(model, self.cache, self.group) if wanted else None
         self._owner = 0  # who has the last pass's last token
 
     def agree(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Several ranks on one machine, from a test, a notebook cell or a script: `run_ranks(work, world)`.
 
-On a machine without a GPU the ranks are forked, so that `work` may be any function, one defined in a notebook cell
-too; where CUDA is in play a forked process can't use it, so the ranks are spawned and `work` must be importable.
+On a machine without a GPU the ranks are forked. Where CUDA is in play a forked process can't use it, so the ranks are
+spawned; a function of a notebook cell, which they can't import, then travels by value, for which cloudpickle is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -61,11 +62,15 @@ def run_ranks(
 
     Raises:
         RankFailed: A rank raised, died or was not done in time. The others are ended.
-        ValueError: More ranks than GPUs.
+        ValueError: More ranks than GPUs, or a function of a notebook cell where ranks are spawned and cloudpickle is
+            missing.
     """
     if device == "cuda" and world > torch.cuda.device_count():
         raise ValueError(f"{world} ranks need {world} GPUs, found {torch.cuda.device_count()}")
-    context: Any = multiprocessing.get_context(start_method())
+    method = start_method()
+    context: Any = multiprocessing.get_context(method)
+    if method == "spawn" and not hasattr(sys.modules["__main__"], "__file__"):
+        work, arguments = _ByValue(work, arguments), ()
     results = context.Queue()
     port = free_port()
     processes = [
@@ -92,6 +97,24 @@ def run_ranks(
                 process.kill()
                 process.join()
         results.close()
+
+
+class _ByValue:
+    """A function and its arguments, pickled by value where they are a notebook's own: no process can import those."""
+
+    def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            import cloudpickle
+        except ImportError:
+            raise ValueError(
+                "On a machine with a GPU, a function of a notebook cell runs on several ranks with cloudpickle only: "
+                "pip install cloudpickle, or put the function into a module and import it."
+            ) from None
+        self.pickled: bytes = cloudpickle.dumps((work, arguments))
+
+    def __call__(self, rank: int, world: int) -> Any:
+        work, arguments = pickle.loads(self.pickled)  # noqa: S301 - of the process that started this one
+        return work(rank, world, *arguments)
 
 
 def _rank(
