@@ -11,8 +11,12 @@ from tiny_run import LENGTH, make_run
 from transformers import LlamaConfig
 
 from ultralong.planner import load_machine, plan
+from ultralong.planner.advice import STATES
 from ultralong.planner.machine import SCALED
+from ultralong.planner.memory import gpu_memory, gpu_total
 from ultralong.planner.shapes import KNOWN, model_config, shape_of
+from ultralong.planner.workload import Workload
+from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
 
 RECORDED = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "training_h200.json"
@@ -146,6 +150,24 @@ def test_the_longest_row_fits_and_a_longer_one_does_not(tiny_folder, sequence):
     assert longest % (1024 * sequence) == 0
     assert plan(run, tokens=longest, gpu_memory=4.0).fits
     assert not plan(run, tokens=int(longest * 1.02), gpu_memory=4.0).fits
+
+
+def test_frozen_parameters_have_neither_masters_nor_states(tiny_folder):
+    parallel, memory = ParallelConfig(fsdp_shard_degree=1), MemoryConfig(activation_checkpointing=True)
+    whole = config(tiny_folder, parallel=parallel, memory=memory, dtype="bfloat16")
+    shape, machine = shape_of(TINY), load_machine("h200")
+    adapted, all_trained = (
+        Workload(run, TINY, shape, machine, 256, 1) for run in (replace(whole, lora=LoRAConfig(rank=4)), whole)
+    )
+    lines = {line.name: line.value for line in gpu_memory(adapted) if line.name.startswith(STATES)}
+    trained = 4 * TINY.num_hidden_layers * 2 * TINY.hidden_size * 4  # A and B of q and o, and of k and v
+    trained -= 4 * TINY.num_hidden_layers * 2 * (TINY.hidden_size - TINY.num_key_value_heads * TINY.head_dim)
+    assert lines == {
+        "tensors: frozen parameters, 2 bytes each": 2 * shape.parameters,
+        "tensors: parameters, float32": 4 * trained,
+        "tensors: AdamW's two states, float32": 8 * trained,
+    }
+    assert gpu_total(adapted) < gpu_total(all_trained) - 8 * shape.parameters
 
 
 def test_what_does_not_fit_says_what_would(tiny_folder):

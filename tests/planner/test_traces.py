@@ -18,6 +18,8 @@ from ultralong.planner.traces.fake_loss import fake_head_loss
 from ultralong.planner.traces.kernel import KERNELS, AllocatingKernel, planned_kernel
 from ultralong.planner.traces.layers import LayerTrace, StepSettings, trace_layers, trace_step, traced
 from ultralong.planner.traces.tracker import Tracker
+from ultralong.training.adapters.config import LoRAConfig
+from ultralong.training.adapters.lora import add_adapters
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import tiled_cross_entropy
 from ultralong.training.memory.activation_memory import ActivationMemory
@@ -78,6 +80,19 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(layer_tile, dty
         # transformers keeps 8 bytes a token more of fake tensors, whose positions it can't look at.
         assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.01), name
     assert bool(fake.at_recompute) == checkpointed
+
+
+@pytest.mark.parametrize("layer_tile", [pytest.param(0, marks=pytest.mark.soak), 64], ids=["checkpointed", "tiled"])
+def test_a_step_with_adapters_on_fake_tensors_takes_what_it_takes_on_real_ones(layer_tile):
+    lora = LoRAConfig(rank=4, targets=("q_proj", "down_proj"), train_norms=True)
+    settings = StepSettings(1, torch.bfloat16, True, loss_tile=64, layer_tile=layer_tile, lora=lora)
+    real = trace_step(add_adapters(tiny_model(), lora).train(), torch.zeros(1, 256, dtype=torch.int64), settings)
+    fake = traced(TINY.to_json_string(use_diff=False), 256, settings, TINY.num_hidden_layers)
+    for name in ("forward", "at_attention", "loss", "backward", "recomputed", "at_backward", "multiplied"):
+        assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.01), name
+    whole = traced(TINY.to_json_string(use_diff=False), 256, replace(settings, lora=LoRAConfig()), 3)
+    assert fake.loss < whole.loss, "a frozen head has no gradient"
+    assert fake.multiplied < whole.multiplied, "nor have the frozen weights"
 
 
 def test_the_fake_loss_holds_as_much_as_the_loss():

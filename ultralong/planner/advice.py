@@ -13,7 +13,7 @@ from ultralong.planner.report import PlanLine
 from ultralong.planner.workload import Workload
 from ultralong.utils.units import GIB
 
-STATES = ("tensors: parameters", "tensors: AdamW")  # there all the time
+STATES = ("tensors: parameters", "tensors: frozen", "tensors: AdamW")  # there all the time
 
 
 def gpu_advice(workload: Workload, budget: float, growth: Growth) -> list[str]:

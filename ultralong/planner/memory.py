@@ -1,12 +1,12 @@
 """Bytes of one configuration of the trainer, item by item.
 
 The trainer holds float32 parameters, gradients and two AdamW states, all of them on every GPU or sharded over
-`parallel.fsdp_shard_degree` of them (FSDP2), and splits a row over `parallel.context_parallel_size` processes. What a
-step needs beyond its states is not guessed from a formula: a step is traced on fake tensors through the model's own
-code and the real attention scheme (`ultralong.planner.traces`); what the memory plan stores, offloads or recomputes is
-then added and taken off. Of sharded runs every layer's turn in the backward pass is looked at
-(`ultralong.planner.live_activations`): inputs and outputs leave while gradients come, and where few inputs are stored
-and many recomputed the worst moment is not the first.
+`parallel.fsdp_shard_degree` of them (FSDP2), and splits a row over `parallel.context_parallel_size` processes. Frozen
+parameters (LoRA) have neither gradients nor states. What a step needs beyond its states is not guessed from a formula:
+a step is traced on fake tensors through the model's own code and the real attention scheme (`planner.traces`);
+what the memory plan stores, offloads or recomputes is then added and taken off. Of sharded runs every layer's turn in
+the backward pass is looked at (`ultralong.planner.live_activations`): inputs and outputs leave while gradients come,
+and where few inputs are stored and many recomputed the worst moment is not the first.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ IN_FLIGHT = 2  # offloaded tensors that are on the device all the same: one on i
 
 def gpu_memory(workload: Workload) -> list[PlanLine]:
     """Bytes on each GPU at the worst moment of a step."""
-    count, states = workload.shape.parameters / (workload.shard or 1), workload.config.optimizer.state_precision
+    count, states = workload.adapted.trained / (workload.shard or 1), workload.config.optimizer.state_precision
+    frozen, size = workload.adapted.frozen / (workload.shard or 1), workload.frozen_itemsize
     lines = [
+        *([_tensors(f"frozen parameters, {size} bytes each", size * frozen)] if frozen else []),
         _tensors("parameters, float32", FLOAT * count),
         _tensors(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
         *(_whole_step(workload) if workload.shard is None else _worst_moment(workload)),
@@ -85,12 +87,13 @@ def _whole_step(workload: Workload) -> list[PlanLine]:
 def _worst_moment(workload: Workload) -> list[PlanLine]:
     """Of a sharded step: the loss, a layer's turn in the backward pass, or the end, when gradients are summed."""
     assert workload.shard is not None
-    memory, count = workload.config.memory, workload.shape.parameters / workload.shard
-    outside = workload.outside_parameters * workload.dtype.itemsize
+    memory, count = workload.config.memory, workload.adapted.trained / workload.shard
+    copies = workload.trained_outside if workload.config.lora.on else 0  # beside their frozen originals
+    outside = (workload.outside_parameters + copies) * workload.dtype.itemsize
     # The traced step stored all inputs all the time.
     inputs = workload.shape.layers * workload.input_bytes * memory.activation_checkpointing
     # A layer's gradients come when what it stored has gone; those of a second micro-batch are added to the first one's.
-    each = FLOAT * workload.layer_parameters / workload.shard
+    each = FLOAT * workload.adapted.trained_in_layers / workload.shape.layers / workload.shard
     early = workload.passes > 1 or not memory.activation_checkpointing
     loss = [
         # What the last layer's parameters were gathered into is kept until the loss is there.
@@ -106,7 +109,7 @@ def _worst_moment(workload: Workload) -> list[PlanLine]:
         ]
         moments.append([*at_work, *_live(workload, live, FLOAT * count if early else each * live.layers_done)])
     # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
-    ends = (workload.dtype.itemsize + FLOAT) * workload.outside_parameters
+    ends = (workload.dtype.itemsize + FLOAT) * workload.trained_outside
     moments.append(
         [
             _tensors("gathered parameters and gradients outside of layers", outside + ends),
@@ -147,9 +150,9 @@ def _gathered_at(workload: Workload, live: LiveActivations) -> float:
 
     Those are the head's, and the last layer's in float32, which are being summed.
     """
-    head = workload.shape.vocabulary * workload.shape.hidden
+    head = workload.shape.vocabulary * workload.shape.hidden * workload.head_trained
     in_type = workload.layer_parameters + workload.outside_parameters + head
-    summed = FLOAT * workload.layer_parameters if live.layers_done else 0.0
+    summed = FLOAT * workload.adapted.trained_in_layers / workload.shape.layers if live.layers_done else 0.0
     return workload.dtype.itemsize * in_type + _gathered_early(workload) + summed
 
 
@@ -162,7 +165,7 @@ def host_memory(workload: Workload) -> list[PlanLine]:
     if offloaded:
         items[f"attention outputs of {offloaded} layers, pinned"] = offloaded * workload.output_bytes
     states = STATE_BYTES[workload.config.optimizer.state_precision]
-    count = workload.shape.parameters / (workload.shard or 1)
+    count = workload.adapted.trained / (workload.shard or 1)
     if staged := staged_bytes(workload):
         items["model and states for checkpoints in the background, pinned"] = staged
     beyond = (SAVED_BYTES + states) * count + HOST_BYTES - sum(items.values())
@@ -177,4 +180,4 @@ def staged_bytes(workload: Workload) -> float:
     if not workload.config.async_checkpoints:
         return 0.0
     states = STATE_BYTES[workload.config.optimizer.state_precision]
-    return (FLOAT + states) * workload.shape.parameters / (workload.shard or 1)
+    return (FLOAT + states) * workload.adapted.trained / (workload.shard or 1)

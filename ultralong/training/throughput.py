@@ -1,8 +1,9 @@
 """Throughput of a step: tokens per second, model FLOP utilisation (MFU), and the memory it took.
 
-The rule, here and in every table of this project: causal FLOP, recomputation not counted. Six for each
-token and parameter that it is multiplied with, and for attention 2 H D for every pair of a query and a key that it sees
-forward (half of the full square for a whole row, by document under a mask) and twice that backward, in every layer.
+The rule, here and in every table of this project: causal FLOP, recomputation not counted. Six for each token and
+parameter that it is multiplied with (four for a frozen one, which has no gradient of its own), and for attention 2 H D
+for every pair of a query and a key that it sees forward (half of the full square for a whole row, by document under a
+mask) and twice that backward, in every layer.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ DATASHEET = {
 }
 
 
-def step_flops(matmul_parameters: int, layers: int, attention_size: int, tokens: float, pairs: float) -> float:
+FROZEN_SHARE = 2 / 3  # four of six
+
+
+def step_flops(matmul_parameters: float, layers: int, attention_size: int, tokens: float, pairs: float) -> float:
     """Causal FLOP of a training step (see the module's rule).
 
     Args:
-        matmul_parameters: Parameters that each token is multiplied with (without the embedding).
+        matmul_parameters: Parameters that each token is multiplied with (without the embedding), frozen ones counted
+            as `FROZEN_SHARE` of one.
         layers: Decoder layers.
         attention_size: Query heads times head size, H D.
         tokens: Tokens of the step.
@@ -73,7 +78,7 @@ class Throughput:
         processes: Of the run.
     """
 
-    matmul_parameters: int
+    matmul_parameters: float
     layers: int
     attention_size: int
     device: torch.device
@@ -85,10 +90,11 @@ class Throughput:
         text = model.config.get_text_config()
         embedding: Any = model.get_input_embeddings()
         tied = model.get_output_embeddings().weight is embedding.weight
-        count = sum(parameter.numel() for parameter in model.parameters())
+        looked_up = set() if tied else {id(parameter) for parameter in embedding.parameters()}
+        used = [parameter for parameter in model.parameters() if id(parameter) not in looked_up]
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
-            count if tied else count - embedding.weight.numel(),
+            sum(parameter.numel() * (1 if parameter.requires_grad else FROZEN_SHARE) for parameter in used),
             text.num_hidden_layers,
             text.num_attention_heads * size,
             device,

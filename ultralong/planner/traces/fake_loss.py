@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Every token a target: one tile's buffers, all of the gradients.
+    """Every token a target: one tile's buffers, all of the gradients, the head's where it is trained.
 
     As on a GPU, where the log-sum-exp is one pass; without torch's compiler it holds one more tile of logits.
     """
@@ -24,12 +24,13 @@ class _HeadLoss(torch.autograd.Function):
         head = weight.to(compute)  # (V, d)
         losses = torch.zeros(hidden.shape[:1], device=hidden.device)  # (N,)
         d_hidden = torch.zeros_like(hidden)  # (N, d)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, d)
+        wanted = ctx.needs_input_grad[1]
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None  # (V, d)
         part = hidden[: min(tile, len(hidden))].to(compute)  # (m, d)
         logits = torch.empty(len(part), len(weight), dtype=torch.float32, device=hidden.device)  # (m, V)
         narrow = torch.empty(len(part), len(weight), dtype=compute, device=hidden.device)  # (m, V)
         del logits
-        product = torch.empty_like(d_weight)  # (V, d), of this tile
+        product = None if d_weight is None else torch.empty_like(d_weight)  # (V, d), of this tile
         del head, part, narrow, product
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.kind = weight.dtype
@@ -38,7 +39,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (d_total,), (d_hidden, d_weight) = grads, ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.kind), None, None
+        of_weight = None if d_weight is None else (d_weight * d_total).to(ctx.kind)
+        return d_hidden * d_total.to(d_hidden.dtype), of_weight, None, None
 
 
 def fake_head_loss(hidden: Tensor, weight: Tensor, tile: int, compute: torch.dtype) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong.attention import NAME
@@ -24,6 +24,8 @@ from ultralong.attention.scheme import Gradients, OutLse, Scheme, attention
 from ultralong.attention.spec import AttentionSpec
 from ultralong.planner.traces.fake_loss import fake_head_loss
 from ultralong.planner.traces.tracker import Tracker
+from ultralong.training.adapters.config import LoRAConfig
+from ultralong.training.adapters.lora import add_adapters, trained_parameters
 from ultralong.training.config import MemoryConfig
 from ultralong.training.memory.activation_memory import ActivationMemory
 
@@ -99,6 +101,7 @@ class StepSettings:
         layer_tile: As in `MemoryConfig`.
         gradients_kept: All gradients exist before the pass (a later micro-batch, or the buckets of several ranks).
         sharded: Parameters are sharded (FSDP2): computed with in `dtype`, their gradients given up layer by layer.
+        lora: Adapters, as in `TrainConfig`.
     """
 
     rows: int = 1
@@ -108,6 +111,7 @@ class StepSettings:
     layer_tile: int = 0
     gradients_kept: bool = False
     sharded: bool = False
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 def trace_layers(config: PreTrainedConfig, tokens: int, settings: StepSettings) -> LayerTrace:
@@ -154,10 +158,29 @@ def traced(model: str, tokens: int, settings: StepSettings, layers: int) -> Laye
         layers: How many layers.
     """
     config = _plain(_config(model), layers)
+    dtype = settings.dtype if settings.sharded else torch.float32
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        dtype = settings.dtype if settings.sharded else torch.float32
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME).train()
+        made = _adapted(config, dtype, settings.lora) if settings.lora.on else _made(config, dtype)
         return trace_step(made, torch.zeros(settings.rows, tokens, dtype=torch.int64), settings)
+
+
+def _made(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME).train()
+
+
+def _adapted(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> PreTrainedModel:
+    """A model with adapters: peft converts their type, which fake tensors can't, so it does that without memory."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = add_adapters(_made(config, dtype), lora).train()
+    new: dict[int, Tensor] = {}  # a tied head stays tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in new:
+                    fake = torch.empty(old.shape, dtype=old.dtype)
+                    new[id(old)] = nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake
+                tensors[name] = None if old is None else new[id(old)]
+    return model
 
 
 def trace_step(model: PreTrainedModel, ids: Tensor, settings: StepSettings) -> LayerTrace:
@@ -170,11 +193,11 @@ def trace_step(model: PreTrainedModel, ids: Tensor, settings: StepSettings) -> L
     """
     if settings.activation_checkpointing:
         ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=settings.layer_tile))
-    for parameter in model.parameters() if settings.sharded else ():
+    for _, parameter in trained_parameters(model) if settings.sharded else ():
         parameter.register_post_accumulate_grad_hook(_give_up)
     with Tracker() as tracker:
         if settings.gradients_kept and not settings.sharded:
-            for parameter in model.parameters():
+            for _, parameter in trained_parameters(model):
                 parameter.grad = torch.empty_like(parameter)
         moments = _Moments(tracker)
         total = _loss(model, ids, settings, moments)
