@@ -33,8 +33,9 @@ IN_FLIGHT = 2  # offloaded tensors that are on the device all the same: one on i
 
 def gpu_memory(workload: Workload) -> list[PlanLine]:
     """Bytes on each GPU at the worst moment of a step."""
-    count, states = workload.adapted.trained / (workload.shard or 1), workload.config.optimizer.state_precision
-    frozen, size = workload.adapted.frozen / (workload.shard or 1), workload.frozen_itemsize
+    count, states = workload.parameters.trained / (workload.shard or 1), workload.config.optimizer.state_precision
+    frozen = workload.parameters.frozen / (workload.shard or 1)
+    size = workload.dtype.itemsize if workload.shard else FLOAT  # FSDP2 holds frozen parameters in the run's type
     lines = [
         *([_tensors(f"frozen parameters, {size} bytes each", size * frozen)] if frozen else []),
         _tensors("parameters, float32", FLOAT * count),
@@ -87,13 +88,13 @@ def _whole_step(workload: Workload) -> list[PlanLine]:
 def _worst_moment(workload: Workload) -> list[PlanLine]:
     """Of a sharded step: the loss, a layer's turn in the backward pass, or the end, when gradients are summed."""
     assert workload.shard is not None
-    memory, count = workload.config.memory, workload.adapted.trained / workload.shard
-    copies = workload.trained_outside if workload.config.lora.on else 0  # beside their frozen originals
+    memory, count = workload.config.memory, workload.parameters.trained / workload.shard
+    copies = workload.parameters.outside if workload.config.lora.on else 0  # beside their frozen originals
     outside = (workload.outside_parameters + copies) * workload.dtype.itemsize
     # The traced step stored all inputs all the time.
     inputs = workload.shape.layers * workload.input_bytes * memory.activation_checkpointing
     # A layer's gradients come when what it stored has gone; those of a second micro-batch are added to the first one's.
-    each = FLOAT * workload.adapted.trained_in_layers / workload.shape.layers / workload.shard
+    each = FLOAT * workload.parameters.in_layers / workload.shape.layers / workload.shard
     early = workload.passes > 1 or not memory.activation_checkpointing
     loss = [
         # What the last layer's parameters were gathered into is kept until the loss is there.
@@ -109,7 +110,7 @@ def _worst_moment(workload: Workload) -> list[PlanLine]:
         ]
         moments.append([*at_work, *_live(workload, live, FLOAT * count if early else each * live.layers_done)])
     # When no layer is at work any more, the gradients outside of layers are there twice, as they are summed.
-    ends = (workload.dtype.itemsize + FLOAT) * workload.trained_outside
+    ends = (workload.dtype.itemsize + FLOAT) * workload.parameters.outside
     moments.append(
         [
             _tensors("gathered parameters and gradients outside of layers", outside + ends),
@@ -150,9 +151,9 @@ def _gathered_at(workload: Workload, live: LiveActivations) -> float:
 
     Those are the head's, and the last layer's in float32, which are being summed.
     """
-    head = workload.shape.vocabulary * workload.shape.hidden * workload.head_trained
+    head = workload.shape.vocabulary * workload.shape.hidden * workload.parameters.head
     in_type = workload.layer_parameters + workload.outside_parameters + head
-    summed = FLOAT * workload.adapted.trained_in_layers / workload.shape.layers if live.layers_done else 0.0
+    summed = FLOAT * workload.parameters.in_layers / workload.shape.layers if live.layers_done else 0.0
     return workload.dtype.itemsize * in_type + _gathered_early(workload) + summed
 
 
@@ -165,7 +166,7 @@ def host_memory(workload: Workload) -> list[PlanLine]:
     if offloaded:
         items[f"attention outputs of {offloaded} layers, pinned"] = offloaded * workload.output_bytes
     states = STATE_BYTES[workload.config.optimizer.state_precision]
-    count = workload.adapted.trained / (workload.shard or 1)
+    count = workload.parameters.trained / (workload.shard or 1)
     if staged := staged_bytes(workload):
         items["model and states for checkpoints in the background, pinned"] = staged
     beyond = (SAVED_BYTES + states) * count + HOST_BYTES - sum(items.values())
@@ -180,4 +181,4 @@ def staged_bytes(workload: Workload) -> float:
     if not workload.config.async_checkpoints:
         return 0.0
     states = STATE_BYTES[workload.config.optimizer.state_precision]
-    return (FLOAT + states) * workload.adapted.trained / (workload.shard or 1)
+    return (FLOAT + states) * workload.parameters.trained / (workload.shard or 1)

@@ -109,7 +109,7 @@ def _useful_flops(workload: Workload) -> float:
     """Causal FLOP of a step by the rule of the log (`ultralong.training.throughput`)."""
     shape, tokens = workload.shape, workload.step_tokens
     pairs = workload.keys_seen * tokens
-    return step_flops(workload.multiplied, shape.layers, shape.heads * shape.head_dim, tokens, pairs)
+    return step_flops(workload.parameters.multiplied, shape.layers, shape.heads * shape.head_dim, tokens, pairs)
 
 
 def _attention(workload: Workload, rows: PlannedRows | None) -> str:

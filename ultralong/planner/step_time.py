@@ -33,7 +33,7 @@ def step_time(workload: Workload) -> list[PlanLine]:
         "all else (memory traffic)": machine.traffic_seconds(operations, moved) * passes,
         "exchange between GPUs": _exchange(workload) * passes,
         "sum of gradients over GPUs": _gradients(workload),
-        "AdamW": machine.update * workload.adapted.trained / (workload.shard or 1),
+        "AdamW": machine.update * workload.parameters.trained / (workload.shard or 1),
     }
     _, offloaded, offloaded_inputs = workload.placed
     copied = offloaded * workload.output_bytes + offloaded_inputs * workload.input_bytes
@@ -73,7 +73,7 @@ def _beside_attention(workload: Workload) -> tuple[float, float]:
 def _head(workload: Workload) -> float:
     """Seconds of the head and the loss of one micro-batch."""
     machine, shape, tokens = workload.machine, workload.shape, workload.share * workload.config.micro_batch_size
-    each = 6.0 if workload.head_trained else 4.0
+    each = 6.0 if workload.parameters.head else 4.0
     products = each * tokens * shape.hidden * shape.vocabulary / machine.matmul_rate(shape.hidden)
     tiles = -(-tokens // workload.config.memory.loss_tile)
     moved = (LOSS_BYTES_A_LOGIT * tokens + LOSS_BYTES_A_WEIGHT * tiles * shape.hidden) * shape.vocabulary
@@ -138,14 +138,14 @@ def _gradients(workload: Workload) -> float:
     FSDP2 gathers and sums a layer's while another one computes; what the next step waits for is the first layer's.
     Replicas of the shards then sum their shares too.
     """
-    trained, exchange = workload.adapted.trained, workload.machine.costs.exchange
+    trained, exchange = workload.parameters.trained, workload.machine.costs.exchange
     if workload.gpus == 1:
         return 0.0
     if workload.shard is None:
         return 2 * FLOAT * trained * (workload.gpus - 1) / workload.gpus / exchange
     replicas = workload.gpus // workload.shard
     own = 2 * FLOAT * trained / workload.shard * (replicas - 1) / replicas
-    gathered = 2 * workload.dtype.itemsize * (trained + workload.adapted.frozen)
+    gathered = 2 * workload.dtype.itemsize * (trained + workload.parameters.frozen)
     return (gathered + FLOAT * trained + own) / workload.shape.layers / exchange
 
 

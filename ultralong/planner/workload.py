@@ -16,10 +16,10 @@ from ultralong.planner.traces.attention import AttentionTrace, AttentionWorkload
 from ultralong.planner.traces.child import attention_trace
 from ultralong.planner.traces.kernel import planned_kernel
 from ultralong.planner.traces.layers import LayerTrace, StepSettings, trace_layers
-from ultralong.training.adapters.lora import TrainedParameters, count_trained
+from ultralong.planner.trained import PlannedParameters, planned_parameters
 from ultralong.training.config import MemoryConfig, TrainConfig
 from ultralong.training.memory.activation_memory import layers_meant
-from ultralong.training.throughput import FROZEN_SHARE, query_key_pairs
+from ultralong.training.throughput import query_key_pairs
 
 FLOAT = 4
 TRACED_SETTINGS = ("activation_checkpointing", "loss_tile", "layer_tile")  # the only ones of memory that a trace sees
@@ -274,39 +274,14 @@ class Workload:
         return (1 if tied else 2) * self.shape.vocabulary * self.shape.hidden
 
     @cached_property
-    def adapted(self) -> TrainedParameters:
-        """What is trained and what is frozen: all and nothing without adapters."""
-        if self.config.lora.on:
-            return count_trained(self.model, self.config.lora)
-        return TrainedParameters(self.shape.parameters, self.shape.parameters - self.outside_parameters, 0)
-
-    @property
-    def frozen_itemsize(self) -> int:
-        """Bytes of a frozen parameter: FSDP2 holds it in the run's type."""
-        return FLOAT if self.shard is None else self.dtype.itemsize
-
-    @property
-    def trained_outside(self) -> int:
-        """Trained parameters outside of the layers."""
-        return self.adapted.trained - self.adapted.trained_in_layers
-
-    @property
-    def head_trained(self) -> bool:
-        """Whether the head is trained, as it is where everything is."""
-        return not self.config.lora.on
-
-    @property
-    def multiplied(self) -> float:
-        """Parameters that each token is multiplied with, of which a frozen one counts two thirds (`throughput`)."""
-        if not self.config.lora.on:
-            return self.shape.multiplied
-        return self.shape.multiplied * FROZEN_SHARE + self.adapted.trained_in_layers
+    def parameters(self) -> PlannedParameters:
+        """What is trained and what is frozen."""
+        return planned_parameters(self.model, self.shape, self.config.lora, self.outside_parameters)
 
     @property
     def layer_parameters(self) -> float:
         """Parameters of one layer, its adapters included."""
-        base = self.shape.parameters - self.outside_parameters
-        return (base + (self.adapted.trained_in_layers if self.config.lora.on else 0)) / self.shape.layers
+        return (self.shape.parameters - self.outside_parameters + self.parameters.added) / self.shape.layers
 
     def with_memory(self, memory: MemoryConfig) -> Workload:
         """The same run with another memory plan; what was traced holds where layers are computed alike."""

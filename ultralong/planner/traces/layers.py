@@ -7,25 +7,23 @@ itself (`ultralong.planner.traces.attention`): it alone depends on who shares th
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ultralong.attention import NAME
 from ultralong.attention.protocol import AttentionContextLike
 from ultralong.attention.scheme import Gradients, OutLse, Scheme, attention
 from ultralong.attention.spec import AttentionSpec
 from ultralong.planner.traces.fake_loss import fake_head_loss
+from ultralong.planner.traces.models import config_of, fake_model, plain
 from ultralong.planner.traces.tracker import Tracker
 from ultralong.training.adapters.config import LoRAConfig
-from ultralong.training.adapters.lora import add_adapters, trained_parameters
+from ultralong.training.adapters.lora import trained_parameters
 from ultralong.training.config import MemoryConfig
 from ultralong.training.memory.activation_memory import ActivationMemory
 
@@ -125,7 +123,7 @@ def trace_layers(config: PreTrainedConfig, tokens: int, settings: StepSettings) 
         settings: How the step is computed.
     """
     depth = config.get_text_config().num_hidden_layers
-    model = _plain(config, min(depth, 3)).to_json_string(use_diff=False)  # one trace for all depths of a model
+    model = plain(config, min(depth, 3)).to_json_string(use_diff=False)  # one trace for all depths of a model
     tile = max(settings.layer_tile, settings.loss_tile)
     few, more = (tile * count for count in TRACED_TILES)
     if settings.layer_tile and tokens > more:
@@ -142,11 +140,6 @@ def _of_all_layers(model: str, layers: int, tokens: int, settings: StepSettings)
     return low.towards(high, (layers - few) / (more - few))
 
 
-def _config(model: str) -> PreTrainedConfig:
-    values = json.loads(model)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
-
-
 @lru_cache(maxsize=1024)
 def traced(model: str, tokens: int, settings: StepSettings, layers: int) -> LayerTrace:
     """The trace of a model's first layers.
@@ -157,30 +150,11 @@ def traced(model: str, tokens: int, settings: StepSettings, layers: int) -> Laye
         settings: How the step is computed.
         layers: How many layers.
     """
-    config = _plain(_config(model), layers)
+    config = plain(config_of(model), layers)
     dtype = settings.dtype if settings.sharded else torch.float32
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        made = _adapted(config, dtype, settings.lora) if settings.lora.on else _made(config, dtype)
+        made = fake_model(config, dtype, settings.lora)
         return trace_step(made, torch.zeros(settings.rows, tokens, dtype=torch.int64), settings)
-
-
-def _made(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME).train()
-
-
-def _adapted(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> PreTrainedModel:
-    """A model with adapters: peft converts their type, which fake tensors can't, so it does that without memory."""
-    with unset_fake_temporarily(), torch.device("meta"):
-        model = add_adapters(_made(config, dtype), lora).train()
-    new: dict[int, Tensor] = {}  # a tied head stays tied
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is not None and id(old) not in new:
-                    fake = torch.empty(old.shape, dtype=old.dtype)
-                    new[id(old)] = nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake
-                tensors[name] = None if old is None else new[id(old)]
-    return model
 
 
 def trace_step(model: PreTrainedModel, ids: Tensor, settings: StepSettings) -> LayerTrace:
@@ -305,19 +279,3 @@ def _loss(model: PreTrainedModel, ids: Tensor, settings: StepSettings, moments: 
         moments.begin_loss()
         head = model.get_output_embeddings().weight
         return fake_head_loss(hidden.flatten(0, 1), head, settings.loss_tile, settings.dtype)
-
-
-def _plain(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The config with its first layers, and plain rotary positions.
-
-    Methods that look at values can't be traced, and cost the same.
-    """
-    plain = copy.deepcopy(config)
-    text = plain.get_text_config()
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    text.num_hidden_layers = layers
-    parameters = getattr(plain, "rope_parameters", None)
-    if isinstance(parameters, dict):
-        plain.rope_parameters = {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
-    return plain

@@ -1,0 +1,61 @@
+"""The models that are traced: of a few layers, of fake tensors, with adapters where a run has them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ultralong.attention import NAME
+from ultralong.training.adapters.config import LoRAConfig
+from ultralong.training.adapters.lora import add_adapters
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """A config from its JSON."""
+    values = json.loads(model)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def fake_model(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> PreTrainedModel:
+    """A model of fake tensors in training mode; called inside a fake tensor mode."""
+    return _adapted(config, dtype, lora) if lora.on else _made(config, dtype)
+
+
+def _made(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME).train()
+
+
+def _adapted(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> PreTrainedModel:
+    """Peft converts the type of what it puts in, which fake tensors can't: it does that on tensors without memory."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = add_adapters(_made(config, dtype), lora).train()
+    new: dict[int, Tensor] = {}  # a tied head stays tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in new:
+                    fake = torch.empty(old.shape, dtype=old.dtype)
+                    new[id(old)] = nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake
+                tensors[name] = None if old is None else new[id(old)]
+    return model
+
+
+def plain(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config with its first layers, and plain rotary positions.
+
+    Methods that look at values can't be traced, and cost the same.
+    """
+    plain = copy.deepcopy(config)
+    text = plain.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
+    parameters = getattr(plain, "rope_parameters", None)
+    if isinstance(parameters, dict):
+        plain.rope_parameters = {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
+    return plain
