@@ -10,8 +10,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -186,19 +184,10 @@ def test_wide_caches_are_read_a_few_heads_at_a_time(monkeypatch):
 
 
 def test_what_cannot_be_is_refused():
-    windowed = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            sliding_window=8,
-        )
-    )
-    with pytest.raises(ValueError, match="sliding window of 8"):
-        ShardedRunner(windowed, 100)
+    hybrid = make_model("llama")
+    hybrid.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="LlamaForCausalLM has layers of linear_attention"):
+        ShardedRunner(hybrid, 100)
     model = make_model("llama")
     with pytest.raises(ValueError, match="auto or fp8, got 'int4'"):
         ShardedRunner(model, 100, kv="int4")

@@ -166,7 +166,7 @@ class BatchedRunner:
     reused = 0
 
     def __init__(self, model: PreTrainedModel, packed: int = PACKED) -> None:
-        check_model(model)
+        check_model(model, batches=True)
         self.model, self.packed = model.eval(), packed
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
@@ -262,7 +262,7 @@ def batch_that_fits(model: PreTrainedModel, capacity: int, batch: int | None) ->
     if not RopeTables(model).same(1, capacity):
         return 1  # prompts that may not share frequencies
     try:
-        check_model(model)
+        check_model(model, batches=True)
     except ValueError:
         return 1
     free = (

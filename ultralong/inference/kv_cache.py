@@ -140,6 +140,10 @@ class KvCache:
         end = self.length if upto is None else upto
         return [sum(max(0, min(stop, end) - start) for start, stop in ranges) for ranges in self._ranges]
 
+    def ranges(self, first: int) -> list[Range]:
+        """Ranges of the sequence that this rank holds from token `first` on."""
+        return [(max(start, first), stop) for start, stop in self._ranges[self.rank] if stop > first]
+
     def append(self, tokens: int, ranges: Sequence[Sequence[Range]] | None = None) -> None:
         """Count tokens that all layers have written now.
 

@@ -9,14 +9,14 @@ softmaxes joined by their log-sum-exp:
 * among the chunk's own tokens, by the training scheme `gathered` (`ultralong.attention.gathered`);
 * with the cache: every rank attends with all queries of the chunk to the keys that it holds, and the partial results
   travel to the queries' owners. Queries travel, the cache never does: a chunk costs the same exchange whether ten
-  tokens or a million came before.
+  tokens or a million came before. Under a sliding window only the keys within its reach are read.
 
 A single new token is computed by every rank alike, and attends in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -25,8 +25,9 @@ from torch import Tensor
 from ultralong.attention.collectives import Group, all_gather, all_to_all
 from ultralong.attention.gathered import Gathered
 from ultralong.attention.kernels import Kernel, attention_forward, available_kernels, choose_kernel, get_kernel
-from ultralong.attention.layout import Layout, zigzag
+from ultralong.attention.layout import Layout, merge_adjacent, zigzag
 from ultralong.attention.lse_merge import accumulation_dtype, add_sink, merge_into
+from ultralong.attention.ring.plan import blocks_seen
 from ultralong.attention.scheme import Local, OutLse, Scheme
 from ultralong.attention.spec import AttentionSpec
 from ultralong.inference.kv_cache import KvCache, Range
@@ -120,7 +121,7 @@ class ShardedAttention:
             k: (B, T, K, D).
             v: (B, T, K, D).
             scale: Factor on scores, 1 / sqrt(D) by default.
-            window: Sliding window, refused.
+            window: Sliding window in tokens, the query's own included.
             softcap: Scores become softcap * tanh(score / softcap).
             sink: (H,) logits of one more key with value zero.
             layer: The layer's number.
@@ -129,14 +130,10 @@ class ShardedAttention:
             (B, T, H, D).
 
         Raises:
-            ValueError: A sliding window, or a full cache.
+            ValueError: A full cache.
         """
-        if window is not None:
-            raise ValueError(
-                f"This model has a sliding window of {window} tokens: it can't be read over several GPUs "
-                "or with an 8-bit cache. Leave --gpus and --kv away."
-            )
-        spec = AttentionSpec(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap or None)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        spec = AttentionSpec(scale=scale, window=window, softcap=softcap or None)
         out, lse = (self._token if self._layout is None else self._chunk)(q, k, v, spec, layer)
         if sink is not None:
             out, lse = add_sink(out, lse, sink)
@@ -151,15 +148,15 @@ class ShardedAttention:
 
     def _token(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layer: int) -> OutLse:
         """One token, the same everywhere: each rank attends to what it holds, all merge all results."""
-        count = self._counts[self.cache.rank] + self._write(k, v, layer)
-        part = self._with_cache(q, spec, layer, count)
+        hidden, count = self._beyond(spec.window), self._counts[self.cache.rank] + self._write(k, v, layer)
+        part = self._with_cache(q, spec.non_causal(), layer, slice(hidden[self.cache.rank], count))
         if self.group is None:
             return part
         dtype = accumulation_dtype(q.dtype)
         out, lse = torch.zeros_like(q, dtype=dtype), q.new_full((q.shape[0], q.shape[2], 1), float("-inf"), dtype=dtype)
         outs, lses = (all_gather(x.contiguous(), self.group).wait() for x in part)
         for rank in range(self.cache.ranks):
-            if self._counts[rank] or self._new[rank]:
+            if self._counts[rank] > hidden[rank] or self._new[rank]:
                 merge_into(out, lse, outs[rank], lses[rank])
         return out, lse
 
@@ -179,36 +176,61 @@ class ShardedAttention:
 
     def _past(self, q: Tensor, spec: AttentionSpec, layer: int) -> Iterator[OutLse]:
         """Results (B, T, H, D) and (B, H, T) of this rank's queries with each rank's part of the cache."""
-        count = self._counts[self.cache.rank]
+        hidden, own = self._beyond(spec.window), self.cache.rank
         if self.group is None:
-            yield self._with_cache(q, spec, layer, count)
+            yield self._of_ranks(q, spec, layer, [own])
             return
         gathered = all_gather(q.contiguous(), self.group).wait()  # (P, B, T, H, D)
         rows = gathered.transpose(0, 1).flatten(1, 2)  # (B, P T, H, D)
-        out, lse = self._with_cache(rows, spec, layer, count)
+        out, lse = self._of_ranks(rows, spec, layer, range(self.cache.ranks))
         outs = out.unflatten(1, (self.cache.ranks, -1)).transpose(0, 1).contiguous()  # (P, B, T, H, D)
         lses = lse.unflatten(2, (self.cache.ranks, -1)).permute(2, 0, 1, 3).contiguous()  # (P, B, H, T)
         arriving = all_to_all(outs, self.group), all_to_all(lses, self.group)
         for rank, pair in enumerate(zip(*(pending.wait() for pending in arriving), strict=True)):
-            if self._counts[rank]:
+            if self._counts[rank] > hidden[rank]:
                 yield pair
 
-    def _with_cache(self, q: Tensor, spec: AttentionSpec, layer: int, count: int) -> OutLse:
-        """Every query (B, T, H, D) with all `count` tokens held here; nothing, with weight zero, where none are."""
+    def _beyond(self, window: int | None) -> list[int]:
+        """How many of its first tokens each rank holds that no query of the pass sees."""
+        return self.cache.held(0 if window is None else max(0, self.cache.length - window + 1))
+
+    def _of_ranks(self, q: Tensor, spec: AttentionSpec, layer: int, ranks: Sequence[int]) -> OutLse:
+        """Queries (B, R T, H, D) of some ranks with what this one holds; of weight zero where they see none of it."""
+        if spec.window is None:
+            return self._with_cache(q, spec.non_causal(), layer, slice(0, self._counts[self.cache.rank]))
+        assert self._layout is not None
+        length, hidden = self.cache.length, self._beyond(spec.window)[self.cache.rank]
+        held = merge_adjacent(self.cache.ranges(max(0, length - spec.window + 1)))
+        out, lse = self._nothing(q)
+        for place, rank in enumerate(ranks):
+            mine = [(length + start, length + stop) for start, stop in self._layout.ranges(rank)]
+            for rows, keys, cut in blocks_seen(mine, held, None, spec.window):
+                first = place * self._layout.local + rows.start
+                at, keys = slice(first, first + rows.stop - rows.start), slice(hidden + keys.start, hidden + keys.stop)
+                part, part_lse = self._with_cache(q[:, at], spec.non_causal(cut), layer, keys)
+                merge_into(out[:, at], lse[:, :, at], part, part_lse)
+        return out, lse
+
+    def _nothing(self, q: Tensor) -> OutLse:
+        """The result (B, T, H, D) of queries that have seen no key, and its log-sum-exp."""
         dtype = accumulation_dtype(q.dtype)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype)
-        if not count:
-            return torch.zeros_like(q), lse
-        spec = spec.non_causal()
+        return torch.zeros_like(q, dtype=dtype), lse
+
+    def _with_cache(self, q: Tensor, spec: AttentionSpec, layer: int, keys: slice) -> OutLse:
+        """Every query (B, T, H, D) with tokens held here; nothing, with weight zero, where there are none."""
+        out, lse = self._nothing(q)
+        if keys.start == keys.stop:
+            return out.to(q.dtype), lse
         if q.shape[1] == 1:
-            return self._one_query(q, spec, layer, count)
+            return self._one_query(q, spec, layer, keys)
         kernel = choose_kernel(self.kernel, q, spec, bottom_right=True)
         if self.cache.kv == "auto":
-            return attention_forward(kernel, q, *self.cache.read(layer, slice(count)), spec)
+            return attention_forward(kernel, q, *self.cache.read(layer, keys), spec)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for heads, of_query in self._head_groups(q, layer, count):
-            keys, values = self.cache.read(layer, slice(count), heads)
-            out[:, :, of_query], lse[:, of_query] = attention_forward(kernel, q[:, :, of_query], keys, values, spec)
+        for heads, of_query in self._head_groups(q, layer, keys.stop - keys.start):
+            k, v = self.cache.read(layer, keys, heads)
+            out[:, :, of_query], lse[:, of_query] = attention_forward(kernel, q[:, :, of_query], k, v, spec)
         return out, lse
 
     def _head_groups(self, q: Tensor, layer: int, count: int) -> Iterator[tuple[slice, slice]]:
@@ -220,7 +242,7 @@ class ShardedAttention:
             stop = min(start + step, kv_heads)
             yield slice(start, stop), slice(start * group, stop * group)
 
-    def _one_query(self, q: Tensor, spec: AttentionSpec, layer: int, count: int) -> OutLse:
+    def _one_query(self, q: Tensor, spec: AttentionSpec, layer: int, keys: slice) -> OutLse:
         """One query of each row. The query heads of a kv head stand as its queries, so that a key is read once."""
         _, kv_heads, _, head_size = self.cache.layers[layer][0].values.shape
         queries = q[:, 0].unflatten(1, (kv_heads, -1)).transpose(1, 2)  # (B, G, K, D)
@@ -228,11 +250,13 @@ class ShardedAttention:
         kernel = get_kernel("reference") if kernel.unsupported_reason(queries, spec) else kernel
         step = kernel.max_elements // (kv_heads * head_size) if self.cache.kv == "auto" else WIDENED_TOKENS
         parts = (
-            attention_forward(kernel, queries, *self.cache.read(layer, slice(start, min(start + step, count))), spec)
-            for start in range(0, count, step)
+            attention_forward(
+                kernel, queries, *self.cache.read(layer, slice(start, min(start + step, keys.stop))), spec
+            )
+            for start in range(keys.start, keys.stop, step)
         )
         out, lse = next(parts)
-        out = out if step >= count else out.to(lse.dtype)
+        out = out if step >= keys.stop - keys.start else out.to(lse.dtype)
         for part, part_lse in parts:
             merge_into(out, lse, part, part_lse)
         return out.transpose(1, 2).flatten(1, 2)[:, None], lse.flatten(1, 2)[..., None]  # (B, 1, H, D), (B, H, 1)

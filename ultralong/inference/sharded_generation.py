@@ -25,6 +25,7 @@ from ultralong.inference.kv_cache import KvCache, has_plain_layers
 from ultralong.inference.runner import CachedRunner
 from ultralong.inference.sharded_attention import ShardedAttention
 
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 CHUNK = 65536  # tokens of a prompt that each GPU takes in one pass
 
 
@@ -44,7 +45,7 @@ class ShardedRunner(CachedRunner):
             (`decode_step`). By default on one GPU, where it was measured; between several GPUs it was not run yet.
 
     Raises:
-        ValueError: A model with sliding windows or other special layers, a chunk below one token, or another `kv`.
+        ValueError: A model with layers that are no attention, a chunk below one token, or another `kv`.
     """
 
     def __init__(
@@ -187,22 +188,31 @@ class ShardedRunner(CachedRunner):
         return math.ceil(tokens / ranks) + uneven
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, batches: bool = False) -> None:
     """See that a model can be read through an attention context with a KV cache.
 
+    Args:
+        model: The model.
+        batches: Prompts of unequal lengths are to be read together, which takes layers that see the whole text.
+
     Raises:
-        ValueError: Some layer does not see the whole text, or the model takes no chosen logits.
+        ValueError: Some layer is neither full nor sliding-window attention, or the model takes no chosen logits.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{type(model).__name__} can't leave out the logits of all but the last tokens: several GPUs, "
             "8-bit keys and values and batches are for models that can. Use --gpus 1 --batch 1."
         )
-    if not has_plain_layers(model):
-        config = model.config.get_text_config()
-        kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-        found = ", ".join(kinds) or f"a sliding window of {config.sliding_window}"
+    if batches and not has_plain_layers(model):
+        window = model.config.get_text_config().sliding_window
         raise ValueError(
-            f"{type(model).__name__} has {found}: several GPUs, 8-bit keys and values and batches are for "
-            "models whose layers all see the whole text. Leave --gpus, --kv and --batch away."
+            f"{type(model).__name__} has a sliding window of {window}: only models whose layers "
+            "all see the whole text read prompts together. Leave --batch away."
+        )
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    if kinds:
+        raise ValueError(
+            f"{type(model).__name__} has layers of {', '.join(sorted(kinds))}: several GPUs, 8-bit keys and values and "
+            "batches are for models whose layers are full or sliding-window attention. Leave --gpus, --kv and --batch "
+            "away."
         )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.inference.decode_step import plain
-from ultralong.inference.kv_cache import KvCache
+from ultralong.inference.kv_cache import KvCache, has_plain_layers
 from ultralong.rope.tables import RopeTables
 
 KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -43,6 +43,8 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     layers: Any = model.model.layers
     if any(type(layer.mlp.act_fn).__name__ not in SILU for layer in layers):
         return "its feed-forward is not SwiGLU"
+    if not has_plain_layers(model):
+        return "its layers have sliding windows"
     if not RopeTables(model).same(1, 2**40):
         return "its RoPE follows the length of the text"
     return None
