@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ultralong.inference.server.requests import ChatRequest
-from ultralong.inference.server.worker import Refused
+from ultralong.inference.server.tickets import Refused
 from ultralong.utils.chat_template import conversation_ids
 
 

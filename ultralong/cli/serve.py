@@ -90,8 +90,8 @@ def serve(wanted: ServeSettings) -> None:
     """Serve a model through OpenAI's protocol, with prompts as long as its window or the memory allows.
 
     Chat and completions, streamed or whole, with usage, stop strings, seeds, greedy and sampled answers; health at
-    /health, metrics for Prometheus at /metrics. One prompt is answered at a time, and others wait; what it shares with
-    the one before is not read again. --gpus reads one prompt on several GPUs together.
+    /health, metrics for Prometheus at /metrics. Short requests are answered together. A long prompt is answered alone,
+    and others wait; what it shares with the long one before is not read again. --gpus reads it on several GPUs.
 
     Examples:
       ultralong serve runs/cpt/model

@@ -84,15 +84,15 @@ class BatchedAttention:
         """Start a pass over one token of each row; returns their positions (B, 1).
 
         Args:
-            going: (B,) bool, rows that go on; what the others write now is written over later.
+            going: (B,) bool, rows that go on, or the first of them; what the others write now is written over later.
             longest: Tokens of the longest row, the new one included.
         """
         device = self.lengths.device
         read = min(-(-longest // BLOCK) * BLOCK, self.cache.capacity)
-        mask = torch.arange(read, device=device)[None] <= self.lengths[:, None]  # (B, T)
-        positions = self.lengths.clone()
-        self._pass = OneEach(torch.arange(len(self.lengths), device=device), positions, mask)
-        self.lengths += going
+        positions = self.lengths[: len(going)].clone()
+        mask = torch.arange(read, device=device)[None] <= positions[:, None]  # (B, T)
+        self._pass = OneEach(torch.arange(len(going), device=device), positions, mask)
+        self.lengths[: len(going)] += going
         return positions[:, None]
 
     def attend(
@@ -139,7 +139,8 @@ class BatchedAttention:
 
     def _attend_token(self, q: Tensor, scale: float, layer: int, now: OneEach) -> Tensor:
         """(B, 1, H, D). The query heads of a kv head stand as its queries, so that no key is copied."""
-        keys, values = (x.transpose(1, 2) for x in self.cache.read(layer, slice(now.mask.shape[1])))  # (B, K, T, D)
+        held = self.cache.read(layer, slice(now.mask.shape[1]))
+        keys, values = (x[: len(q)].transpose(1, 2) for x in held)  # (B, K, T, D)
         queries = q[:, 0].unflatten(1, (keys.shape[1], -1))  # (B, K, G, D)
         if now.bias is None:
             now.bias = torch.zeros_like(now.mask, dtype=q.dtype).masked_fill_(~now.mask, float("-inf"))

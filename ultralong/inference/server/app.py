@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ultralong.inference.server.gate import Gate, error_body
 from ultralong.inference.server.replies import Reply
 from ultralong.inference.server.requests import ChatRequest, CompletionRequest
-from ultralong.inference.server.worker import Piece, Refused, Ticket, Worker
+from ultralong.inference.server.tickets import Piece, Refused, Ticket
+from ultralong.inference.server.worker import Worker
 
 ASK_AGAIN = 0.5  # seconds after which a client that waits for a whole answer is looked for
 

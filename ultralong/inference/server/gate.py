@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ultralong.inference.server.worker import Refused
+from ultralong.inference.server.tickets import Refused
 
 OPEN_ROUTES = ("/health",)  # for whoever watches the process, without a key
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}

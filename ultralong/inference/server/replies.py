@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any
 
-from ultralong.inference.server.worker import Piece
+from ultralong.inference.server.tickets import Piece
 
 
 class Reply:

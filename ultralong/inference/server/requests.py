@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
-from ultralong.inference.server.worker import Job, Refused
+from ultralong.inference.server.tickets import Job, Refused
 from ultralong.utils.chat_template import conversation_ids, render_chat
 
 MOST_STOPS = 16

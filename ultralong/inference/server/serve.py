@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.inference.batched import cache_bytes
+from ultralong.inference.continuous import ContinuousBatch
 from ultralong.inference.engines import LocalEngine, RunnerEngine
 from ultralong.inference.server.metrics import Metrics
 from ultralong.inference.server.settings import ServeSettings
@@ -20,6 +21,7 @@ from ultralong.utils.extras import require
 
 CHUNK = 16384  # tokens of a prefill pass: what a cancelled request waits for
 SHARE = 0.8  # of the free memory for keys and values; activations of a chunk take some of the rest
+BATCH_SHARE = 0.1  # of that memory for rows of short requests, at most
 
 
 def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -> None:
@@ -62,8 +64,9 @@ class _Work:
         settings = self._settings
         if engine is None:
             engine = LocalEngine(model, tokenizer, chunk=settings.chunk or CHUNK)
-        limit = most_tokens(engine, settings)
-        worker = Worker(engine, limit, settings.queue, Metrics())
+        batch = short_batch(engine, settings)
+        limit = most_tokens(engine, settings, batch_bytes(batch))
+        worker = Worker(engine, limit, settings.queue, Metrics(), batch)
         folder = Path(settings.model)
         name = settings.name or (folder.resolve().name if folder.exists() else settings.model)
         app = make_app(
@@ -105,8 +108,30 @@ def listening(settings: ServeSettings) -> socket.socket:
         ) from error
 
 
-def most_tokens(engine: RunnerEngine, settings: ServeSettings) -> int:
-    """Most tokens of a prompt and its answer: the model's window, or what the GPU's free memory holds.
+def short_batch(engine: RunnerEngine, settings: ServeSettings) -> ContinuousBatch | None:
+    """Rows for short requests, as many as were asked for and as a tenth of a GPU's free memory holds; None for none."""
+    rows, model = settings.batch, engine.model
+    tokens = min(settings.batch_tokens, int(model.config.get_text_config().max_position_embeddings))
+    if not isinstance(engine, LocalEngine):
+        return None
+    if model.device.type == "cuda":
+        free = SHARE * BATCH_SHARE * torch.cuda.mem_get_info(model.device)[0]
+        rows = min(rows, int(free / (tokens * cache_bytes(model))))
+    if rows < 2:
+        return None
+    try:
+        return ContinuousBatch(model, rows, tokens)
+    except ValueError:  # special layers, or frequencies that follow the length
+        return None
+
+
+def batch_bytes(batch: ContinuousBatch | None) -> int:
+    """Memory that the rows of short requests take when the first of them come."""
+    return 0 if batch is None else batch.rows * batch.capacity * cache_bytes(batch.model)
+
+
+def most_tokens(engine: RunnerEngine, settings: ServeSettings, taken: int = 0) -> int:
+    """Most tokens of a prompt and its answer: the model's window, or what the GPU's free memory holds beside `taken`.
 
     Raises:
         ValueError: More were asked for.
@@ -121,7 +146,7 @@ def most_tokens(engine: RunnerEngine, settings: ServeSettings) -> int:
     if engine.model.device.type != "cuda":
         return wanted
     each = cache_bytes(engine.model) / (settings.gpus * (2 if settings.kv == "fp8" else 1))
-    held = int(SHARE * torch.cuda.mem_get_info(engine.model.device)[0] / each)
+    held = int((SHARE * torch.cuda.mem_get_info(engine.model.device)[0] - taken) / each)
     if settings.max_tokens is not None and held < settings.max_tokens:
         raise ValueError(
             f"max_tokens is {settings.max_tokens:,}, and the free GPU memory holds keys and values of about {held:,}: "

@@ -25,6 +25,9 @@ class ServeSettings:
             GPU with gpus or kv.
         max_tokens: Most tokens of a prompt and its answer; by default the model's window, or what the GPU's memory
             allows where that is less.
+        batch: Short requests that are answered together, each as it would be alone; 1 answers one at a time, as do
+            several gpus, kv: fp8 and models with special layers.
+        batch_tokens: Most tokens of a short request and its answer.
         answer_tokens: Most tokens of an answer, where a request does not say.
         queue: Requests that may wait; one more is refused.
         body_mib: Largest request in MiB.
@@ -40,6 +43,8 @@ class ServeSettings:
     kv: str = "auto"
     chunk: Tokens | None = None
     max_tokens: Tokens | None = None
+    batch: int = 16
+    batch_tokens: Tokens = 4096
     answer_tokens: Tokens = 1024
     queue: int = 64
     body_mib: int = 64
@@ -50,7 +55,7 @@ class ServeSettings:
             raise ValueError(f"kv must be auto or fp8, found {self.kv!r}.")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be from 0 to 65535, found {self.port}.")
-        for field in ("gpus", "answer_tokens", "queue", "body_mib"):
+        for field in ("gpus", "batch", "batch_tokens", "answer_tokens", "queue", "body_mib"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")
         for field in ("chunk", "max_tokens"):

@@ -1,7 +1,7 @@
-"""One thread that answers requests in the order in which they came, and can leave one at any time.
+"""One thread that takes requests in the order in which they came, and can leave one at any time.
 
-The model has one KV cache, so one prompt is read or answered at a time; what its beginning shares with the one before
-is not read again.
+A long prompt is read and answered alone, in a KV cache of its own; what its beginning shares with the one before is not
+read again. Short requests that wait behind each other are answered together (`short_batch`).
 """
 
 from __future__ import annotations
@@ -13,75 +13,21 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice, takewhile
 
 import torch
 
-from ultralong.inference.decoding import Sampling
+from ultralong.inference.continuous import ContinuousBatch
 from ultralong.inference.engines import RunnerEngine
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.server.metrics import Metrics
-from ultralong.inference.server.text_stream import TextStream
+from ultralong.inference.server.short_batch import ShortBatch
+from ultralong.inference.server.tickets import Answering, Job, Piece, Refused, Ticket
 
 FAREWELL = 1.0  # seconds in which the last answer goes out
 LOG = logging.getLogger("ultralong.serve")
-
-
-class Refused(Exception):
-    """A request that is not taken. `status` is HTTP's, `code` OpenAI's name of the error."""
-
-    def __init__(self, status: int, message: str, code: str, parameter: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.parameter = status, code, parameter
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked of the model.
-
-    Attributes:
-        prompt: Token ids.
-        max_new_tokens: Most tokens of the answer.
-        sampling: How tokens are chosen.
-        stop: Strings that end the answer.
-        route: Which route it came by, for the metrics.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
-    route: str = "completions"
-
-
-class Piece(NamedTuple):
-    """A part of an answer: text, and at the end why it ended and what it took; or an error."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    new_tokens: int = 0
-    reused: int = 0
-    error: Refused | None = None
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A job that waits or is answered; its pieces arrive in the event loop that made it."""
-
-    job: Job
-    loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    since: float = field(default_factory=time.perf_counter)
-
-    def put(self, piece: Piece) -> None:
-        """Hand a piece over to the event loop; from any thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
-        except RuntimeError:  # the loop has ended, and with it whoever waited
-            self.cancelled.set()
 
 
 class Worker:
@@ -92,14 +38,18 @@ class Worker:
         limit: Most tokens of a prompt and its answer.
         waiting: Jobs that may wait.
         metrics: Counts.
+        batch: Answers short jobs together; None answers each alone.
     """
 
-    def __init__(self, engine: RunnerEngine, limit: int, waiting: int, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: RunnerEngine, limit: int, waiting: int, metrics: Metrics, batch: ContinuousBatch | None = None
+    ) -> None:
         self.engine, self.limit, self.metrics = engine, limit, metrics
+        self._batch, self._next = batch, deque[Ticket]()  # taken from the queue, and not begun
         self._queue: queue.Queue[Ticket | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name="ultralong-serve", daemon=True)
         self._stopping = threading.Event()
-        metrics.watch(self._queue.qsize)
+        metrics.watch(lambda: self._queue.qsize() + len(self._next))
 
     @property
     def alive(self) -> bool:
@@ -146,12 +96,45 @@ class Worker:
         if self.engine.model.device.type == "cuda":
             torch.cuda.set_device(self.engine.model.device)
         while not self._stopping.is_set():
-            ticket = self._queue.get()
-            if ticket is not None:
-                self._serve(ticket)
-        while not self._queue.empty():
-            if (left := self._queue.get_nowait()) is not None:
+            ticket = self._next.popleft() if self._next else self._queue.get()
+            if ticket is None:
+                continue
+            self._next.appendleft(ticket)
+            if self._batch is not None and len(self._short(2)) == 2:
+                self._serve_together(self._batch)
+            else:
+                self._serve(self._next.popleft())
+        while self._next or not self._queue.empty():
+            if (left := self._next.popleft() if self._next else self._queue.get_nowait()) is not None:
                 left.put(Piece(error=Refused(503, "The server is stopping.", "server_stopping")))
+
+    def _short(self, most: int) -> list[Ticket]:
+        """Up to so many of those that come next, as long as they are short; they stay where they are."""
+        while len(self._next) < most and not self._queue.empty():
+            if (ticket := self._queue.get_nowait()) is not None:
+                self._next.append(ticket)
+        fits = self._batch.capacity if self._batch is not None else 0
+        short = takewhile(lambda ticket: ticket.job.tokens <= fits, self._next)
+        return list(islice(short, most))
+
+    def _serve_together(self, batch: ContinuousBatch) -> None:
+        """Answer short jobs together, and those that come meanwhile, until a long one is next or none is left."""
+        group = ShortBatch(batch, self.engine, self.metrics, self._stopping)
+
+        def take(most: int) -> list[Ticket]:
+            tickets = self._short(most)
+            for _ in tickets:
+                self._next.popleft()
+            return tickets
+
+        try:
+            group.serve(take)
+        except Exception as error:
+            LOG.exception("a batch of requests failed")
+            memory = isinstance(error, torch.OutOfMemoryError)
+            text = "The memory did not hold these requests." if memory else "The server failed; see its log."
+            group.fail(Refused(503 if memory else 500, text, "out_of_memory" if memory else "server_error"))
+            batch.release()
 
     def _serve(self, ticket: Ticket) -> None:
         outcome = "error"
@@ -184,27 +167,19 @@ class Worker:
 
     def _answer(self, ticket: Ticket) -> str:
         """Answer a job, piece by piece; how it ended."""
-        job, text = ticket.job, TextStream(self.engine.tokenizer, ticket.job.stop)
+        job, answering = ticket.job, Answering(ticket, self.engine.tokenizer, self.metrics)
         self.engine.interrupted = lambda: ticket.cancelled.is_set() or self._stopping.is_set()
-        count, reason, began = 0, None, time.perf_counter()
+        reason, began = None, time.perf_counter()
         steps = iter(self.engine.stream(job.prompt, job.max_new_tokens, sampling=job.sampling))
         try:
             for (token,), (ended,) in steps:
-                if count == 0:
-                    self.metrics.first_token.observe(time.perf_counter() - ticket.since)
-                count += token is not None
-                piece = text.push(token) if token is not None else ""
-                reason = "stop" if text.stopped else ended
-                if piece and not reason:
-                    ticket.put(Piece(piece))
-                if reason:
-                    ticket.put(Piece(piece + text.finish(), reason, count, self.engine.reused))
-                    break
-                if self.engine.interrupted():
+                reason = answering.take(token, ended, self.engine.reused)
+                if reason or self.engine.interrupted():
                     break
         finally:
             _close(steps)
-            self.metrics.count(len(job.prompt), self.engine.reused, count, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.metrics.count(len(job.prompt), self.engine.reused, answering.count, seconds)
         return reason or "cancelled"
 
 

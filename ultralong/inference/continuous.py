@@ -1,0 +1,94 @@
+"""Continuous batching: rows of one cache in which prompts begin and end at different times.
+
+B rows, b prompts, n tokens of a packed pass, V vocabulary. Arithmetic and limits are those of `batched`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ultralong import attention
+from ultralong.inference.batched import BatchedAttention
+from ultralong.inference.sharded_generation import check_model
+from ultralong.rope.tables import RopeTables
+
+
+class ContinuousBatch:
+    """Reads prompts into rows of a cache while other rows are being answered.
+
+    Args:
+        model: As for `BatchedRunner`, with frequencies that are the same for texts of any length up to `capacity`.
+        rows: Prompts B that can be answered together.
+        capacity: Most tokens of a prompt and its answer.
+
+    Raises:
+        ValueError: A model with special layers, or with frequencies that follow the length of the text.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, capacity: int) -> None:
+        check_model(model)
+        self._rope = RopeTables(model)
+        if not self._rope.same(1, capacity):
+            raise ValueError(
+                "The model's RoPE follows the length of the text, which differs between the rows of a batch."
+            )
+        if model.config._attn_implementation != attention.NAME:
+            model.set_attn_implementation(attention.NAME)
+        self.model, self.rows, self.capacity = model.eval(), rows, capacity
+        self._context: BatchedAttention | None = None
+        self._held = [0] * rows  # tokens of each row; 0 where it is free
+
+    @property
+    def free(self) -> list[int]:
+        """Rows without a prompt, lowest first: a step reads rows up to the highest that is taken."""
+        return [row for row, held in enumerate(self._held) if not held]
+
+    @torch.no_grad()
+    def begin(self, prompts: Mapping[int, Sequence[int]]) -> Tensor:
+        """Read prompts into free rows; logits (b, V) of each one's last token."""
+        if self._context is None:
+            self._context = BatchedAttention(self.rows, self.capacity, self.model.device)
+        lengths = [len(prompt) for prompt in prompts.values()]
+        positions = self._context.begin_prompts(list(prompts), lengths)
+        for row, length in zip(prompts, lengths, strict=True):
+            self._held[row] = length
+        ids = torch.tensor([[token for prompt in prompts.values() for token in prompt]], device=self.model.device)
+        ends = torch.tensor(list(accumulate(lengths)), device=self.model.device) - 1
+        return self._logits(self._context, ids, positions, ends)[0]
+
+    @torch.no_grad()
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
+        """Give each taken row its next token; logits (V,) for the one after, by row."""
+        assert self._context is not None, "begin comes first"
+        count = max(tokens) + 1
+        going = torch.zeros(count, dtype=torch.bool)
+        ids = torch.zeros(count, 1, dtype=torch.long)
+        for row, token in tokens.items():
+            going[row], ids[row] = True, token
+            self._held[row] += 1
+        device = self.model.device
+        positions = self._context.begin_token(going.to(device), max(self._held[:count]))
+        logits = self._logits(self._context, ids.to(device), positions, 1)[:, -1]
+        return {row: logits[row] for row in tokens}
+
+    def end(self, row: int) -> None:
+        """Free a row."""
+        self._held[row] = 0
+        if self._context is not None:
+            self._context.lengths[row] = 0  # what a step writes to a free row stays inside of it
+
+    def release(self) -> None:
+        """Give the cache's memory back; all rows are free."""
+        self._context, self._held = None, [0] * self.rows
+
+    def _logits(self, context: BatchedAttention, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
+        with self._rope.at(self.capacity):
+            logits: Tensor = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, attention_context=context, logits_to_keep=keep
+            ).logits
+        return logits

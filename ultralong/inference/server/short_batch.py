@@ -1,0 +1,102 @@
+"""Short requests answered together, each as it would be alone; one that comes meanwhile joins, one that ends leaves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ultralong.inference.continuous import ContinuousBatch
+from ultralong.inference.decoding import Sampler
+from ultralong.inference.engines import RunnerEngine
+from ultralong.inference.server.metrics import Metrics
+from ultralong.inference.server.tickets import Answering, Piece, Refused, Ticket
+
+
+@dataclass(eq=False)
+class Row:
+    """One request in a row of the batch."""
+
+    answering: Answering
+    sampler: Sampler
+    token: int = -1  # to be read next
+
+
+class ShortBatch:
+    """Answers tickets in the rows of a continuous batch.
+
+    Args:
+        batch: The rows; all are free.
+        engine: Whose tokenizer and stop tokens count.
+        metrics: Counts.
+        stopping: Set when the server stops.
+    """
+
+    def __init__(
+        self, batch: ContinuousBatch, engine: RunnerEngine, metrics: Metrics, stopping: threading.Event
+    ) -> None:
+        self._batch, self._engine, self._metrics, self._stopping = batch, engine, metrics, stopping
+        self._rows: dict[int, Row] = {}
+
+    def serve(self, take: Callable[[int], list[Ticket]]) -> None:
+        """Answer until no ticket is left.
+
+        Args:
+            take: Gives up to so many tickets that fit into a row, and none where another kind is next.
+        """
+        while True:
+            began = time.perf_counter()
+            free = self._batch.free
+            self._begin(dict(zip(free, [] if self._stopping.is_set() else take(len(free)), strict=False)))
+            for row, each in list(self._rows.items()):
+                if each.answering.ticket.cancelled.is_set() or self._stopping.is_set():
+                    self._end(row, "cancelled")
+            if not self._rows:
+                return
+            self._choose(self._batch.step({row: each.token for row, each in self._rows.items()}))
+            self._metrics.count(0, 0, 0, time.perf_counter() - began)
+
+    def fail(self, error: Refused) -> None:
+        """Tell all that are being answered."""
+        for row, each in list(self._rows.items()):
+            each.answering.ticket.put(Piece(error=error))
+            self._end(row, "error")
+
+    def _begin(self, tickets: dict[int, Ticket]) -> None:
+        """Read prompts and choose their first tokens."""
+        for row, ticket in tickets.items():
+            answering = Answering(ticket, self._engine.tokenizer, self._metrics)
+            self._rows[row] = Row(answering, Sampler(ticket.job.sampling))
+        left = [row for row, ticket in tickets.items() if ticket.cancelled.is_set()]
+        for row in left:
+            self._end(row, "cancelled")
+        if prompts := {row: ticket.job.prompt for row, ticket in tickets.items() if row not in left}:
+            self._choose(dict(zip(prompts, self._batch.begin(prompts), strict=True)))
+
+    def _choose(self, logits: dict[int, Tensor]) -> None:
+        """Choose each row's next token from logits (V,), and end those that end with it."""
+        best = torch.stack(list(logits.values())).argmax(-1).tolist()
+        for (row, scores), likely in zip(logits.items(), best, strict=True):
+            each = self._rows[row]
+            job = each.answering.ticket.job
+            each.token = likely if job.sampling.temperature == 0 else int(each.sampler(scores[None]))
+            if each.token in self._engine.stop:
+                reason = each.answering.take(None, "stop")
+            else:
+                last = each.answering.count + 1 == job.max_new_tokens
+                reason = each.answering.take(each.token, "length" if last else None)
+            if reason:
+                self._end(row, reason)
+
+    def _end(self, row: int, outcome: str) -> None:
+        """Free a row, and count its request."""
+        answering = self._rows.pop(row).answering
+        self._batch.end(row)
+        if outcome == "cancelled" and self._stopping.is_set():
+            answering.ticket.put(Piece(error=Refused(503, "The server is stopping.", "server_stopping")))
+        self._metrics.requests.labels(answering.ticket.job.route, outcome).inc()
+        self._metrics.count(len(answering.ticket.job.prompt), 0, answering.count, 0.0)
