@@ -293,7 +293,7 @@ def found(folder: Path, config: TrainConfig, nodes: int = 1, gpus: int = 1) -> d
 def test_a_sound_run_passes_every_check(tmp_path, run):
     findings = found(tmp_path, run)
     assert all(good for good, _ in findings.values()), findings
-    checks = "processes model rows targets window vocabulary attention folder weights disk resume"
+    checks = "processes model rows shapes targets window vocabulary attention folder weights disk resume"
     assert list(findings) == checks.split()
     assert "the run reads 8" in findings["rows"][1]
     assert not (tmp_path / "run").exists()

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import LENGTH, make_run
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from ultralong.planner import load_machine, plan
 from ultralong.planner.advice import STATES
 from ultralong.planner.machine import SCALED
 from ultralong.planner.memory import gpu_memory, gpu_total
-from ultralong.planner.shapes import KNOWN, model_config, shape_of
+from ultralong.planner.shapes import KNOWN, check_countable, model_config, shape_of
+from ultralong.planner.traces.models import plain
 from ultralong.planner.workload import Workload
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
@@ -68,6 +69,31 @@ def test_without_packed_rows_the_models_window_is_planned_for_and_that_is_said(t
     asked = plan(run, tokens=65_536)  # a length that the plan above has traced for the longest row
     assert asked.tokens == 65_536
     assert "No packed rows" not in str(asked)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("mixtral", {"num_local_experts": 2}, r"experts \(model.layers.0.mlp.experts\), of which a token passes a few"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of conv"),
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}, "layers of linear_attention"),
+    ],
+)
+def test_layers_that_would_be_counted_wrong_are_refused_by_name(kind, options, said):
+    made = AutoConfig.for_model(kind, **SIZES, num_hidden_layers=2, vocab_size=64, **options)
+    with pytest.raises(ValueError, match=said):
+        check_countable(made)
+
+
+def test_each_kind_of_layer_keeps_a_base_of_its_own():
+    made = plain(AutoConfig.for_model("gemma3_text", **SIZES, num_hidden_layers=6, vocab_size=64), 1)
+    check_countable(made)
+    assert made.layer_types == ["sliding_attention"]
+    bases = {kind: rope["rope_theta"] for kind, rope in made.rope_parameters.items()}
+    assert bases == {"sliding_attention": 10_000.0, "full_attention": 1_000_000.0}
 
 
 def test_a_model_is_counted_as_it_is_built(tiny_model):

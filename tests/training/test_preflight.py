@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_run import LENGTH, make_run
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultralong import launch, planner
 from ultralong.cli import main
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.row_checks import longest_position
+from ultralong.inference.load import load_model
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
 from ultralong.training.preflight import check_start, preflight
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
 
-NAMES = ["processes", "model", "rows", "targets", "window", "vocabulary", "attention", "folder"]
+NAMES = ["processes", "model", "rows", "shapes", "targets", "window", "vocabulary", "attention", "folder"]
 
 
 @pytest.fixture
@@ -103,6 +105,45 @@ def dropout(run):
     return tiled(run)
 
 
+def cut_shard(run):
+    """The last of the files: a run would come to it after hours."""
+    path = sorted(Path("rows").glob("rows-*.npy"))[-1]
+    path.write_bytes(path.read_bytes()[:-8])
+    return run
+
+
+def other_manifest(**changes):
+    def make(run):
+        edit("rows/manifest.json", **changes)
+        return run
+
+    return make
+
+
+def other_config(**changes):
+    def make(run):
+        edit("model/config.json", **changes)
+        return run
+
+    return make
+
+
+def out_in_a_file(run):
+    Path("notes").write_text("mine")
+    return replace(run, out="notes/run")
+
+
+def of_states(run):
+    """Layers with a short convolution: what a document left in it would reach the next one."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    kinds = ["conv", "full_attention"]
+    config = AutoConfig.for_model("lfm2", **sizes, **tokens, vocab_size=400, num_hidden_layers=2, layer_types=kinds)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    edit("rows/manifest.json", mask_documents=True)
+    return run
+
+
 def parallel(**changes):
     return lambda run: replace(run, parallel=replace(run.parallel, **changes))
 
@@ -127,6 +168,16 @@ WRONG = {
     "dropout in tiles": (dropout, "memory.layer_tile is for layers without dropout, found attention_dropout=0.1"),
     "a foreign folder": (foreign_folder, "run is not empty and holds no run"),
     "no targets": (no_targets, "rows has no token to learn from"),
+    "a cut shard": (cut_shard, "bytes, its record says"),
+    "shards that are not all": (other_manifest(shards=[]), "rows, its shards hold 0"),
+    "a count that is none": (other_manifest(rows="ten"), "manifest.json has a rows of 'ten'"),
+    "a length of nothing": (other_manifest(length=0), "manifest.json has a length of 0"),
+    "a layer without weights": (other_config(num_hidden_layers=9), "config.json and the weights are not of one model"),
+    "weights of another shape": (other_config(intermediate_size=96), "the weights are not of one model"),
+    "a config that is no object": (lambda run: Path("model/config.json").write_text("[]") and run, "must hold a JSON"),
+    "a soft cap": (other_config(final_logit_softcapping=30.0), "changes its logits after the head"),
+    "a state along the row": (of_states, "carries a state along the row (conv), so documents of a row can't be kept"),
+    "an out in a file": (out_in_a_file, "notes is a file, and a folder is needed there"),
 }
 
 
@@ -169,6 +220,23 @@ def test_all_four_refuse_the_same(run, what, capsys):
     refusals["sft"] = said_by_sft(wrong, capsys)
     for caller, text in refusals.items():
         assert expected in " ".join(text.split()), f"{caller} said: {text}"
+
+
+def test_a_row_is_not_shared_by_layers_that_carry_a_state(run):
+    of_states(run)
+    edit("rows/manifest.json", mask_documents=False)
+    check_start(run, 1)
+    with pytest.raises(ValueError, match="a row can't be shared by 2 processes"):
+        check_start(replace(run, parallel=ParallelConfig(context_parallel_size=2)), 2)
+
+
+def test_what_is_measured_has_all_its_weights(run):
+    """transformers would give a layer that the files lack random values."""
+    edit("model/config.json", num_hidden_layers=3)
+    with pytest.raises(
+        ValueError, match=r"the files lack model\.layers\.2\.input_layernorm\.weight and 8 more weights"
+    ):
+        load_model("model", "cpu")
 
 
 def test_nothing_is_written_by_a_refused_run(run, tmp_path):

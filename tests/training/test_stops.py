@@ -58,6 +58,8 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 )
 def test_ranks_end_with_the_command_that_started_them(run, tmp_path, number):
     """However it ends; and the folder is free for the run's resumption at once."""
+    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, which the command would inherit
+        signal.signal(number, signal.SIG_DFL)
     name = f"long-{os.getpid()}-{int(number)}"  # what the ranks' command lines are known by
     settings.save(replace(run, steps=100_000, save_every=0, out=name), f"{name}.yaml")
     log = Path(name, "log.jsonl")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
@@ -23,6 +23,9 @@ from ultralong.attention.scheme import Local, attention
 from ultralong.attention.spec import AttentionSpec
 
 NAME = "ultralong"
+SEEN = ("full_attention", "sliding_attention")  # kinds of layers whose keys a context shares out
+COUNT_TOKENS = "such layers count tokens, so a skipped stretch would not be there for them"
+WITHOUT_STATE = {*SEEN, "attention", "mlp", "moe", "sparse", "dense"}
 
 
 class DeferredMask:
@@ -145,10 +148,7 @@ def _refuse(
             "boundaries to make_attention_context instead (padding at the end of the row needs no mask)"
         )
     if dropout:
-        raise ValueError(
-            f"{name}: attention dropout {dropout} is not supported with an attention context; set the "
-            "config's attention_dropout to 0"
-        )
+        raise ValueError(_dropout(name, dropout))
     if not causal:
         raise ValueError(f"{name}: only causal attention can be distributed, this layer is not causal")
     if key.shape[2] != query.shape[2]:
@@ -161,13 +161,70 @@ def _refuse(
             raise ValueError(f"{name}: {option} is not supported with an attention context")
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else "full_attention"
-    if kind not in ("full_attention", "sliding_attention"):
-        raise ValueError(
-            f"{name}: layer type {kind!r} is not supported with an attention context; full_attention and "
-            "sliding_attention are"
-        )
+    if kind not in SEEN:
+        raise ValueError(_other_attention(name, kind))
     if kind == "sliding_attention" and kwargs.get("sliding_window") is None:
         raise ValueError(f"{name}: a sliding_attention layer that passes no sliding_window can't be honoured")
+
+
+def _dropout(name: str, dropout: float) -> str:
+    return (
+        f"{name}: attention dropout {dropout} is not supported with an attention context; set the config's "
+        "attention_dropout to 0"
+    )
+
+
+def _other_attention(name: str, kind: str) -> str:
+    return f"{name}: layer type {kind!r} is not supported with an attention context; {' and '.join(SEEN)} are"
+
+
+def check_full_attention(text: Any, setting: str = "skip_positions_to", reason: str = COUNT_TOKENS) -> None:
+    """Refuse a setting that needs full attention in every layer.
+
+    Args:
+        text: The config of the model, or of its text part.
+        setting: Its name.
+        reason: Why other layers cannot have it.
+
+    Raises:
+        ValueError: A layer has a sliding window, or is no attention.
+    """
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True) is not False
+    if kinds or (sliding and not getattr(text, "layer_types", None)):
+        found = ", ".join(sorted(kinds)) or "sliding windows"
+        raise ValueError(f"{setting} needs full attention in every layer, the model has {found}: {reason}.")
+
+
+def check_layers(model: PreTrainedModel, ranks: int, apart: bool) -> None:
+    """Refuse a model whose layers could not be given an attention context; only its config and class are looked at.
+
+    Layers that carry a state along the row (linear attention, state-space models, short convolutions) take no part in
+    attention: their state would go on from one document to the next, and each rank would begin with an empty one.
+
+    Args:
+        model: May be on the meta device.
+        ranks: Processes that share a row.
+        apart: Rows hold documents that must not see each other.
+
+    Raises:
+        ValueError: Names the kind of layer.
+    """
+    text, name = model.config.get_text_config(), type(model).__name__
+    kinds = set(getattr(text, "layer_types", None) or ())
+    for kind in sorted(kinds):
+        if kind.endswith("_attention") and kind not in (*SEEN, "linear_attention"):
+            raise ValueError(_other_attention(name, kind))
+    if dropout := getattr(text, "attention_dropout", 0.0):
+        raise ValueError(_dropout(name, dropout))
+    states = sorted(kinds - WITHOUT_STATE) or (["recurrent layers"] if model._is_stateful else [])
+    if states and (ranks > 1 or apart):
+        why = (
+            f"a row can't be shared by {ranks} processes (parallel.context_parallel_size)"
+            if ranks > 1
+            else "documents of a row can't be kept apart: pack them with mask_documents: false, or train another model"
+        )
+        raise ValueError(f"{name} carries a state along the row ({', '.join(states)}), so {why}.")
 
 
 def _ordinary(

@@ -1,4 +1,4 @@
-"""What a model class does by itself: its rotary table, beside the one that was meant, and its norms.
+"""What a model class does by itself: which weights it has, its rotary table beside the one that was meant, its norms.
 
 transformers' classes differ from their common functions in places: some read further keys, some cannot compute a
 scaled table without `head_dim`, and hybrids may have no rotary module at all. The class itself is asked, before a copy.
@@ -6,12 +6,114 @@ scaled table without `head_dim`, and hybrids may have no rotary module at all. T
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.utils import logging
 
 from ultralong.checkpoints.config import CONFIG_ERRORS, one_line
+from ultralong.checkpoints.files import header, weight_files
 from ultralong.rope import RopeScaling, inverse_frequencies
+
+
+def open_model(
+    model: str | os.PathLike[str],
+    attention: str,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model all of whose weights are the checkpoint's.
+
+    transformers gives weights that a checkpoint lacks random values, with a warning among others; here they are an
+    error.
+
+    Args:
+        model: Folder or hub id.
+        attention: Name of an attention in transformers' registry.
+        dtype: Type of the parameters.
+        device: "meta" for shapes without memory: of the files only names and shapes are read.
+
+    Raises:
+        ValueError: It lacks a weight of its class or has one of another shape, or its class has an attention of its
+            own. Other errors are transformers'.
+    """
+    try:
+        both: Any = AutoModelForCausalLM.from_pretrained(  # the model and what was found, by output_loading_info
+            model,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, where transformers raises an error of many lines
+        )
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        raise ValueError("its class has an attention of its own, which no other can stand in for.") from error
+    opened, found = both
+    advice = "config.json and the weights are not of one model"
+    if lacking := sorted(found["missing_keys"]):
+        raise ValueError(f"the files lack {_and_more(lacking)}, which the config says it has: {advice}.")
+    if other := sorted(found["mismatched_keys"]):
+        name, stored, meant = other[0][:3]
+        raise ValueError(f"{_and_more([name])} is {tuple(stored)}, by the config {tuple(meant)}: {advice}.")
+    return cast(PreTrainedModel, opened)
+
+
+def _and_more(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more weights" if len(names) > 1 else names[0]
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint, known by what its class is built from, wherever it lies."""
+
+    place: Path = field(compare=False)
+    content: str
+
+
+def class_model(place: Path, attention: str) -> PreTrainedModel:
+    """The class of a checkpoint on the meta device, its weights checked by name and shape; not to be changed.
+
+    Args:
+        place: Folder of a whole checkpoint.
+        attention: Name of an attention in transformers' registry.
+
+    Raises:
+        ValueError: As for `open_model`.
+    """
+    files = [place / name for name in weight_files(place) if name.endswith(".safetensors")]
+    shapes = {name: entry["shape"] for file in files for name, entry in header(file).items()}
+    written = (place / "config.json").read_text(encoding="utf-8")
+    return _class_model(_Checkpoint(place, json.dumps([written, sorted(shapes.items())])), attention)
+
+
+@lru_cache(maxsize=8)
+def _class_model(checkpoint: _Checkpoint, attention: str) -> PreTrainedModel:
+    with _silent():  # what it has to say is said when the weights are loaded
+        return open_model(checkpoint.place, attention, device="meta")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def class_table(config: PreTrainedConfig) -> tuple[torch.Tensor, float] | None:

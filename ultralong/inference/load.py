@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong import attention
+from ultralong.checkpoints.class_table import open_model
 from ultralong.checkpoints.config import one_line
 from ultralong.checkpoints.files import weight_files
 
@@ -35,7 +36,7 @@ def load_model(
     try:
         if Path(model).is_dir():
             weight_files(Path(model))
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, attn_implementation=attention.NAME)
+        loaded = open_model(model, attention.NAME, chosen)
     except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(f"{model} cannot be opened as a checkpoint: {one_line(error)}") from error
     placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]  # wrapped by transformers without its types

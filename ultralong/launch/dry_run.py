@@ -9,7 +9,7 @@ from typing import Any
 
 from ultralong.training.config import TrainConfig
 from ultralong.training.preflight import Finding, preflight
-from ultralong.utils.files import read_json
+from ultralong.utils.files import read_json_object
 from ultralong.utils.units import GIB
 
 # A checkpoint holds what AdamW needs: float32 parameters and two float32 states.
@@ -60,13 +60,13 @@ def _model_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder here (no config.json). Hosts of a cluster often have no "
             "network: download the model into a folder that all of them see."
         )
-    return read_json(path)
+    return read_json_object(path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        return [folder / name for name in sorted(set(read_json_object(index)["weight_map"].values()))]
     return [folder / "model.safetensors"]
 
 

@@ -14,7 +14,7 @@ from ultralong.planner.memory import gpu_memory as gpu_lines
 from ultralong.planner.memory import host_memory as host_lines
 from ultralong.planner.report import Plan
 from ultralong.planner.rows import PlannedRows, planned_packs, planned_rows
-from ultralong.planner.shapes import planned_model, shape_of
+from ultralong.planner.shapes import check_countable, planned_model, shape_of
 from ultralong.planner.step_time import run_totals, step_time
 from ultralong.planner.traces import child
 from ultralong.planner.workload import Workload
@@ -66,6 +66,7 @@ def plan(
         child.start()  # imports beside what follows
     model, named = planned_model(config.model, config.base_model)
     check_start(config, gpus, resume=True, planned=True, shape=model)
+    check_countable(model)
     shape = shape_of(model)
     rows = planned_packs(config, gpus, shape) if config.parallel.dynamic_context_parallel else planned_rows(config.data)
     known = tokens or (rows.length if rows else config.length)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from ultralong.attention.register import WITHOUT_STATE
+from ultralong.checkpoints.config import load_config
 from ultralong.training.throughput import query_key_pairs, step_flops
 
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
@@ -117,7 +119,7 @@ def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     """
     name = str(MINIATURE if str(model) == "miniature" else model)
     if (Path(name) / "config.json").is_file():
-        return AutoConfig.from_pretrained(name)
+        return load_config(name)
     if (known := KNOWN.get(name.removesuffix("-Instruct"))) is not None:
         return LlamaConfig(**known)
     try:
@@ -171,3 +173,23 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         parameters=parameters,
         multiplied=parameters if head is embedding else parameters - embedding.numel(),
     )
+
+
+def check_countable(config: PreTrainedConfig) -> None:
+    """Refuse a model whose work and memory the planner would count wrong.
+
+    Raises:
+        ValueError: A layer is not of attention, or has experts.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - WITHOUT_STATE
+    experts = next((name for name, _ in model.named_modules() if name.endswith(".experts")), None)
+    found = f"experts ({experts}), of which a token passes a few" if experts else ""
+    if kinds or model._is_stateful:
+        found = f"layers of {', '.join(sorted(kinds)) or 'a state along the row'}"
+    if found:
+        raise ValueError(
+            f"The planner counts dense layers of attention, and {type(model).__name__} has {found}. Train a few steps "
+            "on the machine instead: the log of a run has their seconds."
+        )

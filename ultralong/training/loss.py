@@ -219,6 +219,29 @@ class _TiledTokenLosses(torch.autograd.Function):
         return d_hidden if wants_hidden else None, weights, None, None, None
 
 
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not a plain product with its head.
+
+    Raises:
+        ValueError: It changes its logits after the head (soft cap, scaling, bias), or has a loss of its router.
+    """
+    head = model.get_output_embeddings()
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{type(model).__name__} wants its router's load-balancing loss (output_router_logits), which is not "
+            "linear in the tokens: summed over processes that share a row it would be another loss. Set "
+            "output_router_logits to false in the model's config.json to train on the cross entropy alone."
+        )
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
+        if (found := getattr(model.config, name, neutral)) not in (None, neutral):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits after the head ({name}={found}), which the tiled loss does "
+                "not do. Train a model without it."
+            )
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"The model's head must be a linear layer without bias, found {head}.")
+
+
 class LanguageModelLoss(nn.Module):
     """A Hugging Face causal language model whose forward pass returns the loss instead of logits.
 
@@ -233,21 +256,7 @@ class LanguageModelLoss(nn.Module):
 
     def __init__(self, model: PreTrainedModel, tile: int = 2048) -> None:
         super().__init__()
-        config, head = model.config, model.get_output_embeddings()
-        if getattr(config.get_text_config(), "output_router_logits", False):
-            raise ValueError(
-                f"{type(model).__name__} wants its router's load-balancing loss (output_router_logits), which is not "
-                "linear in the tokens: summed over processes that share a row it would be another loss. Set "
-                "output_router_logits to false in the model's config.json to train on the cross entropy alone."
-            )
-        for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
-            if getattr(config, name, neutral) not in (None, neutral):
-                raise ValueError(
-                    f"{type(model).__name__} changes its logits after the head ({name}={getattr(config, name)}), which "
-                    "the tiled loss does not do. Train a model without it."
-                )
-        if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise ValueError(f"The model's head must be a linear layer without bias, found {head}.")
+        check_head(model)
         self.model: PreTrainedModel = model
         self.tile: int = tile
         self.rope: RopeTables = RopeTables(model)

@@ -15,20 +15,24 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ultralong.attention.register import check_full_attention, check_layers
+from ultralong.checkpoints.class_table import class_model, open_model
 from ultralong.checkpoints.config import one_line, weights_dtype
 from ultralong.checkpoints.files import CARD, check_whole, locate
 from ultralong.checkpoints.model_card import trained_card
 from ultralong.checkpoints.write import save_weights, write_checkpoint
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.rows.row_checks import anchor_token
+from ultralong.data.rows.row_checks import anchor_token, check_skipping, longest_position
+from ultralong.rope import declared_window
 from ultralong.training.adapters.lora import add_adapters
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import OptimizerConfig, TrainConfig
+from ultralong.training.loss import check_head
+from ultralong.training.memory.activation_memory import decoder_layers
 from ultralong.utils.extras import require
 
-COUNT_TOKENS = "such layers count tokens, so a skipped stretch would not be there for them"
 BLOCK = 256  # elements with a scale in common (torchao's default)
 SMALLEST = 4096  # torchao leaves a shard of fewer elements in the parameter's own type
 
@@ -39,21 +43,45 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     Raises:
         ValueError: There is no loadable causal language model at `config.model`.
     """
-    # The plain fused attention of torch is what torch.compile sees through; it is exact on one process without a mask.
-    attention = "sdpa" if config.compile else "ultralong"
     # Sharding makes float32 of a layer at a time: a whole one in each process of a host could fill its memory.
     dtype = torch.float32 if config.parallel.fsdp_shard_degree is None else "auto"
     try:
         check_whole(config.model)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=attention)
+        model = open_model(config.model, _attention(config), dtype)
     except (ValueError, OSError, StrictDataclassError) as error:
         raise ValueError(f"No model could be loaded from {config.model!r}: {one_line(error)}") from error
     return add_adapters(model, config.lora, config.model).train() if config.lora.on else model.train()
 
 
-def head_counts(model: PreTrainedModel) -> tuple[int, int]:
+def _attention(config: TrainConfig) -> str:
+    # The plain fused attention of torch is what torch.compile sees through; it is exact on one process without a mask.
+    return "sdpa" if config.compile else "ultralong"
+
+
+def check_class(place: Path, folders: Sequence[PackedRows], config: TrainConfig) -> None:
+    """Refuse a model whose class this run could not train with the weights that are there; none of them is read.
+
+    Args:
+        place: Folder of a whole checkpoint.
+        folders: The rows.
+        config: The run.
+
+    Raises:
+        ValueError: A weight is missing or of another shape, or the class has a head, layers or an attention that the
+            trainer can't take.
+    """
+    model = class_model(place, _attention(config))
+    check_head(model)
+    decoder_layers(model)
+    ranks = config.parallel.context_parallel_size
+    apart = config.parallel.dynamic_context_parallel or any(rows.mask_documents for rows in folders)
+    if ranks > 1 or apart:
+        check_layers(model, ranks, apart)
+
+
+def head_counts(config: PreTrainedConfig) -> tuple[int, int]:
     """Query heads and kv heads of a layer."""
-    text = model.config.get_text_config()
+    text = config.get_text_config()
     return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
@@ -191,24 +219,6 @@ def export(
         model.config._attn_implementation = attention
 
 
-def check_full_attention(text: Any, setting: str = "skip_positions_to", reason: str = COUNT_TOKENS) -> None:
-    """Refuse a setting that needs full attention in every layer.
-
-    Args:
-        text: The config of the model, or of its text part.
-        setting: Its name.
-        reason: Why other layers cannot have it.
-
-    Raises:
-        ValueError: A layer has a sliding window, or is no attention.
-    """
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True) is not False
-    if kinds or (sliding and not getattr(text, "layer_types", None)):
-        found = ", ".join(sorted(kinds)) or "sliding windows"
-        raise ValueError(f"{setting} needs full attention in every layer, the model has {found}: {reason}.")
-
-
 def check_anchor(text: Any, folders: Sequence[PackedRows]) -> str:
     """Refuse an anchor that the model or the rows can't have; returns what is shared.
 
@@ -221,6 +231,31 @@ def check_anchor(text: Any, folders: Sequence[PackedRows]) -> str:
     """
     check_full_attention(text, "anchor", "an anchor can't be joined to a window")
     return f"token {anchor_token(folders, text)} at the start of each row is seen by all of its documents"
+
+
+def check_window(model: PreTrainedConfig, folders: Sequence[PackedRows], config: TrainConfig) -> tuple[str, None]:
+    """Refuse rows with positions that the model has not; returns what holds.
+
+    Raises:
+        ValueError: A row or document is longer than the window, or positions can't be skipped.
+    """
+    text, skip_to = model.get_text_config(), config.skip_positions_to
+    window = declared_window(text)
+    if skip_to is not None:
+        check_skipping(folders, skip_to)
+        check_full_attention(text)
+        if skip_to > window > 0:
+            raise ValueError(f"skip_positions_to is {skip_to:,}, the model's window is {window:,}. Extend it first.")
+        return f"{window:,} tokens hold every row, with positions skipped up to {skip_to:,}", None
+    for rows in folders:
+        reach = longest_position(rows) if rows.length > window > 0 else 0
+        if reach > window > 0:
+            what = "Rows have" if not rows.restart_positions else "Documents in rows have up to"
+            raise ValueError(
+                f"{what} {reach} tokens in {rows.folder}, the model's window is {window}. Extend the model first "
+                f"(ultralong extend {config.model} --to {reach} --out NEW), or pack shorter rows."
+            )
+    return f"{window:,} tokens hold every row", None
 
 
 def _long_ce_line(config: TrainConfig) -> list[str]:

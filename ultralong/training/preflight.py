@@ -17,14 +17,14 @@ from ultralong.attention.kernels import KERNELS, get_kernel
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.files import check_whole
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows, check_skipping, longest_position
+from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
 from ultralong.training.adapters.lora import check_lora
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory.activation_memory import check_tiled_layers
-from ultralong.training.model import adamw_8bit, check_anchor, check_full_attention
+from ultralong.training.model import adamw_8bit, check_anchor, check_class, check_window, head_counts
 from ultralong.training.parallel import process_problem
 from ultralong.training.watch.trackers import check_trackers
 from ultralong.utils.files import is_locked
@@ -80,6 +80,8 @@ class Preflight:
         self._check("processes", self._processes)
         model = self._check("model", self._model)
         folders = self._check("rows", self._rows)
+        if model is not None:
+            self._check("shapes", lambda: self._shapes(folders or []))
         if folders:
             self._check("targets", lambda: self._targets(folders))
         if folders and self.config.long_ce.weight_cap:
@@ -89,7 +91,7 @@ class Preflight:
         if model is not None and self.config.lora.on:
             self._check("LoRA", lambda: (check_lora(model, self.config, not self.planned), None))
         if folders and model is not None:
-            self._check("window", lambda: _window(model, folders, self.config))
+            self._check("window", lambda: check_window(model, folders, self.config))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
         self._check("attention", lambda: self._attention(self.shape or model, folders or []))
         self._check("folder", self._folder)
@@ -135,16 +137,28 @@ class Preflight:
             raise ValueError(f"No model could be loaded from {name!r}: the folder has no config.json.")
         try:
             found = load_config(place)
-            if not self.planned:
-                check_whole(place)  # an export after the last step needs the same files
         except ValueError as error:
             raise ValueError(f"No model could be loaded from {name!r}: {error}") from error
         return f"{found.model_type}, window {declared_window(found.get_text_config()) or 'unknown'}", found
 
+    def _shapes(self, folders: list[PackedRows]) -> tuple[str, None]:
+        name = self.config.model
+        place = Path(find_checkpoint(name))
+        if not place.is_dir() or (self.planned and not any(place.glob("*.safetensors*"))):
+            return f"{name} has none here yet", None
+        try:
+            check_whole(place)  # an export after the last step needs the same files
+            check_class(place, folders, self.config)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be trained: {error}") from error
+        return "each is there, of the shape that the config says", None
+
     def _rows(self) -> tuple[str, list[PackedRows]]:
         config = self.config
-        there = [s.rows for s in config.data if not self.planned or (Path(s.rows) / "manifest.json").is_file()]
+        there = [s.rows for s in config.data if not self.planned or Path(s.rows).exists()]
         folders = [PackedRows(rows) for rows in there]
+        for rows in folders:
+            rows.check_files()
         check_rows(folders, config.length, config.parallel.dynamic_context_parallel)
         if config.parallel.dynamic_context_parallel:
             check_room(folders, config.parallel.max_tokens_per_rank, config.parallel.context_parallel_size)
@@ -199,7 +213,7 @@ class Preflight:
         if config.memory.layer_tile and model is not None:
             check_tiled_layers(model)
         ranks = parallel.context_parallel_size
-        heads, kv_heads = _heads(model)
+        heads, kv_heads = head_counts(model) if model is not None else (1, 1)
         row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks if ranks > 1 else None)
         scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)
         if ranks > 1 and model is not None:
@@ -216,6 +230,9 @@ class Preflight:
 
     def _folder(self) -> tuple[str, None]:
         folder = RunFolder(Path(self.config.out))
+        for path in (folder.path, *folder.path.parents):
+            if (path.is_symlink() and not path.exists()) or (path.exists() and not path.is_dir()):
+                raise ValueError(f"{path} is a file, and a folder is needed there. Choose another `out`.")
         busy = f"Another process is training in {folder.path} now: wait for it, end it, or choose another `out`."
         try:
             folder.check(self.config, self.resume)
@@ -266,31 +283,3 @@ def check_start(config: TrainConfig, world: int, **options: Any) -> None:
     wrong = [finding.text for finding in preflight(config, world, **options) if not finding.good]
     if wrong:
         raise ValueError(" Also: ".join(wrong))
-
-
-def _heads(model: Any) -> tuple[int, int]:
-    """Query heads and kv heads; those of one head where the model is not there yet."""
-    if model is None:
-        return 1, 1
-    text = model.get_text_config()
-    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-
-
-def _window(model: Any, folders: list[PackedRows], config: TrainConfig) -> tuple[str, None]:
-    text, skip_to = model.get_text_config(), config.skip_positions_to
-    window = declared_window(text)
-    if skip_to is not None:
-        check_skipping(folders, skip_to)
-        check_full_attention(text)
-        if skip_to > window > 0:
-            raise ValueError(f"skip_positions_to is {skip_to:,}, the model's window is {window:,}. Extend it first.")
-        return f"{window:,} tokens hold every row, with positions skipped up to {skip_to:,}", None
-    for rows in folders:
-        reach = longest_position(rows) if rows.length > window > 0 else 0
-        if reach > window > 0:
-            what = "Rows have" if not rows.restart_positions else "Documents in rows have up to"
-            raise ValueError(
-                f"{what} {reach} tokens in {rows.folder}, the model's window is {window}. Extend the model first "
-                f"(ultralong extend {config.model} --to {reach} --out NEW), or pack shorter rows."
-            )
-    return f"{window:,} tokens hold every row", None

@@ -88,7 +88,7 @@ def build_run(
         order,
         loss,
         optimizer,
-        head_counts(model),
+        head_counts(model.config),
         memory,
         throughput,
         RankWatch(processes, loss),

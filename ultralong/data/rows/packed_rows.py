@@ -12,7 +12,7 @@ Labels and positions follow from these, so they are made when a row is read and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,23 @@ FORMAT = "ultralong-rows-1"
 IGNORE = -100  # the label PyTorch's cross entropy leaves out
 PADDING = -1  # the document id of a row's padding
 NPY_HEADER_BYTES = 128
+
+
+def _is_shard(record: Any) -> bool:
+    """Whether an entry of a manifest tells a shard's rows and files."""
+    fits = isinstance(record, dict) and type(record.get("rows")) is int and isinstance(record.get("shard"), str)
+    return fits and isinstance(record.get("files"), dict)
+
+
+# What a manifest must say, and how.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "length": lambda value: type(value) is int and value > 0,
+    "mask_documents": lambda value: isinstance(value, bool),
+    "positions": lambda value: value in ("row", "document"),
+    "rows": lambda value: type(value) is int and value >= 0,
+    "shards": lambda value: isinstance(value, list) and all(map(_is_shard, value)),
+    "tokenizer": lambda value: isinstance(value, dict) and type(value.get("vocabulary")) is int,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +97,16 @@ class PackedRows:
         self.manifest: dict[str, Any] = read_record(path)
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{path} is of format {self.manifest.get('format')!r}, expected {FORMAT!r}.")
+        if wrong := [key for key, fits in FIELDS.items() if not fits(self.manifest.get(key))]:
+            raise ValueError(f"{path} has a {wrong[0]} of {self.manifest.get(wrong[0])!r:.60}. Pack the rows again.")
         self.length: int = self.manifest["length"]
         self.mask_documents: bool = self.manifest["mask_documents"]
         self.restart_positions: bool = self.manifest["positions"] == "document"
         self._first = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
+        if self._first[-1] != self.manifest["rows"]:
+            raise ValueError(
+                f"{path} counts {self.manifest['rows']} rows, its shards hold {self._first[-1]}. Pack the rows again."
+            )
         self._maps: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -95,6 +118,15 @@ class PackedRows:
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._row(self._map(shard), int(index - self._first[shard]))
+
+    def check_files(self) -> None:
+        """Refuse rows of which a file is missing or cut, without reading any of them.
+
+        Raises:
+            ValueError: Names the file.
+        """
+        for record in self.manifest["shards"]:
+            check_files(self.folder, record)
 
     def documents(self, index: int) -> tuple[int, ...]:
         """Where documents start in a row and where the last one ends: cumulative lengths without the row's padding.

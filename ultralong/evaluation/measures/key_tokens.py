@@ -131,7 +131,7 @@ def long_losses(
     ids, labels = (torch.from_numpy(array.astype(np.int64))[None] for array in (text.input_ids, text.labels))
     if group is None:
         return token_losses(model, ids, labels, chunk=chunk)[0].double().cpu().numpy()
-    heads, kv_heads = head_counts(model)
+    heads, kv_heads = head_counts(model.config)
     tokens = ids.shape[1]
     context = make_attention_context(tokens, group, heads=heads, kv_heads=kv_heads)
     ids, labels = (context.shard(x, pad=pad).to(model.device) for x, pad in ((ids, 0), (labels, IGNORE)))

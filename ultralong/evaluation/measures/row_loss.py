@@ -206,7 +206,7 @@ def _losses(model: PreTrainedModel, loss: LanguageModelLoss, batch: Batch, kerne
     tensors = {name: getattr(batch, name).to(model.device) for name in names}
     tokens = batch.input_ids.numel()
     if batch.boundaries is not None:
-        heads, kv_heads = head_counts(model)
+        heads, kv_heads = head_counts(model.config)
         context = attention.make_attention_context(
             batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries, heads=heads, kv_heads=kv_heads
         )

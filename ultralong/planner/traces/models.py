@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,12 @@ def plain(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     text.num_hidden_layers = layers
-    parameters = getattr(plain, "rope_parameters", None)
-    if isinstance(parameters, dict):
-        plain.rope_parameters = {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
+    if isinstance(getattr(text, "rope_parameters", None), dict):
+        text.rope_parameters = _plain_rope(text.rope_parameters)
     return plain
+
+
+def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """RoPE of the same base without a scaling, for each kind of layer where they have their own."""
+    kinds: dict[str, Any] = {kind: _plain_rope(own) for kind, own in parameters.items() if isinstance(own, dict)}
+    return kinds or {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
