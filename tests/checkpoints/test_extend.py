@@ -351,23 +351,34 @@ def test_settings_that_cannot_work_are_refused(tmp_path, llama, to, options, rea
             },
             "opt.*no rotary position embedding",
         ),
-        (
-            "gemma3_text",
-            {
-                "hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "vocab_size": 16,
-                "intermediate_size": 16,
-            },
-            "gemma3_text.*more than one RoPE",
-        ),
     ],
 )
 def test_models_without_one_rope_are_refused(tmp_path, kind, sizes, reason):
     config = AutoConfig.for_model(kind, **sizes | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     assert_refused(tmp_path / "source", 1_048_576, tmp_path / "out", reason)
+
+
+@pytest.mark.parametrize(("kind", "base"), [("gemma3_text", 1e4), ("olmo3", 5e5)])
+def test_window_layers_keep_their_rope(tmp_path, kind, base):
+    """RoPE by layer type: only the full-attention layers are scaled, in both spellings."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "sliding_window": 64}
+    rotary = AutoModelForCausalLM.from_pretrained(make(tmp_path / "source", kind, **layers)).model.rotary_emb
+    report = extend(tmp_path / "source", 8192, tmp_path / "out", quiet=True)
+    assert (report.method, report.factor) == ("yarn", 4.0)
+    assert any("Layers of sliding_attention keep their own RoPE" in note for note in report.notes)
+    written = read_json(tmp_path / "out" / "config.json")
+    assert written["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": base}
+    assert written["rope_parameters"]["full_attention"]["factor"] == written["rope_scaling"]["factor"] == 4.0
+    assert written.get("rope_local_base_freq") == (base if kind == "gemma3_text" else None)
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.rotary_emb
+    meant, temperature = inverse_frequencies(from_config(made.config))
+    assert torch.equal(made.sliding_attention_inv_freq, rotary.sliding_attention_inv_freq)
+    torch.testing.assert_close(made.full_attention_inv_freq, meant)
+    assert not torch.equal(meant, rotary.full_attention_inv_freq)
+    assert (made.sliding_attention_attention_scaling, made.full_attention_attention_scaling) == (1.0, temperature)
+    again = extend(tmp_path / "out", 16_384, tmp_path / "again", quiet=True)
+    assert (again.old_window, again.factor) == (8192, 8.0)
 
 
 def test_an_output_in_use_is_refused_and_an_empty_one_taken(tmp_path, llama):

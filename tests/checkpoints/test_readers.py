@@ -176,9 +176,13 @@ def test_a_config_whose_type_is_not_that_of_its_weights_is_put_right(tmp_path, b
     assert (written["dtype"], written["torch_dtype"]) == ("bfloat16", "bfloat16")
 
 
-def test_only_one_table_for_all_layers_gets_the_older_spelling():
-    layers = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-    assert "rope_theta" not in config_for_readers({"rope_parameters": layers}, None)
+def test_of_tables_by_layer_type_the_older_spelling_is_written_where_version_4_reads_it_so():
+    full = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    layers = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert config_for_readers({"rope_parameters": layers}, None) == {"rope_parameters": layers}
+    made = config_for_readers({"model_type": "gemma3_text", "rope_parameters": layers}, None)
+    assert (made["rope_theta"], made["rope_local_base_freq"], made["rope_parameters"]) == (1e6, 1e4, layers)
+    assert made["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
     quantized = config_for_readers({"quantization_config": {}, "dtype": "float16"}, torch.bfloat16)
     assert quantized["dtype"] == "float16"
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, Gemma3TextConfig, LlamaConfig
 
 from ultralong.rope import RopeScaling, declared_window, from_config, inverse_frequencies, rope_parameters, window_of
+from ultralong.rope.config import other_ropes
 
 SCALINGS = [
     RopeScaling("default", 64, 1e5, original_window=8192),
@@ -127,7 +128,7 @@ REFUSED = [
     ({"model_type": "gpt2", "n_embd": 64}, "no rotary position embedding"),
     ({"model_type": "bloom", "alibi": True, "rope_theta": 1e4}, "no rotary position embedding"),
     ({"model_type": "llava", "text_config": {"rope_theta": 1e4}}, "text_config"),
-    ({"rope_theta": 1e6, "rope_local_base_freq": 1e4}, "rope_local_base_freq"),
+    ({"rope_theta": 1e6, "local_rope_theta": 1e4}, "local_rope_theta"),
     ({"rope_theta": 1e6, "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section"),
     ({"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0}}, "mscale"),
     ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "proportional"}}, "proportional"),
@@ -143,9 +144,19 @@ def test_what_cannot_be_reproduced_is_refused_by_name(config, reason):
         from_config({"head_dim": 64, "max_position_embeddings": 4096} | config)
 
 
-def test_a_table_per_layer_type_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"gemma3_text.*sliding_attention, full_attention"):
-        from_config(Gemma3TextConfig())
+def test_of_tables_by_layer_type_the_full_attention_layers_one_is_read():
+    config = Gemma3TextConfig(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
+    found = from_config(config)
+    assert (found.method, found.factor, found.theta, found.original_window) == ("yarn", 4.0, 1e6, 64)
+    assert other_ropes(config) == {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    older = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "head_dim": 64, "max_position_embeddings": 4096}
+    assert from_config(older).theta == 1e6
+    assert other_ropes(older) == {}
+    for layers in ({"chunked_attention": {"rope_theta": 1e4}}, {"full_attention": {"rope_theta": 1e4}, "a": {}}):
+        with pytest.raises(ValueError, match="has more than one RoPE"):
+            from_config(older | {"rope_parameters": layers})
+    with pytest.raises(ValueError, match=r"more than one RoPE \(local_rope_theta\)"):
+        from_config(older | {"local_rope_theta": 1e4})
 
 
 def test_a_missing_window_is_named():

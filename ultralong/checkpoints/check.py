@@ -14,6 +14,7 @@ from ultralong.checkpoints.config import CONFIG_ERRORS, load_config, one_line, w
 from ultralong.checkpoints.files import locate
 from ultralong.checkpoints.readers import RULES, Rule, Table, knows, same_table, table_of
 from ultralong.rope import RopeScaling, from_config, rope_parameters, window_of
+from ultralong.rope.config import other_ropes
 from ultralong.utils.files import read_json_object
 
 TOKENIZER = "tokenizer_config.json"
@@ -123,6 +124,8 @@ class _Folder:
         except ValueError as error:
             return self._refused(rule.program, rule.version, one_line(error), rule.typed)
         remarks = [f"{_capital(what)}. {advice}" for what, advice in found] + problems
+        if not old and other_ropes(self.entries):
+            remarks.append("That it scales the full-attention layers alone was not tried: try it past the old window.")
         offered = rule.window(self.entries, self.window, self.meant)
         if old and offered != self.window:
             remarks.append(self._stays(offered))

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ultralong.checkpoints.config import CONFIG_ERRORS, one_line
 from ultralong.checkpoints.files import header, weight_files
 from ultralong.rope import RopeScaling, inverse_frequencies
+from ultralong.rope.config import FULL
 
 
 def open_model(
@@ -117,7 +118,7 @@ def _silent() -> Iterator[None]:
 
 
 def class_table(config: PreTrainedConfig) -> tuple[torch.Tensor, float] | None:
-    """Inverse frequencies (R/2,) and attention factor of the model class that a config names.
+    """Inverse frequencies (R/2,) and attention factor of the model class that a config names, in full-attention layers.
 
     The model is built without memory, its rotary module once more with it.
 
@@ -126,12 +127,12 @@ def class_table(config: PreTrainedConfig) -> tuple[torch.Tensor, float] | None:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    modules = (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor))
-    module = next(modules, None)
-    if module is None:
-        return None
-    built = type(module)(config.get_text_config())
-    return built.inv_freq, float(getattr(built, "attention_scaling", 1.0))
+    for module in model.modules():
+        for prefix in ("", f"{FULL}_"):
+            if isinstance(getattr(module, f"{prefix}inv_freq", None), torch.Tensor):
+                built = type(module)(config.get_text_config())
+                return getattr(built, f"{prefix}inv_freq"), float(getattr(built, f"{prefix}attention_scaling", 1.0))
+    return None
 
 
 def class_norms(config: PreTrainedConfig) -> frozenset[str]:

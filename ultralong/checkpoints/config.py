@@ -19,8 +19,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from ultralong.checkpoints.files import header, weight_files
+from ultralong.rope.config import FULL, SLIDING
 from ultralong.utils.files import read_json_object
 
+# Types with a RoPE for each type of layers whose version-4 classes read rope_scaling for full attention alone.
+BY_LAYER_TYPE = ("gemma3_text", "olmo3")
 # What transformers raises for a config that it cannot read.
 CONFIG_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError, ArithmeticError,
@@ -82,6 +85,10 @@ def rope_entries(written: Mapping[str, Any], model_type: str, window: int) -> di
         model_type: transformers' name of the architecture.
         window: The config's `max_position_embeddings`.
     """
+    if FULL in written:  # by layer type: what version 4 calls rope_scaling is that of the full-attention layers
+        made = rope_entries(written[FULL], model_type, window) if model_type in BY_LAYER_TYPE else {}
+        local = {"rope_local_base_freq": written[SLIDING]["rope_theta"]} if model_type == "gemma3_text" else {}
+        return made | local | {"rope_parameters": {key: dict(entry) for key, entry in written.items()}}
     older = {key: value for key, value in written.items() if key != "rope_theta"}
     made = {
         "rope_parameters": dict(written),
@@ -111,8 +118,9 @@ def config_for_readers(entries: Mapping[str, Any], dtype: torch.dtype | None) ->
     """
     made = dict(entries)
     written = made.get("rope_parameters")
-    one_table = isinstance(written, Mapping) and not any(isinstance(value, Mapping) for value in written.values())
-    if one_table and written and "rope_theta" in written:
+    written = written if isinstance(written, Mapping) else {}
+    table = written.get(FULL, written)
+    if table and "rope_theta" in table and not any(isinstance(value, Mapping) for value in table.values()):
         made |= rope_entries(written, str(made.get("model_type")), int(made.get("max_position_embeddings") or 1))
     if dtype is not None and "quantization_config" not in made:
         name = str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ultralong.checkpoints.config import rope_entries
 from ultralong.rope import METHODS, RopeScaling, from_config, rope_parameters, window_of
-from ultralong.rope.config import reader
+from ultralong.rope.config import FULL, other_ropes, reader
 from ultralong.rope.explain import explain_scaling, explanation_lines
 from ultralong.rope.scaling import require
 
@@ -117,7 +117,9 @@ def config_entries(config: Any, scaling: RopeScaling, to: int) -> dict[str, Any]
     window_key = getattr(config, "attribute_map", {}).get("max_position_embeddings", "max_position_embeddings")
     kept = scaling.original_window if scaling.method in KEEPS_OLD_WINDOW else None
     window, read = to if kept is None else kept, reader(config)
-    entries = {window_key: window, **rope_entries(written, str(read("model_type")), window)}
+    others = other_ropes(config)
+    by_type = others | {FULL: written} if others else written
+    entries = {window_key: window, **rope_entries(by_type, str(read("model_type")), window)}
     if scaling.method in ("linear", "longrope"):
         # The first has no entry for it, so that nobody could tell whether the window above is before or after scaling;
         # of the second transformers 4 looks for it here alone.
@@ -141,6 +143,8 @@ def caveats(config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
     notes = []
     if sliding and sliding < to:
         notes.append(f"Layers attend over a sliding window of {sliding:,} tokens, which rescaling RoPE does not widen.")
+    if others := other_ropes(config):
+        notes.append(f"Layers of {' and '.join(others)} keep their own RoPE: they see no further than before.")
     if scaling.method in KEEPS_OLD_WINDOW:
         notes.append(
             f"max_position_embeddings stays at {scaling.original_window:,}: for the {scaling.method} type, "

@@ -29,8 +29,13 @@ ENTRY_KEYS = frozenset(
 )  # fmt: skip
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 def from_config(config: Any) -> RopeScaling:
-    """Read the scaling of a model config.
+    """Read the scaling of a model config: of its full-attention layers, where sliding-window layers have their own.
+
+    Those never see further than their window, so that a longer text asks nothing new of them (`other_ropes`).
 
     Args:
         config: A transformers config (version 5's `rope_parameters`, or the older `rope_scaling` with `rope_theta`), or
@@ -55,6 +60,12 @@ def from_config(config: Any) -> RopeScaling:
         "partial_rotary_factor": entry["partial_rotary_factor"],
     }
     return RopeScaling(**scaling, **_settings(method, entry, read))
+
+
+def other_ropes(config: Any) -> dict[str, dict[str, Any]]:
+    """RoPE entries by layer type that a longer window leaves as they are; none where all layers share one."""
+    entries = reader(config)("rope_parameters") or {}
+    return {key: dict(entry) for key, entry in entries.items() if key != FULL and isinstance(entry, Mapping)}
 
 
 def window_of(config: Any) -> int:
@@ -134,16 +145,17 @@ def _settings(method: str, entry: dict[str, Any], read: Callable[[str], Any]) ->
 
 
 def _rope_entry(read: Callable[[str], Any]) -> dict[str, Any]:
-    """The rope dictionary with its base and rotated share filled in; refuses what is not one table for all layers."""
+    """The rope entry with its base and rotated share filled in; refuses what is not one for all full layers."""
     name = f"a model of type {read('model_type')!r}"
     entry = dict(read("rope_parameters") or read("rope_scaling") or {})
     layers = [key for key, value in entry.items() if isinstance(value, Mapping)]
-    local = [key for key in ("rope_local_base_freq", "local_rope_theta") if read(key)]
+    by_type = bool(layers) and FULL in layers and set(entry) <= {FULL, SLIDING}
     require(
-        not layers and not local,
-        f"{name} has more than one RoPE ({', '.join(layers + local)}): its local layers "
-        "must keep their table while the others are scaled, which is not supported.",
+        (by_type or not layers) and not read("local_rope_theta"),
+        f"{name} has more than one RoPE ({', '.join([*layers, 'local_rope_theta'][: len(layers) or 1])}): which of its "
+        "layers to scale is known for full_attention beside sliding_attention alone.",
     )
+    entry = dict(entry[FULL]) if by_type else entry
     theta = entry.get("rope_theta") or read("rope_theta") or read("rotary_emb_base")
     hint = " Its language model is in 'text_config': save that as a model of its own." if read("text_config") else ""
     require(
