@@ -23,7 +23,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ultralong import miniature
+from ultralong import miniature, needle
+from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.inference.engines import LocalEngine
@@ -201,6 +202,19 @@ def test_an_evaluation_asks_it(running, tmp_path, monkeypatch):
     # What is answered is not asked again.
     monkeypatch.setattr(OpenAIEngine, "answer", lambda *arguments, **options: pytest.fail("asked again"))
     run(asked, tmp_path / "asked", draw=False, quiet=True)
+
+
+def test_a_needle_map_asks_it(running, tmp_path):
+    """The outcome of each cell is that of the model opened here, which decodes too."""
+    url = f"http://127.0.0.1:{running.port}/v1"
+    asked = {"lengths": [256, 400], "depths": [0.5], "samples": 2}
+    result = needle("miniature", **asked, engine="openai", endpoint=url, out=tmp_path)
+    cells = read_jsonl(tmp_path / "needle.jsonl")
+    own = needle_grid(*load_model_and_tokenizer(MODEL, "cpu"), [256, 400], [0.5], 2, 0, method="generate")
+    assert [(cell["length"], cell["correct"], cell["missed"]) for cell in cells] == [
+        (cell["length"], cell["correct"], cell["missed"]) for cell in own
+    ]
+    assert result["settings"]["engine"] == "openai"
 
 
 def test_what_an_endpoint_cannot_do_is_refused_by_name(running, engine, monkeypatch):

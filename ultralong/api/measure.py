@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ultralong.api.names import Named, StrPath, Words, folder_of
 from ultralong.utils.processes import without_collections
@@ -20,6 +20,10 @@ def needle(
     haystack: StrPath | None = None,
     device: str = "auto",
     out: StrPath | None = None,
+    engine: Literal["transformers", "openai"] = "transformers",
+    endpoint: str | None = None,
+    endpoint_model: str | None = None,
+    key_variable: str | None = None,
 ) -> dict[str, Any]:
     """Hide a number in a long text and ask the model for it, at every length and depth.
 
@@ -36,6 +40,11 @@ def needle(
         haystack: Text file or folder to hide the needle in; repeated filler without it.
         device: `auto`, `cpu` or `cuda`.
         out: Folder of the run and its report.
+        engine: What answers: transformers opens the model here; openai asks an endpoint of that protocol, such as
+            `ultralong serve` or vLLM, which needs the model's folder for its tokenizer and window only.
+        endpoint: openai: where, up to and with its version, such as http://localhost:8000/v1.
+        endpoint_model: openai: the model's name there; by default the only one it has.
+        key_variable: openai: environment variable that holds the API key.
 
     Returns:
         The content of `report.json`: the needle's result in `results`, with `by_length` and `by_depth` (each with
@@ -58,6 +67,10 @@ def needle(
         haystack=haystack,
         device=device,
         out=out,
+        engine=engine,
+        endpoint=endpoint,
+        endpoint_model=endpoint_model,
+        key_variable=key_variable,
     )
 
 

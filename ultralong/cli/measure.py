@@ -20,7 +20,9 @@ def needle(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
     This is `ultralong eval run needle MODEL` with a small map; with --out it is resumed there after a stop.
 
-    Example: ultralong eval needle model --lengths 4k 16k 64k --samples 10 --out runs/needle
+    Examples:
+      ultralong eval needle model --lengths 4k 16k 64k --samples 10 --out runs/needle
+      ultralong eval needle model --engine openai --endpoint http://localhost:8000/v1
 
     Args:
         work: The function, with the model and the map.

@@ -63,6 +63,7 @@ def measure(
     max_rows: int = 16,
     device: str = "auto",
     out: str | os.PathLike[str] | None = None,
+    **asked: Any,
 ) -> dict[str, Any]:
     """A run of one measure: the same as `ultralong eval run TASK MODEL`, with a small map as its default.
 
@@ -78,6 +79,7 @@ def measure(
         max_rows: perplexity and loss: rows to use.
         device: `auto`, or any of torch's.
         out: Folder of the run; None keeps nothing.
+        **asked: needle: `engine`, `endpoint`, `endpoint_model` and `key_variable`, as in `RunSettings`.
 
     Returns:
         What `run` returns.
@@ -100,6 +102,7 @@ def measure(
         rows=None if rows is None else str(rows),
         max_rows=max_rows,
         beyond_window=True,
+        **asked,
     )
     with tempfile.TemporaryDirectory() as scratch:
         result = run(wanted, Path(scratch) / "run" if out is None else out, device=device, draw=out is not None)

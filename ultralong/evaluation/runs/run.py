@@ -90,6 +90,8 @@ def run(
     settings.save(asked, out / SETTINGS_FILE, "Repeat or resume with: ultralong eval run")
     facts = {"window": window, "skipped": skipped, "model": describe_model(config, model), **describe_environment()}
     write_json(out / "environment.json", facts)
+    if engine is None and model is None and (pairs or "needle" in names):
+        engine = _engine(wanted, model, tokenizer, max(lengths))
     if "needle" in names:
         axes = grid_axes(wanted, max(lengths), window)
         measure_grid(model, tokenizer, wanted, axes, texts, out / "needle.jsonl", engine, quiet=quiet)

@@ -51,7 +51,7 @@ class RunSettings:
         limit: lm_eval: samples of each task, to try it out; by default all.
         run_code: lm_eval: let HumanEval run the programs that the model wrote, on this machine.
         engine: What answers samples: transformers; vllm, which must be installed; or openai, an endpoint of that
-            protocol. The needle map, perplexity, LongPPL and loss need transformers.
+            protocol. Perplexity, LongPPL and loss need transformers.
         endpoint: openai: where, up to and with its version, such as http://localhost:8000/v1. The model's folder is
             still needed, for its tokenizer and window.
         endpoint_model: openai: the model's name there; by default the only one it has.
@@ -122,10 +122,10 @@ class RunSettings:
             )
         if self.shared and self.batch not in (None, 1):
             raise ValueError("Several GPUs or 8-bit keys and values read one prompt at a time: leave --batch away.")
-        if self.engine != "transformers" and {"needle", "perplexity", "longppl", "loss"} & set(self.tasks):
+        if self.engine != "transformers" and {"perplexity", "longppl", "loss"} & set(self.tasks):
             raise ValueError(
-                f"The needle map, perplexity, LongPPL and loss read the model's own forward pass, which {self.engine} "
-                "does not give: leave them out, or --engine away."
+                f"Perplexity, LongPPL and loss read the model's own forward pass, which {self.engine} does not give: "
+                "leave them out, or --engine away."
             )
         if (self.engine == "openai") != (self.endpoint is not None):
             raise ValueError("--engine openai and --endpoint URL belong together: give both, or neither.")
