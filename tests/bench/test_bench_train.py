@@ -93,3 +93,15 @@ def test_kernels_are_told_apart_by_name():
 )
 def test_a_row_of_the_table(row, wanted):
     assert training_table([{"rows": [{"model": "M", "gpus": 2, "tokens": 1024} | row]}])[2:] == [wanted]
+
+
+@pytest.mark.soak
+def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, python, monkeypatch):
+    monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
+    make_tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "tiny")
+    tiled = MemoryConfig(activation_checkpointing=True, layer_tile=64)
+    case = TrainingCase(str(tmp_path / "tiny"), 96, sharded=True, lora_rank=4, lora_whole=True, memory=tiled)
+    row = measure(case, folder=tmp_path / "made")
+    assert "note" not in row, row
+    assert row["lora"].startswith("rank 4, alpha 16, dropout 0 at q_proj, k_proj, v_proj, o_proj, embeddings and norms")
+    assert row["planned_seconds_per_step"] > 0

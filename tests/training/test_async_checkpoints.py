@@ -182,9 +182,9 @@ def test_the_copy_is_made_into_the_same_memory_each_time(tmp_path):
 def test_the_plan_counts_the_copy(run):
     def host(config: TrainConfig, inputs: int) -> dict[str, float]:
         facts = SimpleNamespace(config=config, placed=(0, 0, inputs), input_bytes=1e10, shard=2)
-        return {line.name: line.value for line in host_memory(SimpleNamespace(**vars(facts), shape=shape))}
+        return {line.name: line.value for line in host_memory(SimpleNamespace(**vars(facts), parameters=counted))}
 
-    shape, name = SimpleNamespace(parameters=8e9), "model and states for checkpoints in the background, pinned"
+    counted, name = SimpleNamespace(trained=8e9), "model and states for checkpoints in the background, pinned"
     waiting = replace(run, async_checkpoints=False)
     # A float32 parameter and AdamW's two states, sharded over two processes.
     assert host(run, 0)[name] == 12 * 8e9 / 2

@@ -102,6 +102,7 @@ def train(
       ultralong bench train meta-llama/Llama-3.2-1B --lengths 32k 128k --json rows.json
       ultralong bench train --lengths 1m --gpus 2 --sharded --state-precision 8bit --kernel flash4 --head-chunks 8
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
+      ultralong bench train --lengths 256k --sharded --lora-rank 8 --lora-whole --memory layer_tile=32768
       ultralong bench train meta-llama/Llama-3.2-1B --mix 8k:38 128k:1 256k:1 --gpus 2 --sharded
 
     Args:

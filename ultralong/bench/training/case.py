@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import MemoryConfig
 from ultralong.utils.units import Tokens, parse_tokens
 
@@ -45,6 +46,8 @@ class TrainingCase:
         gpus: Processes, all of which share a row.
         sharded: Shard the parameters over the processes as well (FSDP2).
         state_precision: Precision of AdamW's states.
+        lora_rank: Rank of LoRA adapters at attention's projections; 0 trains every parameter.
+        lora_whole: With lora_rank: embeddings and norms are trained too (LongLoRA).
         kernel: Attention kernel.
         head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
         memory: As in `MemoryConfig`.
@@ -66,6 +69,8 @@ class TrainingCase:
     gpus: int = 1
     sharded: bool = False
     state_precision: Literal["float32", "8bit"] = "float32"
+    lora_rank: int = 0
+    lora_whole: bool = False
     kernel: str = "auto"
     head_chunks: int | None = None
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
@@ -87,6 +92,11 @@ class TrainingCase:
                 f"degree must divide {self.gpus} GPUs into groups that read as many of the mix's {rows} rows each, "
                 f"found {self.degree}."
             )
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """The run's adapters."""
+        return LoRAConfig(rank=self.lora_rank, train_embeddings=self.lora_whole, train_norms=self.lora_whole)
 
     @property
     def shared_by(self) -> int:

@@ -28,6 +28,7 @@ from ultralong.bench.training.work import WARM, prepare
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
 from ultralong.planner.shapes import Shape, model_config, shape_of
+from ultralong.planner.trained import planned_parameters
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.throughput import DATASHEET
 from ultralong.utils import settings
@@ -63,6 +64,9 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
     """
     facts = facts_beside()
     shape = shape_of(case_config(case))
+    if case.lora.on:  # a frozen parameter takes fewer FLOP
+        counted = planned_parameters(case_config(case), shape, case.lora, outside=0)
+        shape = replace(shape, multiplied=round(counted.multiplied))
     row = {
         "model": case.name,
         "parameters": shape.parameters,
@@ -83,6 +87,7 @@ def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = Non
             row |= {
                 "sharded": case.sharded,
                 "state_precision": case.state_precision,
+                **({"lora": str(case.lora)} if case.lora.on else {}),
                 "kernel": case.kernel,
                 "head_chunks": case.head_chunks,
                 "memory": settings.to_mapping(config.memory),
@@ -134,6 +139,7 @@ def train_config(case: TrainingCase, made: dict[str, str], run: Path, mix: tuple
         global_batch_size=sum(part.rows for part in mix),
         optimizer=OptimizerConfig(state_precision=case.state_precision),
         memory=case.memory,
+        lora=case.lora,
         parallel=ParallelConfig(
             context_parallel_size=case.shared_by,
             dynamic_context_parallel=bool(case.mix),

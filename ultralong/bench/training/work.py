@@ -27,6 +27,7 @@ from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.miniature.tokenizer import train_tokenizer
 from ultralong.planner.shapes import model_config
+from ultralong.training.adapters.lora import add_adapters
 from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
@@ -111,6 +112,7 @@ def warmed_up(config: TrainConfig, processes: Processes, short: str, one_row_pas
     warm = RowOrder(warm_data, config.seed, config.global_batch_size, mixed=mixed)
     dtype = torch.float32 if config.parallel.fsdp_shard_degree is None else torch.bfloat16  # as the trainer loads it
     model = random_model(config.model, processes.accelerator.device, dtype=dtype)
+    model = add_adapters(model, config.lora).train() if config.lora.on else model
     run = build_run(config, processes, RunFolder(Path(config.out)), order, model)
     reserve_host_memory(run)
     training_step(replace(run, order=warm), 0)
