@@ -441,6 +441,9 @@ check("02.temperature", my_temperature)
 #
 # `ultralong extend SRC --to N --out DIR` does this to a checkpoint on disk: it changes the config, the tokenizer's
 # limit and the model card, and copies the weights without loading them.
+#
+# The result is `long` in the folder `OUT`: `made/02/long` in a course folder. The small model reads bytes and has no
+# tokenizer, so the next notebooks start from others: 03 from Llama 3's tokenizer, 07 and 08 from the miniature.
 
 # %%
 shutil.rmtree(out / "base", ignore_errors=True)

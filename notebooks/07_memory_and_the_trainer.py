@@ -561,12 +561,18 @@ check("07.scale", my_scale)
 # ## Hand it on
 #
 # The planner can choose by itself what `07.keep` asked of you: `ultralong plan --fit`. Here it does so for the machine
-# of the parameters cell, and writes the run's whole config.
+# of the parameters cell, and writes the run's whole config: `run.yaml` in the folder `OUT` (`made/07` in a course
+# folder). [12_many_hosts](12_many_hosts.ipynb) makes a launch folder of it with `PRESET="made/07/run.yaml"`. What it
+# names under `model` and `data` is yours to make: `ultralong extend` and `ultralong pack`, as its first lines say.
 
 # %%
+FIRST_LINES = f"""Memory chosen by the planner. Before the run, if they are not there yet:
+  ultralong extend MODEL --to {TOKENS} --out {config.model}
+  ultralong pack RECIPE --tokenizer {config.model} --length {TOKENS} --out {config.data[0].rows}
+Then: ultralong launch run.yaml --nodes 1 --gpus-per-node {GPUS} --out scripts"""
 chosen = autotune_memory(job, job.machine.memory, HOST_GIB * GIB)
 fitted = replace(config, memory=chosen)
-settings.save(fitted, out / "run.yaml", "Chosen by the planner; start it with: ultralong launch run.yaml")
+settings.save(fitted, out / "run.yaml", FIRST_LINES)
 final = replace(job, config=fitted)
 lines = gpu_memory(final), host_memory(final)
 gpu, host = (sum(line.value for line in found if line.counts) / GIB for found in lines)

@@ -32,7 +32,7 @@
 # [FSDP](https://arxiv.org/abs/2304.11277).
 
 # %% tags=["parameters"]
-PRESET: str = "llama31-8b-4m"  # the run that is exported; a preset's name or a YAML file
+PRESET: str = "llama31-8b-4m"  # the run that is exported; a preset's name or a YAML file, such as made/07/run.yaml
 HOSTS: int = 4  # hosts of the exported run
 GPUS: int = 8  # GPUs of each of them
 PRICE: float = 2.5  # of one GPU-hour, in any currency
@@ -437,8 +437,14 @@ print(f"ok: the plan had said {best['planned_seconds_per_step']:.0f} s a step be
 #
 # ## Hand it on
 #
-# The launch folder: one folder a scheduler, each with everything. Copy one to the cluster, export what it asks for,
-# start it with `--dry-run`. A manifest goes to `sky launch` or `kubectl apply -f`.
+# The launch folder: one folder a scheduler, each with everything, in `launch` of the folder `OUT` (`made/12/launch` in
+# a course folder). From there to a cluster:
+#
+# 1. Copy one of them: `scp -r made/12/launch/slurm CLUSTER:`. The model and the rows that `config.yaml` names have to
+#    be on the cluster too.
+# 2. There, export what the script asks for. It stops and names each fact that is not set.
+# 3. `bash submit.sh --dry-run`, or `bash run.sh --dry-run` without Slurm: all lines must say `ok`.
+# 4. The same without `--dry-run`. A manifest goes to `sky launch` or `kubectl apply -f`.
 
 # %%
 for path in sorted((out / "launch").rglob("*")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from ultralong.course.exercise import exercises
 
 CLONE = Path(__file__).parents[2] / "notebooks"
 PACKAGED = Path(__file__).parent / "notebooks"
+MADE = "made"  # folder of a work folder for what notebooks hand on
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def source_folder() -> Path:
 def start(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> list[Path]:
     """Copy the notebooks, with the recorded results they show, into a work folder.
 
-    What is there already stays as it is: a learner's answers are never overwritten.
+    What is there already stays as it is: a learner's answers are never overwritten. What a copy hands on goes to
+    `made/NN` in the work folder; in the clone that is a temporary folder.
 
     Args:
         folder: The work folder; made where it is missing.
@@ -73,7 +76,7 @@ def start(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> list[Pat
     copied = []
     for path in chosen:
         if not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)
+            (target / path.name).write_text(_keeping(path), encoding="utf-8")
             copied.append(target / path.name)
     for extra in ("results", "pictures"):
         if (source / extra).is_dir():
@@ -81,6 +84,16 @@ def start(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> list[Pat
     if not (target / progress.FILE).exists():
         progress.Progress(target / progress.FILE).save()
     return copied
+
+
+def _keeping(path: Path) -> str:
+    """A notebook's text whose parameter `OUT` names a folder that stays."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            place = f'OUT: str = "{MADE}/{path.stem[:2]}"'
+            cell["source"] = [line.replace('OUT: str = ""', place) for line in cell["source"]]
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 def overview(folder: str | os.PathLike[str] = ".") -> list[Row]:
