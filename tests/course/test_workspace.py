@@ -69,7 +69,7 @@ class Page(HTMLParser):
             self.loads.append(found)
         if tag == "a":
             self.links.append(given["href"])
-        if tag == "div" and given.get("class") == "figure":
+        if tag == "div" and (given.get("class") or "").startswith("figure"):
             self.figures.append(given["aria-label"])
         if tag == "img":
             self.images.append(given.get("alt"))

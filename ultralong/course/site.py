@@ -30,13 +30,14 @@ STYLE = """
   --code: #161b22; --link: #6cb6ff; --ok: #57c26a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, sans-serif; }
-main, nav { max-width: 860px; margin: 0 auto; padding: 0 16px; }
+main, nav { max-width: 990px; margin: 0 auto; padding: 0 16px; } /* code of 118 characters is whole */
+main > :is(p, ul, ol, h1, h2, h3) { max-width: 760px; }
 nav { display: flex; justify-content: space-between; gap: 12px; padding: 14px 16px; flex-wrap: wrap; }
 nav.menu { justify-content: flex-start; gap: 6px 18px; border-bottom: 1px solid var(--line); max-width: none; }
 a { color: var(--link); }
 h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 0.6em; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
-  font: 13.5px/1.5 ui-monospace, monospace; }
+  font: 13px/1.5 ui-monospace, monospace; }
 code { font-family: ui-monospace, monospace; background: var(--code); padding: 0 3px; border-radius: 4px;
   overflow-wrap: anywhere; }
 pre code { padding: 0; background: none; }
@@ -47,7 +48,8 @@ table { border-collapse: collapse; margin: 1em 0; }
 thead th:empty { padding: 0; border: 0; }
 td, th { border: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top; }
 .wide { margin: 1em 0; overflow-x: auto; }
-.figure { min-width: 560px; } /* a narrow screen scrolls: below this a figure's controls would lie on each other */
+.figure { min-width: 360px; }
+.figure.moving { min-width: 560px; } /* a narrow screen scrolls: below this the controls would lie on each other */
 .figure img, img { max-width: 100%; height: auto; }
 noscript img { background: white; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 6px 12px; margin: 1em 0; }
@@ -186,9 +188,10 @@ def _figure(data: Any, name: str) -> str:
     # "</" would end the script element, wherever it stands in a string.
     figure = json.dumps(data[PLOTLY]).replace("<", "\\u003c")
     alt = html.escape(data.get("text/plain", ""), quote=True)
+    kind = "figure moving" if data[PLOTLY]["layout"].get("sliders") else "figure"
     still = f"<noscript>{_picture(data)}</noscript>" if "image/png" in data else ""
     return (
-        f'<div class="wide"><div class="figure" id="{name}" role="img" aria-label="{alt}"></div></div>{still}\n'
+        f'<div class="wide"><div class="{kind}" id="{name}" role="img" aria-label="{alt}"></div></div>{still}\n'
         f"<script>{{ const f = {figure}; f.config = {{responsive: true, displayModeBar: false}}; "
         f"Plotly.newPlot('{name}', f); }}</script>"
     )

@@ -40,7 +40,7 @@ def report(demo: Demo) -> dict[str, Any]:
         settings=settings.to_mapping(config),
         commands={
             f"ultralong eval needle {shlex.quote(str(checkpoint))} --lengths {config.target}": "ask it more",
-            "ultralong course start my-course && jupyter lab my-course": "the same, step by step",
+            "ultralong course start ~/ultralong-course && jupyter lab ~/ultralong-course": "the same, step by step",
         },
         notes=(
             credit(rescaled, after, demo.base_window(), config.target),
