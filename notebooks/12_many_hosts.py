@@ -149,6 +149,9 @@ check("12.mesh", my_mesh)
 #
 # All of them end in the same command, `ultralong train config.yaml --resume`, so a run may change its scheduler between
 # two starts.
+#
+# A config that does not divide over `HOSTS` x `GPUS` is changed by the cell: all GPUs then share one row. That happens
+# to `run.yaml` of notebook 07, which was made for two GPUs.
 
 # %%
 shape = {"parallel": replace(wanted.parallel, context_parallel_size=world, fsdp_shard_degree=world),

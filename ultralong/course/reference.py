@@ -49,7 +49,9 @@ NEEDS = {"ultralong.inference.decode_step.kernels": "triton"}  # modules with a 
 def topics() -> Iterator[tuple[str, str, str]]:
     """Name, title and Markdown of each topic page, the keys of the settings last."""
     for name, title, source in TOPICS:
-        yield name, title, (PACKAGE / source).read_text(encoding="utf-8")
+        text = (PACKAGE / source).read_text(encoding="utf-8")
+        # Sources are not part of a site; the API's pages are, and hold what links to them would show.
+        yield name, title, re.sub(r"\[([^\]]+)\]\([\w/]+\.py\)", r"\1", text)
     yield (*CONFIG_PAGE, config_keys())
 
 

@@ -218,6 +218,8 @@ class Preflight:
         scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)
         if ranks > 1 and model is not None:
             choose_head_chunks(scheme, ranks if scheme == "ulysses" else 1, row)  # others don't split the heads
+        if model is None and ranks > 1 and parallel.scheme == "auto":
+            return f"{ranks} processes a row; which scheme follows from the model's heads", None
         return f"{ranks} process{'es' * (ranks > 1)} a row, scheme {scheme}: {reason}", None
 
     def _packages(self) -> tuple[str, None]:
