@@ -19,7 +19,7 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     case = TrainingCase(
         str(tmp_path / "tiny"), 96, steps=2, profile=True, memory=MemoryConfig(activation_checkpointing=True)
     )
-    row = measure(case, folder=tmp_path / "made")
+    row = measure(case, "h200", tmp_path / "made")
     assert "note" not in row, row
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
     assert (row["tokens"], row["gpus"], len(row["steps"])) == (96, 1, 2)

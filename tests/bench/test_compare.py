@@ -38,14 +38,14 @@ def compared(row: dict) -> list[str]:
 def test_four_percent_are_seen_in_any_recorded_row_and_two_are_not(path):
     rows = read_rows(path)
     last = {case_name(row): index for index, row in enumerate(rows)}  # a case measured again replaces the first time
-    assert compare(rows, rows).regressions == ()
+    assert compare(rows, rows, 0.03).regressions == ()
     tried = 0
     for index in last.values():
         for value in compared(rows[index]):
             for by, seen in ((0.04, True), (0.02, False), (-0.2, False)):
                 after = copy.copy(rows)
                 after[index] = worsened(rows[index], value, by)
-                found = compare(rows, after).regressions
+                found = compare(rows, after, 0.03).regressions
                 assert [change.value for change in found] == ([value] if seen else [])
             tried += 1
     assert tried >= len(rows) / 2, "most recorded rows have values to compare"
@@ -66,7 +66,7 @@ def test_different_cases_of_a_recorded_file_have_different_names(path):
 def test_a_case_that_ran_out_of_memory_is_a_regression():
     before = [{"model": "M", "tokens": 8, "gpus": 1, "seconds_per_step": 2.0}]
     after = [{"model": "M", "tokens": 8, "gpus": 1, "note": "CUDA out of memory"}]
-    found = compare(before, after)
+    found = compare(before, after, 0.03)
     assert [(change.value, change.after) for change in found.regressions] == [("seconds_per_step", None)]
     assert "no number" in str(found)
 
@@ -78,7 +78,7 @@ def test_the_report_names_cases_values_and_changes():
         {"name": "ring", "tokens": 2, "ranks": 2, "tflops": 120.0, "forward_ms": 5.0},
         {"name": "ring", "tokens": 4, "ranks": 2, "tflops": 1.0, "forward_ms": 5.0},
     ]
-    found = compare(before, after)
+    found = compare(before, after, 0.03)
     assert str(found).splitlines() == [
         "worse   name ring, tokens 1, ranks 2: tflops 100 -> 90 (10.0% worse)",
         "better  name ring, tokens 2, ranks 2: tflops 100 -> 120 (20.0% better)",
@@ -112,7 +112,7 @@ def test_rows_with_old_names_are_the_same_cases():
 
 def test_what_has_nothing_in_common_is_an_error():
     with pytest.raises(ValueError, match="no case in common"):
-        compare([{"tokens": 1, "seconds": 1.0}], [{"tokens": 2, "seconds": 1.0}])
+        compare([{"tokens": 1, "seconds": 1.0}], [{"tokens": 2, "seconds": 1.0}], 0.03)
     with pytest.raises(ValueError, match="tolerance"):
         compare([], [], -1.0)
 

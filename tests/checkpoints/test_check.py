@@ -144,7 +144,7 @@ def test_config_classes_are_scaled_or_refused(tmp_path):
     assert row["counts"] == {"refused": 9}
     assert configs_table([read_json(tmp_path / "rows.json")])[3].startswith("| refused | 9 | 1 of 1 |")
     with pytest.raises(ValueError, match="no causal language model of the type nothing"):
-        bench_configs(("nothing",))
+        bench_configs(("nothing",), None)
 
 
 @pytest.mark.parametrize(

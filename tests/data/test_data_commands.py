@@ -164,7 +164,7 @@ def test_masked_padded_and_broken_rows_are_told_apart(rows, tmp_path, tiny_token
     assert view.segments[-1].name == "padding"
     assert view.segments[-1].targets == 0
     assert view.checks["masked_labels"] >= view.segments[-1].end - view.segments[-1].start
-    assert "-> -" in as_text(view)
+    assert "-> -" in as_text(view, most=12)
     row = rows[0]
     row.labels[7] = row.labels[7] + 1
     cut = int(row.boundaries[1])
@@ -177,17 +177,17 @@ def test_masked_padded_and_broken_rows_are_told_apart(rows, tmp_path, tiny_token
 def test_long_rows_are_shown_at_both_ends(rows, tiny_tokenizer):
     view = inspect_row(rows, tiny_tokenizer, 0)
     assert len(view.segments) >= 2
-    whole = as_text(view)
+    whole = as_text(view, most=12)
     assert "\x1b" not in whole
     assert whole.count("document ") == len(view.segments)
     many = type(view)(0, view.length, view.segments * 20, view.boundaries, view.checks)
     assert f"{20 * len(view.segments) - 4} more segments" in as_text(many, most=2)
     assert f"{20 * len(view.segments) - 4} more" in as_html(many, most=2)
-    assert "&lt;s&gt;" in as_html(view)
+    assert "&lt;s&gt;" in as_html(view, most=12)
 
 
 def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
-    box = row_browser(len(rows), lambda n: as_html(inspect_row(rows, tiny_tokenizer, n)))
+    box = row_browser(len(rows), lambda n: as_html(inspect_row(rows, tiny_tokenizer, n), most=12))
     slider, table = box.children
     assert (slider.min, slider.max) == (0, len(rows) - 1)
     first = table.value
@@ -196,8 +196,8 @@ def test_rows_in_a_notebook(rows, tiny_tokenizer, capsys):
     assert f"Row {len(rows) - 1}:" in table.value
     browse_rows(
         len(rows),
-        lambda n: as_html(inspect_row(rows, tiny_tokenizer, n)),
-        lambda n: as_text(inspect_row(rows, tiny_tokenizer, n)),
+        lambda n: as_html(inspect_row(rows, tiny_tokenizer, n), most=12),
+        lambda n: as_text(inspect_row(rows, tiny_tokenizer, n), most=12),
     )
     assert capsys.readouterr().out.startswith("row 0:")
     with pytest.raises(ValueError, match="no row 99"):
@@ -246,7 +246,7 @@ def test_conversations_are_counted_and_shown_too(tmp_path, tiny_tokenizer, capsy
     shown = [segment for segment in view.segments if segment.name != "padding"]
     assert sum(segment.targets for segment in shown) == packed.manifest["target_tokens"] > 0
     assert all(0 < segment.targets < segment.end - segment.start for segment in shown)
-    assert "masked" in as_text(view)
+    assert "masked" in as_text(view, most=12)
     with pytest.raises(ValueError, match="holds conversations"):
         stats.recipe_stats(tmp_path / "mine.yaml")
 

@@ -135,6 +135,67 @@ def test_an_option_is_declared_by_the_function_alone(command):
             assert shown[mine[0].names.get(name, name)].default == default
 
 
+# What a command asks of a function of the API's rooms that has no place in the order of the steps, and its own options.
+OTHERS = {
+    "data build": ("make:pack", set()),
+    "data stats": ("texts:count_lengths", {"picture"}),
+    "data show": ("texts:view_row", {"most", "colour", "html"}),
+    "data decontaminate": ("texts:decontaminate", set()),
+    "data merge": ("texts:merge_stores", set()),
+    "eval loss": ("answers:row_loss", set()),
+    "eval longppl": ("answers:longppl", set()),
+    "eval make": ("answers:write_samples", set()),
+    "eval answer": ("answers:answer", set()),
+    "export gguf": ("make:export_gguf", set()),
+    "launch rehearse": ("runs:rehearse", set()),
+}
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_the_other_commands_get_their_function_too(command):
+    place, own = OTHERS[command]
+    work = COMMANDS[command]
+    (group,) = work.__dict__["groups"].values()
+    assert group.place == f"ultralong.api.{place}"
+    assert set(inspect.signature(work).parameters) - {"work", "json"} == own
+    assert {option.name for option in options_of(work)} >= {*own, "json"}
+
+
+NOT_GIVEN = ("None", "()", "False", "'auto'")  # defaults that leave the choice to what is called
+
+
+def declared_again(tree):
+    """Options with a default in a command, handed to a parameter of the library that has a default of its own."""
+    for node, own in functions_of(tree):
+        pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        with_default = {one.arg for one, value in pairs if value is not None and ast.unparse(value) not in NOT_GIVEN}
+        imported = {
+            alias.asname or alias.name: (one.module, alias.name)
+            for one in ast.walk(node)
+            if isinstance(one, ast.ImportFrom) and (one.module or "").startswith("ultralong")
+            for alias in one.names
+        }
+        for call in (one for one in ast.walk(node) if isinstance(one, ast.Call)):
+            if not (isinstance(call.func, ast.Name) and call.func.id in imported):
+                continue
+            module, name = imported[call.func.id]
+            parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+            handed = [*zip(parameters, call.args), *((word.arg, word.value) for word in call.keywords)]
+            for parameter, value in handed:
+                given = {one.id for one in ast.walk(value) if isinstance(one, ast.Name)} & with_default & own
+                if parameter in parameters and parameters[parameter].default is not inspect.Parameter.empty:
+                    yield from ((node.name, option) for option in sorted(given))
+
+
+def test_no_default_of_a_command_is_declared_by_the_library_again():
+    files = sorted((ROOT / "ultralong" / "cli").glob("*.py"))
+    assert not [
+        (file.name, *found) for file in files for found in declared_again(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    second = "def show(*, most=12):\n    from ultralong.utils.progress import progress\n    progress([], desc=most)\n"
+    assert list(declared_again(ast.parse(second))) == [("show", "most")]
+
+
 def functions_of(tree):
     """The commands' own options of one module of the command line: name and parameters beside the groups'."""
     for node in tree.body:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from ultralong.api.names import Named, StrPath, Words, folder_of
+from ultralong.api.names import Changes, File, Named, StrPath, Words, as_overrides, folder_of
 from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ultralong.attention import AttentionContext
     from ultralong.attention.collectives import GroupOrMesh
     from ultralong.checkpoints.extend import ExtendReport
+    from ultralong.checkpoints.gguf import GgufExport
     from ultralong.checkpoints.merge import MergeReport
     from ultralong.data.recipe.build import PackReport
 
@@ -91,6 +92,8 @@ def pack(
     out: StrPath,
     *,
     limit: Tokens | None = None,
+    changes: Changes = (),
+    cache: StrPath | None = None,
     workers: int = 1,
     quiet: bool = False,
 ) -> PackReport:
@@ -106,7 +109,9 @@ def pack(
         length: Tokens of a row.
         out: Folder to write the rows into.
         limit: Take about this many tokens of each source at most, to try a recipe out.
-        workers: Processes that tokenise.
+        changes: Changes of the recipe, such as seed=1.
+        cache: Where fetched packages are kept; by default ~/.cache/ultralong/sources.
+        workers: Processes that tokenise; 1 leaves it to the tokenizer's threads.
         quiet: No progress bars.
 
     Returns:
@@ -116,11 +121,39 @@ def pack(
         ValueError: The recipe is wrong, a source cannot be read, or `out` was made from something else.
     """
     from ultralong.data.recipe.build import pack_recipe
+    from ultralong.data.recipe.schema import load_recipe
     from ultralong.utils.hub import find_checkpoint
 
     place = folder_of(tokenizer)
     place = find_checkpoint(place) if isinstance(place, str | os.PathLike) else place
-    return pack_recipe(recipe, place, length, out, limit=limit, workers=workers, quiet=quiet)
+    loaded = load_recipe(recipe, tuple(as_overrides(changes)))
+    return pack_recipe(loaded, place, length, out, limit=limit, cache=cache, workers=workers, quiet=quiet)
+
+
+def export_gguf(
+    checkpoint: StrPath,
+    out: File,
+    llama_cpp: StrPath | None = None,
+    dtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
+) -> GgufExport:
+    """Write a checkpoint as one GGUF file for llama.cpp, by llama.cpp's own converter.
+
+    Args:
+        checkpoint: Checkpoint folder with safetensors weights.
+        out: The file to write.
+        llama_cpp: Folder of llama.cpp's sources.
+        dtype: Type of the weights in the file; auto keeps the checkpoint's.
+
+    Returns:
+        The file, and the options that llama.cpp needs to read it.
+
+    Raises:
+        ValueError: llama.cpp cannot apply the checkpoint's RoPE, the converter is not there or failed, or `out` exists.
+        ImportError: gguf is not installed.
+    """
+    from ultralong.checkpoints.gguf import export_gguf as run
+
+    return run(checkpoint, out, llama_cpp, dtype)
 
 
 def merge(

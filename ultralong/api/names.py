@@ -21,13 +21,17 @@ class Words:
 
     Attributes:
         kind: The type that the words are read as.
+        shown: The word for the value in usage and help; by default that of the option's name.
     """
 
     kind: Any
+    shown: str | None = None
 
 
 StrPath: TypeAlias = Annotated[str | os.PathLike[str], Words(Path)]  # a file or folder
 Named: TypeAlias = Annotated[str | os.PathLike[str], Words(str)]  # a folder, a hub id, or the name of what ships
+File: TypeAlias = Annotated[str | os.PathLike[str], Words(Path, "FILE")]
+OtherModel: TypeAlias = Annotated[str | os.PathLike[str], Words(str, "MODEL")]
 # New values of a config by key, or the same as texts, such as "optimizer.lr=1e-5".
 Changes: TypeAlias = Annotated[Mapping[str, Any] | Sequence[str] | None, Words(tuple[str, ...])]
 

@@ -15,7 +15,6 @@ from typing import Any
 from ultralong.bench.results import Row
 from ultralong.training.config import MemoryConfig
 
-TOLERANCE = 0.03
 # What describes a case, in the order of its printed name.
 CASE = (
     *("rate", "task", "peer", "name", "model", "layers", "kernel", "dtype", "head_size", "size", "bytes"),
@@ -111,7 +110,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(before: Iterable[Row], after: Iterable[Row], tolerance: float = TOLERANCE) -> Comparison:
+def compare(before: Iterable[Row], after: Iterable[Row], tolerance: float) -> Comparison:
     """Compare the rows of two measurements.
 
     Args:

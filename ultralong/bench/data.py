@@ -46,9 +46,9 @@ def bench(
     work: Path,
     *,
     tokens: int,
-    length: int = 131072,
-    source: str | None = None,
-    cache: Path | None = None,
+    length: int,
+    source: str | None,
+    cache: Path | None,
 ) -> dict[str, Any]:
     """Run every measurement.
 

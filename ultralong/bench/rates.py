@@ -187,7 +187,7 @@ def _exchange_rate(rank: int, world: int) -> float:
 
 
 def measure_rates(
-    lengths: tuple[int, ...] = (), only: Collection[str] = (), path: Path | None = None
+    lengths: tuple[int, ...], only: Collection[str], path: Path | None
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure the rates of this machine and write them to a file that `ultralong plan --machine` takes.
 

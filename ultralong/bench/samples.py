@@ -26,8 +26,6 @@ from ultralong.evaluation.tasks.samples import GENERATED, make_samples
 from ultralong.utils.progress import progress
 from ultralong.utils.units import GIB
 
-LENGTHS = (4096, 32768, 131072, 1048576)
-
 
 def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None = None) -> list[dict[str, Any]]:
     """Make one sample of a test at each length, in this process.
@@ -81,7 +79,7 @@ def _peak_gib() -> float:
 
 
 def measure_samples(
-    tokenizer: str, path: Path, tasks: Sequence[str] = (), lengths: Sequence[int] = LENGTHS, data: str | None = None
+    tokenizer: str, path: Path, tasks: Sequence[str], lengths: Sequence[int], data: str | None
 ) -> list[dict[str, Any]]:
     """Make one sample of every test at every length, each test in a process of its own.
 

@@ -13,6 +13,7 @@ from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
 
 if TYPE_CHECKING:
+    from ultralong.launch.rehearse import Rehearsal
     from ultralong.planner import Plan
 
 
@@ -74,17 +75,12 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
         print(f"{wrote} Next: read the variables at the top of {files[0]}, then {files[0]} --dry-run")
 
 
-def rehearse(
-    config: Positional[str | None] = None,
-    /,
-    *,
-    out: Path,
-    hosts: int = 2,
-    lose: int = 1,
-    at_step: int = 0,
-    set: tuple[str, ...] = (),
-    json: Json = None,
-) -> None:
+@takes(
+    work=Group(
+        "ultralong.api.runs:rehearse", positional=("config",), names={"changes": "set"}, defaults={"config": None}
+    )
+)
+def rehearse(work: partial[Rehearsal], *, json: Json = None) -> None:
     """Play several hosts on this machine: start the exported scripts, kill one host, and see the run come back.
 
     Without a config a tiny run is made and used. One of yours has to be small enough for one process a host here.
@@ -94,29 +90,17 @@ def rehearse(
       ultralong launch rehearse run.yaml --out rehearsal --lose 0
 
     Args:
-        config: Name of a preset, or a YAML file; its relative paths are relative to --out.
-        out: Folder for the scripts, the hosts' logs and the run.
-        hosts: Hosts to play, one process each.
-        lose: The host that is killed.
-        at_step: Kill it when this step is logged; by default just after the first checkpoint.
-        set: Changes of the config, with dots for groups, such as save_every=10.
+        work: The function, with the run and the hosts.
         json: Write what was found as JSON to this file.
     """
-    from ultralong.launch.rehearse import rehearse as play
-    from ultralong.launch.sample import sample_run
-    from ultralong.training.config import TrainConfig, preset
-    from ultralong.utils import settings
+    from ultralong.api import load_config
 
-    source = preset(config) if config else out / "sample.yaml"
-    if config is None:
-        settings.save(sample_run(out), source)
-    wanted = settings.load(TrainConfig, source, set)
-    found = play(wanted, out, hosts=hosts, lose=lose, at_step=at_step, say=print)
+    found, out = work(), work.keywords["out"]
     leave(json, found.to_dict())
+    run = load_config(out / "scripts" / "config.yaml").out
     print(
         f"Host {found.lost} was lost after step {found.before[-1]['step']}, and the run resumed from {found.saved}: "
-        f"{found.repeated} steps were computed again, and all {found.steps} are in {out / wanted.out / 'log.jsonl'} "
-        "once."
+        f"{found.repeated} steps were computed again, and all {found.steps} are in {out / run / 'log.jsonl'} once."
     )
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from tyro.conf import Positional
+from typing import TYPE_CHECKING
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import File, Json, is_main, leave
+from ultralong.cli.shared import Json, is_main, leave
 from ultralong.utils.processes import without_collections
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
+    from ultralong.checkpoints.gguf import GgufExport
     from ultralong.data.recipe.build import PackReport
     from ultralong.training import TrainResult
 
@@ -49,7 +48,7 @@ def extend(work: partial[ExtendReport], *, json: Json = None) -> None:
     )
 
 
-@takes(work=Group("ultralong.api.make:pack", positional=("recipe",)))
+@takes(work=Group("ultralong.api.make:pack", positional=("recipe",), names={"changes": "set"}))
 def pack(work: partial[PackReport], *, json: Json = None) -> None:
     """Turn documents into rows of exactly LENGTH tokens: read, sample, tokenise, join.
 
@@ -153,15 +152,8 @@ def demo(
     print(f"Open {out / 'report.html'} in a browser. The model is in {report['checkpoint']}.")
 
 
-def export_gguf(
-    checkpoint: Positional[Path],
-    out: Positional[File],
-    /,
-    *,
-    llama_cpp: Path | None = None,
-    dtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.make:export_gguf", positional=("checkpoint", "out")))
+def export_gguf(work: partial[GgufExport], *, json: Json = None) -> None:
     """Write a checkpoint as one GGUF file for llama.cpp, and say which options read its window right.
 
     llama.cpp's own converter does it, from a folder with llama.cpp's sources; without one, the message says how to get
@@ -170,15 +162,10 @@ def export_gguf(
     Example: ultralong export gguf runs/cpt/model model.gguf --llama-cpp llama.cpp
 
     Args:
-        checkpoint: Checkpoint folder with safetensors weights.
-        out: The file to write.
-        llama_cpp: Folder of llama.cpp's sources.
-        dtype: Type of the weights in the file; auto keeps the checkpoint's.
+        work: The function, with the checkpoint and the file.
         json: Write the file's facts and the options as JSON to this file.
     """
-    from ultralong.checkpoints.gguf import export_gguf as run
-
-    made = run(checkpoint, out, llama_cpp, dtype)
+    made = work()
     leave(json, made.to_dict())
     words = " ".join(["llama-server", "-m", made.file, "-c", str(made.window), *made.options])
     print(f"Wrote {made.file} ({made.architecture}, window {made.window:,}). To serve it: {words}")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import File, Json, leave
-from ultralong.utils.hub import find_checkpoint, load_tokenizer
-from ultralong.utils.units import Tokens
+from ultralong.cli.shared import Json, leave
 
 
 @takes(work=Group("ultralong.api.measure:needle", positional=("model",)))
@@ -52,18 +50,8 @@ def _show(result: dict[str, Any], out: Path | None, json: Path | None) -> None:
     print(f"The report is {out / 'report.html'}." if out else "For a page with figures: --out FOLDER.")
 
 
-def loss(
-    model: Positional[str],
-    rows: Positional[Path],
-    /,
-    *,
-    before: Annotated[str | None, arg(metavar="MODEL")] = None,
-    max_rows: int | None = None,
-    micro_batch_size: int = 1,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-    device: str = "auto",
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.answers:row_loss", positional=("model", "rows")))
+def loss(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Measure the loss on packed rows as training does; on answers, in rows of conversations.
 
     The number is what a training step on these rows would log, with an interval over documents. With --before, a
@@ -72,21 +60,10 @@ def loss(
     Example: ultralong eval loss runs/sft/model answers --before runs/cpt/model
 
     Args:
-        model: Folder or hub id.
-        rows: Folder of packed rows, best of conversations that were kept apart.
-        before: Another model to compare with.
-        max_rows: Read only this many rows.
-        micro_batch_size: Rows of one forward pass.
-        dtype: What is computed in; auto is bfloat16 on a GPU, as in training.
-        device: auto, cpu or cuda.
+        work: The function, with the model and the rows.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.measures.row_loss import measure_loss
-
-    place, other = find_checkpoint(model), None if before is None else find_checkpoint(before)
-    result = measure_loss(
-        place, rows, before=other, device=device, most=max_rows, micro_batch_size=micro_batch_size, dtype=dtype
-    )
+    result, model, before = work(), work.keywords["model"], work.keywords["before"]
     leave(json, result)
     print(f"{model}: {_loss_line(result['result'])}")
     if before is not None:
@@ -104,19 +81,8 @@ def _loss_line(found: dict[str, Any]) -> str:
     return f"{result.value:.4f} [{interval_text(result, '{:.4f}')}] nats per target, {of}"
 
 
-def make_samples(
-    task: Positional[str],
-    /,
-    *,
-    length: Tokens,
-    samples: int,
-    tokenizer: str,
-    out: File,
-    seed: int = 0,
-    haystack: Path | None = None,
-    questions: str | None = None,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.answers:write_samples", positional=("task",)))
+def make_samples(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Write samples of a test to a file, for a model that runs elsewhere.
 
     Tests are RULER's, InfiniteBench's, LV-Eval's, GraphWalks (graphwalks_bfs, graphwalks_parents), HELMET's json_kv,
@@ -126,27 +92,14 @@ def make_samples(
     Example: ultralong eval make ruler_vt --length 128k --samples 20 --tokenizer model --out vt.jsonl
 
     Args:
-        task: Name of the test, such as needle, niah_single_1, ruler_vt, babilong_style_qa2 or lveval_cmrc_mixup_16k.
-        length: Most tokens of prompt and answer together.
-        samples: Number of samples.
-        tokenizer: Folder or hub id of the model whose tokenizer counts.
-        out: File of JSON lines: input, answer_prefix, outputs, length, max_new_tokens.
-        seed: Seed of all draws; sample k of a seed is always the same.
-        haystack: Text file or folder to fill prompts with, where the test has a haystack.
-        questions: File or folder of published questions, or package, for the tests that need them.
+        work: The function, with the test and the file.
         json: Write what was made as JSON to this file.
     """
-    from ultralong.evaluation.runs.records import write_samples
-    from ultralong.evaluation.tasks.haystack import read_haystack
-
-    loaded = load_tokenizer(tokenizer)
-    made = write_samples(
-        task, loaded, length, samples, seed, out, haystack=read_haystack(haystack), questions=questions
-    )
+    made = work()
     leave(json, made)
     print(
-        f"{out}: {made['samples']} samples of {made['shortest']:,} to {made['longest']:,} tokens. Next: let a model "
-        f"answer them into `prediction`, then ultralong eval score {task} PREDICTIONS"
+        f"{work.keywords['out']}: {made['samples']} samples of {made['shortest']:,} to {made['longest']:,} tokens. "
+        f"Next: let a model answer them into `prediction`, then ultralong eval score {made['task']} PREDICTIONS"
     )
 
 
@@ -171,23 +124,8 @@ def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json
     print(f"{result['task']}  {part.value:.1f}  [{interval_text(part)}]  n {part.n}")
 
 
-def answer(
-    model: Positional[str],
-    /,
-    *,
-    tasks: tuple[str, ...],
-    lengths: tuple[Tokens, ...],
-    out: Path,
-    samples: int = 20,
-    seed: int = 0,
-    haystack: Path | None = None,
-    chunk: Tokens | None = None,
-    gpus: int = 1,
-    kv: Literal["auto", "fp8"] = "auto",
-    batch: int | None = None,
-    device: str = "auto",
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.answers:answer", positional=("model",)))
+def answer(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Let a model answer tests at several lengths, and score it.
 
     Stop it at any time; the same command resumes where it stopped.
@@ -197,33 +135,13 @@ def answer(
       ultralong eval answer model --tasks niah_single_1 --lengths 1m --gpus 2 --kv fp8 --out runs/long
 
     Args:
-        model: Folder or hub id.
-        tasks: Names of tests.
-        lengths: Tokens of prompt and answer together.
-        out: Folder of answers and scores.
-        samples: Samples of each test at each length.
-        seed: Seed of the samples.
-        haystack: Text file or folder to fill prompts with.
-        chunk: Tokens of one prefill pass; by default 16,384, or 65,536 a GPU with --gpus or --kv.
-        gpus: GPUs that share a prompt; each holds the whole model and its part of the cache.
-        kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
-        batch: Short prompts to answer together; by default as many as fit on a GPU, one on a CPU.
-        device: auto, cpu or cuda.
+        work: The function, with the model and the tests.
         json: Write the scores as JSON to this file.
     """
     from ultralong.evaluation.measures.result import Result, interval_text
-    from ultralong.evaluation.runs.commands import answer as work
-    from ultralong.inference.sharded_engine import with_model
 
-    result = with_model(
-        partial(work, tasks, lengths, samples, seed, out, haystack, chunk, batch),
-        find_checkpoint(model),
-        gpus=gpus,
-        kv=kv,
-        chunk=chunk,
-        device=device,
-    )
-    if result is None:  # one of torchrun's other processes
+    result = work()
+    if not result:  # one of torchrun's other processes
         return
     leave(json, result)
     for found in (Result.from_dict(values) for values in result["results"]):

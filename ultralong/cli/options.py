@@ -61,6 +61,7 @@ class Group:
         given: Fields that are no options, with the values that they get.
         commas: Fields whose list is one word with commas.
         left_out: Fields that are no options and keep their defaults.
+        defaults: Defaults of fields that have none.
     """
 
     place: str
@@ -69,6 +70,7 @@ class Group:
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     commas: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self) -> Callable[..., Any]:
         """The dataclass or function."""
@@ -216,7 +218,7 @@ def _defaults(thing: Any) -> dict[str, Any]:
 
 def _fields_of(group: Group) -> list[Option]:
     thing = group.load()
-    defaults, hints, found = _defaults(thing), _hints(thing), []
+    defaults, hints, found = {**_defaults(thing), **group.defaults}, _hints(thing), []
     typed = {field: group.names.get(field, field) for field in defaults if field not in group.positional}
     texts = described(thing, "Args" if inspect.isfunction(thing) else "Attributes", typed)
     places = {name: place for place, name in enumerate(group.positional)}
@@ -233,9 +235,14 @@ def _fields_of(group: Group) -> list[Option]:
 def _narrow(kind: Any) -> Any:
     """The type that a command line reads: of what takes more in Python, the type in its mark."""
     if get_origin(kind) in (Union, types.UnionType) and len(get_args(kind)) == 2 and type(None) in get_args(kind):
-        inner = next(one for one in get_args(kind) if one is not type(None))
-        return _narrow(inner) | None
-    return next((extra.kind for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Words)), kind)
+        inner = _narrow(next(one for one in get_args(kind) if one is not type(None)))
+        plain, *extras = get_args(inner) if get_origin(inner) is Annotated else (inner,)
+        shown = [extra for extra in extras if getattr(extra, "metavar", None)]
+        return Annotated[(plain | None, *shown)] if shown else inner | None
+    words = next((extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Words)), None)
+    if words is None:
+        return kind
+    return words.kind if words.shown is None else Annotated[words.kind, arg(metavar=words.shown)]
 
 
 def _inner(kind: Any) -> tuple[Any, int | None]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
 from ultralong.utils.hub import find_checkpoint
-from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from ultralong.evaluation.runs.settings import RunSettings
@@ -59,24 +58,8 @@ def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None
     _tell(result, work.keywords["out"])
 
 
-def longppl(
-    model: Positional[str],
-    /,
-    *,
-    rows: Path,
-    evaluator: Annotated[str | None, arg(metavar="MODEL")] = None,
-    texts: Literal["document", "row"] = "document",
-    short_context: Tokens = 4096,
-    short_stride: Tokens = 1024,
-    key_alpha: float = 2.0,
-    key_beta: float = -2.0,
-    max_rows: int = 16,
-    chunk: Tokens | None = None,
-    gpus: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.answers:longppl", positional=("model",)))
+def longppl(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Measure perplexity over the tokens that need the long context (LongPPL).
 
     Key tokens are those whose log-likelihood the whole text raises over a short context, by more than --key-alpha and
@@ -88,41 +71,16 @@ def longppl(
       ultralong eval longppl model --rows rows-1m --evaluator long-model --gpus 8
 
     Args:
-        model: Folder or hub id.
-        rows: Folder of packed rows of long documents.
-        evaluator: The model that chooses key tokens; by default the model itself.
-        texts: Read each document of a row by itself, or the whole row as one text.
-        short_context: Tokens of the short context.
-        short_stride: Tokens that share a short context; fewer cost more.
-        key_alpha: Nats by which the long context must raise the log-likelihood.
-        key_beta: What the log-likelihood with the long context must be above.
-        max_rows: Rows to use.
-        chunk: Tokens of one pass; by default 16,384 of texts beyond 32,768.
-        gpus: GPUs that share each text, each with the whole model.
-        seed: Seed of the intervals.
-        device: auto, cpu or cuda.
+        work: The function, with the model and the rows.
         json: Write the numbers as JSON to this file.
     """
-    from ultralong.evaluation.measures.key_tokens import KeyRule
-    from ultralong.evaluation.measures.longppl import measure_longppl
     from ultralong.evaluation.measures.result import Result
     from ultralong.evaluation.report.table import longppl_lines
 
-    found = measure_longppl(
-        find_checkpoint(model),
-        rows,
-        evaluator=None if evaluator is None else find_checkpoint(evaluator),
-        rule=KeyRule(short_context, short_stride, key_alpha, key_beta),
-        by=texts,
-        max_rows=max_rows,
-        chunk=chunk,
-        gpus=gpus,
-        device=device,
-        seed=seed,
-    )
+    found = work()
     leave(json, found)
-    print("\n".join(longppl_lines(Result.from_dict(found["result"]), model)))
-    if evaluator is None:
+    print("\n".join(longppl_lines(Result.from_dict(found["result"]), work.keywords["model"])))
+    if work.keywords["evaluator"] is None:
         print("Another model's LongPPL compares with this one on the same key tokens: --evaluator MODEL for both.")
 
 

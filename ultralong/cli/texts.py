@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave
-from ultralong.utils.units import Tokens
 
 if TYPE_CHECKING:
     from ultralong.data.chat.endpoint import Endpoint
     from ultralong.data.chat.refine import RefineSettings
+    from ultralong.data.recipe.build import PackReport
     from ultralong.data.recipe.datatrove_script import DatatroveSettings
 
 
-def decontaminate(
-    recipe: Positional[str],
-    /,
-    *,
-    against: tuple[Path, ...],
-    out: Path,
-    words: int = 13,
-    shortest: int = 8,
-    action: Literal["drop", "cut"] = "drop",
-    fields: tuple[str, ...] = (),
-    cache: Path | None = None,
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
-    """Write a recipe's texts without those that overlap with test sets, and what was dropped.
+@takes(work=Group("ultralong.api.texts:decontaminate", positional=("recipe",)))
+def decontaminate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
+    """Write a recipe's texts without those that overlap with test sets, and what was left out.
 
     GPT-3's rule: 13 words in a row, in lower case and without punctuation; test items of 8 to 12 words as a whole.
     A recipe can hold the same under `decontaminate`, and is then clean whenever it is built.
@@ -39,23 +28,10 @@ def decontaminate(
     Example: ultralong data decontaminate sft-offline --against gsm8k.jsonl mmlu/ --out clean
 
     Args:
-        recipe: A recipe's name, its YAML file, or a folder of texts.
-        against: Files or folders of test items: text, JSON lines, JSON, Parquet.
-        out: Folder to write: clean.jsonl, contaminated.jsonl (what overlaps, with the words) and report.json.
-        words: Words of a gram.
-        shortest: Words of the shortest item that is looked for as a whole.
-        action: drop leaves a document out; cut takes the words out with 200 characters on either side.
-        fields: Fields of a test record to look for; by default every text in it.
-        cache: Where fetched packages are kept.
-        quiet: No progress bars.
+        work: The function, with the texts and the tests.
         json: Write the report as JSON to this file.
     """
-    from ultralong.data.recipe.clean_files import write_clean
-    from ultralong.data.recipe.schema import load_recipe
-    from ultralong.data.select.decontaminate import Decontaminate, TestSet
-
-    tests = tuple(TestSet(path.name, str(path), fields=fields) for path in against)
-    report = write_clean(load_recipe(recipe), Decontaminate(tests, words, shortest, action), out, cache, quiet)
+    report, out = work(), work.keywords["out"]
     leave(json, report)
     for name, told in report["sources"].items():
         print(f"{name}: {told['checked']:,} checked, {told['dropped']:,} dropped, {told['cut']:,} cut")
@@ -154,34 +130,19 @@ def render(recipe: Positional[str], /, wanted: DatatroveSettings, *, out: Path, 
     print(f"{path}: run it with python, which needs datatrove: pip install 'ultralong[cluster]'")
 
 
-def merge(
-    base: Positional[Path],
-    /,
-    *,
-    recipe: str,
-    tokenizer: str,
-    length: Tokens,
-    out: Path,
-    quiet: bool = False,
-    json: Json = None,
-) -> None:
+@takes(work=Group("ultralong.api.texts:merge_stores", positional=("base",)))
+def merge(work: partial[PackReport], *, json: Json = None) -> None:
     """Make one token store of the many that a datatrove run left, and pack it into rows.
 
     Example: ultralong data merge run --recipe scripts/recipe.yaml --tokenizer llama-1m --length 1m --out rows
 
     Args:
-        base: Folder of the run.
-        recipe: The recipe that it ran: its packing is used.
-        tokenizer: Folder of the tokenizer.
-        length: Tokens of a row.
-        out: Folder to write the rows into; the store goes into tokens/ inside it.
-        quiet: No progress bars.
+        work: The function, with the run and how it is packed.
         json: Write the report as JSON to this file.
     """
     from ultralong.data.recipe import stats
-    from ultralong.data.recipe.merge import pack_merged
 
-    report = pack_merged(base, recipe, tokenizer, length, out, quiet=quiet)
+    report = work()
     leave(json, report.to_dict())
     print(report)
-    print(stats.format_table(stats.folder_stats(out)))
+    print(stats.format_table(stats.folder_stats(work.keywords["out"])))

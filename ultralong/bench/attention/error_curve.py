@@ -40,9 +40,9 @@ class ErrorPoint:
 
 
 def error_curve(
-    ranks: Sequence[int] = (1, 2, 4, 8, 16),
+    ranks: Sequence[int],
     *,
-    tokens: int = 512,
+    tokens: int,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     schemes: Sequence[str] = SCHEMES,
     seeds: int = 3,

@@ -72,7 +72,7 @@ def counts(rows: Sequence[dict[str, str]]) -> dict[str, int]:
     return dict(Counter(row["result"] for row in rows))
 
 
-def bench_configs(types: Sequence[str] = (), json: Path | None = None) -> list[dict[str, Any]]:
+def bench_configs(types: Sequence[str], json: Path | None) -> list[dict[str, Any]]:
     """Sweep all cases of some architectures.
 
     Args:

@@ -117,12 +117,12 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 
 def bench_readers(
-    pythons: Sequence[Path] = (),
-    kinds: Sequence[str] = (),
+    pythons: Sequence[Path],
+    kinds: Sequence[str],
     *,
-    vllm: Path | None = None,
-    sglang: Path | None = None,
-    json: Path | None = None,
+    vllm: Path | None,
+    sglang: Path | None,
+    json: Path | None,
 ) -> list[dict[str, Any]]:
     """Open a checkpoint of each kind with each interpreter, and compare with what `check` says.
 

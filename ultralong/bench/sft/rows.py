@@ -41,8 +41,8 @@ def prepare(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    heldout: int = 400,
-    limit: int | None = None,
+    heldout: int,
+    limit: int | None,
     cache: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:

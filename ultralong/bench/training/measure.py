@@ -48,7 +48,7 @@ KINDS = {
 }
 
 
-def measure(case: TrainingCase, machine: str = "h200", folder: Path | None = None) -> dict[str, Any]:
+def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dict[str, Any]:
     """Time and memory of a case's training steps, beside the plan's.
 
     Args:

@@ -184,7 +184,7 @@ def _around(row: PackedRow, cut: int, width: int, tokenizer: Any, reach: int = 3
     ]
 
 
-def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
+def as_text(view: RowView, *, colour: bool = False, most: int) -> str:
     """A view for a terminal.
 
     Args:
@@ -225,7 +225,7 @@ def as_text(view: RowView, *, colour: bool = False, most: int = 12) -> str:
     return "\n".join(lines)
 
 
-def as_html(view: RowView, *, most: int = 12) -> str:
+def as_html(view: RowView, *, most: int) -> str:
     """A view for a notebook: a table with a line for each segment, as pages keep tables when they strip styles."""
     checks, segments = view.checks, _counted(len(view.segments), "segment")
     parts = [
