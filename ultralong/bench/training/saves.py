@@ -33,7 +33,7 @@ from ultralong.utils.units import GIB
 MOST_STEPS = 50  # beside one write: a disk so slow is not waited for with steps
 
 
-def measure_saves(case: TrainingCase, saves: int = 2, folder: Path | None = None) -> dict[str, Any]:
+def measure_saves(case: TrainingCase, saves: int, folder: Path | None = None) -> dict[str, Any]:
     """Time a case's steps with and without checkpoints.
 
     Args:
