@@ -147,7 +147,7 @@ OTHERS = {
     "eval make": ("answers:write_samples", set()),
     "eval answer": ("answers:answer", set()),
     "export gguf": ("make:export_gguf", set()),
-    "launch rehearse": ("runs:rehearse", set()),
+    "launch rehearse": ("hosts:rehearse", set()),
 }
 
 

@@ -12,7 +12,6 @@ from ultralong.utils.units import Tokens
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ultralong.launch.rehearse import Rehearsal
     from ultralong.planner import Machine, Plan
     from ultralong.training import TrainResult
     from ultralong.training.config import TrainConfig
@@ -194,45 +193,6 @@ def render_launch(
 
     wanted = load_config(config, changes)
     return launch(wanted, nodes, gpus_per_node, scheduler, out, overwrite, named_values(site))
-
-
-def rehearse(
-    config: Annotated[TrainConfig | StrPath | None, Words(str | None)],
-    out: StrPath,
-    *,
-    hosts: int = 2,
-    lose: int = 1,
-    at_step: int = 0,
-    changes: Changes = (),
-) -> Rehearsal:
-    """Play several hosts on this machine: start the exported scripts, kill one host, and see the run come back.
-
-    Args:
-        config: Name of a preset, or a YAML file; its relative paths are relative to `out`. By default a tiny run.
-        out: Folder for the scripts, the hosts' logs and the run.
-        hosts: Hosts to play, one process each.
-        lose: The host that is killed.
-        at_step: Kill it when this step is logged; by default just after the first checkpoint.
-        changes: Changes of the config, with dots for groups, such as save_every=10.
-
-    Returns:
-        What was found: see `ultralong.launch.rehearse.Rehearsal`. What happens is printed.
-
-    Raises:
-        ValueError: No such host, fewer than two, a step too late to lose anything, or a folder that holds a run.
-        RuntimeError: The run did not come back, or its log has a gap.
-    """
-    from pathlib import Path
-
-    with without_collections():
-        from ultralong.launch.rehearse import rehearse as play
-        from ultralong.launch.sample import sample_run
-    from ultralong.utils import settings
-
-    if config is None:
-        config = Path(out) / "sample.yaml"
-        settings.save(sample_run(Path(out)), config)
-    return play(load_config(config, changes), out, hosts=hosts, lose=lose, at_step=at_step, say=print)
 
 
 def ablate(

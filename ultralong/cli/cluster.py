@@ -77,7 +77,7 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
 
 @takes(
     work=Group(
-        "ultralong.api.runs:rehearse", positional=("config",), names={"changes": "set"}, defaults={"config": None}
+        "ultralong.api.hosts:rehearse", positional=("config",), names={"changes": "set"}, defaults={"config": None}
     )
 )
 def rehearse(work: partial[Rehearsal], *, json: Json = None) -> None:
