@@ -40,8 +40,8 @@ def needle(
         haystack: Text file or folder to hide the needle in; repeated filler without it.
         device: `auto`, `cpu` or `cuda`.
         out: Folder of the run and its report.
-        engine: What answers: transformers opens the model here; openai asks an endpoint of that protocol, such as
-            `ultralong serve` or vLLM, which needs the model's folder for its tokenizer and window only.
+        engine: What answers: transformers opens the model here; openai asks an endpoint of that protocol, and takes
+            only tokenizer and window from the model's folder.
         endpoint: openai: where, up to and with its version, such as http://localhost:8000/v1.
         endpoint_model: openai: the model's name there; by default the only one it has.
         key_variable: openai: environment variable that holds the API key.
