@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -84,7 +85,14 @@ def test_what_a_record_cannot_be_packed_with_is_a_reason(field, reason):
             to_messages({"question": "Where?", "answer": "There.", **field})
 
 
-@pytest.mark.parametrize("nothing", [None, "", "[]", "{}", " ", [], {}, "null"])
+@pytest.mark.parametrize("context", [["a passage", "another"], {"title": "It"}, 7])
+@pytest.mark.parametrize("question", ["question", "instruction"])
+def test_a_question_does_not_stand_without_its_context(context, question):
+    with pytest.raises(ValueError, match=r"^a context that is no text$"):
+        to_messages({question: "Where?", "context": context, "answer": "There."})
+
+
+@pytest.mark.parametrize("nothing", [None, "", "[]", "{}", " ", [], {}, "null", float("nan")])
 @pytest.mark.parametrize("key", ["tools", "images", "tool_calls", "documents", "functions"])
 def test_a_field_that_holds_nothing_is_as_good_as_absent(nothing, key):
     assert to_messages({"messages": [ASK, SAY], key: nothing}) == [ASK, SAY]
@@ -137,6 +145,10 @@ def test_a_field_that_holds_nothing_is_as_good_as_absent(nothing, key):
         ({"messages": [], "prompt": "Where?", "completion": "There."}, [ASK, SAY]),
         ({"instruction": "", "query": "Where?", "output": "", "response": "There."}, [ASK, SAY]),
         ({"messages": [ASK, SAY], "conversations": None, "question": None}, [ASK, SAY]),
+        ({"messages": [ASK, SAY], "system": math.nan, "weight": math.nan}, [ASK, SAY]),
+        ({"question": "Where?", "context": math.nan, "answer": "There.", "input": []}, [ASK, SAY]),
+        ({"messages": [{**ASK, "weight": math.nan}, {**SAY, "thinking": math.nan}]}, [ASK, SAY]),
+        ({"messages": [ASK, SAY], "system_message": SYSTEM["content"]}, [SYSTEM, ASK, SAY]),
     ],
 )
 def test_fields_that_change_the_meaning_are_used(record, expected):

@@ -24,6 +24,7 @@ TALK = [
     {"role": "user", "content": "Which?"},
     {"role": "assistant", "content": "The third one."},
 ]
+THOUGHT = {"role": "assistant", "content": "<think>It is dry there.</think>Under the stone."}
 PROMPT = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 
 
@@ -160,6 +161,35 @@ def test_reasoning_is_learned_where_the_template_writes_it_and_refused_where_it_
         assert learned(with_template(tokenizer, template), talk) == ["<think>Keys lie low.</think>" + BOTH[0], BOTH[1]]
     with pytest.raises(ValueError, match="reasoning that the chat template leaves out"):
         encode_chat(with_template(tokenizer, turns("{{ m['content'] }}<|end|>")), talk)
+
+
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|end|>\n{% elif m['role'] == 'tool' and tools_as_json is defined %}{{ m['content'] | tojson }}{% endif %}"
+    f"{{% endfor %}}{PROMPT}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "left"),
+    [
+        (KNOWN_ROLES, [{"role": "system", "content": "Rhyme."}, *TALK], "a system message"),
+        (KNOWN_ROLES, [TALK[0], {"role": "tool", "content": "4"}, TALK[1]], "a tool message"),
+        (turns("{{ m['content'].split('</think>')[-1] }}<|end|>"), [TALK[0], THOUGHT], "a part of an answer"),
+        (turns("{% generation %}{{ m['content'][:9] }}<|end|>{% endgeneration %}"), TALK, "a part of an answer"),
+        (turns("{{ m['content'] }}<|end|>", "{{ m['content'] | upper }}<|end|>"), TALK, "a user message"),
+    ],
+)
+def test_a_template_that_leaves_out_what_was_said_is_refused(tokenizer, template, talk, left):
+    with pytest.raises(ValueError, match=f"{left} that the chat template leaves out|does not write an answer as it is"):
+        encode_chat(with_template(tokenizer, template), talk)
+
+
+def test_white_space_and_the_spelling_of_json_are_the_templates_own(tokenizer):
+    talk = [{**TALK[0], "content": " Where? \n"}, {"role": "tool", "content": '{"a": "4 \\u00e9"}\nok'}, TALK[1]]
+    trimmed = KNOWN_ROLES.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+    made = with_template(tokenizer, trimmed.replace("tools_as_json is defined", "true"))
+    assert learned(made, talk) == [BOTH[0]]
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n</think>\n\n", "Thoughts:\n"])

@@ -13,6 +13,7 @@ writes nothing there cannot be used, for a model trained with it would not learn
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,13 +73,24 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
         raise UnusableTemplate("the tokenizer has no chat template. Set one, or use a tokenizer that has one.")
     check_messages(messages, control_tokens(tokenizer))
     end = turn_end(tokenizer, template)
-    if any(REASONING in message for message in messages):
-        whole = _apply(tokenizer, messages, tokenize=False)
-        if any(message[REASONING].strip() not in whole for message in messages if REASONING in message):
-            raise ValueError("reasoning that the chat template leaves out")
+    _check_written(messages, _apply(tokenizer, messages, tokenize=False))
     if GENERATION_MARK.search(template):
         return _encode_by_marks(tokenizer, messages, end)
     return _encode_by_prefixes(tokenizer, messages, end)
+
+
+def _check_written(messages: list[Message], whole: str) -> None:
+    """Refuse a conversation of which the template leaves something out, as many do with roles they don't know."""
+    for message in messages:
+        if REASONING in message and message[REASONING].strip() not in whole:
+            raise ValueError("reasoning that the chat template leaves out")
+        text = message["content"].strip()
+        # Some templates write what a tool says as JSON.
+        if text not in whole and not any(
+            json.dumps(text, ensure_ascii=ascii)[1:-1] in whole for ascii in (True, False)
+        ):
+            what = "a part of an answer" if message["role"] == "assistant" else f"a {message['role']} message"
+            raise ValueError(f"{what} that the chat template leaves out or rewrites")
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Three shapes cover them. `messages`: a list of turns with role and content (OpenAI's); an `answer` beside a list that
 ends with the user is its last turn. `sharegpt`: a list of turns with from and value. `pairs`: a question and its answer
 in fields of their own, perhaps with more input, a system prompt and a history (Alpaca, and most of the mathematics and
-code sets under other names). A field that is null is as good as absent, as tables give every record all fields.
+code sets under other names). A field that is null or NaN is as good as absent, as tables give records all fields.
 
 Nothing vanishes without a word. A record that is none of these shapes, lacks something, or holds what would change the
 meaning of the rest and cannot be packed (tool calls, images) is an error whose message is short, for it becomes a line
@@ -16,7 +16,17 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ultralong.data.read.messages import REASONING, TRAIN, Message, check_messages, is_unicode, texts_of
+from ultralong.data.read.messages import (
+    REASONING,
+    TRAIN,
+    Message,
+    check_messages,
+    is_empty,
+    is_null,
+    is_unicode,
+    plain_text,
+    texts_of,
+)
 
 Style = Literal["auto", "messages", "sharegpt", "pairs"]
 LISTS = ("messages", "conversations", "conversation")
@@ -35,7 +45,7 @@ ROLE_NAMES = {
 QUESTIONS = ("instruction", "query", "question", "problem", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
 CONTEXTS = ("input", "context")
-SYSTEMS = ("system_prompt", "system")
+SYSTEMS = ("system_prompt", "system", "system_message")
 REASONINGS = (REASONING, "thinking", "reasoning", "thought")
 # Of a turn: whether it is learned, as axolotl, OpenAI, ms-swift and verl spell it.
 LEARNED = (TRAIN, "weight", "loss", "loss_mask")
@@ -109,7 +119,7 @@ def to_messages(
     """
     left = unused if unused is not None else set()
     if isinstance(record, dict):
-        fields = {key: value for key, value in record.items() if value is not None}
+        fields = {key: value for key, value in record.items() if not is_null(value)}
         _refuse(fields)
         _refuse_unlearned(fields)
         messages = _from_record(fields, record, "pairs" if pairs is not None else style, pairs, left)
@@ -163,35 +173,23 @@ def _from_list(turns: Any, style: Style, unused: set[str]) -> list[Message]:
     for turn in turns:
         if not isinstance(turn, dict):
             raise ValueError("a turn is not an object")
-        fields = {key: value for key, value in turn.items() if value is not None}
+        fields = {key: value for key, value in turn.items() if not is_null(value)}
         sharegpt = style == "sharegpt" or (style == "auto" and "from" in fields)
         keys = ("from", "value") if sharegpt else ("role", "content")
         role = fields.get(keys[0])
         if not isinstance(role, str) or role.lower() not in ROLE_NAMES:
             raise ValueError("missing or unknown role")
         _refuse(fields)
-        message: Message = {"role": ROLE_NAMES[role.lower()], "content": _plain_text(fields.get(keys[1]))}
+        message: Message = {"role": ROLE_NAMES[role.lower()], "content": plain_text(fields.get(keys[1]))}
         used = {*keys, *_add_reasoning(message, fields), *_add_learned(message, fields)}
         unused |= {f"{'conversations' if sharegpt else 'messages'}.{key}" for key in _left(fields, used)}
         messages.append(message)
     return messages
 
 
-def _plain_text(content: Any) -> str:
-    """A content: a text, or a list of parts that are all texts (OpenAI's long form)."""
-    if isinstance(content, list) and content:
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(map(str, texts))
-        raise ValueError("a content that is not all text")
-    if not isinstance(content, str):
-        raise ValueError("missing content")
-    return content
-
-
 def _add_reasoning(message: Message, fields: dict[str, Any]) -> Iterable[str]:
     """Keep what an assistant thought before its answer; the names of the fields that were used."""
-    found = [key for key in REASONINGS if not _empty(fields.get(key))]
+    found = [key for key in REASONINGS if not is_empty(fields.get(key))]
     if not found:
         return [key for key in REASONINGS if key in fields]
     if message["role"] != "assistant":
@@ -229,6 +227,8 @@ def _from_pairs(
     if not isinstance(answer, str):
         raise ValueError("missing content")
     context = fields.get(pairs.context) if pairs.context else None
+    if not isinstance(context, str | None) and not is_empty(context):
+        raise ValueError("a context that is no text")  # passages in a list: the question would stand without them
     if isinstance(context, str) and context.strip():
         question = f"{question}\n\n{context}"
     message: Message = {"role": "assistant", "content": answer}
@@ -258,7 +258,7 @@ def _pair_fields(fields: dict[str, Any], record: dict[str, Any]) -> PairFields:
 
 def _history(history: Any) -> list[Message]:
     """Earlier questions and answers, as Alpaca's `history` holds them: a list of pairs."""
-    if _empty(history):
+    if is_empty(history):
         return []
     messages: list[Message] = []
     for pair in history if isinstance(history, list) else [None]:
@@ -271,13 +271,13 @@ def _history(history: Any) -> list[Message]:
 def _found(fields: dict[str, Any], names: Iterable[str]) -> str | None:
     """The first of the names whose field holds something, or else the first that is there at all."""
     there = [name for name in names if name in fields]
-    return next((name for name in there if not _empty(fields[name])), there[0] if there else None)
+    return next((name for name in there if not is_empty(fields[name])), there[0] if there else None)
 
 
 def _refuse(fields: dict[str, Any]) -> None:
     """Refuse what cannot be packed and changes what the rest of a record or turn means."""
     for key, what in REFUSED.items():
-        if not _empty(fields.get(key)):
+        if not is_empty(fields.get(key)):
             raise ValueError(f"holds {what}")
 
 
@@ -291,9 +291,4 @@ def _refuse_unlearned(fields: dict[str, Any]) -> None:
 
 def _left(fields: dict[str, Any], used: Set[str | None]) -> set[str]:
     """Names of fields that hold something and were not used."""
-    return {key for key in fields.keys() - used if not _empty(fields[key])}
-
-
-def _empty(value: Any) -> bool:
-    """Nothing, spelled in any of the ways that tables spell it."""
-    return value is None or value in ([], {}) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
+    return {key for key in fields.keys() - used if not is_empty(fields[key])}

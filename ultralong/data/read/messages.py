@@ -56,6 +56,18 @@ def texts_of(message: Message) -> list[str]:
     return [*([message[REASONING]] if REASONING in message else []), message["content"]]
 
 
+def plain_text(content: Any) -> str:
+    """A content: a text, or a list of parts that are all texts (OpenAI's long form)."""
+    if isinstance(content, list) and content:
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            return "".join(map(str, texts))
+        raise ValueError("a content that is not all text")
+    if not isinstance(content, str):
+        raise ValueError("missing content")
+    return content
+
+
 def from_first_question(messages: list[Message]) -> list[Message]:
     """The turns without answers that come before the first question, as in conversations that were cut in pieces.
 
@@ -75,3 +87,13 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_null(value: Any) -> bool:
+    """No value; pandas writes NaN for it."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def is_empty(value: Any) -> bool:
+    """Nothing, spelled in any of the ways that tables spell it."""
+    return is_null(value) or value in ([], {}) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
