@@ -74,6 +74,13 @@ def run_summary(text):
         "environment": {"model": text, text: text},
         "results": [result.to_dict() for result in results],
         "families": [{"family": "RULER", "length": 1024, "tasks": 1, "n": 2, "score": 50.0, "low": 1.0, "high": 99.0}],
+        "capabilities": [
+            {"capability": text, "length": length, "tasks": 1, "n": 2, "score": 50.0, "low": 1.0, "high": 99.0}
+            for length in (1024, 2048)
+        ],
+        "areas": [
+            {"capability": text, "tasks": 1, "first": 1024, "last": 2048, "score": 50.0, "low": 1.0, "high": 99.0}
+        ],
         "effective": {"length": 1024, "bar": 85.6, "tasks": 1},
         "paper_means": {"RULER to 128K": 50.0},
         "failures": [{"task": text, "length": 1024, "index": 0, "depth": 0.5, "expected": text, "got": text}],

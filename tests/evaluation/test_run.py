@@ -12,12 +12,13 @@ from test_report import Page
 from test_samples import prose
 
 from ultralong import cli
+from ultralong.evaluation.measures.capability import mean_of_tasks
 from ultralong.evaluation.measures.result import Part, Result, read_measurements
 from ultralong.evaluation.report.run_page import paper_tables, render_run
 from ultralong.evaluation.report.sections import join_depths
 from ultralong.evaluation.runs.checks import plan_pairs
 from ultralong.evaluation.runs.direct import grid_lengths
-from ultralong.evaluation.runs.results import mean_of_tasks, paper_means, quote, summarise, write_results
+from ultralong.evaluation.runs.results import paper_means, quote, summarise, write_results
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings, doubled_lengths, within_window
 from ultralong.evaluation.tasks.groups import FAMILIES, GROUPS, expand, find_questions

@@ -104,9 +104,10 @@ def make_samples(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
 
 def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json = None) -> None:
-    """Score a file of answers by the test's own rule.
+    """Score a file of answers by the test's own rule, over all and by length.
 
-    Each line is a sample of `ultralong eval make` with the model's `prediction`.
+    Each line is a sample of `ultralong eval make` with the model's `prediction`; several lengths in one file (joined by
+    cat) give the area under their curve too.
 
     Example: ultralong eval score ruler_vt answers.jsonl
 
@@ -116,12 +117,17 @@ def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json
         json: Write the score as JSON to this file.
     """
     from ultralong.evaluation.measures.result import Part, interval_text
+    from ultralong.evaluation.report.table import area_text
     from ultralong.evaluation.runs.answer_files import score_file
 
     result = score_file(task, predictions)
     leave(json, result)
     part = Part(result["score"], result["n"], result.get("low"), result.get("high"))
-    print(f"{result['task']}  {part.value:.1f}  [{interval_text(part)}]  n {part.n}")
+    print(f"{result['task']}  {part.value:.1f}  [{interval_text(part)}]  n {part.n}  ({result['capability']})")
+    for part in (Part(**values) for values in result.get("by_length", ()) if len(result["by_length"]) > 1):
+        print(f"{part.length or 0:>11,}  {part.value:6.1f}  [{interval_text(part)}]  n {part.n}")
+    for area in result["areas"]:
+        print(f"area under the curve  {area_text(area)}")
 
 
 @takes(work=Group("ultralong.api.answers:answer", positional=("model",)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultralong import figures
 from ultralong.evaluation.measures.result import Part, Result, grid_cells, interval_text, position_bins
+from ultralong.evaluation.report.capabilities import capability_sections
 from ultralong.evaluation.report.page import Drawer, Drawn, model_label
 from ultralong.evaluation.report.parts import Section, Side, Table
 from ultralong.evaluation.tasks.groups import FAMILIES
@@ -29,6 +30,7 @@ def section_list(sides: Sequence[Side], result: Mapping[str, Any], draw: Drawer)
     """
     return [
         *_needle(sides, draw),
+        *capability_sections(sides, draw),
         *_families(sides, draw),
         *_published(sides),
         *_depths(sides, draw),

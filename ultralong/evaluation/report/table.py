@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ultralong.evaluation.measures.result import Part, Result, interval_text
@@ -38,10 +38,40 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{item['family']:20} {item['length']:>9,}  {item['score']:6.1f}  [{interval_text(mean)}]  "
             f"{item['tasks']} tests, n {item['n']}"
         )
+    lines += capability_lines(summary["capabilities"], summary["areas"])
     if summary["effective"] is not None:
         reached, bar = summary["effective"]["length"], summary["effective"]["bar"]
         lines.append(f"effective length (RULER, {bar}): {f'{reached:,}' if reached else 'none'}")
     return lines
+
+
+def capability_lines(means: Sequence[Mapping[str, Any]], areas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row a capability: its score at every length, and the area under its curve with the interval.
+
+    Args:
+        means: As `capability.capability_means` gives them.
+        areas: As `capability.curve_areas` gives them.
+    """
+    if not means:
+        return []
+    lengths = sorted({item["length"] for item in means})
+    found = {(item["capability"], item["length"]): item for item in means}
+    under = {item["capability"]: item for item in areas}
+    lines = ["by capability" + " " * 7 + "".join(f"{length:>11,}" for length in lengths) + "  area under the curve"]
+    for name in dict.fromkeys(item["capability"] for item in means):
+        cells = "".join(
+            f"{found[name, length]['score']:11.1f}" if (name, length) in found else " " * 11 for length in lengths
+        )
+        lines.append(f"{name:20}{cells}  {area_text(under.get(name))}")
+    return lines
+
+
+def area_text(area: Mapping[str, Any] | None) -> str:
+    """An area with its interval and lengths, or why there is none."""
+    if area is None:
+        return "needs two lengths"
+    interval = interval_text(Part(area["score"], area["tasks"], area["low"], area["high"]))
+    return f"{area['score']:.1f}  [{interval}]  {area['first']:,} to {area['last']:,}"
 
 
 def longppl_lines(result: Result, model: str) -> list[str]:

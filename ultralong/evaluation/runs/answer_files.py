@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ultralong.evaluation.measures.capability import capability_means, curve_areas
 from ultralong.evaluation.measures.result import Part, Result
 from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.tasks.samples import TASKS, current_name, find_task
@@ -44,13 +45,15 @@ def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]
     """Score a file of answers: each line the sample's `outputs` (and `max_length`) with the model's `prediction`.
 
     Returns:
-        The `Result` as JSON values, and its value once more as `score`, as version 0.3 called it.
+        The `Result` as JSON values; its value once more as `score`, as version 0.3 called it; the test's `capability`,
+        and in `areas` the area under its curve where the file holds several lengths (`capability.curve_areas`).
 
     Raises:
         ValueError: There is no such file, a line is no JSON object, or what `score_predictions` refuses.
     """
     result = score_predictions(task, read_answers(Path(predictions)))
-    return {**result.to_dict(), "score": result.value}
+    areas = curve_areas(capability_means([result]))
+    return {**result.to_dict(), "score": result.value, "capability": find_task(task).capability, "areas": areas}
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:

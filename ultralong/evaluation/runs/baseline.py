@@ -34,6 +34,8 @@ KEPT = (
     "machine",
     "results",
     "families",
+    "capabilities",
+    "areas",
     "effective",
     "failures",
     "skipped",

@@ -5,7 +5,6 @@ Everything is computed from the files that the run left, so a report can be made
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ultralong.evaluation.measures.capability import capability_means, curve_areas, mean_of_tasks
 from ultralong.evaluation.measures.result import (
     Part,
     Result,
@@ -79,6 +79,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         `settings`, `environment`, `window` (tokens, or None), `skipped` (test to reason); `results`, each a `Result`
         as JSON values; `families`, one a family and length (`family`, `length`, `tasks`, `n`, `score`, `low`, `high`);
+        `capabilities` and `areas`, as `capability_means` and `curve_areas` give them;
         `effective` (RULER's: `length`, `bar`, `tasks`; None without RULER); `paper_means` (RULER as the paper averages
         it); `failures` and `sources` (family to texts).
 
@@ -92,7 +93,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     environment = read_json_object(folder / "environment.json") if (folder / "environment.json").exists() else {}
     scores = task_results(records)
     measured, skipped = read_measured(folder)
-    families = family_means(scores)
+    families, capabilities = family_means(scores), capability_means(scores)
     ruler = [item for item in families if item["family"] == "RULER"]
     effective = (
         {"length": effective_length(ruler), "bar": EFFECTIVE_SCORE, "tasks": min(item["tasks"] for item in ruler)}
@@ -107,6 +108,8 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "environment": environment,
         "results": [result.to_dict() for result in (*measured, *scores)],
         "families": families,
+        "capabilities": capabilities,
+        "areas": curve_areas(capabilities),
         "effective": effective,
         "paper_means": paper_means(ruler),
         "failures": [
@@ -206,28 +209,6 @@ def family_means(scores: Sequence[Result]) -> list[dict[str, Any]]:
         }
         for (family, length), group in groups.items()
     ]
-
-
-def mean_of_tasks(group: Sequence[Part]) -> dict[str, Any]:
-    """Unweighted mean over tests, with an interval from theirs.
-
-    The distances from estimate to end add up as squares (Zou and Donner 2008's method of variance estimates recovery),
-    which keeps ends inside 0 to 100 and says something even where every answer was right.
-
-    Args:
-        group: The value of each test in per cent, with its interval.
-
-    Returns:
-        `score`, `low`, `high`; the ends are None where a test has none.
-    """
-    mean = sum(part.value for part in group) / len(group)
-    down = up = 0.0
-    for part in group:
-        if part.low is None or part.high is None:
-            return {"score": mean, "low": None, "high": None}
-        down, up = down + (part.value - part.low) ** 2, up + (part.value - part.high) ** 2
-    low, high = (mean + sign * math.sqrt(squares) / len(group) for sign, squares in ((-1, down), (1, up)))
-    return {"score": mean, "low": max(0.0, low), "high": min(100.0, high)}
 
 
 def paper_means(ruler: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -17,6 +17,8 @@ from ultralong.evaluation.tasks.task import Task
 # Words of English or characters of Chinese: 256k words are some 350,000 of Llama's tokens.
 LEVELS = ("16k", "32k", "64k", "128k", "256k")
 
+CAPABILITY = {"longbook_sum_eng": "summarisation", "code_debug": "reasoning"}  # the other sets answer questions
+
 
 def _task(benchmark: str, name: str, level: str | None, extra: tuple[str, ...]) -> Task:
     known = catalogue(benchmark)[name]
@@ -28,6 +30,7 @@ def _task(benchmark: str, name: str, level: str | None, extra: tuple[str, ...]) 
         getattr(scores, known.score),
         extra,
         needs="jieba" if known.score in scores.SEGMENTED else "",
+        capability=CAPABILITY.get(name, "question answering"),
     )
 
 
