@@ -41,7 +41,7 @@ def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None
       ultralong eval run needle,ruler,babilong_style model --lengths 4k 32k 128k --samples 50 --out runs/model
       ultralong eval run lveval,infinitebench model --lengths 128k --data published --out runs/model
       ultralong eval run ruler model --lengths 1m --gpus 2 --out runs/long
-      ultralong eval run reported miniature --lengths 1k 2k --samples 4 --out runs/reported
+      ultralong eval run reported model --lengths 4k 8k 16k 32k 64k --samples 20 --out runs/reported
 
     Args:
         wanted: What to measure.
