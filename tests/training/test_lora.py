@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -10,8 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from families import FAMILIES, TILED, family_model, row
 from forked import train_over
 from safetensors.torch import load_file
+from test_families import PLANS, one_pass
 from tiny_run import make_run
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,7 +24,7 @@ from ultralong.cli import main
 from ultralong.training import model as training_model
 from ultralong.training import step
 from ultralong.training.adapters.config import LoRAConfig
-from ultralong.training.adapters.lora import check_lora
+from ultralong.training.adapters.lora import add_adapters, check_lora
 from ultralong.training.batches import RowOrder
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
@@ -30,7 +33,7 @@ from ultralong.training.parallel import full_tensor
 from ultralong.utils.files import read_jsonl
 
 LORA = LoRAConfig(rank=4, alpha=8.0, train_embeddings=True, train_norms=True)
-TILED = MemoryConfig(
+IN_TILES = MemoryConfig(
     activation_checkpointing=True, layer_tile=24, loss_tile=50, attention_outputs_on_gpu=1,
     attention_outputs_offloaded=1, layer_inputs_offloaded=1, checkpoint_every=2,
 )  # fmt: skip
@@ -118,11 +121,11 @@ def reference(made):
 
 WAYS = {
     "one process": (1, ParallelConfig(), MemoryConfig()),
-    "one process, tiled layers, offloading": (1, ParallelConfig(), TILED),
+    "one process, tiled layers, offloading": (1, ParallelConfig(), IN_TILES),
     "ulysses, sharded, tiled layers": (
         2,
         ParallelConfig(context_parallel_size=2, fsdp_shard_degree=2, scheme="ulysses"),
-        TILED,
+        IN_TILES,
     ),
     "gathered, replicated": (
         2,
@@ -134,7 +137,7 @@ WAYS = {
         ParallelConfig(context_parallel_size=2, fsdp_shard_degree=2, scheme="ring"),
         MemoryConfig(activation_checkpointing=True),
     ),
-    "ring, replicated, tiled layers": (2, ParallelConfig(context_parallel_size=2, scheme="ring"), TILED),
+    "ring, replicated, tiled layers": (2, ParallelConfig(context_parallel_size=2, scheme="ring"), IN_TILES),
     "gathered, sharded": (
         2,
         ParallelConfig(context_parallel_size=2, fsdp_shard_degree=2, scheme="gathered"),
@@ -165,6 +168,28 @@ def test_losses_and_every_gradient_are_those_of_peft(made, reference, watched, t
     for name, grad in gradients.items():
         assert grad.norm() > 0, name
         assert (found[name] - grad).norm() <= 2e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize(
+    "family", [x if x in ("Gemma3", "GptOss") else pytest.param(x, marks=pytest.mark.soak) for x in FAMILIES]
+)
+def test_adapters_and_norms_of_every_family_are_those_of_eager_transformers(family):
+    """Windows, sinks, experts and unusual norms, their layers in tiles where there are tiles for them."""
+    model = family_model(family)
+    lora = LoRAConfig(rank=3, targets=("q_proj", "v_proj", "o_proj"), train_norms=True)
+    model = start(add_adapters(model, lora))
+    alone = copy.deepcopy(model)
+    alone.set_attn_implementation("eager")
+    ids, labels = row()
+    wanted = cross_entropy(alone(ids, use_cache=False).logits[0], labels[0], reduction="sum")
+    wanted.backward()
+    loss, found = one_pass(model, PLANS["tiles" if family in TILED else "checkpointed"])
+    assert loss == pytest.approx(wanted.item(), rel=1e-6)
+    expected = {name: p.grad for name, p in alone.named_parameters() if p.requires_grad}
+    assert {name for name, grad in found.items() if grad is not None} == expected.keys()
+    for name, grad in expected.items():
+        assert grad.norm() > 0, name
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +267,7 @@ def test_merges_that_cannot_be_are_refused(finished, tmp_path):
     [
         ({"targets": ("q_proj", "wq")}, {}, "'wq' is no linear module inside the layers of LlamaForCausalLM"),
         ({"targets": ("lm_head",)}, {}, "'lm_head' is no linear module inside the layers"),
-        ({"dropout": 0.1}, {"memory": TILED}, r"lora.dropout \(0.1\) would draw other numbers"),
+        ({"dropout": 0.1}, {"memory": IN_TILES}, r"lora.dropout \(0.1\) would draw other numbers"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused_before_the_start(made, tmp_path, lora, changes, said):
