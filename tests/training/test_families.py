@@ -5,15 +5,17 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from families import EDGES, FAMILIES, TILED, TOKENS, expected, family_model, largest_error, row
+from families import EDGES, FAMILIES, TILED, TOKENS, WINDOW, expected, family_config, family_model, largest_error, row
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StableLmConfig
 
 from ultralong.attention import make_attention_context
+from ultralong.planner.shapes import shape_of
 from ultralong.training.config import DataSource, MemoryConfig, TrainConfig
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory.activation_memory import ActivationMemory, decoder_layers
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
+from ultralong.training.throughput import Throughput, query_key_pairs
 from ultralong.utils.local_ranks import run_ranks
 
 WHOLE = (0, TOKENS)
@@ -131,3 +133,20 @@ def test_what_would_be_another_loss_without_a_word_is_refused():
         model = AutoModelForCausalLM.from_config(router)
     with pytest.raises(ValueError, match="Qwen3MoeForCausalLM wants its router's load-balancing loss"):
         LanguageModelLoss(model)
+
+
+def test_work_is_counted_by_window_and_by_the_experts_of_a_token():
+    """Six FLOP a parameter that a token passes, and only the pairs within a window."""
+    assert query_key_pairs(10, (0, 4, 10), 3) == (16 - 1 + 36 - 9) / 2
+    assert query_key_pairs(10, None, 10) == query_key_pairs(10, None) == 50
+    model = family_model("Qwen3Moe")
+    counted, experts = Throughput.from_model(model, torch.device("cpu"), 1), 2 * 4 * 3 * 24 * 32
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    assert counted.matmul_parameters == everything - 64 * 32 - experts / 2, "two of four experts"
+    assert shape_of(model.config).multiplied == counted.matmul_parameters
+    half = Throughput.from_model(family_model("Gemma3"), torch.device("cpu"), 1)
+    assert half.windows == (WINDOW, None)
+    assert half.pairs(TOKENS, EDGES) == (query_key_pairs(TOKENS, EDGES, WINDOW) + query_key_pairs(TOKENS, EDGES)) / 2
+    shape = shape_of(family_config("Gemma3"))
+    assert shape.window_share(TOKENS, (EDGES,)) == half.pairs(TOKENS, EDGES) / query_key_pairs(TOKENS, EDGES)
+    assert shape_of(family_config("Qwen3", use_sliding_window=False)).window_share(TOKENS, ()) == 1

@@ -109,7 +109,7 @@ def _fewest_gpus(config: TrainConfig) -> int:
 def _useful_flops(workload: Workload) -> float:
     """Causal FLOP of a step by the rule of the log (`ultralong.training.throughput`)."""
     shape, tokens = workload.shape, workload.step_tokens
-    pairs = workload.keys_seen * tokens
+    pairs = workload.keys_seen * tokens * workload.shape.window_share(workload.tokens, workload.row_boundaries)
     return step_flops(workload.parameters.multiplied, shape.layers, shape.heads * shape.head_dim, tokens, pairs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from ultralong.attention.register import WITHOUT_STATE
 from ultralong.checkpoints.config import load_config
-from ultralong.training.throughput import query_key_pairs, step_flops
+from ultralong.training.throughput import layer_windows, mean_pairs, query_key_pairs, step_flops, used_share
 
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
 _SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
@@ -89,7 +90,9 @@ class Shape:
         head_dim: Size of a head.
         vocabulary: Rows of the head.
         parameters: All of them, a tied head counted once.
-        multiplied: Parameters that each token is multiplied with: all but an input embedding that is only looked up.
+        multiplied: Parameters that each token is multiplied with: all but an input embedding that is only looked up,
+            and of experts the share that a token passes.
+        windows: Sliding window of each layer, None for full attention.
     """
 
     layers: int
@@ -100,15 +103,26 @@ class Shape:
     vocabulary: int
     parameters: int
     multiplied: int
+    windows: tuple[int | None, ...] = (None,)
 
     def model_flops(self, tokens: int) -> float:
         """Causal FLOP of a training step on one row of `tokens`, recomputation not counted.
 
         The rule is the log's (`ultralong.training.throughput`).
         """
-        return step_flops(
-            self.multiplied, self.layers, self.heads * self.head_dim, tokens, query_key_pairs(tokens, None)
-        )
+        pairs = mean_pairs(self.windows, tokens, None)
+        return step_flops(self.multiplied, self.layers, self.heads * self.head_dim, tokens, pairs)
+
+    def window_share(self, tokens: int, rows: Sequence[Sequence[int]]) -> float:
+        """Query-key pairs of a layer in the mean, over what they would be without sliding windows.
+
+        Args:
+            tokens: Of a row.
+            rows: Document boundaries of some rows; none where documents see each other.
+        """
+        edges = rows or (None,)
+        seen = sum(mean_pairs(self.windows, tokens, row) for row in edges)
+        return seen / sum(query_key_pairs(tokens, row) for row in edges)
 
 
 def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -163,6 +177,8 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         model = AutoModelForCausalLM.from_config(config)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    share = used_share(model)
+    used = sum(parameter.numel() * share.get(id(parameter), 1) for parameter in model.parameters())
     return Shape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -171,7 +187,8 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=head.shape[0],
         parameters=parameters,
-        multiplied=parameters if head is embedding else parameters - embedding.numel(),
+        multiplied=round(used if head is embedding else used - embedding.numel()),
+        windows=layer_windows(text),
     )
 
 

@@ -57,6 +57,7 @@ def _over_layers(workload: Workload, forward: float, backward: float) -> float:
 def _attention(workload: Workload) -> tuple[float, float]:
     """Seconds of one micro-batch's attention on the busiest GPU, forward and backward, in all layers."""
     attention, scale = workload.usual_attention, workload.shape.layers * workload.work_over_usual
+    scale *= workload.shape.window_share(workload.tokens, workload.row_boundaries)
     length = round(workload.length_of_work)
     rates = workload.machine.attention_rates(workload.rates_of, workload.shape.head_dim, length)
     return attention.forward.flops * scale / rates[0], attention.backward.flops * scale / rates[1]

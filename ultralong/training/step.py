@@ -31,7 +31,7 @@ from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory.activation_memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
-from ultralong.training.throughput import Throughput, query_key_pairs
+from ultralong.training.throughput import Throughput
 from ultralong.training.watch.loss_spikes import RECENT, check_loss, stop_run
 from ultralong.training.watch.ranks import RankWatch
 
@@ -128,9 +128,9 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
         float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
     )
     seen = torch.tensor(
-        sum(query_key_pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
+        sum(run.throughput.pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
         if run.order.end_to_end
-        else sum(len(batch.places) for batch in batches) * query_key_pairs(run.order.length, None),
+        else sum(len(batch.places) for batch in batches) * run.throughput.pairs(run.order.length, None),
         dtype=torch.float64,
         device=processes.accelerator.device,
     )

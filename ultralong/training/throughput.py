@@ -8,13 +8,14 @@ mask) and twice that backward, in every layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultralong.utils.units import GIB
@@ -50,12 +51,38 @@ def step_flops(matmul_parameters: float, layers: int, attention_size: int, token
     return 6.0 * matmul_parameters * tokens + 12.0 * layers * attention_size * pairs
 
 
-def query_key_pairs(tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
-    """Pairs of a query and a key that it sees in a row, or in several laid end to end with these boundaries."""
-    if boundaries is None:
-        return tokens**2 / 2
-    edges = boundaries.tolist() if isinstance(boundaries, Tensor) else boundaries
-    return sum((b - a) ** 2 for a, b in pairwise(edges)) / 2
+def query_key_pairs(tokens: int, boundaries: Sequence[int] | Tensor | None, window: int | None = None) -> float:
+    """Pairs of a query and a key that it sees in a row, or in several laid end to end with these boundaries.
+
+    Args:
+        tokens: Of the row.
+        boundaries: Of its documents, or None for one.
+        window: Sliding window of the layer: a query sees that many keys at most.
+    """
+    edges = boundaries.tolist() if isinstance(boundaries, Tensor) else boundaries or (0, tokens)
+    lengths = [b - a for a, b in pairwise(edges)]
+    hidden = 0 if window is None else sum(max(0, length - window) ** 2 for length in lengths)
+    return (sum(length**2 for length in lengths) - hidden) / 2
+
+
+def layer_windows(config: Any) -> tuple[int | None, ...]:
+    """The sliding window of each layer of a model, None for full attention, from its (text) config."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def mean_pairs(windows: Sequence[int | None], tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
+    """`query_key_pairs` of a layer in the mean, over layers with these windows."""
+    counts = Counter(windows)
+    return sum(n * query_key_pairs(tokens, boundaries, window) for window, n in counts.items()) / len(windows)
+
+
+def used_share(model: nn.Module) -> dict[int, float]:
+    """By `id` of each parameter of experts, which share of them a token is multiplied with; 1 for all others."""
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    experts = [module for module in model.modules() if type(module).__name__.endswith("Experts")]
+    return {id(x): min(1.0, chosen / x.shape[0]) for module in experts for x in module.parameters() if chosen}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -76,6 +103,7 @@ class Throughput:
         attention_size: As in `step_flops`.
         device: This process's.
         processes: Of the run.
+        windows: Sliding window of each layer, None for full attention.
     """
 
     matmul_parameters: float
@@ -83,6 +111,7 @@ class Throughput:
     attention_size: int
     device: torch.device
     processes: int
+    windows: tuple[int | None, ...] = (None,)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, device: torch.device, processes: int) -> Throughput:
@@ -93,13 +122,19 @@ class Throughput:
         looked_up = set() if tied else {id(parameter) for parameter in embedding.parameters()}
         used = [parameter for parameter in model.parameters() if id(parameter) not in looked_up]
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        share = used_share(model)
         return cls(
-            sum(parameter.numel() * (1 if parameter.requires_grad else FROZEN_SHARE) for parameter in used),
+            sum(x.numel() * share.get(id(x), 1) * (1 if x.requires_grad else FROZEN_SHARE) for x in used),
             text.num_hidden_layers,
             text.num_attention_heads * size,
             device,
             processes,
+            layer_windows(text),
         )
+
+    def pairs(self, tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:
+        """`query_key_pairs` of a row in a layer, in the mean over the model's layers and their windows."""
+        return mean_pairs(self.windows, tokens, boundaries)
 
     @property
     def token_work(self) -> float:
