@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def test_the_container_installs_the_pins_of_the_clone(tmp_path):
 
 
 # ---- The projects' own readers, where they are installed.
+
+
+def test_a_reader_of_container_recipes_takes_ours(tmp_path):
+    if (lint := shutil.which("dockerfile-utils")) is None:
+        pytest.skip("needs npm install dockerfile-utils, and its folder in PATH")
+    render(tmp_path, "jobset")
+    recipe = tmp_path / "Containerfile"
+    assert subprocess.run([lint, "lint", recipe], check=False).returncode == 0
+    recipe.write_text(recipe.read_text().replace("WORKDIR", "WORKDIRECTORY"))
+    assert subprocess.run([lint, "lint", recipe], check=False).returncode == 1
 
 
 @pytest.mark.parametrize(

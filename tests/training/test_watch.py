@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.tracking import GeneralTracker
 from forked import train_over
 from tiny_run import make_run
 
+from ultralong.attention import collectives
 from ultralong.launch.runs import state_of
 from ultralong.training import loop, parallel, step
 from ultralong.training.config import ParallelConfig
@@ -91,8 +93,6 @@ def test_a_slow_rank_is_named_again_after_another_one_was(capsys):
 def _hung_rank(rank: int, world: int, port: int, config) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import torch
-
     torch.set_num_threads(1)
     train(config, quiet=True)
 
@@ -155,6 +155,59 @@ def test_ranks_that_all_wait_are_told_apart_by_what_they_have_done():
     assert text.count("<- the others wait for it") == 1
     alike = hang.describe({rank: {**found[0]} for rank in range(3)}, ["a", "b", "c"], Path("hang"))
     assert "the others wait" not in alike
+
+
+class Event:
+    """An event of a GPU's stream that its test reaches by hand."""
+
+    reached = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.made = self.number = getattr(Event, "made", 0) + 1
+
+    def query(self) -> bool:
+        return self.number <= Event.reached
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000.0 * (other.number - self.number)
+
+
+def test_on_a_gpu_the_stream_is_timed_and_not_waited_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = collectives.WaitClock(torch.device("cuda"))
+    with clock.running():
+        for what in ("all-gather", "all-to-all"):
+            with collectives.waiting(what):
+                assert clock.standing == what
+    assert (clock.standing, clock.ended) == ("", 2)
+    assert clock.take() == 0.0, "its stream has reached nothing yet"
+    Event.reached = 3
+    assert clock.reached() == (2, "", 1)
+    assert clock.take() == 1.0
+    assert clock.take() == 0.0, "counted once"
+    Event.reached = 4
+    assert clock.take() == 1.0
+    with collectives.waiting("after the clock"):
+        assert clock.standing == ""
+
+
+def test_a_stage_may_have_more_patience(tmp_path, monkeypatch):
+    """As a save on a slow disk has."""
+    position, ends = hang.Position(), []
+    monkeypatch.setattr(hang.Watchdog, "_end", lambda self, waited: ends.append((self.position.stage, waited)))
+    clock = collectives.WaitClock(torch.device("cpu"))
+    position.at("saving", patience=1e6)
+    with hang.Watchdog(tmp_path / "hang", 0, ["a", "b"], 0.05, position, clock).running():
+        time.sleep(0.3)
+        assert ends == []
+        position.at("update")
+        until = time.monotonic() + 30
+        while not ends and time.monotonic() < until:
+            time.sleep(0.01)
+    assert ends[0][0] == "update"
 
 
 def test_a_single_process_is_left_alone(run):

@@ -224,7 +224,7 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
             bar.update()
             stop = _asked(run, came, background)
             if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-                run.watch.position.at("saving a checkpoint")
+                run.watch.position.at("saving a checkpoint", patience=4)  # disks may be slow
                 _save(run, step + 1, background, wait=bool(stop) or step + 1 == config.steps)
                 saved = step + 1
                 stop = stop or _asked(run, came, background)  # one that came while this was saved needs no other step

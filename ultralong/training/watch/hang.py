@@ -36,10 +36,11 @@ class Position:
 
     step: int = 0
     stage: str = "start"
+    patience: float = 1.0
 
-    def at(self, stage: str, step: int | None = None) -> None:
-        """Say what begins now."""
-        self.stage = stage
+    def at(self, stage: str, step: int | None = None, patience: float = 1.0) -> None:
+        """Say what begins now; `patience` is how many times the usual it may take without a sign of progress."""
+        self.stage, self.patience = stage, patience
         self.step = self.step if step is None else step
 
 
@@ -77,11 +78,12 @@ class Watchdog:
     def _watch(self) -> None:
         since, last = time.monotonic(), self._progress()
         while not self._ended.wait(self._pause):
-            faulthandler.dump_traceback_later(self.seconds + STUCK, exit=True, file=sys.__stderr__ or sys.stderr)
+            limit = self.seconds * self.position.patience
+            faulthandler.dump_traceback_later(limit + STUCK, exit=True, file=sys.__stderr__ or sys.stderr)
             if (now := self._progress()) != last:
                 since, last = time.monotonic(), now
             waited = time.monotonic() - since
-            if waited > self.seconds or self.record.exists():
+            if waited > limit or self.record.exists():
                 self._end(waited)
 
     def _progress(self) -> tuple[Any, ...]:
