@@ -24,6 +24,7 @@ TOPICS = (
     ("context-parallelism", "Context parallelism", "attention/README.md"),
     ("memory", "Memory and offloading", "training/README.md"),
     ("lora", "LoRA", "training/adapters/README.md"),
+    ("watching", "Watching the ranks of a run", "training/watch/README.md"),
     ("trainers", "Hugging Face trainers", "training/huggingface/README.md"),
     ("formats", "File formats", "data/README.md"),
 )
