@@ -215,7 +215,7 @@ def test_published_sets_are_asked_once_at_the_longest_length(wanted, tiny_tokeni
 
 
 def test_groups_name_every_test_once():
-    assert set(expand(["ruler,infinitebench,lveval,babilong_style,nonliteral,reported,needle"])) == set(TASKS)
+    assert set(expand(["ruler,infinitebench,lveval,babilong_style,nonliteral,reported,longbench,needle"])) == set(TASKS)
     assert (len(GROUPS["ruler"]), len(GROUPS["infinitebench"]), len(GROUPS["lveval_64k"])) == (13, 12, 11)
     assert expand(["ruler_vt", "niah, ruler_vt"])[:2] == ["ruler_vt", "niah_single_1"]
     assert set(FAMILIES) == set(TASKS) - {"needle"}

@@ -33,9 +33,9 @@ def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None
     Stop it at any time; the same command resumes where it stopped.
 
     Tests are named with commas between them; groups are ruler, niah, infinitebench, infinitebench_synthetic,
-    infinitebench_published, lveval, lveval_16k to lveval_256k, babilong_style, nonliteral, reported (graphwalks,
-    json_kv, mrcr_style and oolong_style, each a group or test too), needle (the map), perplexity, longppl, loss and
-    lm_eval (short benchmarks).
+    infinitebench_published, longbench (v2, Pro), lveval, lveval_16k to lveval_256k, babilong_style, nonliteral,
+    reported (graphwalks, json_kv, mrcr_style and oolong_style, which can be named alone), needle (the map), perplexity,
+    longppl, loss and lm_eval (short benchmarks).
 
     Examples:
       ultralong eval run needle,ruler,babilong_style model --lengths 4k 32k 128k --samples 50 --out runs/model

@@ -33,8 +33,8 @@ class RunSettings:
         chunk: Tokens of one prefill pass; by default 16,384 for prompts beyond 32,768 tokens.
         chat: Ask in the model's chat template, or not; by default where there is one.
         haystack: Text file or folder to fill prompts with.
-        data: Folder of published data (LV-Eval, InfiniteBench, SQuAD, HotpotQA, benchmarks), or package for what a
-            package registry has.
+        data: Folder of published data (LV-Eval, InfiniteBench, LongBench, SQuAD, HotpotQA, benchmarks), or package for
+            what a package registry has.
         rows: Perplexity, LongPPL and loss: folder of packed rows.
         max_rows: Perplexity, LongPPL and loss: rows to use.
         evaluator: LongPPL: folder or hub id of the model that chooses the key tokens; by default the model itself,

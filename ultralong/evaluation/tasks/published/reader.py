@@ -152,7 +152,7 @@ class PublishedReader:
 
         LV-Eval's fact recall, for one, moves its fact through the text from the first row to the last.
         """
-        number = _order(self.name, len(self.rows), seed)[index]
+        number = draw_order(self.name, len(self.rows), seed)[index]
         row = self.rows[number]
         missing = [field for field in self._fields() if field not in row]
         if missing:
@@ -171,7 +171,7 @@ class PublishedReader:
             "input": row["input"],
             **dict(zip(LETTERS, row.get("options") or (), strict=False)),
         }
-        message = _fill(self.known.prompt if plain is None else plain, words)
+        message = fill(self.known.prompt if plain is None else plain, words)
         outputs, extra = self._expected(row, number)
         return Draft(message, "" if plain is None else self.known.cue, outputs, extra={"row": number, **extra})
 
@@ -196,13 +196,14 @@ class PublishedReader:
 
 
 @functools.lru_cache(maxsize=64)
-def _order(name: str, count: int, seed: int) -> tuple[int, ...]:
+def draw_order(name: str, count: int, seed: int) -> tuple[int, ...]:
+    """The numbers of `count` rows in an order drawn from the seed."""
     order = list(range(count))
     random.Random(f"{name} {seed}").shuffle(order)
     return tuple(order)
 
 
-def _fill(template: str, words: Mapping[str, str]) -> str:
+def fill(template: str, words: Mapping[str, str]) -> str:
     """The template with its fields filled in, one pass from left to right: a book may hold braces of its own."""
     pieces = []
     rest = template
