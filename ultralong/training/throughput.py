@@ -69,7 +69,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     """The sliding window of each layer of a model, None for full attention, from its (text) config."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[: config.num_hidden_layers])
 
 
 def mean_pairs(windows: Sequence[int | None], tokens: int, boundaries: Sequence[int] | Tensor | None) -> float:

@@ -27,7 +27,7 @@ from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
 from ultralong.bench.training.work import WARM, prepare
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
-from ultralong.planner.shapes import Shape, model_config, shape_of
+from ultralong.planner.shapes import Shape, check_countable, model_config, shape_of
 from ultralong.planner.trained import planned_parameters
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.throughput import DATASHEET
@@ -58,7 +58,8 @@ def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dic
 
     Returns:
         A row with `model`, `parameters`, `tokens`, `gpus`, `gpu`, `seconds_per_step` (the median),
-        `tokens_per_second_per_gpu`, `mfu_causal`, `peak_gpu_gib`, `peak_host_gib`, the planner's of the same, `memory`
+        `tokens_per_second_per_gpu`, `mfu_causal`, `peak_gpu_gib`, `peak_host_gib`, the planner's of the same (of layers
+        that it does not count, why not: `not_planned`), `memory`
         (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
         also `kernels`, what they took on the first GPU in one more step, and `kinds`, the same by kind.
     """
@@ -157,8 +158,12 @@ def _fitted(config: TrainConfig, case: TrainingCase, machine: str) -> MemoryConf
     return settings.from_mapping(MemoryConfig, said.memory)
 
 
-def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str, float]:
-    """What the plan says of the run, under the names of what is measured."""
+def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str, Any]:
+    """What the plan says of the run, under the names of what is measured; why it says nothing, of a mixture."""
+    try:
+        check_countable(case_config(case))
+    except ValueError as error:
+        return {"not_planned": str(error)}
     said = plan(config, case.gpus, machine=machine).to_dict()
     # Nothing is saved here, which is what would take the rest of the host's memory.
     saving = sum(line["value"] for line in said["lines"] if line["name"].startswith("copies of model and states"))
