@@ -37,7 +37,7 @@ def test_two_processes_and_batches_answer_as_one_does(checkpoint, tmp_path):
         "model": checkpoint,
         "tasks": (*TASKS, "needle"),
         "lengths": (768, 1024),
-        "samples": 3,
+        "samples": 2,
         "grid": (2, 2),
         "grid_samples": 1,
         "chat": False,
