@@ -133,7 +133,7 @@ def test_what_would_be_another_loss_without_a_word_is_refused():
     router = Qwen3MoeConfig(**small, num_experts=2, num_experts_per_tok=1, output_router_logits=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(router)
-    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM wants its router's load-balancing loss"):
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM needs its router's load-balancing loss"):
         LanguageModelLoss(model)
 
 

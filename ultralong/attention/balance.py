@@ -2,7 +2,7 @@
 
 Legend: T tokens, P ranks.
 
-A document that lies on one rank needs nothing from the others, so whole documents are assigned to ranks, the heaviest
+A document that is on one rank needs nothing from the others, so whole documents are assigned to ranks, the heaviest
 first; those too heavy for that are cut in zigzag over all ranks. Every rank holds as many tokens, so some of the
 lightest must end just where a rank's tokens do: sets of them that fill a rank to the last token are looked for (a
 subset sum), and where none is found the lightest are cut. How heavy is too heavy is tried out, and so are layouts of
@@ -76,7 +76,7 @@ def cost(layout: Layout, boundaries: Sequence[int], costs: CostModel = H200) -> 
 
 
 def sends_nothing(layout: Layout, boundaries: Sequence[int]) -> bool:
-    """Whether every rank has all that its tokens see: each document lies on one rank."""
+    """Whether every rank has all that its tokens see: each document is on one rank."""
     edges = with_padding(boundaries, layout.padded)
     return all(plan_kv(ranges, edges).tokens == layout.held for ranges in layout.owned)
 

@@ -128,7 +128,7 @@ def _ulysses_cost(row: RowSpec, ranks: int, head_chunks: int) -> float:
 
 
 def whole_documents(row: RowSpec, processes: int) -> Layout | None:
-    """The layout in which every document lies on one process, so that no scheme has anything to exchange.
+    """The layout in which every document is on one process, so that no scheme has anything to exchange.
 
     Args:
         row: The row.

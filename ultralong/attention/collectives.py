@@ -42,7 +42,7 @@ class WaitClock:
         self._events: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
-        """This moment: seconds, or an event of the current stream."""
+        """The current time: seconds, or an event of the current stream."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

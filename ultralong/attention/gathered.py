@@ -6,7 +6,7 @@ D head size; s kv heads of one round.
 Llama-3's context parallelism (arXiv 2407.21783, section 3.3.2), here with balance: a rank holds several ranges of the
 row (zigzag, or assigned by work), and a range's keys end at its last token. The softmax of a query is one softmax of
 one call, so nothing is merged and the error does not depend on P. Packed documents may have any lengths, and a rank is
-only sent what its own documents' tokens see: a document that lies on one rank is not sent at all.
+only sent what its own documents' tokens see: a document that is on one rank is not sent at all.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def check_layers(model: PreTrainedModel, ranks: int, apart: bool) -> None:
     """Refuse a model whose layers could not be given an attention context; only its config and class are looked at.
 
     Layers that carry a state along the row (linear attention, state-space models, short convolutions) take no part in
-    attention: their state would go on from one document to the next, and each rank would begin with an empty one.
+    attention: their state would pass from one document to the next, and each rank would begin with an empty one.
 
     Args:
         model: May be on the meta device.

@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 
 class _Stager(AsyncStager):
-    """Copies a state to the host, into the same memory each time; torch 2.11's own pins it anew each time."""
+    """Copies a state to the host, into the same memory each time; torch 2.11's own pins it again each time."""
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()
         self._copies = StateDictStager(pin_memory=self._on_gpu)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The copy, complete when this returns."""
+        """Copy a state to the host; complete when this returns."""
         copy: dict[str, Any] = self._copies.stage(state_dict, non_blocking=self._on_gpu)
         if self._on_gpu:
             torch.cuda.synchronize()

@@ -120,7 +120,7 @@ def _silent() -> Iterator[None]:
 def class_table(config: PreTrainedConfig) -> tuple[torch.Tensor, float] | None:
     """Inverse frequencies (R/2,) and attention factor of the model class that a config names, in full-attention layers.
 
-    The model is built without memory, its rotary module once more with it.
+    The model is built without memory, its rotary module again with it.
 
     Returns:
         None where no module of the class has a rotary table.

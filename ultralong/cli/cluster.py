@@ -99,8 +99,8 @@ def rehearse(work: partial[Rehearsal], *, json: Json = None) -> None:
     leave(json, found.to_dict())
     run = load_config(out / "scripts" / "config.yaml").out
     print(
-        f"Host {found.lost} was lost after step {found.before[-1]['step']}, and the run resumed from {found.saved}: "
-        f"{found.repeated} steps were computed again, and all {found.steps} are in {out / run / 'log.jsonl'} once."
+        f"Host {found.lost} was lost after step {found.before[-1]['step']}, and the run resumed from step {found.saved}. "
+        f"Steps computed again: {found.repeated}. Each of the {found.steps} steps is in {out / run / 'log.jsonl'} once."
     )
 
 

@@ -26,7 +26,7 @@ class Mistake:
     Attributes:
         name: What is wrong with it, in a few words.
         answer: The wrong answer: a function or a value, as a learner would give it.
-        says: A part of the message that the check has to give.
+        says: Text that the check's message must contain.
     """
 
     name: str

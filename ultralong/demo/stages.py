@@ -108,7 +108,7 @@ class Demo:
         return AutoTokenizer.from_pretrained(self.base())
 
     def base_window(self) -> int:
-        """The window before, in tokens."""
+        """Window of the base model, in tokens."""
         return window_of(read_json(self.base() / "config.json"))
 
     def rows(self) -> PackedRows:

@@ -41,7 +41,7 @@ def packed_row(
                 base=cuts[:-1],
                 width=0.7,
                 showlegend=False,
-                # Two hues by turns, each light and full: neighbours always differ, however many documents there are.
+                # Two hues alternate, each light and full: neighbours always differ, however many documents there are.
                 marker={
                     "color": [
                         translucent(PALETTE[block % 2], (0.9, 0.9, 0.45, 0.45)[block % 4])

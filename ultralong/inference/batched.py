@@ -219,7 +219,7 @@ class BatchedRunner:
         return tokens
 
     def abandon(self, tokens: Tensor, going: Sequence[bool]) -> None:
-        """See `Runner`: there are no others."""
+        """See `Runner`: a batch has no other ranks to tell."""
 
     def release(self) -> None:
         """See `Runner`."""

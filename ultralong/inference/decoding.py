@@ -25,7 +25,7 @@ class Sampling:
     Attributes:
         temperature: Divides the logits before a token is drawn; 0 takes the most likely one (greedy decoding).
         top_p: Draw only from the most likely tokens that together have this probability (nucleus sampling).
-        seed: Seed of the draws; None takes one that nobody knows.
+        seed: Seed of the draws; None draws one.
     """
 
     temperature: float = 0.0

@@ -196,7 +196,7 @@ class CachedRunner(ABC):
         return tokens
 
     def abandon(self, tokens: Tensor, going: Sequence[bool]) -> None:
-        """See `Runner`: there are no others, unless a runner is sharded."""
+        """See `Runner`: only a sharded runner has other ranks to tell."""
         return
 
     def release(self) -> None:

@@ -95,7 +95,7 @@ class ShardedRunner(CachedRunner):
 
     def _reusable(self, ids: Tensor, common: int) -> int:
         common = super()._reusable(ids, common)
-        # Begin anew where so much of it lies here that what follows would not fit.
+        # Start over where so much of it lies here that what follows would not fit.
         needed = max(self.cache.held(common)) + self._share(max(self.capacity or 0, ids.shape[1]) - common, spare=False)
         return common if self.capacity is None or needed <= self.cache.capacity else 0
 

@@ -33,7 +33,7 @@ class Growth:
         """The longest row that fits, over the GPUs that share it."""
         low, high = self._ends
         share = _longest(low, high, budget)
-        if share > high.share:  # the line bends where another moment becomes the worst one: once more, from nearer
+        if share > high.share:  # the line bends where another moment becomes the worst one: again, from nearer
             share = _longest(high, self.workload.with_tokens_per_gpu(share), budget)
         return share * self.workload.context_parallel_size
 

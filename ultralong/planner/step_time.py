@@ -91,7 +91,7 @@ def _recomputed_inputs(workload: Workload) -> float:
 
 
 def _short_contexts(workload: Workload) -> float:
-    """Seconds of reading a micro-batch's rows once more in short contexts: forward passes, dealt to those who share it.
+    """Seconds of reading a micro-batch's rows again in short contexts: forward passes, dealt to those who share it.
 
     What else than products and attention a forward pass takes is put as a third of what the whole step's two passes
     take beside them, for as many tokens.

@@ -20,7 +20,7 @@ from ultralong.rope.explain import explain_scaling
 from ultralong.search.settings import SearchSettings
 
 EARLIER = 3  # critical pairs before theory's that are tried
-CHANGED = 0.3  # share of the factors that a mutation draws anew (LongRoPE's)
+CHANGED = 0.3  # share of the factors that a mutation draws again (LongRoPE's)
 MOVED = 0.2  # share of the mutations that move the critical pair
 GRID = 100  # steps of a factor between S and 2 S
 
@@ -150,7 +150,7 @@ def children(best: Sequence[Genome], generation: int, wanted: SearchSettings, ra
 
 
 def mutate(genome: Genome, draw: np.random.Generator, ratio: float, move: bool) -> Genome:
-    """Some factors drawn anew between their neighbours', and now and then the critical pair moved by one."""
+    """Some factors drawn again between their neighbours', and now and then the critical pair moved by one."""
     upper = list(genome.upper)
     if move and draw.random() < MOVED:
         if draw.random() < 0.5 and genome.critical > 1:

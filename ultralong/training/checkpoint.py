@@ -115,7 +115,7 @@ class RunFolder:
         """Make the folder ready; main process only.
 
         Returns:
-            The step to resume from, or None to start anew.
+            The step to resume from, or None to start from step 0.
 
         Raises:
             ValueError: The folder holds a run and `resume` is off, or the run there has other settings.

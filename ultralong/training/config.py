@@ -47,8 +47,8 @@ class OptimizerConfig:
 
     Attributes:
         lr: Peak learning rate. The paper uses 3e-5 for continued pretraining and 5e-6 for SFT.
-        betas: As in AdamW.
-        eps: As in AdamW.
+        betas: Decay rates of AdamW's first and second moments.
+        eps: Term that AdamW adds to its denominator.
         weight_decay: Applied to matrices only, not to norms and biases.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
         schedule: What follows the warm-up: constant, or a linear or cosine fall to `final_ratio` x lr at the last step.
@@ -224,7 +224,7 @@ class TrainConfig:
         position_buckets: The log has the loss of this many equal stretches of the row, which shows a loss that
             falls only near its start.
         skip_positions_to: Skipped positions (PoSE, arXiv 2309.10400): each row is cut in two, and its second chunk
-            stands at a later position, drawn anew for each row, below this one; so short rows train the distances of a
+            stands at a later position, drawn for each row, below this one; so short rows train the distances of a
             longer window. None trains at the rows' own positions.
         long_ce: Weights of the targets, see `LongCEConfig`; off by default.
         anchor: Rows with a document mask get one shared first token, the model's BOS, that all of their documents see

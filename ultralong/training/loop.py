@@ -45,7 +45,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
 
     Args:
         config: The run.
-        resume: Resume from the newest checkpoint in `config.out`; start anew if there is none.
+        resume: Resume from the newest checkpoint in `config.out`; start from step 0 if there is none.
         quiet: No progress bar.
         answers: Refuse rows of documents, where every token is a target (SFT).
 
@@ -147,7 +147,7 @@ def _result_of(folder: checkpoint.RunFolder, config: TrainConfig) -> dict[str, A
     try:
         found = read_json(record) if record.is_file() else None
     except ValueError:
-        return None  # it is written anew from the last checkpoint
+        return None  # it is written again from the last checkpoint
     if not isinstance(found, dict) or found.get("steps") != config.steps or "tokens" not in found:
         return None
     return {"loss": None, **found, "model": str(place)}

@@ -228,7 +228,7 @@ def check_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ValueError(
-            f"{type(model).__name__} wants its router's load-balancing loss (output_router_logits), which is not "
+            f"{type(model).__name__} needs its router's load-balancing loss (output_router_logits), which is not "
             "linear in the tokens: summed over processes that share a row it would be another loss. Set "
             "output_router_logits to false in the model's config.json to train on the cross entropy alone."
         )
@@ -250,7 +250,7 @@ class LanguageModelLoss(nn.Module):
         tile: Tokens whose logits exist at a time.
 
     Raises:
-        ValueError: The model changes its logits after the head (soft cap, scaling, bias), or wants its router's
+        ValueError: The model changes its logits after the head (soft cap, scaling, bias), or needs its router's
             load-balancing loss, neither of which this loss does.
     """
 

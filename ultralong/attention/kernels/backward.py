@@ -10,7 +10,7 @@ error. So they are accumulated in float32 (float64 for float64), by what each ke
 * Of grouped heads it rounds each query head's part and then their sum (`rounds_per_query_head`: cuDNN, torch's flash,
   flash-attn 2). It is given repeated kv heads and the sum is taken here, so that the second rounding goes.
 * 16-bit types on a CPU are computed in float32, which is no slower there.
-* Otherwise (flash-attn 3; flash-attn 4 without grouped heads) each call's part is rounded once more.
+* Otherwise (flash-attn 3; flash-attn 4 without grouped heads) each call's part is rounded again.
 
 Of packed rows few keys are seen by several calls, those of documents that were cut. `backward_with_partials` leaves the
 others' gradients as one call gives them, which spares passes over tensors twice as wide.

@@ -29,7 +29,7 @@ def _on_hopper(x: Tensor) -> bool:
 
 
 class FlashAttn4(FlashAttn):
-    """flash-attn 4: compiled for the GPU at hand on first use (Hopper and newer), the fastest."""
+    """flash-attn 4: compiled for this machine's GPU on first use (Hopper and newer), the fastest."""
 
     name = "flash4"
     capability = (9, 0)

@@ -1,6 +1,6 @@
 """PyTorch's blocked CPU kernel (the one under `scaled_dot_product_attention`), called so that it gives the log-sum-exp.
 
-Legend: B batch, T tokens, H query heads, K kv heads, D head size. The operator wants (B, H, T, D) and aligns a causal
+Legend: B batch, T tokens, H query heads, K kv heads, D head size. The operator takes (B, H, T, D) and aligns a causal
 mask at the top left; `ultralong.attention.kernels.fallbacks` turns the calls it lacks into calls it has.
 """
 

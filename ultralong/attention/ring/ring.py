@@ -118,7 +118,7 @@ class Ring(Scheme):
         *,
         fp32_grads: bool = False,
     ) -> Gradients:
-        """The blocks go round once more; their gradients follow one hop behind."""
+        """The blocks go round the ring again; their gradients follow one hop behind."""
         plan = self.plan(spec.window)
         receiving = self._rotate(plan, self._block(plan, k, v), 1) if plan.blocks else None
         own, grads_behind = spec.with_segments(plan.segments), None

@@ -1,7 +1,7 @@
 """Have a stronger model improve the answers of conversations, as the recipe's authors did with GPT-4o and GPT-4o-mini.
 
 Any endpoint with OpenAI's protocol will do. The original of every conversation stays beside its refinement; a run that
-is stopped or killed goes on where it was; a budget in tokens or money is never exceeded, because what a request may
+is stopped or killed resumes where it stopped; a budget in tokens or money is never exceeded, because what a request may
 cost at most is set aside before it is made. Only what was under way when a run was killed is on nobody's bill: at most
 `concurrency` requests a kill.
 """

@@ -92,7 +92,7 @@ class Watch:
             self._socket.close()
 
     def connection(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> Any:
-        """A connection that this watches."""
+        """An HTTP connection whose lookups and sockets this watches."""
         made: Any = kind(host, **options)
         made._create_connection = self._connect
         return made

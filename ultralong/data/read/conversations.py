@@ -6,7 +6,7 @@ in fields of their own, perhaps with more input, a system prompt and a history (
 code sets under other names). A field that is null or NaN is as good as absent, as tables give records all fields.
 
 Nothing vanishes without a word. A record that is none of these shapes, lacks something, or holds what would change the
-meaning of the rest and cannot be packed (tool calls, images) is an error whose message is short, for it becomes a line
+meaning of the rest and cannot be packed (tool calls, images) is an error whose message is short, as it becomes a line
 in a report. Names of fields that were simply not used are handed back.
 """
 

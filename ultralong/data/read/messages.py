@@ -16,7 +16,7 @@ KEYS = {"role", "content", REASONING, TRAIN}
 
 
 def check_messages(messages: Any, controls: tuple[str, ...] = ()) -> None:
-    """Refuse a conversation that is malformed; the message is short, for it becomes a line in a report.
+    """Refuse a conversation that is malformed; the message is short, as it becomes a line of a report.
 
     Args:
         messages: The conversation.

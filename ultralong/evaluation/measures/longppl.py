@@ -147,7 +147,8 @@ def longppl(
         model: A causal language model with this library's attention; it is put into eval mode.
         rows: Packed rows, whose documents are long.
         rule: Which tokens are key tokens; None is the paper's.
-        evaluator: The model that chooses them; None is `model` itself, whose number then compares with no other's.
+        evaluator: The model that chooses them; None is `model` itself, and its number is then not comparable with
+            another model's.
         evaluator_name: What the result calls it.
         by: `document` reads every document by itself, `row` a whole row as one text.
         most: Rows to use; None is all.

@@ -62,7 +62,7 @@ class Side:
 
     @property
     def window(self) -> int | None:
-        """Tokens, by the model's config."""
+        """The model's window in tokens, as its config says."""
         return self.summary["window"]
 
     @property

@@ -42,7 +42,7 @@ class Paper:
 
 @functools.cache
 def paper_tables() -> list[PaperTable]:
-    """The paper's own numbers, to stand beside what was measured and be named as published."""
+    """The paper's own numbers, shown beside what was measured and named as published."""
     return settings.load(Paper, HERE / "paper.yaml").tables
 
 

@@ -45,7 +45,7 @@ def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]
     """Score a file of answers: each line the sample's `outputs` (and `max_length`) with the model's `prediction`.
 
     Returns:
-        The `Result` as JSON values; its value once more as `score`, as version 0.3 called it; the test's `capability`,
+        The `Result` as JSON values; its value again as `score`, as version 0.3 called it; the test's `capability`,
         and in `areas` the area under its curve where the file holds several lengths (`capability.curve_areas`).
 
     Raises:

@@ -1,6 +1,6 @@
 """Samples and answers written one by one, resumed where a run stopped, scored whole.
 
-A file is one JSON record a line. What is there is never written again: a run that is started anew with the same
+A file is one JSON record a line. What is there is never written again: a run that is started again with the same
 settings resumes behind the last whole line, and one with other settings is refused.
 """
 

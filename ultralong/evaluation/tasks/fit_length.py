@@ -1,6 +1,6 @@
 """Make a prompt as long as asked by arithmetic: learn what a unit costs, make it once, correct once or twice.
 
-The published generators grow a prompt step by step and tokenise it anew each time, which takes hours at a million
+The published generators grow a prompt step by step and tokenise it again each time, which takes hours at a million
 tokens. Here two small prompts give a line (tokens = base + size * cost), which is right to a few per cent; a full
 prompt shows the rest of the way.
 """
@@ -144,7 +144,7 @@ def truncate_middle(
         over = tokens_of(short) - limit
         if over <= 0:
             return short, len(ids) - 2 * half
-        # The two halves, read anew as one text, can take a token or two more.
+        # The two halves, encoded again as one text, can take a token or two more.
         room -= over
     raise ValueError(
         f"The tokenizer does not repeat its own text: cut to {room:,} tokens, it still takes "

@@ -56,7 +56,7 @@ class HiddenBuilder:
     probe: int = 50
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """The number stands at one of 59 even places, by turns."""
+        """The number is at one of 59 evenly spaced places, in turn."""
         task, needle, cue = HIDDEN[self.kind]
         task = task if self.chat else PLAIN_TASKS.get(self.kind, task)
         digits = [str(draw.randint(0, 9)) for _ in range(5)]
@@ -107,7 +107,7 @@ class CodeBuilder:
     probe: int = 40
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """2, 4, 6, 8 or 10 functions in a row, by turns, each adding a constant to what the next returns."""
+        """2, 4, 6, 8 or 10 functions in a row, in turn, each adding a constant to what the next returns."""
         levels = CALLS[index % len(CALLS)]
         width = size // levels
         numbers = draw.sample(range(1, 2 * size + 1), width * levels)
@@ -158,7 +158,7 @@ class FindBuilder:
     probe: int = 400
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """Largest, second, third, smallest, second, third, median, by turns; ranks are of different values."""
+        """Largest, second, third, smallest, second, third, median, in turn; ranks are of different values."""
         asked = ASKED[index % len(ASKED)]
         low = draw.randint(0, 19) if "smallest" in asked else 0
         high = draw.randint(79, 99) if "largest" in asked else 99

@@ -42,7 +42,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
-            raise ValueError(f"rank must be 0 or more, alpha above 0 and dropout in 0..1, found {self}.")
+            raise ValueError(f"rank must be 0 or more, alpha above 0 and dropout from 0 to 1, found {self}.")
         if not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1):
             raise ValueError(f"targets must name modules, or {ALL_LINEAR} alone, found {', '.join(self.targets)!r}.")
         if not self.rank and (self.train_embeddings or self.train_norms):

@@ -223,7 +223,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("ultralong::swiglu_backward", mutates_args=())
 def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gate) * up once more, and the gradients of gate and up, (N, I) each."""
+    """silu(gate) * up again, and the gradients of gate and up, (N, I) each."""
     return _swiglu_backward_compiled(dy, gate, up)
 
 

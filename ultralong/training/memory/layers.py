@@ -164,7 +164,7 @@ class CustomBackwardLayers:
         return self.inputs.pop(index)
 
     def _recompute(self, index: int, given: ForwardInputs, x: Tensor) -> Tensor:
-        """A layer's output once more, in the middle of the backward pass of a layer above."""
+        """A layer's output again, in the middle of the backward pass of a layer above."""
         layer = self.layers[index]
         with unsharded(layer.module), torch.autocast(x.device.type, given.autocast, given.autocast is not None):
             pair = self.outputs.get(index)

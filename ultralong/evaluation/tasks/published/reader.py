@@ -95,7 +95,7 @@ def _from_hub(benchmark: str, name: str, archive: str | None) -> Path:
     wanted = archive or f"{name}.jsonl"
     try:
         found = Path(huggingface_hub.hf_hub_download(HUBS[benchmark], wanted, repo_type="dataset"))
-    # The hub's own errors are OSError and ValueError by turns.
+    # The hub's own errors are sometimes OSError, sometimes ValueError.
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is published data that is neither on this machine nor to be fetched from the hub "

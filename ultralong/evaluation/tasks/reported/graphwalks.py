@@ -2,7 +2,7 @@
 
 | test | asks |
 |---|---|
-| `graphwalks_bfs` | the nodes at a depth of 1 to 4 of a breadth-first search, by turns |
+| `graphwalks_bfs` | the nodes at a depth of 1 to 4 of a breadth-first search, in turn |
 | `graphwalks_parents` | the nodes with an edge to a given node |
 
 As published: nodes are hexadecimal names, three worked examples stand first, the answer is a list after `Final Answer:`
@@ -63,7 +63,7 @@ class GraphBuilder:
     probe: int = 60
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """A graph of `size` edges; the depth of a search goes by turns."""
+        """A graph of `size` edges; the depths of the search are taken in turn."""
         shown = "".join(
             f"Example:\nGraph:\n{_written(edges)}\n\nOperation: {walk.operation}{PREFIX}{', '.join(walk.nodes)}]\n\n"
             for edges, walk in (_example(draw, kind) for kind in ("bfs", "parents", self.kind))

@@ -31,7 +31,7 @@ class ObjectBuilder:
     probe: int = 30
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """An object of `size` pairs; the depth of the pair asked for goes by turns."""
+        """An object of `size` pairs; the depths of the pair asked for are taken in turn."""
         pairs = {_uuid(draw): _uuid(draw) for _ in range(size)}
         keys = list(pairs)
         place = index % DEPTHS * (size - 1) // (DEPTHS - 1)

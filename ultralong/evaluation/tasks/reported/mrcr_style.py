@@ -89,7 +89,7 @@ class ConversationBuilder:
         object.__setattr__(self, "smallest", self.needles + 2)
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """A conversation of `size` requests; which needle is asked for goes by turns."""
+        """A conversation of `size` requests; the needles are asked for in turn."""
         pairs = [(form, topic) for form in FORMS for topic in TOPICS]
         wanted = pairs.pop(draw.randrange(len(pairs)))
         places = sorted(draw.sample(range(size), self.needles))

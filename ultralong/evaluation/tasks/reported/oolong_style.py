@@ -3,7 +3,7 @@
 Each line is a dated entry of a user that names one thing. Its kind (fruit, tool, ...) is not written anywhere: a model
 must know it for every line, and then count over the whole text. No part of the text can be left out.
 
-| test | asks, by turns |
+| test | questions, in turn |
 |---|---|
 | `oolong_style_counting` | most and least common kind, which of two is more common, how many of a kind |
 | `oolong_style_user` | a user's most common kind, who has most of a kind, how many of a kind a user has |
@@ -187,7 +187,7 @@ class DiaryBuilder:
     probe: int = 60
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
-        """A diary of `size` entries in the order of their dates; the question goes by turns."""
+        """A diary of `size` entries in the order of their dates; the questions are asked in turn."""
         users = [str(number) for number in draw.sample(range(10_000, 100_000), USERS)]
         weights = [[draw.randint(1, MOST_WEIGHT) for _ in group] for group in (KINDS, users)]
         kinds = draw.choices(sorted(KINDS), weights[0], k=size)
