@@ -99,7 +99,7 @@ def rehearse(work: partial[Rehearsal], *, json: Json = None) -> None:
     leave(json, found.to_dict())
     run = load_config(out / "scripts" / "config.yaml").out
     print(
-        f"Host {found.lost} was lost after step {found.before[-1]['step']}, and the run resumed from step {found.saved}. "
+        f"Host {found.lost} was lost after step {found.before[-1]['step']}; the run resumed from step {found.saved}. "
         f"Steps computed again: {found.repeated}. Each of the {found.steps} steps is in {out / run / 'log.jsonl'} once."
     )
 
