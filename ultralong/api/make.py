@@ -55,7 +55,8 @@ def extend(
         attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
         original_window: Window of the unscaled pretraining, where the config does not tell.
         theta: Another RoPE base.
-        beta: Turns within the original window above which a pair keeps its speed; by default the recipe's 4.
+        beta: Turns within the original window above which a rotary pair keeps its frequency; by default 4, as in
+            the recipe.
         revision: Branch, tag or commit of a hub model.
         quiet: No progress bar.
 

@@ -34,7 +34,7 @@ def needle(
     Args:
         model: Folder, hub id or miniature (the model that ships).
         lengths: Tokens of the prompts; by default a short one and eighths of the model's window.
-        depths: Where the needle stands, from 0 (first) to 1 (last).
+        depths: Depths of the needle in the text, from 0 (beginning) to 1 (end).
         samples: Prompts of each length and depth.
         seed: Seed of the prompts.
         haystack: Text file or folder to hide the needle in; repeated filler without it.

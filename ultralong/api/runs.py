@@ -60,7 +60,7 @@ def plan(
 
     Args:
         config: Name of a preset, or a YAML file.
-        gpus: GPUs of the run; by default as many as share one row, or the parameters where those are more.
+        gpus: GPUs of the run; by default as many as share one row or the parameters, whichever is more.
         changes: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.
         tokens: Tokens of a row; by default those of the packed rows, or where there are none yet the config's length,

@@ -27,7 +27,7 @@ class OpenAIEngine:
     Args:
         url: The endpoint up to and with its version, such as `http://localhost:8000/v1`.
         tokenizer: That of the model behind it.
-        name: The model's name there; None takes the only one it lists.
+        name: The model's name at the endpoint; None takes the only one that it lists.
         key_variable: Environment variable that holds the key; without it no key is sent.
 
     Raises:

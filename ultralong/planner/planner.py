@@ -42,7 +42,7 @@ def plan(
     Args:
         config: The run, as the trainer reads it. Its model may be a folder, a known shape or a hub id; no weights are
             read. Where it is none of them, the shape of its `base_model` is taken.
-        gpus: GPUs of the run; by default as many as share one row, or the parameters where those are more.
+        gpus: GPUs of the run; by default as many as share one row or the parameters, whichever is more.
         machine: The GPU, by name or with rates of its own.
         tokens: Tokens of a row; by default those of the packed rows, or where there are none yet the config's `length`,
             or the model's window. Rows with a document mask are planned by the work of their documents.

@@ -56,13 +56,13 @@ class Endpoint:
 
     Attributes:
         url: The endpoint up to and with its version, such as `http://localhost:8000/v1`.
-        model: The model's name there.
+        model: The model's name at the endpoint.
         key_variable: Environment variable that holds the key; without it no key is sent.
         temperature: 0 asks for the likeliest answer.
         max_tokens: An answer's longest length.
         options: More fields of the request, such as `{"top_p": 0.9}`.
         timeout: Seconds to wait for the server to say anything.
-        deadline: Seconds for a whole request, however the server spreads its answer over them.
+        deadline: Seconds for a whole request, also where its answer arrives in many pieces.
         retries: How often a request is repeated after 429, 5xx, a time-out, a lost connection or an unreadable answer.
         backoff: Seconds before the first repetition; doubled for each further one, with up to half taken off at random
             so that many requests do not come back at once. A server's Retry-After goes first.

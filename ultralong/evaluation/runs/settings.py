@@ -40,7 +40,7 @@ class RunSettings:
         evaluator: LongPPL: folder or hub id of the model that chooses the key tokens; by default the model itself,
             whose number then compares with no other model's.
         texts: LongPPL: read each document of a row by itself, or the whole row as one text.
-        short_context: LongPPL: tokens of the short context that the long one is set against.
+        short_context: LongPPL: tokens of the short context that the long one is compared with.
         short_stride: LongPPL: tokens that share a short context.
         key_alpha: LongPPL: nats by which the long context must raise a key token's log-likelihood.
         key_beta: LongPPL: what a key token's log-likelihood with the long context must be above.
