@@ -21,7 +21,7 @@ class SearchSettings:
         to: Tokens of the new window.
         methods: RoPE methods to try; longrope evolves a factor for each pair.
         factors: Scaling factors to try, as multiples of the new window over the window of pretraining.
-        betas: For yarn and llama3: turns within the window of pretraining above which a rotary pair keeps its frequency.
+        betas: For yarn and llama3: turns within the pretraining window above which a rotary pair keeps its frequency.
         temperatures: For yarn and longrope: the method's own attention factor, or none.
         bases: RoPE bases to try by themselves, without a factor.
         population: longrope: factor lists of the first generation.
