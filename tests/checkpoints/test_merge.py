@@ -176,7 +176,7 @@ def test_what_cannot_be_averaged_is_refused_by_name(models, tmp_path, make_tiny_
 @pytest.mark.parametrize(
     ("count", "weights", "message"),
     [
-        (1, (), "two models or more, found 1"),
+        (1, (), "two models or more, or the folder of a LoRA adapter, found 1"),
         (2, (0.5,), "2 models and 1 weights"),
         (2, (0.9, 0.2), "add up to 1, found 0.9, 0.2: 1.1 in all"),
         (2, (float("nan"), 1.0), "add up to 1"),

@@ -148,7 +148,7 @@ def average(tensors: Sequence[torch.Tensor], weights: Sequence[float], dtype: to
 
 def _shares(count: int, weights: Sequence[float]) -> tuple[float, ...]:
     if count < 2:
-        raise ValueError(f"merge needs two models or more, found {count}.")
+        raise ValueError(f"merge needs two models or more, or the folder of a LoRA adapter, found {count} model.")
     if not weights:
         return (1 / count,) * count
     if len(weights) != count:

@@ -157,7 +157,8 @@ def _say_finished(folder: checkpoint.RunFolder, config: TrainConfig) -> None:
     print(
         f"note: {folder.path} is finished: its {config.steps:,} steps are done and the "
         f"{'adapter' if config.lora.on else 'model'} is in {result_folder(folder, config)}. "
-        "Nothing was left to resume; to train on, start another run from that model.",
+        f"Nothing was left to resume; to train on, start another run from {'the merged' if config.lora.on else 'that'} "
+        "model.",
         file=sys.stderr,
     )
 
