@@ -25,6 +25,7 @@ TOPICS = (
     ("memory", "Memory and offloading", "training/README.md"),
     ("lora", "LoRA", "training/adapters/README.md"),
     ("watching", "Watching the ranks of a run", "training/watch/README.md"),
+    ("tests", "Tests and capabilities", "evaluation/README.md"),
     ("trainers", "Hugging Face trainers", "training/huggingface/README.md"),
     ("formats", "File formats", "data/README.md"),
 )
