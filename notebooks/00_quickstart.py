@@ -366,8 +366,8 @@ print(f"hidden {answer['expected']}, at {answer['tokens']:,} tokens it answered:
 # ## Hand it on
 #
 # `demo.yaml` holds every setting of this run; `ultralong demo demo.yaml --out DIR` repeats it. The model is in
-# `tuning/model` beside it. In a course folder (`ultralong course start FOLDER`) both stay in `made/00/demo`; in the
-# clone they go to a temporary folder, unless `OUT` names another.
+# `tuning/model` beside it. Both lie in a temporary folder, unless `OUT` names one. A run with other settings wants
+# another folder.
 
 # %%
 print("".join((out / "demo.yaml").read_text().splitlines(keepends=True)[:8]))

@@ -509,9 +509,9 @@ print(f"ok: rows 5 to {len(rows) - 1} from the state alone")
 #
 # ## Hand it on
 #
-# `rows` in the folder `OUT` (`made/03/rows` in a course folder) is what the trainer takes: a manifest beside shards of
-# token ids. `ultralong data show` prints a row of it. A training config names such folders under `data`, as `run.yaml`
-# of [07](07_memory_and_the_trainer.ipynb) does.
+# `rows` in the folder `OUT` (a temporary one, unless you name one) is what the trainer takes: a manifest beside shards
+# of token ids. `ultralong data show` prints a row of it. A training config names such folders under `data`, as
+# `run.yaml` of [07](07_memory_and_the_trainer.ipynb) does.
 
 # %%
 manifest = json.loads((folder / "rows" / "manifest.json").read_text())

@@ -15,6 +15,7 @@ from ultralong.course.exercise import exercises
 CLONE = Path(__file__).parents[2] / "notebooks"
 PACKAGED = Path(__file__).parent / "notebooks"
 MADE = "made"  # folder of a work folder for what notebooks hand on
+TEMPORARY = ("00", "03")  # run again with other parameters they would find, and refuse, what they made before
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def start(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> list[Pat
     """Copy the notebooks, with the recorded results they show, into a work folder.
 
     What is there already stays as it is: a learner's answers are never overwritten. What a copy hands on goes to
-    `made/NN` in the work folder; in the clone that is a temporary folder.
+    `made/NN` in the work folder; in the clone, and for `TEMPORARY` notebooks, that is a temporary folder.
 
     Args:
         folder: The work folder; made where it is missing.
@@ -90,7 +91,7 @@ def _keeping(path: Path) -> str:
     """A notebook's text whose parameter `OUT` names a folder that stays."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
+        if "parameters" in cell["metadata"].get("tags", []) and path.stem[:2] not in TEMPORARY:
             place = f'OUT: str = "{MADE}/{path.stem[:2]}"'
             cell["source"] = [line.replace('OUT: str = ""', place) for line in cell["source"]]
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
