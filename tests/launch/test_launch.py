@@ -352,7 +352,7 @@ def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run, python):
 
     done = dry_run()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ok   ") == 11
+    assert done.stdout.count("ok   ") == 12
     assert not (tmp_path / "run").exists()
     shutil.rmtree(tmp_path / "rows")
     done = dry_run()
