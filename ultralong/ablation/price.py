@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,8 @@ from ultralong.evaluation.tasks.groups import SPECIAL
 from ultralong.planner import plan
 from ultralong.utils.units import GIB
 
-# Rows are not packed yet; no file below this path can exist, so none is taken for them.
-NOWHERE = Path(os.devnull)
+# Rows are not packed yet, and the folder is not there: a plan takes the length that it is given.
+NOWHERE = Path("not-made-yet")
 
 
 def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost: float | None = None) -> dict[str, Any]:
