@@ -480,5 +480,5 @@ print("ok: a sample made again alone is the same, and its references score 1")
 
 # %%
 store(tests=len(made), ruler_by_patterns=sum(solved[name][0] for name in ruler) / len(ruler),
-      hard_by_patterns=max(solved[name][0] for name in hard), needle_4096=needle, ruler_4096=at[4096],
+      hard_by_patterns=max((solved[name][0] for name in hard), default=0), needle_4096=needle, ruler_4096=at[4096],
       lower_end_20_of_20=low, pairing_gain=gain, llama_at_1m=million["Llama-3.1-8B-Instruct"])

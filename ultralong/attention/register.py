@@ -196,6 +196,12 @@ def check_full_attention(text: Any, setting: str = "skip_positions_to", reason: 
         raise ValueError(f"{setting} needs full attention in every layer, the model has {found}: {reason}.")
 
 
+def state_layers(model: PreTrainedModel) -> list[str]:
+    """Kinds of a model's layers that carry a state along the row and take no part in attention."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return sorted(kinds - WITHOUT_STATE) or (["recurrent layers"] if model._is_stateful else [])
+
+
 def check_layers(model: PreTrainedModel, ranks: int, apart: bool) -> None:
     """Refuse a model whose layers could not be given an attention context; only its config and class are looked at.
 
@@ -217,8 +223,7 @@ def check_layers(model: PreTrainedModel, ranks: int, apart: bool) -> None:
             raise ValueError(_other_attention(name, kind))
     if dropout := getattr(text, "attention_dropout", 0.0):
         raise ValueError(_dropout(name, dropout))
-    states = sorted(kinds - WITHOUT_STATE) or (["recurrent layers"] if model._is_stateful else [])
-    if states and (ranks > 1 or apart):
+    if (states := state_layers(model)) and (ranks > 1 or apart):
         why = (
             f"a row can't be shared by {ranks} processes (parallel.context_parallel_size)"
             if ranks > 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ultralong.attention.register import state_layers
 from ultralong.inference.decoding import GREEDY, Generated, Sampler, Sampling, Step, collect, decode
 from ultralong.inference.kv_cache import make_cache
 from ultralong.inference.runner import Prompts, Runner, model_logits
@@ -123,13 +124,14 @@ def hidden_states(
         decoder: The model below its head.
         model: The whole model, for which a cache is made.
         input_ids: (B, T) token ids, no padding.
-        chunk: Tokens of one pass; None takes all at once.
+        chunk: Tokens of one pass; None takes all at once, and so does a model with layers that carry a state (see
+            `LocalRunner`).
 
     Yields:
         The places of a chunk in the text, and its hidden states (B, t, d).
     """
     tokens = input_ids.shape[1]
-    step = tokens if chunk is None else min(chunk, tokens)
+    step = tokens if chunk is None or state_layers(model) else min(chunk, tokens)
     cache, rope = make_cache(model, tokens) if step < tokens else None, RopeTables(model)
     for start in range(0, tokens, step):
         part = slice(start, min(start + step, tokens))

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ultralong.attention.register import state_layers
 from ultralong.inference.kv_cache import ModelCache, make_cache
 from ultralong.rope.tables import RopeTables
 from ultralong.utils.progress import progress
@@ -248,16 +249,22 @@ def _cost(tokens: int) -> float:
 class LocalRunner(CachedRunner):
     """Any causal language model of transformers, called with a cache of its own kind.
 
-    Models with sliding windows or other special layers get transformers' own cache, and read each prompt anew.
+    Arguments are those of `CachedRunner`. Models with sliding windows or other special layers get transformers' own
+    cache, and read each prompt anew. Layers that carry a state (Mamba, linear attention) begin each pass with an empty
+    one in some of transformers' classes, so such a model reads a prompt at once, whatever `chunk` says.
 
-    Args:
-        model: As for `CachedRunner`.
-        capacity: As for `CachedRunner`.
-        chunk: As for `CachedRunner`.
-        quiet: As for `CachedRunner`.
+    Raises:
+        ValueError: As for `CachedRunner`, or the model's class takes no cache of this form and would forget the prompt.
     """
 
     _cache: Cache | None = None
+
+    def __init__(
+        self, model: PreTrainedModel, capacity: int | None = None, *, chunk: int | None = None, quiet: bool = True
+    ) -> None:
+        super().__init__(model, capacity, chunk=None if state_layers(model) else chunk, quiet=quiet)
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{type(model).__name__} takes no past_key_values: what it had read would be lost.")
 
     def _reusable(self, ids: Tensor, common: int) -> int:
         cache = self._cache

@@ -203,16 +203,16 @@ def check_model(model: PreTrainedModel, batches: bool = False) -> None:
             f"{type(model).__name__} can't leave out the logits of all but the last tokens: several GPUs, "
             "8-bit keys and values and batches are for models that can. Use --gpus 1 --batch 1."
         )
-    if batches and not has_plain_layers(model):
-        window = model.config.get_text_config().sliding_window
-        raise ValueError(
-            f"{type(model).__name__} has a sliding window of {window}: only models whose layers "
-            "all see the whole text read prompts together. Leave --batch away."
-        )
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
     if kinds:
         raise ValueError(
             f"{type(model).__name__} has layers of {', '.join(sorted(kinds))}: several GPUs, 8-bit keys and values and "
             "batches are for models whose layers are full or sliding-window attention. Leave --gpus, --kv and --batch "
             "away."
+        )
+    if batches and not has_plain_layers(model):
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        raise ValueError(
+            f"{type(model).__name__} has a sliding window of {window}: only models whose layers "
+            "all see the whole text read prompts together. Leave --batch away."
         )

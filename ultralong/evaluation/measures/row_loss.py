@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ultralong import attention
+from ultralong.attention.register import check_layers
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.evaluation.measures.result import Part, Result
@@ -206,6 +207,7 @@ def _losses(model: PreTrainedModel, loss: LanguageModelLoss, batch: Batch, kerne
     tensors = {name: getattr(batch, name).to(model.device) for name in names}
     tokens = batch.input_ids.numel()
     if batch.boundaries is not None:
+        check_layers(model, 1, True)
         heads, kv_heads = head_counts(model.config)
         context = attention.make_attention_context(
             batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries, heads=heads, kv_heads=kv_heads
