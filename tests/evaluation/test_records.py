@@ -204,5 +204,5 @@ def test_the_command_prints_one_sample_without_an_interval(tmp_path, capsys):
 
     (tmp_path / "answers.jsonl").write_text(answer_line(["42"], "It is 42."))
     cli.main(["eval", "score", "needle", str(tmp_path / "answers.jsonl"), "--json", str(tmp_path / "score.json")])
-    assert capsys.readouterr().out.split() == ["needle", "100.0", "[n", "=", "1]", "n", "1"]
+    assert capsys.readouterr().out.split() == ["needle", "100.0", "[n", "=", "1]", "n", "1", "(retrieval)"]
     assert json.loads((tmp_path / "score.json").read_text())["n"] == 1

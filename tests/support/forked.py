@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 import torch
+from accelerate.state import AcceleratorState
 
 from ultralong import cli
 from ultralong.launch import agent, local
@@ -39,6 +40,7 @@ def train_over(config: TrainConfig, processes: int, resume: bool = False) -> Non
 def _rank(rank: int, world: int, config: TrainConfig, resume: bool) -> None:
     # What torchrun would have set, which accelerate reads to find its place.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a Trainer has left in this test's process
     train(config, resume=resume, quiet=True)
 
 

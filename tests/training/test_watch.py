@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from forked import train_over
 from tiny_run import make_run
@@ -93,6 +94,7 @@ def test_a_slow_rank_is_named_again_after_another_one_was(capsys):
 def _hung_rank(rank: int, world: int, port: int, config) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a Trainer has left in this test's process
     torch.set_num_threads(1)
     train(config, quiet=True)
 

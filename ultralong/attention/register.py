@@ -199,7 +199,7 @@ def check_full_attention(text: Any, setting: str = "skip_positions_to", reason: 
 def state_layers(model: PreTrainedModel) -> list[str]:
     """Kinds of a model's layers that carry a state along the row and take no part in attention."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    return sorted(kinds - WITHOUT_STATE) or (["recurrent layers"] if model._is_stateful else [])
+    return sorted(kinds - WITHOUT_STATE) or (["recurrent layers"] if getattr(model, "_is_stateful", False) else [])
 
 
 def check_layers(model: PreTrainedModel, ranks: int, apart: bool) -> None:

@@ -203,7 +203,7 @@ def check_countable(config: PreTrainedConfig) -> None:
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - WITHOUT_STATE
     experts = next((name for name, _ in model.named_modules() if name.endswith(".experts")), None)
     found = f"experts ({experts}), of which a token passes a few" if experts else ""
-    if kinds or model._is_stateful:
+    if kinds or getattr(model, "_is_stateful", False):
         found = f"layers of {', '.join(sorted(kinds)) or 'a state along the row'}"
     if found:
         raise ValueError(

@@ -67,6 +67,7 @@ class Watchdog:
     def running(self) -> Iterator[None]:
         """Watch while the block runs."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._arm()  # before the thread has its first turn, which a call that holds the interpreter may never give it
         thread.start()
         try:
             yield
@@ -78,13 +79,18 @@ class Watchdog:
     def _watch(self) -> None:
         since, last = time.monotonic(), self._progress()
         while not self._ended.wait(self._pause):
-            limit = self.seconds * self.position.patience
-            faulthandler.dump_traceback_later(limit + STUCK, exit=True, file=sys.__stderr__ or sys.stderr)
+            limit = self._arm()
             if (now := self._progress()) != last:
                 since, last = time.monotonic(), now
             waited = time.monotonic() - since
             if waited > limit or self.record.exists():
                 self._end(waited)
+
+    def _arm(self) -> float:
+        """Have this process ended a little behind its limit even if no thread runs; returns the limit in seconds."""
+        limit = self.seconds * self.position.patience
+        faulthandler.dump_traceback_later(limit + STUCK, exit=True, file=sys.__stderr__ or sys.stderr)
+        return limit
 
     def _progress(self) -> tuple[Any, ...]:
         return self.position.step, self.position.stage, *self.clock.reached()
