@@ -4,22 +4,11 @@ import pytest
 import torch
 import transformers as tf
 from attention_yardstick import relative
+from families import SIZE
 
 from ultralong.attention import NAME, make_attention_context
 from ultralong.attention.register import DeferredMask, register
 
-SIZE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
 FAMILIES = {
     "Llama": {"head_dim": 8},
     "Qwen2": {},
