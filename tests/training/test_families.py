@@ -95,6 +95,10 @@ def check_over(world, cases):
         referee(family, edges)  # once, before the processes are forked
     for case, (of_loss, of_gradients) in run_ranks(over_processes, world, cases, timeout=400)[0].items():
         bound = SINGLE if case[-1] else EXACT
+        if case[-1] and of_gradients > bound:  # float32 itself is further off than that in Glm4: 1.3e-4 on one process
+            family, _, edges, *_ = case
+            alone = one_pass(family_model(family).float(), PLANS["checkpointed"], edges=edges)[1]
+            bound = 1.5 * largest_error(alone, referee(family, edges)[1])
         assert max(of_loss, of_gradients) <= bound, (case, of_loss, of_gradients)
 
 
