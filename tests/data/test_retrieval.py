@@ -143,10 +143,23 @@ def test_another_draw_takes_the_same_texts_with_no_fact_twice(pieces):
     assert [piece.text for piece in SETTINGS.documents(texts, seed=3)] == [piece.text for piece in pieces]
 
 
+def test_reach_makes_every_distance_up_to_it_as_frequent():
+    far = replace(SETTINGS, reach=30_000, inside=1.0, several=0.0, chained=0.0)
+    piece = far.with_facts(TEXT[:60_000], random.Random(5))
+    distances = [piece.find(asked) - told[0][0] for asked, told in facts_of(piece).items() if asked in piece]
+    assert len(distances) > 30
+    assert min(distances) > 0
+    assert max(distances) < 36_000, "what is put in between lengthens a distance a little"
+    assert 0.25 < sum(distance > 16_000 for distance in distances) / len(distances) < 0.75
+    near = [place for place, _ in [told[0] for told in facts_of(piece).values()]]
+    assert max(near) > 40_000, "facts stand all over the piece"
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"shortest": 10}, "shortest"),
+        ({"reach": 0}, "reach"),
         ({"longest": 2000}, "longest"),
         ({"spacing": 10}, "spacing"),
         ({"asked": 1.5}, "asked"),

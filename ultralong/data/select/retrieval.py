@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -99,6 +100,8 @@ class Retrieval:
             packed row may end inside a piece, and cuts the questions at its end off from what they ask for.
         several: Share of the keys that have two to four values, all asked for in one question.
         chained: Share of the keys whose value leads to another key, two to four in a chain.
+        reach: Most characters of the text between a fact and what comes back to it, drawn evenly from 0. None draws two
+            lines of the piece: short distances are then the most frequent, and hardly any is as long as the piece.
         draw: Another number gives other pieces and facts of the same texts, so that a recipe can take them several
             times and no fact twice.
     """
@@ -111,6 +114,7 @@ class Retrieval:
     inside: float = 0.5
     several: float = 0.15
     chained: float = 0.1
+    reach: int | None = None
     draw: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +125,8 @@ class Retrieval:
             )
         if not 200 <= self.spacing <= self.shortest:
             raise ValueError(f"retrieval: spacing must lie in 200..shortest ({self.shortest}), found {self.spacing}.")
+        if self.reach is not None and self.reach < 1:
+            raise ValueError(f"retrieval: reach must be 1 character or more, found {self.reach}.")
         for key in ("keep", "asked", "inside", "several", "chained"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"retrieval: {key} is a share and must lie in 0..1, found {getattr(self, key)}.")
@@ -170,7 +176,7 @@ class Retrieval:
         inserted: list[tuple[int, int, str]] = []
         for number, sentences in enumerate(told):
             # In the order they are told: what comes back to a fact stands behind it.
-            chosen = sorted(draw.choice(places) for _ in sentences)
+            chosen = self._places(places, len(sentences), draw)
             inserted += [(place, number, sentence) for place, sentence in zip(chosen, sentences, strict=True)]
         inserted.sort(key=lambda item: item[0])
         parts, last = [], 0
@@ -180,6 +186,16 @@ class Retrieval:
         parts.append(text[last:].rstrip())
         draw.shuffle(at_end)
         return "".join(parts) + _exam(at_end, draw) + "\n"
+
+    def _places(self, starts: Sequence[int], count: int, draw: random.Random) -> list[int]:
+        """Where the `count` sentences of a fact stand, in order, of the places where a line starts."""
+        if self.reach is None:
+            return sorted(draw.choice(starts) for _ in range(count))
+        span = draw.uniform(0, min(self.reach, starts[-1]))
+        first = draw.uniform(0, starts[-1] - span)
+        between = [draw.uniform(first, first + span) for _ in range(count - 2)]
+        wanted = sorted([first, *between, first + span][:count])
+        return [starts[min(bisect_left(starts, place), len(starts) - 1)] for place in wanted]
 
     def _facts(self, count: int, draw: random.Random) -> list[tuple[list[str], Asked | None]]:
         """About `count` facts: the sentences of each in the order in which they must stand, and its question."""
