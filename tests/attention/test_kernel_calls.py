@@ -25,6 +25,7 @@ from ultralong.attention.kernels import (
     torch_cuda,
 )
 from ultralong.attention.kernels.base import SOFTCAP, WINDOW
+from ultralong.attention.kernels.head_chunks import backward_in_head_chunks
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
 
@@ -639,6 +640,9 @@ def compare(kernel, causal, edges_q, edges_k, batch, window, softcap):
     wanted = (expected.detach(), expected_lse.detach(), *(x.grad for x in leaves))
     for found, right in zip((out, lse, *grads), wanted):
         assert found.shape == right.shape
+        assert relative(found, right) <= 1e-12
+    for found, right in zip(backward_in_head_chunks(kernel, dout, q, k, v, out, lse, spec, 2), wanted[2:]):
+        assert found.is_contiguous()
         assert relative(found, right) <= 1e-12
 
 

@@ -243,6 +243,18 @@ def test_what_is_sent_is_counted_from_the_scheme():
     assert apart.forward.transferred == apart.backward.transferred == 0
 
 
+def test_one_process_has_the_kernels_buffers_for_a_chunk_of_heads_only():
+    """In bytes of a token: gradients of q, k and v, and float32 buffers of as many elements, twice as large."""
+    peaks = {
+        chunks: trace_attention(workload("auto", 1, tokens=2**14, head_chunks=chunks)).backward.peak / 2**14
+        for chunks in (1, 4)
+    }
+    grads = (8 + 4 + 4) * 8 * 2
+    assert peaks[1] == pytest.approx(3 * grads, rel=0.1)
+    # Beside a chunk's buffers its gradients, and copies of what it is given: as much again, dout and out.
+    assert peaks[4] == pytest.approx(grads + (3 * grads + grads + 2 * 8 * 8 * 2) / 4, rel=0.1)
+
+
 @pytest.mark.parametrize("scheme", ["ulysses", "gathered", "ring"])
 def test_the_work_is_that_of_the_busiest_rank(scheme):
     whole = trace_attention(workload("auto", 1, tokens=1024))

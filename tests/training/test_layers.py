@@ -62,7 +62,7 @@ PLANS = {
 TOKENS = 61  # no multiple of the tile
 
 
-def gradients(model, boundaries, tile, **plan):
+def gradients(model, boundaries, tile, head_chunks=None, **plan):
     """Loss and gradients of one pass; `tile` 0 is transformers' own layers."""
     model = copy.deepcopy(model)
     memory = (
@@ -77,6 +77,7 @@ def gradients(model, boundaries, tile, **plan):
         boundaries=boundaries,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
+        head_chunks=head_chunks,
         store=memory.attention_store if memory else None,
     )
     total, _ = LanguageModelLoss(model, 16)(
@@ -104,6 +105,14 @@ def test_every_gradient_is_that_of_transformers_layers(shape, plan):
     for name, grad in expected.items():
         assert grad.abs().max() > 0, name
         assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name
+
+
+@pytest.mark.parametrize("boundaries", [None, (0, 30, 31, TOKENS)])
+def test_head_chunks_on_one_process_change_no_bit(boundaries):
+    model = AutoModelForCausalLM.from_config(SHAPES["llama"], attn_implementation="ultralong")
+    whole, chunks = (gradients(model, boundaries, 16, count, attention_outputs_on_gpu=3) for count in (None, 2))
+    assert torch.equal(whole[0], chunks[0])
+    assert {name for name, grad in whole[1].items() if not torch.equal(grad, chunks[1][name])} == set()
 
 
 def test_a_row_shorter_than_a_tile_is_one_tile():

@@ -285,10 +285,12 @@ def test_compile_is_for_one_process_without_a_mask(run, compile_with):
         check_start(replace(run, compile=True), world)
 
 
-def test_head_chunks_have_to_split_the_heads(run):
-    chunks = replace(run, parallel=ParallelConfig(context_parallel_size=2, scheme="ulysses", head_chunks=3))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_head_chunks_have_to_split_the_heads(run, processes):
+    scheme = "ulysses" if processes > 1 else "auto"
+    parallel = ParallelConfig(context_parallel_size=processes, scheme=scheme, head_chunks=3)
     with pytest.raises(ValueError, match=r"head_chunks must be one of \["):
-        check_start(chunks, 2)
+        check_start(replace(run, parallel=parallel), processes)
 
 
 def test_sft_refuses_documents(run, capsys):

@@ -167,7 +167,7 @@ def _default_head_chunks(counts: Sequence[int], tokens: int, boundaries: Sequenc
 
 
 def choose_head_chunks(scheme: str, degree: int, row: RowSpec) -> int:
-    """The number of head chunks of Ulysses over `degree` ranks, or of gathered keys.
+    """The number of head chunks of Ulysses over `degree` ranks, of gathered keys, or of one process's backward pass.
 
     Raises:
         ValueError: The number asked for does not split the heads.
@@ -186,7 +186,7 @@ def choose_head_chunks(scheme: str, degree: int, row: RowSpec) -> int:
 
 def _counts(scheme: str, row: RowSpec, degree: int) -> list[int]:
     """The head chunks that a scheme can have."""
-    if scheme == "gathered":
+    if scheme == "gathered" or (scheme == "single" and degree == 1):
         return [count for count in range(1, row.kv_heads + 1) if row.kv_heads % count == 0]
     return head_chunk_counts(row.heads, row.kv_heads, degree) if degree > 1 else [1]
 
@@ -235,7 +235,8 @@ def make_attention_context(
         kv_heads: Kv heads of the model, as many as query heads by default.
         head_chunks: Number of head chunks of Ulysses and of gathered keys. Transfers of one chunk run beside the
             computing of another, and more chunks make the exchanged buffers smaller; each costs a little. None is 1,
-            and up to 4 for Ulysses on long rows of short documents.
+            and up to 4 for Ulysses on long rows of short documents. One process computes the backward pass of one
+            chunk after another, which makes the kernel's float32 buffers smaller.
         store: Stores attention outputs over recomputed forward passes.
         anchors: First tokens of documents, rising; each is seen by all tokens behind it up to the next, whatever their
             document (AnchorAttention, arXiv 2411.13476).

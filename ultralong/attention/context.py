@@ -48,7 +48,7 @@ class AttentionContext:
         boundaries: Document boundaries when documents don't see each other, else None: every token sees all before it.
         outer: Group of the layout's ranks (None for one rank).
         inner: Group of the sequence-to-head all-to-all (Ulysses; None without).
-        head_chunks: Head chunks of Ulysses and of gathered keys.
+        head_chunks: Head chunks of Ulysses, of gathered keys, or of one process's backward pass.
         store: Stores attention outputs over recomputed forward passes.
         reason: Why `auto` chose this scheme, and whether there is anything for it to exchange.
         anchors: Tokens that all documents behind them see, up to the next; starts of documents.
@@ -244,7 +244,7 @@ class AttentionContext:
         kernel = choose_kernel(self.kernel, q, spec.with_segments(self._segments), bottom_right=bottom_right)
         if kernel not in self._schemes:
             if not self.exchanges or self.outer is None:
-                core: Scheme = Local(kernel, self._segments)
+                core: Scheme = Local(kernel, self._segments, self.head_chunks if self.size == 1 else 1)
             elif self.scheme.endswith("ring"):
                 core = Ring(self.outer, self.layout, kernel, self.boundaries)
             else:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.collectives import Group, waiting
-from ultralong.attention.kernels import Kernel, attention_backward, attention_forward, backward_accumulate
+from ultralong.attention.kernels import Kernel, attention_forward, backward_accumulate
+from ultralong.attention.kernels.head_chunks import backward_in_head_chunks
 from ultralong.attention.lse_merge import accumulation_dtype, add_sink, merge_into_rounded, sink_gradient
 from ultralong.attention.protocol import AttentionOutputStore, OutLse
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
@@ -83,10 +84,12 @@ class Local(Scheme):
     Attributes:
         kernel: Who computes.
         segments: The documents, or None when every token sees all before it.
+        head_chunks: Parts of the heads whose backward pass is computed one after another.
     """
 
     kernel: Kernel
     segments: VarlenSegments | None = None
+    head_chunks: int = 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> OutLse:
         """One kernel call."""
@@ -104,10 +107,10 @@ class Local(Scheme):
         *,
         fp32_grads: bool = False,
     ) -> Gradients:
-        """One kernel call."""
+        """One kernel call for each head chunk; sums in float32, which others are added to, are made in one."""
         spec = spec.with_segments(self.segments)
         if not fp32_grads:
-            return attention_backward(self.kernel, dout, q, k, v, out, lse, spec)
+            return backward_in_head_chunks(self.kernel, dout, q, k, v, out, lse, spec, self.head_chunks)
         dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (k, v))
         dq = backward_accumulate(self.kernel, dout, q, k, v, out, lse, spec, dk, dv)
         return dq, dk, dv

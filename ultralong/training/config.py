@@ -107,8 +107,8 @@ class ParallelConfig:
             backward pass; false keeps them in between.
         scheme: Attention scheme, see `ultralong.attention`; auto chooses and says why.
         kernel: Attention kernel; auto takes the fastest that is present and right for the shape.
-        head_chunks: Chunks of heads that the scheme works through one after another: more make its buffers smaller and
-            cost a little; None is one.
+        head_chunks: Chunks of heads that the scheme, or the backward pass of attention on one GPU, works through one
+            after another: more make its buffers smaller and cost a little; None is one.
         timeout_minutes: A run of several ranks without progress for this long ends, and says what each waits for.
     """
 

@@ -214,9 +214,9 @@ class Preflight:
             check_tiled_layers(model)
         ranks = parallel.context_parallel_size
         heads, kv_heads = head_counts(model) if model is not None else (1, 1)
-        row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks if ranks > 1 else None)
+        row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks)
         scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)
-        if ranks > 1 and model is not None:
+        if model is not None:
             choose_head_chunks(scheme, ranks if scheme == "ulysses" else 1, row)  # others don't split the heads
         if model is None and ranks > 1 and parallel.scheme == "auto":
             return f"{ranks} processes a row; which scheme follows from the model's heads", None
