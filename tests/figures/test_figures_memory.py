@@ -19,8 +19,8 @@ def test_parts_of_a_bar_are_stacked_and_a_missing_one_is_zero():
 
 def test_of_many_bars_some_are_named():
     figure = stacked_bytes({str(layer): {"inputs": layer} for layer in range(1, 33)})
-    assert list(figure.layout.xaxis.tickvals) == list(range(0, 32, 8))
-    assert figure.layout.xaxis.ticktext[:2] == ("1", "9")
+    assert list(figure.layout.xaxis.tickvals) == list(range(0, 32, 6))
+    assert figure.layout.xaxis.ticktext[:2] == ("1", "7")
 
 
 def test_a_prompt_is_a_page_with_its_needle_and_its_end():
@@ -42,6 +42,9 @@ def test_a_forest_has_a_line_and_a_point_for_each_row():
     assert lines.x == (0.5, 1.5, None, -2.0, 0.0, None)
     assert (points.x, points.y) == ((1.0, -1.0), (0, 1))
     assert figure.layout.yaxis.ticktext == ("a &lt; b", "c")
+    low, high = figure.layout.xaxis.range
+    assert low < -3, "a line that stops at the frame looks cut off"
+    assert high > 3
 
 
 @pytest.mark.parametrize(

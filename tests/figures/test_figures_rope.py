@@ -41,6 +41,15 @@ def test_speed_kept_ends_its_axis_at_the_slowest():
     assert figures.speed_kept({"all": [1 / 8, 1 / 8]}).layout.yaxis.ticktext == ("1", "1/2", "1/4", "1/8")
 
 
+def test_a_logarithmic_axis_has_labels_that_can_be_told_apart():
+    short = figures.lines({"a": ([16384, 131072], [0.4, 3.0])}, log_x=True, log_y=True).layout
+    assert short.xaxis.ticktext == ("20k", "50k", "100k")
+    assert short.yaxis.ticktext == ("0.5", "1", "2")
+    assert short.xaxis.exponentformat is None
+    long = figures.lines({"a": ([1, 2], [1e-16, 1.0])}, log_y=True).layout.yaxis
+    assert (long.dtick, long.exponentformat) == (3, "power")
+
+
 def test_lines_and_marks_draw_as_still_pictures():
     figure = figures.lines(
         {"one": ([1, 10], [0.5, 2.0]), "two": ([1, 10], [1.0, 1.5])},

@@ -48,8 +48,8 @@ table { border-collapse: collapse; margin: 1em 0; }
 thead th:empty { padding: 0; border: 0; }
 td, th { border: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top; }
 .wide { margin: 1em 0; overflow-x: auto; }
-.figure { min-width: 480px; }
-.figure.moving { min-width: 560px; } /* a narrow screen scrolls: below this the controls would lie on each other */
+.figure { min-width: 600px; }
+.figure.moving { min-width: 640px; } /* a narrow screen scrolls: below this labels would lie on each other */
 .figure img, img { max-width: 100%; height: auto; }
 noscript img { background: white; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 6px 12px; margin: 1em 0; }

@@ -10,7 +10,7 @@ from ultralong.figures.theme import GREY, PALETTE, graph_objects, new_figure
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MOST_NAMED = 4  # bars that have their name below them; of more, some have
+MOST_NAMED = 6  # bars that have their name below them; of more, some have
 
 
 def stacked_bytes(
@@ -66,15 +66,17 @@ def stacked_bytes(
             y1=limit,
             line={"color": GREY, "width": 2, "dash": "dash"},
         )
+        # Beside the bars: above the line the last bar may hide it.
+        figure.update_layout(margin={"r": 24 + 7 * len(limit_name)})
         figure.add_annotation(
-            x=0.99,
+            x=1.0,
             y=limit,
             xref="x domain",
             yref="y",
             text=limit_name,
             showarrow=False,
-            xanchor="right",
-            yanchor="bottom",
+            xanchor="left",
+            yanchor="middle",
             font={"size": 11, "color": GREY},
         )
     return figure

@@ -139,5 +139,6 @@ def traffic(sent: Sequence[Sequence[float]], title: str = "", *, unit: str = "by
             ygap=2,
         )
     )
-    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", autorange="reversed")
     return figure

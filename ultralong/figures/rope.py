@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ultralong.figures.theme import DASHES, GREY, MARKERS, PALETTE, graph_objects, new_figure, tokens_label
+from ultralong.figures.theme import DASHES, GREY, MARKERS, PALETTE, graph_objects, log_axis, new_figure, tokens_label
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -50,9 +50,9 @@ def lines(
             )
         )
     if log_x:
-        figure.update_xaxes(type="log", dtick=1)
+        figure.update_xaxes(log_axis([value for across, _ in curves.values() for value in across]))
     if log_y:
-        figure.update_yaxes(type="log", dtick=1)
+        figure.update_yaxes(log_axis([value for _, up in curves.values() for value in up]))
     figure.update_layout(showlegend=len(curves) > 1)
     return figure
 
@@ -137,7 +137,7 @@ def clock_hands(angles: Sequence[float], seen: Sequence[float], names: Sequence[
     }  # fmt: skip
     for (x, y), angle, reach in zip(centres, angles, seen, strict=True):
         for name, ends in (("circle", 2 * math.pi), ("seen in training", min(reach, 2 * math.pi))):
-            arc = [ends * step / 14 for step in range(15)]
+            arc = [ends * step / 28 for step in range(29)]
             drawn[name][0].extend([*(round(x + math.sin(a), 3) for a in arc), None])
             drawn[name][1].extend([*(round(y + math.cos(a), 3) for a in arc), None])
         drawn["hand"][0].extend([x, round(x + 0.9 * math.sin(angle), 3), None])

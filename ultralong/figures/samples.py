@@ -68,7 +68,7 @@ def forest(
         title: Title of the figure.
         x: What is estimated, with its unit.
         zero: Value that means no difference, drawn as a line.
-        span: Ends of the horizontal axis; None fits the intervals.
+        span: Ends of the horizontal axis, which gets a little room beyond them; None fits the intervals.
     """
     figure = new_figure(title, x, "", height=110 + 26 * len(rows))
     names = [plain_text(name) for name in rows]
@@ -92,8 +92,9 @@ def forest(
         )
     )
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5])
-    if span is not None:
-        figure.update_xaxes(range=list(span))
+    low, high = span or (min(row[1] for row in rows.values()), max(row[2] for row in rows.values()))
+    edge = 0.03 * (high - low) or 0.1  # room beyond the ends: a line that stops at the frame looks cut off
+    figure.update_xaxes(range=[low - edge, high + edge])
     if zero is not None:
         figure.add_shape(
             type="line", x0=zero, x1=zero, y0=0, y1=1, xref="x", yref="y domain",

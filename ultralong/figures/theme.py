@@ -6,6 +6,8 @@ never the only sign: lines also differ in dash or marker, heatmap cells carry th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ultralong.utils.extras import require
@@ -97,6 +99,34 @@ def tokens_label(tokens: float) -> str:
         if tokens >= unit:
             return f"{tokens / unit:.3g}{name}" if tokens < 1000 * unit else f"{tokens / unit:.0f}{name}"
     return f"{tokens:.0f}"
+
+
+def log_axis(values: Iterable[float]) -> dict[str, Any]:
+    """Settings of a logarithmic axis whose labels a reader can tell apart, for values that it shows.
+
+    Less than a decade and a half gets ticks at 1, 2 and 5 times powers of ten, many decades one tick for several.
+    Plotly's own labels say micro and femto for small numbers; here they are powers of ten.
+    """
+    positive = [value for value in values if value > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    decades = math.log10(high / low)
+    axis: dict[str, Any] = {"type": "log", "dtick": max(1, math.ceil(decades / 7))}
+    if decades < 1.5:
+        steps = [digit * 10.0**power for power in range(-12, 13) for digit in (1, 2, 5)]
+        near = [step for step in steps if 0.8 * low <= step <= 1.25 * high]
+        if len(near) > 1:
+            axis = {"type": "log", "tickvals": near, "ticktext": [_short(step) for step in near]}
+    if low < 1e-3:
+        axis["exponentformat"] = "power"
+    return axis
+
+
+def _short(value: float) -> str:
+    """A tick's label: 0.05, 2, 500, 20k, 1M."""
+    for size, name in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if name == 'k' else size):g}{name}"
+    return f"{value:g}"
 
 
 def translucent(colour: str, alpha: float) -> str:
