@@ -14,12 +14,14 @@ from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.files import companion_files, header, weight_files
 from ultralong.checkpoints.write import copy_weights, write_checkpoint
+from ultralong.data.tokens import encoding
 from ultralong.inference.load import load_model
 from ultralong.rope import from_config
 from ultralong.training import model as train_model
 from ultralong.training.config import DataSource, TrainConfig
 from ultralong.training.preflight import preflight
-from ultralong.utils.files import sha256
+from ultralong.utils import hub
+from ultralong.utils.files import read_json, sha256
 
 
 @pytest.fixture
@@ -129,10 +131,14 @@ def test_only_the_caches_own_layout_opens_the_way_to_blobs(tmp_path, model):
         ("model.safetensors.index.json", "[]"),
         ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
         ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+        ("model.safetensors.index.json", "{}"),
+        ("config.json", '{"a": ' + 99_999 * "[" + 99_999 * "]" + "}"),
+        ("tokenizer_config.json", '{"a": ' + 9_999 * "1" + "}"),
+        ("chat_template.jinja", "\udcff"),
     ],
 )
 def test_json_of_a_wrong_type_is_one_line_with_the_file(tmp_path, model, name, content):
-    (model / name).write_text(content)
+    (model / name).write_text(content, errors="surrogateescape")
     if "index" in name:
         (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=name) as error:
@@ -150,6 +156,11 @@ def test_json_of_a_wrong_type_is_one_line_with_the_file(tmp_path, model, name, c
         {"a": {"dtype": "F32", "shape": [], "data_offsets": [0]}},
         {"a": {"dtype": "F32", "shape": [], "data_offsets": ["0", 0]}},
         {"a": {"dtype": "F32", "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F9", "shape": [0], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 0]}},
+        {"__metadata__": [1]},
+        {"__metadata__": {"a": 10 * [[]]}},
     ],
 )
 def test_a_safetensors_header_of_wrong_types_is_one_line_with_the_file(tmp_path, entries):
@@ -176,6 +187,33 @@ def test_what_a_config_cannot_say_is_refused_by_name(tmp_path, model):
     (model / "config.json").write_text('{"model_type": "nothing-like-it"}')
     with pytest.raises(ValueError, match=r"can't read the config in .*nothing-like-it"):
         load_config(model)
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 7), ("num_hidden_layers", 7), ("hidden_size", 10**9)])
+def test_weights_that_are_not_those_of_the_config_are_not_extended(tmp_path, model, name, value):
+    file = model / "config.json"
+    file.write_text(json.dumps(read_json(file) | {name: value, "layer_types": None}))
+    with pytest.raises(ValueError, match=r"can't be extended: .*not of one model") as error:
+        extend(model, 1024, tmp_path / "out", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_a_billion_layers_is_refused_before_one_is_built(model):
+    file = model / "config.json"
+    file.write_text(json.dumps(read_json(file) | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="1,000,000,000 layers"):
+        load_config(model)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"chat_template": [1]}', '{"a": ' + 99_999 * "[" + 99_999 * "]" + "}"])
+def test_a_tokenizer_of_wrong_types_is_one_line(model, content):
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (model / "tokenizer_config.json").write_text(content)
+    for load in (hub.load_tokenizer, encoding.load_tokenizer):
+        with pytest.raises(ValueError, match="no tokenizer that transformers") as error:
+            load(model)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("broken", ["pickled", "cut", "no weights"])

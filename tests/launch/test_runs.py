@@ -78,6 +78,10 @@ def test_damaged_and_foreign_folders_are_told(place, tmp_path, capsys):
     assert (found.state, found.saved, found.steps, found.loss) == ("interrupted", 5, 9, None)
     (run / "log.jsonl").write_text("no json\n")
     assert "line 1: not valid JSON" in state_of(run).reason
+    (run / "log.jsonl").unlink()
+    (run / "log.jsonl").mkdir()
+    (run / "config.yaml").write_bytes(b"\xff\xfe")
+    assert ("directory" in state_of(run).reason, state_of(run).steps) == (True, 0)
     with pytest.raises(ValueError, match="is not a folder"):
         find_runs(tmp_path / "missing")
     cli.main(["runs", str(tmp_path), "--json", str(tmp_path / "out.json")])

@@ -18,11 +18,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from ultralong.bench.results import write_rows
 from ultralong.evaluation.tasks.groups import find_questions
 from ultralong.evaluation.tasks.samples import GENERATED, make_samples
+from ultralong.utils.hub import load_tokenizer
 from ultralong.utils.progress import progress
 from ultralong.utils.units import GIB
 
@@ -42,7 +41,7 @@ def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None 
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     loaded("A first text.")
     rows: list[dict[str, Any]] = []
     for length in lengths:

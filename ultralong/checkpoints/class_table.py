@@ -104,6 +104,33 @@ def _class_model(checkpoint: _Checkpoint, attention: str) -> PreTrainedModel:
         return open_model(checkpoint.place, attention, device="meta")
 
 
+def check_class_weights(place: Path, config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint whose weights are not those of the class that its config names.
+
+    Nothing is said of quantised weights, of those of another class than the causal language model (of pictures and
+    text, say), and of files in which no name is one of the class.
+
+    Args:
+        place: Folder of a whole checkpoint.
+        config: Its config, as transformers reads it.
+
+    Raises:
+        ValueError: A weight is missing or of another shape.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    with torch.device("meta"), _silent():
+        model = AutoModelForCausalLM.from_config(config)
+    if (config.architectures or [type(model).__name__]) != [type(model).__name__]:
+        return
+    files = [place / name for name in weight_files(place) if name.endswith(".safetensors")]
+    if model.state_dict().keys() & {name for file in files for name in header(file)}:
+        try:
+            class_model(place, "eager")
+        except ValueError as error:
+            raise ValueError(f"{place} can't be extended: {error}") from error
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

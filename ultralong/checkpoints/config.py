@@ -34,6 +34,7 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
+MOST_LAYERS = 10_000  # a class is built layer by layer, also without memory: a damaged number would take for ever
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -62,6 +63,8 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     for name in SIZES:
         if isinstance(size := entries.get(name), int | float) and not size >= 1:
             raise ValueError(f"the config in {model} has a {name} of {size}, and a model has at least 1.")
+    if isinstance(layers := entries.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+        raise ValueError(f"the config in {model} has {layers:,} layers, and a model has at most {MOST_LAYERS:,}.")
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False)
     except CONFIG_ERRORS as error:

@@ -7,7 +7,6 @@ enough to tell a whole file from a cut one and an index that fits its shards fro
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong.utils.files import read_json_object
+from safetensors import SafetensorError, safe_open
+
+from ultralong.utils.files import json_value, read_json_object
 
 INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
 HUB_FOLDER = re.compile(r"(models|datasets|spaces)--")  # name of a repository's folder in the hub's cache
@@ -102,10 +103,8 @@ def weight_files(folder: Path) -> list[str]:
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing or not shards:
-        raise ValueError(
-            f"{INDEX} lists {len(shards)} shards, but {_some(missing) or 'none'} "
-            f"of them can't be found in {folder}. Complete the download."
-        )
+        lost = f", but {_some(missing)} can't be found in {folder}" if missing else ""
+        raise ValueError(f"{INDEX} lists {len(shards)} shards{lost}. Complete the download.")
     names = {path.name for path in folder.iterdir()}
     stray = sorted(name for name in names - set(shards) if SHARD_NAME.fullmatch(name))
     if stray:
@@ -250,8 +249,8 @@ def header(path: Path) -> dict[str, Any]:
                 "a Git LFS pointer, run `git lfs pull`; otherwise download it again."
             )
         try:
-            entries = json.loads(stream.read(header_size))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            entries = json_value(stream.read(header_size))
+        except ValueError as error:
             raise ValueError(f"{path} has a damaged safetensors header ({error}). Download it again.") from error
     if not isinstance(entries, dict) or not all(map(_is_tensor, (entries | {"__metadata__": TENSOR}).values())):
         raise ValueError(f"{path} has a damaged safetensors header (entries of wrong types). Download it again.")
@@ -259,6 +258,11 @@ def header(path: Path) -> dict[str, Any]:
     expected = 8 + header_size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != expected:
         raise ValueError(f"{path} has {size} bytes, but its header describes {expected}: download it again.")
+    try:
+        with safe_open(path, "np"):  # the format's own rules: known types, sizes that fit them, no gaps
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} has a damaged safetensors header ({error}). Download it again.") from error
     return dict(entries)
 
 

@@ -96,7 +96,10 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}). Restore it.") from error
 
 
 def _remove(place: Path) -> None:

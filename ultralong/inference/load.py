@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong import attention
 from ultralong.checkpoints.class_table import open_model
 from ultralong.checkpoints.config import one_line
 from ultralong.checkpoints.files import weight_files
+from ultralong.utils.hub import load_tokenizer
 
 
 def load_model(
@@ -55,8 +56,4 @@ def load_model_and_tokenizer(
     Raises:
         ValueError: There is no such checkpoint, or no such device.
     """
-    loaded = load_model(model, device)
-    try:
-        return loaded, AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"{model} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
+    return load_model(model, device), load_tokenizer(model)

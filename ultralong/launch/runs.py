@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ultralong.training.checkpoint import STOPPED, RunFolder
 from ultralong.utils.files import is_locked, read_json, read_jsonl
+from ultralong.utils.yaml_text import read_yaml
 
 RECENT = 10  # steps whose median is the rate
 STATES = ("running", "finished", "failed", "interrupted")
@@ -73,9 +72,10 @@ def state_of(folder: Path) -> RunState:
         records = [record for record in read_jsonl(run.log) if isinstance(record.get("step"), int)]
     except FileNotFoundError:
         records = []
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # one folder that can't be read does not hide the others
         records, problems = [], [str(error)]
-    steps = int(_settings(run.config).get("steps") or 0)
+    steps = _settings(run.config).get("steps")
+    steps = steps if isinstance(steps, int) else 0
     step, recent = (records[-1]["step"] if records else 0), records[-RECENT:]
     saved = run.checkpoints()
     stopped = _recorded(folder / STOPPED)
@@ -117,8 +117,8 @@ def _changed(path: Path) -> float:
 def _settings(path: Path) -> dict[str, Any]:
     """The config as it was written, whichever version wrote it."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

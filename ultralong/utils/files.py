@@ -223,9 +223,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: The file is not JSON; the message names it and the place.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json_value(Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Restore it or delete it and run again.") from error
+
+
+def json_value(text: bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or holds a number of too many digits.
+    """
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
@@ -268,8 +280,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            records.append(json_value(line))
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
         if not isinstance(records[-1], dict):
             raise ValueError(f"{path}, line {number}: an object is needed, found {type(records[-1]).__name__}.")

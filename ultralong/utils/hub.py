@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What transformers raises for files of a tokenizer that it cannot read.
+TOKENIZER_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -50,7 +52,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     place = find_checkpoint(name)
     try:
         return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+    except TOKENIZER_ERRORS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(place).is_dir():
             raise ValueError(f"The folder {place} has no tokenizer that transformers opens: {reason}") from error

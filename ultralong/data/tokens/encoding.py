@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultralong.data.tokens.long_texts import LONG, Cuts, EncodeIds, cut_text
+from ultralong.utils.hub import TOKENIZER_ERRORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except TOKENIZER_ERRORS as error:
         raise ValueError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
 
 

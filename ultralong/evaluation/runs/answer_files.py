@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from ultralong.evaluation.measures.capability import capability_means, curve_are
 from ultralong.evaluation.measures.result import Part, Result
 from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.tasks.samples import TASKS, current_name, find_task
-from ultralong.utils.files import read_jsonl
+from ultralong.utils.files import json_value, read_jsonl
 
 ANSWERS = re.compile(r"(\w+)-(\d+)\.jsonl")
 
@@ -70,8 +69,8 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            record = json_value(line)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: an object of fields is needed, found {type(record).__name__}.")

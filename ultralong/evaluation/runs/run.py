@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.runs.checks import check_needs, check_same_run, plan_pairs
 from ultralong.evaluation.runs.direct import grid_axes, measure_benchmarks, measure_grid, measure_rows
@@ -33,6 +33,7 @@ from ultralong.rope import declared_window
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import write_json
+from ultralong.utils.hub import load_tokenizer
 
 
 def run(
@@ -172,7 +173,4 @@ def _open(wanted: RunSettings, device: str) -> tuple[PreTrainedModel | None, Pre
     """Model and tokenizer; no model for an engine that opens it itself."""
     if wanted.engine == "transformers":
         return load_model_and_tokenizer(wanted.model, device)
-    try:
-        return None, AutoTokenizer.from_pretrained(wanted.model)
-    except OSError as error:
-        raise ValueError(f"{wanted.model} cannot be opened as a checkpoint: {str(error).splitlines()[0]}") from error
+    return None, load_tokenizer(wanted.model)

@@ -25,7 +25,7 @@ from ultralong.data.read.fetch import DEFAULT_CACHE
 from ultralong.evaluation.tasks.published.longbench_scores import PRO_MARKS, PRO_SCORES, pro_score, v2_score
 from ultralong.evaluation.tasks.published.reader import Rows, draw_order, fill
 from ultralong.evaluation.tasks.task import Draft, Reader, Setting, Task
-from ultralong.utils.files import atomic_path
+from ultralong.utils.files import atomic_path, json_value
 
 FILES = {"longbench_v2": "data.json", "longbench_pro": "longbench_pro.json"}
 HUBS = {"longbench_v2": "THUDM/LongBench-v2", "longbench_pro": "caskcsg/LongBench-Pro"}
@@ -85,8 +85,8 @@ def _as_lines(path: Path) -> Path:
     if target.exists():
         return target
     try:
-        rows = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = json_value(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again.") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a list of records: give the authors' file, or one record a line.")

@@ -7,7 +7,6 @@ read.
 from __future__ import annotations
 
 import functools
-import json
 import random
 import shutil
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 from ultralong.data.read.fetch import DEFAULT_CACHE
 from ultralong.evaluation.tasks.published.catalogue import PublishedSet, catalogue
 from ultralong.evaluation.tasks.task import Draft, Setting
-from ultralong.utils.files import atomic_path
+from ultralong.utils.files import atomic_path, json_value
 
 LETTERS = "ABCD"
 # Where the authors keep their data. LV-Eval's lies in archives behind a loading script, which `datasets` no longer
@@ -56,8 +55,8 @@ class Rows:
         with open(self.path, "rb") as stream:
             stream.seek(self._starts[index])
             try:
-                row = json.loads(stream.readline())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                row = json_value(stream.readline())
+            except ValueError as error:
                 raise ValueError(f"{self.path}, row {index + 1}: not valid JSON ({error}).") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}, row {index + 1}: not a record of fields.")
