@@ -208,9 +208,10 @@ def test_a_notebook_in_jupyterlab(lab, browser, name):
 
     exercise, wrong, hint, right = ANSWERS[name]
     cell = answer(page, exercise, wrong)
-    error = cell.locator(".jp-OutputArea-output").filter(has_text=TRACEBACK)
+    error = cell.locator(".jp-OutputArea-output").filter(has_text=f"{exercise}: not yet.")
     error.wait_for(timeout=60_000)
     assert hint in error.text_content()
+    assert TRACEBACK not in error.text_content(), "a learner sees the frames of the check"
     error.scroll_into_view_if_needed()
     page.screenshot(path=SHOTS / f"lab-{name}-wrong.png")
     answer(page, exercise, right)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from ultralong import course
 from ultralong.course import checks, progress
 from ultralong.course.exercise import exercises
 
 ALL = exercises()
+DEAR = ("01.largest_position", "06.all_to_all", "06.ring", "10.solve")  # each try costs half a second or more
 MISTAKES = [(task, mistake) for task in ALL for mistake in task.mistakes]
 
 
@@ -45,6 +48,23 @@ def test_what_was_not_tried_passes_and_says_so(task, capsys):
     for answer in (None, ..., *unfinished):
         course.check(task.name, answer)
         assert f"{task.name}: not tried yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda task: task.name)
+def test_an_answer_of_another_kind_gets_a_hint_and_no_other_error(task):
+    odd = ("7",) if task.name in DEAR else ("7", object(), -1, np.ones(3), torch.ones(2, 3))
+    for value in odd:
+        answer = (lambda *_, value=value, **__: value) if callable(task.solution) else value
+        with pytest.raises(checks.NotYet) as error:
+            course.check(task.name, answer)
+        assert str(error.value).startswith(f"{task.name}: not yet. ")
+
+
+def test_an_error_in_the_answer_is_told_with_its_call_and_without_frames():
+    with pytest.raises(checks.NotYet, match="Your function raised ZeroDivisionError") as error:
+        course.check("01.wavelength", lambda *_: 1 / 0)
+    assert "It was called with (" in str(error.value)
+    assert error.value._render_traceback_() == [str(error.value)], "IPython would show the check's own frames"
 
 
 def test_an_unfinished_function_is_not_an_error(capsys):

@@ -1,7 +1,7 @@
 """Check, hint, solution, prediction: what a cell of a notebook calls.
 
 An exercise that nobody tried yet passes, so that "Run all" gets to the end. A wrong answer raises an AssertionError
-that says what was found and where to look. A right one prints one line.
+that says what was found and where to look; a notebook shows that message alone. A right one prints one line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import html
 import inspect
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,15 +25,27 @@ class NotTried(Exception):
     """The learner's function still returns what the notebook put there."""
 
 
+class NotYet(AssertionError):
+    """A wrong answer; the message is for the learner."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: frames of the check would say nothing to a learner."""
+        return [str(self)]
+
+
 class Tried:
     """A learner's function as the checks call it: an unfinished one is told apart, an error is explained.
 
     Args:
         function: What the learner wrote.
+
+    Attributes:
+        given: What it returned last.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        self.given: Any = None
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The function's result.
@@ -49,10 +62,12 @@ class Tried:
             raise
         except Exception as error:
             raise AssertionError(
-                f"Your function raised {type(error).__name__}: {error}. It was called with {_shown(arguments, named)}."
+                f"Your function raised {type(error).__name__}: {error}{_line_of(error)}. It was called with "
+                f"{_shown(arguments, named)}."
             ) from error
         if result is None or result is ...:
             raise NotTried
+        self.given = result
         return result
 
 
@@ -66,25 +81,41 @@ def check(name: str, answer: Any = None) -> None:
 
     Raises:
         ValueError: There is no such exercise.
-        AssertionError: The answer is wrong; the message says what was found, what was expected and where to look.
+        NotYet: The answer is wrong; the message says what was found, what was expected and where to look.
     """
     task = exercise(name)
+    tried = Tried(answer) if callable(answer) else answer
     try:
         if answer is None or answer is ...:
             raise NotTried
-        said = task.check(Tried(answer) if callable(answer) else answer)
+        said = task.check(tried)
     except NotTried:
-        print(f"{name}: not tried yet. {task.title}, about {task.minutes} minutes. Stuck? hint({name!r})")
+        print(
+            f"{name}: not tried yet. {task.title}, about {task.minutes} minutes. "
+            f"Stuck? from ultralong.course import hint; hint({name!r})"
+        )
         return
     except AssertionError as error:
-        record = _progress()
-        record.tried[name] = record.tried.get(name, 0) + 1
-        record.save()
-        raise AssertionError(f"{name}: not yet. {error}") from error.__cause__
+        raise _wrong(name, str(error)) from error.__cause__
+    except Exception as error:  # the check cannot compute with what was given: another type, or another shape
+        given = tried.given if isinstance(tried, Tried) else tried
+        said = "what your function gave" if given is None else f"{_short(given)}{_kind(given)}"  # None: on another rank
+        raise _wrong(
+            name,
+            f"The check cannot use {said}: {type(error).__name__}: {error}. What is asked for: {task.task}",
+        ) from error
     record = _progress()
     record.solved.setdefault(name, datetime.date.today().isoformat())
     record.save()
     print(f"ok {name}: {said}")
+
+
+def _wrong(name: str, message: str) -> NotYet:
+    """Count a wrong answer, and return the error that says why."""
+    record = _progress()
+    record.tried[name] = record.tried.get(name, 0) + 1
+    record.save()
+    return NotYet(f"{name}: not yet. {message}")
 
 
 def hint(name: str) -> None:
@@ -96,7 +127,7 @@ def hint(name: str) -> None:
     task = exercise(name)
     at = _HINTS_SHOWN.get(name, 0)
     if at >= len(task.hints):
-        print(f"{name}: that were all hints. A solution: solution({name!r})")
+        print(f"{name}: that were all hints. A solution: from ultralong.course import solution; solution({name!r})")
         return
     _HINTS_SHOWN[name] = at + 1
     print(f"{name}, hint {at + 1} of {len(task.hints)}: {task.hints[at]}")
@@ -182,6 +213,17 @@ def _ipython() -> Any:
     return IPython if IPython.get_ipython() is not None else None
 
 
+def _line_of(error: Exception) -> str:
+    """Where in the learner's code an error came up, by the last line of a notebook's cell in its traceback."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "ipykernel" in frame.filename]
+    return f" (line {lines[-1].lineno} of the cell: {lines[-1].line})" if lines else ""
+
+
+def _kind(value: Any) -> str:
+    """The type of a value whose text does not say it."""
+    return "" if getattr(value, "shape", ()) else f", a value of type {type(value).__name__}"
+
+
 def _shown(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
     parts = [_short(value) for value in arguments] + [f"{key}={_short(value)}" for key, value in named.items()]
     return f"({', '.join(parts)})"
@@ -189,5 +231,9 @@ def _shown(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    text = f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None and len(shape) else repr(value)
+    text = (
+        f"{type(value).__name__} of shape {tuple(shape)}"
+        if shape is not None and len(shape)
+        else " ".join(repr(value).split())
+    )
     return text if len(text) <= 80 else text[:77] + "..."
