@@ -16,7 +16,8 @@ from ultralong.planner.traces import tracker as tracker_module
 from ultralong.planner.traces.attention import AttentionWorkload, between, trace_attention
 from ultralong.planner.traces.fake_loss import fake_head_loss
 from ultralong.planner.traces.kernel import KERNELS, AllocatingKernel, planned_kernel
-from ultralong.planner.traces.layers import LayerTrace, StepSettings, trace_layers, trace_step, traced
+from ultralong.planner.traces.layers import StepSettings, trace_layers, trace_step, traced
+from ultralong.planner.traces.shape_tensors import ShapeMode
 from ultralong.planner.traces.tracker import Tracker
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.adapters.lora import add_adapters
@@ -40,7 +41,7 @@ TINY = LlamaConfig(
 
 @pytest.mark.parametrize("fake", [False, True])
 def test_the_tracker_counts_storages_work_and_traffic(fake):
-    mode = FakeTensorMode() if fake else torch.no_grad()
+    mode = ShapeMode() if fake else torch.no_grad()
     with mode, Tracker() as tracker:
         a = torch.ones(1000, 1000)  # 4 MB written
         b = a @ a  # two GFLOP
@@ -75,10 +76,7 @@ def test_a_step_on_fake_tensors_takes_what_it_takes_on_real_ones(layer_tile, dty
     settings = StepSettings(2, dtype, checkpointed, loss_tile=64, layer_tile=layer_tile or 0)
     real = trace_step(tiny_model(), torch.zeros(2, 256, dtype=torch.int64), settings)
     fake = traced(TINY.to_json_string(use_diff=False), 256, settings, TINY.num_hidden_layers)
-    skipped = ("moved", "operations") if layer_tile else ()  # one pass on a GPU and on fake tensors, several on a CPU
-    for name in set(LayerTrace.__dataclass_fields__) - {*skipped}:
-        # transformers keeps 8 bytes a token more of fake tensors, whose positions it can't look at.
-        assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.01), name
+    assert fake == real
     assert bool(fake.at_recompute) == checkpointed
 
 

@@ -9,7 +9,6 @@ Legend: B batch, T tokens a rank holds, H query heads, K kv heads, D head size, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ultralong.attention import AttentionContext, make_attention_context
 from ultralong.attention.balance import PairCounter, with_padding
 from ultralong.attention.collectives import GroupOrMesh
 from ultralong.attention.kv_plan import plan_kv
 from ultralong.planner.traces.kernel import AllocatingKernel
+from ultralong.planner.traces.shape_tensors import ShapeMode
 from ultralong.planner.traces.tracker import Tracker
 
 
@@ -104,14 +103,11 @@ def trace_attention(workload: AttentionWorkload) -> AttentionTrace:
     Raises:
         ValueError: The trainer would refuse this row too; says why.
     """
-    with warnings.catch_warnings():
-        # Whether rows are aligned is asked of fake tensors as well, which say that they are.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        with _fake_groups(workload, 0) as group:
-            busiest = _most_keys(_context(workload, group, AllocatingKernel(workload.kernel)))
-        with _fake_groups(workload, busiest) as group:
-            kernel = AllocatingKernel(workload.kernel)
-            return _traced(workload, _context(workload, group, kernel), kernel)
+    with _fake_groups(workload, 0) as group:
+        busiest = _most_keys(_context(workload, group, AllocatingKernel(workload.kernel)))
+    with _fake_groups(workload, busiest) as group:
+        kernel = AllocatingKernel(workload.kernel)
+        return _traced(workload, _context(workload, group, kernel), kernel)
 
 
 def _context(workload: AttentionWorkload, group: GroupOrMesh | None, kernel: AllocatingKernel) -> AttentionContext:
@@ -170,7 +166,7 @@ def _traced(workload: AttentionWorkload, context: AttentionContext, kernel: Allo
     def given(heads: int) -> Tensor:
         return torch.empty(workload.rows, context.local_tokens, heads, workload.head_dim, dtype=dtype)
 
-    with FakeTensorMode():
+    with ShapeMode():
         q, k, v, dout = (given(n) for n in (workload.heads, workload.kv_heads, workload.kv_heads, workload.heads))
         scheme, spec = context.scheme_and_spec(q, k, v)
         with Tracker() as tracker:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ultralong.attention.protocol import AttentionContextLike
@@ -21,6 +20,7 @@ from ultralong.attention.scheme import Gradients, OutLse, Scheme, attention
 from ultralong.attention.spec import AttentionSpec
 from ultralong.planner.traces.fake_loss import fake_head_loss
 from ultralong.planner.traces.models import config_of, fake_model, plain
+from ultralong.planner.traces.shape_tensors import ShapeMode
 from ultralong.planner.traces.tracker import Tracker
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.adapters.lora import trained_parameters
@@ -152,7 +152,7 @@ def traced(model: str, tokens: int, settings: StepSettings, layers: int) -> Laye
     """
     config = plain(config_of(model), layers)
     dtype = settings.dtype if settings.sharded else torch.float32
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+    with ShapeMode(), torch.random.fork_rng(devices=[]):
         made = fake_model(config, dtype, settings.lora)
         return trace_step(made, torch.zeros(settings.rows, tokens, dtype=torch.int64), settings)
 

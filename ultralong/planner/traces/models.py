@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong.attention import NAME
+from ultralong.planner.traces.shape_tensors import real_tensors
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.adapters.lora import add_adapters
 
@@ -23,7 +23,7 @@ def config_of(model: str) -> PreTrainedConfig:
 
 
 def fake_model(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> PreTrainedModel:
-    """A model of fake tensors in training mode; called inside a fake tensor mode."""
+    """A model of fake tensors in training mode; called inside a `ShapeMode`."""
     return _adapted(config, dtype, lora) if lora.on else _made(config, dtype)
 
 
@@ -33,7 +33,7 @@ def _made(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def _adapted(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> PreTrainedModel:
     """Peft converts the type of what it puts in, which fake tensors can't: it does that on tensors without memory."""
-    with unset_fake_temporarily(), torch.device("meta"):
+    with real_tensors(), torch.device("meta"):
         model = add_adapters(_made(config, dtype), lora).train()
     new: dict[int, Tensor] = {}  # a tied head stays tied
     for module in model.modules():

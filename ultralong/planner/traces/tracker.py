@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -23,8 +22,6 @@ OURS = ("aten", "ultralong")
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 # Operations that write their result without reading what they are given to know its size, or to write into.
 WRITES_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_")
-
-DEVICE = torch.ops.prim.device.default  # a fake tensor is asked for its device through dispatch
 
 
 class Tracker(TorchDispatchMode):
@@ -51,8 +48,6 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count it."""
-        if func is DEVICE and isinstance(args[0], FakeTensor):  # more often than all operations together
-            return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
