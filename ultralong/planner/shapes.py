@@ -75,6 +75,28 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "head_dim": 64,
     },
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+    },
+    "Qwen/Qwen2.5-Coder-1.5B": {  # a Llama's shape, but for the biases of its projections
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+    },
 }
 
 
