@@ -1,5 +1,7 @@
 """On GPUs: a decoding step's kernels, its CUDA graph and its exchange against the model's own code."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from test_gpu_evaluation import RANKS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ultralong import attention
+from ultralong.inference.kv_cache import LayerBuffer, quantize_fp8
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import run_ranks
 
@@ -36,6 +39,32 @@ def steps(rank, world, kind, kv):
         apart.append(float((found - expected).abs().mean() / expected.std()))
         token = expected.argmax(-1)
     return apart, fused.step is not None and fused.step._graph is not None
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+@pytest.mark.parametrize("held", [1, 63, 5000])
+def test_split_attention_equals_float64(size, kv, held):
+    """With keys and values of many sizes, and a value of zeros."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    from ultralong.inference.decode_step import kernels
+
+    draw = torch.Generator().manual_seed(held)
+    q = torch.randn(2, 8, size, generator=draw).bfloat16().cuda()
+    tensors = torch.randn(2, 2, 2, 5003, size, generator=draw)
+    tensors *= torch.exp2(torch.randint(-9, 3, (2, 2, 2, 5003, 1), generator=draw).float())
+    tensors[1, :, :, 3] = 0
+    parts = [quantize_fp8(x.cuda()) if kv == "fp8" else (x.bfloat16().cuda(), None) for x in tensors]
+    buffers = [LayerBuffer(*part, torch.bfloat16) for part in parts]
+    place = torch.tensor([held, held - 1, 1]).cuda()
+    out, lse = kernels.attend(q, buffers, place, size**-0.5)
+    k, v = (x.double() if scale is None else x.double() * scale.double() for x, scale in parts)
+    scores = torch.einsum("bkgd,bktd->bkgt", q.double().unflatten(1, (2, 4)), k[:, :, :held]) * size**-0.5
+    expected = torch.einsum("bkgt,bktd->bkgd", scores.softmax(-1), v[:, :, :held]).flatten(1, 2)
+    # Weights are rounded to float16, or to bfloat16 beside bfloat16's values.
+    assert (out - expected).abs().max() < (2e-3 if kv == "fp8" else 1e-2) * expected.abs().max()
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1).flatten(1, 2) / math.log(2), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("world", RANKS)

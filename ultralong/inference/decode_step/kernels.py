@@ -8,43 +8,48 @@ tokens that this rank held before, and whether the new one is held here. So one 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultralong.inference.decode_step.fp8_split import split_fp8
 from ultralong.inference.kv_cache import LayerBuffer
 
-BLOCK = 64  # keys of one step of a program
 LOG2_E = 1.4426950408889634
+
+
+class Tuning(NamedTuple):
+    """How attention is split: keys of one step of a program, its warps, steps loaded ahead, programs a processor."""
+
+    block: int
+    warps: int
+    stages: int
+    programs: int
+
+
+TUNING = Tuning(64, 4, 3, 2)
+TUNING_FP8 = Tuning(64, 4, 3, 4)
 
 
 @triton.jit
 def _split(
-    q_at, keys_at, values_at, key_scales_at, value_scales_at, place_at, out_at, lse_at, factor, capacity,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, FP8: tl.constexpr,
+    q_at, keys_at, values_at, place_at, out_at, lse_at, factor, capacity,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = H // K
     count = tl.load(place_at + 1) + tl.load(place_at + 2)
     blocks = tl.cdiv(count, BLOCK_N)
-    start = (split * blocks // SPLITS * BLOCK_N).to(tl.int32)
-    stop = tl.minimum((split + 1) * blocks // SPLITS * BLOCK_N, count).to(tl.int32)
+    start = (split * blocks // tl.num_programs(0) * BLOCK_N).to(tl.int32)
+    stop = tl.minimum((split + 1) * blocks // tl.num_programs(0) * BLOCK_N, count).to(tl.int32)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, D)
     first = (batch * K + head).to(tl.int64) * capacity
     q = tl.load(
         q_at + (batch * H + head * group + rows[:, None]) * D + dims[None, :], mask=rows[:, None] < group, other=0.0
     )
-    if FP8:  # float16 takes fp8 in one instruction; q is made small enough for it
-        wide = q.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-20)
-        q = (wide / largest[:, None]).to(tl.float16)
-        of_rows = largest * factor
-    else:
-        of_rows = tl.full([ROWS], factor, tl.float32)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
@@ -54,24 +59,13 @@ def _split(
         places = first + tokens
         k = tl.load(keys_at + places[None, :] * D + dims[:, None], mask=held[None, :], other=0.0)  # (D, N)
         v = tl.load(values_at + places[:, None] * D + dims[None, :], mask=held[:, None], other=0.0)  # (N, D)
-        if FP8:
-            k_scale = tl.load(key_scales_at + places, mask=held, other=0.0).to(tl.float32)
-            v_scale = tl.load(value_scales_at + places, mask=held, other=0.0).to(tl.float32)
-            scores = tl.dot(q, k.to(tl.float16)) * of_rows[:, None] * k_scale[None, :]
-        else:
-            scores = tl.dot(q, k) * of_rows[:, None]
+        scores = tl.dot(q, k) * factor
         scores = tl.where(held[None, :], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         old = tl.exp2(top - new_top)
         total = total * old + tl.sum(weights, 1)
-        if FP8:  # 2^12 keeps small weights among float16's normal numbers
-            largest_scale = tl.maximum(tl.max(v_scale, 0), 1e-30)
-            scaled = weights * (v_scale / largest_scale * 4096.0)[None, :]
-            part = tl.dot(scaled.to(tl.float16), v.to(tl.float16)) * (largest_scale / 4096.0)
-        else:
-            part = tl.dot(weights.to(v.dtype), v)
-        out = out * old[:, None] + part
+        out = tl.dot(weights.to(v.dtype), v, out * old[:, None])
         top = new_top
     out = out / tl.maximum(total, 1e-30)[:, None]
     lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), -float("inf"))
@@ -81,8 +75,11 @@ def _split(
 
 
 @triton.jit
-def _merge(outs_at, lses_at, out_at, lse_at, parts, out_stride, lse_stride, D: tl.constexpr, PARTS: tl.constexpr):
-    row, part, dims = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, D)
+def _merge(
+    outs_at, lses_at, out_at, lse_at, parts, out_stride, lse_stride,
+    D: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, part, dims = tl.program_id(0), tl.arange(0, PARTS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     there = part < parts
     lse = tl.load(lses_at + part * lse_stride + row, mask=there, other=-float("inf"))
     top = tl.max(lse, 0)
@@ -221,14 +218,23 @@ def attend(q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float) -
     """
     keys, values = buffers
     batch, kv_heads, capacity, size = keys.values.shape
-    heads, splits = q.shape[1], _splits(q.device, batch * kv_heads)
+    heads, tuning = q.shape[1], TUNING if keys.scales is None else TUNING_FP8
+    splits = _splits(q.device, batch * kv_heads, tuning.programs)
     outs = torch.empty(splits, batch, heads, size, dtype=torch.float32, device=q.device)
     lses = torch.empty(splits, batch, heads, dtype=torch.float32, device=q.device)
-    rows = max(16, triton.next_power_of_2(heads // kv_heads))
-    _split[(splits, kv_heads, batch)](
-        q, keys.values, values.values, keys.scales, values.scales, place, outs, lses, scale * LOG2_E, capacity,
-        heads, kv_heads, size, rows, splits, BLOCK, keys.scales is not None, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    grid, rows = (splits, kv_heads, batch), triton.next_power_of_2(heads // kv_heads)
+    rest = place, outs, lses, scale * LOG2_E, capacity, heads, kv_heads, size
+    if keys.scales is None:
+        _split[grid](
+            q, keys.values, values.values, *rest, max(16, rows), tuning.block,
+            num_warps=tuning.warps, num_stages=tuning.stages,
+        )  # fmt: skip
+    else:
+        pairs = (buffer.values.view(torch.int16) for buffer in buffers)
+        split_fp8[grid](
+            q, *pairs, keys.scales, values.scales, *rest, max(8, rows), tuning.block, _converts_fp8(q.device),
+            num_warps=tuning.warps, num_stages=tuning.stages,
+        )  # fmt: skip
     return merge(outs, lses, torch.float32)
 
 
@@ -239,12 +245,19 @@ def merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
         torch.empty(batch, heads, size, dtype=dtype, device=outs.device),
         torch.empty(batch, heads, dtype=torch.float32, device=outs.device),
     )
-    padded = triton.next_power_of_2(parts)
-    _merge[(batch * heads,)](outs, lses, out, lse, parts, outs.stride(0), lses.stride(0), size, padded, num_warps=4)
+    padded, width = triton.next_power_of_2(parts), min(size, 32)  # a program's part stays in registers
+    _merge[(batch * heads, size // width)](
+        outs, lses, out, lse, parts, outs.stride(0), lses.stride(0), size, padded, width, num_warps=4
+    )
     return out, lse
 
 
-def _splits(device: torch.device, rows: int) -> int:
-    """Parts of the cache, so that there are two programs on each multiprocessor."""
+def _converts_fp8(device: torch.device) -> bool:
+    """Whether the GPU turns fp8 into float16 by an instruction: NVIDIA's from compute capability 8.9 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _splits(device: torch.device, rows: int, programs: int) -> int:
+    """Parts of the cache, so that there are so many programs on each multiprocessor."""
     processors: Any = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, 2 * processors // rows)
+    return max(1, programs * processors // rows)
