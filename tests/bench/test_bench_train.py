@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from ultralong import __version__
+from ultralong.bench.attention.measure import documents
 from ultralong.bench.tables import training_table
 from ultralong.bench.training import measure as measuring
 from ultralong.bench.training.measure import TrainingCase, by_kind, measure
+from ultralong.bench.training.work import covered
 from ultralong.cli.bench import _line
+from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.training.config import MemoryConfig
 
 
@@ -16,13 +19,15 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
     model = make_tiny_model()
     model.save_pretrained(tmp_path / "tiny")
-    case = TrainingCase(
-        str(tmp_path / "tiny"), 96, steps=2, profile=True, memory=MemoryConfig(activation_checkpointing=True)
-    )
+    memory = MemoryConfig(activation_checkpointing=True)
+    case = TrainingCase(str(tmp_path / "tiny"), 96, documents=5, steps=2, profile=True, memory=memory)
     row = measure(case, "h200", tmp_path / "made")
+    rows = PackedRows(tmp_path / "made" / "rows-96-of-5")
+    assert [rows[number].boundaries.tolist() for number in (0, 1)] == [list(documents(96, 5))] * 2
     assert "note" not in row, row
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (row["tokens"], row["gpus"], len(row["steps"])) == (96, 1, 2)
+    assert (row["tokens"], row["documents"], row["gpus"], len(row["steps"])) == (96, 5, 1, 2)
+    assert row["profiled_seconds"] > 0.9 * sum(row["kinds"].values())
     for name in ("seconds_per_step", "tokens_per_second_per_gpu", "peak_host_gib", "planned_seconds_per_step", "loss"):
         assert row[name] > 0, name
     assert {"torch", "ultralong"} <= row["versions"].keys()
@@ -31,6 +36,11 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     assert sum(row["kinds"].values()) >= 0.99 * sum(seconds) > 0
     assert row["kinds"]["matrix products"] > 0
     assert "matrix products" in _line(row)
+
+
+def test_kernels_beside_each_other_are_counted_once():
+    assert covered([(5, 7), (0, 2), (1, 3), (5.5, 6), (7, 8)]) == 3 + 3
+    assert covered([]) == 0
 
 
 def test_kernels_are_told_apart_by_name():
@@ -101,7 +111,7 @@ def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, pyth
     make_tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "tiny")
     tiled = MemoryConfig(activation_checkpointing=True, layer_tile=64)
     case = TrainingCase(str(tmp_path / "tiny"), 96, sharded=True, lora_rank=4, lora_whole=True, memory=tiled)
-    row = measure(case, folder=tmp_path / "made")
+    row = measure(case, "h200", tmp_path / "made")
     assert "note" not in row, row
     assert row["lora"].startswith("rank 4, alpha 16, dropout 0 at q_proj, k_proj, v_proj, o_proj, embeddings and norms")
     assert row["planned_seconds_per_step"] > 0

@@ -22,6 +22,7 @@ CASE = (
         "tokens",
         "length",
         "packed",
+        "documents",
         "mix",
         "sharing",
         "degree",

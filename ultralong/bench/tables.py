@@ -97,6 +97,7 @@ def _trainer(row: dict[str, Any]) -> str:
     made, today = (version.rpartition(".")[0] for version in (row["versions"].get("ultralong", "0.1.0"), __version__))
     made += f" at {row['versions']['ultralong-commit']}" if "ultralong-commit" in row["versions"] else ""
     mix = f", {row['sharing']} degree of {row['degree']} over {row['mix']}" if "mix" in row else ""
+    mix += f", {row['documents']} masked documents" if "documents" in row else ""
     return ("ours" if made == today else f"ours, {made}") + mix
 
 

@@ -128,7 +128,7 @@ def train(
     plan = settings.from_mapping(
         MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
     )
-    names = PEERS if peers and case.gpus > 1 and not case.mix else ()
+    names = PEERS if peers and case.gpus > 1 and not case.mix and not case.documents else ()
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         for change in [{"sharing": way} for way in sharing] if case.mix else [{"tokens": n} for n in lengths]:
@@ -143,8 +143,10 @@ def train(
 
 def _line(row: dict[str, Any]) -> str:
     """One measured row as text."""
-    what = f"{row['tokens']:,} tokens" + (
-        f" ({row['mix']}), {row['sharing']} degree of {row['degree']}" if "mix" in row else ""
+    what = (
+        f"{row['tokens']:,} tokens"
+        + (f" in {row['documents']} documents" if "documents" in row else "")
+        + (f" ({row['mix']}), {row['sharing']} degree of {row['degree']}" if "mix" in row else "")
     )
     name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {what}, {row['gpus']} x {row['gpu']}: "
     if "note" in row:
@@ -160,6 +162,8 @@ def _line(row: dict[str, Any]) -> str:
             f"; {row['passes']} passes, rows by degree {row['rows_by_degree']}, {row['of_kernel']:.0%} of the rate of "
             "kernels and products alone"
         )
+    if "idle_seconds" in row:
+        text += f"\n{row['idle_seconds']:10.3f} s  GPU idle, of {row['profiled_seconds']:.3f} s profiled"
     for kind, took in row.get("kinds", {}).items():
         text += f"\n{took:10.3f} s  {kind}"
     for kernel in row.get("kernels", ())[:12]:

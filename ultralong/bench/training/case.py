@@ -42,6 +42,8 @@ class TrainingCase:
     Attributes:
         model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
         tokens: Tokens of a row.
+        documents: Rows of this many documents that don't see each other, their lengths spread over two orders of
+            magnitude; 0 is a whole row, whose tokens see all before them.
         layers: Decoder layers to keep; by default all. A model cut short is named so in its result.
         gpus: Processes, all of which share a row.
         sharded: Shard the parameters over the processes as well (FSDP2).
@@ -65,6 +67,7 @@ class TrainingCase:
 
     model: str = "meta-llama/Llama-3.1-8B"
     tokens: Tokens = 131072
+    documents: int = 0
     layers: int | None = None
     gpus: int = 1
     sharded: bool = False
@@ -85,6 +88,8 @@ class TrainingCase:
     max_tokens_per_rank: Tokens | None = None
 
     def __post_init__(self) -> None:
+        if self.documents < 0 or (self.documents and self.mix):
+            raise ValueError(f"documents must be 0 or more, and 0 with a mix, found {self.documents}.")
         rows = sum(part.rows for part in parse_mix(self.mix))
         groups, rest = divmod(self.gpus, self.shared_by)
         if rest or (self.sharing == "fixed" and rows % groups):

@@ -61,7 +61,8 @@ def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dic
         `tokens_per_second_per_gpu`, `mfu_causal`, `peak_gpu_gib`, `peak_host_gib`, the planner's of the same (of layers
         that it does not count, why not: `not_planned`), `memory`
         (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
-        also `kernels`, what they took on the first GPU in one more step, and `kinds`, the same by kind.
+        also `kernels`, what they took on the first GPU in one more step, `kinds`, the same by kind, and
+        `profiled_seconds` and `idle_seconds`, that step and what the GPU did nothing of it.
     """
     facts = facts_beside()
     shape = shape_of(case_config(case))
@@ -72,6 +73,7 @@ def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dic
         "model": case.name,
         "parameters": shape.parameters,
         "tokens": sum(part.tokens * part.rows for part in parse_mix(case.mix)) or case.tokens,
+        **({"documents": case.documents} if case.documents else {}),
         **({"mix": " ".join(case.mix), "sharing": case.sharing, "degree": case.shared_by} if case.mix else {}),
         "gpus": case.gpus,
         "gpu": facts["device"],
@@ -80,7 +82,7 @@ def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dic
     }
     with kept(folder) as place:
         mix = parse_mix(case.mix) or (RowCount(case.tokens, 1),)
-        made = prepare(place, case.model, case.layers, [part.tokens for part in mix], mixed=bool(case.mix))
+        made = prepare(place, case.model, case.layers, [part.tokens for part in mix], bool(case.mix), case.documents)
         with tempfile.TemporaryDirectory(dir=place) as run:
             config = train_config(case, made, Path(run), mix)
             config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config
@@ -179,7 +181,8 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
     log = read_jsonl(run / "log.jsonl")
     ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
     seconds = median(record["seconds"] for record in log)
-    kernels = read_json(run / "kernels.json") if case.profile else []
+    profile = read_json(run / "kernels.json") if case.profile else {}
+    kernels = profile.pop("kernels", [])
     tokens, flops = log[-1]["step_tokens"], useful_flops(shape, log[-1]["step_tokens"], log[-1]["pairs"])
     return {
         "seconds_per_step": round(seconds, 4),
@@ -191,6 +194,7 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
         "grad_norm": log[-1]["grad_norm"],
         "warm_up_tokens": WARM,
         **{key: log[-1][key] for key in ("passes", "rows_by_degree") if key in log[-1]},
+        **{key: round(seconds, 4) for key, seconds in profile.items()},
         **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
     }
 

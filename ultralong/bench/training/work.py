@@ -5,11 +5,12 @@ The models have random weights and rows of random letters; how long a step takes
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -18,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from torch.autograd import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ultralong.attention.kernels import flash_attn_4_hooks
+from ultralong.bench.attention.measure import documents as document_edges
 from ultralong.bench.training.mix import SHORT, OneRowPasses, conversations
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
@@ -42,7 +45,7 @@ WINDOW = 2**24  # of the made models: no row is too long
 
 
 def prepare(
-    folder: Path, model: str, layers: int | None, lengths: Sequence[int], mixed: bool = False
+    folder: Path, model: str, layers: int | None, lengths: Sequence[int], mixed: bool = False, documents: int = 0
 ) -> dict[str, str]:
     """Write a model's config and tokenizer, and rows of random letters, unless they are there.
 
@@ -52,6 +55,7 @@ def prepare(
         layers: Decoder layers to keep; None keeps all.
         lengths: Tokens of a row, of each kind of rows.
         mixed: The short ones hold conversations (`ultralong.bench.training.mix`).
+        documents: The rows hold as many documents that don't see each other; 0 is a whole row.
 
     Returns:
         The paths of `model`, of rows by their length, and of `short` ones.
@@ -59,14 +63,17 @@ def prepare(
     name = f"{Path(model).name}-{layers or 'all'}"
     chats = {length: mixed and length <= SHORT for length in lengths}
     made = {"model": folder / name, "short": folder / f"rows-{WARM}"}
-    made |= {str(length): folder / f"{'chats' if chats[length] else 'rows'}-{length}" for length in lengths}
+    apart = f"-of-{documents}" if documents else ""
+    made |= {str(length): folder / f"{'chats' if chats[length] else 'rows'}-{length}{apart}" for length in lengths}
     with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
         if not (made["model"] / "config.json").exists():
             other.submit(_make_model, made["model"], model, layers).result()
         for key, length in (("short", WARM), *((str(length), length) for length in lengths)):
             if not (made[key] / "manifest.json").exists():
-                other.submit(_make_rows, made[key], made["model"], length, key != "short" and chats[length]).result()
+                of_run = key != "short"
+                rows = (made[key], made["model"], length, of_run and chats[length], of_run * documents)
+                other.submit(_make_rows, *rows).result()
     return {key: str(path) for key, path in made.items()}
 
 
@@ -79,17 +86,25 @@ def _make_model(folder: Path, model: str, layers: int | None) -> None:
     config.save_pretrained(folder)
 
 
-def _make_rows(folder: Path, model: Path, length: int, chats: bool) -> None:
+def _make_rows(folder: Path, model: Path, length: int, chats: bool, documents: int) -> None:
     """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has no merges."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, size=2 * length + 16, dtype=np.uint8)
     letters[::64] = ord("\n")  # words of a length that tokenizers are made for
-    noise = [Document("noise", letters.tobytes().decode("ascii"), "synthetic", "CC0-1.0")]
-    documents = conversations(2 * length + 16) if chats else noise
-    store = tokenize_corpus(documents, tokenizer, folder.with_name(f"{folder.name}-tokens"), quiet=True)
-    pack(store, tokenizer, folder, PackSettings(length=length, mask_documents=chats), quiet=True)
+    edges = document_edges(length, documents) if documents else (0,)
+    cuts = [*edges[1:], *(length + edge for edge in edges[1:])]
+    noise = [
+        Document(f"noise-{number}", part.tobytes().decode("ascii"), "synthetic", "CC0-1.0")
+        for number, part in enumerate(np.split(letters, cuts))
+    ]
+    texts = conversations(2 * length + 16) if chats else noise
+    store = tokenize_corpus(texts, tokenizer, folder.with_name(f"{folder.name}-tokens"), quiet=True)
+    settings = PackSettings(length=length, mask_documents=chats or documents > 0)
+    if documents:  # as they are: each row has the same
+        settings = replace(settings, join="none", shuffle=False)
+    pack(store, tokenizer, folder, settings, quiet=True)
 
 
 def random_model(
@@ -150,28 +165,42 @@ def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool =
 
 
 def _leave_kernels(folder: Path, run: Run, step: int) -> None:
-    """One more step under torch's profiler; seconds by kernel (by operation, without a GPU), the most first."""
+    """One more step under torch's profiler; seconds by kernel (by operation, without a GPU), the most first.
+
+    Of a GPU also the seconds in which it ran nothing: profiled, and the kernels of all streams laid over each other.
+    """
     on_gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     run.processes.barrier()
+    begin = time.perf_counter()
     with torch.profiler.profile(activities=[kind]) as found:
         training_step(run, step)
         if on_gpu:
             torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
     if not run.processes.is_main:
         return
     took = [
         (each.key, each.count, each.self_device_time_total if on_gpu else each.self_cpu_time_total)
         for each in found.key_averages()
     ]
-    write_json(
-        folder / "kernels.json",
-        [
-            {"name": name[:200], "calls": calls, "seconds": round(microseconds / 1e6, 6)}
-            for name, calls, microseconds in sorted(took, key=lambda each: -each[2])
-            if microseconds > 0
-        ],
-    )
+    kernels = [
+        {"name": name[:200], "calls": calls, "seconds": round(microseconds / 1e6, 6)}
+        for name, calls, microseconds in sorted(took, key=lambda each: -each[2])
+        if microseconds > 0
+    ]
+    ran = [each.time_range for each in found.events() if each.device_type == DeviceType.CUDA]
+    idle = {"idle_seconds": seconds - covered((each.start, each.end) for each in ran) / 1e6} if on_gpu else {}
+    write_json(folder / "kernels.json", {"profiled_seconds": seconds, **idle, "kernels": kernels})
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of what intervals cover together."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _leave_peaks(folder: Path, pinned: int) -> None:
