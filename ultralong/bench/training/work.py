@@ -41,6 +41,7 @@ from ultralong.utils.files import append_jsonl, write_json
 from ultralong.utils.processes import start_method
 
 WARM = 2048  # tokens of the row that is trained on first
+WARM_DOCUMENTS = 4  # that it holds where the run's rows hold documents: kernels have calls of their own for them
 WINDOW = 2**24  # of the made models: no row is too long
 
 
@@ -62,17 +63,18 @@ def prepare(
     """
     name = f"{Path(model).name}-{layers or 'all'}"
     chats = {length: mixed and length <= SHORT for length in lengths}
-    made = {"model": folder / name, "short": folder / f"rows-{WARM}"}
-    apart = f"-of-{documents}" if documents else ""
-    made |= {str(length): folder / f"{'chats' if chats[length] else 'rows'}-{length}{apart}" for length in lengths}
+    counts = {"short": min(documents, WARM_DOCUMENTS)} | {str(length): documents for length in lengths}
+    made = {"model": folder / name}
+    for key, length in (("short", WARM), *((str(length), length) for length in lengths)):
+        kind = "chats" if key != "short" and chats[length] else "rows"
+        made[key] = folder / (f"{kind}-{length}" + (f"-of-{counts[key]}" if documents else ""))
     with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
         if not (made["model"] / "config.json").exists():
             other.submit(_make_model, made["model"], model, layers).result()
         for key, length in (("short", WARM), *((str(length), length) for length in lengths)):
             if not (made[key] / "manifest.json").exists():
-                of_run = key != "short"
-                rows = (made[key], made["model"], length, of_run and chats[length], of_run * documents)
+                rows = (made[key], made["model"], length, key != "short" and chats[length], counts[key])
                 other.submit(_make_rows, *rows).result()
     return {key: str(path) for key, path in made.items()}
 
