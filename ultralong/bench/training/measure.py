@@ -24,7 +24,7 @@ from typing import Any
 
 from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
 from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
-from ultralong.bench.training.work import WARM, prepare
+from ultralong.bench.training.work import WARM, cut_short, prepare
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
 from ultralong.planner.shapes import Shape, check_countable, model_config, shape_of
@@ -114,10 +114,7 @@ def facts_beside() -> dict[str, Any]:
 
 def case_config(case: TrainingCase) -> Any:
     """The config of a case's model."""
-    config = model_config(case.model)
-    if case.layers is not None:
-        config.num_hidden_layers = case.layers
-    return config
+    return cut_short(model_config(case.model), case.layers)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,12 +81,19 @@ def prepare(
 
 
 def _make_model(folder: Path, model: str, layers: int | None) -> None:
-    config = model_config(model)
+    config = cut_short(model_config(model), layers)
     config.max_position_embeddings = WINDOW
-    if layers is not None:
-        config.num_hidden_layers = layers
     train_tokenizer(["a b c"], WINDOW).save_pretrained(folder)
     config.save_pretrained(folder)
+
+
+def cut_short(config: Any, layers: int | None) -> Any:
+    """A model's config with its first layers only, changed in place; None keeps all."""
+    if layers is not None:
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = kinds[:layers]
+        config.num_hidden_layers = layers
+    return config
 
 
 def _make_rows(folder: Path, model: Path, length: int, chats: bool, documents: int) -> None:
