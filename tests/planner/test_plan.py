@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import LENGTH, make_run
@@ -15,7 +16,10 @@ from ultralong.planner import load_machine, plan
 from ultralong.planner.advice import STATES
 from ultralong.planner.machine import SCALED
 from ultralong.planner.memory import gpu_memory, gpu_total
-from ultralong.planner.shapes import KNOWN, check_countable, model_config, shape_of
+from ultralong.planner.models.run import is_model, run_of_model
+from ultralong.planner.shapes import KNOWN, MINIATURE, check_countable, model_config, shape_of
+from ultralong.planner.step_time import shards_travel
+from ultralong.planner.traces.layers import StepSettings, trace_layers
 from ultralong.planner.traces.models import plain
 from ultralong.planner.workload import Workload
 from ultralong.training.adapters.config import LoRAConfig
@@ -35,6 +39,7 @@ TINY = LlamaConfig(
     tie_word_embeddings=True,
 )
 GIB = 2**30
+LLAMA = "meta-llama/Llama-3.1-8B"
 
 
 def config(model: str = "HuggingFaceTB/SmolLM2-135M", **changes) -> TrainConfig:
@@ -53,8 +58,8 @@ def config(model: str = "HuggingFaceTB/SmolLM2-135M", **changes) -> TrainConfig:
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_shapes_have_the_sizes_in_their_names(name):
     billions = shape_of(model_config(f"{name}-Instruct")).parameters / 1e9
-    said = re.findall(r"-(\d[\d.]*[BM])\b", name)[-1]
-    expected = float(said[:-1]) / (1000 if said.endswith("M") else 1)
+    experts, said, unit = re.findall(r"-(?:(\d)x)?(\d[\d.]*)([BM])\b", name)[0]  # 8x7B, of which parts are shared
+    expected = int(experts or 1) * float(said) / (1000 if unit == "M" else 1)
     assert abs(billions / expected - 1) < 0.25, "1B is 1.24 billion, as its makers count"
 
 
@@ -78,7 +83,6 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("mixtral", {"num_local_experts": 2}, r"experts \(model.layers.0.mlp.experts\), of which a token passes a few"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of conv"),
         ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}, "layers of linear_attention"),
     ],
@@ -87,6 +91,43 @@ def test_layers_that_would_be_counted_wrong_are_refused_by_name(kind, options, s
     made = AutoConfig.for_model(kind, **SIZES, num_hidden_layers=2, vocab_size=64, **options)
     with pytest.raises(ValueError, match=said):
         check_countable(made)
+
+
+def test_a_mixture_is_counted_by_the_experts_of_a_token():
+    """All experts are memory, those that a token passes are work: in a model's numbers and in a step that is traced."""
+    shape = shape_of(model_config("Qwen/Qwen3-30B-A3B"))
+    beside = 2 * 151936 * 2048 + 2048 + 48 * (2 * 2048 * (32 + 4) * 128 + 2 * 128 + 2 * 2048 + 128 * 2048)
+    assert shape.parameters == beside + 48 * 128 * 3 * 768 * 2048
+    assert shape.multiplied == beside - 151936 * 2048 + 48 * 8 * 3 * 768 * 2048
+    made = AutoConfig.for_model("mixtral", **SIZES, num_hidden_layers=2, vocab_size=64, num_local_experts=4)
+    layer = 2 * 32 * (32 + 16) + 4 * 32 + 2 * 3 * 32 * 64  # attention, router, two of four experts
+    plain_step = trace_layers(made, 64, StepSettings(sharded=True, dtype=torch.float32))
+    assert plain_step.multiplied == 6 * 64 * 2 * layer
+    again = trace_layers(made, 64, StepSettings(sharded=True, activation_checkpointing=True, layer_tile=16))
+    assert 7 * 64 * 2 * layer < again.multiplied <= 8 * 64 * 2 * layer
+
+
+def test_a_models_name_is_planned_as_a_run_that_shares_one_row():
+    assert [is_model(name) for name in (LLAMA, f"{LLAMA}-Instruct", "some/hub-id")] == [True] * 3
+    assert [is_model(name) for name in ("llama31-8b-1m", "runs/run.yaml", "nothing", run_of_model(LLAMA, 1))] == [
+        False
+    ] * 4
+    run = run_of_model("Qwen/Qwen3-30B-A3B", 8)
+    assert (run.parallel.context_parallel_size, run.parallel.fsdp_shard_degree, run.memory.layer_tile) == (8, 8, 32768)
+    assert run_of_model(str(MINIATURE), 1).memory.activation_checkpointing
+    with pytest.raises(ValueError, match="nor a hub id that can be reached"):
+        run_of_model("some/hub-id", 1)
+
+
+def test_what_travels_of_sharded_parameters_is_counted():
+    """Every expert is gathered twice in two bytes and its gradient summed in four, however few tokens pass it."""
+    name, machine = "Qwen/Qwen3-30B-A3B", load_machine("h200")
+    shape = shape_of(model_config(name))
+    workload = Workload(run_of_model(name, 8), model_config(name), shape, machine, 131_072, 8)
+    in_layers = shape.parameters - 2 * 151936 * 2048
+    sent = (2 * 2 * in_layers + 4 * shape.parameters) * 7 / 8
+    assert shards_travel(workload) == pytest.approx(sent / machine.costs.exchange)
+    assert shards_travel(replace(workload, config=config(name, parallel=ParallelConfig()), gpus=1)) == 0
 
 
 def test_each_kind_of_layer_keeps_a_base_of_its_own():

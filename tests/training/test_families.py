@@ -10,8 +10,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StableLmConfig
 
 from ultralong.attention import make_attention_context
-from ultralong.bench.training import measure
-from ultralong.bench.training.case import TrainingCase
 from ultralong.planner.shapes import shape_of
 from ultralong.training.config import DataSource, MemoryConfig, TrainConfig
 from ultralong.training.loss import LanguageModelLoss
@@ -156,10 +154,3 @@ def test_work_is_counted_by_window_and_by_the_experts_of_a_token():
     shape = shape_of(family_config("Gemma3"))
     assert shape.window_share(TOKENS, (EDGES,)) == half.pairs(TOKENS, EDGES) / query_key_pairs(TOKENS, EDGES)
     assert shape_of(family_config("Qwen3", use_sliding_window=False)).window_share(TOKENS, ()) == 1
-
-
-def test_a_measured_mixture_says_why_there_is_no_plan_beside_it(tmp_path):
-    family_config("Mixtral").save_pretrained(tmp_path)
-    said = measure._planned(None, TrainingCase(model=str(tmp_path), tokens=256), "h200")
-    assert said.keys() == {"not_planned"}
-    assert "MixtralForCausalLM has experts" in said["not_planned"]

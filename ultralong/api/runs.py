@@ -59,7 +59,8 @@ def plan(
     True
 
     Args:
-        config: Name of a preset, or a YAML file.
+        config: Name of a preset, a YAML file, or a model: then of a run that shares one row and the parameters over all
+            GPUs.
         gpus: GPUs of the run; by default as many as share one row or the parameters, whichever is more.
         changes: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.
@@ -77,10 +78,12 @@ def plan(
         ValueError: The model cannot be found, or the number of GPUs does not fit the config.
     """
     with without_collections():
+        from ultralong.planner import is_model, run_of_model
         from ultralong.planner import plan as run
 
+    asked = run_of_model(str(config), gpus or 1) if is_model(config) else config
     return run(
-        load_config(config, changes),
+        load_config(asked, changes),
         gpus,
         machine=machine,
         tokens=tokens,

@@ -24,7 +24,10 @@ def plan(work: partial[Plan], *, json: Json = None) -> None:
     Each line says measured or estimated. Needs no GPU and reads no weights. Where a run does not fit, it says what to
     change, with the figure that would result, and exits with 1.
 
-    Example: ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5
+    Examples:
+      ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5
+      ultralong plan Qwen/Qwen3-30B-A3B --tokens 131072 --gpus 8
+      ultralong plan meta-llama/Llama-3.1-8B --tokens 256k --gpu-memory 80 --set lora.rank=8 --fit
 
     Args:
         work: The function, with the run and the machine.

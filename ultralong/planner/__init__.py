@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultralong.planner.machine import Machine, load_machine
+    from ultralong.planner.models.run import is_model, run_of_model
     from ultralong.planner.planner import plan
     from ultralong.planner.report import Plan, PlanLine
 
-__all__ = ["Machine", "Plan", "PlanLine", "load_machine", "plan"]
+__all__ = ["Machine", "Plan", "PlanLine", "is_model", "load_machine", "plan", "run_of_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("ultralong.planner.machine"), name)
     if name in ("Plan", "PlanLine"):
         return getattr(import_module("ultralong.planner.report"), name)
+    if name in ("is_model", "run_of_model"):
+        return getattr(import_module("ultralong.planner.models.run"), name)
     if name == "plan":
         return import_module("ultralong.planner.planner").plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

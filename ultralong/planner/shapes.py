@@ -7,97 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ultralong.attention.register import WITHOUT_STATE
 from ultralong.checkpoints.config import load_config
+from ultralong.planner.models.known import KNOWN
 from ultralong.training.throughput import layer_windows, mean_pairs, query_key_pairs, step_flops, used_share
 
-_LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-_SMOLLM2 = {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
-# Shapes of models that are planned for before anyone has downloaded them.
 MINIATURE = Path(__file__).parents[1] / "miniature" / "model"  # by place: the miniature is made by the trainer
-KNOWN: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.1-8B": _LLAMA_3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-    "meta-llama/Llama-3.1-70B": _LLAMA_3
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-    "meta-llama/Llama-3.2-1B": _LLAMA_3
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "meta-llama/Llama-3.2-3B": _LLAMA_3
-    | {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2
-    | {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-    },
-    "HuggingFaceTB/SmolLM2-1.7B": _SMOLLM2
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 64,
-    },
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "max_position_embeddings": 2048,
-    },
-    "Qwen/Qwen2.5-Coder-1.5B": {  # a Llama's shape, but for the biases of its projections
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 32768,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -157,7 +76,7 @@ def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     if (Path(name) / "config.json").is_file():
         return load_config(name)
     if (known := KNOWN.get(name.removesuffix("-Instruct"))) is not None:
-        return LlamaConfig(**known)
+        return AutoConfig.for_model(**({"model_type": "llama"} | known))
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
@@ -218,17 +137,14 @@ def check_countable(config: PreTrainedConfig) -> None:
     """Refuse a model whose work and memory the planner would count wrong.
 
     Raises:
-        ValueError: A layer is not of attention, or has experts.
+        ValueError: A layer is not of attention.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - WITHOUT_STATE
-    experts = next((name for name, _ in model.named_modules() if name.endswith(".experts")), None)
-    found = f"experts ({experts}), of which a token passes a few" if experts else ""
     if kinds or getattr(model, "_is_stateful", False):
         found = f"layers of {', '.join(sorted(kinds)) or 'a state along the row'}"
-    if found:
         raise ValueError(
-            f"The planner counts dense layers of attention, and {type(model).__name__} has {found}. Train a few steps "
+            f"The planner counts layers of attention, and {type(model).__name__} has {found}. Train a few steps "
             "on the machine instead: the log of a run has their seconds."
         )

@@ -40,6 +40,9 @@ def step_time(workload: Workload) -> list[PlanLine]:
     items["copies to the host and back that nothing hides"] = max(
         0.0, 2 * copied / machine.link * passes - sum(items.values())
     )
+    items["parameters gathered and gradients summed that nothing hides"] = max(
+        0.0, shards_travel(workload) - sum(items.values())
+    )
     launches = operations * passes * machine.launch - sum(items.values())
     if launches > 0:
         items["waiting for operations to be launched"] = launches
@@ -148,6 +151,18 @@ def _gradients(workload: Workload) -> float:
     own = 2 * FLOAT * trained / workload.shard * (replicas - 1) / replicas
     gathered = 2 * workload.dtype.itemsize * (trained + workload.parameters.frozen)
     return (gathered + FLOAT * trained + own) / workload.shape.layers / exchange
+
+
+def shards_travel(workload: Workload) -> float:
+    """Seconds in which a step's parameters are gathered, and its gradients summed, beside the computation (FSDP2).
+
+    A layer of experts has many parameters for the work that a token is to it: on short shares of a row it waits.
+    """
+    shard, parameters = workload.shard or 1, workload.parameters
+    gathered = workload.passes * (2 if workload.config.parallel.reshard_after_forward else 1)
+    of_layers = workload.shape.layers * workload.layer_parameters * workload.dtype.itemsize
+    sent = gathered * of_layers + FLOAT * parameters.trained
+    return sent * (shard - 1) / shard / workload.machine.costs.exchange
 
 
 def run_totals(workload: Workload, seconds: float, price: float | None) -> list[PlanLine]:

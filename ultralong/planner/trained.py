@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedConfig
 
 from ultralong.planner.shapes import Shape
+from ultralong.planner.traces.models import config_of
 from ultralong.training.adapters.config import LoRAConfig
-from ultralong.training.adapters.lora import count_trained
+from ultralong.training.adapters.lora import TrainedParameters, count_trained
 from ultralong.training.throughput import FROZEN_SHARE
 
 
@@ -55,6 +57,12 @@ def planned_parameters(model: PreTrainedConfig, shape: Shape, lora: LoRAConfig, 
     """
     if not lora.on:
         return PlannedParameters(shape.parameters, shape.parameters - outside, 0, shape.multiplied)
-    found = count_trained(model, lora)
+    found = _counted(model.to_json_string(use_diff=False), lora)
     multiplied = shape.multiplied * FROZEN_SHARE + found.trained_in_layers
     return PlannedParameters(found.trained, found.trained_in_layers, found.frozen, multiplied, found.trained_in_layers)
+
+
+@lru_cache(maxsize=32)
+def _counted(model: str, lora: LoRAConfig) -> TrainedParameters:
+    """As `count_trained`, once for all the memory plans of a run: peft takes seconds to put its adapters in."""
+    return count_trained(config_of(model), lora)

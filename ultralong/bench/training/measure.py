@@ -158,7 +158,7 @@ def _fitted(config: TrainConfig, case: TrainingCase, machine: str) -> MemoryConf
 
 
 def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str, Any]:
-    """What the plan says of the run, under the names of what is measured; why it says nothing, of a mixture."""
+    """What the plan says of the run, under the names of what is measured; why it says nothing, of other layers."""
     try:
         check_countable(case_config(case))
     except ValueError as error:

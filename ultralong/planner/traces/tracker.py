@@ -16,12 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ultralong.planner.traces.shape_tensors import ShapeTensor
+
 # Namespaces of operations that do work: torch's, and those of this library that are one pass over memory.
 OURS = ("aten", "ultralong")
 # Operations that touch no element, beside views: making memory, and another form of a tensor that shares its memory.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 # Operations that write their result without reading what they are given to know its size, or to write into.
 WRITES_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_")
+
+GROUPED = torch.ops.aten._grouped_mm  # products of experts, which torch's own registry does not count
 
 
 class Tracker(TorchDispatchMode):
@@ -49,7 +53,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count it."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        grouped = func._overloadpacket is GROUPED and isinstance(args[0], ShapeTensor)
+        result = _grouped_result(*args, **kwargs) if grouped else func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         given = {tensor.untyped_storage()._cdata for tensor in inputs}
@@ -83,6 +88,9 @@ class Tracker(TorchDispatchMode):
         if func.namespace not in OURS or func.is_view or packet.__name__ in FREE:
             return
         self.operations += 1
+        if packet is GROUPED:
+            self.multiplied += _grouped_flops(*args[:2], result)
+            return
         if packet in flop_registry:
             args = _all_heads(args) if "scaled_dot_product" in packet.__name__ else args
             self.multiplied += flop_registry[packet](*args, **kwargs, out_val=result)
@@ -104,6 +112,23 @@ class Tracker(TorchDispatchMode):
             self.received += _size(args[0]) * (ranks - 1) // ranks
         else:
             raise NotImplementedError(f"the planner does not know what {name} sends")
+
+
+def _grouped_result(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """What the product allocates; torch's own shape function knows bfloat16 only, its kernels on a CPU any type."""
+    groups = () if right.dim() == 3 else (offs.shape[0],)
+    return left.new_empty((*groups, left.shape[0], right.shape[-1]))
+
+
+def _grouped_flops(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> int:
+    """FLOP of one product for each group: rows dealt to matrices, or two tall matrices cut into groups of rows.
+
+    Every row of `left`, or column where the result has a matrix for each group, is in one group only, so it does not
+    matter how the rows are dealt out.
+    """
+    if right.dim() == 3:  # (S, K) rows with (G, K, N)
+        return 2 * left.shape[0] * left.shape[1] * result.shape[1]
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]  # (K, S) with (S, N): the matrices' gradient
 
 
 def _all_heads(args: Any) -> tuple[Any, ...]:
