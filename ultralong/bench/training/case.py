@@ -42,8 +42,6 @@ class TrainingCase:
     Attributes:
         model: A model folder, a hub id, or a shape that the planner knows; only its shape is taken.
         tokens: Tokens of a row.
-        documents: Rows of this many documents that don't see each other, their lengths spread over two orders of
-            magnitude; 0 is a whole row, whose tokens see all before them.
         layers: Decoder layers to keep; by default all. A model cut short is named so in its result.
         gpus: Processes, all of which share a row.
         sharded: Shard the parameters over the processes as well (FSDP2).
@@ -58,6 +56,8 @@ class TrainingCase:
         host_memory: With fit: GiB of host memory for one process; without it nothing is offloaded.
         steps: Measured steps; one on a short row comes before.
         profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
+        documents: Rows of this many documents that don't see each other, their lengths spread over two orders of
+            magnitude; 0 is a whole row, whose tokens see all before them.
         mix: Rows of several lengths in each step instead of one row, as LENGTH:ROWS, such as 8k:38 128k:1 256k:1. Rows
             of up to 8k hold short conversations, longer ones are one text.
         sharing: With mix: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).
@@ -67,7 +67,6 @@ class TrainingCase:
 
     model: str = "meta-llama/Llama-3.1-8B"
     tokens: Tokens = 131072
-    documents: int = 0
     layers: int | None = None
     gpus: int = 1
     sharded: bool = False
@@ -82,6 +81,7 @@ class TrainingCase:
     host_memory: float | None = None
     steps: int = 2
     profile: bool = False
+    documents: int = 0
     mix: tuple[str, ...] = ()
     sharing: Literal["dynamic", "fixed"] = "dynamic"
     degree: int | None = None
