@@ -449,6 +449,8 @@ assert find_task(tests[0]).grade({**written, "prediction": " ".join(written["out
 print("ok: a sample made again alone is the same, and its references score 1")
 
 # %% [markdown]
+# Stuck? `hint("10.wilson")` gives a nudge, `solution("10.wilson")` an answer; import both from `ultralong.course`.
+#
 # ## What this does not show
 #
 # * No model with real weights was measured at a million tokens here. The published rows were not measured by us; they
@@ -473,7 +475,7 @@ print("ok: a sample made again alone is the same, and its references score 1")
 # * Take cumulative means apart before you believe a ranking.
 #
 # **Go on reading:** the library's [tests](../ultralong/evaluation/tasks),
-# [intervals](../ultralong/evaluation/measures/intervals.py) and [results](../notebooks/results/README.md);
+# [intervals](../ultralong/evaluation/measures/intervals.py) and [results](results/README.md);
 # [HELMET](https://arxiv.org/abs/2410.02694) on what long-context scores predict.
 #
 # **Next:** [11_ablations](11_ablations.ipynb): which parts of the recipe earn their place?

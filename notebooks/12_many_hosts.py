@@ -109,7 +109,7 @@ def mesh(size):
 
 
 meshes = [mesh(size) for size in sizes]
-play(meshes, [f"{size} GPUs a row" for size in sizes],
+play(meshes, [f"{size} GPU{'s' * (size > 1)} a row" for size in sizes],
      "Hosts against GPUs, numbered by the row that each GPU works on: 32 rows with one GPU each, then fewer rows that "
      "cover a host, two hosts, and all of them.", stills=[0, len(sizes) // 2, len(sizes) - 1])
 
@@ -297,13 +297,13 @@ print(f"newest checkpoint {show.saved}, last step before the loss {show.before[-
 losses = {"before the loss": [(r["step"], r["loss"]) for r in show.before],
           "resumed": [(r["step"], r["loss"]) for r in show.after if r["step"] > show.saved]}
 ends = [show.before[0]["step"], show.before[-1]["step"], show.saved + 4, (show.saved + STEPS) // 2, STEPS]
-names = ["started", f"host {LOSE} lost", f"resumed from {show.saved}", f"step {ends[3]}", "finished"]
+names = ["first steps", f"host {LOSE} lost", f"resumed from {show.saved}", f"step {ends[3]}", "finished"]
 
 
 def until(number):
     """The log as it stood at one of the five moments."""
     later = number >= 2
-    shown = {"before the loss": losses["before the loss"] if number else losses["before the loss"][:1],
+    shown = {"before the loss": losses["before the loss"] if number else losses["before the loss"][:4],
              "resumed": [(step, loss) for step, loss in losses["resumed"] if later and step <= ends[number]]}
     figure = figures.loss_curve(shown, "")
     return figure.update_xaxes(range=[0, STEPS + 2]).update_yaxes(

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ultralong import cli, course
-from ultralong.course import progress, reference, site, workspace
+from ultralong.course import links, progress, reference, site, workspace
 
 
 def test_a_course_folder_is_made_once_and_keeps_what_the_learner_wrote(tmp_path):
@@ -27,11 +27,21 @@ def test_a_course_folder_is_made_once_and_keeps_what_the_learner_wrote(tmp_path)
 def test_a_copy_keeps_what_it_makes_and_differs_in_nothing_else(tmp_path):
     for path in workspace.start(tmp_path, ["00", "01", "12"]):
         text, source = path.read_text(), (workspace.CLONE / path.name).read_text()
-        place = f'OUT: str = \\"made/{path.stem[:2]}\\"'
-        if path.stem[:2] not in workspace.TEMPORARY:
-            source = source.replace('OUT: str = \\"\\"', place)
-        assert text == source
-        assert (place in text) == (path.stem[:2] == "12"), "00 makes a folder of one setting, 01 nothing"
+        place = f'OUT: str = "made/{path.stem[:2]}"'
+        pairs = zip(json.loads(text)["cells"], json.loads(source)["cells"], strict=True)
+        for copy, cell in pairs:
+            was = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                was = links.as_words(was)
+            elif "parameters" in cell["metadata"].get("tags", []) and path.stem[:2] not in workspace.TEMPORARY:
+                was = was.replace('OUT: str = ""', place)
+            assert copy == cell | {"source": copy["source"]}
+            assert "".join(copy["source"]) == was
+        assert "](../" not in text, "a link that leads out of the learner's folder"
+        assert (json.dumps(place)[1:-1] in text) == (path.stem[:2] == "12"), (
+            "00 makes a folder of one setting, 01 nothing"
+        )
+    assert "](00_quickstart.ipynb)" in (tmp_path / "README.md").read_text()
 
 
 def test_some_notebooks_can_be_chosen_and_unknown_ones_are_refused(tmp_path):
@@ -97,8 +107,24 @@ def test_pages_load_nothing_from_elsewhere_and_link_to_each_other(built):
             load.startswith(("data:", "plotly.min.js", "pictures/", "architecture.svg")) for load in page.loads
         ), path.name
         for link in page.links:
-            if not re.match(r"https?:|#|\.\./", link):
-                assert (built / link).exists(), f"{path.name} links to {link}"
+            if not re.match(r"https?:|#", link):
+                assert (built / link.partition("#")[0]).exists(), f"{path.name} links to {link}"
+
+
+def test_exercises_have_their_hints_and_solution_folded(built):
+    text = (built / "05_attention_kernels.html").read_text()
+    assert "<details><summary>One solution of 05.merge</summary>" in text
+    assert "<details open" not in text
+    assert text.count("<summary>Hints for 05.") == text.count("<summary>One solution of 05.") == 5
+
+
+def test_links_into_the_clone_open_pages_or_are_words():
+    said = '<a href="../ultralong/rope/yarn.py">yarn</a> <a href="../ultralong/presets">presets</a>'
+    found = links.as_pages(said, {"ultralong.rope.yarn"}, {})
+    assert found == '<a href="api/ultralong/rope/yarn.html">yarn</a> presets (<code>ultralong/presets</code>)'
+    assert (
+        links.as_words("[the\nring](../ultralong/ring.py), [b](c.md)") == "the\nring (`ultralong/ring.py`), [b](c.md)"
+    )
 
 
 def test_the_reference_stands_beside_the_course(built):

@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.course import reference
+from ultralong.course.checks import solution_text
+from ultralong.course.exercise import exercise
+from ultralong.course.links import as_pages
 from ultralong.course.workspace import source_folder
+from ultralong.data.recipe.schema import RECIPES
 from ultralong.utils.extras import require
 from ultralong.utils.files import atomic_path, write_text
 
 RESULTS = (("results", "What was measured", "README.md"), ("design", "Why it is built so", "design_measurements.md"))
+RECIPES_PAGE = ("recipes", "Data recipes")
+OTHER_PAGES = {"data_recipes/README.md": "recipes.html", "notebooks/README.md": "index.html"}
+EXERCISE = re.compile(r'^check\("(\d\d\.\w+)"', re.MULTILINE)
 PLOTLY = "application/vnd.plotly.v1+json"
 FENCE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.DOTALL)
@@ -91,6 +98,7 @@ def build(folder: str | os.PathLike[str]) -> list[Path]:
     for name, title, file in RESULTS:
         text = (source / "results" / file).read_text(encoding="utf-8")
         pages.append(_write(target / f"{name}.html", title, _markdown(text)))
+    pages.append(_write(target / f"{RECIPES_PAGE[0]}.html", RECIPES_PAGE[1], _recipes()))
     _copy(source / "results", "*.json", target / "results")
     return pages + reference.write_api(target / "api")
 
@@ -104,7 +112,7 @@ def _copy(source: Path, pattern: str, target: Path) -> None:
 
 def _menu() -> str:
     known = [*((name, title) for name, title, _ in reference.TOPICS), reference.CONFIG_PAGE]
-    known += [(name, title) for name, title, _ in RESULTS]
+    known += [*((name, title) for name, title, _ in RESULTS), RECIPES_PAGE]
     links = [("index.html", "Course"), *((f"{name}.html", title) for name, title in known), (reference.API_PAGE, "API")]
     return '<nav class="menu">' + "".join(f'<a href="{page}">{title}</a>' for page, title in links) + "</nav>"
 
@@ -141,7 +149,23 @@ def _markdown(text: str) -> str:
     page = re.sub(r'href="([a-z0-9_]+\.json)"', r'href="results/\1"', page)
     for name, _, file in RESULTS:
         page = re.sub(rf'href="(results/)?{file}(#[^"]*)?"', rf'href="{name}.html\2"', page)
+    page = as_pages(page, set(reference.documented_modules()), OTHER_PAGES)
     return page.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+
+
+def _recipes() -> str:
+    """The recipes' page; their files stand beside it in the clone only."""
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    return _markdown(re.sub(r"\[([^\]]+)\]\([\w.-]+\.ya?ml\)", r"`\1`", text))
+
+
+def _exercises(source: str) -> Iterator[str]:
+    """Hints and a solution of each exercise that a cell checks, folded away."""
+    for name in EXERCISE.findall(source):
+        hints = "".join(f"<li>{html.escape(hint)}</li>" for hint in exercise(name).hints)
+        yield f"<details><summary>Hints for {name}</summary><ol>{hints}</ol></details>"
+        answer = f"<pre><code>{html.escape(solution_text(name))}</code></pre>"
+        yield f"<details><summary>One solution of {name}</summary>{answer}</details>"
 
 
 def _formula(match: re.Match[str]) -> str:
@@ -160,7 +184,7 @@ def _cell(cell: Any, number: int, path: Path) -> str:
     code = f'<pre class="{kind}"><code>{html.escape(cell.source)}</code></pre>' if cell.source.strip() else ""
     if "hide-input" in tags or "solution" in tags:
         code = f"<details><summary>Show the code</summary>{code}</details>"
-    return "\n".join([code, *_outputs(cell, f"f{number}")])
+    return "\n".join([code, *_outputs(cell, f"f{number}"), *_exercises(cell.source)])
 
 
 def _outputs(cell: Any, name: str) -> Iterator[str]:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from ultralong.course import progress
 from ultralong.course.exercise import exercises
+from ultralong.course.links import as_words
 
 CLONE = Path(__file__).parents[2] / "notebooks"
 PACKAGED = Path(__file__).parent / "notebooks"
+INDEX = "README.md"  # the course's front page
 MADE = "made"  # folder of a work folder for what notebooks hand on
 TEMPORARY = ("00", "03")  # run again with other parameters they would find, and refuse, what they made before
 
@@ -82,15 +84,19 @@ def start(folder: str | os.PathLike[str], names: Sequence[str] = ()) -> list[Pat
     for extra in ("results", "pictures"):
         if (source / extra).is_dir():
             shutil.copytree(source / extra, target / extra, dirs_exist_ok=True)
+    if (source / INDEX).is_file():
+        (target / INDEX).write_text(as_words((source / INDEX).read_text(encoding="utf-8")), encoding="utf-8")
     if not (target / progress.FILE).exists():
         progress.Progress(target / progress.FILE).save()
     return copied
 
 
 def _keeping(path: Path) -> str:
-    """A notebook's text whose parameter `OUT` names a folder that stays."""
+    """A notebook's text whose parameter `OUT` names a folder that stays; links into the clone are words."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = as_words("".join(cell["source"])).splitlines(keepends=True)
         if "parameters" in cell["metadata"].get("tags", []) and path.stem[:2] not in TEMPORARY:
             place = f'OUT: str = "{MADE}/{path.stem[:2]}"'
             cell["source"] = [line.replace('OUT: str = ""', place) for line in cell["source"]]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ultralong.attention.layout import zigzag as zigzag_layout
 from ultralong.course.checks import NotTried
 from ultralong.utils.local_ranks import RankFailed, run_ranks
+from ultralong.utils.processes import start_method
 
 Piece = tuple[int, int]
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -188,7 +189,8 @@ def check_deal(answer: Any) -> str:
 def in_ranks(answer: Any, world: int, given: list[Any]) -> list[Any]:
     """Call an answer as `answer(*given[rank], rank, world)` in real processes; its unfinished state comes through."""
     try:
-        results = run_ranks(_work, world, answer, given, timeout=60)
+        # Spawned ranks, as on a machine with GPUs, import everything before they begin.
+        results = run_ranks(_work, world, answer, given, timeout=60 if start_method() == "fork" else 240)
     except RankFailed as error:
         last = str(error).strip().splitlines()[-1]
         raise AssertionError(f"A rank failed: {last}. All ranks have to make the same exchanges.") from error
