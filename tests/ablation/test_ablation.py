@@ -181,3 +181,35 @@ def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_
     assert "A rate of almost nothing" in page
     assert "Rescaled only" in page
     assert any(line.startswith("low: ") for line in table_lines(whole))
+
+
+def test_two_calls_share_a_study(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer):
+    """What another call is at is left to it, and is in the table when it is done."""
+    make_tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    evaluation = {"tasks": ["needle"], "needle_lengths": [300], "grid_samples": 1}
+    study = load_study(
+        study_file(
+            tmp_path,
+            texts,
+            model=str(tmp_path / "model"),
+            stages=[{"to": 384, "factor": 2}],
+            evaluation=evaluation,
+        )
+    )
+    order, real = [], building.train
+
+    def trained(config, **options):
+        order.append(config.optimizer.lr)
+        if len(order) == 1:  # the first call is at its base arm: a second one comes, and finds the other arm free
+            other = ablate(study, tmp_path / "study", only=["low"], draw=False, quiet=True)
+            assert [(run["arm"], run["seed"]) for run in other["runs"]] == [("low", 0)]
+            assert other["missing"] == [{"arm": "base", "seed": 0}]
+        return real(config, **options)
+
+    monkeypatch.setattr(building, "train", trained)
+    monkeypatch.setattr("ultralong.ablation.run.PATIENCE", 0.0)  # the second call can't wait for the one it is within
+    result = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert order == [1e-3, 1e-6], "each arm is trained once"
+    assert [run["arm"] for run in result["runs"]] == ["base", "low"]
+    assert result["missing"] == []

@@ -7,10 +7,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ultralong.ablation.outcomes import Outcome, read_outcomes
 from ultralong.ablation.resolve import (
@@ -35,9 +36,10 @@ from ultralong.rope import window_of
 from ultralong.training.loop import train
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
-from ultralong.utils.files import make_folder, read_json, read_jsonl, write_json, write_text
+from ultralong.utils.files import file_lock, make_folder, read_json, read_jsonl, write_json, write_text
 
-T = TypeVar("T")
+LOCKS = "locks"
+PATIENCE = 30 * 24 * 3600.0  # seconds that one call waits for what another builds
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,28 @@ class Builder:
     device: str = "auto"
     quiet: bool = False
 
+    @contextmanager
+    def alone(self, key: str, wait: float = PATIENCE) -> Iterator[None]:
+        """Hold a part of the study among all calls that work in its folder.
+
+        Args:
+            key: Name of the part.
+            wait: Seconds to wait for another call that holds it.
+
+        Raises:
+            ValueError: Another call still holds it.
+        """
+        folder = make_folder(self.out / LOCKS)
+        with file_lock(folder / f"{key}.lock", f"Another call is at {key} of the study in {self.out}.", wait=wait):
+            yield
+
+    def _once(self, key: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
+        """Make what is missing, or wait for another call that makes it."""
+        if not is_done():
+            with self.alone(key):
+                if not is_done():
+                    make()
+
     def before(self, design: Design) -> list[Outcome]:
         """The model before, measured."""
         return self.measured(design, self.base, lambda: base_folder(design), "the model before")
@@ -71,12 +95,12 @@ class Builder:
         key = links(design, seed, self.base)[-1].trained
         return self.measured(design, key, lambda: self.model(design, seed), f"trained, seed {seed}")
 
-    def done(self, design: Design, seed: int) -> bool:
-        """Whether the arm's model of a seed, and what it is compared with, are measured already."""
+    def records(self, design: Design, seed: int) -> list[Path]:
+        """The files that are there when the arm's model of a seed, and what it is compared with, are measured."""
         made = links(design, seed, self.base)
         wanted = [self.base, extension_key(self.base, design.stages[-1], design.scaling), made[-1].trained]
         records = [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
-        return all(file.exists() for file in (*records, *(self.out / "runs" / m.trained / "result.json" for m in made)))
+        return [*records, *(self.out / "runs" / m.trained / "result.json" for m in made)]
 
     def model(self, design: Design, seed: int) -> Path:
         """Folder of the arm's model of a seed."""
@@ -91,24 +115,31 @@ class Builder:
     def extended(self, design: Design, stage: Stage, key: str, model: Path) -> Path:
         """A checkpoint rescaled to a stage's window."""
         out = self.out / "shared" / key
-        if not out.exists():
+
+        def make() -> None:
             self._say(f"rescale to {stage.to:,} tokens: {key}")
             scaling = asdict(design.scaling)
             extend(model, stage.to, out, scaling.pop("method"), factor=stage.factor, quiet=True, **scaling)
+
+        self._once(key, out.exists, make)
         return out
 
     def rows(self, rows: Rows, length: int, key: str, design: Design) -> Path:
         """Packed rows; a stopped call is resumed."""
         out = self.out / "shared" / key
-        if not (out / "report.json").exists():
+
+        def make() -> None:
             self._say(f"pack rows of {length:,} tokens: {key}")
             pack_recipe(recipe_of(rows), base_folder(design), length, out, limit=rows.limit, quiet=self.quiet)
+
+        self._once(key, (out / "report.json").exists, make)
         return out
 
     def texts(self, design: Design) -> Path:
         """A folder of the held-out documents as text files, which prompts are filled with."""
         out = self.out / "shared" / heldout_key(design, self.base).replace("heldout-", "texts-")
-        if not out.exists():
+
+        def make() -> None:
             scratch = out.with_name(f".{out.name}.partial")
             shutil.rmtree(scratch, ignore_errors=True)
             make_folder(scratch)
@@ -116,6 +147,8 @@ class Builder:
             for number, document in enumerate(read_documents(recipe, quiet=True)):
                 write_text(scratch / f"{number:05d}.txt", document.text)
             os.replace(scratch, out)
+
+        self._once(out.name, out.exists, make)
         return out
 
     def measured(self, design: Design, model: str, find: Callable[[], Path], title: str) -> list[Outcome]:
@@ -129,7 +162,8 @@ class Builder:
         """
         out = self.out / "shared" / measured_key(design, model, self.base)
         record = out / "outcomes.json"
-        if not record.exists():
+
+        def make() -> None:
             folder = find()
             self._say(f"measure ({title}): {out.name}")
             started = time.perf_counter()
@@ -149,6 +183,8 @@ class Builder:
                     "environment": describe_environment(),
                 },
             )
+
+        self._once(out.name, record.exists, make)
         return [Outcome.from_dict(values) for values in read_json(record)["outcomes"]]
 
     def cost(self, design: Design, seed: int) -> dict[str, Any]:
@@ -168,16 +204,19 @@ class Builder:
 
     def _train(self, design: Design, link: Link, seed: int, model: Path, rows: Path) -> Path:
         out = self.out / "runs" / link.trained
-        if (out / "result.json").exists():
-            return out / "model"
-        config = training_config(design, link.stage, seed, model, rows, out)
-        self._say(f"train {config.steps:,} steps of {config.global_batch_size} x {link.stage.length:,}: {out.name}")
-        if design.processes is None:
-            train(config, resume=True, quiet=self.quiet)
-        else:
-            file = self.out / "runs" / f"{link.trained}.yaml"
-            settings.save(config, file)
-            launch_local(file, design.processes, resume=True, quiet=self.quiet)
+
+        def make() -> None:
+            config = training_config(design, link.stage, seed, model, rows, out)
+            rows_a_step = config.global_batch_size
+            self._say(f"train {config.steps:,} steps of {rows_a_step} x {link.stage.length:,}: {out.name}")
+            if design.processes is None:
+                train(config, resume=True, quiet=self.quiet)
+            else:
+                file = self.out / "runs" / f"{link.trained}.yaml"
+                settings.save(config, file)
+                launch_local(file, design.processes, resume=True, quiet=self.quiet)
+
+        self._once(link.trained, (out / "result.json").exists, make)
         return out / "model"
 
     def _say(self, text: str) -> None:

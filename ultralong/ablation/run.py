@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ultralong.ablation.build import Builder
+from ultralong.ablation.build import PATIENCE, Builder
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import draw_study
 from ultralong.ablation.resolve import check
@@ -16,7 +17,7 @@ from ultralong.ablation.results import summarise
 from ultralong.ablation.study import BASE_ARM, Design, Study
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
-from ultralong.utils.files import locked, make_folder, write_json
+from ultralong.utils.files import make_folder, write_json
 
 
 def ablate(
@@ -32,6 +33,8 @@ def ablate(
 
     Every seed goes through all arms before the next one starts, so that a study that is cut short has whole
     comparisons. What arms share is built once; a stopped call is resumed, within a training run or an evaluation too.
+    Several calls may work in one folder at once, such as one on each GPU: each takes an arm and seed that no other is
+    at, and all end with the whole table.
 
     Args:
         study: What to compare.
@@ -46,7 +49,7 @@ def ablate(
         each training took), `missing` (arms and seeds not done yet) and `environment`.
 
     Raises:
-        ValueError: The study is wrong, or another process works in `out`; nothing was started then.
+        ValueError: The study is wrong; nothing was started then.
     """
     base = check(study)
     designs = study.designs()
@@ -55,24 +58,28 @@ def ablate(
         raise ValueError(f"There is no arm {', '.join(unknown)}; there are {', '.join(designs)}.")
     wanted = {name: design for name, design in designs.items() if not only or name in (BASE_ARM, *only)}
     builder = Builder(make_folder(Path(out).expanduser()), base, device, quiet)
-    with locked(builder.out):
-        for folder in ("shared", "runs"):
-            make_folder(builder.out / folder)
-        settings.save(study, builder.out / "study.yaml", "Repeat or resume with: ultralong ablate study.yaml --out")
-        state = State(study, builder)
-        # What an earlier call with other arms finished stays in the table.
-        done = [(arm, seed) for arm, seed, design in _order(designs, study.seeds) if builder.done(design, seed)]
-        for arm, seed in done:
-            state.measure(arm, seed, designs[arm])
-        result = state.write() if done else {}
+    for folder in ("shared", "runs"):
+        make_folder(builder.out / folder)
+    settings.save(study, builder.out / "study.yaml", "Repeat or resume with: ultralong ablate study.yaml --out")
+    state = State(study, builder)
+    result = state.write() if state.refresh() else {}
+    for patience in (0.0, PATIENCE):  # what no other call is at; then what another is at, or has left undone
         for arm, seed, design in _order(wanted, study.seeds):
-            if (arm, seed) not in done:
-                _say(f"arm {arm}, seed {seed}", quiet)
-                state.measure(arm, seed, design)
-                result = state.write()
-        if draw:
-            draw_study(result, builder.out)
-        return result
+            if state.has(arm, seed):
+                continue
+            with ExitStack() as held:
+                try:
+                    held.enter_context(builder.alone(f"{arm}-seed-{seed}", patience))
+                except ValueError:
+                    continue
+                state.refresh()
+                if not state.has(arm, seed):
+                    _say(f"arm {arm}, seed {seed}", quiet)
+                    state.measure(arm, seed, design)
+            result = state.write()
+    if draw:
+        draw_study(result, builder.out)
+    return result
 
 
 def _order(designs: Mapping[str, Design], seeds: Sequence[int]) -> Iterator[tuple[str, int, Design]]:
@@ -100,6 +107,21 @@ class State:
         self.rescaled: dict[str, list[Outcome]] = {}
         self.trained: dict[str, dict[int, list[Outcome]]] = {}
         self.runs: list[dict[str, Any]] = []
+        self.records = {
+            (arm, seed): (design, builder.records(design, seed))
+            for arm, seed, design in _order(study.designs(), study.seeds)
+        }
+
+    def has(self, arm: str, seed: int) -> bool:
+        """Whether an arm and seed is in the table."""
+        return seed in self.trained.get(arm, {})
+
+    def refresh(self) -> bool:
+        """Take in what is measured in the folder, by this call, an earlier one or another; False where nothing is."""
+        for (arm, seed), (design, files) in self.records.items():
+            if not self.has(arm, seed) and all(file.exists() for file in files):
+                self.measure(arm, seed, design)
+        return bool(self.runs)
 
     def measure(self, arm: str, seed: int, design: Design) -> None:
         """Train and measure an arm with a seed, and what it is compared with."""
@@ -113,6 +135,7 @@ class State:
         """Write `results.json`."""
         asked = [(arm, seed) for seed in self.study.seeds for arm in self.study.designs()]
         done = [(run["arm"], run["seed"]) for run in self.runs]
+        self.runs.sort(key=lambda run: asked.index((run["arm"], run["seed"])))
         found = {
             "name": self.study.name,
             "question": self.study.question,

@@ -109,7 +109,8 @@ def ablate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
     STUDY is one YAML file: the base, the arms with the keys that they change, the training seeds, and for each arm a
     hypothesis with the number that refutes it. What arms share is built once. Stop it at any time; the same command
-    resumes where it stopped. The folder gets results.json and a page with forest plots.
+    resumes where it stopped. Several calls may work in one folder at once, such as one on each GPU
+    (CUDA_VISIBLE_DEVICES): each takes what no other is at. The folder gets results.json and a page with forest plots.
 
     Examples:
       ultralong ablate miniature --out study
