@@ -68,6 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(CPU_TORCH)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch "$@"
+	@echo "Installed into $(VENV)/. Next: make demo, or the course: source $(BIN)/activate && ultralong course start ~/ultralong-course"
 
 demo: setup  ## Run the whole recipe in miniature; the result is runs/demo/report.html
 	"$(BIN)/ultralong" demo $(ARGS)
