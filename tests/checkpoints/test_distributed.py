@@ -104,6 +104,14 @@ def test_a_record_of_the_wrong_shape_is_none(saved, files):
     assert changed_file(saved) is None
 
 
+@pytest.mark.parametrize("wrong", [{"step": 0}, {"step": True}, {"step": -1}, {"step": 10**30}, {"processes": 0}])
+def test_a_state_that_is_not_of_its_folder_is_refused(saved, wrong):
+    """It would be resumed from the wrong step, without a word."""
+    write_json(saved / "state.json", read_json(saved / "state.json") | wrong)
+    with pytest.raises(ValueError, match=r"step-0000001 is damaged: state\.json is of"):
+        checkpoint.restore(saved, ALONE, *network())
+
+
 def _shares(rank: int, world: int, folder: Path) -> str | None:
     processes = SimpleNamespace(accelerator=SimpleNamespace(num_processes=world, process_index=rank))
     return checkpoint._changed(folder, processes)

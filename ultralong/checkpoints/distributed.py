@@ -30,6 +30,7 @@ STATE = "state.json"
 # How damaged files show when they are read.
 FORMAT_ERRORS = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError, SafetensorError)
 TORCH_FORMAT_ERRORS = ("PytorchStreamReader",)  # torch raises plain RuntimeErrors for broken zip archives
+STEP = re.compile(r"step-(\d+)")
 PART = re.compile(r"__(\d+)_\d+\.distcp|random-(\d+)\.safetensors")
 # All that pickle may look up for a checkpoint's metadata, besides torch's names of number types.
 NAMES = {
@@ -132,6 +133,8 @@ def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 def changed_files(folder: Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     """What is wrong with each file of a checkpoint, as `changed_file` says it of the first."""
+    if rank == 0 and (wrong := _other_step(folder)):
+        yield wrong
     for name in sorted(recorded := recorded_files(folder))[rank::ranks]:
         file, facts = folder / name, recorded[name]
         if not file.is_file():
@@ -140,6 +143,21 @@ def changed_files(folder: Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
             yield f"{name} has {file.stat().st_size:,} bytes where {facts['bytes']:,} were written"
         elif sha256(file) != facts["sha256"]:
             yield f"{name} is not what was written (its hash differs)"
+
+
+def _other_step(folder: Path) -> str | None:
+    """Whether `state.json` is of another step than the folder, which would be trained on from the wrong place."""
+    try:
+        state = read_json(folder / STATE)
+    except (OSError, ValueError):  # the caller's own reading of the file says what is wrong
+        return None
+    named = STEP.fullmatch(folder.name)
+    if named is None or not isinstance(state, dict) or "step" not in state:
+        return None
+    step, processes = state["step"], state.get("processes", 1)
+    if type(step) is not int or step != int(named[1]):
+        return f"{STATE} is of step {step!r}"
+    return None if type(processes) is int and processes > 0 else f"{STATE} is of {processes!r} processes"
 
 
 def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:

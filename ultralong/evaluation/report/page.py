@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 920  # pixels of a picture that has the page's width
 HALF_WIDTH = 480
-DRAWS = ("plotly.graph_objects", "matplotlib.figure", "PIL.Image")
+DRAWS = ("plotly.graph_objects", "PIL.Image", "matplotlib.figure")  # matplotlib imports PIL
 
 
 @functools.cache
