@@ -9,8 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed, is_this_machine
+from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed
+from ultralong.data.chat.transport import check_address, is_this_machine
 from ultralong.data.read.registries import _open
+from ultralong.evaluation.runs.checks import check_needs
+from ultralong.evaluation.runs.settings import RunSettings
+from ultralong.inference.openai_engine import OpenAIEngine
 
 KEY = "sk-this-is-secret"
 
@@ -22,7 +26,7 @@ class Recorder(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.seen, self.away = [], ""
+        self.seen, self.away, self.says = [], "", {}
 
     @property
     def url(self):
@@ -33,9 +37,12 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.seen.append((self.path, dict(self.headers)))
-        target = {"/away": self.server.away, "/near": "/there"}.get(self.path)
-        body = json.dumps({"choices": [{"message": {"content": "Yes."}}]}).encode()
-        self.send_response(200 if target is None else 302)
+        target = {"/away": self.server.away, "/near": "/there"}.get(self.path.removesuffix("/completions"))
+        says = {"choices": [{"message": {"content": "Yes."}, "text": "Yes."}], "data": [{"id": "m"}]}
+        said = self.server.says.get(self.path, (200, says))
+        body = said[1] if isinstance(said[1], bytes) else json.dumps(said[1]).encode()
+        self.send_response(said[0] if target is None else 307 if "completions" in self.path else 302)
+        self.send_header("Content-Type", "application/json")
         if target is not None:
             self.send_header("Location", target)
         self.send_header("Content-Length", str(len(body)))
@@ -137,3 +144,65 @@ def test_another_port_is_another_host(start):
     with _open(index.url.replace("http://", "http://user:secret@") + "/away", None) as answer:
         answer.read()
     assert "Authorization" not in other.seen[0][1]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://u:secret@localhost/v1", "http://localhost/v1?key=secret", "https://x/v1#secret"]
+)
+def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(tmp_path, url):
+    with pytest.raises(ValueError, match="a key does not belong into the address") as error:
+        Endpoint(url, "m")
+    wanted = RunSettings("model", ("ruler_vt",), engine="openai", endpoint=url)
+    with pytest.raises(ValueError, match="a key does not belong into the address") as other:
+        check_needs(["ruler_vt"], wanted)
+    assert "secret" not in f"{error.value} {other.value}"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:99999/v1", "http://[::1/v1", "http://local\nhost/v1", "localhost:80"]
+)
+def test_an_address_that_is_none_is_one_line(url):
+    with pytest.raises(ValueError, match="must be like http"):
+        check_address(url, None)
+
+
+class Words:
+    """A tokenizer of words."""
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text.split())))}
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_the_engine_that_asks_an_endpoint_keeps_key_and_texts_to_it(start, monkeypatch, variable):
+    """The client of OpenAI's package takes proxies of the environment, follows redirects, repeats what it is told."""
+    server, other = start(), start()
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, other.url)
+    monkeypatch.setenv("MY_KEY", KEY)
+    assert OpenAIEngine(server.url, Words(), key_variable="MY_KEY").answer([[1]], [1])[0].text == "Yes."
+    server.away = f"{other.url}/completions"
+    with pytest.raises(ValueError, match="no answer to 1 tokens"):
+        OpenAIEngine(f"{server.url}/away", Words(), "m", "MY_KEY").answer([[1]], [1])
+    assert server.seen
+    assert not other.seen
+    server.says["/completions"] = (401, {"error": {"message": f"no such key: {KEY}"}})
+    with pytest.raises(ValueError, match=r"no such key: \*\*\*") as error:
+        OpenAIEngine(server.url, Words(), "m", "MY_KEY").answer([[1]], [1])
+    assert KEY not in str(error.value)
+    with pytest.raises(ValueError, match="in the clear"):
+        OpenAIEngine("http://example.org/v1", Words(), "m", "MY_KEY")
+
+
+@pytest.mark.parametrize("said", [b"<html>", {"choices": []}, {"choices": [{"text": None}]}, [], b"[" * 99_999])
+def test_an_odd_answer_to_the_engine_is_one_line(start, said):
+    server = start()
+    server.says = {"/completions": (200, said), "/models": (200, said)}
+    for asked in (
+        lambda: OpenAIEngine(server.url, Words(), "m").answer([[1]], [1]),
+        lambda: OpenAIEngine(server.url, Words()),
+    ):
+        with pytest.raises(ValueError, match=server.url) as error:
+            asked()
+        assert "\n" not in str(error.value)

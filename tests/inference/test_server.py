@@ -226,7 +226,7 @@ def test_what_an_endpoint_cannot_do_is_refused_by_name(running, engine, monkeypa
         RunSettings("model", ("ruler",), engine="openai", endpoint="http://x/v1", gpus=2)
     url = f"http://127.0.0.1:{running.port}/v1"
     monkeypatch.setenv("NO_KEY", " ")
-    with pytest.raises(ValueError, match="NO_KEY holds no API key"):
+    with pytest.raises(ValueError, match="NO_KEY holds no key"):
         OpenAIEngine(url, engine.tokenizer, key_variable="NO_KEY")
     asked = OpenAIEngine(url, engine.tokenizer)
     with pytest.raises(ValueError, match="own stop tokens"):

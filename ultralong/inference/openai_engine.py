@@ -7,17 +7,21 @@ be resumed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
+from ultralong.data.chat.transport import check_address, is_this_machine, read_key
 from ultralong.inference.decoding import GREEDY, FinishReason, Sampling
 from ultralong.inference.engines import Answer
 from ultralong.utils.extras import require
 
+SHOWN = 1000  # characters of an error
 RETRIES = 5  # with waits that double, as the client does
+# How an answer that is none of the protocol shows: a page, a list of no choices, bytes that are no text.
+ODD_ANSWER = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 SECONDS = 3600.0  # for a whole answer: a million tokens are read in minutes
 
 
@@ -32,18 +36,26 @@ class OpenAIEngine:
 
     Raises:
         ImportError: The openai package is not installed.
-        ValueError: The variable is empty, the endpoint cannot be reached, or it lists several models and no name was
-            given.
+        ValueError: The variable holds no key, the address is none, the endpoint cannot be reached, or it lists several
+            models and no name was given.
     """
 
     def __init__(
         self, url: str, tokenizer: PreTrainedTokenizerBase, name: str | None = None, key_variable: str | None = None
     ) -> None:
         self._openai: Any = require("openai", extra="openai")
-        key = os.environ.get(key_variable, "").strip() if key_variable else "none"
-        if not key:
-            raise ValueError(f"The environment variable {key_variable} holds no API key.")
-        self._client = self._openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=SECONDS)
+        check_address(url, key_variable)
+        self._key = read_key(key_variable)
+        # Texts and key stay with the endpoint: no redirect is followed, and no proxy of the environment is asked to
+        # reach this machine.
+        local = is_this_machine(urlsplit(url).hostname or "")
+        self._client = self._openai.OpenAI(
+            base_url=url,
+            api_key=self._key or "none",
+            max_retries=RETRIES,
+            timeout=SECONDS,
+            http_client=self._openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local),
+        )
         self.tokenizer, self.name = tokenizer, f"openai {url}"
         self._model = name or self._only_model(url)
 
@@ -76,10 +88,17 @@ class OpenAIEngine:
                 said = self._client.completions.create(
                     model=self._model, prompt=list(prompt), max_tokens=budget, **options
                 )
+                choice, usage = said.choices[0], said.usage
+                tokens = tuple(self.tokenizer(choice.text, add_special_tokens=False)["input_ids"])
             except self._openai.OpenAIError as error:
-                raise ValueError(f"{self.name} gave no answer to {len(prompt):,} tokens: {error}") from error
-            choice, usage = said.choices[0], said.usage
-            tokens = tuple(self.tokenizer(choice.text, add_special_tokens=False)["input_ids"])
+                raise ValueError(
+                    f"{self.name} gave no answer to {len(prompt):,} tokens: {self._without_key(error)}"
+                ) from None
+            except ODD_ANSWER as error:
+                raise ValueError(
+                    f"{self.name} gave no answer of OpenAI's protocol to {len(prompt):,} tokens "
+                    f"({self._without_key(error)})."
+                ) from None
             reason: FinishReason = "stop" if choice.finish_reason == "stop" else "length"
             details = getattr(usage, "prompt_tokens_details", None)
             answers.append(Answer(choice.text, tokens, reason, getattr(details, "cached_tokens", None) or 0))
@@ -88,11 +107,18 @@ class OpenAIEngine:
     def release(self) -> None:
         """See `Engine`: the endpoint keeps its memory."""
 
+    def _without_key(self, error: Exception) -> str:
+        """What an error says, on one line; an endpoint may repeat the key that it refuses."""
+        said = str(error) if self._key is None else str(error).replace(self._key, "***")
+        return " ".join(said.split())[:SHOWN] or type(error).__name__
+
     def _only_model(self, url: str) -> str:
         try:
             names = [model.id for model in self._client.models.list()]
-        except self._openai.OpenAIError as error:
-            raise ValueError(f"{url} can't be asked for its models: {error}") from error
+        except (self._openai.OpenAIError, *ODD_ANSWER) as error:
+            raise ValueError(f"{url} can't be asked for its models: {self._without_key(error)}") from None
+        if names == [None]:
+            raise ValueError(f"{url} lists a model without a name: say which with --endpoint-model.")
         if len(names) != 1:
-            raise ValueError(f"{url} has the models {', '.join(names)}: say which with --endpoint-model.")
+            raise ValueError(f"{url} has the models {', '.join(map(str, names))}: say which with --endpoint-model.")
         return str(names[0])

@@ -8,9 +8,7 @@ the request's header and nowhere else.
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
-import os
 import random
 import threading
 import urllib.error
@@ -30,24 +28,16 @@ from ultralong.data.chat.transport import (
     WatchedHttp,
     WatchedHttps,
     WatchedRequest,
+    check_address,
+    is_this_machine,
     read_body,
+    read_key,
 )
 from ultralong.data.read.messages import is_unicode
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 SHOWN = 200  # characters of a server's answer in an error message
 LARGEST_ANSWER = 1 << 24  # bytes
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether a host name or address means this machine by its form alone; no name is looked up."""
-    name = host.rstrip(".").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -82,13 +72,7 @@ class Endpoint:
     longest_backoff: float = 60.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url must be like http://localhost:8000/v1, found {self.url!r}.")
-        if parts.username or parts.password:
-            raise ValueError("url: a key does not belong into the address; name a variable with key_variable.")
-        if self.key_variable and parts.scheme == "http" and not is_this_machine(parts.hostname):
-            raise ValueError(f"url: a key would travel to {parts.hostname} in the clear. Use https.")
+        check_address(self.url, self.key_variable)
         if (
             self.max_tokens < 1
             or self.retries < 0
@@ -102,17 +86,7 @@ class Endpoint:
         Raises:
             ValueError: The variable is not set.
         """
-        if self.key_variable is None:
-            return None
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key:
-            raise ValueError(f"the environment variable {self.key_variable} holds no key. Set it, or leave it out.")
-        if not (key.isascii() and key.isprintable()):  # http.client would refuse it in words that hold the key
-            raise ValueError(
-                f"the environment variable {self.key_variable} holds a line break, or another character that no key "
-                "has. Set it anew."
-            )
-        return key
+        return read_key(self.key_variable)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,68 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
+import os
 import socket
 import threading
 import time
 import urllib.request
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address means this machine by its form alone; no name is looked up."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def check_address(url: str, key_variable: str | None) -> None:
+    """Refuse an address that is none, that holds a key, or to which a key would travel in the clear.
+
+    Args:
+        url: Of an endpoint, up to and with its version.
+        key_variable: Name of the variable that holds the key, where one is sent.
+
+    Raises:
+        ValueError: One line without the key.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # which is looked at only now
+    except ValueError as error:
+        raise ValueError(f"url must be like http://localhost:8000/v1 ({error}).") from None
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("url: a key does not belong into the address; name a variable with key_variable.")
+    if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
+        raise ValueError(f"url must be like http://localhost:8000/v1, found {url!r}.")
+    if key_variable and parts.scheme == "http" and not is_this_machine(host):
+        raise ValueError(f"url: a key would travel to {host} in the clear. Use https.")
+
+
+def read_key(variable: str | None) -> str | None:
+    """The key that an environment variable holds; None where no variable is named.
+
+    Raises:
+        ValueError: The variable is not set, or holds what no key is; the message does not hold it.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"the environment variable {variable} holds no key. Set it, or leave it out.")
+    if not (key.isascii() and key.isprintable()):  # HTTP clients would refuse it in words that hold the key
+        raise ValueError(
+            f"the environment variable {variable} holds a line break, or another character that no key has. "
+            "Set it anew."
+        )
+    return key
 
 
 class TooLong(Exception):

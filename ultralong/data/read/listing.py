@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,12 +81,23 @@ def _walk(root: Path, report: ReadReport) -> Iterator[tuple[str, Path, bool]]:
             path = folder / entry.name
             name = readable(path.relative_to(root).as_posix())
             behind = through_link or entry.is_symlink()
-            if entry.is_dir():
+            kind = _kind(entry)
+            if kind == "folder":
                 (linked if behind else plain).append(path)
-            elif entry.is_file():
+            elif kind == "file":
                 yield name, path, behind
             else:
                 report.note("a link to nothing" if entry.is_symlink() else "neither a file nor a folder", name)
+
+
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """What an entry is, links followed; None where a link leads round in a circle, too."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return None
 
 
 def _entries(folder: Path, root: Path, report: ReadReport) -> list[os.DirEntry[str]]:

@@ -52,13 +52,13 @@ def _check_record(number: int, record: Mapping[str, Any]) -> None:
     outputs = record["outputs"]
     if not isinstance(outputs, list | tuple):
         raise ValueError(f"Record {number}: outputs must be a list of texts, found {_kind(outputs)}.")
-    if not outputs:
-        raise ValueError(f"Record {number} has no references in outputs.")
     wrong = [item for item in outputs if not isinstance(item, str)]
     if wrong:
         raise ValueError(f"Record {number}: outputs must be a list of texts, found {_kind(wrong[0])} in it.")
+    if not any(item.strip() for item in outputs):  # which is found in every answer
+        raise ValueError(f"Record {number} has no references in outputs.")
     length = record.get("max_length")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(f"Record {number}: max_length must be a number of tokens, found {_kind(length)}.")
 
 

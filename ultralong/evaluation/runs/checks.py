@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ultralong.data.chat.transport import check_address
 from ultralong.evaluation.measures.lm_eval import find_benchmarks
 from ultralong.evaluation.report.page import missing_for_figures
 from ultralong.evaluation.runs.results import SETTINGS_FILE
@@ -42,6 +43,7 @@ def check_needs(names: Sequence[str], wanted: RunSettings) -> None:
         require_vllm()
     if wanted.engine == "openai":
         require("openai", "openai")
+        check_address(str(wanted.endpoint), wanted.key_variable)
     if (reason := missing_for_figures()) is not None:
         warnings.warn(f"The report will hold tables and no figures: {reason}", stacklevel=3)
 
