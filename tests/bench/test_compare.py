@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from test_env import ROOT
 
-from ultralong.bench.compare import HIGHER_IS_BETTER, LOWER_IS_BETTER, case_name, compare
-from ultralong.bench.results import append_row, read_rows, rows_of, write_rows
+from ultralong.bench.compare import HIGHER_IS_BETTER, LOWER_IS_BETTER, case_name, compare, compare_measured
+from ultralong.bench.results import Facts, append_row, facts_of, read_measured, read_rows, rows_of, write_rows
 from ultralong.bench.tables import training_table
 from ultralong.cli import main
 from ultralong.utils.environment import commit
@@ -115,6 +115,57 @@ def test_what_has_nothing_in_common_is_an_error():
         compare([{"tokens": 1, "seconds": 1.0}], [{"tokens": 2, "seconds": 1.0}], 0.03)
     with pytest.raises(ValueError, match="tolerance"):
         compare([], [], -1.0)
+
+
+def test_hardware_has_to_be_the_same_and_is_named():
+    h100, h200, nobody = Facts("H100"), Facts("H200", "0.4.0", "abc", "2.11.0", "2026-11-29"), Facts()
+    rows = [{"tokens": n, "seconds": 1.0} for n in (1, 2, 3)]
+    before = [(row, h200) for row in rows]
+    found = compare_measured(before, [(row | {"seconds": 9.0}, h100) for row in rows[:1]] + before[1:], 0.03)
+    assert (found.regressions, found.elsewhere) == ((), (("tokens 1", "H200", "H100"),))
+    said = str(found)
+    assert "before  0.4.0 at abc, torch 2.11.0, H200, 2026-11-29" in said
+    assert "other hardware (H200, then H100), not compared  tokens 1" in said
+    assert compare_measured(before, [(rows[0] | {"seconds": 9.0}, nobody)], 0.03).regressions, "a file may not say"
+    with pytest.raises(ValueError, match="different hardware, such as H200 and H100"):
+        compare_measured(before, [(row, h100) for row in rows], 0.03)
+
+
+def test_who_measured_is_read_from_the_row_or_the_head():
+    head = {"machine": {"device": "cpu", "processor": "P", "date": "2026-01-01", "packages": {"torch": "2.11.0"}}}
+    assert facts_of(head, {}) == Facts("cpu, P", torch="2.11.0", date="2026-01-01")
+    assert str(facts_of(head, {})) == "version not recorded, torch 2.11.0, cpu, P, 2026-01-01"
+    row = {"gpu": "H200", "date": "2026-02-02", "versions": {"ultralong": "0.4.0", "ultralong-commit": "abc"}}
+    assert facts_of({"machine": "some hosts"}, row) == Facts("H200", "0.4.0", "abc", "", "2026-02-02")
+
+
+def test_a_folder_is_all_of_its_rows_and_the_latest_of_a_case_counts(tmp_path, capsys):
+    row = {"model": "M", "tokens": 8, "gpus": 1}
+    for name, date, seconds in (("b", "2026-01-01", 10.0), ("a", "2026-02-02", 5.0)):
+        append_row(tmp_path / f"{name}.json", row | {"seconds": seconds, "gpu": "H200", "date": date})
+    (tmp_path / "other.json").write_text('{"what": 1}')
+    (tmp_path / "list.json").write_text("[1]")
+    assert [found["seconds"] for found, _ in read_measured(tmp_path)] == [10.0, 5.0]
+    (tmp_path / "new").mkdir()
+    after, changes = tmp_path / "new" / "c.json", tmp_path / "changes.json"
+    append_row(after, row | {"seconds": 5.5, "gpu": "H200", "date": "2026-03-03"})
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "compare", str(tmp_path), str(after), "--json", str(changes)])
+    assert stopped.value.code == 1
+    assert "seconds 5 -> 5.5 (10.0% worse)" in capsys.readouterr().out
+    recorded = json.loads(changes.read_text())
+    (value,) = recorded["values"]
+    assert (value["value"], value["before"], value["after"], value["ratio"]) == ("seconds", 5.0, 5.5, 1.1)
+    assert recorded["regressions"] == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no result file"):
+        read_measured(tmp_path / "empty")
+
+
+def test_of_many_cases_that_were_not_measured_again_some_are_named():
+    rows = [{"tokens": n, "seconds": 1.0} for n in range(1, 20)]
+    said = str(compare(rows, rows[:1], 0.03))
+    assert (said.count("not measured again  tokens"), "8 more; --json names them" in said) == (10, True)
 
 
 def test_a_file_is_written_and_read_alike(tmp_path):

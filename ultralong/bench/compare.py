@@ -3,16 +3,18 @@
 Rows of the two files belong together when everything that describes the case is the same: model, tokens, GPUs, scheme,
 kernel, memory settings and so on. Where a file measured a case twice, the later row counts. A value that got worse by
 more than the tolerance is a regression; so is a case that had numbers and now has only a note, such as out of memory.
+Rows of different hardware are not compared, but named. Either may be a folder, as `notebooks/results`: all of its rows.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ultralong.bench.results import Row
+from ultralong.bench.results import Facts, Row
 from ultralong.training.config import MemoryConfig
 
 # What describes a case, in the order of its printed name.
@@ -46,6 +48,7 @@ LOWER_IS_BETTER = frozenset(
     ("forward_ms", "backward_ms", "seconds", "seconds_per_step", "decode_seconds_per_token", "seconds_per_parameter")
     + ("prefill_seconds", "cpu_seconds", "peak_gib", "cache_gib", "peak_gpu_gib", "peak_host_gib", "pinned_host_gib")
 )
+SHOWN = 10  # cases that were not measured again: of a folder of results they are most
 RENAMED = {"stages": "head_chunks", "states": "state_precision"}  # columns of rows recorded before 0.4
 
 
@@ -67,6 +70,11 @@ class Change:
     after: float | None
     worse: float
 
+    @property
+    def ratio(self) -> float | None:
+        """The value after over that before."""
+        return None if self.after is None else self.after / self.before
+
     def __str__(self) -> str:
         """One line for a terminal."""
         if self.after is None:
@@ -84,12 +92,16 @@ class Comparison:
         missing: Cases of the first file only.
         new: Cases of the second file only.
         tolerance: The share from which on a worse value counts as a regression.
+        elsewhere: Cases of both that were measured on different hardware, with the two names.
+        measured: Who measured the compared cases, before and after; where several did, all of them.
     """
 
     changes: tuple[Change, ...]
     missing: tuple[str, ...]
     new: tuple[str, ...]
     tolerance: float
+    elsewhere: tuple[tuple[str, str, str], ...] = ()
+    measured: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def regressions(self) -> tuple[Change, ...]:
@@ -97,22 +109,48 @@ class Comparison:
         return tuple(change for change in self.changes if change.worse > self.tolerance)
 
     def __str__(self) -> str:
-        """The report: regressions, improvements beyond the tolerance, and cases that only one file has."""
+        """The report: who measured, regressions, improvements beyond the tolerance, cases that only one file has."""
         better = [change for change in reversed(self.changes) if change.worse < -self.tolerance]
         same = len(self.changes) - len(self.regressions) - len(better)
-        lines = [f"worse   {change}" for change in self.regressions]
+        lines = [
+            f"{side}  {who}" for side, whos in zip(("before", "after "), self.measured, strict=True) for who in whos
+        ]
+        lines += [f"worse   {change}" for change in self.regressions]
         lines += [f"better  {change}" for change in better]
-        lines += [f"not measured again  {case}" for case in self.missing]
+        lines += [f"not measured again  {case}" for case in self.missing[:SHOWN]]
+        if more := len(self.missing[SHOWN:]):
+            lines.append(f"not measured again  {more} more; --json names them")
         lines += [f"new  {case}" for case in self.new]
+        lines += [
+            f"other hardware ({before}, then {after}), not compared  {case}" for case, before, after in self.elsewhere
+        ]
         lines.append(
             f"{len(self.changes)} values compared: {len(self.regressions)} worse and {len(better)} better by more than "
             f"{self.tolerance:.0%}, {same} within it"
         )
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON values; `worse` is null where a case has no number any more."""
+        values = [
+            {**asdict(change), "ratio": change.ratio, "worse": change.worse if math.isfinite(change.worse) else None}
+            for change in self.changes
+        ]
+        named = ("case", "before", "after")
+        return {
+            "tolerance": self.tolerance,
+            "before": list(self.measured[0]),
+            "after": list(self.measured[1]),
+            "regressions": len(self.regressions),
+            "values": values,
+            "not_measured_again": list(self.missing),
+            "new": list(self.new),
+            "other_hardware": [dict(zip(named, each, strict=True)) for each in self.elsewhere],
+        }
+
 
 def compare(before: Iterable[Row], after: Iterable[Row], tolerance: float) -> Comparison:
-    """Compare the rows of two measurements.
+    """Compare the rows of two measurements of the same hardware.
 
     Args:
         before: Rows of the first file (`ultralong.bench.results.read_rows`).
@@ -125,24 +163,41 @@ def compare(before: Iterable[Row], after: Iterable[Row], tolerance: float) -> Co
     Raises:
         ValueError: They have no case in common, or the tolerance is negative.
     """
+    unknown = Facts()
+    return compare_measured([(row, unknown) for row in before], [(row, unknown) for row in after], tolerance)
+
+
+def compare_measured(
+    before: Iterable[tuple[Row, Facts]], after: Iterable[tuple[Row, Facts]], tolerance: float
+) -> Comparison:
+    """`compare`, of rows with who measured them (`ultralong.bench.results.read_measured`).
+
+    Raises:
+        ValueError: As `compare`, or the cases in common were measured on different hardware.
+    """
     if tolerance < 0:
         raise ValueError(f"tolerance must be 0 or more, found {tolerance}")
-    first, second = _by_case(before), _by_case(after)
-    if not first.keys() & second.keys():
+    first, second = ({case_name(row): (row, facts) for row, facts in rows} for rows in (before, after))
+    common = [case for case in first if case in second]
+    if not common:
         raise ValueError(
             "the files have no case in common: they must hold the same measurement of the same model, length and GPUs"
         )
-    changes = [change for case, row in first.items() if case in second for change in _changes(case, row, second[case])]
+    hardware = {case: (first[case][1].hardware, second[case][1].hardware) for case in common}
+    alike = [case for case, (one, other) in hardware.items() if one == other or not (one and other)]
+    if not alike:
+        one, other = hardware[common[0]]
+        raise ValueError(f"the cases in common were measured on different hardware, such as {one} and {other}")
+    changes = [change for case in alike for change in _changes(case, first[case][0], second[case][0])]
+    measured = [tuple(sorted({str(side[case][1]) for case in alike} - {str(Facts())})) for side in (first, second)]
     return Comparison(
         tuple(sorted(changes, key=lambda change: -change.worse)),
         tuple(case for case in first if case not in second),
         tuple(case for case in second if case not in first),
         tolerance,
+        tuple((case, *hardware[case]) for case in common if case not in alike),
+        (measured[0], measured[1]),
     )
-
-
-def _by_case(rows: Iterable[Row]) -> dict[str, Row]:
-    return {case_name(row): row for row in rows}
 
 
 def case_name(row: Mapping[str, Any]) -> str:

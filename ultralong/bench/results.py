@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,75 @@ def rows_of(recorded: Mapping[str, Any]) -> list[Row]:
         ValueError: It holds none.
     """
     for key in ("rows", "results"):
-        if isinstance(recorded.get(key), list):
+        if isinstance(recorded.get(key), list) and all(isinstance(row, dict) for row in recorded[key]):
             return list(recorded[key])
     if isinstance(recorded.get("rates"), dict):
         return [{"rate": name, **row} for name, rows in recorded["rates"].items() for row in rows]
     raise ValueError(f"no rows were found; the file has {', '.join(recorded) or 'nothing'}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of who measured a row.
+
+    Attributes:
+        hardware: The GPU, or the processor of a measurement without one; empty where the file does not say.
+        version: Of this library; empty where that was not recorded yet.
+        commit: Of a checkout.
+        torch: Its version.
+        date: As YYYY-MM-DD.
+    """
+
+    hardware: str = ""
+    version: str = ""
+    commit: str = ""
+    torch: str = ""
+    date: str = ""
+
+    def __str__(self) -> str:
+        """One line, such as "0.4.0 at 0123456789ab, torch 2.11.0, NVIDIA H200, 2026-11-29"."""
+        version = self.version or "version not recorded"
+        named = f"{version} at {self.commit}" if self.commit else version
+        return ", ".join(
+            part for part in (named, self.torch and f"torch {self.torch}", self.hardware, self.date) if part
+        )
+
+
+def facts_of(recorded: Mapping[str, Any], row: Mapping[str, Any]) -> Facts:
+    """Who measured a row: the row says it, or the head of its file."""
+    said = recorded.get("machine")
+    machine: Mapping[str, Any] = said if isinstance(said, dict) else {}
+    versions = row.get("versions") or machine.get("packages") or {}
+    hardware = str(row.get("gpu") or machine.get("device") or "")
+    if hardware == "cpu":
+        hardware = ", ".join(["cpu", *([str(machine["processor"])] if machine.get("processor") else [])])
+    commit = str(versions.get("ultralong-commit", ""))
+    date = str(row.get("date") or machine.get("date") or "")
+    return Facts(hardware, str(versions.get("ultralong", "")), commit, str(versions.get("torch", "")), date)
+
+
+def read_measured(path: Path) -> list[tuple[Row, Facts]]:
+    """Rows with who measured them, of a result file, or of all result files of a folder, the oldest first.
+
+    Args:
+        path: A file, or a folder; what else lies in the folder is left out.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        ValueError: The file is no result file, or the folder holds none.
+    """
+    if not path.is_dir():
+        rows, recorded = read_rows(path), read_json(path)
+        return [(row, facts_of(recorded, row)) for row in rows]
+    found: list[tuple[Row, Facts]] = []
+    for file in sorted(path.glob("*.json")):
+        try:
+            found += read_measured(file)
+        except ValueError:
+            continue  # a file of another kind: the folder of recorded results holds some
+    if not found:
+        raise ValueError(f"{path} holds no result file of `ultralong bench`")
+    return sorted(found, key=lambda each: each[1].date)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ultralong import __version__
 from ultralong.bench.checkpoints.tables import configs_table, readers_table
-from ultralong.bench.results import rows_of
+from ultralong.bench.results import facts_of, rows_of
 from ultralong.utils.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]  # of a clone
@@ -230,6 +230,29 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
 }
 
 
+def measured_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Who measured what the other tables show: version and commit of this library, torch, hardware and date.
+
+    Args:
+        recorded: Result files, each with its name as `file`.
+
+    Returns:
+        Lines of a Markdown table, one for each file and version of it.
+    """
+    lines = ["| file | ultralong | commit | torch | hardware | date |", "|---|---|---|---|---|---|"]
+    for file in recorded:
+        found = {facts_of(file, row): None for row in rows_of(file)}
+        for facts in sorted(found, key=lambda each: (each.date, each.version, each.commit)):
+            cells = [facts.version or "not recorded", facts.commit, facts.torch, facts.hardware, facts.date]
+            lines.append(f"| {file['file']} | {' | '.join(cells)} |")
+    return lines
+
+
+# Plans are made from other files' measurements.
+MEASURED = tuple(dict.fromkeys(file for name, (files, _) in TABLES.items() if name != "plans" for file in files))
+TABLES["measured"] = (MEASURED, measured_table)
+
+
 def filled(text: str, results: Path) -> str:
     """A Markdown text with every table in it filled from the recorded files.
 
@@ -247,7 +270,7 @@ def filled(text: str, results: Path) -> str:
             raise ValueError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
         files, make = TABLES[name]
         found = [path for file in files for path in (sorted(results.glob(file)) if "*" in file else [results / file])]
-        lines = make([read_json(path) for path in found])
+        lines = make([{**read_json(path), "file": path.name} for path in found])
         return "\n".join([f"<!-- table {name} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

@@ -171,21 +171,31 @@ def _line(row: dict[str, Any]) -> str:
     return name + text
 
 
-def compare(before: Positional[File], after: Positional[File], /, *, tolerance: float = 0.03) -> None:
+def compare(
+    before: Positional[File], after: Positional[File], /, *, tolerance: float = 0.03, json: Json = None
+) -> None:
     """Compare two result files of the same measurement; exits with 1 where a value got worse.
 
-    Example: ultralong bench compare before.json after.json
+    Rows belong together when all that describes their case is the same; rows of other hardware are named only.
+
+    Examples:
+      ultralong bench compare before.json after.json
+      ultralong bench compare notebooks/results after.json --json changes.json
 
     Args:
-        before: JSON file that another bench command wrote.
+        before: JSON file that another bench command wrote, or a folder of such files.
         after: The same, measured later.
         tolerance: Share by which a value may get worse: 0.03 is 3%.
+        json: Write every value before and after, their ratio, and what was not compared as JSON to this file.
     """
-    from ultralong.bench.compare import compare as find
-    from ultralong.bench.results import read_rows
+    from ultralong.bench.compare import compare_measured
+    from ultralong.bench.results import read_measured
+    from ultralong.utils.files import write_json
 
-    found = find(read_rows(before), read_rows(after), tolerance)
+    found = compare_measured(read_measured(before), read_measured(after), tolerance)
     print(found)
+    if json is not None:
+        write_json(json, found.to_dict())
     if found.regressions:
         sys.exit(1)
 

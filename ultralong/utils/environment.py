@@ -47,6 +47,7 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "cpus": os.cpu_count(),
+        "processor": _processor(),
         "device": "cpu",
         "devices": 0,
     }
