@@ -74,6 +74,17 @@ def test_loss_and_gradients_are_those_of_eager_transformers(family):
         assert largest_error(found, gradients) <= EXACT, (plan, edges)
 
 
+@pytest.mark.parametrize("family", TILED)
+def test_tiles_keep_the_types_of_a_model_in_bfloat16(family):
+    """OLMo's angles are float32 in a model of bfloat16: queries and keys have to come out as values do."""
+    loss, found = one_pass(family_model(family).bfloat16(), PLANS["tiles"], edges=EDGES)
+    wanted, gradients = one_pass(family_model(family).bfloat16(), PLANS["own layers"], edges=EDGES)
+    assert loss == pytest.approx(wanted, rel=5e-3)
+    assert {grad.dtype for grad in found.values()} == {torch.bfloat16}
+    exact = referee(family, EDGES)[1]
+    assert largest_error(found, exact) <= 2 * largest_error(gradients, exact)
+
+
 def over_processes(rank, world, cases):
     """Errors of loss and gradients by case, in float64 and, sharded by FSDP2 with grouped products, in float32."""
     errors = {}

@@ -67,10 +67,10 @@ class SplitLayer:
         return self._projected(x, partial(linears_for_backward, needed=(normalised, normalised, False)))
 
     def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their rotary embedding; gpt-oss gives each angle once."""
+        """Rotated queries and keys, in their own type; gpt-oss gives each angle once, OLMo angles in float32."""
         if cos.shape[-1] < q.shape[-1]:
             cos, sin = (torch.cat([y, y], -1) for y in (cos, sin))
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return apply_rotary(q, cos, sin).to(q.dtype), apply_rotary(k, cos, sin).to(k.dtype)
 
     def post_attention(self, x: Tensor, out: Tensor) -> None:
         """Turn the layer's input (B, t, d) into its output, in place, given the attention output (B, t, H, D)."""
