@@ -320,8 +320,8 @@ def measure(scaling: RopeScaling) -> list[dict]:
 
 
 stretched = replace(unscaled, method="yarn", factor=float(STRETCH))
-curves = {"no scaling": measure(unscaled), "PI": measure(replace(stretched, method="linear")),
-          "NTK": measure(replace(stretched, method="ntk")), "YaRN": measure(stretched)}
+curves = {"PI": measure(replace(stretched, method="linear")), "NTK": measure(replace(stretched, method="ntk")),
+          "YaRN": measure(stretched), "no scaling": measure(unscaled)}  # PI, NTK, YaRN in the colours that they had
 figures.show(
     figures.perplexity_curve(curves, "One set of weights, four rotary tables", base_window=window),
     "Without scaling perplexity climbs steeply past the window; PI is high everywhere; NTK holds for a while and then "

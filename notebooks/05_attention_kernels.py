@@ -411,6 +411,8 @@ handed = {"source": f"{machine['device']}, recorded {machine['date']}", "matmul_
 print(json.dumps(handed, indent=1))
 
 # %% [markdown]
+# Stuck? `hint("05.merge")` gives a nudge, `solution("05.merge")` an answer; import both from `ultralong.course`.
+#
 # ## What this does not show
 #
 # * Rates of this CPU say nothing about a GPU. The recorded ones are of one machine; others differ by a percent or more.

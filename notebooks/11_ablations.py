@@ -291,7 +291,7 @@ figure = figures.lines({f"{arm}, all lengths up to": (LENGTHS, each) for arm, ea
 figure.add_scatter(x=[LENGTHS[2]] * 2, y=[at_1m[arm] - at_1m["full recipe"] for arm in differences], mode="markers",
                    name="at 1M alone (derived)", marker={"symbol": "diamond", "size": 11, "color": figures.PALETTE[2]})
 figure.update_xaxes(tickvals=LENGTHS, ticktext=[figures.tokens_label(n) for n in LENGTHS], dtick=None)
-figure.update_layout(legend={"y": -0.24}, margin={"b": 100}, height=420)
+figure.update_layout(height=420)
 figures.show(figure, "Published differences in RULER points: no separator falls to one point below the full recipe at "
              "1M, NTK from a point above it to three and a half below; derived for 1M alone, four and sixteen below.")
 ours = {"no separator": "no-separator", "NTK": "ntk", "two steps": "two-steps"}
@@ -463,7 +463,7 @@ for effect, seeds in itertools.product(EFFECTS, sizes):
 figure = figures.lines({f"true difference {effect:g}": (sizes, shares) for effect, shares in announced.items()},
                        f"Studies whose interval leaves out zero, of {REPEATS} simulated", x="training seeds",
                        y="share of studies", markers=True)
-figures.show(figure.update_layout(legend={"y": -0.24}, margin={"b": 100}, height=420),
+figures.show(figure.update_layout(height=420),
              "Share of studies that announce an effect against seeds: with one seed more than half announce one where "
              "there is none; from two seeds on hardly any, and large effects are found by more and more.")
 

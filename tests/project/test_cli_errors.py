@@ -14,6 +14,7 @@ from tiny_run import make_run
 
 from ultralong import miniature
 from ultralong.cli.errors import guarded
+from ultralong.cli.make import demo
 from ultralong.training.config import ParallelConfig
 from ultralong.utils import settings
 from ultralong.utils.processes import ChildFailed
@@ -36,6 +37,19 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     assert whole.returncode == 1
     assert "Traceback (most recent call last)" in whole.stderr
     assert "ValueError: " in whole.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), ChildFailed("stopped", 143)])
+def test_a_demo_that_was_stopped_says_how_it_resumes(monkeypatch, capsys, tmp_path, error):
+    """Its training says --resume, which the demo needs not and has not."""
+
+    def stopped(*_):
+        raise error
+
+    monkeypatch.setattr("ultralong.demo.run", stopped)
+    with pytest.raises(type(error)):
+        demo(out=tmp_path / "demo")
+    assert f"the same command again resumes it in {tmp_path / 'demo'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

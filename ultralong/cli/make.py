@@ -7,13 +7,14 @@ gets with their values (`takes`), and what it has beside them. Modules are impor
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, is_main, leave
-from ultralong.utils.processes import without_collections
+from ultralong.utils.processes import ChildFailed, without_collections
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
@@ -147,7 +148,11 @@ def demo(
         from ultralong.demo import load, run
 
     changes = (*set, *(() if seed is None else (f"seed={seed}",)))
-    report = run(load(model, changes), out)
+    try:
+        report = run(load(model, changes), out)
+    except (KeyboardInterrupt, SystemExit, ChildFailed):
+        print(f"note: the same command again resumes it in {out} where it stopped.", file=sys.stderr)
+        raise
     leave(json, report)
     print(f"Open {out / 'report.html'} in a browser. The model is in {report['checkpoint']}.")
 
