@@ -6,6 +6,7 @@ The short rows are packed conversations, as SFT has them: their lengths are thos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ CONVERSATIONS = (
     *(120, 126, 131, 137, 144, 151, 159, 168, 179, 192, 206, 222, 243, 271, 316, 422),
 )
 SEEDS = 200_000  # that are tried
+UNLIKELY = 1e-3  # expected finds among them, below which none is looked for
 SHORT = 8192  # rows of up to so many tokens hold conversations that see no other, longer ones are one text
 
 
@@ -58,11 +60,18 @@ def seed_of(mix: Sequence[RowCount], steps: int) -> int:
         ValueError: None was found soon: there are too many kinds of rows, or steps.
     """
     rows = np.array([part.rows for part in mix])
-    for seed in range(SEEDS):
+    for seed in range(SEEDS if SEEDS * _chance(rows.tolist(), steps) > UNLIKELY else 0):
         drawn = np.random.default_rng(seed).choice(len(mix), size=(steps, rows.sum()), p=rows / rows.sum())
         if all((drawn == number).sum(axis=1).tolist() == [count] * steps for number, count in enumerate(rows)):
             return seed
     raise ValueError(f"no order of rows has this mix in each of {steps} steps: take fewer steps or kinds of rows.")
+
+
+def _chance(rows: Sequence[int], steps: int) -> float:
+    """The probability that each step of a run draws just so many rows of each kind."""
+    total = sum(rows)
+    orders = math.factorial(total) // math.prod(map(math.factorial, rows))
+    return float(orders * math.prod((count / total) ** count for count in rows)) ** steps
 
 
 def useful_flops(shape: Shape, tokens: float, pairs: float) -> float:
