@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -229,7 +228,7 @@ def test_python_tokenizers_are_cut_too(tiny_tokenizer, monkeypatch):
     assert ids.tolist() == tiny_tokenizer(TEXTS["prose"], add_special_tokens=False)["input_ids"]
 
 
-def test_memory_does_not_follow_the_longest_document(tmp_path):
+def test_memory_does_not_follow_the_longest_document(tmp_path, python):
     """12 MB in one document; encoded at once they take about 2 GB."""
     PreTrainedTokenizerFast(tokenizer_object=_made("byte-level as Llama 3")).save_pretrained(tmp_path)
     script = (
@@ -241,7 +240,7 @@ def test_memory_does_not_follow_the_longest_document(tmp_path):
         "ids = encode([text])[0]\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, ids.size)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, ids = map(int, done.stdout.split())
     assert ids > 2_000_000
     assert peak < 500

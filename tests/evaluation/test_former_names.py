@@ -74,7 +74,9 @@ def test_a_folder_of_03_is_resumed_in_its_own_files(old_run, tiny_tokenizer):
     folder, wanted = old_run
     before = (folder / "facts_qa1-2048.jsonl").read_bytes()
     with pytest.warns(UserWarning, match="facts_qa1 is called babilong_style_qa1 now"):
-        result = run(wanted, folder, opened=(InductionModel(len(tiny_tokenizer)), tiny_tokenizer), quiet=True)
+        result = run(
+            wanted, folder, opened=(InductionModel(len(tiny_tokenizer)), tiny_tokenizer), draw=False, quiet=True
+        )
     file = folder / "facts_qa1-2048.jsonl"
     assert file.read_bytes().startswith(before)
     assert [record["index"] for record in read_jsonl(file)] == [0, 1]
@@ -82,7 +84,13 @@ def test_a_folder_of_03_is_resumed_in_its_own_files(old_run, tiny_tokenizer):
     assert next(item for item in result["results"] if item["task"] == NEW[0])["n"] == 2
     # A run of today has its files under today's names: the two are compared sample by sample.
     with pytest.warns(UserWarning, match="is called"):
-        run(wanted, folder.parent / "new", opened=(InductionModel(len(tiny_tokenizer)), tiny_tokenizer), quiet=True)
+        run(
+            wanted,
+            folder.parent / "new",
+            opened=(InductionModel(len(tiny_tokenizer)), tiny_tokenizer),
+            draw=False,
+            quiet=True,
+        )
     assert (folder.parent / "new" / "babilong_style_qa1-2048.jsonl").exists()
     (row,) = compare_answers(folder, folder.parent / "new")
     assert (row["task"], row["n"]) == (NEW[0], 2)

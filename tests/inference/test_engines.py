@@ -72,8 +72,8 @@ def vllm(checkpoint, monkeypatch):
 def test_both_engines_fill_the_same_records(checkpoint, vllm, tmp_path):
     tests = ("infinitebench_passkey", "infinitebench_kv_retrieval")
     wanted = RunSettings(str(checkpoint[0]), tests, (1024,), samples=2)
-    run(wanted, tmp_path / "own", device="cpu", quiet=True)
-    run(replace(wanted, engine="vllm", gpus=2, kv_dtype="fp8", chunk=512), tmp_path / "vllm", quiet=True)
+    run(wanted, tmp_path / "own", device="cpu", draw=False, quiet=True)
+    run(replace(wanted, engine="vllm", gpus=2, kv_dtype="fp8", chunk=512), tmp_path / "vllm", draw=False, quiet=True)
     assert vllm == [{"model": str(checkpoint[0]), "length": 1024, "gpus": 2, "kv": "fp8", "chunk": 512}]
     for name in ("infinitebench_passkey-1024.jsonl", "infinitebench_kv_retrieval-1024.jsonl"):
         own, other = (read_jsonl(tmp_path / folder / name) for folder in ("own", "vllm"))

@@ -42,9 +42,9 @@ def test_two_processes_and_batches_answer_as_one_does(checkpoint, tmp_path):
         "grid_samples": 1,
         "chat": False,
     }
-    plain = run(RunSettings(**settings, batch=1), tmp_path / "plain", device="cpu", quiet=True)
-    two = run(RunSettings(**settings, gpus=2, chunk=300), tmp_path / "two", device="cpu", quiet=True)
-    many = run(RunSettings(**settings, batch=5, workers=1), tmp_path / "many", device="cpu", quiet=True)
+    plain = run(RunSettings(**settings, batch=1), tmp_path / "plain", device="cpu", draw=False, quiet=True)
+    two = run(RunSettings(**settings, gpus=2, chunk=300), tmp_path / "two", device="cpu", draw=False, quiet=True)
+    many = run(RunSettings(**settings, batch=5, workers=1), tmp_path / "many", device="cpu", draw=False, quiet=True)
     assert answers(tmp_path / "plain") == answers(tmp_path / "two") == answers(tmp_path / "many")
     assert len(answers(tmp_path / "many")) == 4
     engines = {record["engine"] for record in read_jsonl(tmp_path / "two" / f"{TASKS[0]}-1024.jsonl")}
@@ -60,7 +60,7 @@ def test_a_run_stopped_in_a_batch_goes_on(checkpoint, tmp_path, monkeypatch):
     from ultralong.inference import engines
 
     settings = RunSettings(model=checkpoint, tasks=TASKS, lengths=(1024,), samples=4, chat=False, batch=3)
-    run(settings, tmp_path / "whole", device="cpu", quiet=True)
+    run(settings, tmp_path / "whole", device="cpu", draw=False, quiet=True)
     prefill, calls = engines.BatchedRunner.prefill, []
 
     def stop_later(*arguments):
@@ -71,9 +71,9 @@ def test_a_run_stopped_in_a_batch_goes_on(checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engines.BatchedRunner, "prefill", stop_later)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "stopped", device="cpu", quiet=True)
+        run(settings, tmp_path / "stopped", device="cpu", draw=False, quiet=True)
     assert sum(map(len, answers(tmp_path / "stopped").values())) == 3
-    run(settings, tmp_path / "stopped", device="cpu", quiet=True)
+    run(settings, tmp_path / "stopped", device="cpu", draw=False, quiet=True)
     assert answers(tmp_path / "stopped") == answers(tmp_path / "whole")
 
 
@@ -138,8 +138,8 @@ def test_more_gpus_than_there_are(checkpoint):
 def test_two_runs_never_write_one_folder(checkpoint, tmp_path):
     settings = RunSettings(model=checkpoint, tasks=TASKS[:1], lengths=(1024,), samples=2, chat=False)
     with locked(tmp_path / "run"), pytest.raises(ValueError, match="Another process is writing to"):
-        run(settings, tmp_path / "run", device="cpu", quiet=True)
-    run(settings, tmp_path / "run", device="cpu", quiet=True)
+        run(settings, tmp_path / "run", device="cpu", draw=False, quiet=True)
+    run(settings, tmp_path / "run", device="cpu", draw=False, quiet=True)
     path = tmp_path / "run" / f"{TASKS[0]}-1024.jsonl"
     append_jsonl(path, read_jsonl(path)[1])
     with pytest.raises(ValueError, match=r"holds samples \[0, 1, 1\].*two runs wrote"):

@@ -2,6 +2,7 @@
 
 from dataclasses import astuple, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,12 +275,14 @@ def test_what_the_trainer_refuses_is_refused_in_the_other_process_too():
     assert child.attention_trace(workload("ring", 2)).scheme == "ring", "the process is there for the next one"
 
 
-def test_the_other_process_leaves_this_ones_groups_alone_and_may_be_started_again(fresh_child):
+def test_the_other_process_leaves_this_ones_groups_alone_and_may_be_started_again(fresh_child, python, monkeypatch):
+    """The first one is an interpreter of its own; the second need not import everything again."""
     child.attention_trace(workload("ring", 3))
     assert not dist.is_initialized()
     before = child.start()
     child.stop()
     assert before.returncode == 0
+    monkeypatch.setattr(child, "sys", SimpleNamespace(executable=python))
     assert child.attention_trace(workload("ring", 5)).exchanges
     assert child.start() is not before
 

@@ -16,7 +16,8 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 # The real stages on the real texts, as few of each as there can be.
 QUICK = (
     "target=1024", "factor=4", "pretraining.steps=2", "tuning.steps=2", "tuning.global_batch_size=1",
-    "tuning.micro_batch_size=1", "examples=24", "lengths=[512, 1024]", "depths=[0.5]", "samples=1", "perplexity_rows=1",
+    "tuning.micro_batch_size=1", "examples=24", "lengths=[512, 1024]", "depths=[0.5]", "samples=1",
+    "perplexity_rows=1", "limit=100_000",
 )  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def _interpret(words: list[str]) -> None:
         words = words[1:]
     option, given, *rest = words
     if option == "-c":
+        sys.argv = ["-c", *rest]
         exec(compile(given, "<string>", "exec"), {"__name__": "__main__"})
     else:
         assert option == "-m"

@@ -27,12 +27,12 @@ main(["train", "run.yaml", "--quiet", *sys.argv[1:]])
 """
 
 
-def test_a_run_that_cannot_write_says_so_and_resumes(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+def test_a_run_that_cannot_write_says_so_and_resumes(tmp_path, tiny_model, tiny_tokenizer, monkeypatch, python):
     """No file may grow beyond a limit, as at the end of a disk: the first checkpoint is what does not fit."""
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path, tiny_model, tiny_tokenizer, save_every=1)
     settings.save(run, "run.yaml")
-    words = [sys.executable, "-c", LIMITED.format(limit=200_000)]
+    words = [python, "-c", LIMITED.format(limit=200_000)]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
