@@ -88,7 +88,7 @@ def test_both_engines_fill_the_same_records(checkpoint, vllm, tmp_path):
 def test_vllm_does_not_measure_what_it_cannot(vllm, tmp_path):
     with pytest.raises(ValueError, match="own forward pass, which vllm does not give"):
         RunSettings("model", ("perplexity", "ruler"), rows="rows", engine="vllm")
-    with pytest.raises(ValueError, match="cannot be opened as a checkpoint"):
+    with pytest.raises(ValueError, match="There is no folder"):
         run(RunSettings(str(tmp_path / "missing"), ("ruler_vt",), engine="vllm"), tmp_path / "x", quiet=True)
 
 
