@@ -7,6 +7,7 @@ be resumed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,6 +57,7 @@ class OpenAIEngine:
             timeout=SECONDS,
             http_client=self._openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local),
         )
+        weakref.finalize(self, self._client.close)  # its connections, as the package closes those of its own clients
         self.tokenizer, self.name = tokenizer, f"openai {url}"
         self._model = name or self._only_model(url)
 
