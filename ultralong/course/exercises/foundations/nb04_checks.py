@@ -43,27 +43,33 @@ def keep_by_turns() -> Keep:
 
 
 def keep_salted(document: Document, rule: LengthRule, seed: int) -> int:
+    """Mistake: Python's `hash` is another one in each process."""
     expected = rule.expected(len(document.text) / CHARACTERS_PER_TOKEN)
     return math.floor(expected + random.Random(hash((seed, document.id))).random())
 
 
 def keep_without_seed(document: Document, rule: LengthRule, seed: int) -> int:
+    """Mistake: every seed draws the same documents."""
     return keep(document, rule, 0)
 
 
 def keep_without_id(document: Document, rule: LengthRule, seed: int) -> int:
+    """Mistake: all documents of a length have the same draw."""
     return keep(Document("", document.text), rule, seed)
 
 
 def keep_rounded(document: Document, rule: LengthRule, seed: int) -> int:
+    """Mistake: the expected number is rounded, not drawn."""
     return round(rule.expected(len(document.text) / CHARACTERS_PER_TOKEN))
 
 
 def keep_once(document: Document, rule: LengthRule, seed: int) -> int:
+    """Mistake: no document is taken more than once."""
     return min(1, keep(document, rule, seed))
 
 
 def keep_characters(document: Document, rule: LengthRule, seed: int) -> int:
+    """Mistake: the rule is asked about characters, not tokens."""
     expected = rule.expected(len(document.text))
     return math.floor(expected + uniform(seed, document.id))
 
@@ -137,6 +143,7 @@ def overlaps(text: str, items: dict[str, str]) -> set[str]:
 
 
 def overlaps_as_written(text: str, items: dict[str, str]) -> set[str]:
+    """Mistake: words are compared as they are written, with case and punctuation."""
     words = text.split()
     grams = {tuple(words[at : at + n]) for n in range(LEAST, MOST + 1) for at in range(len(words))}
     sizes = {name: min(MOST, len(item.split())) for name, item in items.items()}
@@ -149,26 +156,31 @@ def overlaps_as_written(text: str, items: dict[str, str]) -> set[str]:
 
 
 def overlaps_whole(text: str, items: dict[str, str]) -> set[str]:
+    """Mistake: only an item that is there from end to end is found."""
     whole = " ".join(words_of(text))
     return {name for name, item in items.items() if len(words_of(item)) >= LEAST and " ".join(words_of(item)) in whole}
 
 
 def overlaps_bag(text: str, items: dict[str, str]) -> set[str]:
+    """Mistake: shared words count without their order."""
     words = set(words_of(text))
     return {name for name, item in items.items() if len(words & set(words_of(item))) >= LEAST}
 
 
 def overlaps_not_the_last(text: str, items: dict[str, str]) -> set[str]:
+    """Mistake: the text's last word is never compared."""
     return overlaps(" ".join(words_of(text)[:-1]), items)
 
 
 def overlaps_short_too(text: str, items: dict[str, str]) -> set[str]:
+    """Mistake: items of a few words are looked for as well."""
     whole = f" {' '.join(words_of(text))} "
     short = {name for name, item in items.items() if f" {' '.join(words_of(item))} " in whole}
     return short | overlaps(text, items)
 
 
 def overlaps_no_short(text: str, items: dict[str, str]) -> set[str]:
+    """Mistake: items shorter than the longest n-gram are left out."""
     return {name for name in overlaps(text, items) if len(words_of(items[name])) >= MOST}
 
 

@@ -40,25 +40,30 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 
 def merge_exp_of_lse(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Mistake: the exponential of a log-sum-exp overflows."""
     a, b = lse.exp(), other_lse.exp()
     return (a[:, None] * out + b[:, None] * other) / (a + b)[:, None], (a + b).log()
 
 
 def merge_forgets_infinite(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Mistake: two parts without a key give minus infinity less minus infinity."""
     joined = torch.logaddexp(lse, other_lse)
     return (lse - joined).exp()[:, None] * out + (other_lse - joined).exp()[:, None] * other, joined
 
 
 def merge_average(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Mistake: both parts weigh the same."""
     return (out + other) / 2, torch.logaddexp(lse, other_lse)
 
 
 def merge_bf16(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Mistake: parts are merged in bfloat16."""
     parts = merge(*(x.bfloat16() for x in (out, lse, other, other_lse)))
     return parts[0].double(), parts[1].double()
 
 
 def check_merge(answer: Any) -> str:
+    """Parts of a row merged against the whole row, empty and huge ones too."""
     q, k, v = _row(5, 12)
     right = plain(q, k, v)
     out, lse = answer(*plain(q, k[:5], v[:5]), *plain(q, k[5:], v[5:]))
@@ -101,16 +106,19 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 def blockwise_sum_of_softmaxes(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """Mistake: the mean of each block's own softmax."""
     starts = range(0, len(k), block)
     return torch.stack([plain(q, k[s : s + block], v[s : s + block])[0] for s in starts]).mean(0)
 
 
 def blockwise_drops_rest(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """Mistake: the keys after the last whole block are left out."""
     whole = len(k) // block * block
     return blockwise(q, k[:whole], v[:whole], block)
 
 
 def blockwise_overflow(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """Mistake: no maximum is subtracted before the exponential."""
     top, total = torch.zeros_like(q), torch.zeros(len(q), 1, dtype=q.dtype)
     for start in range(0, len(k), block):
         weights = (q @ k[start : start + block].T / math.sqrt(q.shape[-1])).exp()
@@ -119,6 +127,7 @@ def blockwise_overflow(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 def check_blockwise(answer: Any) -> str:
+    """Blocks of several sizes against the plain softmax, large scores too."""
     q, k, v = _row(4, 11, 1)
     right = plain(q, k, v)[0]
     for block in (11, 4, 1):
@@ -147,6 +156,7 @@ def causal_offset(queries: int, keys: int) -> int:
 
 
 def check_offset(answer: Any) -> str:
+    """The number of keys before the first query, for prefill, decoding and a chunk."""
     for queries, keys in ((4, 4), (1, 9), (3, 8)):
         right, found = causal_offset(queries, keys), int(answer(queries, keys))
         assert found != 0 or right == 0, (
@@ -172,18 +182,22 @@ def backward_scores(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, d
 
 
 def backward_own_lse(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, dout: Tensor) -> Tensor:
+    """Mistake: the log-sum-exp of the keys at hand instead of the whole row's."""
     return backward_scores(q, k, v, (q @ k.T / math.sqrt(q.shape[-1])).logsumexp(-1), out, dout)
 
 
 def backward_no_delta(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, dout: Tensor) -> Tensor:
+    """Mistake: the row's sum of dout * out is not subtracted."""
     return (q @ k.T / math.sqrt(q.shape[-1]) - lse[:, None]).exp() * (dout @ v.T)
 
 
 def backward_own_out(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, out: Tensor, dout: Tensor) -> Tensor:
+    """Mistake: the output of the keys at hand instead of the whole row's."""
     return backward_scores(q, k, v, lse, plain(q, k, v)[0], dout)
 
 
 def check_backward(answer: Any) -> str:
+    """The scores' gradients against autograd, over the whole row and over a part of its keys."""
     q, k, v = _row(4, 10, 3)
     out, lse = plain(q, k, v)
     dout = _row(4, 4, 4)[0]
@@ -221,6 +235,7 @@ def packed_flops(lengths: list[int], heads: int, head_dim: int) -> int:
 
 
 def check_flops(answer: Any) -> str:
+    """FLOP of one document and of two in a row."""
     for lengths in ([1000], [600, 400]):
         right, found = packed_flops(lengths, 32, 128), answer(list(lengths), 32, 128)
         total = sum(lengths)

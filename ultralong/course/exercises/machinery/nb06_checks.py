@@ -29,6 +29,7 @@ def zigzag(rank: int, ranks: int) -> tuple[int, int]:
 
 
 def check_zigzag(answer: Any) -> str:
+    """Every chunk is held once, and all ranks have the same work."""
     for ranks in (2, 4):
         held = [tuple(answer(rank, ranks)) for rank in range(ranks)]
         chunks = sorted(chunk for own in held for chunk in own)
@@ -57,6 +58,7 @@ def sees(mine: list[Piece], theirs: list[Piece]) -> set[tuple[int, int]]:
 
 
 def check_sees(answer: Any) -> str:
+    """Which ranks' pieces see which, for all pairs of ranks."""
     pieces = [list(zigzag_layout(64, 4).ranges(rank)) for rank in range(4)]
     for one in range(4):
         for other in range(4):
@@ -91,21 +93,25 @@ def tokens_to_heads(x: Tensor, rank: int, world: int) -> Tensor:
 
 
 def strided_heads(x: Tensor, rank: int, world: int) -> Tensor:
+    """Mistake: each rank gets every n-th head instead of neighbouring ones."""
     order = torch.arange(x.shape[1]).reshape(-1, world).T.flatten()
     return tokens_to_heads(x[:, order], rank, world)
 
 
 def interleaved_tokens(x: Tensor, rank: int, world: int) -> Tensor:
+    """Mistake: tokens of the ranks alternate in the result."""
     found = tokens_to_heads(x, rank, world)
     return found.reshape(world, -1, *found.shape[1:]).transpose(0, 1).reshape(found.shape)
 
 
 def own_heads_only(x: Tensor, rank: int, world: int) -> Tensor:
+    """Mistake: nothing is exchanged, a rank repeats its own tokens."""
     heads = x.shape[1] // world
     return x[:, rank * heads : (rank + 1) * heads].repeat(world, 1, 1)
 
 
 def not_contiguous(x: Tensor, rank: int, world: int) -> Tensor:
+    """Mistake: the tensor is cut without bringing the ranks' heads to the front."""
     sent = x.reshape(world, -1, x.shape[1] // world, x.shape[2])
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent.contiguous())
@@ -113,6 +119,7 @@ def not_contiguous(x: Tensor, rank: int, world: int) -> Tensor:
 
 
 def check_all_to_all(answer: Any) -> str:
+    """The exchange in groups of two and four processes, element by element."""
     tokens, heads, size = 8, 8, 2
     row = torch.arange(tokens * heads * size, dtype=torch.float64).reshape(tokens, heads, size)
     for world in (2, 4):
@@ -160,6 +167,7 @@ def deal(lengths: list[int], ranks: int) -> list[int]:
 
 
 def deal_by_tokens(lengths: list[int], ranks: int) -> list[int]:
+    """Mistake: documents are balanced by tokens, not by the squares that attention costs."""
     load, owner = [0] * ranks, [0] * len(lengths)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         owner[index] = load.index(min(load))
@@ -168,6 +176,7 @@ def deal_by_tokens(lengths: list[int], ranks: int) -> list[int]:
 
 
 def check_deal(answer: Any) -> str:
+    """The busiest rank's attention work is less than a tenth above the mean."""
     lengths, ranks = [40, 38, 25, 24, 20, 18, 12, 11, 10, 9, 8, 8, 7, 6, 5, 4, 3, 2], 3
     owner = list(answer(list(lengths), ranks))
     assert len(owner) == len(lengths), f"One rank for each of {len(lengths)} documents; yours gives {len(owner)}."

@@ -36,18 +36,22 @@ def state_bytes(parameters: int, gpus: int, eight_bit: bool) -> float:
 
 
 def states_one_moment(parameters: int, gpus: int, eight_bit: bool) -> float:
+    """Mistake: AdamW has one moment."""
     return parameters * (4 + 4 + ((1 + 4 / 256) if eight_bit else 4)) / gpus
 
 
 def states_no_gradients(parameters: int, gpus: int, eight_bit: bool) -> float:
+    """Mistake: gradients take nothing."""
     return state_bytes(parameters, gpus, eight_bit) - 4 * parameters / gpus
 
 
 def states_no_scales(parameters: int, gpus: int, eight_bit: bool) -> float:
+    """Mistake: states of 8 bits have no scales."""
     return parameters * (8 + (2 if eight_bit else 8)) / gpus
 
 
 def check_states(answer: Any) -> str:
+    """Bytes of the states for two models, in float32 and 8 bits."""
     for parameters, gpus, eight_bit in ((8_030_261_248, 2, True), (8_030_261_248, 1, False), (1_000_000, 4, True)):
         found = float(answer(parameters, gpus, eight_bit))
         adam = STATE_BYTES["8bit" if eight_bit else "float32"]
@@ -82,25 +86,30 @@ def tiled_loss(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Ten
 
 
 def tiled_mean_of_means(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Mistake: the mean of the tiles' means, whatever the targets in each."""
     starts = range(0, len(labels), tile)
     parts = [cross_entropy(hidden[s : s + tile] @ weight.T, labels[s : s + tile]) for s in starts]
     return torch.stack(parts).mean()
 
 
 def tiled_all_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Mistake: tokens without a target count in the mean."""
     return tiled_loss(hidden, weight, labels, tile) * (labels != -100).sum() / len(labels)
 
 
 def tiled_not_at_all(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Mistake: all logits are made at once."""
     return cross_entropy(hidden @ weight.T, labels)
 
 
 def tiled_no_rest(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Mistake: tokens after the last whole tile are left out."""
     whole = len(labels) // tile * tile
     return tiled_loss(hidden[:whole], weight, labels[:whole], tile)
 
 
 def check_tiled_loss(answer: Any) -> str:
+    """The loss against that of all logits, and the memory that it takes."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(200, 16, generator=generator, dtype=torch.float64)
     weight = torch.randn(512, 16, generator=generator, dtype=torch.float64)
@@ -169,6 +178,7 @@ def keep(on_gpu: int, offloaded: int, inputs_offloaded: int, every: int) -> dict
 
 
 def check_keep(answer: Any) -> str:
+    """With these settings the planned step fits GPUs and host, and computes little again."""
     keys = set(answer) if isinstance(answer, dict) else set()
     assert keys == set(KEEP), f"Give a dict with the keys {', '.join(KEEP)}; found {sorted(keys) or answer!r}."
     job = million_on_two()
@@ -202,6 +212,7 @@ def longest(fixed: float, per_token: float, budget: float, ranks: int) -> int:
 
 
 def check_longest(answer: Any) -> str:
+    """The longest row for three budgets, one of which holds no row."""
     for fixed, per_token, budget, ranks in ((30e9, 200e3, 150e9, 2), (30e9, 130e3, 150e9, 1), (160e9, 1e5, 150e9, 4)):
         right, found = longest(fixed, per_token, budget, ranks), answer(fixed, per_token, budget, ranks)
         say = f"{fixed / 1e9:.0f} GB fixed, {per_token:,.0f} bytes a token, {budget / 1e9:.0f} GB, {ranks} ranks: "
@@ -228,6 +239,7 @@ def scale(targets: list[int], rank: int) -> float:
 
 
 def check_scale(answer: Any) -> str:
+    """Summed losses with this factor give the gradients of the mean over all targets."""
     targets = [30, 10, 5]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(count, 4, generator=generator, dtype=torch.float64) for count in targets]

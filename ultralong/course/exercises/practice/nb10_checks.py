@@ -44,20 +44,24 @@ def solve(task: str, text: str, prefix: str) -> str:
 
 
 def solve_first_value(task: str, text: str, prefix: str) -> str:
+    """Mistake: the last value of the list, whatever the key that is asked for."""
     return re.findall(r'": "(.+?)"', text)[-1] if "kv" in task else solve(task, text, prefix)
 
 
 def solve_one_hop(task: str, text: str, prefix: str) -> str:
+    """Mistake: only the variable that was given the value itself."""
     return solve(task, text, prefix).split()[0] if task == "ruler_vt" else solve(task, text, prefix)
 
 
 def solve_example(task: str, text: str, prefix: str) -> str:
+    """Mistake: the worked example is answered."""
     if task != "ruler_vt":
         return solve(task, text, prefix)
     return " ".join(re.findall(r"VAR (\w+) =", text[: text.rindex("Memorize and track")]))
 
 
 def solve_dots(task: str, text: str, prefix: str) -> str:
+    """Mistake: the dots between coded words count as a word."""
     if task != "ruler_fwe":
         return solve(task, text, prefix)
     words = text[text.index("coded words. ") + 13 : text.index("\nQuestion")].split()
@@ -65,6 +69,7 @@ def solve_dots(task: str, text: str, prefix: str) -> str:
 
 
 def check_solve(answer: Any) -> str:
+    """The solver's score on samples of each test."""
     tokenizer = AutoTokenizer.from_pretrained(str(MINIATURE))
     for task in SOLVED:
         for record in make_samples(task, tokenizer, 1500, 3, chat=False):
@@ -91,10 +96,12 @@ def check_solve(answer: Any) -> str:
 
 
 def match_part_lm_eval(answer: str, references: Sequence[str]) -> float:
+    """Mistake: the share of references found, where one of them is enough."""
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
 
 
 def check_match_part(answer: Any) -> str:
+    """An answer that names one of several references."""
     several = ["Denver Broncos", "Denver", "the Broncos"]
     said = "I think it was Denver, in 2016."
     found, right = float(answer(said, several)), match_part(said, several)
@@ -121,21 +128,25 @@ def my_wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 def wald(correct: int, n: int) -> tuple[float, float]:
+    """Mistake: the normal interval, which has no width at 0 and 100 percent."""
     share = correct / n
     half = 1.96 * math.sqrt(share * (1 - share) / n)
     return share - half, share + half
 
 
 def wilson_ninety(correct: int, n: int) -> tuple[float, float]:
+    """Mistake: 90 percent instead of 95."""
     return wilson(correct, n, 0.90)
 
 
 def wilson_whole_width(correct: int, n: int) -> tuple[float, float]:
+    """Mistake: the whole width on each side."""
     low, high = wilson(correct, n)
     return low - (high - low) / 2, high + (high - low) / 2
 
 
 def check_wilson(answer: Any) -> str:
+    """The interval for few and many samples, none and all of them right."""
     for correct, n in ((20, 20), (0, 5), (16, 20), (54, 120)):
         low, high = map(float, answer(correct, n))
         right = wilson(correct, n)
@@ -161,16 +172,19 @@ def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, floa
 
 
 def paired_as_apart(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mistake: the error of two sets of samples that have nothing to do with each other."""
     n = len(first)
     return paired(first, second)[0], math.sqrt((np.var(first, ddof=1) + np.var(second, ddof=1)) / n)
 
 
 def paired_turned(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mistake: first minus second."""
     mean, error = paired(first, second)
     return -mean, error
 
 
 def paired_spread(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mistake: the spread of the differences instead of the error of their mean."""
     mean, error = paired(first, second)
     return mean, error * math.sqrt(len(first))
 
@@ -184,6 +198,7 @@ def two_readers(seed: int = 0, n: int = 100) -> tuple[list[float], list[float]]:
 
 
 def check_paired(answer: Any) -> str:
+    """The mean difference of two readers and its standard error."""
     first, second = two_readers()
     right, found = paired(first, second), tuple(map(float, answer(list(first), list(second))))
     say = f"You say {found[0]:+.3f} with an error of {found[1]:.4f}. "
@@ -215,10 +230,12 @@ def unaverage(to_128k: float, to_512k: float, to_1m: float) -> tuple[float, floa
 
 
 def unaverage_sum(to_128k: float, to_512k: float, to_1m: float) -> tuple[float, float]:
+    """Mistake: the sum over two lengths instead of their mean."""
     return 8 * to_512k - 6 * to_128k, 9 * to_1m - 8 * to_512k
 
 
 def check_unaverage(answer: Any) -> str:
+    """Single lengths from the published means of two models."""
     for name, row in (("Llama-3.1-8B-Instruct", (88.3, 68.2, 61.3)), ("Gradient-1048k", (82.4, 79.8, 77.8))):
         right = unaverage(*row)
         found = tuple(map(float, answer(*row)))
