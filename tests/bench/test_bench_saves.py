@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.bench.training import saves
 from ultralong.bench.training.case import TrainingCase
 from ultralong.training.config import MemoryConfig
@@ -40,3 +41,21 @@ def test_the_cost_of_a_save_is_its_copy_and_what_steps_beside_it_take_longer():
     text = saves.line({"model": "m", "tokens": 1024, "gpus": 2, "gpu": "H200", **found})
     assert "costs 0.75 s, 37.5% of a step; waited for: 7 s" in text
     assert "boom" in saves.line({"model": "m", "tokens": 1, "gpus": 2, "gpu": "x", "note": "boom", "messages": ""})
+
+
+def test_tables_hold_what_was_recorded():
+    row = {"model": "m", "tokens": 1024, "gpus": 2, **saves.summary([2.0], [_SAVE] * 2, 7.0, 2**30)}
+    assert saves_table([{"rows": [row, {**row, "note": "out of memory"}]}])[2:] == [
+        "| m | 2 | 1,024 | 2.00 | 1.0 | 0.50 s | 3.0 s | 0.25 s | 12.5% | 7.0 s |"
+    ]
+    assert saves_table([]) == serve_table([]) == []
+    served = {
+        "command": ["serve", "m", "--gpus", "2", "--kv", "fp8"],
+        "tokens": 2**20,
+        "asked": {"seconds_to_first_token": 250.0, "tokens_per_second_after": 21.25},
+        "again_with_the_prompt_kept": {"seconds_to_first_token": 0.8},
+    }
+    assert serve_table([served])[2:] == ["| 1,048,576 | 2 | fp8 | 250.0 | 606 | 21.2 | 0.80 s |"]
+
+
+_SAVE = {"copy_seconds": 0.5, "write_seconds": 3.0, "steps": [1.75]}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import json
-import random
 import re
 import resource
 import signal
@@ -22,6 +20,7 @@ import openai
 import pytest
 import torch
 import torch.distributed as dist
+from serve_load import Load
 
 from ultralong import miniature, needle
 from ultralong.evaluation.measures.needle import needle_grid
@@ -244,43 +243,12 @@ def test_what_an_endpoint_cannot_do_is_refused_by_name(running, engine, monkeypa
 @pytest.mark.parametrize("requests", [32, pytest.param(200, marks=pytest.mark.soak)])
 def test_many_requests_of_mixed_lengths_with_cancels_and_killed_clients(running, engine, requests):
     """No answer is lost or mixed up, whatever the others do."""
-    draw, before = random.Random(0), resident()
-    words = Path(__file__).read_text().split()
-    prompts = [engine.tokenizer(" ".join(draw.choices(words, k=draw.randint(1, 90))))["input_ids"] for _ in range(25)]
-    prompts = [prompt[: 512 - 8] for prompt in prompts]
-    answers = [expected(engine, prompt, 8).text for prompt in prompts]
-
-    async def ask(client: openai.AsyncOpenAI, number: int) -> None:
-        place = number % len(prompts)
-        asked = {"model": "mini", "prompt": prompts[place], "max_tokens": 8, "temperature": 0}
-        await asyncio.sleep(draw.random() * 2)
-        match number % 8:
-            case 5:  # leaves after the first piece
-                async with await client.completions.create(**asked, stream=True) as stream:
-                    async for _ in stream:
-                        break
-            case 6:  # a killed client: it says something and is gone
-                body = json.dumps({**asked, "stream": True}).encode()
-                _, line = await asyncio.open_connection("127.0.0.1", running.port)
-                line.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-                line.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                await line.drain()
-                line.transport.abort()
-            case 7:  # too long
-                with pytest.raises(openai.BadRequestError):
-                    await client.completions.create(**{**asked, "prompt": [5] * 600})
-            case 4:
-                stream = await client.completions.create(**asked, stream=True)
-                assert "".join([chunk.choices[0].text async for chunk in stream]) == answers[place]
-            case _:
-                assert (await client.completions.create(**asked)).choices[0].text == answers[place]
-
-    async def ask_all() -> None:
-        base = f"http://127.0.0.1:{running.port}/v1"
-        async with openai.AsyncOpenAI(base_url=base, api_key="none", max_retries=0, timeout=200) as client:
-            await asyncio.gather(*(ask(client, number) for number in range(requests)))
-
-    asyncio.run(ask_all())
+    before, load = resident(), Load(engine, running.port)
+    load.run(requests)
+    assert load.ended == {
+        "whole": requests // 2,
+        **dict.fromkeys(("streamed", "left", "killed", "too long"), requests // 8),
+    }
     assert running.get("/health")[0] == 200
     assert resident() - before < 100, "MiB; what is kept is one cache and one prompt"
 

@@ -13,6 +13,7 @@ from typing import Any
 from ultralong import __version__
 from ultralong.bench.checkpoints.tables import configs_table, readers_table
 from ultralong.bench.results import facts_of, rows_of
+from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.utils.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]  # of a clone
@@ -224,7 +225,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         ),
         prefill_table,
     ),
-    "decode": (("decode_1gpu_131k.json", "decode_1gpu_1m_fp8.json"), decode_table),
+    "decode": (("decode_1gpu_131k.json", "decode_1gpu_1m_fp8.json", "decode_2gpu*.json"), decode_table),
+    "serve": (("serve_1m_*.json",), serve_table),
+    "saves": (("saves_*.json",), saves_table),
     "readers": (("readers.json",), readers_table),
     "configs": (("config_sweep.json",), configs_table),
 }

@@ -62,9 +62,7 @@ def site_facts(target: str, nodes: int, given: Mapping[str, str]) -> dict[str, s
     if not given.get("workdir", "/").startswith("/"):
         problems.append(f"workdir={given['workdir']} has to start with a slash")
     if problems:
-        raise ValueError(
-            f"{target} needs facts of your site, given as --site NAME=VALUE ...:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"{target} needs facts of your site, given as --site NAME=VALUE ...: {'; '.join(problems)}.")
     return {**OPTIONAL[target], **given}
 
 
