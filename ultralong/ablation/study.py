@@ -33,7 +33,7 @@ class Scaling:
     Attributes:
         method: "auto", or one of `ultralong.rope.METHODS`.
         attention_factor: Factor on cosine and sine; 1.0 switches YaRN's temperature off.
-        original_window: Tokens of the unscaled pretraining, where the config does not tell.
+        original_window: Tokens of the unscaled pretraining, where the config does not say it.
         theta: Another RoPE base.
         ramp: For yarn: what its ramp is linear in, as in `ultralong.rope.RopeScaling`.
         alpha: Turns at the slow end of the ramp; None is the recipe's 1.

@@ -22,7 +22,7 @@ def rehearse(
     at_step: int = 0,
     changes: Changes = (),
 ) -> Rehearsal:
-    """Play several hosts on this machine: start the exported scripts, kill one host, and see the run come back.
+    """Play several hosts on this machine: start the exported scripts, kill one host, and see the run resume.
 
     Args:
         config: Name of a preset, or a YAML file; its relative paths are relative to `out`. By default a tiny run.

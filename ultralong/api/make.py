@@ -46,14 +46,14 @@ def extend(
     Args:
         model: Checkpoint folder with safetensors weights, a hub id, or miniature (the model that ships).
         to: Tokens of the new window, such as 1048576 or 1m, or how many times the old one, such as 8x.
-        out: Folder to write; it must be empty or not exist. Needed but with `explain`.
+        out: Folder to write; it must be empty or not exist. Required, except with `explain`.
         method: `auto` keeps a model's llama3 scaling and gives any other yarn; or `linear`, `ntk`, `dynamic`, `yarn`,
             `llama3`.
-        explain: Write nothing and say which scaling this is, what it changes for which rotary pairs, and what the
-            model's own design lets expect.
+        explain: Write nothing and say which scaling this is, what it changes for which rotary pairs, and what to
+            expect of the model by its design.
         factor: Scaling factor; by default the new window over the window of the unscaled pretraining.
         attention_factor: Factor on cos and sin; 1.0 switches YaRN's temperature off.
-        original_window: Window of the unscaled pretraining, where the config does not tell.
+        original_window: Window of the unscaled pretraining, where the config does not say it.
         theta: Another RoPE base.
         beta: Turns within the original window above which a rotary pair keeps its frequency; by default 4, as in
             the recipe.

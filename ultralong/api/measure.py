@@ -42,7 +42,7 @@ def needle(
         out: Folder of the run and its report.
         engine: What answers: transformers opens the model here; openai asks an endpoint of that protocol, and takes
             only tokenizer and window from the model's folder.
-        endpoint: openai: where, up to and with its version, such as http://localhost:8000/v1.
+        endpoint: openai: its URL with the version, such as http://localhost:8000/v1.
         endpoint_model: openai: the model's name there; by default the only one it has.
         key_variable: openai: environment variable that holds the API key.
 

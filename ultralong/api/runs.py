@@ -68,8 +68,8 @@ def plan(
             or the model's window.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process.
-        price: Of one GPU-hour, in any currency.
-        fit: Choose what is kept on the GPU, moved to the host and computed again, and say what was chosen.
+        price: Price of one GPU-hour, in any currency.
+        fit: Choose what is kept on the GPU, offloaded to the host and recomputed, and say what was chosen.
 
     Returns:
         The plan; `print` shows it as a table.
@@ -182,7 +182,7 @@ def render_launch(
         scheduler: What starts the processes.
         changes: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         overwrite: Replace scripts that are there.
-        site: Facts of the site for a manifest, as NAME=VALUE; without any, the message says which.
+        site: Facts of the site for a manifest, as NAME=VALUE; an error names those that are missing.
 
     Returns:
         The files; the first is the one to start.
@@ -224,7 +224,7 @@ def ablate(
         dry_run: Only say what the training will take, by ultralong plan.
         machine: With `dry_run`: the GPU, as ultralong plan takes it.
         gpus: With `dry_run`: GPUs of each run; by default as many as share one row.
-        price: With `dry_run`: of one GPU-hour, in any currency.
+        price: With `dry_run`: price of one GPU-hour, in any currency.
         device: Where evaluation runs: `auto`, `cpu` or `cuda`.
         quiet: No progress bars.
 

@@ -201,7 +201,7 @@ def compare(
 
 
 def rates(*, lengths: tuple[Tokens, ...] = (), only: tuple[str, ...] = (), json: Json = None) -> None:
-    """Measure the rates that ultralong plan reckons with: products, memory, attention, links.
+    """Measure the rates that ultralong plan uses: products, memory, attention, links.
 
     Example: ultralong bench rates --json here.json   and then: ultralong plan CONFIG --machine here.json
 

@@ -207,7 +207,7 @@ def configs(*, types: tuple[str, ...] = (), json: Json = None) -> None:
 
 
 def tables(files: Positional[tuple[Path, ...]] = (Path("notebooks/results/README.md"),), /) -> None:
-    """Write the tables in Markdown files anew from the recorded measurements, in a clone.
+    """Write the tables in Markdown files again from the recorded measurements, in a clone.
 
     Example: ultralong bench tables notebooks/results/README.md
 

@@ -85,7 +85,7 @@ def longppl(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
 
 def report(folder: Positional[Path], /, *, before: Path | None = None, json: Json = None) -> None:
-    """Write the report of a run anew from its answers, without the model.
+    """Write the report of a run again from its answers, without the model.
 
     With --before, two models side by side.
 
@@ -110,7 +110,8 @@ def ablate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     STUDY is one YAML file: the base, the arms with the keys that they change, the training seeds, and for each arm a
     hypothesis with the number that refutes it. What arms share is built once. Stop it at any time; the same command
     resumes where it stopped. Several calls may work in one folder at once, such as one on each GPU
-    (CUDA_VISIBLE_DEVICES): each takes what no other is at. The folder gets results.json and a page with forest plots.
+    (CUDA_VISIBLE_DEVICES): each takes what no other works on. The folder gets results.json and a page with forest
+    plots.
 
     Examples:
       ultralong ablate miniature --out study

@@ -62,9 +62,9 @@ def refine(
 ) -> None:
     """Have a stronger model improve the answers of conversations, through an OpenAI-compatible endpoint.
 
-    Every original stays beside its refinement. Stop it at any time: the same command resumes, and pays for nothing
-    twice but what was under way. The texts are sent to the endpoint, and its terms decide on what may be done with its
-    answers.
+    Every original stays beside its refinement. Stop it at any time: the same command resumes, and only requests
+    that were under way are paid for twice. The texts are sent to the endpoint, and its terms decide what may be done
+    with its answers.
 
     Example: ultralong data refine sft-offline --url http://localhost:8000/v1 --model my-model --out refined
 

@@ -30,7 +30,7 @@ class OpenAIEngine:
     """An endpoint that answers one prompt at a time.
 
     Args:
-        url: The endpoint up to and with its version, such as `http://localhost:8000/v1`.
+        url: The endpoint's URL with its version, such as `http://localhost:8000/v1`.
         tokenizer: That of the model behind it.
         name: The model's name at the endpoint; None takes the only one that it lists.
         key_variable: Environment variable that holds the key; without it no key is sent.

@@ -48,7 +48,7 @@ def plan(
             or the model's window. Rows with a document mask are planned by the work of their documents.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process; unknown by default, and then not judged.
-        price: Of one GPU-hour, in any currency.
+        price: Price of one GPU-hour, in any currency.
         fit: Choose what is stored on the GPU, offloaded and recomputed (`ultralong.planner.autotune`) instead of taking
             it from the config; the plan says what was chosen.
 

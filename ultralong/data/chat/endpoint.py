@@ -45,7 +45,7 @@ class Endpoint:
     """Where requests go and how often they are tried.
 
     Attributes:
-        url: The endpoint up to and with its version, such as `http://localhost:8000/v1`.
+        url: The endpoint's URL with its version, such as `http://localhost:8000/v1`.
         model: The model's name at the endpoint.
         key_variable: Environment variable that holds the key; without it no key is sent.
         temperature: 0 asks for the likeliest answer.

@@ -38,7 +38,7 @@ class RunSettings:
         rows: Perplexity, LongPPL and loss: folder of packed rows.
         max_rows: Perplexity, LongPPL and loss: rows to use.
         evaluator: LongPPL: folder or hub id of the model that chooses the key tokens; by default the model itself,
-            whose number then compares with no other model's.
+            whose result then can't be compared with another model's.
         texts: LongPPL: read each document of a row by itself, or the whole row as one text.
         short_context: LongPPL: tokens of the short context that the long one is compared with.
         short_stride: LongPPL: tokens that share a short context.
@@ -52,8 +52,8 @@ class RunSettings:
         run_code: lm_eval: let HumanEval run the programs that the model wrote, on this machine.
         engine: What answers samples: transformers; vllm, which must be installed; or openai, an endpoint of that
             protocol. Perplexity, LongPPL and loss need transformers.
-        endpoint: openai: where, up to and with its version, such as http://localhost:8000/v1. The model's folder is
-            still needed, for its tokenizer and window.
+        endpoint: openai: its URL with the version, such as http://localhost:8000/v1. The model's folder is still
+            needed, for its tokenizer and window.
         endpoint_model: openai: the model's name there; by default the only one it has.
         key_variable: openai: environment variable that holds the API key.
         gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
