@@ -14,6 +14,7 @@ from ultralong import __version__
 from ultralong.bench.checkpoints.tables import configs_table, readers_table
 from ultralong.bench.results import facts_of, rows_of
 from ultralong.bench.run_tables import saves_table, serve_table
+from ultralong.bench.training.tables import curves_table, families_table, refused_table
 from ultralong.utils.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]  # of a clone
@@ -99,6 +100,7 @@ def _trainer(row: dict[str, Any]) -> str:
     made += f" at {row['versions']['ultralong-commit']}" if "ultralong-commit" in row["versions"] else ""
     mix = f", {row['sharing']} degree of {row['degree']} over {row['mix']}" if "mix" in row else ""
     mix += f", {row['documents']} masked documents" if "documents" in row else ""
+    mix += f", LoRA of {row['lora'].partition(',')[0]}" if "lora" in row else ""
     return ("ours" if made == today else f"ours, {made}") + mix
 
 
@@ -213,7 +215,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         attention_table,
     ),
     # A star stands for files that need not be there: hosts are measured when one is to be had.
-    "training": (("training_sharded_h200.json", "host_*_train_*.json"), training_table),
+    "training": (("training_sharded_h200.json", "host_*_train_*.json", "models_*.json"), training_table),
     "host": (("host_*_attention_*.json",), host_table),
     "plans": (("plans_h200.json",), plans_table),
     "prefill": (
@@ -230,6 +232,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
     "saves": (("saves_*.json",), saves_table),
     "readers": (("readers.json",), readers_table),
     "configs": (("config_sweep.json",), configs_table),
+    "families": (("families_cpu.json",), families_table),
+    "refused": (("families_cpu.json",), refused_table),
+    "curves": (("reported_smollm2.json",), curves_table),
 }
 
 
@@ -251,8 +256,9 @@ def measured_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-# Plans are made from other files' measurements.
-MEASURED = tuple(dict.fromkeys(file for name, (files, _) in TABLES.items() if name != "plans" for file in files))
+# Plans are made from other files' measurements, and errors depend on no machine.
+OTHERS = ("plans", "families", "refused", "curves")
+MEASURED = tuple(dict.fromkeys(file for name, (files, _) in TABLES.items() if name not in OTHERS for file in files))
 TABLES["measured"] = (MEASURED, measured_table)
 
 
