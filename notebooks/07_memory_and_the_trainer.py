@@ -487,7 +487,7 @@ print(f"ok: {close} of {len(off)} plans within 3%; too low by {-off[0]:.1%} at m
 # %% [markdown]
 # **What you should see.** Errors lean to one side on purpose: a plan that is too high wastes room, one that is too low
 # kills a run. The point far off is of the first sharded version;
-# [the results](../notebooks/results/README.md) say which is which.
+# [the results](results/README.md) say which is which.
 #
 # ## The same run, however it was run
 #
@@ -588,6 +588,8 @@ if (TOKENS, GPUS, MACHINE) == (1048576, 2, "h200"):
 print("ok: the trainer reads run.yaml" if gpu <= there else "No plan fits: take more GPUs, or a shorter row.")
 
 # %% [markdown]
+# Stuck? `hint("07.states")` gives a nudge, `solution("07.states")` an answer; import both from `ultralong.course`.
+#
 # ## What this does not show
 #
 # * Nothing here trained 8 billion parameters. The plan's figures are counted on shapes; the measured rows above are of

@@ -305,7 +305,7 @@ print("ok: last 2,048 positions: " + ", ".join(f"{name} {value:,.1f}" for name, 
 # of 80 needles. This is the opposite of [the miniature](00_quickstart.ipynb), where rescaling alone filled the grid.
 #
 # Another run, of 40 steps and 150 of SFT at a lower rate, measured SFT by itself: 54 needles of 120 beyond the window
-# before it, 57 after. That is no difference. [The results](../notebooks/results/README.md) have both.
+# before it, 57 after. That is no difference. [The results](results/README.md) have both.
 #
 # ## The card
 #
@@ -349,6 +349,8 @@ assert better.fits
 print(f"ok: the plan of this config fits one {better.machine}: {better.total('gpu') / 2**30:.1f} GiB")
 
 # %% [markdown]
+# Stuck? `hint("08.step")` gives a nudge, `solution("08.step")` an answer; import both from `ultralong.course`.
+#
 # ## What this does not show
 #
 # * 135 million parameters are not 8 billion. A larger model loses less by rescaling alone.
