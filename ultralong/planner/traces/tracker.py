@@ -89,7 +89,7 @@ class Tracker(TorchDispatchMode):
             return
         self.operations += 1
         if packet is GROUPED:
-            self.multiplied += _grouped_flops(*args[:2], result)
+            self.multiplied += _grouped_flops(args[0], args[1], result)
             return
         if packet in flop_registry:
             args = _all_heads(args) if "scaled_dot_product" in packet.__name__ else args
