@@ -21,6 +21,7 @@ from ultralong.planner.shapes import KNOWN, MINIATURE, check_countable, model_co
 from ultralong.planner.step_time import shards_travel
 from ultralong.planner.traces.layers import StepSettings, trace_layers
 from ultralong.planner.traces.models import plain
+from ultralong.planner.trained import counted
 from ultralong.planner.workload import Workload
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
@@ -371,3 +372,14 @@ def test_a_machine_measured_here_can_be_planned_with(tmp_path, tiny_folder):
     made = plan(config(tiny_folder, dtype="float32"), machine=str(tmp_path / "here.json"), tokens=1024, gpu_memory=1.0)
     assert made.seconds_per_step > 0
     assert {line.basis for line in made.lines if line.place == "step"} == {"measured"}
+
+
+def test_adapters_are_counted_once_for_all_the_plans_that_a_fit_tries():
+    pytest.importorskip("peft")
+    run = config(str(MINIATURE), lora=LoRAConfig(rank=2), memory=MemoryConfig(activation_checkpointing=True))
+    shape, machine = shape_of(model_config(MINIATURE)), load_machine("h200")
+    counted.cache_clear()
+    first = Workload(run, model_config(MINIATURE), shape, machine, 512, 1).parameters
+    later = replace(run, memory=MemoryConfig(activation_checkpointing=True, attention_outputs_on_gpu=1))
+    assert Workload(later, model_config(MINIATURE), shape, machine, 512, 1).parameters == first
+    assert (counted.cache_info().misses, counted.cache_info().hits) == (1, 1)

@@ -57,12 +57,12 @@ def planned_parameters(model: PreTrainedConfig, shape: Shape, lora: LoRAConfig, 
     """
     if not lora.on:
         return PlannedParameters(shape.parameters, shape.parameters - outside, 0, shape.multiplied)
-    found = _counted(model.to_json_string(use_diff=False), lora)
+    found = counted(model.to_json_string(use_diff=False), lora)
     multiplied = shape.multiplied * FROZEN_SHARE + found.trained_in_layers
     return PlannedParameters(found.trained, found.trained_in_layers, found.frozen, multiplied, found.trained_in_layers)
 
 
 @lru_cache(maxsize=32)
-def _counted(model: str, lora: LoRAConfig) -> TrainedParameters:
+def counted(model: str, lora: LoRAConfig) -> TrainedParameters:
     """As `count_trained`, once for all the memory plans of a run: peft takes seconds to put its adapters in."""
     return count_trained(config_of(model), lora)
