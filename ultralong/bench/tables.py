@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong import __version__
-from ultralong.bench.checkpoints.tables import configs_table, readers_table
+from ultralong.bench.checkpoints.tables import configs_table, faults_table, readers_table
 from ultralong.bench.results import facts_of, rows_of
 from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.bench.training.tables import curves_table, families_table, refused_table
@@ -235,6 +235,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
     "families": (("families_cpu.json",), families_table),
     "refused": (("families_cpu.json",), refused_table),
     "curves": (("reported_smollm2.json",), curves_table),
+    "faults": (("faults.json",), faults_table),
 }
 
 

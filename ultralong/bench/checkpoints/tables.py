@@ -1,4 +1,4 @@
-"""Tables of what was recorded of checkpoints: kinds by programs and versions, config classes by result."""
+"""Tables of what was tried: checkpoints by programs and versions, config classes by result, faults before and now."""
 
 from __future__ import annotations
 
@@ -60,4 +60,23 @@ def configs_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     for result, meaning in MEANING.items():
         types = sum(result in row["counts"] for row in rows)
         lines.append(f"| {result} | {cases[result]:,} | {types} of {len(rows)} | {meaning} |")
+    return lines
+
+
+def faults_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Faults and hostile inputs: what a version did before, and what this one does.
+
+    Args:
+        recorded: What `python -m tests.support.fault_trials --json` wrote.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    lines = ["| input | command | 0.3.0 | now |", "|---|---|---|---|"]
+    for row in (row for file in recorded for row in rows_of(file)):
+        seen = [row.get(f"{when}_seen", "not run") for when in ("before", "after")]
+        cells = [text.replace("|", "/").replace("<", "&lt;") for text in seen]
+        marks = [f"**{row[when]}**: " if row.get(when) == "fault" else "" for when in ("before", "after")]
+        before, after = (mark + cell for mark, cell in zip(marks, cells, strict=True))
+        lines.append(f"| {row['input'].replace('<', '&lt;')} | `{row['command']}` | {before} | {after} |")
     return lines

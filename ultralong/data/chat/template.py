@@ -116,7 +116,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
         try:
             text = _apply(tokenizer, [{"role": "system", "content": "Answer."}, *talk], tokenize=False)
         except ValueError as error:
-            raise UnusableTemplate(f"{error}, though it is a question with an answer.") from error
+            raise UnusableTemplate(f"{str(error).rstrip('.')}, though it is a question with an answer.") from error
     _, found, behind = text.rpartition(ANSWER)
     if not found:
         raise UnusableTemplate("the chat template does not write an answer as it is. Use one that does.")
