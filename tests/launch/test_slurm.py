@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from forked import train_over
+from safetensors.torch import load_file
 from slurm_cluster import installed, slurm_cluster
 from tiny_run import make_run
 
@@ -64,9 +68,11 @@ class Job:
             time.sleep(0.2)
 
 
-def test_a_job_is_requeued_before_its_end_and_resumes_in_order(tmp_path, tiny_model, tiny_tokenizer, cluster):
+def test_a_job_is_requeued_before_its_end_and_resumes_to_the_bit(
+    tmp_path, tiny_model, tiny_tokenizer, cluster, monkeypatch
+):
     run = make_run(
-        tmp_path, tiny_model, tiny_tokenizer, steps=120, save_every=120,
+        tmp_path, tiny_model, tiny_tokenizer, steps=80, save_every=80,
         parallel=ParallelConfig(context_parallel_size=2),
     )  # fmt: skip
     job = Job(tmp_path, cluster, run)
@@ -76,7 +82,10 @@ def test_a_job_is_requeued_before_its_end_and_resumes_in_order(tmp_path, tiny_mo
     job.wait(lambda: job.state() == "COMPLETED")
     records = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, run.steps + 1))
-    assert (job.out / "model" / "config.json").exists()
+    monkeypatch.chdir(tmp_path)
+    train_over(replace(run, out="left-alone"), 2)
+    weights, expected = (load_file(out / "model" / "model.safetensors") for out in (job.out, tmp_path / "left-alone"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_a_job_without_a_checkpoint_is_not_requeued_for_ever(tmp_path, tiny_model, tiny_tokenizer, cluster):
