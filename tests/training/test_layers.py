@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,6 +15,8 @@ from transformers import (
 )
 
 from ultralong.attention import make_attention_context
+from ultralong.attention.spec import VarlenSegments
+from ultralong.planner.traces.kernel import AllocatingKernel
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory.activation_memory import ActivationMemory
@@ -62,15 +65,15 @@ PLANS = {
 TOKENS = 61  # no multiple of the tile
 
 
-def gradients(model, boundaries, tile, head_chunks=None, **plan):
+def gradients(model, boundaries, tile, head_chunks=None, kernel="auto", rows=2, **plan):
     """Loss and gradients of one pass; `tile` 0 is transformers' own layers."""
     model = copy.deepcopy(model)
     memory = (
         ActivationMemory(model, MemoryConfig(activation_checkpointing=True, layer_tile=tile, **plan)) if tile else None
     )
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 160, (2, TOKENS), generator=generator)
-    labels = torch.randint(0, 160, (2, TOKENS), generator=generator)
+    ids = torch.randint(0, 160, (rows, TOKENS), generator=generator)
+    labels = torch.randint(0, 160, (rows, TOKENS), generator=generator)
     text = model.config
     context = make_attention_context(
         TOKENS,
@@ -78,6 +81,7 @@ def gradients(model, boundaries, tile, head_chunks=None, **plan):
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         head_chunks=head_chunks,
+        kernel=kernel,
         store=memory.attention_store if memory else None,
     )
     total, _ = LanguageModelLoss(model, 16)(
@@ -113,6 +117,45 @@ def test_head_chunks_on_one_process_change_no_bit(boundaries):
     whole, chunks = (gradients(model, boundaries, 16, count, attention_outputs_on_gpu=3) for count in (None, 2))
     assert torch.equal(whole[0], chunks[0])
     assert {name for name, grad in whole[1].items() if not torch.equal(grad, chunks[1][name])} == set()
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and numbers that the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        self.count += 1
+        self.waits += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(kwargs or {}))
+
+
+def test_a_packed_row_costs_a_layer_no_operation_more():
+    """With a kernel that takes packed rows: what is made of the documents is made once a step, not in each layer."""
+    more = []
+    for layers in (2, 4):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**SMALL | {"num_hidden_layers": layers}), attn_implementation="ultralong"
+        )
+        counts = []
+        for boundaries in (None, (0, 5, 9, 30, 31, 44, TOKENS)):
+            with Operations() as counted:
+                gradients(model, boundaries, 16, None, AllocatingKernel("flash4"), 1, attention_outputs_on_gpu=-1)
+            counts.append((counted.count, counted.waits))
+        more.append([packed - whole for whole, packed in zip(*counts, strict=True)])
+    assert more[0] == more[1]
+    assert (more[0][0] < 20, more[0][1]) == (True, 0)
+
+
+def test_the_documents_of_several_rows_are_laid_end_to_end_once():
+    one = VarlenSegments((0, 2, 5), (0, 3, 5))
+    both = one.repeat(2)
+    assert (both.q, both.k) == ((0, 2, 5, 7, 10), (0, 3, 5, 8, 10))
+    assert one.repeat(2) is both, "its cu_seqlens are on the device already"
+    assert one.repeat(3).q[-1] == 15
 
 
 def test_a_row_shorter_than_a_tile_is_one_tile():

@@ -33,6 +33,7 @@ class VarlenSegments:
     k: tuple[int, ...]
     shared: frozenset[int] | None = None
     _tensors: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _repeated: dict[int, VarlenSegments] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.q) == len(self.k)
@@ -71,7 +72,12 @@ class VarlenSegments:
         return self._tensors[device]
 
     def repeat(self, times: int) -> VarlenSegments:
-        """The same segments for `times` rows laid end to end."""
+        """The same segments for `times` rows laid end to end, made once: every layer asks for them."""
+        if times not in self._repeated:
+            self._repeated[times] = self._laid_end_to_end(times)
+        return self._repeated[times]
+
+    def _laid_end_to_end(self, times: int) -> VarlenSegments:
         q = [a + row * self.q[-1] for row in range(times) for a in self.q[:-1]] + [times * self.q[-1]]
         k = [a + row * self.k[-1] for row in range(times) for a in self.k[:-1]] + [times * self.k[-1]]
         return VarlenSegments(tuple(q), tuple(k))

@@ -14,6 +14,7 @@ from ultralong import __version__
 from ultralong.bench.checkpoints.tables import configs_table, faults_table, readers_table
 from ultralong.bench.results import facts_of, rows_of
 from ultralong.bench.run_tables import saves_table, serve_table
+from ultralong.bench.training.longest_rows import longest_table
 from ultralong.bench.training.tables import curves_table, families_table, refused_table
 from ultralong.utils.files import read_json, write_text
 
@@ -218,6 +219,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
     "training": (("training_sharded_h200.json", "host_*_train_*.json", "models_*.json"), training_table),
     "host": (("host_*_attention_*.json",), host_table),
     "plans": (("plans_h200.json",), plans_table),
+    "longest": (("plans_longest_rows.json",), longest_table),
     "prefill": (
         (
             "prefill_1gpu_262144.json",
@@ -258,7 +260,7 @@ def measured_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
 
 
 # Plans are made from other files' measurements, and errors depend on no machine.
-OTHERS = ("plans", "families", "refused", "curves")
+OTHERS = ("plans", "longest", "families", "refused", "curves")
 MEASURED = tuple(dict.fromkeys(file for name, (files, _) in TABLES.items() if name not in OTHERS for file in files))
 TABLES["measured"] = (MEASURED, measured_table)
 

@@ -206,6 +206,30 @@ def configs(*, types: tuple[str, ...] = (), json: Json = None) -> None:
         sys.exit(1)
 
 
+def longest(
+    models: Positional[tuple[str, ...]] = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"),
+    /,
+    *,
+    gpu_memory: tuple[float, ...] = (24, 40, 48, 80),
+    host_memory: float = 64,
+    json: Json = None,
+) -> None:
+    """Plan the longest row that fits one GPU of each size, everything trained and LoRA only; nothing is run.
+
+    Example: ultralong bench longest meta-llama/Llama-3.2-1B --gpu-memory 24 80 --json longest.json
+
+    Args:
+        models: Model folders, hub ids, or shapes that the planner knows.
+        gpu_memory: GiB of a GPU.
+        host_memory: GiB of host memory for the process.
+        json: Write the planned rows as JSON to this file, after every model.
+    """
+    from ultralong.bench.longest_rows import bench_longest, longest_table
+
+    rows = bench_longest(models, gpu_memory, host_memory, json)
+    print("\n".join(longest_table([{"rows": rows}])))
+
+
 def tables(files: Positional[tuple[Path, ...]] = (Path("notebooks/results/README.md"),), /) -> None:
     """Write the tables in Markdown files again from the recorded measurements, in a clone.
 

@@ -86,6 +86,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "bench host": bench.host,
         "bench readers": bench_data.readers,
         "bench configs": bench_data.configs,
+        "bench longest": bench_data.longest,
         "bench compare": bench.compare,
         "bench rates": bench.rates,
         "bench data": bench_data.data,

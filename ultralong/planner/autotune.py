@@ -9,10 +9,13 @@ outputs, the last layers' on the device. How many inputs are stored at all is th
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ultralong.planner.growth import Growth
 from ultralong.planner.memory import HOST_BYTES, gpu_total, staged_bytes
 from ultralong.planner.step_time import step_time
 from ultralong.planner.workload import Workload
@@ -40,6 +43,32 @@ def autotune_memory(workload: Workload, gpu_memory: float, host_memory: float | 
         return min(found, key=gpu_total).config.memory
     # Of plans that are equally fast the first, which recomputes the fewest inputs and offloads the least.
     return min(fitting, key=lambda each: round(sum(line.value for line in step_time(each)), 3)).config.memory
+
+
+def longest_row(workload: Workload, gpu_memory: float, host_memory: float | None, step: int = 8192) -> Workload | None:
+    """The run with the longest row for which some memory plan fits, and that plan.
+
+    Args:
+        workload: The run, its layers checkpointed; memory is taken to grow in straight lines with the row.
+        gpu_memory: Bytes of one GPU.
+        host_memory: Bytes of host memory for one process; None offloads nothing.
+        step: Tokens on one GPU in multiples of which rows are tried.
+
+    Returns:
+        None where not even the shortest row fits.
+    """
+    growth = Growth(workload)
+
+    def fitted(steps: int) -> Workload:
+        at = growth.at(steps * step)
+        return at.with_memory(autotune_memory(at, gpu_memory, host_memory))
+
+    def too_long(steps: int) -> bool:
+        return gpu_total(fitted(steps)) > gpu_memory
+
+    most = next(steps for steps in (2**i for i in itertools.count()) if too_long(steps))
+    longest = bisect_left(range(most), True, lo=1, key=too_long) - 1
+    return fitted(longest) if longest else None
 
 
 def _candidates(workload: Workload, gpu_memory: float, host: float) -> Iterator[Workload]:

@@ -29,6 +29,10 @@ class Growth:
         high = max(self.workload.share, SHORT)
         return self.workload.with_tokens_per_gpu(high // 2), self.workload.with_tokens_per_gpu(high)
 
+    def at(self, share: int) -> Workload:
+        """The run with so many tokens of a row on a GPU; its step lies on the line through two traced ones."""
+        return _at(*self._ends, share)
+
     def longest(self, budget: float) -> int:
         """The longest row that fits, over the GPUs that share it."""
         low, high = self._ends
@@ -56,5 +60,9 @@ def _longest(low: Workload, high: Workload, budget: float) -> int:
 
 def _between(low: Workload, high: Workload, share: int) -> float:
     """Bytes on a GPU with so many tokens of a row, on the line through two workloads."""
+    return gpu_total(_at(low, high, share))
+
+
+def _at(low: Workload, high: Workload, share: int) -> Workload:
     traced = low.trace.towards(high.trace, (share - low.share) / (high.share - low.share))
-    return gpu_total(replace(high.with_tokens_per_gpu(share), traced=traced))
+    return replace(high.with_tokens_per_gpu(share), traced=traced)

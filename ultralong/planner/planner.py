@@ -102,6 +102,17 @@ def plan(
     )
 
 
+def planned_workload(config: TrainConfig, gpus: int, machine: Machine, tokens: int) -> Workload:
+    """A run of rows of so many tokens with everything that its estimates depend on; no rows are looked at.
+
+    Raises:
+        ValueError: The model cannot be found or counted.
+    """
+    model, _ = planned_model(config.model, config.base_model)
+    check_countable(model)
+    return Workload(config, model, shape_of(model), machine, tokens, gpus)
+
+
 def _fewest_gpus(config: TrainConfig) -> int:
     return math.lcm(config.parallel.context_parallel_size, config.parallel.fsdp_shard_degree or 1)
 
