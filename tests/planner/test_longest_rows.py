@@ -3,8 +3,8 @@
 import pytest
 
 from ultralong.bench.compare import case_name
-from ultralong.bench.longest_rows import bench_longest, longest_table, run_of
 from ultralong.bench.results import read_rows
+from ultralong.bench.training.longest_rows import bench_longest, longest_table, run_of
 from ultralong.planner import autotune, plan
 from ultralong.planner.autotune import autotune_memory, longest_row
 from ultralong.planner.growth import Growth

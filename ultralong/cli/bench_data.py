@@ -224,7 +224,7 @@ def longest(
         host_memory: GiB of host memory for the process.
         json: Write the planned rows as JSON to this file, after every model.
     """
-    from ultralong.bench.longest_rows import bench_longest, longest_table
+    from ultralong.bench.training.longest_rows import bench_longest, longest_table
 
     rows = bench_longest(models, gpu_memory, host_memory, json)
     print("\n".join(longest_table([{"rows": rows}])))
