@@ -245,10 +245,7 @@ def measured_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     """Who measured what the other tables show: version and commit of this library, torch, hardware and date.
 
     Args:
-        recorded: Result files, each with its name as `file`.
-
-    Returns:
-        Lines of a Markdown table, one for each file and version of it.
+        recorded: Result files, each with its name as `file`; one line for each file and version of it.
     """
     lines = ["| file | ultralong | commit | torch | hardware | date |", "|---|---|---|---|---|---|"]
     for file in recorded:
