@@ -137,7 +137,7 @@ def clock_hands(angles: Sequence[float], seen: Sequence[float], names: Sequence[
     }  # fmt: skip
     for (x, y), angle, reach in zip(centres, angles, seen, strict=True):
         for name, ends in (("circle", 2 * math.pi), ("seen in training", min(reach, 2 * math.pi))):
-            arc = [ends * step / 18 for step in range(19)]
+            arc = [ends * step / 14 for step in range(15)]
             drawn[name][0].extend([*(round(x + math.sin(a), 3) for a in arc), None])
             drawn[name][1].extend([*(round(y + math.cos(a), 3) for a in arc), None])
         drawn["hand"][0].extend([x, round(x + 0.9 * math.sin(angle), 3), None])
