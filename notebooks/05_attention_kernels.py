@@ -331,7 +331,7 @@ print("ok: errors are those of the type, not of the length")
 # %%
 figure = figures.new_figure("Error against float64, by type", "", "relative error", height=300)
 figure.add_bar(x=list(errors), y=list(errors.values()), marker={"color": figures.PALETTE[1]})
-figure.update_yaxes(type="log", range=[-8, 0])
+figure.update_yaxes(type="log", range=[-8, 0], dtick=2, exponentformat="power")
 figures.show(figure, "Two bars on a log scale: about one ten-millionth in float32, some thousandths in bfloat16.")
 
 # %% [markdown]
