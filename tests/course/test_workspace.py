@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 from html.parser import HTMLParser
@@ -149,6 +150,12 @@ def test_the_reference_stands_beside_the_course(built):
     ulysses = (built / "api/ultralong/attention/ulysses.html").read_text()
     assert 'href="../../../index.html"' in ulysses
     assert "all-to-all" in ulysses
+
+
+def test_every_documented_module_can_be_imported_here():
+    """One that cannot, as it needs a package of GPU machines, ends the whole site unless `NEEDS` names it."""
+    for name in reference.documented_modules():
+        importlib.import_module(name)
 
 
 def test_every_figure_has_a_sentence_and_a_still(built):

@@ -45,7 +45,8 @@ ROOMS = (
     "rope", "checkpoints", "data", "attention", "training", "inference", "evaluation", "planner", "search", "ablation",
     "launch", "api",
 )  # fmt: skip
-NEEDS = {"ultralong.inference.decode_step.kernels": "triton"}  # modules with a package that only GPU machines have
+# Modules with a package that only GPU machines have.
+NEEDS = {f"ultralong.inference.decode_step.{name}": "triton" for name in ("kernels", "fp8_split")}
 
 
 def topics() -> Iterator[tuple[str, str, str]]:
