@@ -185,9 +185,13 @@ def test_on_a_gpu_the_stream_is_timed_and_not_waited_for(monkeypatch):
             with collectives.waiting(what):
                 assert clock.standing == what
     assert (clock.standing, clock.ended) == ("", 2)
+    assert clock.reached() == (2, "", 0)
+    Event.reached = 1
+    assert clock.reached() == (2, "all-gather", 0), "the host is ahead, and its GPU waits there"
+    Event.reached = 0
     assert clock.take() == 0.0, "its stream has reached nothing yet"
     Event.reached = 3
-    assert clock.reached() == (2, "", 1)
+    assert clock.reached() == (2, "all-to-all", 1)
     assert clock.take() == 1.0
     assert clock.take() == 0.0, "counted once"
     Event.reached = 4

@@ -39,7 +39,7 @@ class WaitClock:
         self._cuda = device.type == "cuda"
         self.standing, self.ended = "", 0
         self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
+        self._events: list[tuple[Any, Any, str]] = []  # start and end of each collective on a GPU, and what it is
 
     def now(self) -> Any:
         """The current time: seconds, or an event of the current stream."""
@@ -49,22 +49,24 @@ class WaitClock:
         event.record()
         return event
 
-    def add_since(self, start: Any) -> None:
-        """Count the time from a moment until now as waiting."""
+    def add_since(self, start: Any, what: str = "") -> None:
+        """Count the time from a moment until now as waiting in a collective."""
         if self._cuda:
-            self._events.append((start, self.now()))
+            self._events.append((start, self.now(), what))
         else:
             self._seconds += time.perf_counter() - start
 
     def reached(self) -> tuple[int, str, int]:
-        """Changes whenever the host, or on a GPU its stream, gets past a collective; any thread may ask."""
-        return self.ended, self.standing, sum(end.query() for _, end in list(self._events))
+        """Changes whenever host or GPU get past a collective: how many, the one it stands in; any thread may ask."""
+        events = [(start.query() and not end.query(), end.query(), what) for start, end, what in list(self._events)]
+        on_gpu = next((what for begun, _, what in events if begun), "")  # the host may be ahead, and wait for its GPU
+        return self.ended, self.standing or on_gpu, sum(ended for _, ended, _ in events)
 
     def take(self) -> float:
         """Seconds of waiting since the last call. What a GPU has not reached yet counts for the next one."""
         reached = [(pair[1].query(), pair) for pair in self._events]
         past, later = ([pair for done, pair in reached if done is wanted] for wanted in (True, False))
-        seconds = self._seconds + sum(start.elapsed_time(end) for start, end in past) / 1000
+        seconds = self._seconds + sum(start.elapsed_time(end) for start, end, _ in past) / 1000
         self._seconds, self._events = 0.0, later
         return seconds
 
@@ -92,7 +94,7 @@ def waiting(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        clock.add_since(start)
+        clock.add_since(start, what)
         clock.standing, clock.ended = "", clock.ended + 1
 
 
@@ -101,11 +103,10 @@ class PeerLost(RuntimeError):
 
 
 def _lost(what: str, group: Group, error: Exception) -> PeerLost:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
     return PeerLost(
-        f"{what} failed on rank {rank} of {size} in sequence-parallel attention: a peer has died, or did not arrive "
-        "before the process group's timeout. Look for the first error in the other ranks' logs. "
-        f"({type(error).__name__}: {error})"
+        f"{what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} in sequence-parallel attention: "
+        "a peer has died, or did not arrive before the process group's timeout. Look for the first error in the other "
+        f"ranks' logs. ({type(error).__name__}: {error})"
     )
 
 

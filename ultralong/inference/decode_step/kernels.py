@@ -31,7 +31,7 @@ class Tuning(NamedTuple):
 
 
 TUNING = Tuning(64, 4, 3, 2)
-TUNING_FP8 = Tuning(64, 4, 3, 4)
+TUNING_FP8 = Tuning(64, 2, 3, 4)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ class GradientExchange:
     def ended(self) -> None:
         """After a backward pass that exchanged gradients."""
         if self._ready is not None:
-            self._clock.add_since(self._ready)
+            self._clock.add_since(self._ready, self._clock.standing)
             self._ready, self._clock.standing = None, ""
             self._clock.ended += 1
 
