@@ -41,8 +41,7 @@ class ShardedRunner(CachedRunner):
         chunk: Tokens of one pass over all ranks; None takes 65,536 a rank.
         kernel: Name of the attention kernel, or `auto`.
         quiet: True draws no progress bar.
-        fused: Decode by fused kernels in one CUDA graph where model, device and packages allow it
-            (`decode_step`). By default on one GPU, where it was measured; between several GPUs it was not run yet.
+        fused: Decode by fused kernels in one CUDA graph where model, device and packages allow it (`decode_step`).
 
     Raises:
         ValueError: A model with layers that are no attention, a chunk below one token, or another `kv`.
@@ -58,7 +57,7 @@ class ShardedRunner(CachedRunner):
         chunk: int | None = None,
         kernel: str = "auto",
         quiet: bool = False,
-        fused: bool | None = None,
+        fused: bool = True,
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)
         check_model(model)
@@ -69,8 +68,7 @@ class ShardedRunner(CachedRunner):
             model.set_attn_implementation(attention.NAME)
         self.cache = KvCache(self._share(capacity or 1), kv, ranks=ranks, rank=rank)
         self._context = ShardedAttention(self.cache, self.group, kernel)
-        wanted = self.group is None if fused is None else fused
-        self.step = fast_step(model, self.cache, self.group) if wanted else None
+        self.step = fast_step(model, self.cache, self.group) if fused else None
         self._owner = 0  # who has the last pass's last token
 
     def agree(self, tokens: Tensor) -> Tensor:
