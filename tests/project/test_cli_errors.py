@@ -12,7 +12,7 @@ import pytest
 from forked import forked_agents, forked_command
 from tiny_run import make_run
 
-from ultralong import miniature
+from ultralong import cli, miniature
 from ultralong.cli.errors import guarded
 from ultralong.cli.make import demo
 from ultralong.training.config import ParallelConfig
@@ -165,3 +165,14 @@ def test_ranks_end_with_the_command_that_started_them(tmp_path, tiny_model, tiny
         return log.read_text() == before
 
     wait_for(still, 60)
+
+
+def test_a_closed_output_is_no_traceback(monkeypatch):
+    """Python has None for what was closed by who started it (`ultralong ... >&-`)."""
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    sys.stdout.close()
+    sys.stderr.close()

@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     `ultralong` alone, like `cargo`, shows what there is and exits with 0; a group alone (`ultralong eval`) lists its
     commands and exits with 2, as one of them is missing.
     """
+    for name in ("stdout", "stderr"):  # one that was closed by who started this (>&-) is None
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
     try:
         _run(arguments)
         sys.stdout.flush()
