@@ -61,6 +61,7 @@ from ultralong.attention import make_attention_context
 from ultralong.attention.balance import balanced, imbalance, sends_nothing
 from ultralong.attention.layout import contiguous, zigzag
 from ultralong.attention.ring import rectangles
+from ultralong.bench.results import rows_of
 from ultralong.course import check, predict, reveal
 from ultralong.course.exchanges import recorded
 from ultralong.figures.parallel import rank_timeline, shares_of_one, token_ownership, traffic, work_of_ranks
@@ -438,7 +439,7 @@ if DEVICE == "cuda":
                     str(GPUS), "--json", str(table)], check=True)
     recorded_rows = json.loads(table.read_text())
 if recorded_rows is not None:
-    wanted = [r for r in recorded_rows["results"] if r["tokens"] == 131072 and not r["packed"] and r["of_one"]
+    wanted = [r for r in rows_of(recorded_rows) if r["tokens"] == 131072 and not r["packed"] and r["of_one"]
               and r["name"] != "single" and not r["name"].startswith(("torch", "ring-flash"))]
     machine, day = recorded_rows["machine"]["device"], recorded_rows["machine"]["date"]
     shares = {kernel: {r["name"]: r["of_one"] for r in wanted if r["kernel"] == kernel}
