@@ -13,7 +13,9 @@ from ultralong.evaluation.measures.intervals import (
     clopper_pearson,
     paired_difference,
     wilson,
+    wilson_of_mean,
 )
+from ultralong.evaluation.measures.score import _mean
 
 
 def test_wilson_against_published_values():
@@ -46,6 +48,17 @@ def test_count_intervals_hold_the_share_and_mirror(counts, level):
         assert 0.0 <= low <= correct / n <= high <= 1.0
         mirrored = interval(n - correct, n, level)
         assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+def test_equal_partial_scores_claim_no_certainty():
+    for correct, n in ((0, 2), (1, 2), (7, 25), (25, 25)):
+        assert wilson_of_mean(correct / n, n) == pytest.approx(wilson(correct, n), abs=1e-12)
+    value, n, low, high = _mean([0.5, 0.5], 0, 0.95)
+    assert (value, n) == (50.0, 2)
+    assert (low, high) == pytest.approx([100 * end for end in wilson(1, 2)])
+    for mean, n in ((1.2, 2), (-0.1, 2), (0.5, 0)):
+        with pytest.raises(ValueError, match="got"):
+            wilson_of_mean(mean, n)
 
 
 def test_clopper_pearson_ends_are_binomial_tails():

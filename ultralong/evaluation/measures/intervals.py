@@ -44,12 +44,30 @@ def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
         ValueError: Counts that are no counts, or a level outside (0, 1).
     """
     _check_counts(correct, n, level)
+    return _wilson(correct / n, n, level)
+
+
+def wilson_of_mean(mean: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval around a mean of partial scores in [0, 1], as wide as if each were right or wrong.
+
+    No scores in [0, 1] of that mean spread more than right and wrong ones do, so it is never too narrow for its form.
+    It serves where scores are all alike, as two equal partial ones: a bootstrap of them would claim certainty.
+
+    Raises:
+        ValueError: A mean outside [0, 1], fewer than one score, or a level outside (0, 1).
+    """
+    if not 0 <= mean <= 1 or n < 1:
+        raise ValueError(f"An interval needs a mean from 0 to 1 and n >= 1, got mean={mean}, n={n}.")
+    _check_level(level)
+    return _wilson(mean, n, level)
+
+
+def _wilson(share: float, n: int, level: float) -> tuple[float, float]:
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # The ends are 0 and 1 exactly at the extremes; rounding must not move them.
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+    return (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
 
 
 def clopper_pearson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:

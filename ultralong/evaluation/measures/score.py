@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralong.evaluation.measures.intervals import bootstrap_mean, wilson
+from ultralong.evaluation.measures.intervals import bootstrap_mean, wilson, wilson_of_mean
 from ultralong.evaluation.measures.result import PER_CENT, Part, Result
 from ultralong.evaluation.tasks.samples import find_task
 
@@ -115,6 +115,8 @@ def _mean(scores: Sequence[float], seed: int, level: float) -> tuple[float, int,
     if set(scores) <= {0.0, 1.0}:
         # Right or wrong is a proportion: a bootstrap of 20 right answers out of 20 would claim certainty.
         low, high = wilson(int(sum(scores)), len(scores), level)
+    elif len(set(scores)) == 1:
+        low, high = wilson_of_mean(scores[0], len(scores), level)  # equal partial scores say nothing about the spread
     else:
         low, high = bootstrap_mean(scores, seed=seed, level=level)
     return 100 * float(np.mean(scores)), len(scores), 100 * low, 100 * high
