@@ -80,7 +80,7 @@ class Page(HTMLParser):
         given = dict(attrs)
         if tag in ("script", "img", "link") and (found := given.get("src") or given.get("href")):
             self.loads.append(found)
-        if tag == "a":
+        if tag == "a" and "href" in given:  # without one it is a place that others link to
             self.links.append(given["href"])
         if tag == "div" and (given.get("class") or "").startswith("figure"):
             self.figures.append(given["aria-label"])

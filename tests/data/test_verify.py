@@ -138,7 +138,7 @@ def test_a_header_whose_places_do_not_fit_its_shapes_is_a_fault(tmp_path):
     entries = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}
     text = json.dumps(entries).encode()
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    assert "another place or size" in verify(model).faults[0]
+    assert "invalid shape, data type, or offset" in verify(model).faults[0]
 
 
 def test_an_extended_model_misses_a_file_that_its_report_names(tmp_path):

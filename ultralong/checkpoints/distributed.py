@@ -155,8 +155,10 @@ def _other_step(folder: Path) -> str | None:
     if named is None or not isinstance(state, dict) or "step" not in state:
         return None
     step, processes = state["step"], state.get("processes", 1)
-    if type(step) is not int or step != int(named[1]):
-        return f"{STATE} is of step {step!r}"
+    if type(step) is not int:
+        return f"{STATE} lacks the step or the number of processes"
+    if step != int(named[1]):
+        return f"{STATE} is of step {step}"
     return None if type(processes) is int and processes > 0 else f"{STATE} is of {processes!r} processes"
 
 
