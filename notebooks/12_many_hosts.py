@@ -13,7 +13,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 45 s, two idle cores, most of it the rehearsal (estimated from 56 CPU seconds, November 2026) |
+# | time on CPU | 115 s, two idle cores (measured November 2026), 60 of them a wait for torch's rendezvous |
 # | reading and doing | 30 and 30 minutes |
 # | memory | 1.5 GB |
 # | downloads, cost | none |
