@@ -62,7 +62,7 @@ def test_an_answer_needs_all_the_facts_it_is_said_to_rest_on(name):
 
 
 def test_facts_stand_in_order_where_they_are_said(tokenizer_of_words):
-    builder = StoryBuilder(STORIES["babilong_style_qa3"], Essays(HAYSTACK, "test"))
+    builder = StoryBuilder(Essays(HAYSTACK, "test"), STORIES["babilong_style_qa3"])
     depths = []
     for seed in range(120):
         draft = builder.build(random.Random(seed), 3000, 0)

@@ -32,14 +32,13 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 from ultralong import attention
 from ultralong.bench.decode_options import DecodeBench
 from ultralong.bench.results import write_rows
-from ultralong.bench.timing import clear, make_model, now, peak_gib, random_ids, slowest
+from ultralong.bench.timing import clear, make_model, now, over_gpus, peak_gib, random_ids, slowest
 from ultralong.inference.batched import BatchedRunner
 from ultralong.inference.decoding import Sampler, decode
 from ultralong.inference.generate import stream
 from ultralong.inference.runner import LocalRunner, Runner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.planner.shapes import model_config
-from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.units import GIB
 
 COPIES = 10
@@ -62,13 +61,8 @@ def bench_decode(options: DecodeBench, path: Path | None = None) -> list[Row]:
         ValueError: No such model, or fewer GPUs than asked for.
         ultralong.utils.local_ranks.RankFailed: A process failed.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and options.gpus > torch.cuda.device_count():
-        raise ValueError(f"{options.gpus} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
     model_config(options.model)  # says what is wrong here, not in another process
-    if options.gpus == 1:
-        return _measure_all(0, 1, options, device, path)
-    return run_ranks(_measure_all, options.gpus, options, device, path, device=device, timeout=3600)[0]
+    return over_gpus(_measure_all, options.gpus, options, path)
 
 
 @dataclass
@@ -95,7 +89,7 @@ class Way:
     runner: ShardedRunner | None = None
 
 
-def _measure_all(rank: int, world: int, options: DecodeBench, device: str, path: Path | None) -> list[Row]:
+def _measure_all(rank: int, world: int, device: str, options: DecodeBench, path: Path | None) -> list[Row]:
     config = model_config(options.model)
     whole = config.get_text_config().num_hidden_layers
     layers = config.get_text_config().num_hidden_layers = options.layers or whole

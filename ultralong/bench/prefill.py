@@ -27,12 +27,11 @@ from ultralong.attention.kernels import attention_forward, choose_kernel
 from ultralong.attention.spec import AttentionSpec
 from ultralong.bench.prefill_options import PrefillBench
 from ultralong.bench.results import write_rows
-from ultralong.bench.timing import clear, make_model, now, peak_gib, random_ids, slowest
+from ultralong.bench.timing import clear, make_model, now, over_gpus, peak_gib, random_ids, slowest
 from ultralong.inference.generate import prefill
 from ultralong.inference.runner import Runner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.planner.shapes import Shape, model_config, shape_of
-from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.units import GIB
 
 WARM = 16384  # tokens of the prompt that is read before anything is timed
@@ -56,16 +55,11 @@ def bench_prefill(options: PrefillBench, path: Path | None = None) -> list[dict[
         ValueError: No such model, or fewer GPUs than asked for.
         ultralong.utils.local_ranks.RankFailed: A process failed, such as by running out of memory.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and options.gpus > torch.cuda.device_count():
-        raise ValueError(f"{options.gpus} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
     model_config(options.model)  # says what is wrong here, not in another process
-    if options.gpus == 1:
-        return _measure_all(0, 1, options, device, path)
-    return run_ranks(_measure_all, options.gpus, options, device, path, device=device, timeout=3600)[0]
+    return over_gpus(_measure_all, options.gpus, options, path)
 
 
-def _measure_all(rank: int, world: int, options: PrefillBench, device: str, path: Path | None) -> list[dict[str, Any]]:
+def _measure_all(rank: int, world: int, device: str, options: PrefillBench, path: Path | None) -> list[dict[str, Any]]:
     config = model_config(options.model)
     whole = config.get_text_config().num_hidden_layers
     if options.layers is not None:

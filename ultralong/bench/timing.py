@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong import attention
+from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.units import GIB
+
+T = TypeVar("T")
 
 
 def make_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
@@ -20,6 +25,29 @@ def make_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device if device == "cpu" else torch.device("cuda", torch.cuda.current_device())):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
+
+
+def over_gpus(work: Callable[..., T], gpus: int, *arguments: Any) -> T:
+    """Run `work(rank, world, device, *arguments)`, here for one GPU, else in a process for each.
+
+    Args:
+        work: Measures; importable by name.
+        gpus: How many processes there are; on a CPU as many share it.
+        *arguments: The same in every process.
+
+    Returns:
+        What the first process returns.
+
+    Raises:
+        ValueError: Fewer GPUs than asked for.
+        ultralong.utils.local_ranks.RankFailed: A process failed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and gpus > torch.cuda.device_count():
+        raise ValueError(f"{gpus} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
+    if gpus == 1:
+        return work(0, 1, device, *arguments)
+    return run_ranks(work, gpus, device, *arguments, device=device, timeout=3600)[0]
 
 
 def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:

@@ -63,31 +63,7 @@ def needle_heatmap(
         score[row, column] = cell["correct"] / cell["n"] if cell["n"] else np.nan
         text[row, column] = f"{cell['correct']:g}/{cell['n']}"
     figure = new_figure(title, "prompt and answer (tokens)", "needle depth", height=340)
-    labelled = len(lengths) <= MOST_LABELLED and len(depths) <= MOST_LABELLED
-    figure.add_trace(
-        graph_objects().Heatmap(
-            z=score,
-            x=list(range(len(lengths))),
-            y=list(range(len(depths))),
-            zmin=0.0,
-            zmax=1.0,
-            xgap=1,
-            ygap=1,
-            colorscale=[list(stop) for stop in SCORE_SCALE],
-            text=text,
-            texttemplate="%{text}" if labelled else None,
-            textfont={"size": 11},
-            customdata=[
-                [f"{tokens_label(length)} tokens, depth {depth:.0%}" for length in lengths] for depth in depths
-            ],
-            hovertemplate="%{customdata}: %{text} found<extra></extra>",
-            colorbar={
-                "title": {"text": "found", "side": "right", "font": {"size": 13}},
-                "tickformat": ".0%",
-                "thickness": 12,
-            },
-        )
-    )
+    figure.add_trace(_cells(score, text, lengths, depths))
     _tick(figure.update_xaxes, [tokens_label(length) for length in lengths])
     _tick(figure.update_yaxes, [f"{depth:.0%}" for depth in depths])
     # Pinned ranges keep the half cells at the borders, and put the shallowest needle on top as a page is read.
@@ -97,6 +73,31 @@ def needle_heatmap(
         inside = sum(length <= base_window for length in lengths)
         _mark_window(figure, inside - 0.5, f"{window_name} {tokens_label(base_window)}")
     return figure
+
+
+def _cells(score: np.ndarray, text: np.ndarray, lengths: Sequence[int], depths: Sequence[float]) -> Any:
+    """The coloured cells of scores (depths, lengths), a small grid with its counts as text."""
+    labelled = len(lengths) <= MOST_LABELLED and len(depths) <= MOST_LABELLED
+    return graph_objects().Heatmap(
+        z=score,
+        x=list(range(len(lengths))),
+        y=list(range(len(depths))),
+        zmin=0.0,
+        zmax=1.0,
+        xgap=1,
+        ygap=1,
+        colorscale=[list(stop) for stop in SCORE_SCALE],
+        text=text,
+        texttemplate="%{text}" if labelled else None,
+        textfont={"size": 11},
+        customdata=[[f"{tokens_label(length)} tokens, depth {depth:.0%}" for length in lengths] for depth in depths],
+        hovertemplate="%{customdata}: %{text} found<extra></extra>",
+        colorbar={
+            "title": {"text": "found", "side": "right", "font": {"size": 13}},
+            "tickformat": ".0%",
+            "thickness": 12,
+        },
+    )
 
 
 def _tick(update: Any, labels: list[str]) -> None:
@@ -158,61 +159,71 @@ def perplexity_curve(
         by: What positions are counted from, as `perplexity_by_position` was told: `row` or `document`.
     """
     figure = new_figure(title, f"position in the {by} (tokens)", "perplexity", height=360)
-    scatter = graph_objects().Scatter
     for index, (name, bins) in enumerate(curves.items()):
-        colour = PALETTE[index % len(PALETTE)]
-        x = [(item["start"] + item["end"]) / 2 for item in bins]
-        known = [(place, item) for place, item in zip(x, bins, strict=True) if item["low"] is not None]
-        figure.add_trace(
-            scatter(
-                x=[place for place, _ in known] + [place for place, _ in reversed(known)],
-                y=[item["high"] for _, item in known] + [item["low"] for _, item in reversed(known)],
-                fill="toself",
-                fillcolor=translucent(colour, 0.2),
-                line={"width": 0, "color": colour},
-                mode="lines",
-                showlegend=False,
-                hoverinfo="skip",
-            )
-        )
-        figure.add_trace(
-            scatter(
-                x=x,
-                y=[item["perplexity"] for item in bins],
-                name=plain_text(name),
-                mode="lines+markers",
-                line={"color": colour, "dash": DASHES[index % len(DASHES)]},
-                marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
-                customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
-                hovertemplate="%{customdata}: %{y:.2f}<extra>%{fullData.name}</extra>",
-            )
-        )
+        _add_perplexities(figure, index, name, bins)
     figure.update_layout(showlegend=True)
     values = [item["perplexity"] for bins in curves.values() for item in bins]
     if max(values) > WIDE_RANGE * min(values):
         figure.update_yaxes(type="log", dtick=1)
     if base_window is not None:
-        figure.add_shape(
-            type="line",
-            x0=base_window,
-            x1=base_window,
-            y0=0,
-            y1=1,
-            xref="x",
-            yref="y domain",
-            line={"color": GREY, "width": 2, "dash": "dash"},
-        )
-        figure.add_annotation(
-            x=base_window,
-            y=1,
-            xref="x",
-            yref="y domain",
-            showarrow=False,
-            yanchor="bottom",
-            text=f"{window_name} {tokens_label(base_window)}",
-            font={"size": 11, "color": GREY},
-        )
+        _mark_tokens(figure, base_window, window_name)
     return figure
+
+
+def _add_perplexities(figure: Figure, index: int, name: str, bins: Sequence[Mapping[str, Any]]) -> None:
+    """A model's line, the `index`-th of a figure, over the band of its interval."""
+    colour, scatter = PALETTE[index % len(PALETTE)], graph_objects().Scatter
+    x = [(item["start"] + item["end"]) / 2 for item in bins]
+    known = [(place, item) for place, item in zip(x, bins, strict=True) if item["low"] is not None]
+    figure.add_trace(
+        scatter(
+            x=[place for place, _ in known] + [place for place, _ in reversed(known)],
+            y=[item["high"] for _, item in known] + [item["low"] for _, item in reversed(known)],
+            fill="toself",
+            fillcolor=translucent(colour, 0.2),
+            line={"width": 0, "color": colour},
+            mode="lines",
+            showlegend=False,
+            hoverinfo="skip",
+        )
+    )
+    figure.add_trace(
+        scatter(
+            x=x,
+            y=[item["perplexity"] for item in bins],
+            name=plain_text(name),
+            mode="lines+markers",
+            line={"color": colour, "dash": DASHES[index % len(DASHES)]},
+            marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+            customdata=[f"{item['start']:,} to {item['end']:,}" for item in bins],
+            hovertemplate="%{customdata}: %{y:.2f}<extra>%{fullData.name}</extra>",
+        )
+    )
+
+
+def _mark_tokens(figure: Figure, tokens: int, name: str, *, logarithmic: bool = False) -> None:
+    """A vertical line at a number of tokens, with what it is called above it."""
+    figure.add_shape(
+        type="line",
+        x0=tokens,
+        x1=tokens,
+        y0=0,
+        y1=1,
+        xref="x",
+        yref="y domain",
+        line={"color": GREY, "width": 2, "dash": "dash"},
+    )
+    figure.add_annotation(
+        # On a logarithmic axis plotly places notes, though not lines, by the logarithm.
+        x=float(np.log10(tokens)) if logarithmic else tokens,
+        y=1,
+        xref="x",
+        yref="y domain",
+        showarrow=False,
+        yanchor="bottom",
+        text=f"{name} {tokens_label(tokens)}",
+        font={"size": 11, "color": GREY},
+    )
 
 
 def score_curves(
@@ -239,52 +250,37 @@ def score_curves(
     figure = new_figure(title, "prompt and answer (tokens)", "score (per cent)", height=480)
     lengths = sorted({item["length"] for item in scores})
     for index, task in enumerate(dict.fromkeys(item["task"] for item in scores)):
-        items = sorted((item for item in scores if item["task"] == task), key=lambda item: item["length"])
-        reach = [
-            (0.0, 0.0) if item["low"] is None else (item["high"] - item["score"], item["score"] - item["low"])
-            for item in items
-        ]
-        colour = PALETTE[index % len(PALETTE)]
-        figure.add_trace(
-            graph_objects().Scatter(
-                x=[item["length"] for item in items],
-                y=[item["score"] for item in items],
-                name=plain_text(task),
-                mode="lines+markers",
-                line={"color": colour, "dash": DASHES[index // len(PALETTE) % len(DASHES)], "width": 2},
-                marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
-                error_y={
-                    "type": "data",
-                    "array": [up for up, _ in reach],
-                    "arrayminus": [down for _, down in reach],
-                    "thickness": 1,
-                    "width": 3,
-                },
-            )
-        )
+        _add_scores(figure, index, task, [item for item in scores if item["task"] == task])
     figure.update_xaxes(type="log", tickvals=lengths, ticktext=[tokens_label(length) for length in lengths])
     figure.update_yaxes(range=[-3, 103])
     figure.update_layout(showlegend=True)
     if base_window is not None:
-        figure.add_shape(
-            type="line",
-            x0=base_window,
-            x1=base_window,
-            y0=0,
-            y1=1,
-            xref="x",
-            yref="y domain",
-            line={"color": GREY, "width": 2, "dash": "dash"},
-        )
-        # On a logarithmic axis plotly places notes by the logarithm.
-        figure.add_annotation(
-            x=float(np.log10(base_window)),
-            y=1,
-            xref="x",
-            yref="y domain",
-            showarrow=False,
-            text=f"{window_name} {tokens_label(base_window)}",
-            yanchor="bottom",
-            font={"size": 11, "color": GREY},
-        )
+        _mark_tokens(figure, base_window, window_name, logarithmic=True)
     return figure
+
+
+def _add_scores(figure: Figure, index: int, task: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """A test's line, the `index`-th of a figure, with its intervals as bars."""
+    items = sorted(scores, key=lambda item: item["length"])
+    reach = [
+        (0.0, 0.0) if item["low"] is None else (item["high"] - item["score"], item["score"] - item["low"])
+        for item in items
+    ]
+    colour = PALETTE[index % len(PALETTE)]
+    figure.add_trace(
+        graph_objects().Scatter(
+            x=[item["length"] for item in items],
+            y=[item["score"] for item in items],
+            name=plain_text(task),
+            mode="lines+markers",
+            line={"color": colour, "dash": DASHES[index // len(PALETTE) % len(DASHES)], "width": 2},
+            marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+            error_y={
+                "type": "data",
+                "array": [up for up, _ in reach],
+                "arrayminus": [down for _, down in reach],
+                "thickness": 1,
+                "width": 3,
+            },
+        )
+    )

@@ -56,27 +56,32 @@ def stacked_bytes(
         figure.update_xaxes(tickvals=list(range(0, len(bars), step)), ticktext=list(bars)[::step])
     figure.update_yaxes(range=[0, max(top, 1.15 * (limit or 0.0))])
     if limit is not None:
-        figure.add_shape(
-            type="line",
-            x0=0,
-            x1=1,
-            xref="x domain",
-            yref="y",
-            y0=limit,
-            y1=limit,
-            line={"color": GREY, "width": 2, "dash": "dash"},
-        )
-        # Beside the bars: above the line the last bar may hide it.
-        figure.update_layout(margin={"r": 24 + 7 * len(limit_name)})
-        figure.add_annotation(
-            x=1.0,
-            y=limit,
-            xref="x domain",
-            yref="y",
-            text=limit_name,
-            showarrow=False,
-            xanchor="left",
-            yanchor="middle",
-            font={"size": 11, "color": GREY},
-        )
+        _mark_limit(figure, limit, limit_name)
     return figure
+
+
+def _mark_limit(figure: Figure, limit: float, name: str) -> None:
+    """A line across the bars at what there is, and its name."""
+    figure.add_shape(
+        type="line",
+        x0=0,
+        x1=1,
+        xref="x domain",
+        yref="y",
+        y0=limit,
+        y1=limit,
+        line={"color": GREY, "width": 2, "dash": "dash"},
+    )
+    # Beside the bars: above the line the last bar may hide it.
+    figure.update_layout(margin={"r": 24 + 7 * len(name)})
+    figure.add_annotation(
+        x=1.0,
+        y=limit,
+        xref="x domain",
+        yref="y",
+        text=name,
+        showarrow=False,
+        xanchor="left",
+        yanchor="middle",
+        font={"size": 11, "color": GREY},
+    )

@@ -55,6 +55,12 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
         objects.Frame(name=title, data=data, layout=around if moving else None)
         for title, data, around in zip(titles, _changing(frames), marks, strict=True)
     ]
+    _add_controls(figure, titles, milliseconds)
+    return figure
+
+
+def _add_controls(figure: Figure, titles: Sequence[str], milliseconds: int) -> None:
+    """The slider and the buttons, below the axes."""
     step = {"mode": "immediate", "frame": {"duration": milliseconds, "redraw": True}, "transition": {"duration": 0}}
     play = {"label": "Play", "method": "animate", "args": [None, step | {"fromcurrent": True}]}
     halt = {"label": "Stop", "method": "animate", "args": [[None], step | {"frame": {"duration": 0, "redraw": False}}]}
@@ -89,7 +95,6 @@ def animated(frames: Sequence[Figure], titles: Sequence[str], *, milliseconds: i
             }
         ],
     )
-    return figure
 
 
 def _has_legend(figure: Figure) -> bool:

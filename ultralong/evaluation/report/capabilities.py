@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ultralong import figures
 from ultralong.evaluation.measures.result import Part, interval_text
@@ -14,6 +14,8 @@ from ultralong.evaluation.report.table import area_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+MEAN_HEADS = ("mean of tests", "95% interval", "tests", "samples")
 
 
 def capability_sections(sides: Sequence[Side], draw: Drawer) -> list[Section]:
@@ -37,21 +39,23 @@ def capability_sections(sides: Sequence[Side], draw: Drawer) -> list[Section]:
         for item in side.summary["areas"]
     ]
     rows = [
-        [
-            f"{side.lead}{item['capability']}, {item['length']:,}",
-            f"{item['score']:.1f}",
-            interval_text(Part(item["score"], item["n"], item["low"], item["high"])),
-            str(item["tasks"]),
-            str(item["n"]),
-        ]
+        [f"{side.lead}{item['capability']}, {item['length']:,}", *mean_cells(item)]
         for side in shown
         for item in side.summary["capabilities"]
     ]
-    values = Table(
-        ("capability, length", "mean of tests", "95% interval", "tests", "samples"), rows, "Values", folded=True
-    )
+    values = Table(("capability, length", *MEAN_HEADS), rows, "Values", folded=True)
     under = [Table(("capability", "area under the curve", "tests"), areas)] if areas else []
     return [Section("By capability and length", [drawn], [*under, values])]
+
+
+def mean_cells(item: Mapping[str, Any]) -> list[str]:
+    """A mean of tests as the cells of a table's row, under `MEAN_HEADS`."""
+    return [
+        f"{item['score']:.1f}",
+        interval_text(Part(item["score"], item["n"], item["low"], item["high"])),
+        str(item["tasks"]),
+        str(item["n"]),
+    ]
 
 
 def _curves(side: Side) -> Figure:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultralong import figures
 from ultralong.evaluation.measures.result import Part, Result, grid_cells, interval_text, position_bins
-from ultralong.evaluation.report.capabilities import capability_sections
+from ultralong.evaluation.report.capabilities import MEAN_HEADS, capability_sections, mean_cells
 from ultralong.evaluation.report.page import Drawer, Drawn, model_label
 from ultralong.evaluation.report.parts import Section, Side, Table
 from ultralong.evaluation.tasks.groups import FAMILIES
@@ -103,18 +103,12 @@ def _curves(side: Side, scores: Sequence[Result]) -> Figure:
 
 def _means(sides: Sequence[Side], family: str, title: str = "") -> Table:
     rows = [
-        [
-            f"{side.lead}{item['length']:,}",
-            f"{item['score']:.1f}",
-            interval_text(Part(item["score"], item["n"], item["low"], item["high"])),
-            str(item["tasks"]),
-            str(item["n"]),
-        ]
+        [f"{side.lead}{item['length']:,}", *mean_cells(item)]
         for side in sides
         for item in side.summary["families"]
         if item["family"] == family
     ]
-    return Table(("length", "mean of tests", "95% interval", "tests", "samples"), rows, title)
+    return Table(("length", *MEAN_HEADS), rows, title)
 
 
 def _published(sides: Sequence[Side]) -> list[Section]:

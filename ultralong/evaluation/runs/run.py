@@ -9,6 +9,7 @@ holds every measurement in one shape (`Result`), `report.json` and the page.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,30 +97,46 @@ def run(
     if "needle" in names:
         axes = grid_axes(wanted, max(lengths), window)
         measure_grid(model, tokenizer, wanted, axes, texts, out / "needle.jsonl", engine, quiet=quiet)
-    left_out: dict[tuple[str, int], str] = {}
     if pairs:
-        answer_pairs(
-            _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine,
-            tokenizer,
-            pairs,
-            wanted.samples,
-            wanted.seed,
-            out,
-            workers=wanted.workers,
-            chat=wanted.chat,
-            haystack=texts,
-            questions=questions,
-            left_out=left_out if wanted.skip_missing else None,
-            quiet=quiet,
-        )
-    if left_out:
-        facts["skipped"] = {**skipped, **{f"{task} at {length:,}": why for (task, length), why in left_out.items()}}
-        write_json(out / "environment.json", facts)
+        engine = _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine
+        left_out = _answer(wanted, engine, tokenizer, pairs, questions, texts, out, quiet)
+        if left_out:
+            facts["skipped"] = {**skipped, **left_out}
+            write_json(out / "environment.json", facts)
     if model is not None:
         measure_rows(names, model, wanted, window, out, device, quiet)
     if "lm_eval" in names:
         measure_benchmarks(wanted, model, tokenizer, out, quiet)
     return write_results(out, before, draw=draw)
+
+
+def _answer(
+    wanted: RunSettings,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, int]],
+    questions: Mapping[str, str | os.PathLike[str]],
+    texts: Sequence[str] | None,
+    out: Path,
+    quiet: bool,
+) -> dict[str, str]:
+    """Answer what is missing of every test at every length; returns why some were left out, by test and length."""
+    left_out: dict[tuple[str, int], str] = {}
+    answer_pairs(
+        engine,
+        tokenizer,
+        pairs,
+        wanted.samples,
+        wanted.seed,
+        out,
+        workers=wanted.workers,
+        chat=wanted.chat,
+        haystack=texts,
+        questions=questions,
+        left_out=left_out if wanted.skip_missing else None,
+        quiet=quiet,
+    )
+    return {f"{task} at {length:,}": why for (task, length), why in left_out.items()}
 
 
 def describe_model(config: PretrainedConfig, model: PreTrainedModel | None) -> str:

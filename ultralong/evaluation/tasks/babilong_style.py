@@ -195,20 +195,16 @@ STORIES: dict[str, Callable[[random.Random, Sequence[str]], Story]] = {
 
 
 @dataclass(frozen=True)
-class StoryBuilder:
-    """Scatters a story over running text; a unit of size is a word of that text.
+class PeopleInText:
+    """What builders share that hide people in running text.
 
     Attributes:
-        story: Makes the story.
         text: The running text.
         people: Names that the text does not hold.
     """
 
-    story: Callable[[random.Random, Sequence[str]], Story]
     text: Essays
     people: tuple[str, ...] = field(init=False)
-    smallest: int = 120
-    probe: int = 2000
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "people", self.text.without(PEOPLE))
@@ -217,6 +213,19 @@ class StoryBuilder:
     def source(self) -> str:
         """What the text is."""
         return self.text.name
+
+
+@dataclass(frozen=True)
+class StoryBuilder(PeopleInText):
+    """Scatters a story over running text; a unit of size is a word of that text.
+
+    Attributes:
+        story: Makes the story.
+    """
+
+    story: Callable[[random.Random, Sequence[str]], Story]
+    smallest: int = 120
+    probe: int = 2000
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """Facts stand at even random places, in their order."""
@@ -264,9 +273,8 @@ def only_named(
 
 def prepare(name: str, setting: Setting) -> StoryBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    return StoryBuilder(
-        STORIES[name], essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
-    )
+    text = essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
+    return StoryBuilder(text, STORIES[name])
 
 
 BABILONG_STYLE_TASKS = {

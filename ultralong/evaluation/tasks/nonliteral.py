@@ -12,10 +12,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from ultralong.evaluation.tasks.babilong_style import PEOPLE
+from ultralong.evaluation.tasks.babilong_style import PEOPLE, PeopleInText
 from ultralong.evaluation.tasks.needle import GOLDEN
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
 from ultralong.evaluation.tasks.texts import Essays, essays
@@ -66,28 +66,16 @@ PREFIX = " Answer:"
 
 
 @dataclass(frozen=True)
-class NonliteralBuilder:
+class NonliteralBuilder(PeopleInText):
     """One person in running text; a unit of size is a word.
 
     Attributes:
         table: Needles and questions.
-        text: The running text.
-        people: Names that the text does not hold.
     """
 
     table: Sequence[tuple[str, str]]
-    text: Essays
-    people: tuple[str, ...] = field(init=False)
     smallest: int = 20
     probe: int = 2000
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "people", self.text.without(PEOPLE))
-
-    @property
-    def source(self) -> str:
-        """What the text is."""
-        return self.text.name
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """Depths follow the golden ratio, so that any number of samples in a row covers them evenly."""
@@ -110,9 +98,8 @@ def name_alone(answer: str, references: Sequence[str]) -> float:
 
 def prepare(name: str, setting: Setting) -> NonliteralBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    return NonliteralBuilder(
-        TABLES[name], essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
-    )
+    text = essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
+    return NonliteralBuilder(text, TABLES[name])
 
 
 NONLITERAL_TASKS = {name: Task(name, 16, partial(prepare, name), name_alone) for name in TABLES}
