@@ -128,6 +128,15 @@ def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _forked_planner() -> Iterator[None]:
+    """The planner's other process is forked; `ultralong.planner.traces.child` starts an interpreter for it."""
+    from forked import forked_planner
+
+    with forked_planner():
+        yield
+
+
 @pytest.fixture
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A program like `sys.executable` in which everything is imported: modules and `-c` start at once."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from forked import start_command
 
 from ultralong import cli
 from ultralong.data.recipe import stats
@@ -273,12 +271,10 @@ def test_a_build_killed_at_any_stage_ends_in_the_same_bytes(recipe, tmp_path, ti
     words = ["data", "build", str(recipe), "--tokenizer", str(tmp_path / "model"), "--length", "500", "--quiet"]
     pack_recipe(recipe, tmp_path / "model", 500, tmp_path / "whole", quiet=True)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ultralong", *words, "--out", str(killed)], stdout=subprocess.DEVNULL
-    )
-    while not (killed / sign).exists() and process.poll() is None:
+    process = start_command(*words, "--out", killed, streams=(tmp_path / "said", tmp_path / "errors"))
+    while not (killed / sign).exists() and process.is_alive():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     cli.main([*words, "--out", str(killed)])
     assert contents(killed) == contents(tmp_path / "whole")

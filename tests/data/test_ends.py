@@ -50,21 +50,34 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children of their parent's end")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.soak),
+        signal.SIGKILL,
+    ],
+)
 def test_workers_end_with_what_started_them(tiny_tokenizer, tmp_path, how):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "run.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "tokenizer"), str(tmp_path / "out")]
+    if signal.getsignal(how) is signal.SIG_IGN:  # under nohup, which the run would inherit
+        signal.signal(how, signal.SIG_DFL)
     run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(root)})
-    partial = tmp_path / "out" / ".tokens-00000.bin.partial"
-    until = time.monotonic() + 120
-    while not partial.exists() and time.monotonic() < until:  # both workers have started by then
-        time.sleep(0.1)
-    workers = children(run.pid)
-    assert len(workers) >= 2
-    run.send_signal(how)
-    run.wait(30)
+    try:
+        partial = tmp_path / "out" / ".tokens-00000.bin.partial"
+        until = time.monotonic() + 120
+        while not partial.exists() and time.monotonic() < until:  # both workers have started by then
+            time.sleep(0.1)
+        workers = children(run.pid)
+        assert len(workers) >= 2
+        run.send_signal(how)
+        run.wait(30)
+    finally:
+        run.kill()
+        run.wait()
     until = time.monotonic() + 20
     while any(map(alive, workers)) and time.monotonic() < until:
         time.sleep(0.05)

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 from command_server import served
-from forked import forked_agents, forked_planner
+from forked import forked_agents
 from test_env import EXTRAS, ROOT, tracked
 
 from ultralong.bench.tables import TABLES, filled
@@ -189,7 +189,7 @@ def test_the_blocks_run_in_order_on_the_miniature(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    with forked_agents(), forked_planner(), served(programs):
+    with forked_agents(), served(programs):
         for command in (
             [str(programs / "python"), "-c", python], *(["bash", "-euo", "pipefail", "-c", block] for block in blocks)
         ):  # fmt: skip

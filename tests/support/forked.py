@@ -83,19 +83,23 @@ class ForkedAgent:
         self._process.kill()
 
 
+START_PLANNER = child.start
+
+
 @contextmanager
 def forked_planner() -> Iterator[None]:
     """While this is open, the planner's other process is forked."""
-    real = child.start
     child.start = _start_planner
     try:
         yield
     finally:
         child.stop()
-        child.start = real
+        child.start = START_PLANNER
 
 
 def _start_planner() -> Any:
+    if multiprocessing.current_process().daemon:  # which may start a program, but fork nothing
+        return START_PLANNER()
     if not child._running or child._running[0].poll() is not None:
         child._running[:] = [ForkedPlanner()]
     return child._running[0]
@@ -148,10 +152,18 @@ def forked_command(
     """Run `ultralong WORDS` in a process of its own; returns what `subprocess.run` would."""
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder, "out"), Path(folder, "err")
-        child = multiprocessing.get_context("fork").Process(target=_main, args=([*map(str, words)], cwd, env, *streams))
-        child.start()
+        child = start_command(*words, cwd=cwd, env=env, streams=streams)
         child.join()
         return subprocess.CompletedProcess(words, child.exitcode, *(path.read_text() for path in streams))
+
+
+def start_command(
+    *words: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, streams: Sequence[Path]
+) -> multiprocessing.process.BaseProcess:
+    """Start `ultralong WORDS` in a process of its own that writes its output and its errors to two files."""
+    child = multiprocessing.get_context("fork").Process(target=_main, args=([*map(str, words)], cwd, env, *streams))
+    child.start()
+    return child
 
 
 def _main(words: list[str], cwd: Path | None, env: Mapping[str, str] | None, out: Path, err: Path) -> None:
