@@ -129,11 +129,11 @@ def make_tiny_model() -> Callable[..., LlamaForCausalLM]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forked_planner() -> Iterator[None]:
-    """The planner's other process is forked; `ultralong.planner.traces.child` starts an interpreter for it."""
-    from forked import forked_planner
+def _forked_helpers() -> Iterator[None]:
+    """The planner's other process, and the one that renders chat templates, are forked and not started anew."""
+    from forked import forked_planner, forked_renderer
 
-    with forked_planner():
+    with forked_planner(), forked_renderer():
         yield
 
 

@@ -108,7 +108,8 @@ def test_no_ranks_backward_pass_begins_before_every_ranks_forward_pass_has_ended
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs at full size where there is a GPU")
 def test_a_small_run_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "result.json"
-    cli.main(["bench", "attention", "--lengths", "131072", "--repeats", "1", "--peers", "--check", "--json", str(path)])
+    words = ["--lengths", "131072", "--repeats", "1", "--peers", "--check", "--check-length", "256"]
+    cli.main(["bench", "attention", *words, "--json", str(path)])
     shown, saved = capsys.readouterr().out, json.loads(path.read_text())
     results = saved["rows"]
     assert {r["tokens"] for r in results} == {256, 2048}, "cut down to what a CPU can do"
@@ -116,7 +117,10 @@ def test_a_small_run_on_a_cpu(tmp_path, capsys):
     assert saved["options"]["dtype"] == "float32"
     measured = [r for r in results if not r["note"]]
     assert {(r["name"], r["packed"]) for r in measured} == {(n, p) for n in ("single", *SCHEMES) for p in (True, False)}
-    assert all(r["forward_ms"] > 0 and r["backward_ms"] > 0 and max(r["errors"].values()) < 1e-6 for r in measured)
+    assert all(r["forward_ms"] > 0 and r["backward_ms"] > 0 for r in measured)
+    checked = [r for r in measured if r["errors"]]
+    assert checked == [r for r in measured if r["tokens"] == 256], "a longer row is not checked"
+    assert all(max(r["errors"].values()) < 1e-6 for r in checked)
     assert {r["name"]: r["note"] for r in results if r["note"]} == dict.fromkeys(
         PEERS, "peers are measured on two CUDA GPUs or more"
     )
@@ -125,4 +129,4 @@ def test_a_small_run_on_a_cpu(tmp_path, capsys):
         rate = causal_flops(r["tokens"], 8, 32, edges) / r["ranks"] / (r["forward_ms"] + r["backward_ms"]) / 1e9
         assert r["tflops"] == pytest.approx(rate, rel=0.05, abs=1e-3)
     assert "TF/s/GPU" in shown
-    assert shown.count("relative error") == len(measured)
+    assert shown.count("relative error") == len(checked) == 2 * (1 + len(SCHEMES))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from ultralong.launch import agent, local
 from ultralong.planner.traces import child
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
+from ultralong.utils import template_child, template_renderer
 from ultralong.utils.local_ranks import run_ranks
 
 
@@ -144,6 +146,83 @@ class ForkedPlanner:
     def wait(self) -> int | None:
         self._process.join()
         return self._process.exitcode
+
+
+@contextmanager
+def forked_renderer() -> Iterator[None]:
+    """While this is open, the process that renders chat templates is forked."""
+    with _renderers(SimpleNamespace(**vars(subprocess) | {"Popen": ForkedRenderer})):
+        yield
+
+
+@contextmanager
+def fresh_renderer() -> Iterator[None]:
+    """While this is open, it is an interpreter of its own, as elsewhere."""
+    with _renderers(subprocess):
+        yield
+
+
+@contextmanager
+def _renderers(module: Any) -> Iterator[None]:
+    before = template_renderer.subprocess
+    template_renderer._renderer.stop()
+    template_renderer.subprocess = module
+    try:
+        yield
+    finally:
+        template_renderer._renderer.stop()
+        template_renderer.subprocess = before
+
+
+class ForkedRenderer:
+    """What `ultralong.utils.template_renderer` uses of a `subprocess.Popen`; daemonic processes may start it too."""
+
+    def __init__(self, words: Sequence[str], stdin: int, stdout: int, env: Mapping[str, str]) -> None:
+        assert tuple(words) == (sys.executable, template_child.__file__)
+        asked, question = os.pipe()
+        answers, answer = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.dup2(asked, 0)
+                os.dup2(answer, 1)
+                os.closerange(3, 4096)  # or it would keep itself, and what others wait for, open
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                sys.stdin, sys.stdout = os.fdopen(0, "r", closefd=False), os.fdopen(1, "w", closefd=False)
+                template_child.main()
+            finally:
+                os._exit(0)
+        os.close(asked)
+        os.close(answer)
+        self.stdin, self.stdout = os.fdopen(question, "wb"), os.fdopen(answers, "rb")
+
+    def poll(self) -> int | None:
+        return self._look(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._look(0)
+
+    def _look(self, how: int) -> int | None:
+        if self.returncode is None:
+            try:
+                ended, status = os.waitpid(self.pid, how)
+            except ChildProcessError:  # a parent's
+                return None
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stdin.close()
+        finally:
+            self.stdout.close()
+            self.wait()
 
 
 def forked_command(

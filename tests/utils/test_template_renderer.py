@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from forked import fresh_renderer
 from jinja2 import TemplateError
 
 from ultralong.utils import template_renderer
@@ -40,6 +41,12 @@ TOO_LARGE = [
     "{{ ([0] * 999999999) | join }}",
     "{% set n = namespace(t='x') %}{% for a in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t | length }}",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh():
+    with fresh_renderer():
+        yield
 
 
 @pytest.fixture
