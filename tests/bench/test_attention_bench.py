@@ -14,7 +14,7 @@ from ultralong.bench.attention import measure as measuring
 from ultralong.bench.attention.accuracy import exact_row, relative_errors
 from ultralong.bench.attention.measure import SCHEMES, AttentionBench, bench_attention, documents
 from ultralong.bench.attention.peers import PEERS
-from ultralong.bench.attention.timing import causal_flops, measure
+from ultralong.bench.attention.timing import causal_flops, measure_passes
 from ultralong.utils.local_ranks import run_ranks
 
 
@@ -92,7 +92,7 @@ class Slow(torch.autograd.Function):
 
 def passes(rank, _):
     events = []
-    measure(lambda x: Slow.apply(x, rank, events), [torch.ones(2)], torch.ones(2), repeats=1)
+    measure_passes(lambda x: Slow.apply(x, rank, events), [torch.ones(2)], torch.ones(2), repeats=1)
     return events
 
 

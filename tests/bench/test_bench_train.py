@@ -8,7 +8,7 @@ from ultralong import __version__
 from ultralong.bench.attention.measure import documents
 from ultralong.bench.tables import training_table
 from ultralong.bench.training import measure as measuring
-from ultralong.bench.training.measure import TrainingCase, by_kind, measure
+from ultralong.bench.training.measure import TrainingCase, by_kind, measure_training
 from ultralong.bench.training.work import covered
 from ultralong.cli.bench import _line
 from ultralong.data.rows.packed_rows import PackedRows
@@ -21,7 +21,7 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     model.save_pretrained(tmp_path / "tiny")
     memory = MemoryConfig(activation_checkpointing=True)
     case = TrainingCase(str(tmp_path / "tiny"), 96, documents=5, steps=2, profile=True, memory=memory)
-    row = measure(case, "h200", tmp_path / "made")
+    row = measure_training(case, "h200", tmp_path / "made")
     rows = PackedRows(tmp_path / "made" / "rows-96-of-5")
     assert [rows[number].boundaries.tolist() for number in (0, 1)] == [list(documents(96, 5))] * 2
     assert "note" not in row, row
@@ -111,7 +111,7 @@ def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, pyth
     make_tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "tiny")
     tiled = MemoryConfig(activation_checkpointing=True, layer_tile=64)
     case = TrainingCase(str(tmp_path / "tiny"), 96, sharded=True, lora_rank=4, lora_whole=True, memory=tiled)
-    row = measure(case, "h200", tmp_path / "made")
+    row = measure_training(case, "h200", tmp_path / "made")
     assert "note" not in row, row
     assert row["lora"].startswith("rank 4, alpha 16, dropout 0 at q_proj, k_proj, v_proj, o_proj, embeddings and norms")
     assert row["planned_seconds_per_step"] > 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ultralong.checkpoints.distributed import Planner, Reader, changed_file, hash_own_files, recorded_files
+from ultralong.checkpoints.distributed import StatePlanner, StateReader, changed_file, hash_own_files, recorded_files
 from ultralong.training import checkpoint
 from ultralong.utils.files import read_json, sha256, write_json
 from ultralong.utils.local_ranks import run_ranks
@@ -169,24 +169,24 @@ def test_an_entry_that_would_run_code_is_refused(tmp_path, kind):
         warnings.simplefilter("ignore")
         dcp.save({"lr": kind(tmp_path / "ran")}, checkpoint_id=tmp_path / "saved", no_dist=True)
         with pytest.raises(dcp.CheckpointException, match="UnpicklingError"):
-            dcp.load({"lr": 0.0}, storage_reader=Reader(tmp_path / "saved"), planner=Planner(), no_dist=True)
+            dcp.load({"lr": 0.0}, storage_reader=StateReader(tmp_path / "saved"), planner=StatePlanner(), no_dist=True)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b"])
 def test_metadata_that_names_files_elsewhere_is_refused(saved, name):
-    metadata = Reader(saved).read_metadata()
+    metadata = StateReader(saved).read_metadata()
     for item in metadata.storage_data.values():
         item.relative_path = name
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(pickle.UnpicklingError, match="outside its folder"):
-        Reader(saved).read_metadata()
+        StateReader(saved).read_metadata()
 
 
 def test_metadata_of_another_kind_is_refused(saved):
     (saved / ".metadata").write_bytes(pickle.dumps({"planned": [1, 2]}))
     with pytest.raises(pickle.UnpicklingError, match="holds a dict"):
-        Reader(saved).read_metadata()
+        StateReader(saved).read_metadata()
 
 
 def test_what_another_process_is_writing_beside_it_is_no_part_of_a_checkpoint(tmp_path):

@@ -10,7 +10,7 @@ from ultralong.data.rows.separators import PackSettings
 from ultralong.evaluation.measures.perplexity import position_edges
 from ultralong.evaluation.measures.result import Result, perplexity_result, read_measurements
 from ultralong.evaluation.report.table import position_lines
-from ultralong.evaluation.runs.commands import measure
+from ultralong.evaluation.runs.commands import measure_one
 from ultralong.evaluation.runs.direct import grid_lengths
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory, make_tiny_model, tiny_tokenizer):
 
 
 def test_the_needle_command_is_a_run_of_its_own(checkpoint, tmp_path):
-    result = measure(
+    result = measure_one(
         "needle", checkpoint, lengths=(600, 1024), depths=(0.0, 1.0), samples=1, device="cpu", out=tmp_path / "short"
     )
     (needle,) = (Result.from_dict(values) for values in result["results"])
@@ -94,7 +94,7 @@ def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):
     documents = [Document(str(index), text, "made here", "CC0") for index, text in enumerate(texts)]
     store = tokenize_corpus(documents, tiny_tokenizer, tmp_path / "tokens")
     pack(store, tiny_tokenizer, tmp_path / "rows", PackSettings(length=512))
-    result = measure("perplexity", checkpoint, rows=tmp_path / "rows", max_rows=3, device="cpu")
+    result = measure_one("perplexity", checkpoint, rows=tmp_path / "rows", max_rows=3, device="cpu")
     by_row, by_document = (Result.from_dict(values) for values in result["results"])
     assert [item.metric for item in (by_row, by_document)] == ["perplexity_by_row", "perplexity_by_document"]
     assert [(part.start, part.end, part.details["rows"]) for part in by_row.by_position] == [(0, 256, 3), (256, 512, 3)]
@@ -103,7 +103,7 @@ def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):
     # Both are of the same tokens, counted from another place.
     assert by_row.n == by_document.n
     assert by_row.value == pytest.approx(by_document.value)
-    loss = measure("loss", checkpoint, rows=tmp_path / "rows", max_rows=3, device="cpu", out=tmp_path / "loss")
+    loss = measure_one("loss", checkpoint, rows=tmp_path / "rows", max_rows=3, device="cpu", out=tmp_path / "loss")
     (found,) = (Result.from_dict(values) for values in loss["results"])
     assert (found.metric, found.unit, found.n) == ("loss", "nats per target", by_row.n)
     assert found.value == pytest.approx(math.log(by_row.value), abs=1e-4)
@@ -129,7 +129,7 @@ def test_the_whole_path_equals_the_plain_model(checkpoint):
 
 def test_lengths_beyond_the_window_warn(checkpoint):
     with pytest.warns(UserWarning, match=r"beyond the model's window of 1,024"):
-        measure("needle", checkpoint, lengths=(1100,), depths=(0.5,), samples=1, device="cpu")
+        measure_one("needle", checkpoint, lengths=(1100,), depths=(0.5,), samples=1, device="cpu")
 
 
 def test_haystacks_come_from_files_and_folders(tmp_path):
@@ -156,7 +156,7 @@ def test_haystacks_come_from_files_and_folders(tmp_path):
 )
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        measure(*arguments, device="cpu")
+        measure_one(*arguments, device="cpu")
 
 
 def test_bins_double_and_end_with_the_row():

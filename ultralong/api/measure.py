@@ -54,10 +54,10 @@ def needle(
         ValueError: No such model, or lengths and depths that no prompt can have.
     """
     with without_collections():
-        from ultralong.evaluation.runs.commands import measure
+        from ultralong.evaluation.runs.commands import measure_one
     from ultralong.utils.hub import find_checkpoint
 
-    return measure(
+    return measure_one(
         "needle",
         find_checkpoint(folder_of(model)),
         lengths=lengths,
@@ -105,11 +105,11 @@ def perplexity(
         ValueError: No such model or rows.
     """
     with without_collections():
-        from ultralong.evaluation.runs.commands import measure
+        from ultralong.evaluation.runs.commands import measure_one
     from ultralong.utils.hub import find_checkpoint
 
     place = find_checkpoint(folder_of(model))
-    return measure("perplexity", place, rows=rows, max_rows=max_rows, seed=seed, device=device, out=out)
+    return measure_one("perplexity", place, rows=rows, max_rows=max_rows, seed=seed, device=device, out=out)
 
 
 def evaluate(

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from ultralong.attention import available_kernels, make_attention_context
 from ultralong.attention.kernels import get_kernel
 from ultralong.attention.spec import AttentionSpec
-from ultralong.bench.attention.timing import BACKWARD_WORK
-from ultralong.bench.attention.timing import measure as measure_passes
+from ultralong.bench.attention.timing import BACKWARD_WORK, measure_passes
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, write_json
 from ultralong.utils.local_ranks import run_ranks

@@ -26,7 +26,7 @@ from ultralong.utils.progress import progress
 from ultralong.utils.units import GIB
 
 
-def measure(task: str, tokenizer: str, lengths: Sequence[int], data: str | None = None) -> list[dict[str, Any]]:
+def measure_task(task: str, tokenizer: str, lengths: Sequence[int], data: str | None = None) -> list[dict[str, Any]]:
     """Make one sample of a test at each length, in this process.
 
     Args:
@@ -90,13 +90,13 @@ def measure_samples(
         data: Folder of published questions, or `package`.
 
     Returns:
-        The rows of `measure`, test by test.
+        The rows of `measure_task`, test by test.
     """
     os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizers' own threads, in the processes that are started
     rows: list[dict[str, Any]] = []
     for task in progress(tasks or list(GENERATED), desc="samples", unit="test"):
         # A process for each test, so that its peak is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-            rows += other.submit(measure, task, tokenizer, sorted(lengths), data).result()
+            rows += other.submit(measure_task, task, tokenizer, sorted(lengths), data).result()
         write_rows(path, rows, load_average=_load(), tokenizer=Path(tokenizer).name)
     return rows

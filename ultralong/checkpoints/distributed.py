@@ -61,7 +61,7 @@ class _NamedOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs")
 
 
-class Reader(FileSystemReader):
+class StateReader(FileSystemReader):
     """torch's reader of a checkpoint folder, for folders that anybody may have written."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -82,7 +82,7 @@ class Reader(FileSystemReader):
         return metadata
 
 
-class Planner(DefaultLoadPlanner):
+class StatePlanner(DefaultLoadPlanner):
     """torch's planner, for which an entry that is no tensor is a number, a text or a collection of these."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -188,7 +188,7 @@ def damage_behind(path: Path, error: BaseException) -> str | None:
         state = read_json(path / "state.json")
         if not isinstance(state, dict) or any(type(state.get(name)) is not int for name in ("step", "processes")):
             return "state.json lacks the step or the number of processes"
-        items = Reader(path).read_metadata().storage_data or {}
+        items = StateReader(path).read_metadata().storage_data or {}
     except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, *FORMAT_ERRORS) as found:
         return f"{type(found).__name__}: {found}"
     ends: dict[str, int] = {}

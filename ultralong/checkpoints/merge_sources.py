@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 
 from ultralong.checkpoints.config import DTYPES
-from ultralong.checkpoints.distributed import STATE, Planner, Reader, changed_file
+from ultralong.checkpoints.distributed import STATE, StatePlanner, StateReader, changed_file
 from ultralong.checkpoints.files import INDEX, header, locate, weight_files
 
 PREFIX = "model.model."  # of a run's checkpoint: the model is inside the module that computes the loss
@@ -80,7 +80,7 @@ class RunCheckpoint:
 
     @cached_property
     def _entries(self) -> dict[str, Any]:
-        found = Reader(self.place).read_metadata().state_dict_metadata
+        found = StateReader(self.place).read_metadata().state_dict_metadata
         return {name.removeprefix(PREFIX): entry for name, entry in found.items() if name.startswith(PREFIX)}
 
     @cached_property
@@ -99,7 +99,7 @@ class RunCheckpoint:
         state = {PREFIX + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be here
-            dcp.load(state, storage_reader=Reader(self.place), planner=Planner(), no_dist=True)
+            dcp.load(state, storage_reader=StateReader(self.place), planner=StatePlanner(), no_dist=True)
         return state[PREFIX + name]
 
     def dtype(self, name: str) -> torch.dtype:

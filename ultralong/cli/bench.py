@@ -120,7 +120,7 @@ def train(
     from dataclasses import replace
 
     from ultralong.bench.results import append_row
-    from ultralong.bench.training.measure import measure
+    from ultralong.bench.training.measure import measure_training
     from ultralong.bench.training.peers import PEERS, measure_peer
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
@@ -133,7 +133,7 @@ def train(
         place = folder or Path(made)
         for change in [{"sharing": way} for way in sharing] if case.mix else [{"tokens": n} for n in lengths]:
             one = replace(case, memory=plan, **dict[str, Any](change))
-            for row in (measure(one, machine, place), *(measure_peer(name, one, place) for name in names)):
+            for row in (measure_training(one, machine, place), *(measure_peer(name, one, place) for name in names)):
                 if json is not None:
                     append_row(json, row)
                 print(_line(row), flush=True)
@@ -252,11 +252,10 @@ def error_curve(*, ranks: tuple[int, ...] = (1, 2, 4, 8, 16), tokens: Tokens = 5
     """
     from dataclasses import asdict
 
-    from ultralong.bench.attention.error_curve import error_curve as measure
-    from ultralong.bench.attention.error_curve import table
+    from ultralong.bench.attention.error_curve import error_curve, table
     from ultralong.bench.results import write_rows
 
-    points = measure(ranks, tokens=tokens)
+    points = error_curve(ranks, tokens=tokens)
     if json is not None:
         write_rows(json, [asdict(point) for point in points], tokens=tokens)
     print(table(points))

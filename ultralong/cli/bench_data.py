@@ -97,10 +97,10 @@ def sft_prepare(
         heldout: Conversations kept apart.
         limit: Tokens of each source of documents at most; by default all.
     """
-    from ultralong.bench.sft.rows import prepare
+    from ultralong.bench.sft.rows import prepare_rows
     from ultralong.demo import load
 
-    facts = prepare(load(settings, set), base, out, heldout=heldout, limit=limit)
+    facts = prepare_rows(load(settings, set), base, out, heldout=heldout, limit=limit)
     print(f"{out}: {facts['documents']['rows']} rows of documents, {facts['conversations']}")
 
 

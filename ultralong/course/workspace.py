@@ -21,7 +21,7 @@ TEMPORARY = ("00", "03")  # run again with other parameters they would find, and
 
 
 @dataclass(frozen=True)
-class Row:
+class NotebookProgress:
     """How far one notebook is.
 
     Attributes:
@@ -103,7 +103,7 @@ def _keeping(path: Path) -> str:
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def overview(folder: str | os.PathLike[str] = ".") -> list[Row]:
+def overview(folder: str | os.PathLike[str] = ".") -> list[NotebookProgress]:
     """How far each notebook with exercises is.
 
     Raises:
@@ -117,7 +117,7 @@ def overview(folder: str | os.PathLike[str] = ".") -> list[Row]:
         rows.setdefault(task.notebook, []).append(task.name)
     titles = {path.stem[:2]: path.stem for path in sorted(source_folder().glob("[0-9][0-9]_*.ipynb"))}
     return [
-        Row(
+        NotebookProgress(
             titles.get(number, number),
             sum(name in kept.solved for name in names),
             len(names),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.demo.page import report
-from ultralong.demo.settings import DemoConfig, Stage, load
+from ultralong.demo.settings import DemoConfig, DemoStage, load
 from ultralong.demo.stages import Demo
 
-__all__ = ["Demo", "DemoConfig", "Stage", "load", "report", "run"]
+__all__ = ["Demo", "DemoConfig", "DemoStage", "load", "report", "run"]
 
 
 def run(config: DemoConfig, out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:

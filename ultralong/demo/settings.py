@@ -11,7 +11,7 @@ from ultralong.utils import settings
 
 
 @dataclass(frozen=True)
-class Stage:
+class DemoStage:
     """Settings of one training stage.
 
     Attributes:
@@ -61,8 +61,8 @@ class DemoConfig:
     documents: str
     heldout: str
     conversations: str
-    pretraining: Stage
-    tuning: Stage
+    pretraining: DemoStage
+    tuning: DemoStage
     lengths: tuple[int, ...]
     questions: float = 0.5
     examples: int = 400

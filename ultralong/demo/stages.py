@@ -24,7 +24,7 @@ from ultralong.data.recipe.build import pack_recipe
 from ultralong.data.recipe.schema import find_recipe
 from ultralong.data.recipe.texts import read_conversations, read_documents
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.demo.settings import DemoConfig, Stage
+from ultralong.demo.settings import DemoConfig, DemoStage
 from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.perplexity import perplexity_by_position
 from ultralong.evaluation.tasks.haystack import Haystack
@@ -239,7 +239,9 @@ class Demo:
         """The model of a training that has ended."""
         return self.out / name / "model" if (self.out / name / "result.json").exists() else None
 
-    def _train(self, name: str, model: Path, rows: Path, stage: Stage, processes: int, command: str = "train") -> Path:
+    def _train(
+        self, name: str, model: Path, rows: Path, stage: DemoStage, processes: int, command: str = "train"
+    ) -> Path:
         out = self.out / name
         optimizer = OptimizerConfig(lr=stage.lr, warmup_steps=max(1, stage.steps // 10), schedule="linear")
         config = TrainConfig(

@@ -114,7 +114,7 @@ def rehearse(
     if _log(place, config).exists():
         raise ValueError(f"{place / config.out} holds a run already. Choose another folder.")
     launch(config, hosts, 1, "torchrun", place / "scripts")
-    stage = _Stage(place, free_port(), time.monotonic(), say or (lambda text: None))
+    stage = _Hosts(place, free_port(), time.monotonic(), say or (lambda text: None))
     found = Rehearsal(config.steps, lose, events=stage.events)
     try:
         for host in range(hosts):
@@ -140,7 +140,7 @@ def rehearse(
 
 
 @dataclass
-class _Stage:
+class _Hosts:
     """The played hosts and what happened to them."""
 
     folder: Path

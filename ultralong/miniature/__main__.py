@@ -39,7 +39,9 @@ def make(
         from ultralong.data.recipe.texts import read_conversations, read_documents
 
         documents = list(read_documents(find_recipe("miniature")))
-        build.prepare(documents, [talk.messages for talk in read_conversations(find_recipe("sft-offline"))], folder)
+        build.prepare_texts(
+            documents, [talk.messages for talk in read_conversations(find_recipe("sft-offline"))], folder
+        )
     elif what == "train":
         from ultralong.training.loop import train
 

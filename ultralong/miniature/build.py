@@ -62,7 +62,7 @@ def architecture(vocabulary: int, turn_end: int, padding: int) -> LlamaConfig:
     )
 
 
-def prepare(
+def prepare_texts(
     documents: Sequence[Document],
     conversations: Sequence[list[Message]],
     out: str | os.PathLike[str],
@@ -93,7 +93,7 @@ def prepare(
 
 
 def training(folder: str | os.PathLike[str], out: str | os.PathLike[str], steps: int = 4000) -> TrainConfig:
-    """The run that trains the miniature from what `prepare` left in `folder`: 65,536 tokens a step on one GPU."""
+    """The run that trains the miniature from what `prepare_texts` left in `folder`: 65,536 tokens a step on one GPU."""
     folder = Path(folder)
     return TrainConfig(
         model=str(folder / "untrained"),

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ultralong.checkpoints.background import BackgroundSaver, Together
 from ultralong.checkpoints.distributed import (
-    Planner,
-    Reader,
+    StatePlanner,
+    StateReader,
     changed_file,
     damage_behind,
     first_cause,
@@ -250,11 +250,11 @@ def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.o
     state = read_json(path / "state.json")
     parameters, states = get_state_dict(model, optimizer)
     loaded = {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
-    reader = Reader(path)
+    reader = StateReader(path)
     reader.read_metadata()  # torch would log a traceback, and a second one, before it raises
     with _without_warning():
         alone = processes.accelerator.num_processes == 1
-        dcp.load(loaded, storage_reader=reader, planner=Planner(), no_dist=alone)
+        dcp.load(loaded, storage_reader=reader, planner=StatePlanner(), no_dist=alone)
     if any(".codes" in name for values in loaded["optimizer"]["state"].values() for name in values):
         loaded["optimizer"] = states  # whose 8-bit states were loaded in place
     strict = StateDictOptions(strict=not has_frozen(model))

@@ -25,7 +25,7 @@ from ultralong.bench.attention.accuracy import exact_row, relative_errors
 from ultralong.bench.attention.options import HYBRIDS, SCHEMES, AttentionBench, AttentionResult
 from ultralong.bench.attention.peers import PEERS, PeerMissing, peer
 from ultralong.bench.attention.report import save
-from ultralong.bench.attention.timing import Times, causal_flops, measure
+from ultralong.bench.attention.timing import Times, causal_flops, measure_passes
 from ultralong.utils.local_ranks import nccl_options, run_ranks
 from ultralong.utils.progress import progress
 
@@ -179,7 +179,7 @@ def _case(
         ranks = 1 if scheme == "single" else world
         try:
             context = _context(options, tokens, ranks, scheme, kernel, edges)
-            times = measure(
+            times = measure_passes(
                 context.attend,
                 [context.shard(x) for x in row[:3]],
                 context.shard(row[3]),
@@ -240,7 +240,7 @@ def _peer(world: int, options: AttentionBench, device: str, name: str, tokens: i
                 tokens, dist.group.WORLD, "ring", heads=options.heads, kv_heads=options.kv_heads
             )
             row = [context.shard(x).contiguous() for x in _inputs(options, tokens, device)]
-            times = measure(
+            times = measure_passes(
                 attend,
                 row[:3],
                 row[3],

@@ -2,7 +2,7 @@
 
 The two differ by what the host does before the first kernel runs, some milliseconds. In a training step the host is
 ahead of its GPU, so only the time from kernel to kernel counts: throughput. A call on an idle GPU has to wait for the
-host: latency. `measure` can take either.
+host: latency. `measure_passes` can take either.
 
 All ranks begin each pass together. A rank that finished its forward pass early would otherwise wait for the others in
 what is timed as its backward pass, and the sum of the slowest rank's times would count the same wait twice.
@@ -87,7 +87,7 @@ def causal_flops(tokens: int, heads: int, head_size: int, boundaries: Sequence[i
     return (1 + BACKWARD_WORK) * 2.0 * heads * head_size * sum(float(n) ** 2 for n in lengths)
 
 
-def measure(
+def measure_passes(
     attend: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     dout: Tensor,

@@ -36,7 +36,7 @@ HAYSTACK_WINDOWS = 4  # windows' worth of tokens that needles are hidden in
 CHARACTERS = 6  # more than a token has on average
 
 
-def prepare(
+def prepare_rows(
     config: DemoConfig,
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -123,7 +123,7 @@ class PreparedDemo(Demo):
 
     Attributes:
         start: Folder of the model to extend.
-        prepared: Folder that `prepare` wrote.
+        prepared: Folder that `prepare_rows` wrote.
     """
 
     start: Path = Path("base")

@@ -24,7 +24,7 @@ from typing import Any
 
 from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
 from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
-from ultralong.bench.training.work import WARM, cut_short, prepare
+from ultralong.bench.training.work import WARM, cut_short, prepare_training
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
 from ultralong.planner.shapes import Shape, check_countable, model_config, shape_of
@@ -48,7 +48,7 @@ KINDS = {
 }
 
 
-def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dict[str, Any]:
+def measure_training(case: TrainingCase, machine: str, folder: Path | None = None) -> dict[str, Any]:
     """Time and memory of a case's training steps, beside the plan's.
 
     Args:
@@ -82,7 +82,9 @@ def measure(case: TrainingCase, machine: str, folder: Path | None = None) -> dic
     }
     with kept(folder) as place:
         mix = parse_mix(case.mix) or (RowCount(case.tokens, 1),)
-        made = prepare(place, case.model, case.layers, [part.tokens for part in mix], bool(case.mix), case.documents)
+        made = prepare_training(
+            place, case.model, case.layers, [part.tokens for part in mix], bool(case.mix), case.documents
+        )
         with tempfile.TemporaryDirectory(dir=place) as run:
             config = train_config(case, made, Path(run), mix)
             config = replace(config, memory=_fitted(config, case, machine)) if case.fit else config

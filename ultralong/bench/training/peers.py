@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ultralong.bench.training.alst import alst_step
 from ultralong.bench.training.case import TrainingCase
 from ultralong.bench.training.measure import DATASHEET_FLOPS
-from ultralong.bench.training.work import prepare, random_model
+from ultralong.bench.training.work import prepare_training, random_model
 from ultralong.planner.shapes import model_config, shape_of
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, write_json
@@ -67,7 +67,7 @@ def measure_peer(name: str, case: TrainingCase, folder: Path) -> dict[str, Any]:
     needed = NEEDED.get(name)
     if needed is not None and importlib.util.find_spec(needed) is None:  # before rows are made and processes started
         return row | {"note": f"{needed} is not installed (pip install {needed})"}
-    made = prepare(folder, case.model, case.layers, [case.tokens])
+    made = prepare_training(folder, case.model, case.layers, [case.tokens])
     with tempfile.TemporaryDirectory(dir=folder) as place:
         command = [
             sys.executable,

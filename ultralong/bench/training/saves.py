@@ -19,7 +19,7 @@ import torch
 
 from ultralong.bench.training.case import RowCount, TrainingCase
 from ultralong.bench.training.measure import case_config, facts_beside, kept, start_ranks, train_config
-from ultralong.bench.training.work import prepare, warmed_up
+from ultralong.bench.training.work import prepare_training, warmed_up
 from ultralong.checkpoints.background import BackgroundSaver, background_saver
 from ultralong.planner.shapes import shape_of
 from ultralong.training import checkpoint
@@ -52,7 +52,7 @@ def measure_saves(case: TrainingCase, saves: int, folder: Path | None = None) ->
     facts = facts_beside()
     row |= {"gpu": facts["device"], "date": facts["date"], "versions": facts["packages"]}
     with kept(folder) as place:
-        made = prepare(place, case.model, case.layers, [case.tokens])
+        made = prepare_training(place, case.model, case.layers, [case.tokens])
         with tempfile.TemporaryDirectory(dir=place) as run:
             settings.save(train_config(case, made, Path(run), (RowCount(case.tokens, 1),)), Path(run) / "config.yaml")
             if failed := start_ranks(case.gpus, "ultralong.bench.training.saves", run, made["short"], str(saves)):

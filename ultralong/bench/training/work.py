@@ -46,7 +46,7 @@ WARM_DOCUMENTS = 4  # that it holds where the run's rows hold documents: kernels
 WINDOW = 2**24  # of the made models: no row is too long
 
 
-def prepare(
+def prepare_training(
     folder: Path, model: str, layers: int | None, lengths: Sequence[int], mixed: bool = False, documents: int = 0
 ) -> dict[str, str]:
     """Write a model's config and tokenizer, and rows of random letters, unless they are there.

@@ -45,7 +45,7 @@ KEPT = (
 ASKED = ("model", "tasks", "lengths", "samples", "grid", "grid_samples", "seed", "chat", "engine", "kv_dtype")
 
 
-def measure(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
+def measure_baseline(wanted: RunSettings, out: Path, device: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
     """Run, and return the run's summary with the machine and every sample's score.
 
     Raises:
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             beyond_window=True,
             skip_missing=True,
         )
-        result = measure(wanted, asked.out, asked.device)
+        result = measure_baseline(wanted, asked.out, asked.device)
         write_json(asked.json, result)
     except (ValueError, ImportError) as error:
         print(f"baseline: error: {error}", file=sys.stderr)

@@ -50,7 +50,7 @@ def answer(
     )
 
 
-def measure(
+def measure_one(
     task: str,
     model: str | os.PathLike[str],
     *,
@@ -111,5 +111,5 @@ def measure(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What `measure` found, as a text table."""
+    """What `measure_one` found, as a text table."""
     return "\n".join(table_lines(result))

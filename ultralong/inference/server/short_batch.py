@@ -18,7 +18,7 @@ from ultralong.inference.server.tickets import Answering, Piece, Refused, Ticket
 
 
 @dataclass(eq=False)
-class Row:
+class BatchRow:
     """One request in a row of the batch."""
 
     answering: Answering
@@ -40,7 +40,7 @@ class ShortBatch:
         self, batch: ContinuousBatch, engine: RunnerEngine, metrics: Metrics, stopping: threading.Event
     ) -> None:
         self._batch, self._engine, self._metrics, self._stopping = batch, engine, metrics, stopping
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, BatchRow] = {}
 
     def serve(self, take: Callable[[int], list[Ticket]]) -> None:
         """Answer until no ticket is left.
@@ -70,7 +70,7 @@ class ShortBatch:
         """Read prompts and choose their first tokens."""
         for row, ticket in tickets.items():
             answering = Answering(ticket, self._engine.tokenizer, self._metrics)
-            self._rows[row] = Row(answering, Sampler(ticket.job.sampling))
+            self._rows[row] = BatchRow(answering, Sampler(ticket.job.sampling))
         left = [row for row, ticket in tickets.items() if ticket.cancelled.is_set()]
         for row in left:
             self._end(row, "cancelled")
