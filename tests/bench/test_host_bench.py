@@ -21,7 +21,7 @@ def test_eight_gpus_are_asked_for_everything(monkeypatch, tmp_path):
     asked = []
     row = {"seconds_per_step": 1.0}
     monkeypatch.setattr(measuring, "bench_attention", lambda options, path: asked.append(options) or [])
-    monkeypatch.setattr(training, "measure", lambda case, machine, folder: asked.append(case) or row)
+    monkeypatch.setattr(training, "measure_training", lambda case, machine, folder: asked.append(case) or row)
     monkeypatch.setattr(bench, "_line", str)
     steps = commands(HostBench(8, tmp_path))
     assert list(steps) == ["train_1m", "train_4m", "attention_8", "attention_4", "attention_2"]

@@ -19,7 +19,7 @@ from tiny_run import make_run
 from ultralong import __version__
 from ultralong.launch import SCHEDULERS, check, launch
 from ultralong.launch import rehearse as rehearsal
-from ultralong.launch.rehearse import _Stage, rehearse
+from ultralong.launch.rehearse import _Hosts, rehearse
 from ultralong.launch.render import run_name
 from ultralong.launch.sample import sample_run
 from ultralong.training.config import DataSource, ParallelConfig, TrainConfig, preset
@@ -553,7 +553,7 @@ def test_the_sample_of_a_rehearsal_passes_every_check(tmp_path):
 
 def test_a_rehearsal_whose_hosts_all_stop_does_not_wait(tmp_path):
     played = [subprocess.Popen(["false"]) for _ in range(2)]
-    stage = _Stage(tmp_path, 1, time.monotonic(), lambda text: None, dict(enumerate(played)))
+    stage = _Hosts(tmp_path, 1, time.monotonic(), lambda text: None, dict(enumerate(played)))
     with pytest.raises(RuntimeError, match="All hosts stopped"):
         stage.wait(lambda: False, 60)
     with pytest.raises(RuntimeError, match="Waited 0 s"):

@@ -92,8 +92,8 @@ def test_parameters_are_those_of_the_function_behind():
         "merge": ("ultralong.checkpoints.merge", "merge"),
         "verify": ("ultralong.data.verify", "verify"),
         "make_attention_context": ("ultralong.attention", "make_attention_context"),
-        "needle": ("ultralong.evaluation.runs.commands", "measure"),
-        "perplexity": ("ultralong.evaluation.runs.commands", "measure"),
+        "needle": ("ultralong.evaluation.runs.commands", "measure_one"),
+        "perplexity": ("ultralong.evaluation.runs.commands", "measure_one"),
         "evaluate": ("ultralong.evaluation.runs.run", "run"),
     }
     for name, (module, function) in behind.items():

@@ -142,7 +142,7 @@ def test_a_preset_that_was_meant_is_named(capsys):
 @pytest.mark.parametrize("given", [["1k", "2K", "4096"], ["1k,2k", "4_096"], ["1024", "2k", "0.00390625m"]])
 def test_tokens_are_read_with_units(given, monkeypatch):
     found = []
-    monkeypatch.setattr(commands, "measure", lambda task, model, **options: found.append(options) or {})
+    monkeypatch.setattr(commands, "measure_one", lambda task, model, **options: found.append(options) or {})
     monkeypatch.setattr(commands, "summary", lambda result: "")
     cli.main(["eval", "needle", str(miniature.path()), "--lengths", *given])
     assert found[0]["lengths"] == (1024, 2048, 4096)

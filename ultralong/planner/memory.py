@@ -19,8 +19,8 @@ from ultralong.utils.environment import GIB
 # Seen on H200s with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries, and what NCCL
 # takes beside it.
 CONTEXT_BYTES, NCCL_BYTES = 1.0 * GIB, 1.2 * GIB
-# The allocator's memory that is free but in pieces too small to use, as a fraction of the tensors; growing segments
-# return most of it when it is needed.
+# Memory lost to the allocator's fragmentation, as a fraction of the tensors; growing segments return most of it when it
+# is needed.
 FRAGMENTATION = 0.03
 # A process with torch, CUDA and transformers loaded; and what saving a checkpoint copies to the host for a parameter
 # beside the optimizer's states.
