@@ -8,38 +8,28 @@ from typing import Any
 
 from ultralong.bench.results import rows_of
 
-# Work of reading a prompt: causal attention of all layers, and two operations a token for each weight of a layer.
-# Of Llama-3.1-8B, which is what is served.
-LAYERS, WIDTH, WEIGHTS = 32, 4096, 6.979e9
-
 
 def serve_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """One long prompt through `ultralong serve`, Llama-3.1-8B's shape.
+    """One long prompt through the server, asked by OpenAI's client.
 
     Args:
-        recorded: What the asking program wrote: `tokens`, `command`, and for the prompt (`asked`) and the same one with
-            16 tokens more (`again_with_the_prompt_kept`) the seconds to the first token and the tokens a second after.
+        recorded: What `ultralong bench serve --json` wrote.
 
     Returns:
         Lines of a Markdown table; none where nothing was recorded.
     """
+    rows = sorted((row for file in recorded for row in rows_of(file)), key=lambda row: (row["tokens"], row["gpus"]))
     lines = [
-        "| prompt | GPUs | cache | seconds to the first token | TF/s per GPU | tokens/s after | first token again |",
-        "|---|---|---|---|---|---|---|",
+        "| model | prompt | GPUs | cache | seconds to the first token | TF/s per GPU | of the kernel's |"
+        " tokens/s after | first token again |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(recorded, key=lambda row: int(row["tokens"])):
-        words, tokens, asked = list(row["command"]), int(row["tokens"]), row["asked"]
-        gpus = int(_after(words, "--gpus", "1"))
-        rate = (2 * tokens**2 * WIDTH * LAYERS + 2 * WEIGHTS * tokens) / asked["seconds_to_first_token"] / gpus / 1e12
-        again = row.get("again_with_the_prompt_kept", {}).get("seconds_to_first_token")
-        cells = [f"{tokens:,}", str(gpus), _after(words, "--kv", "bf16").replace("auto", "bf16")]
-        cells += [f"{asked['seconds_to_first_token']:.1f}", f"{rate:.0f}", f"{asked['tokens_per_second_after']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} | {'' if again is None else f'{again:.2f} s'} |")
-    return lines if recorded else []
-
-
-def _after(words: list[str], option: str, otherwise: str) -> str:
-    return words[words.index(option) + 1] if option in words else otherwise
+    for row in rows:
+        cells = [row["model"], f"{row['tokens']:,}", str(row["gpus"]), row["kv"]]
+        cells += [f"{row['seconds_to_first_token']:.1f}", f"{row['tflops']:.0f}", f"{row['of_kernel']:.0%}"]
+        cells += [f"{row['tokens_per_second_after']:.1f}", f"{row['again_seconds_to_first_token']:.2f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if rows else []
 
 
 def saves_table(recorded: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ultralong.bench.decode_options import DecodeBench
     from ultralong.bench.host_options import HostBench
     from ultralong.bench.prefill_options import PrefillBench
+    from ultralong.bench.serving.options import ServeBench
     from ultralong.bench.training.case import TrainingCase
 
 
@@ -75,6 +76,23 @@ def decode(wanted: DecodeBench, *, json: Json = None) -> None:
     from ultralong.bench.decode import bench_decode
 
     bench_decode(wanted, json)
+
+
+@takes(wanted=Group("ultralong.bench.serving.options:ServeBench", positional=("model",)))
+def serve(wanted: ServeBench, *, json: Json = None) -> None:
+    """Time one long prompt through the server here, asked by OpenAI's client: first token, tokens after.
+
+    The model has the shape asked for and random weights. Prints one line of JSON.
+
+    Example: ultralong bench serve meta-llama/Llama-3.1-8B --tokens 1m --gpus 2 --json serve.json
+
+    Args:
+        wanted: What to measure.
+        json: Write machine, options and the row as JSON to this file.
+    """
+    from ultralong.bench.serving.measure import bench_serve
+
+    bench_serve(wanted, json)
 
 
 @takes(

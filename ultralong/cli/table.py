@@ -82,6 +82,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "bench prefill": bench.prefill,
         "bench saves": bench_data.saves,
         "bench decode": bench.decode,
+        "bench serve": bench.serve,
         "bench train": bench.train,
         "bench host": bench.host,
         "bench readers": bench_data.readers,

@@ -203,22 +203,55 @@ def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
 def _open_and_work(
     rank: int, world: int, work: Work, model: str, kv: str, chunk: int | None, device: str, quiet: bool
 ) -> Any:
-    """One rank's part: the first one works, the others follow. What a user did wrong is returned, not raised."""
+    """One rank's part. What a user did wrong is returned, not raised."""
     try:
         where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         loaded, tokenizer = load_model_and_tokenizer(model, where)
-        if world == 1 and kv == "auto":
-            return work(loaded, tokenizer, None)
-        engine = ShardedEngine(
-            loaded, tokenizer, dist.group.WORLD if world > 1 else None, kv=kv, chunk=chunk, quiet=quiet
-        )
     except (ValueError, ImportError) as error:
         return error
-    if rank:
+    return work_together(work, loaded, tokenizer, rank, world, kv=kv, chunk=chunk, quiet=quiet)
+
+
+def work_together(
+    work: Work,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int,
+    world: int,
+    *,
+    kv: str = "auto",
+    chunk: int | None = None,
+    quiet: bool = False,
+) -> Any:
+    """Let `work(model, tokenizer, engine)` ask an open model on the first process; the others read along until it ends.
+
+    Args:
+        work: What to do; the engine is None where one process with a cache of the model's type needs no other.
+        model: The whole model, on every process.
+        tokenizer: Its tokenizer.
+        rank: This process.
+        world: Number of processes; several are torch.distributed's group.
+        kv: Type of keys and values: `auto` or `fp8`.
+        chunk: Tokens of one prefill pass.
+        quiet: True draws no progress bars.
+
+    Returns:
+        What `work` returns, or the ValueError or ImportError by which it, or opening the engine, told a user's mistake;
+        None on the other processes.
+    """
+    group = dist.group.WORLD if world > 1 else None
+    engine = None
+    try:
+        if group is not None or kv != "auto":
+            engine = ShardedEngine(model, tokenizer, group, kv=kv, chunk=chunk, quiet=quiet)
+    except ValueError as error:
+        return error
+    if engine is not None and rank:
         return engine.follow()
     try:
-        return work(loaded, tokenizer, engine)
+        return work(model, tokenizer, engine)
     except (ValueError, ImportError) as error:
         return error
     finally:
-        engine.close()
+        if engine is not None:
+            engine.close()

@@ -40,7 +40,7 @@ def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -
     settings.key()  # what can't be served is told before the model is loaded
     listening(settings).close()
     with_model(
-        _Work(settings, ready),
+        Serving(settings, ready),
         settings.model,
         gpus=settings.gpus,
         kv=settings.kv,
@@ -50,13 +50,19 @@ def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -
     )
 
 
-class _Work:
-    """What the first process does with the open model."""
+class Serving:
+    """What the first process does with an open model: answers requests until it is told to stop.
+
+    Args:
+        settings: What is served, and where.
+        ready: Called with the `uvicorn.Server` before it listens; its `should_exit` stops it.
+    """
 
     def __init__(self, settings: ServeSettings, ready: Callable[[Any], None] | None) -> None:
         self._settings, self._ready = settings, ready
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Any) -> None:
+        """Serve the model; the engine is None where the plain one answers."""
         import uvicorn
 
         from ultralong.inference.server.app import make_app

@@ -1,0 +1,1 @@
+"""One long prompt through the server and OpenAI's client."""
