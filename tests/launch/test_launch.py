@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from ultralong.launch.rehearse import _Hosts, rehearse
 from ultralong.launch.render import run_name
 from ultralong.launch.sample import sample_run
 from ultralong.training.config import DataSource, ParallelConfig, TrainConfig, preset
+from ultralong.training.parallel import process_problem
 from ultralong.utils import settings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
@@ -251,6 +253,21 @@ def test_a_preset_on_any_number_of_hosts_starts_or_says_which_setting_does(tmp_p
     with pytest.raises(ValueError, match=f"--set {advice}"):
         launch(wanted, nodes, 8, "slurm", tmp_path / "refused")
     launch(settings.load(TrainConfig, preset("llama31-8b-1m"), [advice]), nodes, 8, "slurm", tmp_path / "scripts")
+
+
+PRESETS = sorted(path.stem for path in preset("tiny-cpu").parent.glob("*.yaml") if not path.stem.startswith("demo-"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_whatever_is_advised_starts(name):
+    """Each preset on 1 to 64 hosts of 1, 4 and 8 GPUs: the settings after each --set are all that it takes."""
+    for processes in sorted({nodes * gpus for nodes in (1, 2, 3, 4, 8, 16, 32, 64) for gpus in (1, 4, 8)}):
+        said = process_problem(settings.load(TrainConfig, preset(name)), processes)
+        for advice in [] if said is None else said.split("--set ")[1:]:
+            words = re.findall(r"[\w.]+=\d+", advice)
+            assert words, said
+            assert process_problem(settings.load(TrainConfig, preset(name), words), processes) is None, said
+        assert said is None or "--set" in said
 
 
 def test_an_agent_that_does_not_stop_is_killed_with_its_ranks(tmp_path):

@@ -6,8 +6,9 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from ultralong.training.watch.trackers import make_trackers
 from ultralong.utils.local_ranks import nccl_options
 
 SPARE = timedelta(minutes=1)  # that collectives wait longer than a hang takes to be found, so that its record is whole
+SHARED_BY, SHARD = "parallel.context_parallel_size", "parallel.fsdp_shard_degree"
 
 
 @dataclass(frozen=True)
@@ -145,34 +147,62 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def process_problem(config: TrainConfig, world: int) -> str | None:
-    """Why `world` processes cannot run this config and which settings could, or None where they can."""
-    size, rows, micro = config.parallel.context_parallel_size, config.global_batch_size, config.micro_batch_size
-    degree, have = config.parallel.fsdp_shard_degree, f"this run has {world} process{'es' * (world > 1)}"
+    """Why `world` processes cannot run this config and which settings could, or None where they can.
+
+    The settings named after one --set are all that it takes.
+    """
     if world < 1:
         return f"A run needs 1 process or more, found {world}."
+    if (found := _misfit(config, world)) is None:
+        return _dynamic_problem(config) if config.parallel.dynamic_context_parallel else None
+    key, what, value = found
+    size, rows = config.parallel.context_parallel_size, "global_batch_size"
+    advice = f"--set {_words(_fitting(config, world, {key: value}))}"
+    larger = (
+        _fitting(config, world, {SHARED_BY: shared})
+        for shared in range(size + 1, world + 1)
+        if key != SHARD and world % shared == 0
+    )
+    if (other := next((changes for changes in larger if rows not in changes), None)) is not None:
+        advice += f", or --set {_words(other)}: more GPUs share a row"
+    return f"{what}{advice}."
+
+
+def _misfit(config: TrainConfig, world: int) -> tuple[str, str, int] | None:
+    """The first setting that does not fit so many processes: its key, what is wrong, a value that fits."""
+    size, degree = config.parallel.context_parallel_size, config.parallel.fsdp_shard_degree
+    rows, micro = config.global_batch_size, config.micro_batch_size
+    have = f"this run has {world} process{'es' * (world > 1)}"
     if world % size:
-        divisor = max(d for d in range(1, size + 1) if world % d == 0)
-        return (
-            f"parallel.context_parallel_size is {size}, but {have}. Start a multiple of {size} (on this machine: "
-            f"ultralong train ... --processes {size}), or --set parallel.context_parallel_size={divisor}."
+        what = (
+            f"{SHARED_BY} is {size}, but {have}. Start a multiple of {size} (on this machine: ultralong train ... "
+            f"--processes {size}), or "
         )
+        return SHARED_BY, what, max(d for d in range(1, size + 1) if world % d == 0)
     if degree is not None and world % degree:
-        divisor = max(d for d in range(1, degree + 1) if world % d == 0)
-        return (
-            f"parallel.fsdp_shard_degree is {degree}, but {have}. Start a multiple of {degree}, or "
-            f"--set parallel.fsdp_shard_degree={divisor}."
+        what = f"{SHARD} is {degree}, but {have}. Start a multiple of {degree}, or "
+        return SHARD, what, max(d for d in range(1, degree + 1) if world % d == 0)
+    each = world // size * micro
+    if rows % each and not config.parallel.dynamic_context_parallel:
+        what = (
+            f"global_batch_size ({rows}) is not a multiple of {world // size} groups of processes x micro_batch_size "
+            f"({micro}). "
         )
-    groups = world // size
-    if config.parallel.dynamic_context_parallel:
-        return _dynamic_problem(config)
-    if rows % (groups * micro):
-        larger = [d for d in range(size, world + 1, size) if world % d == 0 and rows % (world // d * micro) == 0]
-        other = f", or --set parallel.context_parallel_size={larger[0]}: more GPUs share a row" if larger else ""
-        return (
-            f"global_batch_size ({rows}) is not a multiple of {groups} groups of processes x micro_batch_size "
-            f"({micro}). --set global_batch_size={-(-rows // (groups * micro)) * groups * micro}{other}."
-        )
+        return "global_batch_size", what, -(-rows // each) * each
     return None
+
+
+def _fitting(config: TrainConfig, world: int, changes: dict[str, int]) -> dict[str, int]:
+    """Changes of settings, with those that they need beside them."""
+    parallel = {key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")}
+    own = {key: value for key, value in changes.items() if not key.startswith("parallel.")}
+    changed = replace(config, parallel=replace(config.parallel, **parallel), **dict[str, Any](own))
+    found = _misfit(changed, world)
+    return changes if found is None else _fitting(config, world, {**changes, found[0]: found[2]})
+
+
+def _words(changes: dict[str, int]) -> str:
+    return " ".join(f"{key}={value}" for key, value in changes.items())
 
 
 def _dynamic_problem(config: TrainConfig) -> str | None:
