@@ -24,7 +24,7 @@ import torch
 
 from ultralong.bench.training.case import RowCount, TrainingCase
 from ultralong.bench.training.measure import train_config
-from ultralong.bench.training.work import prepare, warmed_up
+from ultralong.bench.training.work import prepare_training, warmed_up
 from ultralong.training import step as steps
 from ultralong.training.config import MemoryConfig, TrainConfig
 from ultralong.training.parallel import connect
@@ -132,7 +132,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        paths = prepare(folder, case.model, case.layers, [case.tokens])
+        paths = prepare_training(folder, case.model, case.layers, [case.tokens])
         settings.save(train_config(case, paths, folder, (RowCount(case.tokens, 1),)), folder / "config.yaml")
         codes, said = started(folder, paths["short"], wanted)
         if not (folder / "log.jsonl").exists():

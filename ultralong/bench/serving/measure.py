@@ -30,7 +30,7 @@ from ultralong.bench.prefill import RULE, kernel_rate, prefill_flops
 from ultralong.bench.results import write_rows
 from ultralong.bench.serving.client import FOLLOWING, WARM_ANSWER
 from ultralong.bench.serving.options import ServeBench
-from ultralong.bench.timing import clear, make_model
+from ultralong.bench.timing import clear, make_model, over_gpus
 from ultralong.inference.server.serve import CHUNK as SINGLE_CHUNK
 from ultralong.inference.server.serve import Serving
 from ultralong.inference.server.settings import ServeSettings
@@ -38,7 +38,7 @@ from ultralong.inference.sharded_engine import work_together
 from ultralong.inference.sharded_generation import CHUNK
 from ultralong.planner.shapes import Shape, model_config, shape_of
 from ultralong.utils.extras import require
-from ultralong.utils.local_ranks import free_port, run_ranks
+from ultralong.utils.local_ranks import free_port
 from ultralong.utils.units import GIB
 
 NAME = "bench"
@@ -61,16 +61,10 @@ def bench_serve(options: ServeBench, path: Path | None = None) -> dict[str, Any]
         RuntimeError: The asking program failed.
         ultralong.utils.local_ranks.RankFailed: A process failed, such as by running out of memory.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and options.gpus > torch.cuda.device_count():
-        raise ValueError(f"{options.gpus} GPUs were asked for, and this machine has {torch.cuda.device_count()}")
     for module, extra in (("fastapi", "serve"), ("uvicorn", "serve"), ("openai", "openai")):
         require(module, extra=extra)
     model_config(options.model)  # says what is wrong here, not in another process
-    if options.gpus == 1:
-        row = _serve(0, 1, options, device)
-    else:
-        row = run_ranks(_serve, options.gpus, options, device, device=device, timeout=7200)[0]
+    row = over_gpus(_serve, options.gpus, options)
     if isinstance(row, Exception):
         raise row
     print(json.dumps(row), flush=True)
@@ -79,7 +73,7 @@ def bench_serve(options: ServeBench, path: Path | None = None) -> dict[str, Any]
     return dict(row)
 
 
-def _serve(rank: int, world: int, options: ServeBench, device: str) -> Any:
+def _serve(rank: int, world: int, device: str, options: ServeBench) -> Any:
     """One process's part; the first one's row, or the error by which a user's mistake is told."""
     config = model_config(options.model)
     whole = config.get_text_config().num_hidden_layers
