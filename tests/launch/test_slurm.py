@@ -80,12 +80,35 @@ def test_a_job_is_requeued_before_its_end_and_resumes_to_the_bit(
     job.command("scancel", "--batch", "--signal=USR1", job.number)
     job.wait(lambda: "back into the queue, to resume from ./run/checkpoints/step-" in job.log(), 60)
     job.wait(lambda: job.state() == "COMPLETED")
+    monkeypatch.chdir(tmp_path)
+    assert_as_if_left_alone(job, run)
+
+
+def assert_as_if_left_alone(job: Job, run: TrainConfig) -> None:
+    """Every step is in the log, in order, and the weights are those of a run that nothing stopped; from its folder."""
     records = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, run.steps + 1))
-    monkeypatch.chdir(tmp_path)
     train_over(replace(run, out="left-alone"), 2)
-    weights, expected = (load_file(out / "model" / "model.safetensors") for out in (job.out, tmp_path / "left-alone"))
+    weights, expected = (load_file(Path(out, "model", "model.safetensors")) for out in (job.out, "left-alone"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_job_that_the_site_requeues_loses_no_step(tmp_path, tiny_model, tiny_tokenizer, cluster, monkeypatch):
+    """As an administrator does it, or a preemption: no signal comes before."""
+    run = make_run(
+        tmp_path, tiny_model, tiny_tokenizer, steps=40, save_every=40,
+        parallel=ParallelConfig(context_parallel_size=2),
+    )  # fmt: skip
+    job = Job(tmp_path, cluster, run)
+    job.wait(lambda: job.steps() >= 8)
+    seen = job.steps()
+    job.command("scontrol", "requeue", job.number)
+    job.wait(lambda: any((job.out / "checkpoints").glob("step-*/state.json")), 60)
+    (saved,) = (job.out / "checkpoints").glob("step-*")
+    assert int(saved.name.removeprefix("step-")) >= seen
+    job.wait(lambda: job.state() == "COMPLETED")
+    monkeypatch.chdir(tmp_path)
+    assert_as_if_left_alone(job, run)
 
 
 def test_a_job_without_a_checkpoint_is_not_requeued_for_ever(tmp_path, tiny_model, tiny_tokenizer, cluster):
