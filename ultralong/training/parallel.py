@@ -194,9 +194,11 @@ def _misfit(config: TrainConfig, world: int) -> tuple[str, str, int] | None:
 
 def _fitting(config: TrainConfig, world: int, changes: dict[str, int]) -> dict[str, int]:
     """Changes of settings, with those that they need beside them."""
-    parallel = {key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")}
-    own = {key: value for key, value in changes.items() if not key.startswith("parallel.")}
-    changed = replace(config, parallel=replace(config.parallel, **parallel), **dict[str, Any](own))
+    parallel: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for key, value in changes.items():
+        (parallel if key.startswith("parallel.") else own)[key.removeprefix("parallel.")] = value
+    changed = replace(config, parallel=replace(config.parallel, **parallel), **own)
     found = _misfit(changed, world)
     return changes if found is None else _fitting(config, world, {**changes, found[0]: found[2]})
 
