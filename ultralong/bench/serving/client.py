@@ -36,6 +36,7 @@ def ask_all(asked: dict[str, Any]) -> dict[str, Any]:
     more = prompt + draw.choices(range(asked["vocabulary"]), k=FOLLOWING)
     ask(client, asked["model"], warm, WARM_ANSWER)
     first = ask(client, asked["model"], prompt, asked["new_tokens"])
+    print(json.dumps(first), file=sys.stderr, flush=True)  # minutes of work, kept if what follows fails
     return {"asked": first, "again_with_the_prompt_kept": ask(client, asked["model"], more, asked["new_tokens"])}
 
 

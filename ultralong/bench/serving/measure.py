@@ -86,6 +86,8 @@ def _serve(rank: int, world: int, device: str, options: ServeBench) -> Any:
     assert model.generation_config is not None
     model.generation_config.eos_token_id = model.config.eos_token_id = None  # every answer has its whole length
     rate = kernel_rate("auto", options.tokens, shape, world, model)
+    if rank == 0:
+        print(f"The attention kernel alone: {rate / 1e12:.4g} TF/s per GPU.", file=sys.stderr, flush=True)
     asking = _Asking(options, warm, chunk)
     kv = "fp8" if options.kv == "fp8" else "auto"
     vocabulary = model.config.get_text_config().vocab_size
@@ -120,7 +122,8 @@ class _Asking:
         Serving(settings, self._begin)(model, tokenizer, engine)
         done = self._done
         if done is None or done.returncode:
-            raise RuntimeError(f"the asking program failed: {'it did not start' if done is None else done.stderr}")
+            how = "did not start" if done is None else f"ended with exit code {done.returncode}"
+            raise RuntimeError(f"the asking program {how}; what it said stands above")
         peak = torch.cuda.max_memory_allocated() / GIB if model.device.type == "cuda" else 0.0
         return {**json.loads(done.stdout), "peak_gib": round(peak, 2)}
 
@@ -133,7 +136,7 @@ class _Asking:
                 time.sleep(0.02)
             command = [sys.executable, "-m", "ultralong.bench.serving.client"]
             self._done = subprocess.run(
-                command, input=json.dumps(self._asked), capture_output=True, text=True, check=False
+                command, input=json.dumps(self._asked), stdout=subprocess.PIPE, text=True, check=False
             )
         finally:
             server.should_exit = True
