@@ -22,7 +22,8 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     memory = MemoryConfig(activation_checkpointing=True)
     case = TrainingCase(str(tmp_path / "tiny"), 96, documents=5, steps=2, profile=True, memory=memory)
     row = measure_training(case, "h200", tmp_path / "made")
-    rows = PackedRows(tmp_path / "made" / "rows-96-of-5")
+    (made,) = (tmp_path / "made").glob("rows-96-of-5-????????")
+    rows = PackedRows(made)
     assert [rows[number].boundaries.tolist() for number in (0, 1)] == [list(documents(96, 5))] * 2
     assert "note" not in row, row
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
@@ -36,6 +37,23 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     assert sum(row["kinds"].values()) >= 0.99 * sum(seconds) > 0
     assert row["kinds"]["matrix products"] > 0
     assert "matrix products" in _line(row)
+
+
+def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_model, python, monkeypatch):
+    monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
+    make_tiny_model().save_pretrained(tmp_path / "tiny")
+    case = TrainingCase(str(tmp_path / "tiny"), 96, document_lengths=(40, 7), warm_steps=1, steps=1)
+    row = measure_training(case, "h200", tmp_path / "made")
+    (made,) = (tmp_path / "made").glob("rows-96-of-5-????????")
+    assert [PackedRows(made)[number].boundaries.tolist() for number in (0, 1)] == [[0, 40, 47, 87, 94, 96]] * 2
+    assert "note" not in row, row
+    assert (row["documents"], row["warm_steps"], len(row["steps"])) == (5, 1, 1)
+
+
+@pytest.mark.parametrize("wrong", [{"document_lengths": (0,)}, {"documents": 2, "document_lengths": (3,)}])
+def test_documents_that_no_row_can_hold_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"document_lengths must be 1 or more, and go without"):
+        TrainingCase(**wrong)
 
 
 def test_kernels_beside_each_other_are_counted_once():

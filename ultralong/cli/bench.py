@@ -146,7 +146,7 @@ def train(
     plan = settings.from_mapping(
         MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
     )
-    names = PEERS if peers and case.gpus > 1 and not case.mix and not case.documents else ()
+    names = PEERS if peers and case.gpus > 1 and not case.mix and not case.edges(1) else ()
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         for change in [{"sharing": way} for way in sharing] if case.mix else [{"tokens": n} for n in lengths]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ultralong.bench.attention.measure import documents as spread_documents
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import MemoryConfig
 from ultralong.utils.units import Tokens, parse_tokens
@@ -54,10 +56,14 @@ class TrainingCase:
         fit: Let the planner choose what is kept, offloaded and recomputed.
         gpu_memory: With fit: GiB of one GPU; by default the machine's.
         host_memory: With fit: GiB of host memory for one process; without it nothing is offloaded.
-        steps: Measured steps; one on a short row comes before.
+        steps: Measured steps; two on a short row come before.
         profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
         documents: Rows of this many documents that don't see each other, their lengths spread over two orders of
             magnitude; 0 is a whole row, whose tokens see all before them.
+        document_lengths: Rows of documents of these tokens that don't see each other, in this order and over and over
+            to the row's end: those of a real packed row, for example. Instead of `documents`.
+        warm_steps: Steps over the measured rows before the measured steps, besides the two short ones: their shapes'
+            kernels are compiled there.
         mix: Rows of several lengths in each step instead of one row, as LENGTH:ROWS, such as 8k:38 128k:1 256k:1. Rows
             of up to 8k hold short conversations, longer ones are one text.
         sharing: With mix: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).
@@ -82,6 +88,8 @@ class TrainingCase:
     steps: int = 2
     profile: bool = False
     documents: int = 0
+    document_lengths: tuple[Tokens, ...] = ()
+    warm_steps: int = 0
     mix: tuple[str, ...] = ()
     sharing: Literal["dynamic", "fixed"] = "dynamic"
     degree: int | None = None
@@ -90,6 +98,14 @@ class TrainingCase:
     def __post_init__(self) -> None:
         if self.documents < 0 or (self.documents and self.mix):
             raise ValueError(f"documents must be 0 or more, and 0 with a mix, found {self.documents}.")
+        if any(length < 1 for length in self.document_lengths) or (
+            self.document_lengths and (self.mix or self.documents)
+        ):
+            raise ValueError(
+                f"document_lengths must be 1 or more, and go without mix and documents, found {self.document_lengths}."
+            )
+        if self.warm_steps < 0:
+            raise ValueError(f"warm_steps must be 0 or more, found {self.warm_steps}.")
         rows = sum(part.rows for part in parse_mix(self.mix))
         groups, rest = divmod(self.gpus, self.shared_by)
         if rest or (self.sharing == "fixed" and rows % groups):
@@ -97,6 +113,13 @@ class TrainingCase:
                 f"degree must divide {self.gpus} GPUs into groups that read as many of the mix's {rows} rows each, "
                 f"found {self.degree}."
             )
+
+    def edges(self, tokens: int) -> tuple[int, ...]:
+        """Where the documents of a row of so many tokens begin, and its end; empty for a whole row."""
+        if not self.document_lengths:
+            return spread_documents(tokens, self.documents) if self.documents else ()
+        ends = itertools.accumulate(itertools.cycle(self.document_lengths))
+        return (0, *itertools.takewhile(lambda end: end < tokens, ends), tokens)
 
     @property
     def lora(self) -> LoRAConfig:

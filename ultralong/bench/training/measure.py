@@ -1,10 +1,11 @@
 """Time and memory of training steps on this machine: `ultralong bench train MODEL --lengths N --json FILE`.
 
 Each case is a real run of the trainer on a model with random weights and rows of random text, in processes of its own,
-so that one that runs out of memory does not affect the next. A step on a short row, which compiles, fills caches and
-makes the optimizer's states, comes before the measured ones. Useful work is causal work without recomputation
-(`ultralong.planner.shapes.Shape.model_flops`), against the 989 TF/s that the datasheet of H100 and H200 gives for
-bfloat16. Beside what is measured stands what `ultralong plan` says of the same config.
+so that one that runs out of memory does not affect the next. Steps on a short row, which compile, fill caches and make
+the optimizer's states, come before the measured ones, and as many over the measured rows as asked. Useful work is
+causal work without recomputation (`ultralong.planner.shapes.Shape.model_flops`), against the 989 TF/s that the
+datasheet of H100 and H200 gives for bfloat16. Beside what is measured stands what `ultralong plan` says of the same
+config.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def measure_training(case: TrainingCase, machine: str, folder: Path | None = Non
         "model": case.name,
         "parameters": shape.parameters,
         "tokens": sum(part.tokens * part.rows for part in parse_mix(case.mix)) or case.tokens,
-        **({"documents": case.documents} if case.documents else {}),
+        **({"documents": len(case.edges(case.tokens)) - 1} if case.edges(case.tokens) else {}),
         **({"mix": " ".join(case.mix), "sharing": case.sharing, "degree": case.shared_by} if case.mix else {}),
         "gpus": case.gpus,
         "gpu": facts["device"],
@@ -83,7 +84,7 @@ def measure_training(case: TrainingCase, machine: str, folder: Path | None = Non
     with kept(folder) as place:
         mix = parse_mix(case.mix) or (RowCount(case.tokens, 1),)
         made = prepare_training(
-            place, case.model, case.layers, [part.tokens for part in mix], bool(case.mix), case.documents
+            place, case.model, case.layers, [part.tokens for part in mix], bool(case.mix), case.edges
         )
         with tempfile.TemporaryDirectory(dir=place) as run:
             config = train_config(case, made, Path(run), mix)
@@ -175,6 +176,7 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str,
 def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
     words = [*(["profile"] if case.profile else []), *(["one-row-passes"] if case.sharing == "fixed" else [])]
+    words += [f"warm={case.warm_steps}"]
     if failed := start_ranks(case.gpus, "ultralong.bench.training.work", str(run), made["short"], *words):
         return failed
     log = read_jsonl(run / "log.jsonl")
@@ -192,6 +194,7 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
         "loss": log[-1]["loss"],
         "grad_norm": log[-1]["grad_norm"],
         "warm_up_tokens": WARM,
+        **({"warm_steps": case.warm_steps} if case.warm_steps else {}),
         **{key: log[-1][key] for key in ("passes", "rows_by_degree") if key in log[-1]},
         **{key: round(seconds, 4) for key, seconds in profile.items()},
         **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),

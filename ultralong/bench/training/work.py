@@ -1,6 +1,7 @@
-"""The processes of a training case: `python -m ultralong.bench.training.work FOLDER SHORT [profile] [one-row-passes]`.
+"""The processes of a training case: `python -m ultralong.bench.training.work FOLDER SHORT [WORDS]`.
 
-The models have random weights and rows of random letters; how long a step takes depends on neither.
+The words are profile, one-row-passes and warm=N (`work`). The models have random weights and rows of random letters;
+how long a step takes depends on neither.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -24,7 +26,7 @@ from torch.autograd import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ultralong.attention.kernels import flash_attn_4_hooks
-from ultralong.bench.attention.measure import documents as document_edges
+from ultralong.bench.attention.measure import documents as spread_documents
 from ultralong.bench.training.mix import SHORT, OneRowPasses, conversations
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
@@ -47,7 +49,12 @@ WINDOW = 2**24  # of the made models: no row is too long
 
 
 def prepare_training(
-    folder: Path, model: str, layers: int | None, lengths: Sequence[int], mixed: bool = False, documents: int = 0
+    folder: Path,
+    model: str,
+    layers: int | None,
+    lengths: Sequence[int],
+    mixed: bool = False,
+    edges: Callable[[int], tuple[int, ...]] = lambda tokens: (),
 ) -> dict[str, str]:
     """Write a model's config and tokenizer, and rows of random letters, unless they are there.
 
@@ -57,27 +64,34 @@ def prepare_training(
         layers: Decoder layers to keep; None keeps all.
         lengths: Tokens of a row, of each kind of rows.
         mixed: The short ones hold conversations (`ultralong.bench.training.mix`).
-        documents: The rows hold as many documents that don't see each other; 0 is a whole row.
+        edges: Where documents that don't see each other begin in a row of so many tokens, and its end; nothing of a
+            whole row.
 
     Returns:
         The paths of `model`, of rows by their length, and of `short` ones.
     """
     name = f"{Path(model).name}-{layers or 'all'}"
     chats = {length: mixed and length <= SHORT for length in lengths}
-    counts = {"short": min(documents, WARM_DOCUMENTS)} | {str(length): documents for length in lengths}
+    cuts = {"short": spread_documents(WARM, WARM_DOCUMENTS) if edges(WARM) else ()}
+    cuts |= {str(length): edges(length) for length in lengths}
     made = {"model": folder / name}
     for key, length in (("short", WARM), *((str(length), length) for length in lengths)):
         kind = "chats" if key != "short" and chats[length] else "rows"
-        made[key] = folder / (f"{kind}-{length}" + (f"-of-{counts[key]}" if documents else ""))
+        made[key] = folder / (f"{kind}-{length}" + (f"-of-{_name_of(cuts[key])}" if cuts[key] else ""))
     with ProcessPoolExecutor(1, mp_context=get_context(start_method())) as other:
         # Not in this process, whose own memory on the GPU would then be counted as the trainer's.
         if not (made["model"] / "config.json").exists():
             other.submit(_make_model, made["model"], model, layers).result()
         for key, length in (("short", WARM), *((str(length), length) for length in lengths)):
             if not (made[key] / "manifest.json").exists():
-                rows = (made[key], made["model"], length, key != "short" and chats[length], counts[key])
+                rows = (made[key], made["model"], length, key != "short" and chats[length], cuts[key])
                 other.submit(_make_rows, *rows).result()
     return {key: str(path) for key, path in made.items()}
+
+
+def _name_of(edges: tuple[int, ...]) -> str:
+    """Their number, and a hash of where they are: a kept folder may hold other documents, as many."""
+    return f"{len(edges) - 1}-{zlib.crc32(str(edges).encode()):08x}"
 
 
 def _make_model(folder: Path, model: str, layers: int | None) -> None:
@@ -96,14 +110,13 @@ def cut_short(config: Any, layers: int | None) -> Any:
     return config
 
 
-def _make_rows(folder: Path, model: Path, length: int, chats: bool, documents: int) -> None:
+def _make_rows(folder: Path, model: Path, length: int, chats: bool, edges: tuple[int, ...]) -> None:
     """Two rows: as good as many, and quicker to make. A byte is a token, as the tokenizer has no merges."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, size=2 * length + 16, dtype=np.uint8)
     letters[::64] = ord("\n")  # words of a length that tokenizers are made for
-    edges = document_edges(length, documents) if documents else (0,)
     cuts = [*edges[1:], *(length + edge for edge in edges[1:])]
     noise = [
         Document(f"noise-{number}", part.tobytes().decode("ascii"), "synthetic", "CC0-1.0")
@@ -111,8 +124,8 @@ def _make_rows(folder: Path, model: Path, length: int, chats: bool, documents: i
     ]
     texts = conversations(2 * length + 16) if chats else noise
     store = tokenize_corpus(texts, tokenizer, folder.with_name(f"{folder.name}-tokens"), quiet=True)
-    settings = PackSettings(length=length, mask_documents=chats or documents > 0)
-    if documents:  # as they are: each row has the same
+    settings = PackSettings(length=length, mask_documents=chats or bool(edges))
+    if edges:  # as they are: each row has the same
         settings = replace(settings, join="none", shuffle=False)
     pack(store, tokenizer, folder, settings, quiet=True)
 
@@ -128,8 +141,10 @@ def random_model(
         ).train()
 
 
-def warmed_up(config: TrainConfig, processes: Processes, short: str, one_row_passes: bool = False) -> Run:
-    """A run of random weights that has trained on a short row twice; all processes call it."""
+def warmed_up(
+    config: TrainConfig, processes: Processes, short: str, one_row_passes: bool = False, warm_steps: int = 0
+) -> Run:
+    """A run of random weights that has trained on a short row twice, then on its own rows; all processes call it."""
     set_seed(config.seed)
     mixed = config.parallel.dynamic_context_parallel
     order = (OneRowPasses if one_row_passes else RowOrder).of_run(config)
@@ -143,8 +158,9 @@ def warmed_up(config: TrainConfig, processes: Processes, short: str, one_row_pas
     training_step(replace(run, order=warm), 0)
     with flash_attn_4_hooks.tiles_everywhere():  # a long row's kernels, compiled here and not in what is timed
         training_step(replace(run, order=warm), 0)
-    if mixed:  # kernels of its own for packs, and the allocator's segments for each of their sizes
-        training_step(run, 0)
+    # Packs have kernels of their own, and segments of the allocator for each of their sizes.
+    for step in range(max(warm_steps, int(mixed))):
+        training_step(run, step % config.steps)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the warm-up left cached would count as the run's reserved memory
@@ -152,15 +168,16 @@ def warmed_up(config: TrainConfig, processes: Processes, short: str, one_row_pas
     return run
 
 
-def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool = False) -> None:
+def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool = False, warm_steps: int = 0) -> None:
     """Train as `folder/config.yaml` says, on a short row first; write the log and this process's peaks in bytes.
 
+    With `warm_steps`, so many steps over the run's own rows come before the measured ones.
     With `one_row_passes` rows of several lengths are read one by one, as with a fixed degree of context parallelism.
     With `profile`, one more step follows, and the first process writes the time of its kernels (`kernels.json`).
     """
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
-        run = warmed_up(config, processes, short, one_row_passes)
+        run = warmed_up(config, processes, short, one_row_passes, warm_steps)
         for step in range(config.steps):
             processes.barrier()
             begin = time.perf_counter()
@@ -228,4 +245,5 @@ def _leave_peaks(folder: Path, pinned: int) -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:], "one-row-passes" in sys.argv[3:])
+    warm = [int(word.removeprefix("warm=")) for word in sys.argv[3:] if word.startswith("warm=")]
+    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:], "one-row-passes" in sys.argv[3:], sum(warm))
