@@ -20,6 +20,9 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 if ((nodes > 1)); then
   # Barriers and checkpoints of host memory go over gloo, which would otherwise pick an interface by itself.
   export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}"
+  # Agents of torch 2.11 to 2.13 that share their store say its address in the first round only: a host that comes back
+  # waits a minute for it, then all start anew. Unshared, rank 0 opens a store each round and says where.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
   # Network cards reach memory that is locked; a low limit shows later as an unclear error of the first transfer.
   ulimit -l unlimited 2>/dev/null || echo "locked memory is limited to $(ulimit -l) KiB on this host" >&2
 fi
