@@ -41,7 +41,7 @@ else \
 fi
 endef
 
-.PHONY: help setup demo test soak papermill browser playwright notebooks site readers lint flash flash4 clean distclean
+.PHONY: help setup demo test soak papermill browser playwright notebooks site readers integrations lint flash flash4 clean distclean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +105,16 @@ readers: setup  ## Make build/readers/: transformers 4.46, 4.51 and 4.57 for tes
 	  "$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$("$$place/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
 	done
+
+# Other projects' own packages say what they read of ours, in an environment of their own: they ask for other versions of
+# what $(VENV) has. The tests are those that are skipped without them; Slurm's need slurm-wlm, munge and root.
+integrations: setup  ## Manifests, trackers and the job by SkyPilot's, Kubeflow's, W&B's, TensorBoard's and Slurm's own code
+	"$(BIN)/python" -m venv --clear build/integrations
+	build/integrations/bin/python -m pip install --quiet --disable-pip-version-check kubeflow-trainer-api skypilot tensorboard wandb
+	"$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(build/integrations/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(TEST_ENV) PYTHONPATH="$(CURDIR)" build/integrations/bin/python -m pytest -n 0 -rs \
+	  tests/launch/test_manifests.py tests/launch/test_slurm.py tests/training/test_watch.py -k "not hang and not slow_rank"
 
 lint: setup  ## Check style, formatting, types and shell scripts
 	"$(BIN)/ruff" check .
