@@ -12,6 +12,7 @@ TORCH_INDEX ?=
 ARGS ?=
 NAMES ?=
 READERS ?= 4.46.3 4.51.3 4.57.3
+SERVERS ?= vllm sglang
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
 
 BIN := $(VENV)/bin
@@ -41,7 +42,7 @@ else \
 fi
 endef
 
-.PHONY: help setup demo test soak papermill browser playwright notebooks site readers integrations lint flash flash4 clean distclean
+.PHONY: help setup demo test soak papermill browser playwright notebooks site readers servers integrations lint flash flash4 clean distclean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +106,15 @@ readers: setup  ## Make build/readers/: transformers 4.46, 4.51 and 4.57 for tes
 	  "$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$("$$place/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
 	done
+
+# Gigabytes each, with a torch of their own, and no GPU: only their reading of a config and their rotary table are asked.
+servers: readers  ## Make build/servers/: vLLM and SGLang, and the whole table of readers, build/readers.json
+	for server in $(SERVERS); do \
+	  "$(BIN)/python" -m venv --clear "build/servers/$$server"; \
+	  "build/servers/$$server/bin/python" -m pip install --quiet --no-cache-dir --disable-pip-version-check "$$server"; \
+	done
+	$(TEST_ENV) "$(BIN)/ultralong" bench readers --pythons build/readers/*/bin/python --json build/readers.json \
+	  $(foreach server,$(SERVERS),--$(server) build/servers/$(server)/bin/python)
 
 # Other projects' own packages say what they read of ours, in an environment of their own: they ask for other versions of
 # what $(VENV) has. The tests are those that are skipped without them; Slurm's need slurm-wlm, munge and root.

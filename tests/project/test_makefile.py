@@ -90,4 +90,5 @@ def test_what_make_test_leaves_out_is_a_job_of_its_own():
     assert sorted(left_out) == sorted(targets.values())
     for target in (*targets, "readers"):
         assert f"run: make {target}\n" in jobs, f"no job runs `make {target}`"
+    assert "run: make servers SERVERS=" in jobs
     assert re.search(r"run: sudo .* make integrations\n", jobs), "Slurm's daemons are started by root"
