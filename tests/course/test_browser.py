@@ -55,6 +55,16 @@ ANSWERS = {
         "    return share, world // share",
     ),
 }
+# Where the slider's handle stands when a frame has just been drawn, and where it rests.
+HANDLE = """async gd => {
+    const left = () => gd.querySelector('.slider-grip-rect').getBoundingClientRect().x;
+    const drawn = new Promise(
+        done => gd.once('plotly_animatingframe', () => requestAnimationFrame(() => done(left()))));
+    Plotly.animate(gd, ...gd.layout.sliders[0].steps[0].args);
+    const found = await drawn;
+    await new Promise(done => setTimeout(done, 500));
+    return [found, left()];
+}"""
 TRACEBACK = "Traceback (most recent call last)"
 STATE = "[...gd.data].map(trace => [trace.x, trace.y, trace.z, trace.text]), gd.layout.shapes, gd.layout.annotations"
 
@@ -263,4 +273,7 @@ def test_sliders_of_the_site_move_their_figures(pages, browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     for path in (path for path in pages if path.stem in ANSWERS):
         page.goto(path.as_uri())
-        drag_slider(page, animation(page))
+        picture = animation(page)
+        drag_slider(page, picture)
+        found, rests = picture.evaluate(HANDLE)
+        assert found == pytest.approx(rests), "the handle comes after the picture"

@@ -15,7 +15,7 @@ import pytest
 from ultralong.notebook_tools import store, stored
 from ultralong.notebook_tools.__main__ import main
 from ultralong.notebook_tools.rules import MOST_KILOBYTES, violations
-from ultralong.notebook_tools.run import chosen_parameters, execute, parameter_names, read_source, write_notebook
+from ultralong.notebook_tools.run import chosen_parameters, clean, execute, parameter_names, read_source, write_notebook
 from ultralong.notebook_tools.settings import Settings, load_settings, sources
 
 SOURCE = """\
@@ -112,6 +112,15 @@ def test_parameters_arrive_and_leave_no_cell_behind(executed):
     assert "wave 5 False notebooks" in outputs(notebook)
     assert [cell.source for cell in notebook.cells] == [cell.source for cell in read_source(path).cells]
     assert stored(notebook) == {"points": 5}
+
+
+def test_text_that_came_in_pieces_is_kept_as_one(folder):
+    source = read_source(folder / "01_one.py")
+    ran = copy.deepcopy(source)
+    pieces = [("stdout", "a\n"), ("stdout", "b\n"), ("stderr", "odd\n"), ("stdout", "c\n")]
+    ran.cells[0].outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    kept = clean(ran, source, folder).cells[0].outputs
+    assert [(each.name, each.text) for each in kept] == [("stdout", "a\nb\n"), ("stderr", "odd\n"), ("stdout", "c\n")]
 
 
 def test_nothing_of_the_moment_is_kept(executed):

@@ -25,6 +25,7 @@ def test_every_frame_is_a_step_of_the_slider():
     figure = animated(FRAMES, TITLES)
     assert [frame.name for frame in figure.frames] == TITLES
     assert [step.label for step in figure.layout.sliders[0].steps] == TITLES
+    assert figure.layout.sliders[0].transition.duration == 0, "the handle glides behind the picture"
     assert list(figure.frames[4].data[0].y) == [4, 8, 3]
     assert not FRAMES[0].frames, "the first figure was changed"
 

@@ -91,6 +91,7 @@ def _add_controls(figure: Figure, titles: Sequence[str], milliseconds: int) -> N
                 "len": 0.74,
                 "y": -0.85 * BELOW_AXES / axes,
                 "currentvalue": {"visible": True, "xanchor": "right"},
+                "transition": {"duration": 0},  # or the handle glides for 150 ms behind the picture
                 "steps": [{"label": title, "method": "animate", "args": [[title], step]} for title in titles],
             }
         ],

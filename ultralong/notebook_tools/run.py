@@ -143,11 +143,23 @@ def clean(executed: Any, source: Any, root: Path) -> Any:
             continue
         count += 1
         cell.execution_count = count
-        cell.outputs = [_relative(output, root) for output in ran.outputs if not _fleeting(output)]
+        cell.outputs = _joined([_relative(output, root) for output in ran.outputs if not _fleeting(output)])
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
     return source
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Printed text in one piece: into how many it comes depends on how busy the machine was."""
+    found: list[Any] = []
+    for output in outputs:
+        last = found[-1] if found else None
+        if last is not None and last.output_type == output.output_type == "stream" and last.name == output.name:
+            last.text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def _fleeting(output: Any) -> bool:
