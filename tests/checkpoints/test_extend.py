@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -589,15 +590,26 @@ def test_rope_parameters_in_the_report_are_those_on_the_disk(tmp_path, llama):
     assert read_json(tmp_path / "out/config.json")["rope_parameters"] == report.new_rope
 
 
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory):
+    """A function: a checkpoint of a class whose config has no head_dim, made once."""
+
+    @cache
+    def get(kind):
+        source = make(tmp_path_factory.mktemp("headless") / kind, kind, window=512)
+        config = read_json(source / "config.json")
+        config.pop("head_dim", None)
+        write_json(source / "config.json", config)
+        return source
+
+    return get
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "minimax", "qwen2_moe"])
 @pytest.mark.parametrize("method", ["auto", "llama3", "linear", "dynamic"])
-def test_a_config_without_head_dim_opens_after_its_extension(tmp_path, kind, method):
+def test_a_config_without_head_dim_opens_after_its_extension(tmp_path, headless, kind, method):
     """Config files of 2023 have none, and transformers computes a scaled table from nothing else."""
-    source = make(tmp_path / "source", kind, window=512)
-    config = read_json(source / "config.json")
-    config.pop("head_dim", None)
-    write_json(source / "config.json", config)
-    extend(source, 4096, tmp_path / "out", method, quiet=True)
+    extend(headless(kind), 4096, tmp_path / "out", method, quiet=True)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(table_in(opened)[0], inverse_frequencies(from_config(opened.config))[0])
 

@@ -124,10 +124,10 @@ def test_hostile_text_in_every_field_of_a_report_stays_text(text, interactive, m
 @pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_in_every_field_of_a_run_stays_text(text, interactive):
-    summary = run_summary(text)
-    if interactive:
-        summary |= {"before": run_summary(text), "compared": [], "not_compared": text}
+def test_hostile_text_in_every_field_of_a_run_stays_text(text, interactive, monkeypatch):
+    summary = run_summary(text) | {"before": run_summary(text), "compared": [], "not_compared": text}
+    if interactive:  # the page without a kernel has the same pictures
+        monkeypatch.setattr(figures, "png_bytes", lambda figure, **size: b"\x89PNG\r\n\x1a\n")
     page = check(render_run(summary, interactive=interactive), text)
     assert sum(text in piece for piece in page.text) >= 9
 

@@ -150,7 +150,7 @@ def test_more_may_be_asked_of_a_run_but_nothing_else(wanted, tiny_tokenizer, tmp
 
 def test_two_runs_stand_side_by_side(wanted, tiny_tokenizer, tmp_path):
     for name, window in (("before", 700), ("after", None)):
-        run(wanted, tmp_path / name, opened=model(tiny_tokenizer, window), quiet=True)
+        run(wanted, tmp_path / name, opened=model(tiny_tokenizer, window), draw=False, quiet=True)
     result = write_results(tmp_path / "after", tmp_path / "before", interactive=False)
     gained = {(row["task"], row["length"]): row["difference"] for row in result["compared"]}
     assert gained["infinitebench_passkey", 2048] == 100

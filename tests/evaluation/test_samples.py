@@ -30,6 +30,11 @@ def prose(seed=0, count=40):
     ]
 
 
+@functools.cache
+def essays():
+    return Essays(prose(), "test essays")
+
+
 @pytest.fixture
 def tokenizer(tokenizer_of_words):
     return tokenizer_of_words
@@ -77,7 +82,7 @@ def make(monkeypatch, tokenizer, squad, hotpot):
     """`make_samples` with word lists and essays made here, so that no test needs a network."""
     monkeypatch.setattr(niah, "word_pairs", lambda: PAIRS)
     for room in (niah, facts, nonliteral):
-        monkeypatch.setattr(room, "essays", lambda: Essays(prose(), "test essays"))
+        monkeypatch.setattr(room, "essays", essays)
     monkeypatch.setattr(counting, "common_words", lambda: tuple(WORDS[:2500]))
 
     def run(task, length=LENGTH, samples=1, seed=0, **options):

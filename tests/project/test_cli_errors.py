@@ -20,14 +20,8 @@ from ultralong.utils import settings
 from ultralong.utils.processes import ChildFailed
 
 
-def run(*words, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "ultralong", *map(str, words)], capture_output=True, text=True, **options
-    )
-
-
 def test_an_error_is_one_line_and_exit_code_1(tmp_path):
-    done = run("extend", miniature.path(), "--to", 100, "--out", tmp_path / "x")
+    done = forked_command("extend", miniature.path(), "--to", 100, "--out", tmp_path / "x")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("ultralong extend: error: ")
     assert len(done.stderr.strip().splitlines()) == 1

@@ -77,7 +77,7 @@ SPLITS = [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4), (4, 2, 2)]  # p
 
 @pytest.mark.parametrize(
     "split",
-    [pytest.param(split, id="-".join(map(str, split)), marks=[pytest.mark.soak] * (split[0] > 2)) for split in SPLITS],
+    [pytest.param(split, id="-".join(map(str, split)), marks=[pytest.mark.soak] * (split[0] != 2)) for split in SPLITS],
 )
 def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_path, trained, split):  # noqa: F811
     """Sequence-parallel 1, 2, 4 and FSDP2 over 1, 2, 4 processes, replicated too: one curve of losses and norms."""
