@@ -14,6 +14,7 @@ from __future__ import annotations
 from ultralong.planner.live_activations import LiveActivations, live_in_backward, live_in_loss
 from ultralong.planner.report import PlanLine
 from ultralong.planner.workload import FLOAT, Workload
+from ultralong.training.adapters.four_bits import BYTES
 from ultralong.utils.environment import GIB
 
 # Seen on H200s with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries, and what NCCL
@@ -34,10 +35,12 @@ IN_FLIGHT = 2  # offloaded tensors that are on the device all the same: one on i
 def gpu_memory(workload: Workload) -> list[PlanLine]:
     """Bytes on each GPU at the worst moment of a step."""
     count, states = workload.parameters.trained / (workload.shard or 1), workload.config.optimizer.state_precision
-    frozen = workload.parameters.frozen / (workload.shard or 1)
+    held = workload.parameters.in_four_bits / (workload.shard or 1)
+    frozen = workload.parameters.frozen / (workload.shard or 1) - held
     size = workload.dtype.itemsize if workload.shard else FLOAT  # FSDP2 holds frozen parameters in the run's type
     lines = [
         *([_tensors(f"frozen parameters, {size} bytes each", size * frozen)] if frozen else []),
+        *([_tensors("frozen matrices, 4 bits and their scales each", BYTES * held)] if held else []),
         _tensors("parameters, float32", FLOAT * count),
         _tensors(f"AdamW's two states, {states}", STATE_BYTES[states] * count),
         *(_whole_step(workload) if workload.shard is None else _worst_moment(workload)),
@@ -143,7 +146,18 @@ def _qkv_later(workload: Workload) -> float | None:
 
 def _gathered_early(workload: Workload) -> float:
     """A layer's parameters in the run's type, gathered while another one's are in use; one GPU gathers nothing."""
-    return workload.dtype.itemsize * workload.layer_parameters * ((workload.shard or 1) > 1)
+    return _of_layer(workload) * ((workload.shard or 1) > 1)
+
+
+def _of_layer(workload: Workload) -> float:
+    """A layer's parameters as they are gathered: in the run's type, or as codes."""
+    held = workload.parameters.in_four_bits / workload.shape.layers
+    return workload.dtype.itemsize * (workload.layer_parameters - held) + BYTES * held
+
+
+def _dequantised(workload: Workload) -> float:
+    """The matrix at work, made again from its codes: their indices in 64 bits, both halves, the products, the whole."""
+    return (2 * 4 + 3 * workload.dtype.itemsize) * workload.parameters.largest_in_four_bits
 
 
 def _gathered_at(workload: Workload, live: LiveActivations) -> float:
@@ -152,9 +166,10 @@ def _gathered_at(workload: Workload, live: LiveActivations) -> float:
     Those are the head's, and the last layer's in float32, which are being summed.
     """
     head = workload.shape.vocabulary * workload.shape.hidden * workload.parameters.head
-    in_type = workload.layer_parameters + workload.outside_parameters + head
+    in_type = workload.outside_parameters + head
     summed = FLOAT * workload.parameters.in_layers / workload.shape.layers if live.layers_done else 0.0
-    return workload.dtype.itemsize * in_type + _gathered_early(workload) + summed
+    layers = _of_layer(workload) + _gathered_early(workload) + _dequantised(workload)
+    return workload.dtype.itemsize * in_type + layers + summed
 
 
 def host_memory(workload: Workload) -> list[PlanLine]:

@@ -8,6 +8,7 @@ from ultralong.data.rows.short_contexts import short_contexts
 from ultralong.planner.report import PlanLine
 from ultralong.planner.traces.attention import PassTrace
 from ultralong.planner.workload import FLOAT, Workload
+from ultralong.training.adapters.four_bits import BYTES
 from ultralong.training.step import SHORT_TOKENS
 
 # What the tiled loss moves beside its products: each logit for the log-sum-exp (read twice) and for the gradient (read,
@@ -161,6 +162,7 @@ def shards_travel(workload: Workload) -> float:
     shard, parameters = workload.shard or 1, workload.parameters
     gathered = workload.passes * (2 if workload.config.parallel.reshard_after_forward else 1)
     of_layers = workload.shape.layers * workload.layer_parameters * workload.dtype.itemsize
+    of_layers -= (workload.dtype.itemsize - BYTES) * parameters.in_four_bits
     sent = gathered * of_layers + FLOAT * parameters.trained
     return sent * (shard - 1) / shard / workload.machine.costs.exchange
 

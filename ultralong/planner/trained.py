@@ -24,6 +24,8 @@ class PlannedParameters:
         frozen: All others.
         multiplied: Those that a token is multiplied with, a frozen one counted as two thirds (`throughput`).
         added: Those in the layers that the model itself does not have.
+        in_four_bits: Frozen ones that are held in 4 bits, all in the layers.
+        largest_in_four_bits: Those in the largest matrix.
     """
 
     trained: int
@@ -31,6 +33,8 @@ class PlannedParameters:
     frozen: int
     multiplied: float
     added: int = 0
+    in_four_bits: int = 0
+    largest_in_four_bits: int = 0
 
     @property
     def outside(self) -> int:
@@ -59,7 +63,9 @@ def planned_parameters(model: PreTrainedConfig, shape: Shape, lora: LoRAConfig, 
         return PlannedParameters(shape.parameters, shape.parameters - outside, 0, shape.multiplied)
     found = counted(model.to_json_string(use_diff=False), lora)
     multiplied = shape.multiplied * FROZEN_SHARE + found.trained_in_layers
-    return PlannedParameters(found.trained, found.trained_in_layers, found.frozen, multiplied, found.trained_in_layers)
+    inside = found.trained_in_layers
+    held = found.in_four_bits, found.largest_in_four_bits
+    return PlannedParameters(found.trained, inside, found.frozen, multiplied, inside, *held)
 
 
 @lru_cache(maxsize=32)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ultralong.attention.collectives import waiting
+from ultralong.training.adapters.four_bits import hold_in_four_bits, is_quantised
 from ultralong.training.config import TrainConfig
 from ultralong.training.watch.trackers import make_trackers
 from ultralong.utils.local_ranks import nccl_options
@@ -96,7 +97,8 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
     """Shard a model's parameters over the processes of the mesh (FSDP2), layer by layer, in float32.
 
     Each layer's parameters are gathered in the run's type when its turn comes, so activations have that type as well;
-    gradients are summed in float32. Frozen parameters are held in the run's type: no update would be lost in it.
+    gradients are summed in float32. Frozen parameters are held in the run's type, where no update would be lost, or in
+    4 bits (`lora.base`).
     torch's own FSDP2 is used: accelerate's refuses to run on CPUs, where this is proved.
 
     Args:
@@ -108,11 +110,15 @@ def shard_parameters(loss: nn.Module, layers: list[nn.Module], processes: Proces
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     assert processes.mesh is not None
+    device = processes.accelerator.device if processes.accelerator is not None else torch.device("cpu")
     mesh = processes.mesh["shard"] if processes.mesh.size(0) == 1 else processes.mesh
+    whole: set[nn.Parameter] = set()  # one process has nothing to gather, and torch no way for codes with their scales
     for module in layers:
         again = config.parallel.reshard_after_forward
-        fully_shard(_masters(module, dtype), mesh=mesh, mp_policy=policy, reshard_after_forward=again)
-    fully_shard(_masters(loss, dtype), mesh=mesh, mp_policy=policy)
+        held = hold_in_four_bits(_masters(module, dtype), device)
+        whole |= held if mesh.size() == 1 else set()
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=held & whole)
+    fully_shard(_masters(loss, dtype), mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 def _masters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -121,7 +127,7 @@ def _masters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if not frozen:
         return module.float()
     for parameter in module.parameters():
-        if not isinstance(parameter, DTensor):  # of a layer that is sharded already
+        if not isinstance(parameter, DTensor) and not is_quantised(parameter):  # of a layer that is done already
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     for buffer in module.buffers():
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
@@ -182,6 +188,9 @@ def _misfit(config: TrainConfig, world: int) -> tuple[str, str, int] | None:
     if degree is not None and world % degree:
         what = f"{SHARD} is {degree}, but {have}. Start a multiple of {degree}, or "
         return SHARD, what, max(d for d in range(1, degree + 1) if world % d == 0)
+    if config.lora.base == "nf4" and degree is not None and world != degree:
+        what = f"lora.base is nf4, whose codes are sharded over all processes; {SHARD} is {degree}, but {have}. "
+        return SHARD, what, world
     each = world // size * micro
     if rows % each and not config.parallel.dynamic_context_parallel:
         what = (

@@ -20,6 +20,7 @@ from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
+from ultralong.training.adapters.four_bits import to_nf4
 from ultralong.training.adapters.lora import check_lora
 from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
@@ -95,7 +96,7 @@ class Preflight:
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
         self._check("attention", lambda: self._attention(self.shape or model, folders or []))
         self._check("folder", self._folder)
-        if self.config.trackers or self.config.optimizer.state_precision == "8bit":
+        if self.config.trackers or self.config.optimizer.state_precision == "8bit" or self.config.lora.base == "nf4":
             self._check("packages", self._packages)
         return self.findings
 
@@ -228,6 +229,8 @@ class Preflight:
             return "known", None
         if self.config.optimizer.state_precision == "8bit":
             adamw_8bit()
+        if self.config.lora.base == "nf4":
+            to_nf4()
         return "installed", None
 
     def _folder(self) -> tuple[str, None]:

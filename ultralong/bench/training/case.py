@@ -50,6 +50,7 @@ class TrainingCase:
         state_precision: Precision of AdamW's states.
         lora_rank: Rank of LoRA adapters at attention's projections; 0 trains every parameter.
         lora_whole: With lora_rank: embeddings and norms are trained too (LongLoRA).
+        lora_base: With lora_rank: the frozen matrices in the run's type (full) or in 4 bits (nf4).
         kernel: Attention kernel.
         head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
         memory: As in `MemoryConfig`.
@@ -79,6 +80,7 @@ class TrainingCase:
     state_precision: Literal["float32", "8bit"] = "float32"
     lora_rank: int = 0
     lora_whole: bool = False
+    lora_base: Literal["full", "nf4"] = "full"
     kernel: str = "auto"
     head_chunks: int | None = None
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
@@ -124,7 +126,8 @@ class TrainingCase:
     @property
     def lora(self) -> LoRAConfig:
         """The run's adapters."""
-        return LoRAConfig(rank=self.lora_rank, train_embeddings=self.lora_whole, train_norms=self.lora_whole)
+        whole = self.lora_whole
+        return LoRAConfig(self.lora_rank, train_embeddings=whole, train_norms=whole, base=self.lora_base)
 
     @property
     def shared_by(self) -> int:

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = "all-linear"
@@ -31,6 +32,8 @@ class LoRAConfig:
         targets: Names of the linear modules that get adapters; `all-linear` alone is all of them but the head.
         train_embeddings: Train the input embedding as well.
         train_norms: Train the norms as well.
+        base: The frozen matrices of the layers in the run's type (full), or in 4 bits (nf4: QLoRA, arXiv 2305.14314),
+            made again in the run's type where they are used. nf4 needs `parallel.fsdp_shard_degree`.
     """
 
     rank: int = 0
@@ -39,6 +42,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ATTENTION
     train_embeddings: bool = False
     train_norms: bool = False
+    base: Literal["full", "nf4"] = "full"
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
@@ -47,11 +51,15 @@ class LoRAConfig:
             raise ValueError(f"targets must name modules, or {ALL_LINEAR} alone, found {', '.join(self.targets)!r}.")
         if not self.rank and (self.train_embeddings or self.train_norms):
             raise ValueError("train_embeddings and train_norms are for lora.rank above 0: without it all is trained.")
+        if not self.rank and self.base != "full":
+            raise ValueError(f"base: {self.base} is for lora.rank above 0: a weight in 4 bits can't be trained.")
 
     def __str__(self) -> str:
         """In a few words, for a model card and a message."""
         whole = [name for name, on in (("embeddings", self.train_embeddings), ("norms", self.train_norms)) if on]
         also = f", {' and '.join(whole)} trained too" if whole else ""
+        if self.base != "full":
+            also += f", frozen matrices in 4 bits ({self.base})"
         return f"rank {self.rank}, alpha {self.alpha:g}, dropout {self.dropout:g} at {', '.join(self.targets)}{also}"
 
     @property

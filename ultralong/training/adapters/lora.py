@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong.training.adapters.config import ALL_LINEAR, LoRAConfig
+from ultralong.training.adapters.four_bits import check_shapes, mark, marked
 from ultralong.training.config import TrainConfig
 from ultralong.utils.extras import require
 
@@ -33,11 +34,15 @@ class TrainedParameters:
         trained: All that are trained.
         trained_in_layers: Those of them that are in the decoder layers.
         frozen: All others.
+        in_four_bits: Those of them whose weights are held in 4 bits.
+        largest_in_four_bits: Those in the largest matrix.
     """
 
     trained: int
     trained_in_layers: int
     frozen: int
+    in_four_bits: int = 0
+    largest_in_four_bits: int = 0
 
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, base: str | os.PathLike[str] = "") -> PreTrainedModel:
@@ -53,7 +58,8 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, base: str | os.Path
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: The model has no module of a name in `targets`, or what is asked for can't be trained.
+        ValueError: The model has no module of a name in `targets`, what is asked for can't be trained, or its layers
+            can't be held in 4 bits.
     """
     peft = require("peft", "lora")
     _check_targets(model, config)
@@ -68,6 +74,8 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, base: str | os.Path
         base_model_name_or_path=place or None,
     )
     adapted: PreTrainedModel = peft.inject_adapter_in_model(made, model, adapter_name=NAME)
+    if config.base == "nf4":
+        mark(adapted)
     return adapted
 
 
@@ -121,23 +129,29 @@ def check_lora(config: PreTrainedConfig, run: TrainConfig, installed: bool) -> s
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: As for `add_adapters`; a quantised checkpoint; dropout with `memory.layer_tile`.
+        ValueError: As for `add_adapters`; a quantised checkpoint; dropout with `memory.layer_tile`; weights in 4 bits
+            that are not sharded, or can't be.
     """
     lora = run.lora
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
         raise ValueError(
-            f"the checkpoint is quantised ({method or 'quantization_config'}), and frozen weights in 4 or 8 bits "
-            "(QLoRA) are not supported under FSDP2: start from the unquantised checkpoint. Its frozen weights take 2 "
-            "bytes each in bfloat16, over parallel.fsdp_shard_degree GPUs."
+            f"the checkpoint is quantised ({method or 'quantization_config'}), in a format that FSDP2 can't shard: "
+            "start from the unquantised checkpoint. With lora.base: nf4 (QLoRA) a run holds its frozen matrices in 4 "
+            "bits."
         )
     if lora.dropout and run.memory.layer_tile:
         raise ValueError(
             f"memory.layer_tile computes layers again tile by tile, where lora.dropout ({lora.dropout:g}) would draw "
             "other numbers: set lora.dropout to 0, or memory.layer_tile to 0."
         )
+    if lora.base == "nf4" and run.parallel.fsdp_shard_degree is None:
+        raise ValueError(
+            "lora.base: nf4 holds weights as FSDP2 shards them: set parallel.fsdp_shard_degree (1 on one GPU)."
+        )
     if not installed and not _is_installed():
         return f"{lora}; peft is not installed here, so its parameters are not counted"
+    check_shapes(_without_memory(config, lora), run.parallel.fsdp_shard_degree or 1)
     counts = count_trained(config, lora)
     share = counts.trained / (counts.trained + counts.frozen)
     return f"{lora}: {counts.trained:,} parameters are trained ({share:.2%})"
@@ -156,13 +170,24 @@ def count_trained(config: PreTrainedConfig, lora: LoRAConfig) -> TrainedParamete
 
     A trained embedding or norm counts as trained, and its frozen original as frozen.
     """
-    with torch.device("meta"):
-        model = add_adapters(AutoModelForCausalLM.from_config(config), lora)
+    model = _without_memory(config, lora)
     trained = dict(trained_parameters(model))
     inside = {id(p) for layer in model.get_decoder().layers for p in layer.parameters()}
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained.values())
-    return TrainedParameters(count, sum(p.numel() for p in trained.values() if id(p) in inside), total - count)
+    held = [module.weight.numel() for _, module in marked(model)]
+    return TrainedParameters(
+        count,
+        sum(p.numel() for p in trained.values() if id(p) in inside),
+        total - count,
+        sum(held),
+        max(held, default=0),
+    )
+
+
+def _without_memory(config: PreTrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return add_adapters(AutoModelForCausalLM.from_config(config), lora)
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
