@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 gc.disable()  # until everything is imported and collected: what is made till then stays
 
@@ -31,8 +33,8 @@ settings.register_profile("ultralong", deadline=None, derandomize=True, print_bl
 settings.load_profile("ultralong")
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported and collected out of later garbage collections.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what is imported and collected out of later garbage collections, and put it into large pages.
 
     accelerate collects garbage after each training run: half a second each time over the millions of objects that
     torch, transformers and the tests make, and a forked process copies each page that a collection touches.
@@ -40,6 +42,30 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    if len(session.items) > MANY:
+        use_large_pages()
+
+
+MANY = 30  # tests that fork often enough to earn back a second
+
+
+def use_large_pages() -> None:
+    """Join this process's memory into pages of 2 MiB, where Linux does that.
+
+    A fork copies the table of pages, and its end frees the copy: 65 ms for the 850 MB of a test process, 12 ms after
+    this. Tests fork more than a thousand times.
+    """
+    if sys.platform != "linux":
+        return
+    libc, size = ctypes.CDLL(None), 1 << 21
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, rights, _, _, file, *name = line.split()
+        if rights == "rw-p" and file == "0" and name in ([], ["[heap]"]):
+            begin, end = (int(edge, 16) for edge in place.split("-"))
+            begin, end = -(-begin // size) * size, end // size * size
+            for advice in (14, 25):  # MADV_HUGEPAGE, MADV_COLLAPSE; a kernel that lacks the second refuses
+                if end > begin:
+                    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
 BOS, EOS, START, END, TURN = "<|bos|>", "<|eos|>", "<|start|>", "<|end|>", "<|turn|>"
