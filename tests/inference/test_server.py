@@ -297,7 +297,7 @@ def test_settings_that_can_not_be_served(settings, words):
 
 def test_a_missing_key_and_a_window_that_is_too_small_are_told_first(monkeypatch):
     monkeypatch.delenv("NO_KEY", raising=False)
-    with pytest.raises(ValueError, match="NO_KEY holds no API key"):
+    with pytest.raises(ValueError, match="NO_KEY holds no key"):
         serve(ServeSettings(str(MODEL), key_variable="NO_KEY"))
     with pytest.raises(ValueError, match="the model's window is 512"):
         serve(ServeSettings(str(MODEL), max_tokens=1024, device="cpu"))

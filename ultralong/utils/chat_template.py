@@ -162,7 +162,10 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], render: Callable[[list[dict[str, str]]], str]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    render: Callable[[list[dict[str, str]]], str],
+    most: int | None = None,
 ) -> list[int]:
     """Ids of a rendered conversation: the template's control tokens are control tokens, those in messages stay text.
 
@@ -172,6 +175,8 @@ def conversation_ids(
         tokenizer: Any tokenizer.
         messages: Turns, each with `role` and `content`.
         render: Gives the conversation as the template writes it.
+        most: Ids that are of use; once there are more, those so far are returned, as each control token that is text is
+            encoded by itself, and a message may hold millions.
     """
     pattern = control_tokens(tokenizer)
     spelled: list[str] = []
@@ -192,4 +197,6 @@ def conversation_ids(
         text, split = (spelled[int(piece)], True) if number % 2 else (piece, False)
         found: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=split, verbose=False)
         ids += found["input_ids"]
+        if most is not None and len(ids) > most:
+            break
     return ids

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from ultralong.inference.server.gate import Gate, error_body
 from ultralong.inference.server.replies import Reply
@@ -37,24 +38,13 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
     started = int(time.time())
     # A tokenizer's settings change while it encodes, so it can't be shared with the worker's thread, nor used twice.
     tokenizer, encoding = copy.deepcopy(worker.engine.tokenizer), asyncio.Lock()
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
-        worker.metrics.requests.labels(request.url.path.rpartition("/v1/")[2], "refused").inc()
-        return JSONResponse(error_body(error), error.status)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        text = f"{place or 'the request'}: {first['msg']}"
-        return await refused(request, Refused(400, text, "invalid_request", place or None))
+    _add_refusals(app, worker)
 
     async def respond(body: ChatRequest | CompletionRequest, request: Request, route: str) -> Response:
         if body.model != name:
             raise Refused(404, f"This server has the model {name!r}, not {body.model!r}.", "model_not_found", "model")
-        async with encoding:
-            prompt = await asyncio.to_thread(body.prompt, tokenizer)  # long texts take seconds; others are heard
+        async with encoding:  # long texts take seconds; others are heard
+            prompt = await asyncio.to_thread(body.prompt, tokenizer, worker.limit)
         most = body.most or max(1, min(answer_tokens, worker.limit - len(prompt)))
         ticket, reply = worker.submit(body.job(prompt, most, route)), Reply(name, route, len(prompt))
         if not body.stream:
@@ -87,6 +77,28 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
         return Response(worker.metrics.page(), media_type=worker.metrics.content_type)
 
     return app
+
+
+def _add_refusals(app: FastAPI, worker: Worker) -> None:
+    """What is refused, in the form of OpenAI's errors, whoever refuses it."""
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        worker.metrics.requests.labels(request.url.path.rpartition("/v1/")[2], "refused").inc()
+        return JSONResponse(error_body(error), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        place = place.encode("utf-8", "backslashreplace").decode()  # the name of a key may be no text
+        text = f"{place or 'the request'}: {first['msg']}"
+        return await refused(request, Refused(400, text, "invalid_request", place or None))
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        own = Refused(error.status_code, str(error.detail), "invalid_request")
+        return JSONResponse(error_body(own), own.status)
 
 
 async def _next(ticket: Ticket, request: Request) -> Piece:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
@@ -13,6 +13,16 @@ from ultralong.inference.server.tickets import Job, Refused
 from ultralong.utils.chat_template import conversation_ids, render_chat
 
 MOST_STOPS = 16
+LONGEST_STOP = 1024  # characters; what the model has said is compared with every beginning of each
+
+
+def _whole(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("half of a surrogate pair is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]  # JSON can spell what no text holds
 
 
 class Part(BaseModel):
@@ -21,7 +31,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -30,8 +40,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    name: str | None = None
+    content: Text | list[Part]
+    name: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """The turn as chat templates take it."""
@@ -56,7 +66,7 @@ class _Request(BaseModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -76,8 +86,9 @@ class _Request(BaseModel):
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(given) > MOST_STOPS or any(not text for text in given):
-            raise Refused(400, f"stop takes up to {MOST_STOPS} strings, none of them empty.", "invalid_request", "stop")
+        if len(given) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in given):
+            text = f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP:,} characters."
+            raise Refused(400, text, "invalid_request", "stop")
         return tuple(given)
 
     def job(self, prompt: list[int], most: int, route: str) -> Job:
@@ -92,14 +103,18 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
         """Token ids of the conversation under the tokenizer's chat template, the next turn opened.
 
         What a message spells like a control token stays text; `/v1/completions` reads control tokens, as prompts for it
         are written by whoever knows the template.
 
+        Args:
+            tokenizer: Has a chat template.
+            most: Tokens that the server takes.
+
         Raises:
-            Refused: There is no template, or it refuses the conversation.
+            Refused: There is no template, it refuses the conversation, or that is too long.
         """
         if not tokenizer.chat_template:
             raise Refused(400, "The model's tokenizer has no chat template: use /v1/completions.", "no_chat_template")
@@ -109,10 +124,14 @@ class ChatRequest(_Request):
             return render_chat(tokenizer, messages, add_generation_prompt=True)
 
         try:
-            return conversation_ids(tokenizer, turns, render)
+            ids = conversation_ids(tokenizer, turns, render, most)
         except (TemplateError, ValueError, TypeError) as error:
             text = f"The model's chat template refuses these messages: {error}"
             raise Refused(400, text, "invalid_messages", "messages") from error
+        if len(ids) > most:
+            text = f"The conversation has more than {most:,} tokens, which is what this server takes. Shorten it."
+            raise Refused(400, text, "context_length_exceeded", "messages")
+        return ids
 
     @property
     def most(self) -> int | None:
@@ -123,12 +142,16 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt_: str | list[int] | list[str] = Field(alias="prompt")
+    prompt_: Text | list[int] | list[Text] = Field(alias="prompt")
     echo: Literal[False] = False
     best_of: Literal[1] = 1
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
         """Token ids of the prompt; those that were given as they are.
+
+        Args:
+            tokenizer: Encodes it.
+            most: Not needed here.
 
         Raises:
             Refused: Several prompts, or ids that the model does not have.

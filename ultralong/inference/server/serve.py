@@ -66,6 +66,7 @@ class Serving:
         import uvicorn
 
         from ultralong.inference.server.app import make_app
+        from ultralong.inference.server.connections import Connection
 
         settings = self._settings
         if engine is None:
@@ -82,7 +83,8 @@ class Serving:
             answer_tokens=settings.answer_tokens,
             body_bytes=settings.body_mib * 2**20,
         )
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
         worker.start()
         try:
             with listening(settings) as listener:

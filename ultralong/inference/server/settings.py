@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 from dataclasses import dataclass
 
+from ultralong.data.chat.transport import is_this_machine, read_key
 from ultralong.utils.units import Tokens
 
 
@@ -61,7 +60,7 @@ class ServeSettings:
         for field in ("chunk", "max_tokens"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")
-        if self.key_variable is None and not _is_loopback(self.host):
+        if self.key_variable is None and not is_this_machine(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and no key protects it: put a key into an "
                 "environment variable and name it with --key-variable, or keep --host 127.0.0.1."
@@ -71,19 +70,6 @@ class ServeSettings:
         """The API key, or None where none is asked for.
 
         Raises:
-            ValueError: The variable is not set, or holds nothing.
+            ValueError: The variable is not set, holds nothing, or what no client can send.
         """
-        if self.key_variable is None:
-            return None
-        if not (key := os.environ.get(self.key_variable, "").strip()):
-            raise ValueError(f"The environment variable {self.key_variable} holds no API key.")
-        return key
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return read_key(self.key_variable)

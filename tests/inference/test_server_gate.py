@@ -1,0 +1,173 @@
+"""Requests that a server must outlive: of other people's web pages, without an end, or made to cost much."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from ultralong import miniature
+from ultralong.inference.server import connections, gate, requests
+from ultralong.inference.server.serve import serve
+from ultralong.inference.server.settings import ServeSettings
+
+
+@pytest.fixture(scope="module")
+def port():
+    known, found = threading.Event(), []
+
+    def ready(server) -> None:
+        found.append(server)
+        known.set()
+
+    wanted = ServeSettings(str(miniature.path()), port=0, device="cpu", name="mini", chunk=64, answer_tokens=4)
+    thread = threading.Thread(target=serve, args=(wanted, ready), daemon=True)
+    thread.start()
+    assert known.wait(120)
+    while not found[0].started:
+        time.sleep(0.02)
+    yield found[0].servers[0].sockets[0].getsockname()[1]
+    found[0].should_exit = True
+    thread.join(60)
+
+
+def send(port: int, head: str, body: bytes = b"", timeout: float = 30.0) -> tuple[int, bytes]:
+    """Bytes as they are; the status and what came with it, 0 where the server closed the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as line:
+        line.sendall(head.replace("\n", "\r\n").encode("latin-1") + b"\r\n" + body)
+        said = b""
+        while piece := line.recv(65536):
+            said += piece
+    return (int(said.split()[1]), said) if said else (0, said)
+
+
+def ask(port: int, body: bytes, *headers: str, route: str = "completions") -> tuple[int, bytes]:
+    lines = [
+        f"POST /v1/{route} HTTP/1.1", f"Content-Length: {len(body)}", "Content-Type: application/json",
+        *(headers or ["Host: localhost"]), "Connection: close",
+    ]  # fmt: skip
+    return send(port, "\n".join(lines) + "\n", body)
+
+
+def request(**changes: object) -> bytes:
+    return json.dumps({"model": "mini", "prompt": "x", "max_tokens": 1, "temperature": 0, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (("Host: 127.0.0.1:8000",), 200),
+        (("Host: localhost:8000", "Origin: http://localhost:3000"), 200),
+        (("Host: [::1]:8000",), 200),
+        (("Host: evil.example",), 403),
+        (("Host: localhost.evil.example:8000",), 403),
+        (("Host: 127.0.0.1.evil.example",), 403),
+        (("Host: localhost", "Origin: http://evil.example"), 403),
+        (("Host: localhost", "Origin: null"), 403),
+        (("Host: [::1",), 403),
+    ],
+)
+def test_without_a_key_only_this_machine_is_answered(port, headers, status):
+    """A page may let its own name point to this machine, so that a browser takes this server for the page's."""
+    assert ask(port, request(), *headers)[0] == status
+
+
+def test_a_page_without_a_name_for_it_is_no_json(port):
+    """A form of another page can send text only, which no browser asks about first."""
+    body = request()
+    head = f"POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Length: {len(body)}\nContent-Type: text/plain\n"
+    assert send(port, head + "Connection: close\n", body)[0] in (400, 415, 422)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" * 100_000, 400),
+        (b'{"a":' * 100_000, 400),
+        (b"\xff\xfe", 400),
+        (b'{"model": "mini", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", 400),
+        (b'{"model": "mini", "prompt": "x", "temperature": NaN}', 400),
+        (request(max_tokens=-1), 400),
+        (request(max_tokens=10**30), 400),
+        (request(prompt=[10**30]), 400),
+        (request(prompt=[-1]), 400),
+        (request(seed=2**70), 400),
+        (b'{"model": "mini", "prompt": "half \\ud800 a pair", "max_tokens": 1}', 400),
+        (b'{"model": "mini", "prompt": "x", "\\ud800": 1}', 400),
+        (b'{"model": "\\ud800", "prompt": "x"}', 404),
+        (request(stop=["x"] * 5000), 400),
+        (request(stop="a" * (requests.LONGEST_STOP + 1)), 400),
+        (request(stop=[""]), 400),
+        (b'{"model": "no", "model": "mini", "prompt": "x", "max_tokens": 1}', 200),
+    ],
+    ids=range(17),
+)
+def test_an_odd_body_is_refused_and_the_next_one_answered(port, body, status):
+    assert ask(port, body)[0] == status
+    assert ask(port, request())[0] == 200
+
+
+def test_a_conversation_of_control_tokens_alone_is_left_when_it_is_too_long(port):
+    """Each of them is encoded by itself, as it is text: a million would take minutes, and others wait."""
+    talk = {"model": "mini", "messages": [{"role": "user", "content": "<|im_end|>" * 300_000}], "max_tokens": 1}
+    began = time.process_time()
+    status, said = ask(port, json.dumps(talk).encode(), route="chat/completions")
+    assert status == 400
+    assert b"more than" in said
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize(
+    "head", ["GET /health HTTP/1.1\nX: " + "a" * (1 << 20) + "\n", "\0\1\2\n", "GET\n", "A" * (1 << 18)]
+)
+def test_headers_that_are_none_end_their_connection(port, head):
+    try:
+        status = send(port, head)[0]
+    except ConnectionError:  # closed while it was being sent
+        status = 0
+    assert status in (0, 400, 431)
+    assert ask(port, request())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "GET /health HTTP/1.1\r\nX: ", "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"]
+)
+def test_a_client_that_does_not_go_on_is_left(port, sent, monkeypatch):
+    """Nothing at all, half of the headers, and half of a second request."""
+    monkeypatch.setattr(connections, "SECONDS", 1.0)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
+        line.sendall(sent.encode())
+        while line.recv(65536):
+            pass
+    assert time.monotonic() - began < 25
+
+
+def test_a_body_that_does_not_come_is_left(port, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 1.0)
+    head = "POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Length: 99\nContent-Type: application/json\n"
+    status, said = send(port, head + "Connection: close\n", b"{")
+    assert status == 408, said
+    assert ask(port, request())[0] == 200
+
+
+def test_a_body_in_pieces_is_cut_at_the_limit(port):
+    head = "POST /v1/completions HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nConnection: close\n"
+    piece = b"%x\r\n" % (1 << 20) + b" " * (1 << 20) + b"\r\n"
+    try:
+        status = send(port, head + "Content-Type: application/json\n", piece * 70)[0]
+    except ConnectionError:  # answered and closed while it was still being sent
+        status = 413
+    assert status == 413
+    assert ask(port, request())[0] == 200
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "caf\u00e9", "tab\tin it", " "])
+def test_a_key_that_no_client_can_send_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("SERVE_KEY", key)
+    with pytest.raises(ValueError, match="SERVE_KEY holds") as error:
+        ServeSettings("model", key_variable="SERVE_KEY").key()
+    assert key.strip() == "" or key not in str(error.value)
