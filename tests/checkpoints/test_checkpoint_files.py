@@ -8,20 +8,28 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ultralong import miniature
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.files import companion_files, header, weight_files
+from ultralong.checkpoints.model_card import read_licence
 from ultralong.checkpoints.write import copy_weights, write_checkpoint
 from ultralong.data.tokens import encoding
-from ultralong.inference.load import load_model
+from ultralong.evaluation.measures.perplexity import token_losses
+from ultralong.inference.engines import LocalEngine
+from ultralong.inference.load import load_model, load_model_and_tokenizer
 from ultralong.rope import from_config
 from ultralong.training import model as train_model
 from ultralong.training.config import DataSource, TrainConfig
 from ultralong.training.preflight import preflight
 from ultralong.utils import hub
 from ultralong.utils.files import read_json, sha256
+
+LAUGHS = ["&a0 [x, x, x, x, x, x, x, x, x]"]
+LAUGHS += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
 
 
 @pytest.fixture
@@ -197,6 +205,63 @@ def test_weights_that_are_not_those_of_the_config_are_not_extended(tmp_path, mod
         extend(model, 1024, tmp_path / "out", quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.uint8])
+def test_weights_of_a_type_that_needs_scales_are_refused_everywhere(tmp_path, model, kind):
+    """transformers would turn them into the model's type without a word."""
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    weights[name] = weights[name].to(kind)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = TrainConfig(model=str(model), out=str(model / "run"), data=(DataSource("rows"),), steps=1)
+    for refused in (
+        lambda: extend(model, 1024, tmp_path / "out", quiet=True),
+        lambda: load_model(model),
+        lambda: train_model.load_model(config),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is stored as .*the config names no quantisation") as error:
+            refused()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16, torch.float32])
+def test_weights_of_any_floating_point_type_are_read(model, kind):
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {name: weight.to(kind) for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    assert load_model(model, "cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_model_whose_logits_are_no_numbers_gives_no_answer(model, value):
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    weights[name][0, 0] = value
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    loaded, tokenizer = load_model_and_tokenizer(model, "cpu")
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        LocalEngine(loaded, tokenizer, chunk=64).answer([[1, 2, 3]], [4])
+    ids = torch.arange(1, 9)[None]
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        token_losses(loaded, ids, ids)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        f"license: [{', '.join(LAUGHS)}]",
+        "license: &a [*a]",
+        f"license: {'[' * 5000}",
+        "license: !!python/object/apply:os.system [true]",
+    ],
+    ids=["aliases", "of itself", "deep", "a tag"],
+)
+def test_a_model_card_that_cannot_be_read_states_no_licence(model, front):
+    (model / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    assert read_licence(model) == {}
 
 
 def test_a_config_of_a_billion_layers_is_refused_before_one_is_built(model):

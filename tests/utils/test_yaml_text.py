@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from forked import forked_command
 
+import ultralong
 from ultralong.cli import main
 from ultralong.data.recipe.schema import load_recipe
 from ultralong.evaluation.runs.settings import RunSettings
@@ -85,6 +87,14 @@ def test_a_file_is_named_wherever_it_is_read(tmp_path):
     path.write_text("model: m\ntasks: [needle]\nmodel: n\n")
     with pytest.raises(ValueError, match=r"(?s)file\.yaml is not valid YAML: .*the key 'model' twice"):
         settings.load(RunSettings, path)
+
+
+def test_yaml_is_read_in_one_place():
+    """So that its bounds hold for model cards, runs' settings, studies and notebooks' parameters too."""
+    package = Path(ultralong.__file__).parent
+    readers = re.compile(r"yaml\.(?:safe_load|load|full_load|unsafe_load|safe_load_all|load_all|parse|compose)\(")
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if readers.search(path.read_text())}
+    assert not found
 
 
 def test_a_wrong_value_is_shown_in_part(tmp_path):

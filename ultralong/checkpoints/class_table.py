@@ -25,6 +25,8 @@ from ultralong.checkpoints.files import header, weight_files
 from ultralong.rope import RopeScaling, inverse_frequencies
 from ultralong.rope.config import FULL
 
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # of weights, as safetensors names them
+
 
 def open_model(
     model: str | os.PathLike[str],
@@ -44,8 +46,8 @@ def open_model(
         device: "meta" for shapes without memory: of the files only names and shapes are read.
 
     Raises:
-        ValueError: It lacks a weight of its class or has one of another shape, or its class has an attention of its
-            own. Other errors are transformers'.
+        ValueError: It lacks a weight of its class, or has one of another shape or of a type that needs scales, or its
+            class has an attention of its own. Other errors are transformers'.
     """
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(  # the model and what was found, by output_loading_info
@@ -67,7 +69,26 @@ def open_model(
     if other := sorted(found["mismatched_keys"]):
         name, stored, meant = other[0][:3]
         raise ValueError(f"{_and_more([name])} is {tuple(stored)}, by the config {tuple(meant)}: {advice}.")
+    if Path(model).is_dir():
+        _check_types(Path(model), opened)
     return cast(PreTrainedModel, opened)
+
+
+def _check_types(place: Path, opened: PreTrainedModel) -> None:
+    """Refuse weights of a type that says nothing without the scales of a quantised checkpoint.
+
+    transformers turns whole numbers, fp8 and complex numbers into the model's type without a word: another model.
+    """
+    if getattr(opened.config, "quantization_config", None) is not None:
+        return
+    meant = opened.state_dict()
+    for file in (place / name for name in weight_files(place) if name.endswith(".safetensors")):
+        for name, entry in header(file).items():
+            if entry["dtype"] not in PLAIN_TYPES and name in meant and meant[name].is_floating_point():
+                raise ValueError(
+                    f"{name} is stored as {entry['dtype']}, and the config names no quantisation: its scales are "
+                    "unknown. Take the unquantised checkpoint."
+                )
 
 
 def _and_more(names: list[str]) -> str:
@@ -93,7 +114,7 @@ def class_model(place: Path, attention: str) -> PreTrainedModel:
         ValueError: As for `open_model`.
     """
     files = [place / name for name in weight_files(place) if name.endswith(".safetensors")]
-    shapes = {name: entry["shape"] for file in files for name, entry in header(file).items()}
+    shapes = {name: (entry["dtype"], entry["shape"]) for file in files for name, entry in header(file).items()}
     written = (place / "config.json").read_text(encoding="utf-8")
     return _class_model(_Checkpoint(place, json.dumps([written, sorted(shapes.items())])), attention)
 
@@ -115,7 +136,7 @@ def check_class_weights(place: Path, config: PreTrainedConfig) -> None:
         config: Its config, as transformers reads it.
 
     Raises:
-        ValueError: A weight is missing or of another shape.
+        ValueError: A weight is missing, or of another shape or type.
     """
     if getattr(config, "quantization_config", None) is not None:
         return

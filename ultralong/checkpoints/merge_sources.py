@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from safetensors import safe_open
 
 from ultralong.checkpoints.config import DTYPES
 from ultralong.checkpoints.distributed import STATE, StatePlanner, StateReader, changed_file
 from ultralong.checkpoints.files import INDEX, header, locate, weight_files
+from ultralong.utils.yaml_text import read_yaml
 
 PREFIX = "model.model."  # of a run's checkpoint: the model is inside the module that computes the loss
 
@@ -121,5 +121,11 @@ def open_source(model: str | os.PathLike[str]) -> Source:
     settings = place.absolute().parents[1] / "config.yaml"
     if not settings.is_file():
         raise ValueError(f"{place} is a run's checkpoint, but {settings} is missing, which names the model it is of.")
-    start = yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]
+    try:
+        found = read_yaml(settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{settings} is not valid YAML: {error}") from error
+    start = found.get("model") if isinstance(found, dict) else None
+    if not isinstance(start, str):
+        raise ValueError(f"{settings} does not name the model that the run began with. Restore it.")
     return RunCheckpoint("/".join(place.absolute().parts[-3:]), locate(start), place)

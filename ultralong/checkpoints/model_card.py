@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ultralong import __version__
+from ultralong.utils.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
@@ -37,8 +38,8 @@ def read_licence(folder: Path) -> dict[str, Any]:
     if found is None:
         return {}
     try:
-        entries = yaml.safe_load(found.group(1))
-    except yaml.YAMLError:  # a card that nobody could read states no licence; model_card then says so
+        entries = read_yaml(found.group(1))
+    except ValueError:  # a card that nobody could read states no licence; model_card then says so
         return {}
     return {key: entries[key] for key in LICENCE_KEYS if entries.get(key)} if isinstance(entries, dict) else {}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ultralong.inference.runner import Runner
 
 FinishReason = Literal["stop", "length"]
+NOT_A_NUMBER = "The model's logits are not numbers (NaN): a weight is NaN or infinite, or its type overflows."
 ABANDONED = -1  # in the place of a token: the first rank has stopped decoding
 
 
@@ -97,7 +98,12 @@ def decode(
         budgets: Most tokens of each row, one or more.
         stop: Tokens that end a row, and are not part of it.
         sampler: Chooses the tokens.
+
+    Raises:
+        ValueError: The logits are not numbers, of which the largest would be an answer like any other.
     """
+    if logits.isnan().any():
+        raise ValueError(NOT_A_NUMBER)
     going = [True] * len(budgets)
     for step in range(max(budgets)):
         tokens = runner.agree(sampler(logits))

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ultralong.notebook_tools.run import chosen_parameters, execute, parameter_names
 from ultralong.notebook_tools.settings import Settings
 from ultralong.notebook_tools.values import stored
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.extras import require
 from ultralong.utils.files import make_folder, write_json
+from ultralong.utils.yaml_text import read_yaml
 
 LONGEST = 3600  # seconds of one cell: a GPU's cells train and measure
 
@@ -40,7 +39,7 @@ def changes_of(texts: list[str], path: Path) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or name not in known:
             raise ValueError(f"--set {text}: give NAME=VALUE; {path.stem} has {', '.join(known)}.")
-        changes[name] = yaml.safe_load(value)
+        changes[name] = read_yaml(value)
     return changes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ultralong.utils.yaml_text import read_yaml
 
 NAME = "[0-9][0-9]_*.py"
 NEEDS = ("cpu", "gpu")
@@ -69,7 +69,7 @@ def load_settings(folder: str | os.PathLike[str]) -> dict[str, Settings]:
         ValueError: An unknown key, a missing timeout, bounds that are not two rising numbers.
     """
     path = Path(folder) / "ci.yml"
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = read_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ValueError(f"{path} has to be a mapping from notebook names to settings, found {type(raw).__name__}.")
     defaults = raw.pop("defaults", {})

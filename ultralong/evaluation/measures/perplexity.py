@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
+from ultralong.inference.decoding import NOT_A_NUMBER
 from ultralong.inference.generate import hidden_states
 from ultralong.utils.progress import progress
 
@@ -30,11 +31,13 @@ def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     """The model below its head, and the head, checked to give the model's own logits together.
 
     Raises:
-        ValueError: They do not, as in models that cap or scale their logits.
+        ValueError: They do not, as in models that cap or scale their logits; or they are not numbers.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     probe = torch.arange(1, 5, device=model.device)[None]  # not 0: often padding, whose embedding is 0
     whole = model(input_ids=probe, use_cache=False).logits
+    if whole.isnan().any():
+        raise ValueError(NOT_A_NUMBER)
     parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(
