@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from torch import equal
 from ultralong.cli.errors import mendable
 from ultralong.training.loop import train
 from ultralong.utils import settings
-from ultralong.utils.files import full_disk_named
+from ultralong.utils.files import FULL, full_disk_named, locked, write_json, write_text
 
 LIMITED = """
 import resource, sys
@@ -80,6 +82,22 @@ def test_another_error_is_raised_as_it_is(tmp_path, error):
         raise error
     assert caught.value is error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", sorted(FULL))
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "x"), lambda path: write_json(path, {})])
+def test_a_full_disk_has_a_place_whoever_writes(tmp_path, monkeypatch, number, write):
+    """A failed write knows no name: `a file: No space left on device` helps nobody."""
+
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "out"))), locked(tmp_path / "out"):
+        full()
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"file\.json"):
+        write(tmp_path / "file.json")
+    assert not (tmp_path / "file.json").exists()
 
 
 def test_an_error_without_its_reason_is_asked_of_the_disk(tmp_path):

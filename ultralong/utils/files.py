@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+LOCK = ".lock"  # the file by which a folder is held for writing
 TAIL = 1 << 16  # bytes read at a time from the end of a log
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PROBE = 1 << 20  # bytes that a disk takes which is not full
@@ -38,17 +39,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
     # Not a file of `tempfile`, which is private: what a run leaves behind follows the user's umask like any other file.
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    mode = stat.S_IMODE(os.fstat(handle).st_mode)
-    os.close(handle)
+    temporary.touch(0o666, exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
-        yield temporary
-        os.chmod(temporary, mode)  # a writer may have put another file there
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
+        with _full_disk_at(target):
+            yield temporary
+            os.chmod(temporary, mode)  # a writer may have put another file there
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk_at(path: Path) -> Iterator[None]:
+    """Give the error of a full disk its place, which a failed write does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -68,8 +80,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 def drop_partials(path: str | os.PathLike[str]) -> None:
     """Remove what killed writers of `path` left of it; for a file that only one process writes."""
-    target = Path(path)
-    for stray in target.parent.glob(f".{target.name}.*.partial"):
+    for stray in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
         stray.unlink(missing_ok=True)
 
 
@@ -133,14 +144,11 @@ def _try_to_write(folder: Path) -> OSError | None:
     probe = place / f".{secrets.token_hex(6)}.partial"
     try:
         probe.write_bytes(b"\0" * PROBE)
+        return None
     except OSError as error:
         return _full_disk(error)
     finally:
         probe.unlink(missing_ok=True)
-    return None
-
-
-LOCK = ".lock"  # the file by which a folder is held for writing
 
 
 @contextmanager
@@ -156,7 +164,7 @@ def locked(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[None]:
     """
     folder = make_folder(folder)
     busy = f"Another process is writing to {folder}: wait for it, end it, or give another --out."
-    with file_lock(folder / LOCK, busy, wait=wait):
+    with file_lock(folder / LOCK, busy, wait=wait), _full_disk_at(folder):
         yield
 
 
@@ -165,15 +173,13 @@ def is_locked(folder: str | os.PathLike[str]) -> bool:
     path = Path(folder) / LOCK
     if path.is_symlink() or not path.is_file():
         return False
-    lock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        with FileLock(path, timeout=0):
+            return False
     except Timeout:
         return True
     except OSError:  # a folder of someone else, to be read only
         return False
-    lock.release()
-    return False
 
 
 @contextmanager
@@ -289,9 +295,6 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, as lower-case hex, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, as lower-case hex, read piece by piece."""
     with open(path, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
