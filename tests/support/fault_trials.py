@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import hostile_trials  # noqa: F401 - registers its trials
+from tests.support import endpoint_trials, file_trials, hostile_trials, process_trials  # noqa: F401 - register
 from tests.support.trial_version import DEEP, WARM, Server, Version, environment, last, main, told, trial, wait
 
 
@@ -78,21 +78,35 @@ def two(version: Version) -> tuple[bool, str]:
     return "Another process is training" not in printed, last(printed)
 
 
-@trial("H", "train --processes 2 killed by KILL", "kill -9 of train --processes 2")
-def orphans(version: Version) -> tuple[bool, str]:
-    log = version.base / "ranks" / "log.jsonl"
-    process = version.start("train", "run.yaml", "--processes", "2", "--set", f"out={version.base}/ranks", "steps=5000")
+def _orphans(version: Version, number: signal.Signals) -> tuple[bool, str]:
+    log = version.base / f"ranks-{number.name}" / "log.jsonl"
+    process = version.start("train", "run.yaml", "--processes", "2", "--set", f"out={log.parent}", "steps=20000")
     wait(log.exists, 120)
     trained = "" if log.exists() else "nothing was trained; "
-    os.kill(process, signal.SIGKILL)
-    time.sleep(4)
+    os.kill(process, number)
+    time.sleep(4 if number == signal.SIGKILL else 25)  # what can be heard leaves time to save
     size = log.stat().st_size if log.exists() else 0
     time.sleep(4)
     grows = log.exists() and log.stat().st_size > size
     for entry in filter(str.isdigit, os.listdir("/proc")):
         if _works_in(entry, version.base):
             os.kill(int(entry), signal.SIGKILL)
-    return bool(grows or trained), f"{trained}the run's log {'grows on' if grows else 'stands still'} 4 s later"
+    return bool(grows or trained), f"{trained}the run's log {'grows on' if grows else 'stands still'} afterwards"
+
+
+@trial("H", "train --processes 2 killed by KILL", "kill -9 of train --processes 2")
+def killed(version: Version) -> tuple[bool, str]:
+    return _orphans(version, signal.SIGKILL)
+
+
+@trial("H", "train --processes 2 ended by TERM", "kill -TERM of train --processes 2")
+def ended(version: Version) -> tuple[bool, str]:
+    return _orphans(version, signal.SIGTERM)
+
+
+@trial("H", "train --processes 2 ended by HUP", "kill -HUP of train --processes 2")
+def hung_up(version: Version) -> tuple[bool, str]:
+    return _orphans(version, signal.SIGHUP)
 
 
 def _works_in(entry: str, base: Path) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
+import subprocess
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tests.support.trial_version import Server, Version, last, told, trial
-
-ANSWER = json.dumps({"choices": [{"message": {"content": "Yes."}, "finish_reason": "stop"}]}).encode()
+from tests.support.trial_version import ANSWER, Server, Version, environment, last, told, trial
 
 
 class Touch:
@@ -99,7 +99,7 @@ def aliases(version: Version) -> tuple[bool, str]:
 def linked_lock(version: Version) -> tuple[bool, str]:
     victim = version.base / "victim"
     victim.write_text("mine")
-    shutil.copytree(version.base / "rows", version.base / "locked")
+    (version.base / "locked").mkdir()
     for name in (".lock", "lock"):
         (version.base / "locked" / name).unlink(missing_ok=True)
         (version.base / "locked" / name).symlink_to(victim)
@@ -125,3 +125,59 @@ def named(version: Version) -> tuple[bool, str]:
         return True, f"no page: {last(printed)}"
     swallowed = "<!--<script" in page.read_text()
     return swallowed, f"its name stands {'raw' if swallowed else 'escaped'} in the page"
+
+
+@trial("I", "a model's folder named m,trust_remote_code=True", "eval run lm-eval's tests MODEL")
+def comma(version: Version) -> tuple[bool, str]:
+    """lm-eval itself is played by a module that notes its words."""
+    version.copy("m,trust_remote_code=True")
+    (version.base / "played" / "lm_eval").mkdir(parents=True)
+    noted = version.base / "noted.json"
+    code = f"import json, sys\nopen({str(noted)!r}, 'w').write(json.dumps(sys.argv))\nsys.exit(1)\n"
+    (version.base / "played" / "lm_eval" / "__main__.py").write_text(code)
+    (version.base / "played" / "lm_eval" / "__init__.py").write_text("")
+    script = (
+        "import sys\nsys.path.insert(0, 'played')\nfrom pathlib import Path\n"
+        "try:\n    from ultralong.evaluation.measures import lm_eval as own\n"
+        "except ImportError:\n    from ultralong.evaluation import standard as own\n"
+        "import os, inspect\nos.environ['PYTHONPATH'] = os.path.abspath('played') + ':' + os.environ['PYTHONPATH']\n"
+        "measure = getattr(own, 'measure_lm_eval', None) or own.measure_standard\n"
+        "print(measure('m,trust_remote_code=True', 'lm', names=['HellaSwag'], quiet=True))\n"
+    )
+    words = [version.python, "-c", script]
+    done = subprocess.run(words, cwd=version.base, env=environment(None), capture_output=True, text=True, check=False)
+    said = json.loads(noted.read_text()) if noted.exists() else []
+    added = next((word for word in said if "trust_remote_code=True" in word), "")
+    return bool(added), f"lm-eval was given {added}" if added else last(done.stderr)
+
+
+@trial("I", "an index that sends on to another host", "pack RECIPE, PIP_INDEX_URL=http://user:secret@HOST/simple")
+def redirected(version: Version) -> tuple[bool, str]:
+    archive = (version.base / "texts" / "0.txt").read_bytes()
+    (version.base / "away.yaml").write_text(
+        "name: r\ndescription: d\nsources:\n- name: s\n  license: CC0-1.0\n  packages:\n"
+        f"  - {{registry: pypi, name: away, version: '1', file: away.zip, sha256: {sha256(archive).hexdigest()}}}\n"
+    )
+    page = b'<a href="/files/away.zip">away.zip</a>'
+
+    def index(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(302)
+        request.send_header("Location", other.url.replace("127.0.0.1", "localhost") + request.path)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    def store(request: BaseHTTPRequestHandler) -> None:
+        body = archive if request.path.endswith(".zip") else page
+        request.send_response(200)
+        request.send_header("Content-Type", "text/html")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    with Server(store) as other, Server(index) as near:
+        address = near.url.replace("http://", "http://user:secret@") + "/simple"
+        env = {"PIP_INDEX_URL": address, "HOME": str(version.base), "PIP_CONFIG_FILE": "/dev/null"}
+        printed = version.command(*version.pack("away.yaml", "away-rows"), env=env)
+        leaked = any("Authorization" in headers for headers in other.seen)
+    said = f"{len(other.seen)} requests at the other host, {'with' if leaked else 'without'} the password"
+    return leaked or not other.seen, f"{said}: {last(printed)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,11 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultralong.bench.results import write_rows
 
-SECONDS = 60  # of a command that ends by itself
+SECONDS = 150  # of a command that ends by itself, on a machine that does much else
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+ANSWER = json.dumps({"choices": [{"message": {"content": "Yes."}, "finish_reason": "stop"}]}).encode()
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -52,6 +54,8 @@ for line in sys.stdin:
     if ask["limit"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (ask["limit"], ask["limit"]))
+    if ask["memory"]:
+        resource.setrlimit(resource.RLIMIT_DATA, (ask["memory"], ask["memory"]))
     sys.argv, sys.stdout, code = ["ultralong", *ask["words"]], open(1, "w", closefd=False), 0
     try:
         main()
@@ -87,9 +91,21 @@ class Version:
             env=environment(None),
         )
 
-    def command(self, *words: object, env: dict[str, str] | None = None, file_limit: int = 0) -> str:
+    @property
+    def name(self) -> str:
+        """Its number and, in a clone, its commit."""
+        script = "import ultralong; print(ultralong.__version__, ultralong.__path__[0])"
+        words = [self.python, "-c", script]
+        number, _, folder = subprocess.check_output(words, cwd=self.base, text=True).strip().partition(" ")
+        words = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+        return f"{number} ({commit})" if commit else number
+
+    def command(
+        self, *words: object, env: dict[str, str] | None = None, file_limit: int = 0, memory_limit: int = 0
+    ) -> str:
         """What a command printed, with `exit N` at its end; `exit late` where it did not end."""
-        number, output = self._run(words, env, file_limit)
+        number, output = self._run(words, env, file_limit, memory_limit)
         code, end = Path(f"{output}.code"), time.monotonic() + SECONDS
         while time.monotonic() < end and _lives(number):
             time.sleep(0.05)
@@ -100,12 +116,15 @@ class Version:
 
     def start(self, *words: object) -> int:
         """A command that is not waited for: its process id."""
-        return self._run(words, None, 0)[0]
+        return self._run(words, None)[0]
 
-    def _run(self, words: tuple[object, ...], env: dict[str, str] | None, file_limit: int) -> tuple[int, Path]:
+    def _run(
+        self, words: tuple[object, ...], env: dict[str, str] | None, file_limit: int = 0, memory_limit: int = 0
+    ) -> tuple[int, Path]:
         self.count += 1
         output = self.base / f"output-{self.count}"
-        ask = {"words": list(map(str, words)), "env": env or {}, "output": str(output), "limit": file_limit}
+        ask = {"words": list(map(str, words)), "env": env or {}, "output": str(output)}
+        ask |= {"limit": file_limit, "memory": memory_limit}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(ask) + "\n")
@@ -175,6 +194,16 @@ def _lives(number: int) -> bool:
     return True
 
 
+def session(number: int) -> list[int]:
+    """Processes that live in a session, which a command's process leads."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            state, _, _, own, *_ = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            found += [int(entry)] if int(own) == number and state not in "ZX" else []
+    return found
+
+
 def last(printed: str) -> str:
     lines = [line for line in re.split(r"[\r\n]+", printed) if line.strip()]
     return lines[-2][-160:] if len(lines) > 1 else lines[-1]
@@ -207,9 +236,9 @@ def wait(until: Callable[[], bool], seconds: float = SECONDS) -> None:
 
 
 class Server:
-    """An HTTP server on this machine that gives every request one body, and counts them."""
+    """An HTTP server on this machine that gives every request one body, or does one thing, and counts the requests."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, answer: bytes | Callable[[BaseHTTPRequestHandler], None]) -> None:
         self.seen: list[dict[str, str]] = []
         seen = self.seen
 
@@ -217,10 +246,14 @@ class Server:
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 seen.append(dict(self.headers))
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(OSError):  # a client that has gone
+                    if isinstance(answer, bytes):
+                        self.send_response(200)
+                        self.send_header("Content-Length", str(len(answer)))
+                        self.end_headers()
+                        self.wfile.write(answer)
+                    else:
+                        answer(self)
 
             do_GET = do_CONNECT = do_POST
 
@@ -240,14 +273,15 @@ class Server:
 
 
 def main() -> None:
-    """Try every registered trial on one or two versions and record what came of it."""
+    """Try every registered trial on one or two versions and record what came of it, beside what the file holds."""
     parser = argparse.ArgumentParser()
     parser.add_argument("after")
     parser.add_argument("before", nargs="?")
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="trials whose name holds one of these")
     parser.add_argument("--json", type=Path, required=True)
     wanted = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
+    kept = json.loads(wanted.json.read_text())["rows"] if wanted.json.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["input"]: row for row in kept}
     for when, python in (("before", wanted.before), ("after", wanted.after)):
         if python is None:
             continue
@@ -259,7 +293,7 @@ def main() -> None:
                     continue
                 fault, seen = work(version)
                 seen = seen.replace(scratch, "FOLDER")
-                rows.setdefault(name, {"kind": kind, "input": name, "command": command})
-                rows[name] |= {when: "fault" if fault else "holds", f"{when}_seen": seen}
+                row = rows.setdefault(name, {"kind": kind, "input": name, "command": command})
+                row |= {when: "fault" if fault else "holds", f"{when}_seen": seen, f"{when}_version": version.name}
                 print(f"{when}: {'FAULT' if fault else 'holds'}  {name}: {seen}", flush=True)
-                write_rows(wanted.json, list(rows.values()), versions={"before": wanted.before and "0.3.0"})
+                write_rows(wanted.json, list(rows.values()))
