@@ -281,11 +281,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     wanted = parser.parse_args()
     kept = json.loads(wanted.json.read_text())["rows"] if wanted.json.exists() else []
-    rows: dict[str, dict[str, Any]] = {row["input"]: row for row in kept}
+    rows: dict[str, dict[str, Any]] = {row["input"]: row for row in kept if row["input"] in TRIALS}
     for when, python in (("before", wanted.before), ("after", wanted.after)):
         if python is None:
             continue
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # what outlives it may write on
             version = Version(python, Path(scratch))
             version.prepare()
             for name, (kind, command, work) in TRIALS.items():

@@ -13,6 +13,7 @@ from ultralong import __version__
 from ultralong.cli.errors import guarded
 from ultralong.cli.options import call, parser_of
 from ultralong.cli.table import COMMANDS, GROUPS, explanation, group_text, help_text, overview, suggestion
+from ultralong.cli.terminal import plain_streams
 from ultralong.utils.home import expand_word
 from ultralong.utils.processes import end_with_parent
 
@@ -29,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
     try:
-        _run(arguments)
-        sys.stdout.flush()
+        with plain_streams():
+            _run(arguments)
+            sys.stdout.flush()
     except BrokenPipeError:  # what reads the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from ultralong.cli.terminal import shown
 from ultralong.utils.processes import ChildFailed
 
 # What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.
@@ -62,7 +63,7 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
         if whole or not mendable(error):
             sys.stderr.write(f"ultralong {name}: failed{_place()}\n{traceback.format_exc()}")
         elif _first_to_say(error):
-            sys.stderr.write(f"ultralong {name}: error: {' '.join(_sentence(error).split())}\n")
+            sys.stderr.write(f"ultralong {name}: error: {shown(' '.join(_sentence(error).split()))}\n")
         sys.stderr.flush()
         sys.exit(1)
 
