@@ -15,6 +15,7 @@ from typing import Any
 from ultralong.demo.page import report
 from ultralong.demo.settings import DemoConfig, DemoStage, load
 from ultralong.demo.stages import Demo
+from ultralong.utils.files import locked
 
 __all__ = ["Demo", "DemoConfig", "DemoStage", "load", "report", "run"]
 
@@ -31,12 +32,13 @@ def run(config: DemoConfig, out: Path, say: Callable[[str], None] | None = None)
         The content of `report.json`.
 
     Raises:
-        ValueError: `out` holds a demo with other settings.
+        ValueError: `out` holds a demo with other settings, or another process is at it.
     """
     say = say or (lambda text: print(f"\n== {text}", file=sys.stderr, flush=True))
-    demo = Demo(config, out)
-    for title, stage in demo.stages():
-        say(title)
-        stage()
-    say("the report")
-    return report(demo)
+    with locked(out):
+        demo = Demo(config, out)
+        for title, stage in demo.stages():
+            say(title)
+            stage()
+        say("the report")
+        return report(demo)

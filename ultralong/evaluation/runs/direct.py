@@ -22,7 +22,7 @@ from ultralong.evaluation.runs.settings import RunSettings, within_window
 from ultralong.evaluation.tasks.needle import prepare_haystack
 from ultralong.inference.engines import Engine
 from ultralong.inference.load import load_model
-from ultralong.utils.files import append_jsonl, locked, read_jsonl, write_json
+from ultralong.utils.files import append_jsonl, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
 CONTROL = 1024  # the needle map's first column, where the published one has the length 0
@@ -77,10 +77,7 @@ def measure_grid(
     lengths, depths = axes
     haystack = prepare_haystack(tokenizer, texts, max(lengths))
     total = sum(lengths) * len(depths)
-    with (
-        locked(path.parent),
-        progress(total=total, desc="needle map", unit="tok", unit_scale=True, quiet=quiet) as bar,
-    ):
+    with progress(total=total, desc="needle map", unit="tok", unit_scale=True, quiet=quiet) as bar:
         done = {(cell["length"], cell["depth"], cell["n"]) for cell in (read_jsonl(path) if path.exists() else ())}
         for length in lengths:
             missing = [depth for depth in depths if (length, depth, wanted.grid_samples) not in done]

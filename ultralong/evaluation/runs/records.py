@@ -132,10 +132,11 @@ def answer_tasks(
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
     engine = LocalEngine(model, tokenizer, chunk, batch) if engine is None else engine
-    results = answer_pairs(
-        engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack, questions=questions, quiet=quiet
-    )
-    write_measurements(Path(out) / "results.json", results)
+    with locked(out):
+        results = answer_pairs(
+            engine, tokenizer, pairs, samples, seed, out, chat=chat, haystack=haystack, questions=questions, quiet=quiet
+        )
+        write_measurements(Path(out) / "results.json", results)
     return {"results": [result.to_dict() for result in results], "means": mean_by_length(results)}
 
 
@@ -158,16 +159,15 @@ def answer_pairs(
 
     A set of published texts may hold fewer samples than asked for; `n` says how many there were. `workers` processes
     make samples ahead. With `left_out`, a test whose next sample cannot be made is left at what it has, and its reason
-    is put there; without, it stops the run.
+    is put there; without, it stops the run. The caller holds the folder (`locked`).
     """
     out = Path(out)
-    with locked(out):
-        held = {
-            (task, length): done_already(answers_path(out, task, length), task, length, seed)[:samples]
-            for task, length in pairs
-        }
-        options = {"chat": chat, "haystack": haystack, "lenient": left_out is not None}
-        failed = _fill(held, engine, tokenizer, samples, seed, out, workers, questions, options, quiet)
+    held = {
+        (task, length): done_already(answers_path(out, task, length), task, length, seed)[:samples]
+        for task, length in pairs
+    }
+    options = {"chat": chat, "haystack": haystack, "lenient": left_out is not None}
+    failed = _fill(held, engine, tokenizer, samples, seed, out, workers, questions, options, quiet)
     if left_out is not None:
         left_out.update(failed)
     return task_results({pair: records for pair, records in held.items() if records or pair not in failed})

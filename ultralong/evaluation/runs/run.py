@@ -33,7 +33,7 @@ from ultralong.inference.vllm_engine import VllmEngine
 from ultralong.rope import declared_window
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
-from ultralong.utils.files import write_json
+from ultralong.utils.files import locked, write_json
 from ultralong.utils.hub import load_tokenizer
 
 
@@ -64,8 +64,8 @@ def run(
         What `report.json` holds: see `results.summarise`. None on torchrun's other processes.
 
     Raises:
-        ValueError: The folder holds another run; a test is unknown, misses its data or needs longer prompts; or no
-            length lies within the window.
+        ValueError: The folder holds another run, or another process writes there; a test is unknown, misses its data or
+            needs longer prompts; or no length lies within the window.
         ImportError: A package that one of the tests needs is not installed.
     """
     names = expand(wanted.tasks)
@@ -88,26 +88,28 @@ def run(
     window = declared_window(config.get_text_config())
     lengths = within_window(wanted.lengths or doubled_lengths(window), window, wanted.beyond_window)
     pairs, questions, skipped = plan_pairs(names, lengths, tokenizer, wanted, texts)
-    asked = replace(wanted, tasks=tuple(names), lengths=tuple(lengths))
-    settings.save(asked, out / SETTINGS_FILE, "Repeat or resume with: ultralong eval run")
-    facts = {"window": window, "skipped": skipped, "model": describe_model(config, model), **describe_environment()}
-    write_json(out / "environment.json", facts)
-    if engine is None and model is None and (pairs or "needle" in names):
-        engine = _engine(wanted, model, tokenizer, max(lengths))
-    if "needle" in names:
-        axes = grid_axes(wanted, max(lengths), window)
-        measure_grid(model, tokenizer, wanted, axes, texts, out / "needle.jsonl", engine, quiet=quiet)
-    if pairs:
-        engine = _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine
-        left_out = _answer(wanted, engine, tokenizer, pairs, questions, texts, out, quiet)
-        if left_out:
-            facts["skipped"] = {**skipped, **left_out}
-            write_json(out / "environment.json", facts)
-    if model is not None:
-        measure_rows(names, model, wanted, window, out, device, quiet)
-    if "lm_eval" in names:
-        measure_benchmarks(wanted, model, tokenizer, out, quiet)
-    return write_results(out, before, draw=draw)
+    with locked(out):  # all of it, as another run's settings would be written over these
+        check_same_run(wanted, out)  # what has come meanwhile
+        asked = replace(wanted, tasks=tuple(names), lengths=tuple(lengths))
+        settings.save(asked, out / SETTINGS_FILE, "Repeat or resume with: ultralong eval run")
+        facts = {"window": window, "skipped": skipped, "model": describe_model(config, model), **describe_environment()}
+        write_json(out / "environment.json", facts)
+        if engine is None and model is None and (pairs or "needle" in names):
+            engine = _engine(wanted, model, tokenizer, max(lengths))
+        if "needle" in names:
+            axes = grid_axes(wanted, max(lengths), window)
+            measure_grid(model, tokenizer, wanted, axes, texts, out / "needle.jsonl", engine, quiet=quiet)
+        if pairs:
+            engine = _engine(wanted, model, tokenizer, max(lengths)) if engine is None else engine
+            left_out = _answer(wanted, engine, tokenizer, pairs, questions, texts, out, quiet)
+            if left_out:
+                facts["skipped"] = {**skipped, **left_out}
+                write_json(out / "environment.json", facts)
+        if model is not None:
+            measure_rows(names, model, wanted, window, out, device, quiet)
+        if "lm_eval" in names:
+            measure_benchmarks(wanted, model, tokenizer, out, quiet)
+        return write_results(out, before, draw=draw)
 
 
 def _answer(
