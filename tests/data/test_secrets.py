@@ -11,7 +11,7 @@ import pytest
 
 from ultralong.data.chat.endpoint import Client, Endpoint, RequestFailed
 from ultralong.data.chat.transport import check_address, is_this_machine
-from ultralong.data.read.registries import _open
+from ultralong.data.read.registries import RegistryError, _file_address, _open
 from ultralong.evaluation.runs.checks import check_needs
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.inference.openai_engine import OpenAIEngine
@@ -135,6 +135,17 @@ def test_a_password_of_an_index_stays_with_its_host(start, where, told):
     last = (other if where == "/away" else index).seen[-1][1]
     assert (last.get("Authorization") == pair) == told
     assert told or not any("secret" in str(headers) or pair in headers.values() for _, headers in other.seen)
+
+
+@pytest.mark.parametrize("said", [b"[1]", b'{"files": 7}', b'{"files": [1]}', b"[" * 100_000, b"\xff", b"7" * 5000])
+def test_an_odd_page_of_an_index_is_one_line(start, said, monkeypatch):
+    index = start()
+    index.says["/odd/"] = (200, said)
+    with pytest.raises(RegistryError, match="no list of files"):
+        _file_address(f"{index.url}/odd/", "a.whl", None)
+    monkeypatch.setattr("ultralong.data.read.registries.LARGEST_PAGE", len(said) - 1)
+    with pytest.raises(RegistryError, match="more than"):
+        _file_address(f"{index.url}/odd/", "a.whl", None)
 
 
 def test_another_port_is_another_host(start):

@@ -169,10 +169,12 @@ def _folder_beside(target: Path, needed: int) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     busy = f"Another run is writing {target} right now. Wait for it or choose another."
     with file_lock(target.parent / f".{target.name}.lock", busy, remove=True):
+        if temporary.is_symlink():
+            raise ValueError(f"{temporary} is a link, and what is behind it would be removed. Remove the link.")
         temporary.mkdir(exist_ok=True)
         try:
             for left in temporary.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             check_space(temporary, needed)
             yield temporary
             os.replace(temporary, target)

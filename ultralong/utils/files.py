@@ -27,13 +27,10 @@ PROBE = 1 << 20  # bytes that a disk takes which is not full
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path` when the block ends without an error.
+    """Yield a temporary path in the same folder, on one file system, that becomes `path` where the block ends well.
 
     Args:
         path: The file to write. Its folder is created when missing.
-
-    Yields:
-        A path in the same folder (so that the final move stays on one file system).
     """
     target = Path(path)
     make_folder(target.parent)
@@ -253,8 +250,10 @@ def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
     resumed run's records do not grow onto it.
 
     Raises:
-        ValueError: `record` holds a NaN or an infinity.
+        ValueError: `record` holds a NaN or an infinity, or the log is a link: what it points to is not ours.
     """
+    if os.path.islink(path):
+        raise ValueError(f"{path} is a link, and logs are files of their own. Remove it.")
     line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as stream:

@@ -20,10 +20,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ultralong.utils.files import json_value
 from ultralong.utils.progress import progress
 
 SECONDS_TO_ANSWER = 20
 ATTEMPTS = 3
+LARGEST_PAGE = 64 << 20  # bytes of an index's page about a project
 
 
 class RegistryError(Exception):
@@ -159,9 +161,14 @@ def _file_address(page: str, file: str, context: ssl.SSLContext | None) -> str |
     """Where a project's page on an index says that a file lies: its JSON form (PEP 691) or its HTML one (PEP 503)."""
     accept = {"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"}
     with _open(page, context, accept) as answer:
-        body, kind, base = answer.read(), answer.headers.get("Content-Type", ""), answer.geturl()
+        body, kind, base = answer.read(LARGEST_PAGE + 1), answer.headers.get("Content-Type", ""), answer.geturl()
+    if len(body) > LARGEST_PAGE:
+        raise RegistryError(f"{_shown(page)} has more than {LARGEST_PAGE >> 20} MiB")
     if "json" in kind:
-        links = {entry["filename"]: entry["url"] for entry in json.loads(body)["files"]}
+        try:
+            links = {str(entry["filename"]): str(entry["url"]) for entry in json_value(body)["files"]}
+        except (ValueError, TypeError, LookupError):
+            raise RegistryError(f"{_shown(page)} is no list of files") from None
     else:
         parser = _Links()
         parser.feed(body.decode("utf-8", "replace"))
