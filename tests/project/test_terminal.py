@@ -13,7 +13,7 @@ import pytest
 from forked import forked_command
 
 from ultralong import cli, miniature
-from ultralong.cli.terminal import ON_ERRORS, ON_OUTPUT, plain_streams, shown
+from ultralong.cli.shared import ON_ERRORS, ON_OUTPUT, plain_streams, shown
 
 ORDERS = {
     "title": "\x1b]0;owned\x07",
@@ -99,6 +99,6 @@ def test_a_terminal_that_lacks_a_letter(tmp_path, encoding):
     done = subprocess.run(words, capture_output=True, env=environment, check=False)
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
-    script = "from ultralong.cli.terminal import plain_streams\nwith plain_streams(): print('\\u6f6e', '\\udcff')"
+    script = "from ultralong.cli.shared import plain_streams\nwith plain_streams(): print('\\u6f6e', '\\udcff')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=True)
     assert done.stdout.decode(encoding).strip() == ("\u6f6e" if encoding == "utf-8" else "\\u6f6e") + " \\udcff"

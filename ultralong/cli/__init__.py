@@ -12,8 +12,8 @@ import tyro
 from ultralong import __version__
 from ultralong.cli.errors import guarded
 from ultralong.cli.options import call, parser_of
+from ultralong.cli.shared import plain_streams
 from ultralong.cli.table import COMMANDS, GROUPS, explanation, group_text, help_text, overview, suggestion
-from ultralong.cli.terminal import plain_streams
 from ultralong.utils.home import expand_word
 from ultralong.utils.processes import end_with_parent
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ultralong.cli.terminal import shown
+from ultralong.cli.shared import shown
 from ultralong.utils.processes import ChildFailed
 
 # What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.

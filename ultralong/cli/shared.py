@@ -1,10 +1,18 @@
-"""What the commands share: where numbers go, and who speaks when several processes run one command."""
+"""What the commands share: where numbers go, who speaks when several processes run one command, what is printed.
+
+Names of files, recipes and models, texts of documents and words of a server are other people's. A terminal takes
+escape sequences in them as orders: to rename the window, to write over a line, to copy into the clipboard.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from tyro.conf import arg
 
@@ -12,6 +20,13 @@ from ultralong.utils.files import write_json
 
 Json = Annotated[Path | None, arg(metavar="FILE")]
 File = Annotated[Path, arg(metavar="FILE")]
+# Control characters, those that turn a text's direction, and halves of surrogate pairs, which no stream can encode.
+HIDDEN = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+COLOUR = r"\x1b\[[0-9;]*m"
+MOVES = r"\x1b\[[0-9]*A|\r"  # of progress bars, which are on the error stream
+ON_OUTPUT = re.compile(f"({COLOUR}|\r\n)|{HIDDEN}")
+ON_ERRORS = re.compile(f"({COLOUR}|{MOVES})|{HIDDEN}")
+IN_A_SENTENCE = re.compile(f"(){HIDDEN}")
 
 
 def is_main() -> bool:
@@ -23,3 +38,47 @@ def leave(path: Path | None, value: Any) -> None:
     """Write the numbers of a command where they were asked for."""
     if path is not None and is_main():
         write_json(path, value)
+
+
+def shown(text: str, pattern: re.Pattern[str] = IN_A_SENTENCE) -> str:
+    """The text with each control character as a backslash would write it, but for what the pattern's group keeps."""
+
+    def spelled(found: re.Match[str]) -> str:
+        return found[1] or found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+    return pattern.sub(spelled, text)
+
+
+class _Stream:
+    """A text stream that shows control characters instead of sending them."""
+
+    def __init__(self, stream: TextIO, kept: re.Pattern[str]) -> None:
+        self._stream, self._kept = stream, kept
+
+    def write(self, text: str) -> int:
+        self._stream.write(shown(text, self._kept))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """Let what is printed meanwhile hold colours and progress bars, and no other order to a terminal.
+
+    Letters that the terminal's encoding lacks are spelled too, where printing them would be an error.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        with suppress(AttributeError):  # one that a test has put there
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _Stream(before[0], ON_OUTPUT), _Stream(before[1], ON_ERRORS)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
