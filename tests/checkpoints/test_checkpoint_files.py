@@ -18,7 +18,9 @@ from ultralong.checkpoints.files import companion_files, header, weight_files
 from ultralong.checkpoints.model_card import read_licence
 from ultralong.checkpoints.write import copy_weights, write_checkpoint
 from ultralong.data.tokens import encoding
+from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.measures.perplexity import token_losses
+from ultralong.evaluation.tasks.needle import prepare_haystack
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.load import load_model, load_model_and_tokenizer
 from ultralong.rope import from_config
@@ -247,6 +249,8 @@ def test_a_model_whose_logits_are_no_numbers_gives_no_answer(model, value):
     ids = torch.arange(1, 9)[None]
     with pytest.raises(ValueError, match="logits are not numbers"):
         token_losses(loaded, ids, ids)
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        needle_grid(loaded, tokenizer, [400], [0.5], 1, 0, prepare_haystack(tokenizer, None, 400), quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import endpoint_trials, file_trials, hostile_trials, process_trials  # noqa: F401 - register
+from tests.support import (  # noqa: F401 - register
+    endpoint_trials,
+    file_trials,
+    further_trials,
+    hostile_trials,
+    process_trials,
+)
 from tests.support.trial_version import DEEP, WARM, Server, Version, environment, last, main, told, trial, wait
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.tasks.haystack import Haystack
 from ultralong.evaluation.tasks.needle import NeedleFormat, NeedleSample, make_needle, prepare_haystack
+from ultralong.inference.decoding import NOT_A_NUMBER
 from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.inference.generate import prefill
 from ultralong.utils.progress import progress
@@ -172,7 +173,10 @@ def answer_forward(
     ).to(model.device)  # (B, T)
     longest = max(len(needle.answer_ids) for needle in needles)
     # The last token predicts nothing that is asked for.
-    guesses = prefill(model, whole[:, :-1], keep=longest, chunk=chunk).argmax(-1)  # (B, A)
+    logits = prefill(model, whole[:, :-1], keep=longest, chunk=chunk)  # (B, A, V)
+    if logits.isnan().any():
+        raise ValueError(NOT_A_NUMBER)
+    guesses = logits.argmax(-1)  # (B, A)
     judged = []
     for row, needle in enumerate(needles):
         ids = guesses[row, longest - len(needle.answer_ids) :].tolist()
