@@ -105,4 +105,6 @@ def card(version: Version) -> tuple[bool, str]:
     printed = version.command("extend", "carded", "--to", "4096", "--out", "carded-out")
     written = version.base / "carded-out" / "README.md"
     kept = written.exists() and "*id" in written.read_text()
-    return kept or not printed.endswith("exit 0"), f"the card {'holds them' if kept else 'states no licence'}"
+    return kept or not printed.endswith(
+        "exit 0"
+    ), f"the card {'holds them' if kept else 'states no licence'}: {last(printed)}"

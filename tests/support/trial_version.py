@@ -293,7 +293,8 @@ def main() -> None:
                     continue
                 fault, seen = work(version)
                 seen = seen.replace(scratch, "FOLDER")
-                row = rows.setdefault(name, {"kind": kind, "input": name, "command": command})
+                row = rows.setdefault(name, {})
+                row |= {"kind": kind, "input": name, "command": command}
                 row |= {when: "fault" if fault else "holds", f"{when}_seen": seen, f"{when}_version": version.name}
                 print(f"{when}: {'FAULT' if fault else 'holds'}  {name}: {seen}", flush=True)
                 write_rows(wanted.json, [rows[each] for each in TRIALS if each in rows])
