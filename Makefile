@@ -108,11 +108,15 @@ readers: setup  ## Make build/readers/: transformers 4.46, 4.51 and 4.57 for tes
 	done
 
 # Gigabytes each, with a torch of their own, and no GPU: only their reading of a config and their rotary table are asked.
+# Without a GPU, SGLang's imports a module of vLLM, which needs nothing more.
 servers: readers  ## Make build/servers/: vLLM and SGLang, and the whole table of readers, build/readers.json
 	for server in $(SERVERS); do \
 	  "$(BIN)/python" -m venv --clear "build/servers/$$server"; \
 	  "build/servers/$$server/bin/python" -m pip install --quiet --no-cache-dir --disable-pip-version-check "$$server"; \
 	done
+	if [ -d build/servers/sglang ]; then \
+	  build/servers/sglang/bin/python -m pip install --quiet --no-cache-dir --no-deps --disable-pip-version-check vllm; \
+	fi
 	$(TEST_ENV) "$(BIN)/ultralong" bench readers --pythons build/readers/*/bin/python --json build/readers.json \
 	  $(foreach server,$(SERVERS),--$(server) build/servers/$(server)/bin/python)
 
