@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ultralong import miniature
+from ultralong.checkpoints.check import check
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.files import companion_files, header, weight_files
@@ -32,6 +33,7 @@ from ultralong.utils.files import read_json, sha256
 
 LAUGHS = ["&a0 [x, x, x, x, x, x, x, x, x]"]
 LAUGHS += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n"
 
 
 @pytest.fixture
@@ -273,6 +275,40 @@ def test_a_config_of_a_billion_layers_is_refused_before_one_is_built(model):
     file.write_text(json.dumps(read_json(file) | {"num_hidden_layers": 10**9}))
     with pytest.raises(ValueError, match="1,000,000,000 layers"):
         load_config(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", POINTER, "git lfs pull"),
+        ("tokenizer.model", POINTER, "git lfs pull"),
+        ("tokenizer.json", '{"version":', "not valid JSON"),
+        ("generation_config.json", "[]", "generation_config.json"),
+        ("added_tokens.json", "{", "not valid JSON"),
+        ("special_tokens_map.json", "", "not valid JSON"),
+    ],
+)
+def test_a_file_that_would_not_open_in_the_copy_is_refused_before_it_is_made(tmp_path, model, name, content, said):
+    (model / name).write_text(content)
+    config = TrainConfig(model=str(model), out=str(tmp_path / "run"), data=(DataSource("rows"),), steps=1)
+    for refuse in (lambda: extend(model, 4096, tmp_path / "long", quiet=True), lambda: check(model)):
+        with pytest.raises(ValueError, match=said) as error:
+            refuse()
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "long").exists()
+    wrong = {finding.name: finding.text for finding in preflight(config, 1) if not finding.good}
+    assert said in wrong["shapes"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), [0.0, float("inf")]])
+def test_an_infinity_of_a_config_stays(tmp_path, model, value):
+    """Mamba's time_step_limit ends in one, which JSON has not and transformers writes and reads."""
+    entries = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(entries | {"time_step_limit": value}))
+    extend(model, 4096, tmp_path / "long", quiet=True)
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["time_step_limit"] == value
+    assert load_config(tmp_path / "long").time_step_limit == value
 
 
 @pytest.mark.parametrize("content", ["[]", '{"chat_template": [1]}', '{"a": ' + 99_999 * "[" + 99_999 * "]" + "}"])

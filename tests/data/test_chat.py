@@ -123,6 +123,7 @@ def test_no_template_is_refused(tiny_tokenizer, tmp_path):
         ([{"role": "user", "content": None}], "missing content"),
         ([{"role": "user", "content": "a"}], "no answer"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "empty answer"),
+        ([{"role": "user", "content": "\n"}, {"role": "assistant", "content": "a"}], "empty question"),
         ([{"role": "user", "content": "a<|turn|>"}, {"role": "assistant", "content": "b"}], "control token"),
     ],
 )

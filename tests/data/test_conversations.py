@@ -66,6 +66,7 @@ def test_named_fields_and_named_styles():
 
 
 TURN = {"from": "human", "value": "a"}
+SAID = {"from": "gpt", "value": "b"}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,9 @@ TURN = {"from": "human", "value": "a"}
         ({"question": " ", "answer": "b"}, "no question"),
         ({"question": "a", "answer": None}, "missing content"),
         ({"question": "a", "answer": ""}, "empty answer"),
+        ({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]}, "empty question"),
+        ({"conversations": [{"from": "human", "value": " \n"}, {"from": "gpt", "value": "a"}]}, "empty question"),
+        ({"conversations": [TURN, SAID, {"from": "human", "value": ""}, SAID]}, "empty question"),
         ({"question": "a\ud800", "answer": "b"}, "not valid Unicode"),
     ],
 )

@@ -21,6 +21,7 @@ zstandard = pytest.importorskip("zstandard")
 pyarrow = pytest.importorskip("pyarrow")
 TEXTS = ["the tide came in", "a lantern at dawn"]
 JSON_LINES = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n"
 LONG = b"".join(json.dumps({"text": f"{'word ' * 40}{n}"}).encode() + b"\n" for n in range(2000))
 
 
@@ -98,13 +99,40 @@ def test_json_with_other_fields_is_left_out_and_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"%PDF-1.7 ...", "a PDF"), (b"PK\x03\x04...", "zip"), (b"ARROW1\0\0...", "Arrow"), (b"Rar!\x1a\x07\0", "rar")],
+    [
+        (b"%PDF-1.7 ...", "a PDF"),
+        (b"WARC/1.0\r\n", "WARC"),
+        (POINTER, "git lfs pull"),
+        (b"PK\x03\x04...", "zip"),
+        (b"ARROW1\0\0...", "Arrow"),
+        (b"Rar!\x1a\x07\0", "rar"),
+    ],
 )
 def test_files_of_other_programs_are_named(tmp_path, content, what):
     (tmp_path / "a.bin").write_bytes(content)
     _, report = read(tmp_path, encoding="latin-1")
     assert report.skipped == {"a kind of file that is not read": 1}
     assert what in report.examples["a kind of file that is not read"][0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet"])
+def test_a_pointer_in_the_place_of_a_file_is_no_text_and_no_damage(tmp_path, name):
+    (tmp_path / name).write_bytes(POINTER)
+    texts, report = read(tmp_path)
+    assert not texts
+    assert "git lfs pull" in report.examples["a kind of file that is not read"][0]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "A.TSV", "a.csv.gz"])
+def test_a_table_is_not_read_as_a_text(tmp_path, name):
+    """Its commas, quotes and numbers of rows would be trained on."""
+    table = b'id,text\n1,"a ""quoted"" text, over\ntwo lines"\n'
+    (tmp_path / name).write_bytes(gzip.compress(table) if name.endswith("gz") else table)
+    texts, report = read(tmp_path)
+    assert not texts
+    assert "format: text" in report.examples["a kind of file that is not read"][0]
+    assert read(tmp_path, format="text")[0] == [table.decode()], "who wants its source as text says so"
+    assert not read(tmp_path, join="directory")[0]
 
 
 def test_a_folder_joined_to_a_text_leaves_data_files_out(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultralong.evaluation.measures.intervals import (
+    alike_difference,
     bootstrap_mean,
     bootstrap_ratio,
     clopper_pearson,
@@ -115,3 +116,16 @@ def test_pairing_finds_a_small_steady_difference():
     assert 0.1 < difference.low < difference.mean < difference.high < 0.3
     with pytest.raises(ValueError, match="same samples"):
         paired_difference([1.0], [1.0, 2.0], seed=0)
+
+
+@pytest.mark.parametrize(("difference", "n", "low", "high"), [
+    (0.0, 2, -0.658, 0.658), (0.0, 20, -0.161, 0.161), (1.0, 20, 0.678, 1.0), (-1.0, 20, -1.0, -0.678),
+    (0.5, 20, 0.258, 0.581),
+])  # fmt: skip
+def test_pairs_that_differ_alike_claim_no_certainty(difference, n, low, high):
+    assert alike_difference(difference, n) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_what_differs_alike_beyond_a_score_is_refused():
+    with pytest.raises(ValueError, match="between -1 and 1"):
+        alike_difference(50.0, 3)

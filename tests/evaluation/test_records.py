@@ -1,6 +1,8 @@
 """Samples and answers in files: continued, not repeated; scored as made."""
 
 import json
+import os
+import threading
 
 import pytest
 from induction import InductionModel
@@ -128,7 +130,13 @@ def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
         )
     one, two = compare_answers(tmp_path / "short", tmp_path / "long")
     assert (one["task"], one["length"], two["length"], one["n"]) == (TASKS[0], 1024, 2048, 5)
-    assert (two["first"], two["second"], two["difference"], two["low"], two["high"]) == (0, 100, 100, 100, 100)
+    assert (two["first"], two["second"], two["difference"], two["low"], two["high"]) == (
+        0,
+        100,
+        100,
+        pytest.approx(13.1, abs=0.1),
+        100,
+    )
     assert [item["difference"] for item in compare_answers(tmp_path / "long", tmp_path / "long")] == [0, 0]
     answer_tasks(
         InductionModel(len(tiny_tokenizer)),
@@ -208,3 +216,54 @@ def test_the_command_prints_one_sample_without_an_interval(tmp_path, capsys):
     cli.main(["eval", "score", "needle", str(tmp_path / "answers.jsonl"), "--json", str(tmp_path / "score.json")])
     assert capsys.readouterr().out.split() == ["needle", "100.0", "[n", "=", "1]", "n", "1", "(retrieval)"]
     assert json.loads((tmp_path / "score.json").read_text())["n"] == 1
+
+
+def answers(file, *changes):
+    """A file of answers: the same sample, changed."""
+    base = {"task": "needle", "index": 0, "max_length": 4096, "seed": 0, "outputs": ["7"], "prediction": "7"}
+    file.write_text("".join(json.dumps(base | change) + "\n" for change in changes))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"depth": [0.5], "positions": [3]}, "depth must be a number from 0 to 1"),
+        ({"depth": float("nan"), "positions": [3]}, "depth must be"),
+        ({"depth": 1.5, "positions": [3]}, "depth must be"),
+        ({"depth": 0.5, "positions": 3}, "positions must be a list"),
+        ({"depth": 0.5, "positions": True}, "positions must be a list"),
+    ],
+)
+def test_places_of_a_wrong_type_are_named(tmp_path, change, said):
+    with pytest.raises(ValueError, match=f"Record 2: {said}"):
+        score_file("needle", answers(tmp_path / "a.jsonl", {}, {"index": 1} | change))
+
+
+@pytest.mark.parametrize("again", [{}, {"prediction": "8"}, {"depth": 0.2}])
+def test_a_sample_counts_once(tmp_path, again):
+    with pytest.raises(ValueError, match="Records 1 and 3 answer one sample"):
+        score_file("needle", answers(tmp_path / "a.jsonl", {}, {"index": 1}, again))
+
+
+@pytest.mark.parametrize("other", [{"index": 1}, {"max_length": 8192}, {"seed": 1}, {"outputs": ["9"]}])
+def test_another_sample_is_another(tmp_path, other):
+    """Of another length or seed, or of a program whose indices start again."""
+    assert score_file("needle", answers(tmp_path / "a.jsonl", {}, other))["n"] == 2
+
+
+@pytest.mark.parametrize("task", ["ruler_vt", "graphwalks_bfs", "lveval_hotpotwikiqa_mixup_16k"])
+def test_answers_of_another_test_are_not_scored_by_this_ones_rule(tmp_path, task):
+    with pytest.raises(ValueError, match=f"Record 1 is an answer to {task}, and is not scored as needle"):
+        score_file("needle", answers(tmp_path / "a.jsonl", {"task": task}))
+    assert score_file("needle", answers(tmp_path / "a.jsonl", {"task": "our own name"}))["n"] == 1
+
+
+def test_answers_are_read_from_a_pipe(tmp_path):
+    """As a shell's <(zcat answers.jsonl.gz)."""
+    content = answers(tmp_path / "a.jsonl", {}, {"index": 1}).read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    assert score_file("needle", tmp_path / "pipe")["n"] == 2
+    writer.join()

@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+from tokenizers import AddedToken
 from transformers import GenerationConfig
 
 from ultralong.inference.stop_tokens import end_tokens, stop_tokens, turn_end_tokens
@@ -42,6 +43,24 @@ TEMPLATES = {
 def test_what_ends_a_turn(tiny_tokenizer, kind):
     tokenizer = pickle.loads(pickle.dumps(tiny_tokenizer))  # noqa: S301 - our own object
     tokenizer.chat_template, expected = TEMPLATES[kind]
+    assert set(tokenizer.convert_ids_to_tokens(sorted(turn_end_tokens(tokenizer)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [
+        ("<|im_end|>\n", {"<|im_end|>"}),
+        ("<end_of_turn>\n", {"<end_of_turn>"}),
+        ("\n[/TURN]", {"[/TURN]"}),
+        ("\n\n", set()),
+    ],
+)
+def test_an_end_that_is_added_and_not_special_ends_a_turn_and_a_line_break_does_not(tiny_tokenizer, behind, expected):
+    """As fine-tunes of Mistral and Yi add ChatML's; training learns it as the end (`data.chat.template`)."""
+    tokenizer = pickle.loads(pickle.dumps(tiny_tokenizer))  # noqa: S301 - our own object
+    names = ["<|im_end|>", "<end_of_turn>", "[/TURN]", "\n\n"]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + behind + "{% endfor %}"
     assert set(tokenizer.convert_ids_to_tokens(sorted(turn_end_tokens(tokenizer)))) == expected
 
 

@@ -21,6 +21,7 @@ from ultralong.training.preflight import check_start, preflight
 from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
 
+RUN = {"model": "m", "out": "o", "data": (DataSource("r"),), "steps": 1}
 NAMES = ["processes", "model", "rows", "shapes", "targets", "window", "vocabulary", "attention", "folder"]
 
 
@@ -262,6 +263,13 @@ def test_only_ulysses_splits_heads(run, tiny_model, scheme):
         check_start(replace(run, parallel=ParallelConfig(context_parallel_size=3, scheme="ulysses")), 3)
 
 
+@pytest.mark.parametrize("key", ["context_parallel_size", "fsdp_shard_degree"])
+def test_a_share_of_billions_is_refused_at_once(run, key):
+    """What fits is looked for among the processes that there are, not among those that were asked for."""
+    with pytest.raises(ValueError, match=f"{key} is 9000000000000000000, but this run has 1 process"):
+        check_start(replace(run, parallel=ParallelConfig(**{key: 9 * 10**18})), 1)
+
+
 def test_a_plan_needs_neither_model_nor_rows(run):
     import shutil
 
@@ -376,7 +384,13 @@ def _missing(name):
         (OptimizerConfig, {"eps": 0.0}),
         (OptimizerConfig, {"weight_decay": -0.1}),
         (OptimizerConfig, {"weight_decay": float("nan")}),
+        (OptimizerConfig, {"clip_norm": float("nan")}),
         (ParallelConfig, {"timeout_minutes": float("inf")}),
+        (TrainConfig, RUN | {"save_every": -1}),
+        (TrainConfig, RUN | {"seed": -1}),
+        (TrainConfig, RUN | {"seed": 2**32}),
+        (TrainConfig, RUN | {"loss_spike_threshold": -0.5}),
+        (TrainConfig, RUN | {"loss_spike_threshold": float("nan")}),
     ],
 )
 def test_numbers_without_sense_are_refused(part, change):

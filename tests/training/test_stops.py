@@ -248,6 +248,17 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(run, capfd, start):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("place", ["no folder", "an empty folder", "a run without a checkpoint"])
+def test_resuming_nothing_says_that_the_run_starts(run, place, capfd):
+    """A slip in `out` would otherwise be a run that starts anew without a word."""
+    if place == "an empty folder":
+        Path(run.out).mkdir()
+    if place == "a run without a checkpoint":
+        settings.save(run, Path(run.out, "config.yaml"))
+    train(run, resume=True, quiet=True)
+    assert capfd.readouterr().err.count("holds no checkpoint to resume from: the run starts at its first step") == 1
+
+
 @pytest.mark.parametrize("lost", ["result.json", "model/config.json", "a result of another shape"])
 def test_a_run_that_lost_its_end_makes_it_again(run, lost):
     """From the last checkpoint; the loss is the one that the whole run had."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from ultralong.checkpoints.files import header, weight_files
+from ultralong.checkpoints.files import check_links, companion_files, header, weight_files
 from ultralong.rope.config import FULL, SLIDING
-from ultralong.utils.files import read_json_object
+from ultralong.utils.files import LFS_POINTER, read_json_object
 
 # Types with a RoPE for each type of layers whose version-4 classes read rope_scaling for full attention alone.
 BY_LAYER_TYPE = ("gemma3_text", "olmo3")
@@ -35,6 +35,11 @@ SIZES = (
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
 MOST_LAYERS = 10_000  # a class is built layer by layer, also without memory: a damaged number would take for ever
+# Files beside config.json that hold an object, without which a tokenizer or a generation does not open.
+OBJECTS = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",
+)  # fmt: skip
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -72,6 +77,41 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"transformers {transformers_version} can't read the config in {model} (type {kind!r}): {one_line(error)} "
             "Models that bring their own code are not supported."
         ) from error
+
+
+def check_whole(model: str | os.PathLike[str]) -> None:
+    """Refuse a local checkpoint with weights that are no whole safetensors files, links out of it, or files cut short.
+
+    Args:
+        model: Folder or hub id; of an id nothing is checked, as nothing is here.
+
+    Raises:
+        ValueError: One line that says what is wrong.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        check_links(folder, weight_files(folder))
+        check_companions(folder, companion_files(folder)[0])
+
+
+def check_companions(folder: Path, names: Iterable[str]) -> None:
+    """Refuse what goes along with the weights and would not open in the copy: it is copied without being opened.
+
+    Args:
+        folder: The checkpoint.
+        names: Its files that go along, as `companion_files` names them.
+
+    Raises:
+        ValueError: One is a Git LFS pointer in the place of the file, or the tokenizer's or the generation's JSON is no
+            object.
+    """
+    for name in names:
+        with open(folder / name, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        if pointer:
+            raise ValueError(f"{folder / name} is a Git LFS pointer in the place of the file: run `git lfs pull`.")
+        if name in OBJECTS:
+            read_json_object(folder / name)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers import __version__ as transformers_version
 
 from ultralong.checkpoints.class_table import check_class_table, check_class_weights, class_norms
-from ultralong.checkpoints.config import CONFIG_ERRORS, load_config, one_line
+from ultralong.checkpoints.config import CONFIG_ERRORS, check_companions, load_config, one_line
 from ultralong.checkpoints.files import CARD, check_links, companion_files, locate, weight_files
 from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, read_licence
 from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries, explanation
@@ -182,8 +182,9 @@ def _write(
 ) -> ExtendReport:
     """Write the copy of a checkpoint with another scaling."""
     weights = weight_files(folder)
-    check_class_weights(folder, config)
     companions, left_out = companion_files(folder)
+    check_companions(folder, companions)
+    check_class_weights(folder, config)
     check_links(folder, weights)
     notes = caveats(config, scaling, to)
     if not (folder / "tokenizer_config.json").is_file():

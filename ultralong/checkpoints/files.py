@@ -140,21 +140,6 @@ def companion_files(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(taken), sorted(left)
 
 
-def check_whole(model: str | os.PathLike[str]) -> None:
-    """Refuse a local checkpoint whose weights are no whole safetensors files, or that holds links out of it.
-
-    Args:
-        model: Folder or hub id; of an id nothing is checked, as nothing is here.
-
-    Raises:
-        ValueError: One line that says what is wrong.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        check_links(folder, weight_files(folder))
-        companion_files(folder)
-
-
 def check_links(folder: Path, names: Iterable[str]) -> None:
     """Refuse links that lead out of a checkpoint: what is copied from there may be a private file of this machine.
 

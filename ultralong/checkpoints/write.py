@@ -7,6 +7,7 @@ one step: it is complete or it does not exist.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ultralong.checkpoints.config import config_for_readers, tokenizer_for_readers, weights_dtype
+from ultralong.checkpoints.config import check_companions, config_for_readers, tokenizer_for_readers, weights_dtype
 from ultralong.checkpoints.files import CARD, check_links, check_space, companion_files, copy_file, weight_files
-from ultralong.utils.files import file_lock, read_json_object, write_json, write_text
+from ultralong.utils.files import file_lock, read_json_object, write_text
 from ultralong.utils.progress import progress
 
 EDITED = ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -60,6 +61,7 @@ def write_checkpoint(
         target = Path(os.path.realpath(target))
         check_free(target)
     companions, _ = companion_files(source)
+    check_companions(source, companions)
     with _folder_beside(target, needed) as folder:
         for name in companions:
             if name not in EDITED:
@@ -69,13 +71,12 @@ def write_checkpoint(
                 entries = read_json_object(source / name) | dict((changes or {}).get(name, {}))
                 if name == "tokenizer_config.json":
                     entries = tokenizer_for_readers(entries, _text(source / "chat_template.jinja"))
-                write_json(folder / name, entries)
+                _write_entries(folder / name, entries)
         if check is not None:
             check(folder)
         weights(folder)
-        write_json(
-            folder / "config.json", config_for_readers(read_json_object(folder / "config.json"), weights_dtype(folder))
-        )
+        entries = config_for_readers(read_json_object(folder / "config.json"), weights_dtype(folder))
+        _write_entries(folder / "config.json", entries)
         write_text(folder / CARD, card(folder))
         if replace:
             _remove(target)
@@ -93,6 +94,11 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
     with _folder_beside(target, 0) as folder:
         fill(folder)
         _remove(target)
+
+
+def _write_entries(file: Path, entries: Mapping[str, Any]) -> None:
+    """Infinity stays as the source spells it, though JSON has none: Mamba's time_step_limit is [0.0, Infinity]."""
+    write_text(file, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
 
 def _text(file: Path) -> str | None:

@@ -27,12 +27,13 @@ def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         tokenizer: Any tokenizer.
 
     Returns:
-        The control token that follows an answer, at the end of a conversation and before another question: where a
+        The added token that follows an answer, at the end of a conversation and before another question: where a
         template ends no turn, the token that opens the next one. Empty without a template, or where text follows.
     """
     if not tokenizer.chat_template:
         return set()
-    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Also those that are not marked special, as fine-tunes add the ends of turns; some tokenizers add line breaks.
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}]
     found: set[int] = set()
     for talk in (turns, [*turns, turns[0]]):

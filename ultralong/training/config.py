@@ -75,7 +75,7 @@ class OptimizerConfig:
             raise ValueError(f"lr must be above 0, found {self.lr}.")
         if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < 1 or not 0 <= self.weight_decay < 1e3:
             raise ValueError(f"betas must be in 0..1, eps above 0 and weight_decay 0 or more, found {self}.")
-        if self.warmup_steps < 0 or self.clip_norm < 0 or not 0 <= self.final_ratio <= 1:
+        if self.warmup_steps < 0 or not self.clip_norm >= 0 or not 0 <= self.final_ratio <= 1:
             raise ValueError("warmup_steps and clip_norm must be 0 or more and final_ratio in 0..1.")
 
     def factor(self, step: int, steps: int) -> float:
@@ -212,14 +212,12 @@ class TrainConfig:
         compile: Compile the model with torch.compile (single process).
         save_every: Steps between checkpoints; 0 keeps only the last.
         keep: Newest checkpoints kept on disk.
-        async_checkpoints: Copy model and states to host memory and write checkpoints from there while training goes
-            on, instead of waiting for the disk. The copy takes host memory over the whole run.
+        async_checkpoints: Write checkpoints from a copy in host memory, held over the run, while training goes on.
         optimizer: See `OptimizerConfig`.
         parallel: See `ParallelConfig`.
         memory: See `MemoryConfig`.
         lora: Adapters that are trained in place of the model's parameters, see `LoRAConfig`; off by default.
-        loss_spike_threshold: A step whose loss is this many nats above the mean of up to 32 steps before it stops the
-            run before it updates anything; 0 never does.
+        loss_spike_threshold: A loss so far (nats) above the mean of the last 32 stops the run before its update; 0: no.
         trackers: Get the log's numbers too: accelerate's, such as wandb; prometheus writes `metrics.prom`.
         position_buckets: The log has the loss of this many equal stretches of the row, which shows a loss that
             falls only near its start.
@@ -274,13 +272,15 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
+        for name in ("save_every", "seed", "loss_spike_threshold"):
+            if not 0 <= (value := getattr(self, name)) < 2**32:  # all that numpy takes of a seed
+                raise ValueError(f"{name} must be 0 or more and below 2**32, found {value}.")
         on = {"compile": self.compile, "anchor": self.anchor, "long_ce": self.long_ce.weight_cap, "lora": self.lora.on}
         on["skip_positions_to"] = self.skip_positions_to is not None
         for one, others in CLASHES.items():
             if on[one] and (clash := " and ".join(name for name in others if on[name])):
                 raise ValueError(f"{one} and {clash} don't go together: switch one of them off.")
-        rows, micro = self.global_batch_size, self.micro_batch_size
-        if rows % micro:
+        if (rows := self.global_batch_size) % (micro := self.micro_batch_size):
             raise ValueError(f"global_batch_size ({rows}) must be a multiple of micro_batch_size ({micro}).")
 
 

@@ -80,7 +80,10 @@ def _train(
 ) -> TrainResult:
     """Train in a folder that this run holds."""
     order = RowOrder.of_run(config)
-    _on_main(lambda: folder.open(config, resume), processes)
+    step = _on_main(lambda: folder.open(config, resume), processes)
+    if resume and step is None and processes.is_main:  # so that a slip in `out` is seen before hours have gone
+        text = "holds no checkpoint to resume from: the run starts at its first step."
+        print(f"note: {folder.path} {text}", file=sys.stderr)
     with _stop_recorded(folder):
         return _train_in(config, folder, processes, order, resume, quiet, start)
 

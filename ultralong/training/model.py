@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ultralong.attention.register import check_full_attention, check_layers
 from ultralong.checkpoints.class_table import class_model, open_model
-from ultralong.checkpoints.config import one_line, weights_dtype
-from ultralong.checkpoints.files import CARD, check_whole, locate
+from ultralong.checkpoints.config import check_whole, one_line, weights_dtype
+from ultralong.checkpoints.files import CARD, locate
 from ultralong.checkpoints.model_card import trained_card
 from ultralong.checkpoints.write import save_weights, write_checkpoint
 from ultralong.data.rows.packed_rows import PackedRows

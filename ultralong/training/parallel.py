@@ -184,10 +184,10 @@ def _misfit(config: TrainConfig, world: int) -> tuple[str, str, int] | None:
             f"{SHARED_BY} is {size}, but {have}. Start a multiple of {size} (on this machine: ultralong train ... "
             f"--processes {size}), or "
         )
-        return SHARED_BY, what, max(d for d in range(1, size + 1) if world % d == 0)
+        return SHARED_BY, what, max(d for d in range(1, min(size, world) + 1) if world % d == 0)
     if degree is not None and world % degree:
         what = f"{SHARD} is {degree}, but {have}. Start a multiple of {degree}, or "
-        return SHARD, what, max(d for d in range(1, degree + 1) if world % d == 0)
+        return SHARD, what, max(d for d in range(1, min(degree, world) + 1) if world % d == 0)
     if config.lora.base == "nf4" and degree is not None and world != degree:
         what = f"lora.base is nf4, whose codes are sharded over all processes; {SHARD} is {degree}, but {have}. "
         return SHARD, what, world

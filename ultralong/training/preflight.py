@@ -14,8 +14,7 @@ from accelerate.tracking import get_available_trackers
 
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
 from ultralong.attention.kernels import KERNELS, get_kernel
-from ultralong.checkpoints.config import load_config
-from ultralong.checkpoints.files import check_whole
+from ultralong.checkpoints.config import check_whole, load_config
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows
 from ultralong.data.tokens.encoding import check_same_tokenizer

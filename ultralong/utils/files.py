@@ -23,6 +23,7 @@ LOCK = ".lock"  # the file by which a folder is held for writing
 TAIL = 1 << 16  # bytes read at a time from the end of a log
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PROBE = 1 << 20  # bytes that a disk takes which is not full
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has in a file's place
 
 
 @contextmanager

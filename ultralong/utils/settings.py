@@ -250,10 +250,13 @@ def _convert_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if hint is Path and isinstance(value, str):
         return Path(value)
+    # No setting counts beyond 64 bits, and what counts up to a number, or divides by it, would not end or fail there.
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where} must be a number of 64 bits, found {_shown(value)}.")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{where} must be of type {hint.__name__}, found {_shown(value)}.")

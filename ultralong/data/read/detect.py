@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ultralong.data.read.compressed import COMPRESSED, DamagedFile, compression, parse_json, pieces
+from ultralong.utils.files import LFS_POINTER
 
 FileFormat = Literal["text", "jsonl", "json", "parquet"]
 ENDINGS: dict[str, FileFormat] = {
@@ -25,6 +26,8 @@ ENDINGS: dict[str, FileFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+# Data of rows and columns: quotes, commas and numbers of rows would be trained on.
+TABLES = {".csv": "CSV", ".tsv": "TSV"}
 HEAD = 1 << 16  # bytes that are looked at
 TAR_MARK = slice(257, 262)
 FOREIGN = (
@@ -35,6 +38,8 @@ FOREIGN = (
     (b"\x1f\x9d", "compressed with compress"),
     (b"\xff\x06\x00\x00sNaPpY", "compressed with snappy"),
     (b"%PDF-", "a PDF"),
+    (b"WARC/", "a web archive (WARC)"),
+    (LFS_POINTER, "a Git LFS pointer in the place of the file: run `git lfs pull`"),
     (b"ARROW1\0\0", "an Arrow file"),
     (b"Obj\x01", "an Avro file"),
     (b"ORC", "an ORC file"),
@@ -62,14 +67,18 @@ def file_format(path: Path, encoding: str = "utf-8") -> FileFormat:
         OSError: It cannot be opened.
     """
     named = _named(path)
+    head = _head(path)
+    if head.startswith(LFS_POINTER):
+        _refuse_foreign(head)
     if named == "parquet":
         return named
-    head = _head(path)
     if head.startswith(b"PAR1"):
         if compression(path) is not None:
             raise ForeignFile("Parquet that was compressed once more")
         return "parquet"
     if named is None:
+        if (ending := _ending(path)) in TABLES:
+            raise ForeignFile(f"a table ({TABLES[ending]}): make JSON lines of it, or read it with format: text")
         _refuse_foreign(head)
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
         raise ForeignFile("JSON in UTF-16 or UTF-32, and it must be in UTF-8")
@@ -82,13 +91,19 @@ def file_format(path: Path, encoding: str = "utf-8") -> FileFormat:
 def refused_in_a_text(path: Path) -> str | None:
     """Why a file is not joined into a text with others of its folder: the kind of data that it is, or None."""
     named = _named(path)
+    if (ending := _ending(path)) in TABLES:
+        return f"not a text file ({TABLES[ending]})"
     return None if named in (None, "json") else f"not a text file ({'JSON lines' if named == 'jsonl' else 'Parquet'})"
 
 
 def _named(path: Path) -> FileFormat | None:
     """What the last ending says that is no compression; None where it says nothing."""
-    endings = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
-    return ENDINGS.get(endings[-1]) if endings else None
+    return ENDINGS.get(_ending(path))
+
+
+def _ending(path: Path) -> str:
+    """The last ending that is no compression, in lower case; empty where there is none."""
+    return ([""] + [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED])[-1]
 
 
 def _head(path: Path) -> bytes:

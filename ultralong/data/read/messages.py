@@ -34,6 +34,8 @@ def check_messages(messages: Any, controls: tuple[str, ...] = ()) -> None:
             raise ValueError("missing content")
         if message["role"] == "assistant" and not message["content"].strip():
             raise ValueError("empty answer")
+        if message["role"] == "user" and not message["content"].strip():
+            raise ValueError("empty question")
         foreign = sorted(map(str, message.keys() - KEYS))
         if foreign:
             raise ValueError(f"unknown key {', '.join(foreign)} in a message")

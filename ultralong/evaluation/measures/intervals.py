@@ -190,6 +190,26 @@ def paired_difference(
     return Difference(float(differences.mean()), low, high, len(differences))
 
 
+def alike_difference(difference: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """An interval for a mean difference of scores in [0, 1] where all pairs differ alike, by nothing for example.
+
+    A bootstrap of them would claim certainty. Wilson's upper end for 0 of n is the largest share of pairs that may
+    differ otherwise; each of those is at worst -1 or 1.
+
+    Args:
+        difference: What each pair differs by, from -1 to 1.
+        n: Pairs.
+        level: Confidence, two-sided.
+
+    Raises:
+        ValueError: A difference beyond -1 to 1, no pairs, or a level outside (0, 1).
+    """
+    if not -1 <= difference <= 1:
+        raise ValueError(f"A difference of scores in [0, 1] lies between -1 and 1, got {difference}.")
+    other = wilson(0, n, level)[1]
+    return max(-1.0, difference * (1 - other) - other), min(1.0, difference * (1 - other) + other)
+
+
 def crossed_difference(
     differences: np.ndarray, *, seed: int, level: float = 0.95, resamples: int = RESAMPLES
 ) -> Difference:

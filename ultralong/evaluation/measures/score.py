@@ -60,6 +60,11 @@ def _check_record(number: int, record: Mapping[str, Any]) -> None:
     length = record.get("max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(f"Record {number}: max_length must be a number of tokens, found {_kind(length)}.")
+    depth, positions = record.get("depth"), record.get("positions")
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int | float) or not 0 <= depth <= 1):
+        raise ValueError(f"Record {number}: depth must be a number from 0 to 1, found {_kind(depth)}.")
+    if positions is not None and not isinstance(positions, list | tuple):
+        raise ValueError(f"Record {number}: positions must be a list of tokens' places, found {_kind(positions)}.")
 
 
 def _kind(value: Any) -> str:

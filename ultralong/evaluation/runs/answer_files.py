@@ -48,11 +48,30 @@ def score_file(task: str, predictions: str | os.PathLike[str]) -> dict[str, Any]
         and in `areas` the area under its curve where the file holds several lengths (`capability.curve_areas`).
 
     Raises:
-        ValueError: There is no such file, a line is no JSON object, or what `score_predictions` refuses.
+        ValueError: There is no such file, a line is no JSON object or of another test, two lines answer one sample, or
+            what `score_predictions` refuses.
     """
-    result = score_predictions(task, read_answers(Path(predictions)))
+    records = read_answers(Path(predictions))
+    _check_samples(find_task(task).name, records)
+    result = score_predictions(task, records)
     areas = curve_areas(capability_means([result]))
     return {**result.to_dict(), "score": result.value, "capability": find_task(task).capability, "areas": areas}
+
+
+def _check_samples(task: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Each sample counts once, and by its own test's rule; of what other programs write, only as far as they say."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, record in enumerate(records, 1):
+        named = record.get("task")
+        if isinstance(named, str) and current_name(named) in TASKS and current_name(named) != task:
+            raise ValueError(f"Record {number} is an answer to {current_name(named)}, and is not scored as {task}.")
+        if isinstance(record.get("index"), int):
+            sample = tuple(repr(record.get(key)) for key in ("index", "max_length", "seed", "outputs"))
+            if (first := seen.setdefault(sample, number)) != number:
+                raise ValueError(
+                    f"Records {first} and {number} answer one sample (index {record['index']}), which would count "
+                    "twice: keep one of them."
+                )
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
@@ -61,7 +80,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: There is no such file, or a line is no JSON object; the message names the line.
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe can be read, as of `<(zcat answers.jsonl.gz)`
         raise ValueError(f"There is no file {path}.")
     records = []
     # Split at bytes: str.splitlines also splits at separators that JSON strings may hold, such as U+2028.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralong.evaluation.measures.intervals import paired_difference
+from ultralong.evaluation.measures.intervals import alike_difference, paired_difference
 from ultralong.evaluation.measures.score import grades
 from ultralong.evaluation.runs.answer_files import answer_files
 from ultralong.evaluation.tasks.samples import current_name
@@ -48,6 +48,9 @@ def compare_answers(
         scores = [[100 * grade for grade in grades(task, list(records))] for records in zip(*pairs, strict=True)]
         difference = paired_difference(*scores, seed=seed)
         ends = (difference.low, difference.high) if len(pairs) > 1 else (None, None)
+        if len(pairs) > 1 and difference.low == difference.high:
+            low, high = alike_difference(difference.mean / 100, len(pairs))
+            ends = 100 * low, 100 * high
         compared.append(
             {
                 "task": task,
