@@ -77,7 +77,7 @@ def plain_streams() -> Iterator[None]:
     for stream in before:
         with suppress(AttributeError):  # one that a test has put there
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.stdout, sys.stderr = _Stream(before[0], ON_OUTPUT), _Stream(before[1], ON_ERRORS)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Stream(before[0], ON_OUTPUT), _Stream(before[1], ON_ERRORS)
     try:
         yield
     finally:
