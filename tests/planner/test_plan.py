@@ -17,7 +17,7 @@ from ultralong.planner.advice import STATES
 from ultralong.planner.machine import SCALED
 from ultralong.planner.memory import gpu_memory, gpu_total
 from ultralong.planner.models.run import is_model, run_of_model
-from ultralong.planner.shapes import KNOWN, MINIATURE, check_countable, model_config, shape_of
+from ultralong.planner.shapes import KNOWN, check_countable, model_config, shape_of
 from ultralong.planner.step_time import shards_travel
 from ultralong.planner.traces.layers import StepSettings, trace_layers
 from ultralong.planner.traces.models import plain
@@ -25,6 +25,7 @@ from ultralong.planner.trained import counted
 from ultralong.planner.workload import Workload
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, TrainConfig
+from ultralong.utils.hub import MINIATURE
 
 RECORDED = Path(__file__).resolve().parents[2] / "notebooks" / "results" / "training_h200.json"
 ROWS = json.loads(RECORDED.read_text())["rows"]

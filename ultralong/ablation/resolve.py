@@ -13,7 +13,6 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replac
 from pathlib import Path
 from typing import Any
 
-from ultralong import miniature
 from ultralong.ablation.outcomes import BEYOND, LONGPPL, NEEDLES, PERPLEXITY, TESTS
 from ultralong.ablation.study import BASE_ARM, Design, Rows, Scaling, Stage, Study, flat
 from ultralong.checkpoints.config import load_config
@@ -74,7 +73,7 @@ def told(value: Any) -> Any:
 
 def base_folder(design: Design) -> Path:
     """Folder of the model before."""
-    return miniature.path() if design.model == "miniature" else locate(design.model)
+    return locate(design.model)
 
 
 def model_key(folder: Path) -> str:

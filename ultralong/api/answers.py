@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from ultralong.api.names import File, Named, OtherModel, StrPath, Words, folder_of
+from ultralong.api.names import File, Named, OtherModel, StrPath, Words
 from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
@@ -24,7 +24,7 @@ def row_loss(
     """Measure the loss on packed rows as training does, with an interval over documents.
 
     Args:
-        model: Folder or hub id.
+        model: Folder, hub id or miniature.
         rows: Folder of packed rows; for SFT, of conversations that were kept apart from training.
         before: Another model to compare with.
         max_rows: Read only this many rows.
@@ -40,8 +40,8 @@ def row_loss(
     """
     from ultralong.utils.hub import find_checkpoint
 
-    place = find_checkpoint(folder_of(model))
-    other = None if before is None else find_checkpoint(folder_of(before))
+    place = find_checkpoint(model)
+    other = None if before is None else find_checkpoint(before)
     with without_collections():
         from ultralong.evaluation.measures.row_loss import measure_loss
 
@@ -69,7 +69,7 @@ def longppl(
     """Measure perplexity over the tokens that need the long context (LongPPL).
 
     Args:
-        model: Folder or hub id.
+        model: Folder, hub id or miniature.
         rows: Folder of packed rows of long documents.
         evaluator: The model that chooses key tokens; by default the model itself.
         texts: Read each document of a row by itself, or the whole row as one text.
@@ -91,8 +91,8 @@ def longppl(
     """
     from ultralong.utils.hub import find_checkpoint
 
-    place = find_checkpoint(folder_of(model))
-    other = None if evaluator is None else find_checkpoint(folder_of(evaluator))
+    place = find_checkpoint(model)
+    other = None if evaluator is None else find_checkpoint(evaluator)
     with without_collections():
         from ultralong.evaluation.measures.key_tokens import KeyRule
         from ultralong.evaluation.measures.longppl import measure_longppl
@@ -129,7 +129,7 @@ def write_samples(
         task: Name of the test, such as needle, niah_single_1, ruler_vt, babilong_style_qa2 or lveval_cmrc_mixup_16k.
         length: Most tokens of prompt and answer together.
         samples: Number of samples.
-        tokenizer: Folder or hub id of the model whose tokenizer counts.
+        tokenizer: Folder, hub id or miniature: the model whose tokenizer counts.
         out: File of JSON lines: input, answer_prefix, outputs, length, max_new_tokens.
         seed: Seed of all draws; sample k of a seed is always the same.
         haystack: Text file or folder to fill prompts with, where the test has a haystack.
@@ -143,7 +143,7 @@ def write_samples(
     """
     from ultralong.utils.hub import load_tokenizer
 
-    loaded = load_tokenizer(folder_of(tokenizer))
+    loaded = load_tokenizer(tokenizer)
     with without_collections():
         from ultralong.evaluation.runs.records import write_samples as write
         from ultralong.evaluation.tasks.haystack import read_haystack
@@ -169,7 +169,7 @@ def answer(
     """Let a model answer tests at several lengths, and score it. A stopped call is resumed.
 
     Args:
-        model: Folder or hub id.
+        model: Folder, hub id or miniature.
         tasks: Names of tests.
         lengths: Tokens of prompt and answer together.
         out: Folder of answers and scores.
@@ -190,7 +190,7 @@ def answer(
     """
     from ultralong.utils.hub import find_checkpoint
 
-    place = find_checkpoint(folder_of(model))
+    place = find_checkpoint(model)
     with without_collections():
         from ultralong.evaluation.runs.commands import answer as work
         from ultralong.inference.sharded_engine import with_model

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from ultralong.api.names import Changes, File, Named, StrPath, Words, as_overrides, folder_of
+from ultralong.api.names import Changes, File, Named, StrPath, Words, as_overrides
 from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
@@ -71,7 +71,7 @@ def extend(
         from ultralong.checkpoints.extend import extend as run
 
     return run(
-        folder_of(model),
+        model,
         to,
         out,
         method,
@@ -106,7 +106,7 @@ def pack(
 
     Args:
         recipe: A recipe's name, its YAML file, or a folder of texts.
-        tokenizer: Folder or hub id of the model whose tokenizer is used.
+        tokenizer: Folder, hub id or miniature: the model whose tokenizer is used.
         length: Tokens of a row.
         out: Folder to write the rows into.
         limit: Take about this many tokens of each source at most, to try a recipe out.
@@ -125,8 +125,7 @@ def pack(
     from ultralong.data.recipe.schema import load_recipe
     from ultralong.utils.hub import find_checkpoint
 
-    place = folder_of(tokenizer)
-    place = find_checkpoint(place) if isinstance(place, str | os.PathLike) else place
+    place = find_checkpoint(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
     loaded = load_recipe(recipe, tuple(as_overrides(changes)))
     return pack_recipe(loaded, place, length, out, limit=limit, cache=cache, workers=workers, quiet=quiet)
 
@@ -193,7 +192,7 @@ def merge(
         from ultralong.training.adapters.merge import merge_adapter
 
         return merge_adapter(models, out, weights)
-    return run([folder_of(model) for model in models], out, weights, quiet=quiet)
+    return run(models, out, weights, quiet=quiet)
 
 
 def make_attention_context(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from ultralong.api.names import Named, StrPath, Words, folder_of
+from ultralong.api.names import Named, StrPath, Words
 from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
@@ -59,7 +59,7 @@ def needle(
 
     return measure_one(
         "needle",
-        find_checkpoint(folder_of(model)),
+        find_checkpoint(model),
         lengths=lengths,
         depths=depths,
         samples=samples,
@@ -108,7 +108,7 @@ def perplexity(
         from ultralong.evaluation.runs.commands import measure_one
     from ultralong.utils.hub import find_checkpoint
 
-    place = find_checkpoint(folder_of(model))
+    place = find_checkpoint(model)
     return measure_one("perplexity", place, rows=rows, max_rows=max_rows, seed=seed, device=device, out=out)
 
 
@@ -145,7 +145,8 @@ def evaluate(
     """
     with without_collections():
         from ultralong.evaluation.runs.run import RunSettings, run
+        from ultralong.utils.hub import find_checkpoint
 
     names = tuple(tasks.split(",")) if isinstance(tasks, str) else tuple(tasks)
-    wanted = RunSettings(model=str(folder_of(model)), tasks=names, **settings)
+    wanted = RunSettings(model=find_checkpoint(model), tasks=names, **settings)
     return run(wanted, out, before=before, device=device, quiet=quiet) or {}

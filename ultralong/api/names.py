@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-MINIATURE = "miniature"  # as a model's name: the one that ships with the package
-
 
 @dataclass(frozen=True)
 class Words:
@@ -34,15 +32,6 @@ File: TypeAlias = Annotated[str | os.PathLike[str], Words(Path, "FILE")]
 OtherModel: TypeAlias = Annotated[str | os.PathLike[str], Words(str, "MODEL")]
 # New values of a config by key, or the same as texts, such as "optimizer.lr=1e-5".
 Changes: TypeAlias = Annotated[Mapping[str, Any] | Sequence[str] | None, Words(tuple[str, ...])]
-
-
-def folder_of(model: Any) -> Any:
-    """The folder of the miniature by its name; everything else as it is."""
-    if model != MINIATURE or os.path.exists(MINIATURE):
-        return model
-    from ultralong import miniature
-
-    return miniature.path()
 
 
 def as_overrides(changes: Mapping[str, Any] | Sequence[str] | None) -> list[str]:

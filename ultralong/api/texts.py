@@ -53,7 +53,7 @@ def view_row(rows: StrPath, tokenizer: Named, row: int = 0, *, edge: int = 24, b
 
     Args:
         rows: Folder of packed rows.
-        tokenizer: Folder or hub id of the tokenizer that they were made with.
+        tokenizer: Folder or hub id of the tokenizer (or miniature) that they were made with.
         row: Which row; -1 is the last.
         edge: Tokens shown of each document's beginning and end.
         boundaries: For how many boundaries the tokens, labels and positions around are listed.

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ultralong.utils.files import json_value, read_json_object
+from ultralong.utils.hub import local_folder
 
 INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
 HUB_FOLDER = re.compile(r"(models|datasets|spaces)--")  # name of a repository's folder in the hub's cache
@@ -48,14 +49,14 @@ def locate(source: str | os.PathLike[str], revision: str | None = None, *, confi
     """The folder of a checkpoint: a local one as it is, a hub id (`owner/name`) downloaded into the hub's cache.
 
     Args:
-        source: Folder or hub id.
+        source: Folder, hub id or miniature.
         revision: Branch, tag or commit of a hub model.
         config_only: Download no more than config.json.
 
     Raises:
         ValueError: There is no such folder and no such model within reach.
     """
-    folder = Path(source).expanduser()
+    folder = local_folder(source)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ultralong.utils.hub import MINIATURE
+
 WINDOW = 512
 
 
 def path() -> Path:
     """Folder of the miniature's checkpoint, as installed with the package."""
-    return Path(__file__).parent / "model"
+    return MINIATURE

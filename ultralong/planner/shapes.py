@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -15,8 +14,7 @@ from ultralong.attention.register import WITHOUT_STATE
 from ultralong.checkpoints.config import load_config
 from ultralong.planner.models.known import KNOWN
 from ultralong.training.throughput import layer_windows, mean_pairs, query_key_pairs, step_flops, used_share
-
-MINIATURE = Path(__file__).parents[1] / "miniature" / "model"  # by place: the miniature is made by the trainer
+from ultralong.utils.hub import local_folder
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def model_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     Raises:
         ValueError: There is none to be had.
     """
-    name = str(MINIATURE if str(model) == "miniature" else model)
+    name = str(local_folder(model))
     if (Path(name) / "config.json").is_file():
         return load_config(name)
     if (known := KNOWN.get(name.removesuffix("-Instruct"))) is not None:
@@ -100,8 +98,6 @@ def planned_model(model: str, base_model: str | None) -> tuple[PreTrainedConfig,
     """
     if base_model is None or (Path(model) / "config.json").is_file():
         return model_config(model), model
-    if base_model == "miniature":
-        return model_config(str(resources.files("ultralong.miniature").joinpath("model"))), base_model
     return model_config(base_model), base_model
 
 

@@ -17,7 +17,7 @@ class SearchSettings:
     """A search for the scaling of one model.
 
     Attributes:
-        model: Folder or hub id of the model to extend.
+        model: Folder, hub id or miniature: the model to extend.
         to: Tokens of the new window.
         methods: RoPE methods to try; longrope evolves a factor for each pair.
         factors: Scaling factors to try, as multiples of the new window over the window of pretraining.

@@ -1,4 +1,4 @@
-"""Names of checkpoints, which are folders here or ids on the Hugging Face hub: which of them a name can be.
+"""Names of checkpoints: folders here, ids on the Hugging Face hub, and miniature, the model that ships.
 
 The hub is asked only for a name that can be an id there, and no path is ever sent to it.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # What transformers raises for files of a tokenizer that it cannot read.
 TOKENIZER_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+MINIATURE = Path(__file__).parents[1] / "miniature" / "model"  # by place: the trainer makes it, far above this room
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -23,13 +24,19 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
     return HUB_ID.fullmatch(str(name)) is not None
 
 
+def local_folder(name: str | os.PathLike[str]) -> Path:
+    """A name as a path, its `~` expanded; that of the model that ships for `miniature`, where no such file is here."""
+    folder = Path(name).expanduser()
+    return MINIATURE if str(name) == "miniature" and not folder.exists() else folder
+
+
 def find_checkpoint(name: str | os.PathLike[str]) -> str:
-    """A folder that is there, its `~` expanded, or a hub id as it is. Nothing is fetched.
+    """A folder that is there, its `~` expanded, that of `miniature`, or a hub id as it is. Nothing is fetched.
 
     Raises:
         ValueError: There is no such folder, and the name can be no hub id; or it is a file.
     """
-    folder = Path(name).expanduser()
+    folder = local_folder(name)
     if folder.is_dir():
         return str(folder)
     if folder.exists():

@@ -20,7 +20,7 @@ class RunSettings:
     """What to measure. A run may be repeated with more tests, lengths or samples: what is there is not done again.
 
     Attributes:
-        model: Folder or hub id.
+        model: Folder, hub id or miniature.
         tasks: Tests and groups of tests.
         lengths: Tokens of prompt and answer; by default doubled from 4,096 to the model's window. Published texts have
             the length that they have: they are asked once, cut where they exceed the longest of these.

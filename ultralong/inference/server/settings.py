@@ -13,7 +13,7 @@ class ServeSettings:
     """A server of one model.
 
     Attributes:
-        model: Folder or hub id.
+        model: Folder, hub id or miniature.
         host: Address to listen on. Any but this machine's own needs `key_variable`.
         port: Port to listen on; 0 takes a free one.
         name: Name of the model in requests and answers; the folder's name by default.

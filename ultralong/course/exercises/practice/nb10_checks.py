@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ultralong.evaluation.measures.intervals import paired_difference, wilson
 from ultralong.evaluation.tasks.samples import find_task, make_samples
 from ultralong.evaluation.tasks.scoring import match_part
-from ultralong.planner.shapes import MINIATURE
+from ultralong.utils.hub import MINIATURE
 
 SOLVED = (
     "infinitebench_kv_retrieval",
