@@ -12,7 +12,7 @@ from ultralong.utils.chat_template import conversation_ids
 def prompt(tokenizer, *contents):
     roles = ("user", "assistant")
     talk = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
-    return ChatRequest(model="m", messages=talk).prompt(tokenizer)
+    return ChatRequest(model="m", messages=talk).prompt(tokenizer, 100_000)
 
 
 def control(tokenizer, ids):
