@@ -18,6 +18,7 @@ from transformers import (
 
 from ultralong import miniature
 from ultralong.evaluation.tasks.needle import make_needle
+from ultralong.inference import sharded_attention
 from ultralong.inference.generate import stream
 from ultralong.inference.kv_cache import FP8, KvCache, quantize_fp8
 from ultralong.inference.sharded_generation import ShardedRunner
@@ -161,6 +162,25 @@ def test_an_eight_bit_cache_takes_half_and_changes_little(world):
     assert rounding < 0.05
     assert max(effect, effect_later) < 4 * rounding
     assert small / size == pytest.approx((16 + 2) / (16 * 4), abs=0.01), "of float32: a quarter, and the scales"
+
+
+def pieces(rank, world, kv, held):
+    """Tokens after a prompt that fills `held` tokens of each rank, read whole and in pieces of as many."""
+    model, found = make_model("llama").bfloat16(), []
+    for most in (sharded_attention.WIDENED_TOKENS, held):
+        sharded_attention.WIDENED_TOKENS = most
+        runner = ShardedRunner(model, world * held + 8, dist.group.WORLD, kv=kv, quiet=True)
+        found.append(tokens(runner, prompts(1, world * held, 5), 6, stop=set()))
+    return found
+
+
+@pytest.mark.parametrize("held", [1, 8, 19])
+def test_ranks_that_read_their_keys_in_unlike_numbers_of_pieces_merge_them(held):
+    # After the first new token one rank holds a piece more than the other.
+    first, second = run_ranks(pieces, 2, "fp8", held)
+    assert first == second
+    whole, in_pieces = first
+    assert whole == in_pieces
 
 
 def test_wide_caches_are_read_a_few_heads_at_a_time(monkeypatch):

@@ -153,6 +153,7 @@ class ShardedAttention:
         if self.group is None:
             return part
         dtype = accumulation_dtype(q.dtype)
+        part = part[0].to(dtype), part[1]  # a rank that read its keys in pieces has it so already: all must send alike
         out, lse = torch.zeros_like(q, dtype=dtype), q.new_full((q.shape[0], q.shape[2], 1), float("-inf"), dtype=dtype)
         outs, lses = (all_gather(x.contiguous(), self.group).wait() for x in part)
         for rank in range(self.cache.ranks):
