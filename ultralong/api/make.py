@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ultralong.api.names import Changes, File, Named, StrPath, Words, as_overrides
+from ultralong.utils.hub import find_checkpoint, unless_miniature
 from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
@@ -71,7 +72,7 @@ def extend(
         from ultralong.checkpoints.extend import extend as run
 
     return run(
-        model,
+        unless_miniature(model),
         to,
         out,
         method,
@@ -123,7 +124,6 @@ def pack(
     """
     from ultralong.data.recipe.build import pack_recipe
     from ultralong.data.recipe.schema import load_recipe
-    from ultralong.utils.hub import find_checkpoint
 
     place = find_checkpoint(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
     loaded = load_recipe(recipe, tuple(as_overrides(changes)))
@@ -192,7 +192,7 @@ def merge(
         from ultralong.training.adapters.merge import merge_adapter
 
         return merge_adapter(models, out, weights)
-    return run(models, out, weights, quiet=quiet)
+    return run([unless_miniature(model) for model in models], out, weights, quiet=quiet)
 
 
 def make_attention_context(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ultralong.api.names import Named, StrPath
+from ultralong.utils.hub import unless_miniature
 from ultralong.utils.processes import without_collections
 
 if TYPE_CHECKING:
@@ -53,4 +54,4 @@ def check(model: Named, revision: str | None = None) -> Readings:
     with without_collections():
         from ultralong.checkpoints.check import check as run
 
-    return run(model, revision)
+    return run(unless_miniature(model), revision)

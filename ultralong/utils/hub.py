@@ -24,10 +24,14 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
     return HUB_ID.fullmatch(str(name)) is not None
 
 
+def unless_miniature(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder of the model that ships for `miniature`, where nothing is called so here; else the name as it is."""
+    return MINIATURE if str(name) == "miniature" and not Path(name).exists() else name
+
+
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """A name as a path, its `~` expanded; that of the model that ships for `miniature`, where no such file is here."""
-    folder = Path(name).expanduser()
-    return MINIATURE if str(name) == "miniature" and not folder.exists() else folder
+    """A name as a path, its `~` expanded; for `miniature` that of the model that ships."""
+    return Path(unless_miniature(name)).expanduser()
 
 
 def find_checkpoint(name: str | os.PathLike[str]) -> str:
