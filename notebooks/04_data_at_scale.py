@@ -627,8 +627,9 @@ if all(find_spec(name) for name in ("datatrove", "spacy")):
 print(f"ok: {len(stages)} stages, imports datatrove and this library only ({said})")
 
 # %% [markdown]
-# Copy `cluster/` to where every task sees it, then: `python pipeline.py --dry-run`, `python pipeline.py`, and the
-# `ultralong data merge` line that the program's first lines give. Put the tokenizer of *your* model in `tokenizer/`.
+# Copy `cluster` of the folder `OUT` (`made/04/cluster` in a course folder) to where every task sees it, then: `python
+# pipeline.py --dry-run`, `python pipeline.py`, and the `ultralong data merge` line that the program's first lines give.
+# Put the tokenizer of *your* model in `tokenizer/`.
 
 # %%
 for path in sorted((out / "cluster").rglob("*")):

@@ -400,9 +400,11 @@ check("05.flops", my_flops)
 #
 # ## Hand it on
 #
-# The planner turns such rates into seconds a step: `ultralong plan`. The file names the machine and the date, so that
-# nobody takes it for another one's. On your GPU `ultralong bench attention` makes a longer table, by length and by
-# number of ranks, and [07_memory_and_the_trainer](07_memory_and_the_trainer.ipynb) shows a plan beside a measured step.
+# `rates.json` in the folder `OUT` (`made/05` in a course folder) names the machine and the date, so that nobody takes
+# it for another one's. It is for you to read. The planner (`ultralong plan`) turns such rates into seconds a step, but
+# wants more of them: on your GPU `ultralong bench rates` writes the file that `MACHINE` takes in
+# [07_memory_and_the_trainer](07_memory_and_the_trainer.ipynb). `ultralong bench attention` makes a longer table of
+# attention, by length and by number of ranks.
 
 # %%
 handed = {"source": f"{machine['device']}, recorded {machine['date']}", "matmul_tflops": peak,

@@ -463,9 +463,9 @@ if recorded_rows is not None:
 #
 # ## Hand it on
 #
-# The block below goes into a training config as it is ([presets](../ultralong/presets) have one each). `auto` would
-# choose the same; a name makes it fixed. The file is `parallel.yaml` in the folder `OUT` (`made/06` in a course
-# folder).
+# The block below takes the place of the `parallel:` block in a training config ([presets](../ultralong/presets) have
+# one each, and so has `run.yaml` of notebook 07). `auto` would choose the same; a name makes it fixed. The file is
+# `parallel.yaml` in the folder `OUT` (`made/06` in a course folder).
 
 # %%
 heads_split = HEADS % RANKS == 0 and (KV_HEADS % RANKS == 0 or RANKS % KV_HEADS == 0)

@@ -562,8 +562,14 @@ check("07.scale", my_scale)
 #
 # The planner can choose by itself what `07.keep` asked of you: `ultralong plan --fit`. Here it does so for the machine
 # of the parameters cell, and writes the run's whole config: `run.yaml` in the folder `OUT` (`made/07` in a course
-# folder). [12_many_hosts](12_many_hosts.ipynb) makes a launch folder of it with `PRESET="made/07/run.yaml"`. What it
-# names under `model` and `data` is yours to make: `ultralong extend` and `ultralong pack`, as its first lines say.
+# folder). [12_many_hosts](12_many_hosts.ipynb) makes a launch folder of it with `PRESET="made/07/run.yaml"`.
+#
+# What it names under `model` and `data` is yours to make, by the two commands in its first lines. `MODEL` there is its
+# `base_model`, which the Hugging Face hub gives to those who accepted its licence, or a folder of the same model.
+# `RECIPE` says which documents: a name from [the recipes' page](../data_recipes/README.md), a YAML file such as
+# `made/04/cluster/recipe.yaml` of notebook 04, or a folder of texts. Relative paths count from where the run is
+# started. The machine that trains needs two packages more, for 8-bit AdamW and the fastest kernel: `pip install
+# '.[optim]'` and `make flash4`, in the clone.
 
 # %%
 FIRST_LINES = f"""Memory chosen by the planner. Before the run, if they are not there yet:

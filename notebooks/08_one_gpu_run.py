@@ -326,7 +326,13 @@ print("ok: the card says steps, tokens, learning rate and rows")
 # ## The whole run
 #
 # With `RUN=True` the demo does everything above on this machine: documents, rows, rescaling, pretraining, SFT, needle
-# maps and perplexity. What it made lies in one folder, with a page that shows it.
+# maps and perplexity. What it made lies in `demo` of the folder `OUT`, with a page that shows it, `report.html`.
+#
+# With `RUN` or without, `run.yaml` in `OUT` (`made/08` in a course folder) is handed on: the config that was planned
+# first, with a learning rate of 1e-4. The model and the rows that it names are yours to make before:
+# `ultralong extend HuggingFaceTB/SmolLM2-135M-Instruct --to 65536 --factor 16 --out runs/smollm2-64k`, then `ultralong
+# pack RECIPE --tokenizer runs/smollm2-64k --length 65536 --out rows-64k` with one of
+# [the recipes](../data_recipes/README.md), such as `debian-docs`.
 
 # %%
 if RUN:

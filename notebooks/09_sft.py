@@ -402,8 +402,10 @@ print(f"ok: {len(lines)} conversations, each once, the original beside each")
 #
 # ## Hand it on
 #
-# The tuned miniature is a plain Hugging Face folder, and `sft.yaml` is the config of the real run. The next notebook
-# measures such models.
+# In the folder `OUT` (`made/09` in a course folder): the tuned miniature, `sft/model`, is a plain Hugging Face folder,
+# and `sft.yaml` is the config of the real run. It starts from the model of notebook 08's `run.yaml`, and takes the rows
+# that `ultralong pack sft-offline --tokenizer runs/smollm2-64k --length 8192 --out sft-rows` makes. The next notebook
+# measures the tuned miniature with `MODEL="made/09/sft/model"`.
 
 # %%
 final = load_config("smollm2-135m-sft")

@@ -58,8 +58,8 @@ from ultralong.evaluation.tasks.samples import GENERATED, find_task, make_sample
 from ultralong.figures.play import play
 from ultralong.figures.samples import forest, sample_map
 from ultralong.notebook_tools import store
-from ultralong.planner.shapes import MINIATURE
 from ultralong.utils.files import write_text
+from ultralong.utils.hub import MINIATURE
 
 out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-10-"))
 out.mkdir(parents=True, exist_ok=True)
@@ -425,8 +425,9 @@ print(f"ok: {len(rows) - len(outside)} of {len(rows)} within two standard errors
 #
 # ## Your model, and what is handed on
 #
-# The samples go into a file that any engine can answer; `ultralong eval score FILE` scores it by each test's rule. With
-# `MODEL` set, the model is asked here, and its report is written beside it.
+# The samples go into files that any engine can answer, one file a test, in the folder `OUT` (`made/10` in a course
+# folder). `ultralong eval score FILE` scores an answered one by its test's rule. With `MODEL` set, such as
+# `MODEL="made/09/sft/model"` after notebook 09, the model is asked here, and its report is `measured` in `OUT`.
 
 # %%
 tests = [name for name in ("niah_single_1", "niah_multikey_2", "ruler_vt", "ruler_fwe", "babilong_style_qa1",

@@ -606,7 +606,8 @@ print(f"ok: {len(full)} arms stand at the ceiling, where no test can tell them a
 #
 # ## Hand it on
 #
-# `study.yaml` is yours: change `base.model` to a folder of your own, add arms, name the numbers.
+# `study.yaml` in the folder `OUT` (`made/11` in a course folder) is yours: change `base.model` to a folder of your own,
+# add arms, name the numbers.
 
 # %%
 text = (out / "study.yaml").read_text()

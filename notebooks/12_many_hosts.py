@@ -443,11 +443,17 @@ print(f"ok: the plan had said {best['planned_seconds_per_step']:.0f} s a step be
 # The launch folder: one folder a scheduler, each with everything, in `launch` of the folder `OUT` (`made/12/launch` in
 # a course folder). From there to a cluster:
 #
-# 1. Copy one of them: `scp -r made/12/launch/slurm CLUSTER:`. The model and the rows that `config.yaml` names have to
-#    be on the cluster too.
-# 2. There, export what the script asks for. It stops and names each fact that is not set.
-# 3. `bash submit.sh --dry-run`, or `bash run.sh --dry-run` without Slurm: all lines must say `ok`.
-# 4. The same without `--dry-run`. A manifest goes to `sky launch` or `kubectl apply -f`.
+# 1. Install this library on the cluster, where every host sees it: a clone and `make setup`. `PYTHON` is then the
+#    clone's `.venv/bin/python`. A manifest needs an image instead: the first lines of `Containerfile` build it. For
+#    notebook 07's `run.yaml` add 8-bit AdamW and the fastest kernel: `.venv/bin/python -m pip install '.[optim]'` and
+#    `make flash4`; in an image, `optim` among the extras and the same kernel.
+# 2. Choose a folder that every host sees, `WORKDIR`. Make the model and the rows in it, under the names in
+#    `config.yaml`: the first lines of [the preset](../ultralong/presets), or of notebook 07's `run.yaml`, are the
+#    commands.
+# 3. Copy one of the folders: `scp -r made/12/launch/slurm CLUSTER:`.
+# 4. There, in that folder, export what the script asks for. It stops and names each fact that is not set.
+# 5. `bash submit.sh --dry-run`, or `bash run.sh --dry-run` without Slurm: all lines must say `ok`.
+# 6. The same without `--dry-run`; `run.sh` on every host. A manifest goes to `sky launch` or `kubectl apply -f`.
 
 # %%
 for path in sorted((out / "launch").rglob("*")):

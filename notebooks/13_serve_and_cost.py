@@ -694,8 +694,9 @@ print(f"a prompt of {CONTEXT:,} and an answer of {ANSWER}: {per_prompt:.3f}, if 
 # %% [markdown]
 # ## Hand it on
 #
-# A folder that can be copied as it is: the model with its card, `serve.sh`, which ran above, and `type.md`, what to
-# type for every other program.
+# The folder `OUT` (`made/13` in a course folder) can be copied as it is: the model with its card, `served`; `serve.sh`,
+# which ran above; and `type.md`, what to type for every other program. `PYTHON=.../bin/python bash serve.sh`, with the
+# interpreter that this library is installed for, serves the model at port 8000.
 
 # %%
 shutil.rmtree(damaged)

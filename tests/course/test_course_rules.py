@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -75,6 +77,29 @@ def pair(path):
 def test_a_notebook_of_the_course_is_whole(path):
     source, notebook = pair(path)
     assert list(broken(source, notebook, path.stem[:2], set(SETTINGS[path.stem].expect))) == []
+
+
+def absent_names(source):
+    """What a percent source imports from the library and the library does not have; nothing of it is executed."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ultralong":
+            for name in node.names:
+                if not hasattr(importlib.import_module(node.module), name.name):
+                    try:
+                        importlib.import_module(f"{node.module}.{name.name}")
+                    except ModuleNotFoundError:
+                        yield f"{node.module}.{name.name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_name_that_a_notebook_imports_from_the_library_is_there(path):
+    """A name that moved stops a notebook at its first cell, which is seen here without executing it."""
+    assert not list(absent_names(path.read_text()))
+
+
+def test_a_name_that_moved_is_found():
+    moved = "from ultralong import figures\nfrom ultralong.utils.files import write_text, not_there\n"
+    assert list(absent_names(moved)) == ["ultralong.utils.files.not_there"]
 
 
 def test_each_rule_finds_its_fault():
