@@ -491,7 +491,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, llama, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("the disk is gone")
 
-    monkeypatch.setattr(write, "write_json", fail)
+    monkeypatch.setattr(write, "write_text", fail)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         extend(llama, 16_384, tmp_path / "out", quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ultralong.bench.attention.measure import documents as spread_documents
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import MemoryConfig
 from ultralong.utils.units import Tokens, parse_tokens
@@ -119,6 +118,8 @@ class TrainingCase:
     def edges(self, tokens: int) -> tuple[int, ...]:
         """Where the documents of a row of so many tokens begin, and its end; empty for a whole row."""
         if not self.document_lengths:
+            from ultralong.bench.attention.measure import documents as spread_documents  # needs torch, help does not
+
             return spread_documents(tokens, self.documents) if self.documents else ()
         ends = itertools.accumulate(itertools.cycle(self.document_lengths))
         return (0, *itertools.takewhile(lambda end: end < tokens, ends), tokens)
