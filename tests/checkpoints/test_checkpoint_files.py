@@ -211,6 +211,79 @@ def test_weights_that_are_not_those_of_the_config_are_not_extended(tmp_path, mod
     assert not (tmp_path / "out").exists()
 
 
+def add_layer(weights):
+    layer = {name: value for name, value in weights.items() if ".layers.0." in name}
+    return {name.replace(".layers.0.", ".layers.7."): value.clone() for name, value in layer.items()}
+
+
+def add_bias(weights):
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    return {name.replace(".weight", ".bias"): torch.ones(len(weights[name]))}
+
+
+def add_norm(weights):
+    return {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+
+
+def add_experts(weights):
+    return {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 8)}
+
+
+def add_to(folder, weights):
+    held = load_file(folder / "model.safetensors")
+    save_file(held | weights(held), folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("more", [add_layer, add_bias, add_norm, add_experts])
+def test_weights_that_the_config_does_not_know_are_refused_where_they_would_be_left_out(tmp_path, model, more):
+    """Without them it is another model: the copy would hold them, and no program would read them."""
+    add_to(model, more)
+    for refused in (lambda: extend(model, 1024, tmp_path / "out", quiet=True), lambda: load_model(model)):
+        with pytest.raises(
+            ValueError, match=r"the files hold .*which the config does not know: .*not of one mod"
+        ) as error:
+            refused()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.k_scale",
+        "v_head.weight",
+        "mtp.layers.0.up_proj.weight",
+    ],
+)
+def test_what_is_no_weight_of_the_decoder_lies_beside_it_as_before(tmp_path, model, name):
+    add_to(model, lambda held: {name: torch.ones(4)})
+    extend(model, 1024, tmp_path / "out", quiet=True)
+    assert name in header(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", ["scaled", "one number", "negative"])
+def test_a_head_that_the_config_ties_and_the_files_do_not_is_refused(tmp_path, model, change):
+    """transformers 5 takes the head of the files, version 4 and servers the embedding."""
+
+    def head(held):
+        value = held["model.embed_tokens.weight"].clone()
+        if change == "one number":
+            value[5, 3] += 1
+        return {"lm_head.weight": value * {"scaled": 2, "negative": -1}.get(change, 1)}
+
+    assert read_json(model / "config.json")["tie_word_embeddings"]
+    add_to(model, head)
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is not model.embed_tokens.weight, .*tie_word_embedd"
+    ) as error:
+        extend(model, 1024, tmp_path / "out", quiet=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    add_to(model, lambda held: {"lm_head.weight": held["model.embed_tokens.weight"].clone()})
+    extend(model, 1024, tmp_path / "same", quiet=True)  # the same twice, as torch's own format stored it
+
+
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.uint8])
 def test_weights_of_a_type_that_needs_scales_are_refused_everywhere(tmp_path, model, kind):
     """transformers would turn them into the model's type without a word."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
@@ -25,6 +27,9 @@ from ultralong.checkpoints.files import header, weight_files
 from ultralong.rope import RopeScaling, inverse_frequencies
 from ultralong.rope.config import FULL
 
+# Of what lies in the files and is none of a class's: tables that older releases stored, and scales of 8-bit caches.
+NO_WEIGHT = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|attn\.bias$|attention\.bias$|_scale$")
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # of weights, as safetensors names them
 
 
@@ -37,7 +42,7 @@ def open_model(
     """A causal language model all of whose weights are the checkpoint's.
 
     transformers gives weights that a checkpoint lacks random values, with a warning among others; here they are an
-    error.
+    error. So are weights of its layers that the config does not name, which transformers leaves out.
 
     Args:
         model: Folder or hub id.
@@ -46,8 +51,8 @@ def open_model(
         device: "meta" for shapes without memory: of the files only names and shapes are read.
 
     Raises:
-        ValueError: It lacks a weight of its class, or has one of another shape or of a type that needs scales, or its
-            class has an attention of its own. Other errors are transformers'.
+        ValueError: It lacks a weight of its class, or has one more, or one of another shape or of a type that needs
+            scales, or its class has an attention of its own. Other errors are transformers'.
     """
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(  # the model and what was found, by output_loading_info
@@ -69,9 +74,29 @@ def open_model(
     if other := sorted(found["mismatched_keys"]):
         name, stored, meant = other[0][:3]
         raise ValueError(f"{_and_more([name])} is {tuple(stored)}, by the config {tuple(meant)}: {advice}.")
+    if more := _left_out(found["unexpected_keys"], opened):
+        raise ValueError(f"the files hold {_and_more(more)}, which the config does not know: {advice}.")
     if Path(model).is_dir():
         _check_types(Path(model), opened)
     return cast(PreTrainedModel, opened)
+
+
+def _left_out(unexpected: Iterable[str], opened: PreTrainedModel) -> list[str]:
+    """Weights below the head that transformers did not take, though they belong to what was trained.
+
+    Nothing is said of what the class itself leaves out, of further modules beside the decoder, and of layers that
+    predict several tokens (`num_nextn_predict_layers`), which stand behind the last.
+    """
+    config = opened.config.get_text_config()
+    end = int(config.num_hidden_layers)
+    extra = range(end, end + int(getattr(config, "num_nextn_predict_layers", None) or 0))
+
+    def counts(name: str) -> bool:
+        layer = LAYER.search(name)
+        own = name.startswith(f"{opened.base_model_prefix}.") and not NO_WEIGHT.search(name)
+        return own and not (layer is not None and int(layer[1]) in extra)
+
+    return sorted(name for name in unexpected if counts(name))
 
 
 def _check_types(place: Path, opened: PreTrainedModel) -> None:
@@ -136,7 +161,8 @@ def check_class_weights(place: Path, config: PreTrainedConfig) -> None:
         config: Its config, as transformers reads it.
 
     Raises:
-        ValueError: A weight is missing, or of another shape or type.
+        ValueError: A weight is missing, one too many, or of another shape or type, or a head that the config ties to
+            the embedding is another matrix.
     """
     if getattr(config, "quantization_config", None) is not None:
         return
@@ -148,8 +174,29 @@ def check_class_weights(place: Path, config: PreTrainedConfig) -> None:
     if model.state_dict().keys() & {name for file in files for name in header(file)}:
         try:
             class_model(place, "eager")
+            _check_tied(files, model)
         except ValueError as error:
             raise ValueError(f"{place} can't be extended: {error}") from error
+
+
+def _check_tied(files: Sequence[Path], model: PreTrainedModel) -> None:
+    """Refuse two different matrices where the config says that there is one.
+
+    transformers 5 keeps both, with a warning; version 4 and the servers take the embedding for the head.
+
+    Raises:
+        ValueError: There are two.
+    """
+    where = {name: file for file in files for name in header(file)}
+    for tied, source in (model.all_tied_weights_keys or {}).items():
+        if tied not in where or source not in where:
+            continue
+        with safe_open(where[tied], "pt") as first, safe_open(where[source], "pt") as second:
+            if not torch.equal(first.get_tensor(tied), second.get_tensor(source)):
+                raise ValueError(
+                    f"{tied} is not {source}, and by tie_word_embeddings in config.json it is: programs differ in "
+                    "which they take. Set tie_word_embeddings to false, or remove the weight that was not trained."
+                )
 
 
 @contextmanager
