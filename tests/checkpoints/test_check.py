@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from ultralong import check, miniature
 from ultralong.bench.checkpoints.config_sweep import bench_configs, sweep
@@ -103,6 +103,31 @@ def test_tokenizers_and_types_that_older_versions_do_not_open(tmp_path):
     assert [knows(version, "qwen3") for version in VERSIONS_4] == [False, True, True]
     assert [knows(version, "smollm3") for version in VERSIONS_4] == [False, False, True]
     assert not any(knows(version, "youtu") for version in VERSIONS_4)
+
+
+TWO = {
+    "another text": "{{ 'Q: ' + messages[0]['content'] }}",
+    "nothing": "",
+    "a list": [{"name": "default", "template": "x"}],
+}
+
+
+@pytest.mark.parametrize("entry", TWO.values(), ids=TWO)
+def test_two_chat_templates_that_differ_are_told_with_the_one_that_each_program_takes(tmp_path, entry):
+    """As tokenization_utils_base.py of transformers 4.46.3, 4.51.3, 4.57.3 and 5, and gguf's vocab.py, have it."""
+    folder = made(tmp_path / "out", "llama3")
+    settings, kept = read_json(folder / "tokenizer_config.json"), (folder / "chat_template.jinja").read_text()
+    said = "It takes {}, and other programs"
+    for program, version in (("transformers", "4.46"), ("transformers", "5."), ("llama.cpp", ""), ("vLLM", "")):
+        assert "It takes chat" not in remarks(folder, program, version)
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": entry})
+    for program, version in (("transformers", "4.46"), ("llama.cpp", "")):
+        assert said.format("chat_template in tokenizer_config.json") in remarks(folder, program, version)
+    for program, version in (("transformers", "4.51"), ("transformers", "5."), ("vLLM", ""), ("SGLang", "")):
+        assert said.format("chat_template.jinja") in remarks(folder, program, version)
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": [{"name": "default", "template": kept}]})
+    assert "It takes chat" not in remarks(folder, "transformers", "5.")
+    assert AutoTokenizer.from_pretrained(folder).chat_template == kept
 
 
 def test_the_command_prints_a_table_and_refuses_what_is_no_model(tmp_path, capsys):

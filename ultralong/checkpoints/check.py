@@ -17,7 +17,7 @@ from ultralong.rope import RopeScaling, from_config, rope_parameters, window_of
 from ultralong.rope.config import other_ropes
 from ultralong.utils.files import read_json_object
 
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,32 @@ class _Folder:
                 return name, [f"it has no tokenizer class TokenizersBackend. {advice}"], False
             if isinstance(settings.get("extra_special_tokens"), list):
                 return name, [f"it cannot read extra_special_tokens as a list. {advice}"], False
-        template = (self.folder / "chat_template.jinja").is_file() and "chat_template" not in settings
-        if version == "4.46" and template:
-            return name, ["It looks for no chat_template.jinja, so the tokenizer has no chat template."], True
+        remarks = self._template(settings.get("chat_template"), version, program)
         limit = settings.get("model_max_length")
         if program == "transformers" and isinstance(limit, int) and limit < self.window:
-            return name, [f"The tokenizer's model_max_length is {limit:,}: it warns beyond, and truncates there."], True
-        return name, [], True
+            remarks.append(f"The tokenizer's model_max_length is {limit:,}: it warns beyond, and truncates there.")
+        return name, remarks, True
+
+    def _template(self, entry: Any, version: str | None, program: str) -> list[str]:
+        """Which chat template a program takes, where the folder has two, or one that it does not look for.
+
+        transformers 4.46 looks into tokenizer_config.json alone; later releases, and servers that open the tokenizer
+        with them, take chat_template.jinja before it; llama.cpp's converter takes it after it.
+        """
+        file = self.folder / TEMPLATE
+        if not file.is_file():
+            return []
+        if entry is None:
+            none = "It looks for no chat_template.jinja, so the tokenizer has no chat template."
+            return [none] if version == "4.46" else []
+        named = entry if isinstance(entry, list) else [{"name": "default", "template": entry}]
+        found = [one.get("template") for one in named if isinstance(one, dict) and one.get("name") == "default"]
+        if found == [file.read_text(encoding="utf-8")]:
+            return []
+        taken, other = TEMPLATE, f"chat_template in {TOKENIZER}"
+        if version == "4.46" or program == "llama.cpp":
+            taken, other = other, taken
+        return [f"It takes {taken}, and other programs {other}, which differs: make them one, or remove one."]
 
     def _dtype(self, old: bool) -> tuple[str, str | None]:
         """The type that a program opens the weights in when it is told to take the config's, and a remark."""
