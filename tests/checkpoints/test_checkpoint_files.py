@@ -211,6 +211,30 @@ def test_weights_that_are_not_those_of_the_config_are_not_extended(tmp_path, mod
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("adapter", ["settings alone", "whole", "sharded model"])
+def test_a_model_with_an_adapter_in_its_folder_is_refused_by_that_name(tmp_path, model, adapter):
+    """With the adapter's weights transformers and peft opened another model, and `extend` copied half of it."""
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}))
+    if adapter == "whole":
+        save_file({"x": torch.ones(2)}, model / "adapter_model.safetensors")
+    if adapter == "sharded model":
+        held = load_file(model / "model.safetensors")
+        (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+        names = dict.fromkeys(held, "model-00001-of-00001.safetensors")
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    config = TrainConfig(model=str(model), out=str(model / "run"), data=(DataSource("rows"),), steps=1)
+    for refused in (
+        lambda: extend(model, 1024, tmp_path / "out", quiet=True),
+        lambda: check(model),
+        lambda: load_model(model),
+        lambda: train_model.load_model(config),
+    ):
+        with pytest.raises(ValueError, match=r"holds a model and an adapter \(adapter_config.json\)") as error:
+            refused()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def add_layer(weights):
     layer = {name: value for name, value in weights.items() if ".layers.0." in name}
     return {name.replace(".layers.0.", ".layers.7."): value.clone() for name, value in layer.items()}

@@ -11,7 +11,7 @@ from transformers import __version__ as transformers_version
 
 from ultralong.checkpoints.class_table import class_table
 from ultralong.checkpoints.config import CONFIG_ERRORS, check_companions, load_config, one_line, weights_dtype
-from ultralong.checkpoints.files import companion_files, locate
+from ultralong.checkpoints.files import check_no_adapter, companion_files, locate
 from ultralong.checkpoints.readers import RULES, Rule, Table, knows, same_table, table_of
 from ultralong.rope import RopeScaling, from_config, rope_parameters, window_of
 from ultralong.rope.config import other_ropes
@@ -90,10 +90,11 @@ def check(model: str | os.PathLike[str], revision: str | None = None) -> Reading
         revision: Branch, tag or commit of a hub model.
 
     Raises:
-        ValueError: There is no such checkpoint, its RoPE is none that this library reproduces, or a file of its
-            tokenizer is damaged.
+        ValueError: There is no such checkpoint, it lies beside an adapter, its RoPE is none that this library
+            reproduces, or a file of its tokenizer is damaged.
     """
     folder = locate(model, revision)
+    check_no_adapter(folder)
     entries = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     config = load_config(folder)
     check_companions(folder, companion_files(folder)[0])

@@ -20,6 +20,7 @@ from ultralong.utils.files import json_value, read_json_object
 from ultralong.utils.hub import local_folder
 
 INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
+ADAPTER = "adapter_config.json"
 HUB_FOLDER = re.compile(r"(models|datasets|spaces)--")  # name of a repository's folder in the hub's cache
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TENSOR = {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}  # any entry that is one
@@ -86,8 +87,9 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold the weights, the index of a sharded checkpoint included, after checking them.
 
     Raises:
-        ValueError: The weights are missing, cut short, in another format, or don't fit their index.
+        ValueError: The weights are missing, cut short, in another format, beside an adapter, or don't fit their index.
     """
+    check_no_adapter(folder)
     if (folder / SINGLE).exists():
         if (folder / INDEX).exists():
             raise ValueError(
@@ -121,6 +123,19 @@ def weight_files(folder: Path) -> list[str]:
             "index fits its files."
         )
     return [INDEX, *shards]
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse a model with an adapter in its folder: transformers applies it where peft is installed, servers do not.
+
+    Raises:
+        ValueError: There are both.
+    """
+    if (folder / ADAPTER).exists() and any((folder / name).exists() for name in (SINGLE, INDEX)):
+        raise ValueError(
+            f"{folder} holds a model and an adapter ({ADAPTER}), which some programs apply and others ignore. Move the "
+            "adapter's files into a folder of their own, or merge it into the model (peft: merge_and_unload)."
+        )
 
 
 def companion_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -275,7 +290,7 @@ def _why_no_weights(folder: Path) -> str:
         )
     if any(name.endswith(".gguf") for name in names):
         return f"The weights in {folder} are a GGUF file. Convert them once (pass gguf_file=NAME): {convert}."
-    if "adapter_config.json" in names:
+    if ADAPTER in names:
         return f"{folder} holds an adapter, not a model. Merge it into its base first (peft: merge_and_unload)."
     return f"{folder} holds no {SINGLE} and no {INDEX}, so it is not a whole checkpoint."
 
