@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from ultralong.utils.units import Tokens
+from ultralong.utils.units import Tokens, check_seed
 
 Temperature = Literal["own", "off"]
 
@@ -85,6 +85,7 @@ class SearchSettings:
         counts = ("population", "parents", "samples", "max_rows", "finalists", "steps")
         if min(getattr(self, name) for name in counts) < 1 or self.generations < 0 or self.to < 2:
             raise ValueError(f"{', '.join(counts)} must be 1 or more, generations 0 or more, and to a window.")
+        check_seed(self.seed)
         if self.parents > self.population:
             raise ValueError(f"parents ({self.parents}) must be no more than population ({self.population}).")
         if not self.methods and not self.bases:

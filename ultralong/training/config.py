@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.training.adapters.config import LoRAConfig
-from ultralong.utils.units import Tokens
+from ultralong.utils.units import SEEDS, Tokens
 
 # Compiled attention is transformers' own: it takes a jump of the positions for another text's start, and knows no
 # anchor. Short contexts are of other shapes, and have no anchor before them.
@@ -273,7 +273,7 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
         for name in ("save_every", "seed", "loss_spike_threshold"):
-            if not 0 <= (value := getattr(self, name)) < 2**32:  # all that numpy takes of a seed
+            if not 0 <= (value := getattr(self, name)) < SEEDS:
                 raise ValueError(f"{name} must be 0 or more and below 2**32, found {value}.")
         on = {"compile": self.compile, "anchor": self.anchor, "long_ce": self.long_ce.weight_cap, "lora": self.lora.on}
         on["skip_positions_to"] = self.skip_positions_to is not None

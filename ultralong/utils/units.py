@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 GIB = 2**30  # bytes
+SEEDS = 2**32  # all that numpy takes of a seed
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
@@ -34,3 +35,13 @@ def parse_tokens(text: str) -> int:
             f"tokens are a whole number such as 131072, 128k or 1m (k is 1,024, m is 1,048,576), found {text!r}."
         )
     return int(value)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that one of the generators behind it does not take: one range holds for all.
+
+    Raises:
+        ValueError: It is negative or too large.
+    """
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be 0 or more and below 2**32, found {seed}.")

@@ -25,6 +25,7 @@ from ultralong.data.tokens.encoding import token_dtype, tokenizer_fingerprint
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.utils.chat_template import DATE, uses_clock
 from ultralong.utils.files import locked
+from ultralong.utils.units import check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ class ChatSettings:
         max_tokens: A longer example is left out and counted; None means T. The recipe uses 8,192.
         buffer_rows: Examples are fitted into rows a window of about this many rows' tokens at a time.
         shuffle: True takes the examples of a window's worth in a pseudo-random order.
-        seed: Names that order.
+        seed: Names that order; 0 or more and below 2**32.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {"window_rows": "buffer_rows"}
@@ -55,6 +56,7 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if self.length < 2 or self.buffer_rows < 1:
             raise ValueError(f"length must be at least 2 and buffer_rows 1: {self.length}, {self.buffer_rows}.")
+        check_seed(self.seed)
         if self.max_tokens is not None and not 2 <= self.max_tokens <= self.length:
             raise ValueError(f"max_tokens must lie in 2..{self.length} (the row), found {self.max_tokens}.")
 

@@ -24,6 +24,7 @@ from ultralong.data.select.length_rule import LengthRule
 from ultralong.data.select.retrieval import Retrieval
 from ultralong.utils.home import expand_home
 from ultralong.utils.settings import from_mapping, load
+from ultralong.utils.units import check_seed
 
 YAML_ENDINGS = (".yaml", ".yml")
 # A wheel has the recipes inside the package (see setup.py), a clone beside it.
@@ -121,7 +122,7 @@ class Recipe:
         description: One sentence on what it is for.
         sources: Where the texts come from.
         kind: "documents" for pretraining, "chat" for instruction tuning.
-        seed: Decides on sampling and order.
+        seed: Decides on sampling and order; 0 or more and below 2**32.
         tokens: Of all sources together, where sources have shares of it.
         length_rule: The length rule; None takes every document once.
         subsample: With kind chat: how many conversations are taken, by category; None takes all.
@@ -143,6 +144,7 @@ class Recipe:
     packing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: one or more with different names are needed, found {names}.")

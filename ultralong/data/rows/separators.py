@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ultralong.utils.units import check_seed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +25,7 @@ class PackSettings:
         long_documents: "split" lets a document of more than T tokens run over several rows, "drop" leaves it out.
         tail: The last row that the stream does not fill: "drop" it or "pad" it. Counted either way.
         shuffle: True takes the documents in a pseudo-random order, False in the store's.
-        seed: Names that order.
+        seed: Names that order; 0 or more and below 2**32.
     """
 
     length: int
@@ -39,6 +41,7 @@ class PackSettings:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, found {self.length}.")
+        check_seed(self.seed)
         choices = {
             "join": ("separator", "none", "bos_eos"),
             "positions": ("auto", "row", "document"),

@@ -30,6 +30,7 @@ from ultralong.evaluation.measures.result import Part, Result
 from ultralong.inference.load import load_model
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.local_ranks import run_ranks
+from ultralong.utils.units import check_seed
 
 ONE_PASS = 32768  # texts beyond this are read in chunks by one GPU
 DAY = 24 * 3600.0  # seconds that ranks may take
@@ -213,6 +214,7 @@ def measure_longppl(
     Raises:
         ValueError: As for `longppl`; no such checkpoint; or fewer GPUs than asked for.
     """
+    check_seed(seed)
     arguments = (str(model), str(rows), evaluator, rule, by, max_rows, chunk, device, seed)
     if gpus < 1 or (gpus > 1 and chunk is not None):
         raise ValueError(f"gpus must be 1 or more, and several read a text in one pass without chunk: found {gpus}.")

@@ -14,6 +14,7 @@ from ultralong.evaluation.measures.score import grades
 from ultralong.evaluation.runs.answer_files import answer_files
 from ultralong.evaluation.tasks.samples import current_name
 from ultralong.utils.files import read_jsonl
+from ultralong.utils.units import check_seed
 
 
 def compare_answers(
@@ -33,6 +34,7 @@ def compare_answers(
     Raises:
         ValueError: Nothing in common, or files of the same name whose samples differ.
     """
+    check_seed(seed)
     one, other = answer_files(Path(first)), answer_files(Path(second))
     both = sorted(one.keys() & other.keys())
     if not both:

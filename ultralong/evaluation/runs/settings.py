@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ultralong.utils.units import Tokens
+from ultralong.utils.units import Tokens, check_seed
 
 KV = Literal["auto", "fp8"]  # names of `ultralong.inference`, which is heavy to import
 SHORTEST = 4096  # RULER's first length
@@ -107,6 +107,7 @@ class RunSettings:
                 "samples, grid_samples and both sides of grid must be at least 1, got "
                 f"{self.samples}, {self.grid_samples} and {self.grid}."
             )
+        check_seed(self.seed)
         if any(length < 1 for length in (*self.lengths, *self.needle_lengths)):
             raise ValueError(f"lengths are tokens, got {[*self.lengths, *self.needle_lengths]}.")
         if self.kv_dtype not in get_args(KV) or self.gpus < 1 or self.workers < 0:

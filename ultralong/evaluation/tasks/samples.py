@@ -24,6 +24,7 @@ from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LONGBE
 from ultralong.evaluation.tasks.reported import REPORTED_TASKS
 from ultralong.evaluation.tasks.ruler import RULER_TASKS
 from ultralong.evaluation.tasks.task import Builder, Draft, Reader, Setting, Task
+from ultralong.utils.units import check_seed
 
 # Made here, at any length; and read from what their authors published.
 GENERATED: dict[str, Task] = {
@@ -104,8 +105,10 @@ def make_samples(
     Raises:
         ValueError: No such test, a length too short for it, no samples, or what the test itself misses.
     """
+    check_seed(seed)
     if samples < 1:
         raise ValueError(f"At least one sample must be asked for, got {samples}.")
+    check_seed(seed)
     found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
     if isinstance(builder, Reader):
         for index in range(first, min(first + samples, len(builder))):
