@@ -145,7 +145,7 @@ def test_a_verdict_needs_the_whole_interval(ends, verdict):
 
 
 @pytest.mark.parametrize("size", ["tiny", pytest.param("miniature", marks=pytest.mark.soak)])
-def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer, size):
+def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer, size, capsys):
     changes = {}
     if size == "tiny":
         make_tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
@@ -154,6 +154,7 @@ def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_
         changes["evaluation"] = {"needle_lengths": [300], "max_rows": 1, "grid_samples": 1}
     study = load_study(study_file(tmp_path, texts, **changes))
     whole = ablate(study, tmp_path / "whole", draw=False, quiet=True)
+    assert "to resume from" not in capsys.readouterr().err, "a first start is told that it resumes nothing"
     real, calls = building.run, []
 
     def stopped(*arguments, **options):

@@ -209,12 +209,13 @@ class Builder:
             config = training_config(design, link.stage, seed, model, rows, out)
             rows_a_step = config.global_batch_size
             self._say(f"train {config.steps:,} steps of {rows_a_step} x {link.stage.length:,}: {out.name}")
+            stopped = out.exists()  # a first start has nothing to resume from, and needs no note that says so
             if design.processes is None:
-                train(config, resume=True, quiet=self.quiet)
+                train(config, resume=stopped, quiet=self.quiet)
             else:
                 file = self.out / "runs" / f"{link.trained}.yaml"
                 settings.save(config, file)
-                launch_local(file, design.processes, resume=True, quiet=self.quiet)
+                launch_local(file, design.processes, resume=stopped, quiet=self.quiet)
 
         self._once(link.trained, (out / "result.json").exists, make)
         return out / "model"
