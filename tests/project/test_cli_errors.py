@@ -7,17 +7,47 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
+import torch
 from forked import forked_agents, forked_command
 from tiny_run import make_run
 
 from ultralong import cli, miniature
 from ultralong.cli.errors import guarded
 from ultralong.cli.make import demo
+from ultralong.evaluation.tasks.samples import RENAMED
 from ultralong.training.config import ParallelConfig
 from ultralong.utils import settings
 from ultralong.utils.processes import ChildFailed
+
+FORMER = next(iter(RENAMED))  # a test by the name that version 0.3 gave it
+
+
+@pytest.mark.parametrize("package", ["plotly", "matplotlib", "PIL"])
+def test_warnings_of_this_package_are_a_line_each_without_a_line_of_source(tmp_path, package):
+    """What draws figures is missing, a test by its former name, and lengths beyond the window: all before a run."""
+    start = f"import sys; sys.modules[{package!r}] = None; from ultralong.cli import main; main()"
+    words = ["eval", "run", FORMER, "miniature", "--lengths", "8", "1024", "--device", "cpu", "--out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, "-c", start, *words], capture_output=True, text=True)
+    told = [line for line in done.stderr.splitlines() if "Loading weights" not in line]
+    said = [
+        f"The report will hold tables and no figures: {package} is needed",
+        f"The test {FORMER} is called {RENAMED[FORMER]} now",
+        "1,024 tokens are beyond the model's window of 512 and are left out",
+    ]
+    for text in said:
+        assert sum(line.startswith(f"ultralong eval run: warning: {text}") for line in told) == 1, told
+    assert not [line for line in told if "UserWarning" in line or "warn(" in line]
+
+
+@pytest.mark.parametrize("kind", [UserWarning, DeprecationWarning, RuntimeWarning])
+def test_warnings_of_other_packages_keep_their_place(kind):
+    usual, made = warnings.formatwarning, []
+    guarded("eval run", lambda: made.append(warnings.formatwarning(kind("of torch"), kind, torch.__file__, 1)))
+    assert made == [usual(kind("of torch"), kind, torch.__file__, 1)]
+    assert warnings.formatwarning is usual
 
 
 def test_an_error_is_one_line_and_exit_code_1(tmp_path):

@@ -13,7 +13,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ultralong.cli.shared import shown
@@ -47,7 +49,8 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
         SystemExit: With 1 after a failure, the code of a run in other processes, or 130 after Ctrl-C.
     """
     try:
-        work()
+        with _plain_warnings(name):
+            work()
     except KeyboardInterrupt:
         print(f"ultralong {name}: stopped.", file=sys.stderr)
         sys.exit(130)
@@ -66,6 +69,25 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
             sys.stderr.write(f"ultralong {name}: error: {shown(' '.join(_sentence(error).split()))}\n")
         sys.stderr.flush()
         sys.exit(1)
+
+
+@contextmanager
+def _plain_warnings(name: str) -> Iterator[None]:
+    """Warnings of this package as one line each, without the place and the line of source that Python adds."""
+    package, usual = str(Path(__file__).parents[1]), warnings.formatwarning
+
+    def plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is not UserWarning or not filename.startswith(package):
+            return usual(message, category, filename, lineno, line)
+        return f"ultralong {name}: warning: {shown(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _sentence(error: BaseException) -> str:
