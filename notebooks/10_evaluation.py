@@ -33,7 +33,7 @@
 # [InfiniteBench](https://arxiv.org/abs/2402.13718), [LV-Eval](https://arxiv.org/abs/2402.05136).
 
 # %% tags=["parameters"]
-LENGTH: int = 2048  # tokens of prompt and answer together, 1,024 or more
+LENGTH: int = 2048  # tokens of prompt and answer together, 2,048 or more: some tests fill shorter rows badly
 SAMPLES: int = 3  # samples of each test
 MODEL: str = ""  # a checkpoint to measure here (folder, hub id or miniature); empty: recorded results only
 DEVICE: str = "auto"  # where that model runs
