@@ -15,7 +15,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 55 s, two idle cores (estimated from 64 CPU seconds, November 2026) |
+# | time on CPU | 43 s, two idle cores (measured November 2026) |
 # | reading and doing | 20 and 15 minutes |
 # | memory | 1.5 GB |
 # | downloads, cost | 13 MB of texts from the Python package index; none |

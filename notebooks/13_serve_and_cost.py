@@ -13,7 +13,7 @@
 #
 # | | |
 # |---|---|
-# | time on CPU | about 30 s, two idle cores (estimated from 30 CPU seconds, November 2026) |
+# | time on CPU | 28 s, two cores beside other work (measured November 2026) |
 # | reading and doing | 30 and 30 minutes |
 # | memory | 1 GB, and 0.5 GB of the server |
 # | downloads, cost | none |
