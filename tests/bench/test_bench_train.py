@@ -8,7 +8,7 @@ from ultralong import __version__
 from ultralong.bench.attention.measure import documents
 from ultralong.bench.tables import training_table
 from ultralong.bench.training import measure as measuring
-from ultralong.bench.training.measure import TrainingCase, by_kind, measure_training
+from ultralong.bench.training.measure import TrainingCase, by_kind, failure, measure_training
 from ultralong.bench.training.work import covered
 from ultralong.cli.bench import _line
 from ultralong.data.rows.packed_rows import PackedRows
@@ -133,3 +133,17 @@ def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, pyth
     assert "note" not in row, row
     assert row["lora"].startswith("rank 4, alpha 16, dropout 0 at q_proj, k_proj, v_proj, o_proj, embeddings and norms")
     assert row["planned_seconds_per_step"] > 0
+
+
+def test_a_failed_run_is_named_by_what_was_raised_last_on_its_first_rank():
+    messages = """[rank1]: Traceback (most recent call last):
+[rank1]: ModuleNotFoundError: No module named 'torchao'
+[rank1]: The above exception was the direct cause of the following exception:
+[rank1]: ImportError: Install it with: pip install 'ultralong[optim]'
+[rank1]: This is rank 1 of 2, on host a.
+[rank0]: torch.distributed.DistBackendError: gone
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
+"""  # noqa: W291
+    assert failure(messages) == "ImportError: Install it with: pip install 'ultralong[optim]'"
+    assert failure("torch.OutOfMemoryError: CUDA out of memory") == "torch.OutOfMemoryError: CUDA out of memory"
+    assert failure("Killed") == ""

@@ -8,7 +8,7 @@ and `rows`, one for each case. Two older forms are read as well: attention files
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> N
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a result file; the rows before it, and what the file says of itself, stay."""
+    last_row(path)(row)
+
+
+def last_row(path: Path) -> Callable[[Mapping[str, Any]], None]:
+    """A function that puts a row behind those that a result file has now, each time in the place of the row before."""
     before = read_json(path) if path.exists() else {}
-    write_json(path, {**before, "rows": [*before.get("rows", ()), dict(row)]})
+
+    def put(row: Mapping[str, Any]) -> None:
+        write_json(path, {**before, "rows": [*before.get("rows", ()), dict(row)]})
+
+    return put
 
 
 def rows_of(recorded: Mapping[str, Any]) -> list[Row]:

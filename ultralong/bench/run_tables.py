@@ -41,15 +41,22 @@ def saves_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; none where nothing was recorded.
     """
-    rows = [row for file in recorded for row in rows_of(file) if "note" not in row]
+    rows = [row for file in recorded for row in rows_of(file) if "cost_seconds" in row]
     lines = [
-        "| model | GPUs | tokens | seconds a step | checkpoint, GiB | copied in | written in | costs | of a step |"
+        "| model | GPUs | tokens | seconds a step | checkpoint, GiB | copied in | written in | takes | of a step |"
         " waited for |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["model"], row["gpus"], row["tokens"])):
-        copied, written = (median(save[key] for save in row["saves"]) for key in ("copy_seconds", "write_seconds"))
+        written = median(save["write_seconds"] for save in row["saves"])
         cells = [row["model"], str(row["gpus"]), f"{row['tokens']:,}", f"{row['seconds_per_step']:.2f}"]
-        cells += [f"{row['checkpoint_gib']:.1f}", f"{copied:.2f} s", f"{written:.1f} s", f"{row['cost_seconds']:.2f} s"]
-        lines.append(f"| {' | '.join(cells)} | {row['cost_of_a_step']:.1%} | {row['waited_seconds']:.1f} s |")
+        cells += [
+            f"{row['checkpoint_gib']:.1f}",
+            f"{row['copy_seconds']:.2f} s",
+            f"{written:.1f} s",
+            f"{row['cost_seconds']:.2f} s",
+        ]
+        of_other = f" ({row['cost_of_other_step']:.2%} of {row['other_step']:.0f} s)" if "other_step" in row else ""
+        waited = f"{row['waited_seconds']:.1f} s" if "waited_seconds" in row else ""
+        lines.append(f"| {' | '.join(cells)} | {row['cost_of_a_step']:.1%}{of_other} | {waited} |")
     return lines if rows else []

@@ -95,6 +95,15 @@ class BackgroundSaver:
 
         self._pending = self._thread.submit(finish)
 
+    def copy(self, state: Mapping[str, Any]) -> None:
+        """Copy a state to the host as `start` does, and write nothing: to time the copy alone.
+
+        Raises:
+            BaseException: The write before this one failed.
+        """
+        self.wait()
+        self._stager.stage(dict(state))
+
     @property
     def failed(self) -> bool:
         """Whether the last write has ended with an error by now, which `wait` raises."""

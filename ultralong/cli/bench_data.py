@@ -266,34 +266,35 @@ def saves(
     *,
     memory: tuple[str, ...] = ("activation_checkpointing=true",),
     saves: int = 2,
+    seconds: float | None = None,
+    other_step: float | None = None,
     folder: Path | None = None,
     json: Json = None,
 ) -> None:
     """Time what checkpoints cost a training here, in the background and waited for.
 
+    The seconds of a save don't depend on the rows: measure the whole model on short ones, and give --other-step.
+
     Examples:
-      ultralong bench saves meta-llama/Llama-3.2-1B --tokens 128k --json saves.json
-      ultralong bench saves --tokens 1m --gpus 2 --sharded --kernel flash4
-        --head-chunks 8 --memory layer_tile=32768 --folder /scratch/bench
+      ultralong bench saves meta-llama/Llama-3.2-1B --tokens 32k --folder /scratch/bench --json saves.json
+      ultralong bench saves --tokens 64k --gpus 2 --sharded --state-precision 8bit --kernel flash4
+        --other-step 860 --seconds 190 --folder /scratch/bench
 
     Args:
         case: What to train.
         memory: Settings of the memory plan.
-        saves: Background checkpoints that are timed.
-        folder: Write checkpoints here, whose disk is measured, and keep model and rows for the next measurement.
-        json: Append the row to this JSON file.
+        saves: Background checkpoints, after a first one whose copy allocates its memory as well.
+        seconds: Begin no save that would end later than so many seconds from the start; the first is always made.
+        other_step: Seconds of another step over the same states, of longer rows for example, whose share is wanted.
+        folder: Write checkpoints here, one at a time, and keep model and rows for the next measurement.
+        json: Append the row to this JSON file, from the first save on.
     """
     from dataclasses import replace
 
-    from ultralong.bench.results import append_row
-    from ultralong.bench.training.saves import line, measure_saves
+    from ultralong.bench.training.saves import bench_saves
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
 
-    plan = settings.from_mapping(
-        MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
-    )
-    row = measure_saves(replace(case, memory=plan), saves, folder)
-    if json is not None:
-        append_row(json, row)
-    print(line(row))
+    said = settings.override({"activation_checkpointing": True}, memory, MemoryConfig)
+    plan = settings.from_mapping(MemoryConfig, said, "--memory")
+    bench_saves(replace(case, memory=plan), saves, folder, seconds, other_step, json)

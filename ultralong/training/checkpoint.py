@@ -23,12 +23,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as of_torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from ultralong.checkpoints.background import BackgroundSaver, Together
 from ultralong.checkpoints.distributed import (
@@ -181,8 +177,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     processes.barrier()
-    parameters, states = get_state_dict(model, optimizer)
-    content = {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
+    content = states_to_save(model, optimizer)
     random, rank = _random_state(), processes.accelerator.process_index
 
     def own_files() -> None:
@@ -211,6 +206,12 @@ def save(
     with _without_warning():
         dcp.save(content, checkpoint_id=partial, no_dist=processes.accelerator.num_processes == 1)
     complete(one_after_another)
+
+
+def states_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds of a model, wrapped as it is trained, and of its optimizer; all processes call it."""
+    parameters, states = of_torch.get_state_dict(model, optimizer)
+    return {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
 
 
 def restore(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -248,7 +249,7 @@ def _changed(path: Path, processes: Processes) -> str | None:
 
 def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = read_json(path / "state.json")
-    parameters, states = get_state_dict(model, optimizer)
+    parameters, states = of_torch.get_state_dict(model, optimizer)
     loaded = {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
     reader = StateReader(path)
     reader.read_metadata()  # torch would log a traceback, and a second one, before it raises
@@ -259,7 +260,7 @@ def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.o
         loaded["optimizer"] = states  # whose 8-bit states were loaded in place
     strict = StateDictOptions(strict=not has_frozen(model))
     both = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
-    set_state_dict(model, optimizer, **both, options=strict)
+    of_torch.set_state_dict(model, optimizer, **both, options=strict)
     # Resumed on another number of processes, the random state of the first serves the new ones: training itself
     # draws no numbers unless the model has dropout.
     rank = processes.accelerator.process_index
@@ -274,7 +275,7 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    found = get_model_state_dict(model, options=options)
+    found = of_torch.get_model_state_dict(model, options=options)
     return {name: x.detach() for name, x in found.items() if name in once and isinstance(x, torch.Tensor)}
 
 

@@ -11,6 +11,7 @@ config.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -211,9 +212,13 @@ def start_ranks(gpus: int, module: str, *words: str) -> dict[str, str]:
     )
     if not done.returncode:
         return {}
-    lines = [line for line in done.stderr.splitlines() if "Error" in line]
-    note = lines[0].split(":", 1)[-1].strip()[:300] if lines else f"exit code {done.returncode}"
-    return {"note": note, "messages": done.stderr[-4000:]}
+    return {"note": failure(done.stderr) or f"exit code {done.returncode}", "messages": done.stderr[-4000:]}
+
+
+def failure(messages: str) -> str:
+    """The error of the first process that failed, without its traceback and what it was raised from; empty for none."""
+    found = re.findall(r"^(\[rank\d+\]: )?((?:\w+\.)*\w+Error: .*)$", messages, re.MULTILINE)
+    return next((text[:300] for rank, text in reversed(found) if rank == found[0][0]), "")
 
 
 def by_kind(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:

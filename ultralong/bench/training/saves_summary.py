@@ -1,0 +1,112 @@
+"""What `ultralong bench saves` has measured, as a row, as a table's numbers and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ultralong.utils.units import GIB
+
+Event = dict[str, Any]  # what was measured, its seconds, and of which save
+SMALL = 0.01  # share of a run's time that saves may take, for which their distance is told
+
+
+def seconds_of(events: Sequence[Event], what: str, save: int | None = None) -> list[float]:
+    """Seconds of the events of one kind: `ready`, `free` or `beside` (steps), `copied`, `written`, `waited`."""
+    return [e["seconds"] for e in events if e["what"] == what and save in (None, e.get("save"))]
+
+
+def summary(events: Sequence[Event], other_step: float | None = None) -> dict[str, Any]:
+    """The numbers of what was measured so far.
+
+    Args:
+        events: In their order.
+        other_step: Seconds of another step over the same states, whose share is wanted.
+
+    Returns:
+        `seconds_per_step`, the median of `free_seconds` (steps without a checkpoint), and `spread` (the slowest of
+        them against it); of each background save that is on disk, under `saves`, `copy_seconds`, `write_seconds`,
+        `beside_seconds` of the steps and `slower_seconds` (of them together, against the median); the first one's copy
+        allocates its memory. `checkpoint_gib` and `gib_per_second` (of its writing); `copy_seconds`: median of the
+        copies but for the first, where there are others; `cost_seconds`: that, and the median of what steps take
+        longer; `cost_of_a_step`, its share, `cost_of_other_step`, and `steps_for_a_percent`: how many steps from save
+        to save make it 1% of the time. `waited_seconds` of a checkpoint that is waited for. What was not measured yet
+        is left out.
+    """
+    free = seconds_of(events, "free")
+    if not free:
+        return {}
+    usual = median(free)
+    row: dict[str, Any] = {
+        "seconds_per_step": round(usual, 4),
+        "free_seconds": free,
+        "spread": round(max(free) / usual - 1, 4),
+    }
+    saves = [_save(events, event["save"], usual) for event in events if event["what"] == "written"]
+    if saves:
+        copies = seconds_of(events, "copied")
+        copied = median(copies[1:] or copies)
+        cost = copied + median(save["slower_seconds"] for save in saves)
+        gib = max(event["bytes"] for event in events if event["what"] == "written") / GIB
+        row |= {
+            "checkpoint_gib": round(gib, 3),
+            "gib_per_second": round(gib / median(save["write_seconds"] for save in saves), 3),
+            "saves": saves,
+            "copy_seconds": round(copied, 4),
+            "cost_seconds": round(cost, 4),
+            "cost_of_a_step": round(cost / usual, 4),
+            "steps_for_a_percent": max(1, math.ceil(cost / (SMALL * usual))),
+        }
+        row |= {"other_step": other_step, "cost_of_other_step": round(cost / other_step, 5)} if other_step else {}
+    if waited := seconds_of(events, "waited"):
+        row["waited_seconds"] = waited[-1]
+    return row
+
+
+def _save(events: Sequence[Event], number: int, usual: float) -> dict[str, Any]:
+    steps = seconds_of(events, "beside", number)
+    return {
+        "copy_seconds": seconds_of(events, "copied", number)[0],
+        "write_seconds": seconds_of(events, "written", number)[0],
+        "beside_seconds": steps,
+        "slower_seconds": round(sum(step - usual for step in steps), 4),
+    }
+
+
+def told(event: Event) -> str:
+    """One event as a line."""
+    seconds = f"{event['seconds']:.3g} s"
+    save = f"save {event['save'] + 1}" if "save" in event else "once more"
+    if event["what"] in ("written", "waited"):
+        size = f"{event['bytes'] / GIB:.3g} GiB"
+        if event["what"] == "waited":
+            return f"a checkpoint of {size} that is waited for: {seconds}"
+        return f"{save}: {size} written in {seconds}, {event['bytes'] / GIB / event['seconds']:.3g} GiB/s"
+    return {
+        "ready": f"processes are up and warm after {seconds}",
+        "free": f"a step: {seconds}",
+        "copied": f"{save}: copied to the host in {seconds}",
+        "beside": f"{save}: a step beside its writing: {seconds}",
+    }[event["what"]]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A measured row as text."""
+    name = f"{row['model']}, {row['tokens']:,} tokens, {row['gpus']} x {row['gpu']}: "
+    if "cost_seconds" not in row:
+        return name + row.get("note", "no checkpoint was written in time") + "\n" + row.get("messages", "")[-1500:]
+    first, written = row["saves"][0]["copy_seconds"], median(save["write_seconds"] for save in row["saves"])
+    said = [
+        f"{name}{row['seconds_per_step']:.3g} s a step (the slowest {row['spread']:+.0%})",
+        f"a checkpoint of {row['checkpoint_gib']:.3g} GiB in the background: copied in {row['copy_seconds']:.3g} s "
+        f"(the first in {first:.3g} s, with its memory), written in {written:.3g} s",
+        f"it takes {row['cost_seconds']:.3g} s of training, {row['cost_of_a_step']:.1%} of a step: a hundredth of the "
+        f"time where {row['steps_for_a_percent']} steps or more lie from save to save",
+    ]
+    if "cost_of_other_step" in row:
+        said.append(f"of a step of {row['other_step']:g} s it is {row['cost_of_other_step']:.2%}")
+    if "waited_seconds" in row:
+        said.append(f"waited for: {row['waited_seconds']:.3g} s")
+    return "; ".join(said) + ("\n" + row["note"] if "note" in row else "")
