@@ -1,5 +1,6 @@
 """Samples of every test: full, solvable by reading, reproducible alone, with references where they say."""
 
+import copy
 import functools
 import json
 import random
@@ -77,6 +78,10 @@ def hotpot(tmp_path_factory):
     return path
 
 
+MADE: dict[tuple, list[dict]] = {}
+SAMPLES = 12
+
+
 @pytest.fixture
 def make(monkeypatch, tokenizer, squad, hotpot):
     """`make_samples` with word lists and essays made here, so that no test needs a network."""
@@ -91,6 +96,18 @@ def make(monkeypatch, tokenizer, squad, hotpot):
         return list(make_samples(task, options.pop("tokenizer", tokenizer), length, samples, seed, **options))
 
     return run
+
+
+@pytest.fixture
+def made(make):
+    """The same twelve samples of a task for several tests, of seed 0: what a sample is follows from its number."""
+
+    def once(task, length=LENGTH):
+        if (task, length) not in MADE:
+            MADE[task, length] = make(task, length, SAMPLES)
+        return copy.deepcopy(MADE[task, length])
+
+    return once
 
 
 def solve_niah(text, prefix, kind):
@@ -179,21 +196,21 @@ SOLVERS = {
 
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("task", sorted(GENERATED))
-def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, tiny_tokenizer, chat):
-    options = {"tokenizer": tiny_tokenizer, "length": 12288, "samples": 4} if chat else {"samples": 12}
-    records = make(task, chat=chat, **options)
+def test_reading_the_prompt_scores_full_and_a_constant_none(task, make, made, tiny_tokenizer, chat):
+    number = 4 if chat else SAMPLES
+    records = make(task, 12288, number, tokenizer=tiny_tokenizer, chat=True) if chat else made(task)
     solved = [{**record, "prediction": SOLVERS[task](record["input"], record["answer_prefix"])} for record in records]
     result = score_predictions(task, solved)
     assert result.value == 100, grades(task, solved)
-    assert result.n == options["samples"]
+    assert result.n == number
     blind = score_predictions(task, [{**record, "prediction": "I do not know, 5."} for record in records])
     assert blind.value <= 10
 
 
 @pytest.mark.parametrize("length", [4096, 16384])
 @pytest.mark.parametrize("task", sorted(GENERATED))
-def test_prompts_are_full_and_never_too_long(task, make, tokenizer, length):
-    for record in make(task, length, samples=2):
+def test_prompts_are_full_and_never_too_long(task, make, made, tokenizer, length):
+    for record in made(task)[:2] if length == LENGTH else make(task, length, samples=2):
         assert len(prompt_ids(tokenizer, record)) + record["max_new_tokens"] == record["length"]
         assert 0.97 * length <= record["length"] <= length
 
@@ -227,17 +244,17 @@ def test_long_samples_have_their_length(task, length, make):
 
 
 @pytest.mark.parametrize("task", sorted(GENERATED))
-def test_a_sample_can_be_made_again_alone(task, make):
-    together = make(task, samples=5, seed=3)
-    assert make(task, first=3, seed=3)[0] == together[3]
+def test_a_sample_can_be_made_again_alone(task, make, made):
+    together = made(task)
+    assert make(task, first=3)[0] == together[3]
     assert json.loads(json.dumps(together[3])) == together[3]
-    assert len({record["input"] for record in together}) == 5
+    assert len({record["input"] for record in together}) == SAMPLES
     assert make(task, first=3, seed=4)[0]["input"] != together[3]["input"]
 
 
 @pytest.mark.parametrize("task", [name for name in NIAH if name != "niah_multikey_3"])
-def test_every_reference_stands_once_where_it_is_said(task, make, tokenizer):
-    for record in make(task, samples=6):
+def test_every_reference_stands_once_where_it_is_said(task, made, tokenizer):
+    for record in made(task)[:6]:
         ids, kind = prompt_ids(tokenizer, record), NIAH[task]
         assert len(record["outputs"]) == kind.query_count * kind.value_count == len(record["positions"])
         assert record["input"].count("One of the special magic") >= kind.key_count * kind.value_count
