@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 import zipfile
 
 import pytest
+from tar_files import tar_of
 
 from ultralong.data.read.archives import extract
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return stream.getvalue()
 
 
 def test_an_inner_archives_member_of_its_own_name_is_kept(tmp_path):

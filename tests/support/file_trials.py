@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-import tarfile
 import time
 from pathlib import Path
 
@@ -15,19 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from tests.support.tar_files import tar_of
 from tests.support.trial_version import Version, last, told, trial
 
 WORDS = "the tide came in at dawn and nobody but the keeper of the light saw it come over the stones"
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return stream.getvalue()
 
 
 def packaged(version: Version, name: str, archive: bytes, more: str = "") -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ultralong.figures.theme import GREY, PALETTE, graph_objects, new_figure
+from ultralong.figures.theme import GREY, PALETTE, graph_objects, level_line, new_figure
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -62,16 +62,7 @@ def stacked_bytes(
 
 def _mark_limit(figure: Figure, limit: float, name: str) -> None:
     """A line across the bars at what there is, and its name."""
-    figure.add_shape(
-        type="line",
-        x0=0,
-        x1=1,
-        xref="x domain",
-        yref="y",
-        y0=limit,
-        y1=limit,
-        line={"color": GREY, "width": 2, "dash": "dash"},
-    )
+    figure.add_shape(level_line(limit, width=2))
     # Beside the bars: above the line the last bar may hide it.
     figure.update_layout(margin={"r": 24 + 7 * len(name)})
     figure.add_annotation(

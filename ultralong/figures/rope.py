@@ -6,7 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ultralong.figures.theme import DASHES, GREY, MARKERS, PALETTE, graph_objects, log_axis, new_figure, tokens_label
+from ultralong.figures.theme import (
+    DASHES,
+    GREY,
+    MARKERS,
+    PALETTE,
+    graph_objects,
+    level_line,
+    log_axis,
+    new_figure,
+    tokens_label,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -191,16 +201,7 @@ def mark_height(figure: Figure, value: float, text: str, *, dash: str = "dash", 
         dash: Plotly's name of the line style.
         log: True where the vertical axis is logarithmic.
     """
-    figure.add_shape(
-        type="line",
-        x0=0,
-        x1=1,
-        y0=value,
-        y1=value,
-        xref="x domain",
-        yref="y",
-        line={"color": GREY, "width": 1.5, "dash": dash},
-    )
+    figure.add_shape(level_line(value, dash=dash))
     figure.add_annotation(
         x=0.01,
         y=math.log10(value) if log else value,

@@ -85,6 +85,18 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
     return figure
 
 
+def level_line(value: float, *, width: float = 1.5, dash: str = "dash") -> dict[str, Any]:
+    """A horizontal line over the whole width of a figure, as a shape of plotly.
+
+    Args:
+        value: Where, in the units of the vertical axis.
+        width: Pixels.
+        dash: Plotly's name of the line style.
+    """
+    across = {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "yref": "y", "y0": value, "y1": value}
+    return across | {"line": {"color": GREY, "width": width, "dash": dash}}
+
+
 def plain_text(text: str) -> str:
     """A text that plotly shows as it is: its labels read `<b>` and the like as markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

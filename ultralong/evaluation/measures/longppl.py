@@ -64,19 +64,14 @@ def longppl_result(
     Raises:
         ValueError: No text has a key token.
     """
-    names, place = np.unique([text.document for text in texts], return_inverse=True)
-    edges = np.asarray(position_edges(max(len(text.labels) for text in texts)))
-    sums, counts = np.zeros((2, len(names), len(edges) - 1))  # of key tokens
-    nats = tokens = 0.0
-    for text, key, loss, document in zip(texts, keys, losses, place, strict=True):
-        bins = np.searchsorted(edges, np.flatnonzero(key), side="right") - 1
-        np.add.at(sums[document], bins, loss[key])
-        np.add.at(counts[document], bins, 1)
-        nats, tokens = nats + float(loss[text.labels != IGNORE].sum()), tokens + int((text.labels != IGNORE).sum())
+    names, edges, sums, counts = _key_sums(texts, keys, losses)
+    scored = [text.labels != IGNORE for text in texts]
+    nats = sum(float(loss[here].sum()) for loss, here in zip(losses, scored, strict=True))
+    tokens = sum(int(here.sum()) for here in scored)
     n = int(counts.sum())
     if not n:
         raise ValueError(
-            f"{evaluator} finds no key token among {int(tokens):,}: the context beyond {rule.short_context:,} tokens "
+            f"{evaluator} finds no key token among {tokens:,}: the context beyond {rule.short_context:,} tokens "
             f"raises no log-likelihood by more than {rule.alpha:g} to above {rule.beta:g}. Take an evaluator that "
             "reads this far, longer texts, or milder thresholds."
         )
@@ -85,7 +80,7 @@ def longppl_result(
     each = [[int(a), float(b), int(c)] for a, b, c in zip(names, whole[0][:, 0], whole[1][:, 0], strict=True) if c]
     details: dict[str, Any] = {
         "perplexity": math.exp(nats / tokens),
-        "tokens": int(tokens),
+        "tokens": tokens,
         "documents": len(each),
         "evaluator": evaluator,
         "rule": asdict(rule),
@@ -104,6 +99,20 @@ def longppl_result(
         by_position=_by_position(sums, counts, edges, seed, level),
         details=details,
     )
+
+
+def _key_sums(
+    texts: Sequence[Text], keys: Sequence[np.ndarray], losses: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Documents, edges of position ranges, and the key tokens' nats and number, both (documents, ranges)."""
+    names, place = np.unique([text.document for text in texts], return_inverse=True)
+    edges = np.asarray(position_edges(max(len(text.labels) for text in texts)))
+    sums, counts = np.zeros((2, len(names), len(edges) - 1))
+    for key, loss, document in zip(keys, losses, place, strict=True):
+        ranges = np.searchsorted(edges, np.flatnonzero(key), side="right") - 1
+        np.add.at(sums[document], ranges, loss[key])
+        np.add.at(counts[document], ranges, 1)
+    return names, edges, sums, counts
 
 
 def _by_position(sums: np.ndarray, counts: np.ndarray, edges: np.ndarray, seed: int, level: float) -> tuple[Part, ...]:
