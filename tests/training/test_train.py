@@ -250,7 +250,7 @@ def test_what_is_no_damage_is_raised_as_it_is(config, monkeypatch, error, place)
     def failing(*_, **__):
         raise error
 
-    owner = torch.distributed.checkpoint.FileSystemReader if place == "read_data" else checkpoint
+    owner = torch.distributed.checkpoint.FileSystemReader if place == "read_data" else checkpoint.of_torch
     monkeypatch.setattr(owner, place, failing)
     with pytest.raises(type(error)) as caught:
         train(replace(config, steps=1), resume=True, quiet=True)
