@@ -92,3 +92,15 @@ def test_bad_input_is_a_sentence(words, said, capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "decode", *words])
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_fused_step_that_failed_is_not_measured_by_another_name(folder):
+    runner = decode.ShardedRunner(AutoModelForCausalLM.from_pretrained(folder), fused=False)
+    way = decode.Way("ultralong, sharded, fused", "bf16", 1, lambda *_: None, runner)
+    timed = decode.Timed(1.0, 0.1, 0.0, torch.zeros(1, 2))
+    row = decode._traffic(way, runner.model, torch.zeros(1, 9), timed, 1.0)
+    assert row == {"note": "the fused step failed, and the model's own code was measured"}
+
+
+def test_the_models_own_code_can_be_left_out(folder, capsys):
+    assert bench_decode(DecodeBench(folder, (20,), 0, new_tokens=3, filled=True, fused_only=True)) == []

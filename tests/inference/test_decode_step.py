@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from ultralong import attention
 from ultralong.inference.decode_step.step import DecodeStep, unsupported_reason
 from ultralong.inference.sharded_generation import ShardedRunner
+from ultralong.utils.local_ranks import run_ranks
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -110,3 +112,54 @@ def test_other_models_say_why_not(make_tiny_model):
     assert "hooks" in unsupported_reason(model)
     long = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     assert "length of the text" in unsupported_reason(make(long))
+
+
+@torch.inference_mode()
+def joined_steps(rank, world, way):
+    """How far two ranks' steps are from those of the model's own code; each holds its part of the cache."""
+    model, group = make(CONFIGS["qwen3"]), dist.group.WORLD
+    plain, fused = (ShardedRunner(model, 40, group, chunk=8, fused=False) for _ in range(2))
+    ids = torch.randint(0, 64, (1, 21), generator=torch.Generator().manual_seed(1))
+    plain.prefill(ids, [12])
+    fused.prefill(ids, [12])
+    fused.step = DecodeStep(model, fused.cache, group, exchange=way)
+    token, apart = ids[:, -1], []
+    for _ in range(8):
+        expected, found = plain.decode(token), fused.decode(token)
+        apart.append(float((found - expected).abs().max()))
+        token = expected.argmax(-1)
+    return max(apart), fused.step is not None and fused.step.checked
+
+
+@pytest.mark.parametrize("way", ["direct", "gather"])
+def test_ranks_join_their_attention(way):
+    for apart, checked in run_ranks(joined_steps, 2, way):
+        assert apart < 1e-4
+        assert checked
+
+
+def test_results_are_written_where_they_are_sent_from():
+    from ultralong.inference.decode_step import plain
+    from ultralong.inference.kv_cache import KvCache
+
+    cache = KvCache(16)
+    cache.write(0, 0, *torch.randn(2, 1, 4, 2, 8))
+    q, place = torch.randn(1, 4, 8), torch.tensor([4, 4, 0])
+    into = torch.empty(1, 4, 8), torch.empty(1, 4)
+    found = plain.attend(q, cache.layers[0], place, 0.3, into)
+    assert [x is y for x, y in zip(found, into, strict=True)] == [True, True]
+    for x, y in zip(into, plain.attend(q, cache.layers[0], place, 0.3), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_ways_of_joining_are_named():
+    from ultralong.bench import decode_options
+    from ultralong.inference.decode_step import exchange, plain
+
+    assert decode_options.WAYS == exchange.WAYS
+    with pytest.raises(ValueError, match="exchange takes direct, gather, symmetric, found 'ring'"):
+        exchange.make_exchange("ring", None, 2, plain)
+    with pytest.raises(ValueError, match="symmetric is for GPUs"):
+        exchange.make_exchange("symmetric", None, 2, plain)
+    with pytest.raises(ValueError, match="exchange takes direct"):
+        decode_options.DecodeBench("m", exchange=("ring",))

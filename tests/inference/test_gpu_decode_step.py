@@ -20,14 +20,15 @@ WIDE = SHAPE | {
 }  # fmt: skip
 
 
-def steps(rank, world, kind, kv):
+def steps(rank, world, kind, kv, way="direct"):
     """How far each step's logits are from those of the model's own code, in spreads; and whether a graph was made."""
     torch.manual_seed(0)
     kinds = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
     model = kinds[kind][0]._from_config(kinds[kind][1](**WIDE), attn_implementation=attention.NAME).bfloat16()
     model = model.cuda().eval()
     group = dist.group.WORLD if world > 1 else None
-    plain, fused = (ShardedRunner(model, 6000, group, kv=kv, chunk=1024, fused=way) for way in (False, True))
+    plain = ShardedRunner(model, 6000, group, kv=kv, chunk=1024, fused=False)
+    fused = ShardedRunner(model, 6000, group, kv=kv, chunk=1024, exchange=way)
     assert plain.step is None
     assert fused.step is not None
     ids = torch.randint(0, 64, (1, 5000), generator=torch.Generator().manual_seed(1)).cuda()
@@ -73,5 +74,15 @@ def test_split_attention_equals_float64(size, kv, held):
 def test_steps_equal_the_models_own(world, kind, kv):
     found = run_ranks(steps, world, kind, kv, device="cuda") if world > 1 else [steps(0, 1, kind, kv)]
     for apart, graph in found:
+        assert max(apart) < 0.05, apart
+        assert graph
+
+
+@pytest.mark.parametrize("way", ["gather", "symmetric"])
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_gpus_join_their_attention_in_other_ways(way, kv):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for apart, graph in run_ranks(steps, 2, "llama", kv, way, device="cuda"):
         assert max(apart) < 0.05, apart
         assert graph

@@ -157,21 +157,23 @@ def all_to_all(x: Tensor, group: Group) -> Pending:
     return Pending("all-to-all", group, [handle], result, (x,))
 
 
-def all_gather(x: Tensor, group: Group) -> Pending:
-    """Everyone's `x` as (P, ...), in rank order. `x` is contiguous.
+def all_gather(x: Tensor, group: Group, into: Tensor | None = None, direct: bool = True) -> Pending:
+    """Everyone's `x`, contiguous, as (P, ...) in rank order; `x` may be this rank's part of `into`, the result.
 
-    GPUs of one host send to each other directly: for so few ranks that is faster than NCCL's own choice of ring and
-    protocol (notebooks/results/design_measurements.md, "All-gather").
+    With `direct`, GPUs of one host send to each other: so few are faster than by NCCL's own choice of ring and protocol
+    (notebooks/results/design_measurements.md, "All-gather").
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    result = x.new_empty((size, *x.shape))
-    if x.device.type == "cuda" and size <= DIRECT_RANKS:
+    rank, size, on_gpu = dist.get_rank(group), dist.get_world_size(group), x.device.type == "cuda"
+    result = x.new_empty((size, *x.shape)) if into is None else into
+    if direct and on_gpu and size <= DIRECT_RANKS:
         peers = [((rank + step) % size, (rank - step) % size) for step in range(1, size)]
         pending = _send_and_receive(
             "all-gather", [(x, after, result[before], before) for after, before in peers], group, 0, result
         )
-        result[rank].copy_(x)
+        if into is None:
+            result[rank].copy_(x)
         return pending
+    x = x if on_gpu or into is None else x.clone()  # NCCL's may be in place
     try:
         handle = _all_gather(result.flatten(0, 1), x, group=group, async_op=True)
     except RuntimeError as error:
@@ -285,9 +287,7 @@ def two_levels(group: GroupOrMesh | None) -> tuple[Group | None, Group | None]:
         return None, None
     if isinstance(group, DeviceMesh):
         if group.ndim > 2:
-            raise ValueError(
-                f"group must be a mesh of 1 or 2 dimensions (across hosts, inside a host), found {group.ndim}"
-            )
+            raise ValueError(f"group must be a mesh of 1 or 2 dimensions (hosts, inside a host), found {group.ndim}")
         group = group.get_group() if group.ndim == 1 else (group.get_group(0), group.get_group(1))
     outer, inner = group if isinstance(group, tuple) else (group, None)
     members: list[Group | None] = [outer, inner]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ultralong.utils.units import Tokens
 
+WAYS = ("direct", "gather", "symmetric")  # as `ultralong.inference.decode_step.exchange`, which needs torch
+
 
 @dataclass(frozen=True)
 class DecodeBench:
@@ -23,6 +25,9 @@ class DecodeBench:
         filled: Fill the cache with random keys and values in place of reading a prompt, which takes minutes at a
             million tokens; only the sharded cache is measured then.
         kv: Types of the sharded cache's keys and values to measure, of `bf16` and `fp8`.
+        exchange: Ways in which the fused step's GPUs join their attention, of `direct` (each sends to each), `gather`
+            (NCCL's all-gather) and `symmetric` (each reads the others' memory).
+        fused_only: Leave out the step by the model's own code, which takes ten times as long.
     """
 
     model: str
@@ -35,6 +40,8 @@ class DecodeBench:
     chunk: Tokens | None = None
     filled: bool = False
     kv: tuple[str, ...] = ("bf16", "fp8")
+    exchange: tuple[str, ...] = ("direct",)
+    fused_only: bool = False
 
     def __post_init__(self) -> None:
         if min((*self.lengths, self.batch_tokens)) < 2 or self.new_tokens < 2:
@@ -46,6 +53,8 @@ class DecodeBench:
             raise ValueError("There is nothing to measure: give --lengths or --batch.")
         if not self.kv or set(self.kv) - {"bf16", "fp8"}:
             raise ValueError(f"kv takes bf16 and fp8, found {' '.join(self.kv) or 'nothing'}")
+        if not self.exchange or set(self.exchange) - set(WAYS):
+            raise ValueError(f"exchange takes {', '.join(WAYS)}, found {' '.join(self.exchange) or 'nothing'}")
         if self.filled and self.batch:
             raise ValueError("A filled cache holds one prompt: give --batch 0 with --filled.")
         if self.gpus < 1 or self.batch < 0 or (self.layers is not None and self.layers < 1):

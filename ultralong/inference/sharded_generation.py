@@ -42,6 +42,7 @@ class ShardedRunner(CachedRunner):
         kernel: Name of the attention kernel, or `auto`.
         quiet: True draws no progress bar.
         fused: Decode by fused kernels in one CUDA graph where model, device and packages allow it (`decode_step`).
+        exchange: How the fused kernels' ranks join their attention (`decode_step.exchange.WAYS`).
 
     Raises:
         ValueError: A model with layers that are no attention, a chunk below one token, or another `kv`.
@@ -58,6 +59,7 @@ class ShardedRunner(CachedRunner):
         kernel: str = "auto",
         quiet: bool = False,
         fused: bool = True,
+        exchange: str = "direct",
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)
         check_model(model)
@@ -68,7 +70,7 @@ class ShardedRunner(CachedRunner):
             model.set_attn_implementation(attention.NAME)
         self.cache = KvCache(self._share(capacity or 1), kv, ranks=ranks, rank=rank)
         self._context = ShardedAttention(self.cache, self.group, kernel)
-        self.step = fast_step(model, self.cache, self.group) if fused else None
+        self.step = fast_step(model, self.cache, self.group, exchange) if fused else None
         self._owner = 0  # who has the last pass's last token
 
     def agree(self, tokens: Tensor) -> Tensor:

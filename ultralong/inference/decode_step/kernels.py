@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ultralong.inference.decode_step.fp8_split import split_fp8
+from ultralong.inference.decode_step.peer_merge import merge_at
 from ultralong.inference.kv_cache import LayerBuffer
 
+__all__ = ["add_norm", "attend", "merge", "merge_at", "rotate_and_store", "silu_times"]
 LOG2_E = 1.4426950408889634
 
 
@@ -204,7 +206,9 @@ def rotate_and_store(
     return q
 
 
-def attend(q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of one query of each sequence to all that this rank holds.
 
     Args:
@@ -212,6 +216,7 @@ def attend(q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float) -
         buffers: Keys and values of the layer.
         place: See on top.
         scale: Factor on scores.
+        into: Where results are written, contiguous and in float32; by default they get memory of their own.
 
     Returns:
         (B, H, D) and the base-2 log-sum-exp (B, H), in float32; -inf where nothing is held.
@@ -235,13 +240,15 @@ def attend(q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float) -
             q, *pairs, keys.scales, values.scales, *rest, max(8, rows), tuning.block, _converts_fp8(q.device),
             num_warps=tuning.warps, num_stages=tuning.stages,
         )  # fmt: skip
-    return merge(outs, lses, torch.float32)
+    return merge(outs, lses, torch.float32, into)
 
 
-def merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge(
+    outs: Tensor, lses: Tensor, dtype: torch.dtype, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Join parts (S, B, H, D) by their base-2 log-sum-exps (S, B, H): (B, H, D) of a type, and (B, H)."""
     parts, batch, heads, size = outs.shape
-    out, lse = (
+    out, lse = into or (
         torch.empty(batch, heads, size, dtype=dtype, device=outs.device),
         torch.empty(batch, heads, dtype=torch.float32, device=outs.device),
     )

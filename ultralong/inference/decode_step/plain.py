@@ -45,7 +45,13 @@ def rotate_and_store(
     return q
 
 
-def attend(q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    buffers: list[LayerBuffer],
+    place: Tensor,
+    scale: float,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `kernels.attend`."""
     _, held, mine = place.tolist()
     keys, values = (buffer.read(slice(held + mine), slice(None)) for buffer in buffers)  # (B, t, K, D)
@@ -53,7 +59,8 @@ def attend(q: Tensor, buffers: list[LayerBuffer], place: Tensor, scale: float) -
     scores = torch.einsum("bkgd,btkd->bkgt", queries, keys) * scale
     lse = scores.logsumexp(-1) if held + mine else scores.new_full(scores.shape[:3], -math.inf)
     out = torch.einsum("bkgt,btkd->bkgd", (scores - lse[..., None]).exp(), values)
-    return out.flatten(1, 2), lse.flatten(1, 2) / math.log(2)
+    found = out.flatten(1, 2), lse.flatten(1, 2) / math.log(2)
+    return found if into is None else (into[0].copy_(found[0]), into[1].copy_(found[1]))
 
 
 def merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

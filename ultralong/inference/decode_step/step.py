@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ultralong.attention.collectives import Group, all_gather
+from ultralong.attention.collectives import Group
+from ultralong.attention.lse_merge import accumulation_dtype
 from ultralong.inference.decode_step import plain
+from ultralong.inference.decode_step.exchange import Exchange, make_exchange
 from ultralong.inference.kv_cache import KvCache, has_plain_layers
 from ultralong.rope.tables import RopeTables
 
@@ -50,8 +52,10 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def fast_step(model: PreTrainedModel, cache: KvCache, group: Group | None) -> DecodeStep | None:
-    """The step by Triton kernels, where model, device and packages allow it."""
+def fast_step(
+    model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "direct"
+) -> DecodeStep | None:
+    """The step by Triton kernels, where model, device and packages allow it; exchange as in `make_exchange`."""
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return None
     if importlib.util.find_spec("triton") is None or unsupported_reason(model) is not None:
@@ -60,7 +64,7 @@ def fast_step(model: PreTrainedModel, cache: KvCache, group: Group | None) -> De
         return None
     from ultralong.inference.decode_step import kernels
 
-    return DecodeStep(model, cache, group, kernels)
+    return DecodeStep(model, cache, group, kernels, exchange)
 
 
 class DecodeStep:
@@ -74,16 +78,25 @@ class DecodeStep:
         cache: This rank's part of the KV cache, with buffers.
         group: The ranks that share the sequence; None is this one alone.
         operations: `kernels` or `plain`.
+        exchange: How ranks join their attention, see `make_exchange`.
 
     Attributes:
         checked: Whether a step was compared with the model's own code.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: KvCache, group: Group | None, operations: ModuleType = plain
+        self,
+        model: PreTrainedModel,
+        cache: KvCache,
+        group: Group | None,
+        operations: ModuleType = plain,
+        exchange: str = "direct",
     ) -> None:
-        self.model, self.cache, self.group, self._do = model, cache, group, operations
+        self.model, self.cache, self._do = model, cache, operations
+        self._exchange: Exchange | None = None
         self._layers = [_Weights(layer) for layer in model.model.layers]
+        if group is not None:
+            self._exchange = make_exchange(exchange, group, len(self._layers), operations)
         self._place = torch.zeros(3, dtype=torch.long, device=model.device)
         self._ids = torch.zeros(1, dtype=torch.long, device=model.device)  # (B,)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -160,13 +173,13 @@ class DecodeStep:
         return logits
 
     def _attend(self, q: Tensor, index: int, scale: float) -> Tensor:
-        out, lse = self._do.attend(q, self.cache.layers[index], self._place, scale)
-        if self.group is not None:  # one exchange a layer: results and log-sum-exps together
-            packed = torch.cat([out.flatten(), lse.flatten()])
-            found = all_gather(packed, self.group).wait()  # (P, B H D + B H)
-            outs, lses = found[:, : out.numel()], found[:, out.numel() :]
-            out, _ = self._do.merge(outs.unflatten(1, out.shape), lses.unflatten(1, lse.shape), q.dtype)
-        return out.to(q.dtype).flatten(1)
+        buffers, exchange = self.cache.layers[index], self._exchange
+        if exchange is None:
+            out, _ = self._do.attend(q, buffers, self._place, scale)
+            return out.to(q.dtype).flatten(1)
+        into = exchange.place(index, q.shape, accumulation_dtype(q.dtype), q.device)
+        self._do.attend(q, buffers, self._place, scale, into)
+        return exchange.joined(q.dtype).flatten(1)
 
 
 class _Weights:
