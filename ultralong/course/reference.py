@@ -46,7 +46,7 @@ ROOMS = (
     "launch", "api",
 )  # fmt: skip
 # Modules with a package that only GPU machines have.
-NEEDS = {f"ultralong.inference.decode_step.{name}": "triton" for name in ("kernels", "fp8_split")}
+NEEDS = {f"ultralong.inference.decode_step.{name}": "triton" for name in ("kernels", "fp8_split", "peer_merge")}
 
 
 def topics() -> Iterator[tuple[str, str, str]]:
