@@ -1,9 +1,11 @@
 """Manifests: accepted by the projects' own readers, values as data, the same run.sh reached with what it asks for."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from test_launch import GOLDEN, HOSTILE, config
 from ultralong import __version__
 from ultralong.launch import launch
 from ultralong.launch.manifests import FACTS, MANIFEST_FILES, kubernetes_name, named_values
+from ultralong.training.config import TrainConfig
+from ultralong.utils.settings import from_mapping, override, to_mapping
 
 SITE = {
     "skypilot": {"image": "lab/ultralong:1", "accelerator": "H200", "volume": "data", "workdir": "/data"},
@@ -132,7 +136,68 @@ def test_the_container_installs_the_pins_of_the_clone(tmp_path):
     assert "constraints.txt" in copied
     installs = [line for line in lines if "pip install" in line]
     assert len(installs) == 2
-    assert all("-c constraints.txt" in line for line in installs)
+    assert all("-c constraints.txt" in line or "-c pins.txt" in line for line in installs)
+
+
+def recipe_of(folder: Path, words: str) -> str:
+    """The container recipe of the run of these tests with other settings."""
+    run = from_mapping(TrainConfig, override(to_mapping(config()), words.split(), TrainConfig))
+    launch(run, 2, 8, "jobset", folder, site=SITE["jobset"] | {"interface": "eth0"})
+    return (folder / "Containerfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "packages"),
+    [
+        ("", "'.[data]'"),
+        ("optimizer.state_precision=8bit parallel.kernel=flash4", "'.[data,optim,flash4]'"),
+        ("lora.rank=8 trackers=[prometheus,tensorboard,comet_ml,all]", "'.[data,lora,serve]' tensorboard comet-ml"),
+        ("lora.rank=8 lora.base=nf4 parallel.fsdp_shard_degree=16", "'.[data,lora,optim]'"),
+    ],
+)
+def test_the_container_holds_what_the_config_asks_for(tmp_path, words, packages):
+    text = recipe_of(tmp_path, words)
+    assert f" && pip install -c pins.txt {packages} \\\n" in text
+    assert not {"PACKAGES", "# WHY", "# BUILT"} & {line.strip() for line in text.splitlines()}
+    (said,) = [line for line in text.splitlines() if "config.yaml asks for" in line]
+    assert ("nothing besides data" in said) is (packages == "'.[data]'")
+    for word in words.split():
+        name, _, value = word.partition("=")
+        if name in ("optimizer.state_precision", "parallel.kernel"):
+            assert f"{name}: {value}" in said
+    assert "nvidia/cuda:13.0.2-base-" in text
+
+
+def test_extras_of_the_container_are_extras_of_the_package(tmp_path):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    text = recipe_of(
+        tmp_path, "lora.rank=8 optimizer.state_precision=8bit parallel.kernel=flash4 trackers=[prometheus]"
+    )
+    named = re.search(r"'\.\[(.*)\]'", text)[1].split(",")
+    assert named == ["data", "lora", "optim", "flash4", "serve"]
+    assert set(named) <= set(project["optional-dependencies"])
+
+
+def test_pins_in_comments_become_pins(tmp_path):
+    """The recipe's own command over the clone's constraints."""
+    text = recipe_of(tmp_path, "parallel.kernel=flash4")
+    command = re.search(r"RUN (sed .*) > pins.txt", text)[1]
+    root = Path(__file__).parents[2]
+    pins = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True).stdout
+    found = {line.split("==")[0] for line in pins.splitlines() if "==" in line and not line.startswith("#")}
+    assert {"torchao", "flash-attn-4", "torch"} <= found
+    assert "flash-attn" not in found  # which is built, against the torch that is there
+
+
+def test_kernels_without_a_wheel_are_built_or_named(tmp_path):
+    built = recipe_of(tmp_path / "2", "parallel.kernel=flash2")
+    assert "ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04" in built
+    assert built.index("pip install -c pins.txt") < built.index("pip install --no-build-isolation")
+    command = re.search(r"(sed -n .*constraints.txt)\)", built)[1]
+    root = Path(__file__).parents[2]
+    pin = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert pin.startswith("flash-attn==")
+    assert "flash3 has no package" in recipe_of(tmp_path / "3", "parallel.kernel=flash3")
 
 
 # ---- The projects' own readers, where they are installed.
@@ -141,9 +206,10 @@ def test_the_container_installs_the_pins_of_the_clone(tmp_path):
 def test_a_reader_of_container_recipes_takes_ours(tmp_path):
     if (lint := shutil.which("dockerfile-utils")) is None:
         pytest.skip("needs npm install dockerfile-utils, and its folder in PATH")
-    render(tmp_path, "jobset")
     recipe = tmp_path / "Containerfile"
-    assert subprocess.run([lint, "lint", recipe], check=False).returncode == 0
+    for number, kernel in enumerate(("auto", "flash4", "flash2", "flash3")):
+        recipe.write_text(recipe_of(tmp_path / str(number), f"parallel.kernel={kernel}"))
+        assert subprocess.run([lint, "lint", recipe], check=False).returncode == 0, kernel
     recipe.write_text(recipe.read_text().replace("WORKDIR", "WORKDIRECTORY"))
     assert subprocess.run([lint, "lint", recipe], check=False).returncode == 1
 

@@ -50,8 +50,8 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     their top. Each script takes --dry-run, which checks config, mesh, memory and files without a GPU.
 
     Scripts are for torchrun, Slurm and accelerate. A manifest starts the same script in a container on each host: a
-    SkyPilot task, Kubeflow Trainer's TrainJob or a JobSet, with a Containerfile for the image. It takes the facts of
-    the site from --site, and an error names all that are missing.
+    SkyPilot task, Kubeflow Trainer's TrainJob or a JobSet, with a Containerfile for the image, which installs the
+    optional packages that the config asks for. It takes the site's facts from --site; an error names all that miss.
 
     Examples:
       ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts

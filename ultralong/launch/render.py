@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ultralong import __version__
+from ultralong.launch.image import containerfile
 from ultralong.launch.manifests import MANIFEST_FILES, site_facts, write_manifest
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import process_problem
@@ -100,7 +101,7 @@ def launch(
     )
     if scheduler in MANIFEST_FILES:
         write_manifest(scheduler, folder, run_name(config), what, (nodes, gpus_per_node), facts)
-        write_text(folder / "Containerfile", _piece("Containerfile"))
+        write_text(folder / "Containerfile", containerfile(config))
     return [folder / name for name in FILES[scheduler]]
 
 
