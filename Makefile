@@ -94,8 +94,8 @@ playwright: setup
 notebooks: setup  ## Execute notebooks/*.py and write the .ipynb beside each (NAMES= for some of them)
 	$(TEST_ENV) "$(BIN)/python" -m ultralong.notebook_tools run $(NAMES)
 
-site: setup  ## Build the course, its reference and the API's pages; the result is build/site/index.html
-	"$(BIN)/ultralong" course site build/site
+site: setup  ## Build the course's pages and the reference in build/site (REPOSITORY=URL of a public copy: Colab, Binder)
+	"$(BIN)/ultralong" course site build/site $(if $(REPOSITORY),--repository "$(REPOSITORY)" --revision "$(or $(REVISION),main)")
 
 # Interpreters that read what this version writes as earlier releases of transformers do; torch is shared with $(VENV).
 readers: setup  ## Make build/readers/: transformers 4.46, 4.51 and 4.57 for tests/checkpoints/test_readers.py

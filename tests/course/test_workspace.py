@@ -12,6 +12,7 @@ import pytest
 
 from ultralong import cli, course
 from ultralong.course import links, progress, reference, site, workspace
+from ultralong.course.elsewhere import Repository
 
 
 def test_a_course_folder_is_made_once_and_keeps_what_the_learner_wrote(tmp_path):
@@ -97,7 +98,7 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ROOMS", request.param)
-        site.build(folder)
+        site.build(folder, Repository("https://github.com/lab/course"))
         yield folder
 
 
@@ -110,6 +111,18 @@ def test_pages_load_nothing_from_elsewhere_and_link_to_each_other(built):
         for link in page.links:
             if not re.match(r"https?:|#", link):
                 assert (built / link.partition("#")[0]).exists(), f"{path.name} links to {link}"
+
+
+def test_pages_say_where_their_notebooks_run(built):
+    for path in built.glob("[0-9][0-9]_*.html"):
+        assert f'href="elsewhere/{path.stem}.ipynb"' in path.read_text()
+    assert "elsewhere" not in (built / "architecture.html").read_text()
+
+
+def test_a_place_is_named_only_with_an_address(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["course", "site", str(tmp_path), "--pages-branch", "gh-pages"])
+    assert "give --repository too" in capsys.readouterr().err
 
 
 def test_exercises_have_their_hints_and_solution_folded(built):

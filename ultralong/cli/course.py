@@ -46,15 +46,34 @@ def check(folder: Positional[Path] = Path("."), /) -> None:
     print(f"Next: {left[0]}" if left else "All exercises are solved.")
 
 
-def site(folder: Positional[Path], /) -> None:
+def site(
+    folder: Positional[Path],
+    /,
+    *,
+    repository: str | None = None,
+    revision: str = "main",
+    pages_branch: str | None = None,
+) -> None:
     """Write the course as static pages: figures play without a kernel, nothing is loaded from elsewhere.
 
-    Example: ultralong course site pages
+    With --repository each notebook's page links to Binder, and to a copy of the notebook whose first cell installs the
+    course from there, for Colab or any Jupyter; without it no page names a place that is not known.
+
+    Examples:
+      ultralong course site pages
+      ultralong course site pages --repository https://github.com/OWNER/NAME --pages-branch gh-pages
 
     Args:
         folder: Where the pages go.
+        repository: Address of a public copy of the repository.
+        revision: Its branch, tag or commit that notebooks install.
+        pages_branch: Its branch that keeps these pages, from which Colab opens the copies (github.com only).
     """
+    from ultralong.course.elsewhere import Repository
     from ultralong.course.site import build
 
-    pages = build(folder)
+    if repository is None and (pages_branch is not None or revision != "main"):
+        raise ValueError("--revision and --pages-branch are of a repository: give --repository too.")
+    public = None if repository is None else Repository(repository, revision, pages_branch)
+    pages = build(folder, public)
     print(f"{len(pages)} pages. Open {pages[0]}")

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ultralong.course import reference
+from ultralong.course import elsewhere, reference
 from ultralong.course.checks import solution_text
+from ultralong.course.elsewhere import Repository
 from ultralong.course.exercise import exercise
 from ultralong.course.links import as_pages
 from ultralong.course.workspace import source_folder
@@ -66,11 +67,13 @@ math[display="block"] { margin: 1em 0; overflow-x: auto; }
 """
 
 
-def build(folder: str | os.PathLike[str]) -> list[Path]:
+def build(folder: str | os.PathLike[str], repository: Repository | None = None) -> list[Path]:
     """Write the course's pages.
 
     Args:
         folder: Where they go; pages of an earlier build are replaced.
+        repository: A public copy: each notebook's page then says where it runs without a clone, and a copy of the
+            notebook that installs from there first lies in `elsewhere.FOLDER`.
 
     Returns:
         The pages, the front page first.
@@ -88,7 +91,11 @@ def build(folder: str | os.PathLike[str]) -> list[Path]:
     paths = sorted(source.glob("[0-9][0-9]_*.ipynb"))
     for index, path in enumerate(paths):
         notebook = nbformat.read(path, as_version=4)
-        body = "\n".join(_cell(cell, number, path) for number, cell in enumerate(notebook.cells))
+        cells = [_cell(cell, number, path) for number, cell in enumerate(notebook.cells)]
+        if repository is not None:
+            elsewhere.write_copy(path, target / elsewhere.FOLDER, repository)
+            cells.insert(1, elsewhere.links(path, repository))  # below the title's cell
+        body = "\n".join(cells)
         around = _navigation(paths, index)
         title = next((line[2:] for cell in notebook.cells for line in cell.source.splitlines() if line[:2] == "# "), "")
         pages.append(_write(target / f"{path.stem}.html", title or path.stem, body, around))
