@@ -4,6 +4,7 @@ The reference has no cache: each token comes from a pass of a new model over all
 which reads anew where its frequencies change, is a second one.
 """
 
+import copy
 from functools import cache
 from itertools import pairwise
 
@@ -61,6 +62,12 @@ every = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def build(kind):
+    """A new model, whose frequencies are those that it begins with: a copy, which takes a third of the time."""
+    return copy.deepcopy(_made(kind))
+
+
+@cache
+def _made(kind):
     torch.manual_seed(0)
     made, options = CONFIGS[kind]
     config = made(**(SIZES | options))
