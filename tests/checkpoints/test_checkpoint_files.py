@@ -463,3 +463,51 @@ def test_a_size_without_sense_is_one_line(model, name, value):
     (model / "config.json").write_text(json.dumps({**entries, name: value}))
     with pytest.raises(ValueError, match=rf"has a {name} of|can't read the config"):
         load_config(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rms_norm_eps": float("nan")}, "holds a NaN"),
+        ({"extra": [{"x": float("nan")}]}, "holds a NaN"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "a rope_theta of 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -10000.0}}, "a rope_theta of -10000.0"),
+        ({"rope_theta": float("inf")}, "a rope_theta of inf"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0}}, "a factor of 0"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "a factor of -2"),
+        ({"rope_parameters": {"rope_type": "", "rope_theta": 1e4}}, "a rope_type of ''"),
+        ({"dtype": 5}, "a dtype of 5"),
+        ({"head_dim": 10**9}, "a head_dim of 1,000,000,000, and a model has at most 65,536"),
+        ({"vocab_size": 10**13}, "a vocab_size of 10,000,000,000,000, and a model has at most"),
+    ],
+)
+def test_numbers_of_a_config_that_no_model_has(model, changes, said):
+    config = model / "config.json"
+    config.write_text(json.dumps(read_json(config) | changes))
+    with pytest.raises(ValueError, match=f"the config in .* (has|holds) {said.removeprefix('holds ')}"):
+        load_config(model)
+
+
+def test_infinity_in_a_config_is_a_number(model):
+    """As in time_step_limit of Mamba 2."""
+    config = model / "config.json"
+    config.write_text(json.dumps(read_json(config) | {"time_step_limit": [0.0, float("inf")]}))
+    assert load_config(model).time_step_limit == [0.0, float("inf")]
+
+
+def test_an_index_that_transformers_does_not_read(model):
+    weights = model / "model-00001-of-00001.safetensors"
+    (model / "model.safetensors").rename(weights)
+    index = {"weight_map": dict.fromkeys(header(weights), weights.name)}
+    for metadata in ({}, {"metadata": None}, {"metadata": 5}):
+        (model / "model.safetensors.index.json").write_text(json.dumps(index | metadata))
+        with pytest.raises(ValueError, match="has no metadata, without which transformers reads no index"):
+            weight_files(model)
+    (model / "model.safetensors.index.json").write_text(json.dumps(index | {"metadata": {}}))
+    assert weights.name in weight_files(model)
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:x", "mps", "meta", "cuda:99", "xpu:0", "vulkan"])
+def test_a_device_that_is_not_here(device):
+    with pytest.raises(ValueError, match=f"There is no '{device}' on this machine: use --device cpu"):
+        load_model(miniature.path(), device)

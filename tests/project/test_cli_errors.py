@@ -85,6 +85,10 @@ def test_a_demo_that_was_stopped_says_how_it_resumes(monkeypatch, capsys, tmp_pa
         (FileNotFoundError(2, "No such file or directory", "rows/x"), "error: rows/x: No such file or directory."),
         (OSError(28, "No space left on device"), "error: a file: No space left on device."),
         (OSError("no model of that name\nreally"), "error: no model of that name really"),
+        (
+            MemoryError("Unable to allocate 7 PiB"),
+            "error: there is not enough memory for it (Unable to allocate 7 PiB). Ask for less.",
+        ),
         (RuntimeError("CUDA error: an illegal memory access"), None),
         (ModuleNotFoundError("No module named 'torch.x'", name="torch.x"), None),
         (ConnectionResetError(104, "Connection reset by peer"), None),
@@ -115,6 +119,38 @@ def test_one_line_for_what_can_be_mended_and_a_traceback_for_the_rest(error, lin
     place = f" on rank 3 of 8, host {socket.gethostname()}:" if rank else ":"
     assert told.startswith(f"ultralong train: failed{place}\nTraceback (most recent call last):\n")
     assert f"\n{type(error).__name__}" in told or f".{type(error).__name__}" in told
+
+
+@pytest.mark.parametrize("made", [ModuleNotFoundError, RuntimeError, ValueError])
+@pytest.mark.parametrize("said", [True, False])
+def test_ctrl_c_that_a_library_makes_an_error_of_its_own(made, said, capsys):
+    """As transformers does while it imports a model."""
+
+    def work():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            if said:
+                raise made("Could not import module") from stop
+            raise made("Could not import module")  # noqa: B904
+
+    with pytest.raises(SystemExit) as left:
+        guarded("plan", work)
+    assert (left.value.code, capsys.readouterr().err) == (130, "ultralong plan: stopped.\n")
+
+
+def test_workers_hear_no_ctrl_c():
+    """A terminal sends it to all processes: workers that import then would print where they were."""
+    script = (
+        "import os, signal\nfrom ultralong.utils.processes import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = WorkerPool(2)\n    found = [pool.submit(abs, -n) for n in range(8)]\n"
+        "    pids = list(pool._processes)\n    [os.kill(pid, signal.SIGINT) for pid in pids * 3]\n"
+        "    print(len(pids), sum(one.result() for one in found), signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+        "    pool.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2 28 set()\n", "")
 
 
 def test_ctrl_c_and_failed_children_keep_their_exit_codes(capsys):

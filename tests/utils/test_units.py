@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ultralong import miniature
+from ultralong.checkpoints.extend import extend
 from ultralong.cli import main
 from ultralong.data.chat.pack import ChatSettings
-from ultralong.data.recipe.schema import load_recipe
+from ultralong.data.recipe.schema import Recipe, Source, load_recipe
 from ultralong.data.rows.separators import PackSettings
 from ultralong.evaluation.measures.longppl import measure_longppl
 from ultralong.evaluation.runs.compare import compare_answers
@@ -73,3 +76,48 @@ def test_commands_say_so_in_a_line_and_write_nothing(tmp_path, capsys, words):
     assert "error: " in line
     assert line.endswith("seed must be 0 or more and below 2**32, found -1.")
     assert not (tmp_path / "out").exists()
+
+
+TOO_LONG = 2**31
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PackSettings(length=TOO_LONG),
+        lambda: RunSettings("m", ("needle",), lengths=(TOO_LONG,)),
+        lambda: RunSettings("m", ("needle",), needle_lengths=(10**15,)),
+        lambda: TrainConfig("m", "o", (DataSource("r"),), 1, length=TOO_LONG),
+        lambda: extend(miniature.path(), 10**15, "out"),
+    ],
+)
+def test_a_length_that_no_position_has(make, tmp_path, monkeypatch):
+    """Nothing of that length is made first: it would be an error of the memory, in the middle of the work."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="tokens, and a text has at most 2,147,483,647"):
+        make()
+
+
+def test_the_longest_length_is_taken():
+    assert PackSettings(length=TOO_LONG - 1).length == TOO_LONG - 1
+
+
+@pytest.mark.parametrize("depth", [-0.1, 1.5, float("nan"), float("inf")])
+def test_a_depth_outside_of_the_text(depth):
+    with pytest.raises(ValueError, match="depths are fractions from 0"):
+        RunSettings("m", ("needle",), needle_depths=(0.5, depth))
+
+
+@pytest.mark.parametrize("key", ["max_characters", "budget", "share", "characters_per_token"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_share_of_a_recipe_that_is_no_number(key, value):
+    with pytest.raises(ValueError, match=f"{key} must be positive"):
+        Source(name="s", license="x", path="p", **{key: value})
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\x1b[2J", "a\u202eb"])
+def test_a_name_that_reports_cannot_print(name):
+    source = Source(name="s", license="x", path="p")
+    for given in ({"name": name, "sources": (source,)}, {"name": "r", "sources": (replace(source, name=name),)}):
+        with pytest.raises(ValueError, match="a name is a text of one line"):
+            Recipe(description="d", **given)

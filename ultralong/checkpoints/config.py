@@ -7,6 +7,7 @@ class that no version 4 has.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
+LARGEST_SIZE, LARGEST_HEAD = 2**40, 2**16  # far above any model's, and small enough to compute with
 MOST_LAYERS = 10_000  # a class is built layer by layer, also without memory: a damaged number would take for ever
 # Files beside config.json that hold an object, without which a tokenizer or a generation does not open.
 OBJECTS = (
@@ -65,9 +67,7 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
         )
     entries = read_json_object(folder / "config.json") if folder.is_dir() else {}
     kind = entries.get("model_type")
-    for name in SIZES:
-        if isinstance(size := entries.get(name), int | float) and not size >= 1:
-            raise ValueError(f"the config in {model} has a {name} of {size}, and a model has at least 1.")
+    _check_entries(entries, f"the config in {model}")
     if isinstance(layers := entries.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise ValueError(f"the config in {model} has {layers:,} layers, and a model has at most {MOST_LAYERS:,}.")
     try:
@@ -77,6 +77,28 @@ def load_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"transformers {transformers_version} can't read the config in {model} (type {kind!r}): {one_line(error)} "
             "Models that bring their own code are not supported."
         ) from error
+
+
+def _check_entries(entries: Any, where: str) -> None:
+    """Refuse numbers that no model has: transformers takes them, and computes with them or fails far from here."""
+    if isinstance(entries, list):
+        for entry in entries:
+            _check_entries(entry, where)
+    if not isinstance(entries, Mapping):
+        if isinstance(entries, float) and math.isnan(entries):
+            raise ValueError(f"{where} holds a NaN, which is no number. Restore it.")
+        return
+    for name, value in entries.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in SIZES and number and not value >= 1:
+            raise ValueError(f"{where} has a {name} of {value}, and a model has at least 1.")
+        if name in SIZES and number and value > (most := LARGEST_HEAD if name == "head_dim" else LARGEST_SIZE):
+            raise ValueError(f"{where} has a {name} of {value:,}, and a model has at most {most:,}.")
+        if name in ("rope_theta", "factor", "rope_local_base_freq") and number and not 0 < value < math.inf:
+            raise ValueError(f"{where} has a {name} of {value}, which is above 0. Restore it.")
+        if name in ("rope_type", "dtype") and value is not None and not (value and isinstance(value, str)):
+            raise ValueError(f"{where} has a {name} of {value!r}, and it is a name. Restore it.")
+        _check_entries(value, where)
 
 
 def check_whole(model: str | os.PathLike[str]) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ultralong.utils.files import json_value, read_json_object
+from ultralong.utils.files import read_json_object
 from ultralong.utils.hub import local_folder
+from ultralong.utils.text_formats import json_value
 
 INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
 ADAPTER = "adapter_config.json"
@@ -100,9 +101,12 @@ def weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     if not (folder / INDEX).exists():
         raise ValueError(_why_no_weights(folder))
-    weight_map: dict[str, str] = read_json_object(folder / INDEX).get("weight_map", {})
+    index = read_json_object(folder / INDEX)
+    weight_map = index.get("weight_map", {})
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has a weight_map that does not name a file for each tensor. Restore it.")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{folder / INDEX} has no metadata, without which transformers reads no index. Restore it.")
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing or not shards:
@@ -111,17 +115,14 @@ def weight_files(folder: Path) -> list[str]:
     names = {path.name for path in folder.iterdir()}
     stray = sorted(name for name in names - set(shards) if SHARD_NAME.fullmatch(name))
     if stray:
-        raise ValueError(
-            f"{folder} holds shards that {INDEX} doesn't list: {_some(stray)}. Two checkpoints seem to be "
-            "mixed, or the index is of an older save; save the model again into an empty folder."
-        )
+        mixed = "Two checkpoints seem to be mixed, or the index is of an older save"
+        listed = f"{folder} holds shards that {INDEX} doesn't list: {_some(stray)}"
+        raise ValueError(f"{listed}. {mixed}; save the model again into an empty folder.")
     held = {(tensor, name) for name in shards for tensor in header(folder / name)}
     apart = sorted(tensor for tensor, _ in held ^ set(weight_map.items()))
     if apart:
-        raise ValueError(
-            f"{INDEX} and the shards disagree about {_some(apart)}. Save the model again, so that its "
-            "index fits its files."
-        )
+        told = f"{INDEX} and the shards disagree about {_some(apart)}"
+        raise ValueError(f"{told}. Save the model again, so that its index fits its files.")
     return [INDEX, *shards]
 
 
@@ -256,8 +257,7 @@ def header(path: Path) -> dict[str, Any]:
     if not isinstance(entries, dict) or not all(map(_is_tensor, (entries | {"__metadata__": TENSOR}).values())):
         raise ValueError(f"{path} has a damaged safetensors header (entries of wrong types). Download it again.")
     entries.pop("__metadata__", None)
-    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size != expected:
+    if size != (expected := 8 + header_size + max((one["data_offsets"][1] for one in entries.values()), default=0)):
         raise ValueError(f"{path} has {size} bytes, but its header describes {expected}: download it again.")
     try:
         with safe_open(path, "np"):  # the format's own rules: known types, sizes that fit them, no gaps

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from ultralong.checkpoints.config import DTYPES
 from ultralong.checkpoints.distributed import STATE, StatePlanner, StateReader, changed_file
 from ultralong.checkpoints.files import INDEX, header, locate, weight_files
-from ultralong.utils.yaml_text import read_yaml
+from ultralong.utils.text_formats import read_yaml
 
 PREFIX = "model.model."  # of a run's checkpoint: the model is inside the module that computes the loss
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ultralong import __version__
-from ultralong.utils.yaml_text import read_yaml
+from ultralong.utils.text_formats import read_yaml
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport

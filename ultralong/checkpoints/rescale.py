@@ -18,6 +18,7 @@ from ultralong.rope import METHODS, RopeScaling, from_config, rope_parameters, w
 from ultralong.rope.config import FULL, other_ropes, reader
 from ultralong.rope.explain import explain_scaling, explanation_lines
 from ultralong.rope.scaling import require
+from ultralong.utils.units import check_length
 
 # vLLM takes the original window times the factor as the longest input of these types.
 SERVED_BY_FACTOR = ("yarn", "linear", "dynamic")
@@ -69,6 +70,7 @@ def choose_scaling(config: Any, wish: Extension) -> RopeScaling:
             settings contradict each other; the message says which and what to do.
     """
     old = from_config(config)
+    check_length("the target window", wish.to)
     require(
         wish.method == "auto" or wish.method in METHODS,
         f"RoPE method {wish.method!r} is unknown. Use 'auto' or one of: {', '.join(METHODS)}.",

@@ -14,8 +14,8 @@ from ultralong.cli.errors import guarded
 from ultralong.cli.options import call, parser_of
 from ultralong.cli.shared import plain_streams
 from ultralong.cli.table import COMMANDS, GROUPS, explanation, group_text, help_text, overview, suggestion
-from ultralong.utils.home import expand_word
 from ultralong.utils.processes import end_with_parent
+from ultralong.utils.words import expand_word, odd_word
 
 __all__ = ["COMMANDS", "GROUPS", "main"]
 
@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> None:
     words = [expand_word(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if (complaint := odd_word(words)) is not None:
+        print(f"ultralong: {complaint}", file=sys.stderr)
+        sys.exit(2)
     if arguments is None and "RANK" in os.environ:
         end_with_parent()  # a rank of torchrun: nothing may go on in a run's folder when its agent was killed
     if not words or words[0] in ("-h", "--help"):

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from ultralong.cli.shared import shown
 from ultralong.utils.processes import ChildFailed
@@ -34,7 +35,7 @@ def mendable(error: BaseException) -> bool:
         return error.name is None  # a sentence of ours or of a library, not a module that Python did not find
     if isinstance(error, OSError):
         return error.errno in MENDABLE and not isinstance(error, ConnectionError | TimeoutError)
-    return isinstance(error, ValueError | FloatingPointError)
+    return isinstance(error, ValueError | FloatingPointError | MemoryError)
 
 
 def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
@@ -52,8 +53,7 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
         with _plain_warnings(name):
             work()
     except KeyboardInterrupt:
-        print(f"ultralong {name}: stopped.", file=sys.stderr)
-        sys.exit(130)
+        _stopped(name)
     except BrokenPipeError:
         # Whoever read the output has what it wanted (`| head`); writing more at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,12 +63,31 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
             traceback.print_exc()
         sys.exit(failed.code)
     except Exception as error:  # noqa: BLE001 - told in full, and the exit code says it
+        if _interrupted(error):
+            _stopped(name)
         if whole or not mendable(error):
             sys.stderr.write(f"ultralong {name}: failed{_place()}\n{traceback.format_exc()}")
         elif _first_to_say(error):
             sys.stderr.write(f"ultralong {name}: error: {shown(' '.join(_sentence(error).split()))}\n")
         sys.stderr.flush()
         sys.exit(1)
+
+
+def _stopped(name: str) -> NoReturn:
+    print(f"ultralong {name}: stopped.", file=sys.stderr)
+    sys.exit(130)
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether a library made an error of its own of a Ctrl-C, as transformers does of one while it imports."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
 
 
 @contextmanager
@@ -94,6 +113,8 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return f"{' -> '.join(names) or 'a file'}: {error.strerror}."
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory for it ({error or 'no more was given'}). Ask for less."
     return str(error) or type(error).__name__
 
 

@@ -1,7 +1,8 @@
 """What the commands share: where numbers go, who speaks when several processes run one command, what is printed.
 
 Names of files, recipes and models, texts of documents and words of a server are other people's. A terminal takes
-escape sequences in them as orders: to rename the window, to write over a line, to copy into the clipboard.
+escape sequences in them as orders: to rename the window, to write over a line, to copy into the clipboard. Keys and
+passwords that they, or an error of a library, hold are covered.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Annotated, Any, TextIO
 from tyro.conf import arg
 
 from ultralong.utils.files import write_json
+from ultralong.utils.words import covered, secrets_of
 
 Json = Annotated[Path | None, arg(metavar="FILE")]
 File = Annotated[Path, arg(metavar="FILE")]
@@ -50,13 +52,13 @@ def shown(text: str, pattern: re.Pattern[str] = IN_A_SENTENCE) -> str:
 
 
 class _Stream:
-    """A text stream that shows control characters instead of sending them."""
+    """A text stream that shows control characters instead of sending them, and covers secrets."""
 
     def __init__(self, stream: TextIO, kept: re.Pattern[str]) -> None:
-        self._stream, self._kept = stream, kept
+        self._stream, self._kept, self._secrets = stream, kept, secrets_of()
 
     def write(self, text: str) -> int:
-        self._stream.write(shown(text, self._kept))
+        self._stream.write(shown(covered(text, self._secrets), self._kept))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

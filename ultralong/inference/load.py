@@ -16,6 +16,24 @@ from ultralong.checkpoints.files import weight_files
 from ultralong.utils.hub import load_tokenizer
 
 
+def find_device(name: str = "auto") -> str:
+    """A device of this machine by torch's name for it; `auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: It is no name of a device, or there is no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError
+        torch.empty(1, device=device).to("cpu")  # what this build of torch lacks, and `meta`, which holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(f"There is no {name!r} on this machine: use --device cpu.") from None
+    return name
+
+
 def load_model(
     model: str | os.PathLike[str], device: str = "auto", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -29,10 +47,7 @@ def load_model(
     Raises:
         ValueError: There is no such checkpoint, or no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"There is no {device} on this machine: use --device cpu.")
+    device = find_device(device)
     chosen = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         if Path(model).is_dir():

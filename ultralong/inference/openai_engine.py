@@ -18,6 +18,7 @@ from ultralong.data.chat.transport import check_address, is_this_machine, read_k
 from ultralong.inference.decoding import GREEDY, FinishReason, Sampling
 from ultralong.inference.engines import Answer
 from ultralong.utils.extras import require
+from ultralong.utils.words import COVER
 
 SHOWN = 1000  # characters of an error
 RETRIES = 5  # with waits that double, as the client does
@@ -111,7 +112,7 @@ class OpenAIEngine:
 
     def _without_key(self, error: Exception) -> str:
         """What an error says, on one line; an endpoint may repeat the key that it refuses."""
-        said = str(error) if self._key is None else str(error).replace(self._key, "***")
+        said = str(error) if self._key is None else str(error).replace(self._key, COVER)
         return " ".join(said.split())[:SHOWN] or type(error).__name__
 
     def _only_model(self, url: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ultralong.training.checkpoint import STOPPED, RunFolder
 from ultralong.utils.files import is_locked, read_json, read_jsonl
-from ultralong.utils.yaml_text import read_yaml
+from ultralong.utils.text_formats import read_yaml
 
 RECENT = 10  # steps whose median is the rate
 STATES = ("running", "finished", "failed", "interrupted")

@@ -18,7 +18,7 @@ from ultralong.notebook_tools.values import stored
 from ultralong.utils.environment import machine_facts
 from ultralong.utils.extras import require
 from ultralong.utils.files import make_folder, write_json
-from ultralong.utils.yaml_text import read_yaml
+from ultralong.utils.text_formats import read_yaml
 
 LONGEST = 3600  # seconds of one cell: a GPU's cells train and measure
 

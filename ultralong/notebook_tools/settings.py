@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ultralong.utils.yaml_text import read_yaml
+from ultralong.utils.text_formats import read_yaml
 
 NAME = "[0-9][0-9]_*.py"
 NEEDS = ("cpu", "gpu")

@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 
 from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.training.adapters.config import LoRAConfig
-from ultralong.utils.units import SEEDS, Tokens
+from ultralong.utils.units import SEEDS, Tokens, check_length
+from ultralong.utils.words import expand_home
 
 # Compiled attention is transformers' own: it takes a jump of the positions for another text's start, and knows no
 # anchor. Short contexts are of other shapes, and have no anchor before them.
@@ -36,7 +37,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", os.path.expanduser(self.rows))
+        expand_home(self, "rows")
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be a number above 0, found {self.weight}.")
 
@@ -265,10 +266,10 @@ class TrainConfig:
     length: Tokens | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "out"):  # where no shell has seen them, as in a file or after --set
-            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        expand_home(self, "model", "out")  # where no shell has seen them, as in a file or after --set
         if not self.data:
             raise ValueError("data must name at least one folder of packed rows.")
+        check_length("length", self.length or 1)
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
@@ -295,6 +296,5 @@ def preset(name: str | os.PathLike[str]) -> Path:
     if (found := PRESETS / f"{name}.yaml").is_file():
         return found
     known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    hint = "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(str(name), known, n=1))
     raise ValueError(f"{str(name)!r} is neither a settings file nor a preset. {hint}Presets: {', '.join(known)}.")

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from ultralong.utils.text_formats import json_value
+
 LOCK = ".lock"  # the file by which a folder is held for writing
 TAIL = 1 << 16  # bytes read at a time from the end of a log
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -230,18 +232,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json_value(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Restore it or delete it and run again.") from error
-
-
-def json_value(text: bytes) -> Any:
-    """The value of a JSON text in UTF-8.
-
-    Raises:
-        ValueError: It is not JSON, is nested too deeply, or holds a number of too many digits.
-    """
-    try:
-        return json.loads(text.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:

@@ -8,8 +8,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
@@ -49,6 +52,36 @@ def start_method() -> str:
     import torch
 
     return "spawn" if torch.cuda.is_available() else "fork"
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """Fresh processes that end with this one and hear no Ctrl-C: it is this one that stops, and says so once.
+
+    A terminal sends Ctrl-C to all of them, and one that is still importing would print where it was.
+
+    Args:
+        workers: Most processes at once.
+        prepare: What each does first, with `given`; of a module that it can import.
+        given: See `prepare`.
+    """
+
+    def __init__(self, workers: int, prepare: Callable[..., None] | None = None, *given: Any) -> None:
+        # Not forked: this process may hold a GPU, or a tokenizer's threads, which a fork could not use or let go.
+        super().__init__(workers, get_context("spawn"), _prepare_worker, (os.getpid(), prepare, given))
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As of any executor. Processes are started here, and keep what signals were blocked."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker(parent: int, prepare: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+    end_with_parent(parent)
+    if prepare is not None:
+        prepare(*given)
 
 
 class ChildFailed(RuntimeError):

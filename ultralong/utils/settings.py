@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from ultralong.utils.files import write_text
+from ultralong.utils.text_formats import read_yaml
 from ultralong.utils.units import TokenCount, parse_tokens
-from ultralong.utils.yaml_text import read_yaml
 
 T = TypeVar("T")
 LONGEST_VALUE = 300  # characters of a value that a message shows
@@ -42,7 +42,7 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
     if not path.is_file():
         raise ValueError(f"{path}: no such settings file.")
     try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"), settings=True)
     except ValueError as error:  # bytes that are no text are one too
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -99,7 +99,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str], cls: type[Any]
             if not isinstance(place, dict):
                 raise ValueError(f"--set {text}: {parent!r} is not a group of settings.")
         try:
-            place[last] = read_yaml(value)
+            place[last] = read_yaml(value, settings=True)
         except ValueError as error:
             raise ValueError(f"--set {text}: the value is not valid YAML: {error}") from error
     return changed

@@ -8,6 +8,7 @@ from typing import Annotated
 
 GIB = 2**30  # bytes
 SEEDS = 2**32  # all that numpy takes of a seed
+LONGEST = 2**31 - 1  # tokens of one text: positions are numbers of 32 bits with a sign
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
@@ -45,3 +46,13 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < SEEDS:
         raise ValueError(f"seed must be 0 or more and below 2**32, found {seed}.")
+
+
+def check_length(name: str, tokens: int) -> None:
+    """Refuse a length that no position can have, before anything of that length is made.
+
+    Raises:
+        ValueError: It is beyond 2,147,483,647 tokens.
+    """
+    if tokens > LONGEST:
+        raise ValueError(f"{name} is {tokens:,} tokens, and a text has at most {LONGEST:,}.")

@@ -34,6 +34,8 @@ from ultralong.data.chat.transport import (
     read_key,
 )
 from ultralong.data.read.messages import is_unicode
+from ultralong.utils.text_formats import json_value
+from ultralong.utils.words import COVER
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 SHOWN = 200  # characters of a server's answer in an error message
@@ -221,7 +223,8 @@ class Client:
                 content = read_body(response, watch, LARGEST_ANSWER)
             if len(content) > LARGEST_ANSWER:
                 raise TooLong
-            return content
+            # A server that repeats the key would put it into a data set.
+            return content if self._key is None else content.replace(self._key.encode(), COVER.encode())
         except urllib.error.HTTPError as error:
             with error:
                 said = self._hidden(read_body(error, watch, 1 << 12)[: 1 << 12].decode("utf-8", "replace"))[:SHOWN]
@@ -230,13 +233,13 @@ class Client:
             raise RequestFailed(f"HTTP {error.code}: {said}") from None
 
     def _hidden(self, text: str) -> str:
-        return text if self._key is None else text.replace(self._key, "***")
+        return text if self._key is None else text.replace(self._key, COVER)
 
 
 def _parse(content: bytes) -> tuple[str, dict[str, Any]]:
     """Text and usage of a completion."""
     try:
-        value = json.loads(content)
+        value = json_value(content)
         choice = value["choices"][0]
         text = choice["message"]["content"]
         usage = value.get("usage") or {}

@@ -18,6 +18,8 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from ultralong.utils.words import check_variable
+
 
 def is_this_machine(host: str) -> bool:
     """Whether a host name or address means this machine by its form alone; no name is looked up."""
@@ -40,6 +42,7 @@ def check_address(url: str, key_variable: str | None) -> None:
     Raises:
         ValueError: One line without the key.
     """
+    check_variable(key_variable)
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # which is looked at only now
@@ -48,7 +51,7 @@ def check_address(url: str, key_variable: str | None) -> None:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("url: a key does not belong into the address; name a variable with key_variable.")
     if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
-        raise ValueError(f"url must be like http://localhost:8000/v1, found {url!r}.")
+        raise ValueError(f"url must be like http://localhost:8000/v1, found {url.rpartition('@')[2]!r}.")
     if key_variable and parts.scheme == "http" and not is_this_machine(host):
         raise ValueError(f"url: a key would travel to {host} in the clear. Use https.")
 
@@ -59,6 +62,7 @@ def read_key(variable: str | None) -> str | None:
     Raises:
         ValueError: The variable is not set, or holds what no key is; the message does not hold it.
     """
+    check_variable(variable)
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.utils.extras import require
+from ultralong.utils.text_formats import TwiceError, each_once
 
 PIECE = 1 << 16
 # A few bytes can stand for gigabytes. Decompressors that cannot be told to stop are fed so little at a time that what
@@ -166,16 +167,17 @@ def parse_json(data: bytes) -> Any:
     Raises:
         UnicodeDecodeError: The bytes are no UTF-8.
         ValueError: They are no JSON.
+        TwiceError: A key of an object stands twice.
         RecursionError: They are nested too deeply.
     """
     if b"\0" in data[:4] or data.startswith((b"\xff\xfe", b"\xfe\xff")):  # Python would guess another encoding
         raise UnicodeDecodeError("utf-8", data[:4], 0, 1, "UTF-16 or UTF-32")
     try:
-        return json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return json.loads(data, object_pairs_hook=each_once)
+    except (json.JSONDecodeError, UnicodeDecodeError, TwiceError):
         raise
     except ValueError:  # Python's limit of digits; looking at each number would slow down all other records
-        return json.loads(data, parse_int=_integer)
+        return json.loads(data, parse_int=_integer, object_pairs_hook=each_once)
 
 
 def _integer(digits: str) -> int | str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.utils.extras import require
-from ultralong.utils.home import expand_home
+from ultralong.utils.words import expand_home
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ultralong.data.read.documents import Document, ReadReport, UniqueIds
 from ultralong.data.read.listing import list_files, readable
 from ultralong.data.read.messages import is_unicode
 from ultralong.utils.extras import require
+from ultralong.utils.text_formats import TwiceError
 
 __all__ = ["ReadSettings", "RecordReader", "list_files"]
 
@@ -209,6 +210,9 @@ class RecordReader:
             value = parse_json(data)
         except UnicodeDecodeError:
             self.skip("not UTF-8", name)
+            return
+        except TwiceError:
+            self.skip("a key that stands twice", name)
             return
         except (ValueError, RecursionError):
             found = list(salvage_records(data))

@@ -20,8 +20,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from ultralong.utils.files import json_value
 from ultralong.utils.progress import progress
+from ultralong.utils.text_formats import json_value
 
 SECONDS_TO_ANSWER = 20
 ATTEMPTS = 3

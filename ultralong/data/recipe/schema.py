@@ -6,6 +6,7 @@ error that names it.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from ultralong.data.select.clean import CLEANERS
 from ultralong.data.select.decontaminate import Decontaminate
 from ultralong.data.select.length_rule import LengthRule
 from ultralong.data.select.retrieval import Retrieval
-from ultralong.utils.home import expand_home
 from ultralong.utils.settings import from_mapping, load
 from ultralong.utils.units import check_seed
+from ultralong.utils.words import expand_home
 
 YAML_ENDINGS = (".yaml", ".yml")
 # A wheel has the recipes inside the package (see setup.py), a clone beside it.
@@ -45,7 +46,7 @@ class Subsets:
     shares: dict[str, float]
 
     def __post_init__(self) -> None:
-        if not self.shares or any(share <= 0 for share in self.shares.values()):
+        if not self.shares or not all(0 < share < math.inf for share in self.shares.values()):
             raise ValueError(f"shares must be positive, found {self.shares}.")
 
 
@@ -109,7 +110,7 @@ class Source:
             raise ValueError("share and subsets: the subsets have their own shares.")
         for key in ("max_characters", "budget", "share", "characters_per_token"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{key} must be positive, found {value}.")
 
 
@@ -146,6 +147,9 @@ class Recipe:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         names = [source.name for source in self.sources]
+        for name in (self.name, *names):
+            if not name.strip() or not name.isprintable():  # reports print it, a line each
+                raise ValueError(f"a name is a text of one line, found {name!r}.")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"sources: one or more with different names are needed, found {names}.")
         if self.kind == "chat" and self.length_rule is not None:

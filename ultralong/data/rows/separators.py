@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ultralong.utils.units import check_seed
+from ultralong.utils.units import check_length, check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,7 @@ class PackSettings:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, found {self.length}.")
+        check_length("length", self.length)
         check_seed(self.seed)
         choices = {
             "join": ("separator", "none", "bos_eos"),

@@ -21,7 +21,7 @@ from ultralong.data.read.documents import Document, ReadReport, SkipLog
 from ultralong.data.read.fetch import Package, unpack
 from ultralong.data.read.readers import ReadSettings, RecordReader, list_files
 from ultralong.data.select.overlap import NgramIndex, Overlap, spans_of
-from ultralong.utils.home import expand_home
+from ultralong.utils.words import expand_home
 
 WINDOW = 200  # characters on either side of the shared words
 SHORTEST_PIECE = 200

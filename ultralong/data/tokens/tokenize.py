@@ -13,9 +13,8 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,7 +25,7 @@ from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, t
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
 from ultralong.utils.files import locked
-from ultralong.utils.processes import end_with_parent
+from ultralong.utils.processes import WorkerPool
 from ultralong.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -235,10 +234,7 @@ def _pool(tokenizer: PreTrainedTokenizerBase, workers: int) -> Iterator[tuple[Ca
         executor: Executor = ThreadPoolExecutor(2)
         encode = make_encoder(tokenizer)
     else:
-        # A forked child of a process whose tokenizer has threads can hang, so workers start afresh.
-        executor = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer, os.getpid())
-        )
+        executor = WorkerPool(workers, _start_worker, tokenizer)
         encode = _encode_in_worker
     try:
         yield lambda texts: executor.submit(encode, texts), 2 * workers
@@ -246,9 +242,8 @@ def _pool(tokenizer: PreTrainedTokenizerBase, workers: int) -> Iterator[tuple[Ca
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, parent: int) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
     global _encode
-    end_with_parent(parent)
     _encode = make_encoder(tokenizer)
 
 

@@ -14,7 +14,8 @@ from ultralong.evaluation.measures.capability import capability_means, curve_are
 from ultralong.evaluation.measures.result import Part, Result
 from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.tasks.samples import TASKS, current_name, find_task
-from ultralong.utils.files import json_value, read_jsonl
+from ultralong.utils.files import read_jsonl
+from ultralong.utils.text_formats import json_value
 
 ANSWERS = re.compile(r"(\w+)-(\d+)\.jsonl")
 

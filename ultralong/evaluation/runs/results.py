@@ -28,7 +28,7 @@ from ultralong.evaluation.runs.answer_files import answer_files, task_results
 from ultralong.evaluation.runs.compare import compare_answers
 from ultralong.evaluation.tasks.groups import FAMILIES
 from ultralong.utils.files import read_json, read_json_object, read_jsonl, write_json
-from ultralong.utils.yaml_text import read_yaml
+from ultralong.utils.text_formats import read_yaml
 
 SETTINGS_FILE = "run.yaml"
 MOST_FAILURES = 3  # of one test

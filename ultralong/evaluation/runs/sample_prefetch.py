@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Future
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.tasks.samples import make_samples
-from ultralong.utils.processes import end_with_parent
+from ultralong.utils.processes import WorkerPool
 
 Pair = tuple[str, int]
 
@@ -50,13 +48,10 @@ class SamplePrefetch:
         self._lenient = lenient
         self._wanted = {pair: (first, count) for pair, (first, count) in wanted.items() if count > 0}
         self._make = functools.partial(_make, tokenizer, seed, dict(questions or {}), options)
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
         self._futures: dict[Pair, Future[tuple[list[dict[str, Any]], str | None]]] = {}
         if workers > 0 and self._wanted:
-            # Not forked: this process may hold a GPU, which a fork could not use or let go.
-            self._pool = ProcessPoolExecutor(
-                workers, mp_context=get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
-            )
+            self._pool = WorkerPool(workers)
             self._futures = {
                 pair: self._pool.submit(_make_list, self._make, pair, *place) for pair, place in self._wanted.items()
             }

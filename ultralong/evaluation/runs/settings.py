@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ultralong.utils.units import Tokens, check_seed
+from ultralong.utils.units import Tokens, check_length, check_seed
+from ultralong.utils.words import check_variable, expand_home
 
 KV = Literal["auto", "fp8"]  # names of `ultralong.inference`, which is heavy to import
 SHORTEST = 4096  # RULER's first length
@@ -99,17 +99,20 @@ class RunSettings:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("model", "haystack", "data", "rows", "evaluator"):
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, os.path.expanduser(path))
+        expand_home(self, "model", "haystack", "data", "rows", "evaluator")
         if self.samples < 1 or self.grid_samples < 1 or min(self.grid) < 1:
             raise ValueError(
                 "samples, grid_samples and both sides of grid must be at least 1, got "
                 f"{self.samples}, {self.grid_samples} and {self.grid}."
             )
         check_seed(self.seed)
+        check_variable(self.key_variable)
         if any(length < 1 for length in (*self.lengths, *self.needle_lengths)):
             raise ValueError(f"lengths are tokens, got {[*self.lengths, *self.needle_lengths]}.")
+        for length in (*self.lengths, *self.needle_lengths):
+            check_length("a length", length)
+        if not all(0 <= depth <= 1 for depth in self.needle_depths):
+            raise ValueError(f"depths are fractions from 0 (first) to 1 (last), got {list(self.needle_depths)}.")
         if self.kv_dtype not in get_args(KV) or self.gpus < 1 or self.workers < 0:
             raise ValueError(
                 f"kv is {' or '.join(get_args(KV))}, gpus at least 1 and workers not negative, got "

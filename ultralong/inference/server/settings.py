@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ultralong.data.chat.transport import is_this_machine, read_key
 from ultralong.utils.units import Tokens
+from ultralong.utils.words import check_variable
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ServeSettings:
         for field in ("chunk", "max_tokens"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")
+        check_variable(self.key_variable)
         if self.key_variable is None and not is_this_machine(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and no key protects it: put a key into an "

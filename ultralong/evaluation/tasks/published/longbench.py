@@ -25,7 +25,8 @@ from ultralong.data.read.fetch import DEFAULT_CACHE
 from ultralong.evaluation.tasks.published.longbench_scores import PRO_MARKS, PRO_SCORES, pro_score, v2_score
 from ultralong.evaluation.tasks.published.reader import Rows, draw_order, fill
 from ultralong.evaluation.tasks.task import Draft, Reader, Setting, Task
-from ultralong.utils.files import atomic_path, json_value
+from ultralong.utils.files import atomic_path
+from ultralong.utils.text_formats import json_value
 
 FILES = {"longbench_v2": "data.json", "longbench_pro": "longbench_pro.json"}
 HUBS = {"longbench_v2": "THUDM/LongBench-v2", "longbench_pro": "caskcsg/LongBench-Pro"}

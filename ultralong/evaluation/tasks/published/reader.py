@@ -18,7 +18,8 @@ from typing import Any
 from ultralong.data.read.fetch import DEFAULT_CACHE
 from ultralong.evaluation.tasks.published.catalogue import PublishedSet, catalogue
 from ultralong.evaluation.tasks.task import Draft, Setting
-from ultralong.utils.files import atomic_path, json_value
+from ultralong.utils.files import atomic_path
+from ultralong.utils.text_formats import json_value
 
 LETTERS = "ABCD"
 # Where the authors keep their data. LV-Eval's lies in archives behind a loading script, which `datasets` no longer

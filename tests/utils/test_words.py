@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from forked import forked_command
+
 from ultralong.cli import main
 from ultralong.data.recipe.schema import load_recipe
 from ultralong.data.select.decontaminate import TestSet
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.training.config import DataSource, TrainConfig
-from ultralong.utils.home import expand_word
+from ultralong.utils.words import expand_word, odd_word
 
 RECIPE = "name: r\ndescription: d\nsources: [{name: a, license: x, path: '~/texts'}]\n"
 
@@ -46,3 +49,42 @@ def test_a_command_writes_below_the_home_folder(tmp_path, monkeypatch):
     main(["data", "stats", "~/texts", "--json=~/counted.json", "--quiet"])
     assert (tmp_path / "counted.json").is_file()
     assert not (Path.cwd() / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pack", "docs", "--out", ""), "word 4 is empty"),
+        (("eval", "run", "needle", " ", "--out", "o"), "word 4 is empty"),
+        (("train", "run.yaml", "--json="), "word 3 is empty (--json=)"),
+        (("extend", "\udcff"), "word 2 is no UTF-8"),
+    ],
+)
+def test_a_word_that_nothing_can_take(words, said, tmp_path):
+    """As a folder an empty one would be the current one: the rows would go there."""
+    assert odd_word(words).startswith(said)
+    done = forked_command(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0][: len(said) + 11]) == (2, f"ultralong: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_hold_something():
+    assert odd_word(["train", "run.yaml", "--set", "recipe=", "a=\n- 1", "--out=\u6f6e", "-h"]) is None
+
+
+@pytest.mark.parametrize("name", ["model", "out"])
+def test_an_empty_path_of_settings(name):
+    given = {"model": "m", "out": "o", name: " "}
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        TrainConfig(**given, data=(DataSource("d"),), steps=1)
+
+
+def test_empty_paths_of_rows_texts_and_runs():
+    for make in (
+        lambda: DataSource(""),
+        lambda: RunSettings("m", ("needle",), haystack=""),
+        lambda: TestSet("t", path=""),
+        lambda: RunSettings("", ("needle",)),
+    ):
+        with pytest.raises(ValueError, match="is empty"):
+            make()

@@ -16,7 +16,7 @@ from ultralong.data.recipe.schema import load_recipe
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.training.config import TrainConfig, preset
 from ultralong.utils import settings
-from ultralong.utils.yaml_text import LARGEST, MOST_VALUES, read_yaml
+from ultralong.utils.text_formats import LARGEST, MOST_VALUES, read_yaml
 
 CONFIG = "model: m\nout: r\ndata: [{rows: rows}]\nsteps: 10\n"
 LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -144,3 +144,20 @@ def test_paths_of_an_evaluation_may_begin_with_a_tilde(tmp_path, monkeypatch, na
     monkeypatch.setenv("HOME", str(tmp_path))
     values = {"model": "m", "tasks": ("needle",)} | {name: "~/x"}
     assert getattr(RunSettings(**values), name) == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("number", ["010", "-012", "00", "01_0", "1:30", "12:30:45", "1:30.5"])
+def test_a_number_that_yaml_1_2_reads_otherwise(number, tmp_path):
+    """PyYAML takes 010 for 8 and 1:30 for 90."""
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("10", number))
+    for changes in ((), (f"steps={number}",)):
+        if changes:
+            (tmp_path / "run.yaml").write_text(CONFIG)
+        with pytest.raises(ValueError, match=f"{number} is another number in YAML 1.1 than in 1.2"):
+            settings.load(TrainConfig, tmp_path / "run.yaml", changes)
+
+
+def test_numbers_that_every_reader_takes_for_the_same():
+    for text, value in (("0", 0), ("-0", 0), ("10", 10), ("0.5", 0.5), ("0x1F", 31), ("1_000", 1000), ("'010'", "010")):
+        assert read_yaml(text, settings=True) == value
+    assert read_yaml("a: 010") == {"a": 8}  # of another program's file
