@@ -1,6 +1,5 @@
 """`ultralong bench compare` sees what got worse, in every form of file that has been recorded."""
 
-import copy
 import json
 import re
 import subprocess
@@ -43,9 +42,7 @@ def test_four_percent_are_seen_in_any_recorded_row_and_two_are_not(path):
     for index in last.values():
         for value in compared(rows[index]):
             for by, seen in ((0.04, True), (0.02, False), (-0.2, False)):
-                after = copy.copy(rows)
-                after[index] = worsened(rows[index], value, by)
-                found = compare(rows, after, 0.03).regressions
+                found = compare([rows[index]], [worsened(rows[index], value, by)], 0.03).regressions
                 assert [change.value for change in found] == ([value] if seen else [])
             tried += 1
     assert tried >= len(rows) / 2, "most recorded rows have values to compare"

@@ -57,7 +57,7 @@ def read(rank, world, kind, cases):
         runner = ShardedRunner(model, length + 12, dist.group.WORLD, chunk=chunk, quiet=True)
         ids = prompts(rows, length, length)
         logits = runner.prefill(ids)
-        found.append((logits.numpy(), tokens(runner, ids, 10, stop=set()), max(runner.cache.held(length))))
+        found.append((logits.numpy(), tokens(runner, ids, NEW, stop=set()), max(runner.cache.held(length))))
     return found
 
 
@@ -68,10 +68,11 @@ def plain_answers(kind):
     for length, _, rows in CASES:
         ids = prompts(rows, length, length)
         with torch.no_grad():
-            found.append((plain(ids).logits[:, -1], plain_tokens(plain, ids, 10, stop=set())))
+            found.append((plain(ids).logits[:, -1], plain_tokens(plain, ids, NEW, stop=set())))
     return found
 
 
+NEW = 6
 CASES = ((1, 4, 1), (3, 64, 1), (37, 8, 1), (101, 16, 2), (101, 1000, 1), (130, 33, 1), (50, 7, 1))
 
 
