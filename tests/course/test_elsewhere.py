@@ -73,7 +73,7 @@ def test_the_first_cell_installs_the_course_and_goes_to_its_notebooks(tmp_path, 
 
 
 def test_the_first_cell_does_nothing_where_the_course_is(tmp_path):
-    cell = Repository("https://example.invalid/none").cell()
+    cell = Repository("https://example.invalid/none", "main").cell()
     done = subprocess.run([sys.executable, "-c", cell], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
@@ -107,9 +107,9 @@ def test_links_name_what_is_known():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("github.com/lab/course",), "must be an address"),
-        (("https://user:secret@github.com/lab/course",), "must be an address"),
-        (("https://github.com/lab/course'; import os",), "must be an address"),
+        (("github.com/lab/course", "main"), "must be an address"),
+        (("https://user:secret@github.com/lab/course", "main"), "must be an address"),
+        (("https://github.com/lab/course'; import os", "main"), "must be an address"),
         (("https://github.com/lab/course", "--upload-pack=x"), "revision must be"),
         (("https://github.com/lab/course", "main", "a b"), "pages_branch must be"),
         (("https://gitlab.com/lab/course", "main", "pages"), "repository on github.com"),

@@ -98,7 +98,7 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ROOMS", request.param)
-        site.build(folder, Repository("https://github.com/lab/course"))
+        site.build(folder, Repository("https://github.com/lab/course", "main"))
         yield folder
 
 

@@ -43,7 +43,7 @@ class Repository:
     """
 
     address: str
-    revision: str = "main"
+    revision: str
     pages_branch: str | None = None
 
     def __post_init__(self) -> None:
