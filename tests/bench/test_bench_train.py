@@ -1,5 +1,7 @@
 """`ultralong bench train`: a measured row beside its plan, what its kernels took, and the README's table of rows."""
 
+import json
+from importlib import resources
 from types import SimpleNamespace
 
 import pytest
@@ -13,15 +15,26 @@ from ultralong.bench.training.work import covered
 from ultralong.cli.bench import _line
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.training.config import MemoryConfig
+from ultralong.utils.files import read_json
 
 
-def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, python, monkeypatch):
+@pytest.fixture
+def machine(tmp_path):
+    """An H200 with 2 GiB: on a real one the longest row of so small a model has millions of documents."""
+    path = tmp_path / "small.json"
+    known = read_json(resources.files("ultralong.planner") / "machines" / "h200.json")
+    known["machine"]["memory_gib"] = 2.0
+    path.write_text(json.dumps(known))
+    return str(path)
+
+
+def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, python, monkeypatch, machine):
     monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
     model = make_tiny_model()
     model.save_pretrained(tmp_path / "tiny")
     memory = MemoryConfig(activation_checkpointing=True)
     case = TrainingCase(str(tmp_path / "tiny"), 96, documents=5, steps=2, profile=True, memory=memory)
-    row = measure_training(case, "h200", tmp_path / "made")
+    row = measure_training(case, machine, tmp_path / "made")
     (made,) = (tmp_path / "made").glob("rows-96-of-5-????????")
     rows = PackedRows(made)
     assert [rows[number].boundaries.tolist() for number in (0, 1)] == [list(documents(96, 5))] * 2
@@ -39,11 +52,11 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     assert "matrix products" in _line(row)
 
 
-def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_model, python, monkeypatch):
+def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_model, python, monkeypatch, machine):
     monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
     make_tiny_model().save_pretrained(tmp_path / "tiny")
     case = TrainingCase(str(tmp_path / "tiny"), 96, document_lengths=(40, 7), warm_steps=1, steps=1)
-    row = measure_training(case, "h200", tmp_path / "made")
+    row = measure_training(case, machine, tmp_path / "made")
     (made,) = (tmp_path / "made").glob("rows-96-of-5-????????")
     assert [PackedRows(made)[number].boundaries.tolist() for number in (0, 1)] == [[0, 40, 47, 87, 94, 96]] * 2
     assert "note" not in row, row
@@ -124,12 +137,12 @@ def test_a_row_of_the_table(row, wanted):
 
 
 @pytest.mark.soak
-def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, python, monkeypatch):
+def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, python, monkeypatch, machine):
     monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
     make_tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "tiny")
     tiled = MemoryConfig(activation_checkpointing=True, layer_tile=64)
     case = TrainingCase(str(tmp_path / "tiny"), 96, sharded=True, lora_rank=4, lora_whole=True, memory=tiled)
-    row = measure_training(case, "h200", tmp_path / "made")
+    row = measure_training(case, machine, tmp_path / "made")
     assert "note" not in row, row
     assert row["lora"].startswith("rank 4, alpha 16, dropout 0 at q_proj, k_proj, v_proj, o_proj, embeddings and norms")
     assert row["planned_seconds_per_step"] > 0
