@@ -299,8 +299,12 @@ def test_a_missing_key_and_a_window_that_is_too_small_are_told_first(monkeypatch
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ValueError, match="NO_KEY holds no key"):
         serve(ServeSettings(str(MODEL), key_variable="NO_KEY"))
-    with pytest.raises(ValueError, match="the model's window is 512"):
-        serve(ServeSettings(str(MODEL), max_tokens=1024, device="cpu"))
+    monkeypatch.setattr(
+        "ultralong.inference.server.serve.with_model", lambda *_, **__: pytest.fail("the model was opened")
+    )
+    for model in (str(MODEL), "miniature"):
+        with pytest.raises(ValueError, match="the model's window is 512"):
+            serve(ServeSettings(model, port=0, max_tokens=1024, device="cpu"))
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded():

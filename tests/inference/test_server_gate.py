@@ -82,6 +82,22 @@ def test_a_page_without_a_name_for_it_is_no_json(port):
     assert send(port, head + "Connection: close\n", body)[0] in (400, 415, 422)
 
 
+def test_a_body_that_says_not_that_it_is_json_is_told_the_header(port):
+    """As curl sends it unless it is told."""
+    body = request()
+    head = f"POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Length: {len(body)}\n"
+    head += "Content-Type: application/x-www-form-urlencoded\nConnection: close\n"
+    assert b"sent with the header Content-Type: application/json" in send(port, head, body)[1]
+
+
+@pytest.mark.parametrize(("line", "status"), [("GET /v1/embeddings", 404), ("GET /v1/completions", 405)])
+def test_what_is_not_served_is_told_with_what_is(port, line, status):
+    found, said = send(port, f"{line} HTTP/1.1\nHost: localhost\nConnection: close\n", b"")
+    assert found == status
+    assert f"{line} is not served here. These are: POST /v1/chat/completions, ".encode() in said
+    assert b"GET /health, GET /metrics" in said
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

@@ -359,6 +359,22 @@ def test_a_full_disk_is_found(tmp_path, run, monkeypatch):
     assert (good, "Free some" in text) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "cure"),
+    [("flash4", "ultralong[flash4]"), ("flash3", "folder hopper"), ("flash2", "make flash"), ("auto", None)],
+)
+def test_a_kernel_without_its_package_is_found(tmp_path, run, monkeypatch, kernel, cure):
+    monkeypatch.setattr("ultralong.launch.dry_run.find_spec", lambda name: None)
+    config = replace(run, parallel=ParallelConfig(kernel=kernel))
+    if cure is None:
+        assert "kernel" not in found(tmp_path, config)
+        return
+    good, text = found(tmp_path, config)["kernel"]
+    assert (good, cure in text) == (False, True)
+    monkeypatch.setattr("ultralong.launch.dry_run.find_spec", lambda name: name)
+    assert found(tmp_path, config)["kernel"] == (True, f"{kernel} is installed")
+
+
 def test_dry_run_needs_no_gpu_and_starts_nothing(tmp_path, run, python):
     launch(run, 1, 2, "torchrun", tmp_path / "scripts")
     facts = {"PYTHON": python, "WORKDIR": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -446,6 +462,24 @@ def test_submit_passes_the_facts_of_the_site(slurm):
     seen = (folder / "seen" / "sbatch").read_text().splitlines()
     assert {"--partition=gpu", "--account=an account", "--time=24:00:00", "--export=ALL"} < set(seen)
     assert seen[-2:] == ["--nice", str(folder / "scripts" / "job.sbatch")]
+
+
+def test_a_dry_run_looks_for_files_where_the_job_will(slurm, tmp_path_factory):
+    """From wherever it is started: paths of the config are relative to WORKDIR."""
+    folder, environment = slurm
+    python = folder / "python"
+    python.write_text('#!/usr/bin/env bash\npwd > "$SEEN/place"\nexit "${CODE:-0}"\n')
+    python.chmod(0o755)
+    submit = [folder / "scripts" / "submit.sh", "--dry-run"]
+    environment |= {"PYTHON": str(python)}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    subprocess.run(submit, env=environment, cwd=elsewhere, check=True)
+    assert (folder / "seen" / "place").read_text().strip() == str(folder)
+    assert "--test-only" in (folder / "seen" / "sbatch").read_text().splitlines()
+    (folder / "seen" / "sbatch").unlink()
+    failed = subprocess.run(submit, env=environment | {"CODE": "1"}, cwd=elsewhere, check=False)
+    assert failed.returncode == 1  # and Slurm is not asked
+    assert not (folder / "seen" / "sbatch").exists()
 
 
 def test_an_account_is_optional(slurm):

@@ -167,8 +167,8 @@ def with_model(
         device = "cuda" if torch.cuda.is_available() else "cpu" if gpus == 1 else "cuda"
     if gpus < 1 or (device == "cuda" and gpus > torch.cuda.device_count()):
         raise ValueError(
-            f"{gpus} GPUs were asked for and this machine has {torch.cuda.device_count()}: give --gpus "
-            "what it has, or --device cpu to try it out with processes."
+            f"gpus is {gpus}, and this machine has {torch.cuda.device_count()}: give --gpus what it has, or "
+            "--device cpu to try it out with processes."
         )
     arguments = (work, model, kv, chunk, device, quiet)
     if dist.is_torchelastic_launched():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from ultralong.utils.units import GIB
 
 # A checkpoint holds what AdamW needs: float32 parameters and two float32 states.
 CHECKPOINT_BYTES_A_PARAMETER = 12
+# The top package of each kernel that has one of its own, and how it comes here.
+KERNEL_PACKAGES = {
+    "flash4": ("flash_attn", "pip install 'ultralong[flash4]'"),
+    "flash3": ("flash_attn_interface", "build it from the folder hopper of the flash-attention repository"),
+    "flash2": ("flash_attn", "make flash, in a clone"),
+}
 
 
 def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
@@ -33,12 +40,22 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
         ("disk", lambda: _disk(config)),
         ("resume", lambda: _resume(config)),
     ]
+    if config.parallel.kernel in KERNEL_PACKAGES:
+        own.append(("kernel", lambda: _kernel(config.parallel.kernel)))
     for name, run in own:
         try:
             found.append(Finding(name, True, run()))
         except (ValueError, OSError) as error:
             found.append(Finding(name, False, str(error)))
     return found
+
+
+def _kernel(name: str) -> str:
+    """Whether a kernel's package is installed; it is not imported, as most need a GPU for that."""
+    package, cure = KERNEL_PACKAGES[name]
+    if find_spec(package) is None:
+        raise ValueError(f"parallel.kernel is {name}, whose package is not installed for this interpreter: {cure}.")
+    return f"{name} is installed"
 
 
 def _weights(config: TrainConfig) -> str:
@@ -71,6 +88,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _disk(config: TrainConfig) -> str:
+    if not (Path(config.model) / "config.json").is_file():
+        raise ValueError("what checkpoints take is not known without the model.")
     weights = _weight_files(Path(config.model))
     stored = _bytes_a_weight(_model_config(Path(config.model)))
     parameters = sum(path.stat().st_size for path in weights if path.is_file()) / stored

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from ultralong.inference.server.gate import Gate, error_body
@@ -93,12 +94,18 @@ def _add_refusals(app: FastAPI, worker: Worker) -> None:
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         place = place.encode("utf-8", "backslashreplace").decode()  # the name of a key may be no text
         text = f"{place or 'the request'}: {first['msg']}"
+        if not place and "json" not in request.headers.get("content-type", ""):  # as curl sends what it is told to post
+            text = "the request: JSON is needed, sent with the header Content-Type: application/json"
         return await refused(request, Refused(400, text, "invalid_request", place or None))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        own = Refused(error.status_code, str(error.detail), "invalid_request")
-        return JSONResponse(error_body(own), own.status)
+        text = str(error.detail)
+        if error.status_code in (404, 405):
+            routes = [route for route in app.routes if isinstance(route, APIRoute)]
+            known = ", ".join(f"{method} {route.path}" for route in routes for method in sorted(route.methods or ()))
+            text = f"{request.method} {request.url.path[:200]} is not served here. These are: {known}."
+        return JSONResponse(error_body(Refused(error.status_code, text, "invalid_request")), error.status_code)
 
 
 async def _next(ticket: Ticket, request: Request) -> Piece:

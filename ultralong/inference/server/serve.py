@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from ultralong.inference.batched import cache_bytes
 from ultralong.inference.continuous import ContinuousBatch
@@ -18,6 +20,7 @@ from ultralong.inference.server.settings import ServeSettings
 from ultralong.inference.server.worker import Worker
 from ultralong.inference.sharded_engine import with_model
 from ultralong.utils.extras import require
+from ultralong.utils.hub import local_folder
 
 CHUNK = 16384  # tokens of a prefill pass: what a cancelled request waits for
 SHARE = 0.8  # of the free memory for keys and values; activations of a chunk take some of the rest
@@ -39,6 +42,7 @@ def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -
         require(module, extra="serve")
     settings.key()  # what can't be served is told before the model is loaded
     listening(settings).close()
+    check_window(settings)
     with_model(
         Serving(settings, ready),
         settings.model,
@@ -138,18 +142,29 @@ def batch_bytes(batch: ContinuousBatch | None) -> int:
     return 0 if batch is None else batch.rows * batch.capacity * cache_bytes(batch.model)
 
 
+def check_window(settings: ServeSettings) -> None:
+    """See that no more tokens are asked for than a model that is here can read; no weight is read.
+
+    Raises:
+        ValueError: They are more.
+    """
+    folder = local_folder(settings.model)
+    if settings.max_tokens is None or not (folder / CONFIG_NAME).is_file():
+        return
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, StrictDataclassError):
+        return  # loading the model says what is wrong with it
+    _check_tokens(settings, config)
+
+
 def most_tokens(engine: RunnerEngine, settings: ServeSettings, taken: int = 0) -> int:
     """Most tokens of a prompt and its answer: the model's window, or what the GPU's free memory holds beside `taken`.
 
     Raises:
         ValueError: More were asked for.
     """
-    window = int(engine.model.config.get_text_config().max_position_embeddings)
-    if settings.max_tokens is not None and settings.max_tokens > window:
-        raise ValueError(
-            f"max_tokens is {settings.max_tokens:,}, and the model's window is {window:,}: extend it first "
-            "(ultralong extend)."
-        )
+    window = _check_tokens(settings, engine.model.config)
     wanted = settings.max_tokens or window
     if engine.model.device.type != "cuda":
         return wanted
@@ -161,3 +176,14 @@ def most_tokens(engine: RunnerEngine, settings: ServeSettings, taken: int = 0) -
             "use more --gpus, --kv fp8, or lower it."
         )
     return min(wanted, held)
+
+
+def _check_tokens(settings: ServeSettings, config: PreTrainedConfig) -> int:
+    """The window of a model with a config, which must hold what is asked for."""
+    window = int(config.get_text_config().max_position_embeddings)
+    if settings.max_tokens is not None and settings.max_tokens > window:
+        raise ValueError(
+            f"max_tokens is {settings.max_tokens:,}, and the model's window is {window:,}: extend it first "
+            "(ultralong extend)."
+        )
+    return window

@@ -20,7 +20,8 @@ if [[ -n "${ACCOUNT:-}" ]]; then
   options+=("--account=$ACCOUNT")
 fi
 if [[ "${1:-}" == --dry-run ]]; then
-  "$PYTHON" -m ultralong.launch "$LAUNCH_DIR/config.yaml" --nodes "$nodes" --gpus-per-node "$gpus_per_node"
+  (cd "$WORKDIR" && exec "$PYTHON" -m ultralong.launch "$LAUNCH_DIR/config.yaml" --nodes "$nodes" \
+    --gpus-per-node "$gpus_per_node")
   exec sbatch --test-only "${options[@]}" "$LAUNCH_DIR/job.sbatch"
 fi
 exec sbatch "${options[@]}" "$@" "$LAUNCH_DIR/job.sbatch"
