@@ -137,8 +137,8 @@ def sft(
 ) -> TrainResult:
     """Train on the answers of conversations (supervised fine-tuning). Rows of documents are refused.
 
-    >>> report = pack("talks.yaml", "run/model", length=512, out="chat", quiet=True)
-    >>> settings = {"model": "run/model", "data": [{"rows": "chat"}], "out": "sft", "steps": 2, "length": 512}
+    >>> report = pack("talks.yaml", "run/model", length=256, out="chat", quiet=True)
+    >>> settings = {"model": "run/model", "data": [{"rows": "chat"}], "out": "sft", "steps": 1, "length": 256}
     >>> sft("smollm2-135m-sft", settings | {"dtype": "float32"}, quiet=True).model
     'sft/model'
 
