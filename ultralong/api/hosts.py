@@ -1,4 +1,4 @@
-"""A launch rehearsed: several hosts played on this machine."""
+"""A launch rehearsed: several hosts simulated on this machine."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def rehearse(
     at_step: int = 0,
     changes: Changes = (),
 ) -> Rehearsal:
-    """Play several hosts on this machine: start the exported scripts, kill one host, and see the run resume.
+    """Simulate hosts on this machine: start the exported scripts, kill one host, and see the run resume.
 
     Args:
         config: Name of a preset, or a YAML file; its relative paths are relative to `out`. By default a tiny run.
         out: Folder for the scripts, the hosts' logs and the run.
-        hosts: Hosts to play, one process each.
+        hosts: Hosts to simulate, one process each.
         lose: The host that is killed.
         at_step: Kill it when this step is logged; by default just after the first checkpoint.
         changes: Changes of the config, with dots for groups, such as save_every=10.

@@ -132,7 +132,7 @@ def evaluate(
         model: Folder, hub id or miniature (the model that ships).
         tasks: Tests and groups of tests, such as "needle,ruler".
         out: Folder of answers and report.
-        before: Folder of a run of the model before, to set beside it.
+        before: Folder of a run of the earlier model, to compare with.
         device: `auto`, `cpu` or `cuda`.
         quiet: No progress bars.
         **settings: Fields of `ultralong.evaluation.runs.settings.RunSettings`, such as `lengths` and `samples`.

@@ -271,7 +271,7 @@ def saves(
     folder: Path | None = None,
     json: Json = None,
 ) -> None:
-    """Time what checkpoints cost a training here, in the background and waited for.
+    """Time what saving checkpoints costs a training run, in the background and waited for.
 
     The seconds of a save don't depend on the rows: measure the whole model on short ones, and give --other-step.
 

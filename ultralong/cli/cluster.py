@@ -51,7 +51,8 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
 
     Scripts are for torchrun, Slurm and accelerate. A manifest starts the same script in a container on each host: a
     SkyPilot task, Kubeflow Trainer's TrainJob or a JobSet, with a Containerfile for the image, which installs the
-    optional packages that the config asks for. It takes the site's facts from --site; an error names all that miss.
+    optional packages that the config asks for. It takes the site's facts from --site; an error names those that are
+    missing.
 
     Examples:
       ultralong launch run.yaml --nodes 4 --gpus-per-node 8 --scheduler slurm --out scripts
@@ -84,7 +85,7 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     )
 )
 def rehearse(work: partial[Rehearsal], *, json: Json = None) -> None:
-    """Play several hosts on this machine: start the exported scripts, kill one host, and see the run resume.
+    """Simulate hosts on this machine: start the exported scripts, kill one host, and see the run resume.
 
     Without a config a tiny run is made and used. A config of yours must be small enough to run here, with one
     process for each host.

@@ -92,7 +92,7 @@ def train(work: partial[TrainResult], *, json: Json = None) -> None:
 def sft(work: partial[TrainResult], *, json: Json = None) -> None:
     """Train on the answers of conversations (SFT), on rows packed from a recipe of chat.
 
-    The same loop as train. Rows of documents are refused, as every token of theirs is a target. The paper's SFT:
+    The same loop as train. Rows of documents are refused, because each of their tokens is a target. The paper's SFT:
     learning rate 5e-6, 128 examples a step, nothing above 8K tokens.
 
     Example: ultralong sft sft.yaml --set data='[{rows: chat-rows}]' optimizer.lr=5e-6

@@ -27,8 +27,7 @@ from ultralong.api.names import Words
 from ultralong.utils.units import TokenCount, parse_tokens
 
 Command = TypeVar("Command", bound=Callable[..., None])
-# The word that stands for an option's value in usage and help; by the option's name, else by its type.
-METAVARS = {
+METAVARS = {  # the word for an option's value in usage and help; by the option's name, else by its type
     "model": "MODEL", "tokenizer": "MODEL", "base": "FOLDER", "config": "CONFIG", "recipe": "RECIPE",
     "target": "RECIPE", "out": "FOLDER", "rows": "FOLDER", "cache": "FOLDER", "folder": "FOLDER", "work": "FOLDER",
     "data": "FOLDER", "haystack": "PATH", "json": "FILE", "picture": "FILE", "html": "FILE", "instruction": "FILE",
@@ -38,9 +37,12 @@ METAVARS = {
     "key_variable": "VARIABLE", "task": "TASK", "tasks": "TASK", "benchmarks": "NAME", "fields": "FIELD",
     "language": "LANGUAGE", "language_code": "CODE", "partition": "PARTITION", "time": "TIME", "environment": "COMMAND",
     "dtype": "TYPE", "gpu_memory": "GIB", "host_memory": "GIB", "questions": "PATH", "only": "NAME", "to": "TOKENS",
-    "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD",
-    "host": "ADDRESS", "name": "NAME", "checkpoint": "FOLDER", "llama_cpp": "FOLDER", "study": "STUDY", "arms": "ARM",
-    "models": "MODEL", "mix": "LENGTH:ROWS",
+    "settings": "CONFIG", "before": "FOLDER", "filters": "FILTER", "dedup": "METHOD", "host": "ADDRESS", "name": "NAME",
+    "checkpoint": "FOLDER", "llama_cpp": "FOLDER", "study": "STUDY", "arms": "ARM", "models": "MODEL",
+    "mix": "LENGTH:ROWS", "endpoint": "URL", "endpoint_model": "NAME", "evaluator": "MODEL", "site": "NAME=VALUE",
+    "notebooks": "NAME", "repository": "URL", "pages_branch": "BRANCH", "kinds": "KIND", "types": "NAME",
+    "source": "NAME", "meshes": "MESH", "methods": "METHOD", "train": "CONFIG", "write": "FOLDER", "exchange": "WAY",
+    "kv": "TYPE",
 }  # fmt: skip
 # tyro's markers, which are types to a type checker.
 POSITIONAL: Any = Positional

@@ -48,14 +48,14 @@ class TrainingCase:
         sharded: Shard the parameters over the processes as well (FSDP2).
         state_precision: Precision of AdamW's states.
         lora_rank: Rank of LoRA adapters at attention's projections; 0 trains every parameter.
-        lora_whole: With lora_rank: embeddings and norms are trained too (LongLoRA).
-        lora_base: With lora_rank: the frozen matrices in the run's type (full) or in 4 bits (nf4).
+        lora_whole: With `lora_rank`: embeddings and norms are trained too (LongLoRA).
+        lora_base: With `lora_rank`: the frozen matrices in the run's type (full) or in 4 bits (nf4).
         kernel: Attention kernel.
         head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
         memory: As in `MemoryConfig`.
         fit: Let the planner choose what is kept, offloaded and recomputed.
-        gpu_memory: With fit: GiB of one GPU; by default the machine's.
-        host_memory: With fit: GiB of host memory for one process; without it nothing is offloaded.
+        gpu_memory: With `fit`: GiB of one GPU; by default the machine's.
+        host_memory: With `fit`: GiB of host memory for one process; without it nothing is offloaded.
         steps: Measured steps; two on a short row come before.
         profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
         documents: Rows of this many documents that don't see each other, their lengths spread over two orders of
@@ -66,9 +66,10 @@ class TrainingCase:
             kernels are compiled there.
         mix: Rows of several lengths in each step instead of one row, as LENGTH:ROWS, such as 8k:38 128k:1 256k:1. Rows
             of up to 8k hold short conversations, longer ones are one text.
-        sharing: With mix: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).
-        degree: With mix and fixed sharing: GPUs that share every row, in groups that work side by side; by default all.
-        max_tokens_per_rank: With mix: most tokens of a pack on one GPU; by default the longest row's share.
+        sharing: With `mix`: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).
+        degree: With `mix` and fixed sharing: GPUs that share every row, in groups that work side by side; by default
+            all.
+        max_tokens_per_rank: With `mix`: most tokens of a pack on one GPU; by default the longest row's share.
     """
 
     model: str = "meta-llama/Llama-3.1-8B"

@@ -36,12 +36,12 @@ class DatatroveSettings:
         tasks: Parts that the recipe is read in.
         workers: Tasks at once; -1 for all.
         cache: Where fetched packages are kept, which every task sees.
-        filters: Of language (fastText's identification), quality and repetition (Gopher's rules), in this order.
+        filters: Filters, in this order: language (as fastText identifies it), quality and repetition (Gopher's rules).
         language: The language that the filters and the word splitting are for, as datatrove names it (ISO 639-3).
         language_code: What the identifying model calls that language; by default ISO 639-1's name for it.
         language_model: A fastText model's file that identifies languages, which every task sees; without it the tasks
             download `lid.176.bin` (126 MB) from where fastText publishes it.
-        dedup: Of exact (texts equal to the last character) and minhash (nearly equal), in this order.
+        dedup: Duplicates to leave out, in this order: exact (equal to the last character), minhash (nearly equal).
         longest: Words of the longest document that the quality filter lets pass; datatrove's own 100,000 would throw
             out what this recipe is for.
         partition: With Slurm: the partition.

@@ -48,7 +48,7 @@ def write_results(
 
     Args:
         folder: Folder of the run.
-        before: Folder of a run of the model before, to set beside it.
+        before: Folder of a run of the earlier model, to compare with.
         interactive: True puts plotly's script into the page, so that figures can be explored offline.
         draw: False writes the numbers alone; `draw_run` makes the page of them.
 

@@ -53,7 +53,7 @@ def run(
     Args:
         wanted: What to measure.
         out: Folder of the run.
-        before: Folder of another run, of the model before, to set beside it.
+        before: Folder of a run of the earlier model, to compare with.
         device: `auto`, or any of torch's.
         opened: The model and its tokenizer when they are open already.
         engine: What answers, when it is there already.

@@ -22,11 +22,11 @@ class ServeSettings:
         gpus: GPUs that share a prompt; each holds the whole model and its part of the cache.
         kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
         chunk: Tokens of one prefill pass, after each of which a cancelled request ends; by default 16,384, or 65,536 a
-            GPU with gpus or kv.
+            GPU with `gpus` or `kv`.
         max_tokens: Most tokens of a prompt and its answer; by default the model's window, or what the GPU's memory
             allows where that is less.
         batch: Short requests that are answered together, each as it would be alone; 1 answers one at a time, as do
-            several gpus, kv: fp8 and models with special layers.
+            several GPUs, 8-bit keys and values, and models with special layers.
         batch_tokens: Most tokens of a short request and its answer.
         answer_tokens: Most tokens of an answer, where a request does not say.
         queue: Requests that may wait; one more is refused.
