@@ -115,7 +115,7 @@ def test_a_model_is_compared_with_its_headers_and_its_index(tmp_path):
     parts = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
     for file, held in parts.items():
         save_file({name: tensors[name] for name in held}, model / file)
-    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    index = {"metadata": {}, "weight_map": {name: file for file, held in parts.items() for name in held}}
     write_json(model / "model.safetensors.index.json", index)
     assert verify(model).faults == ()
     save_file({"stray": torch.zeros(2)}, model / "extra.safetensors")

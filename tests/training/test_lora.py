@@ -26,10 +26,10 @@ from ultralong.training import step
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.adapters.lora import add_adapters, check_lora
 from ultralong.training.batches import RowOrder
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.parallel import full_tensor
+from ultralong.training.run_folder import RunFolder
 from ultralong.utils.files import read_jsonl
 
 LORA = LoRAConfig(rank=4, alpha=8.0, train_embeddings=True, train_norms=True)

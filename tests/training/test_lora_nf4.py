@@ -22,10 +22,10 @@ from ultralong.planner import plan
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.adapters.four_bits import BYTES, dequantised, quantised
 from ultralong.training.adapters.lora import check_lora
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.parallel import process_problem
+from ultralong.training.run_folder import RunFolder
 from ultralong.utils.files import read_jsonl
 
 needs_torchao = pytest.mark.skipif(

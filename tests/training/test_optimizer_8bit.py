@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ultralong.launch.local import launch_local
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import OptimizerConfig, ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.model import check_even_shards, make_optimizer, plain_tensor_states
+from ultralong.training.run_folder import RunFolder
 from ultralong.utils import settings
 from ultralong.utils.local_ranks import run_ranks
 

@@ -12,10 +12,10 @@ import torch
 from forked import train_over
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.parallel import connect
+from ultralong.training.run_folder import RunFolder
 from ultralong.utils.local_ranks import RankFailed, run_ranks
 
 PLANS = {

@@ -12,9 +12,9 @@ import yaml
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 
 from ultralong.training import loop
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import MemoryConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
+from ultralong.training.run_folder import RunFolder
 from ultralong.utils import settings
 
 # What 0.3 wrote to config.yaml, by what is written today.

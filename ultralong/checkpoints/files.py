@@ -105,8 +105,6 @@ def weight_files(folder: Path) -> list[str]:
     weight_map = index.get("weight_map", {})
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has a weight_map that does not name a file for each tensor. Restore it.")
-    if not isinstance(index.get("metadata"), dict):
-        raise ValueError(f"{folder / INDEX} has no metadata, without which transformers reads no index. Restore it.")
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
     if missing or not shards:
@@ -123,6 +121,8 @@ def weight_files(folder: Path) -> list[str]:
     if apart:
         told = f"{INDEX} and the shards disagree about {_some(apart)}"
         raise ValueError(f"{told}. Save the model again, so that its index fits its files.")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{folder / INDEX} has no metadata, without which transformers reads no index. Restore it.")
     return [INDEX, *shards]
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
-from ultralong.data.chat.transport import check_address, is_this_machine, read_key
+from ultralong.data.chat.transport import answer_hooks, check_address, is_this_machine, read_key
 from ultralong.inference.decoding import GREEDY, FinishReason, Sampling
 from ultralong.inference.engines import Answer
 from ultralong.utils.extras import require
@@ -24,6 +24,7 @@ SHOWN = 1000  # characters of an error
 RETRIES = 5  # with waits that double, as the client does
 # How an answer that is none of the protocol shows: a page, a list of no choices, bytes that are no text.
 ODD_ANSWER = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
+LARGEST_ANSWER = 1 << 24  # bytes
 SECONDS = 3600.0  # for a whole answer: a million tokens are read in minutes
 
 
@@ -56,7 +57,10 @@ class OpenAIEngine:
             api_key=self._key or "none",
             max_retries=RETRIES,
             timeout=SECONDS,
-            http_client=self._openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local),
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=self._openai.DefaultHttpxClient(
+                follow_redirects=False, trust_env=not local, event_hooks=answer_hooks(SECONDS, LARGEST_ANSWER)
+            ),
         )
         weakref.finalize(self, self._client.close)  # its connections, as the package closes those of its own clients
         self.tokenizer, self.name = tokenizer, f"openai {url}"
@@ -92,7 +96,9 @@ class OpenAIEngine:
                     model=self._model, prompt=list(prompt), max_tokens=budget, **options
                 )
                 choice, usage = said.choices[0], said.usage
-                tokens = tuple(self.tokenizer(choice.text, add_special_tokens=False)["input_ids"])
+                # A server that repeats the key would put it into the answers' file.
+                text = choice.text if self._key is None else choice.text.replace(self._key, COVER)
+                tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             except self._openai.OpenAIError as error:
                 raise ValueError(
                     f"{self.name} gave no answer to {len(prompt):,} tokens: {self._without_key(error)}"
@@ -104,7 +110,7 @@ class OpenAIEngine:
                 ) from None
             reason: FinishReason = "stop" if choice.finish_reason == "stop" else "length"
             details = getattr(usage, "prompt_tokens_details", None)
-            answers.append(Answer(choice.text, tokens, reason, getattr(details, "cached_tokens", None) or 0))
+            answers.append(Answer(text, tokens, reason, getattr(details, "cached_tokens", None) or 0))
         return answers
 
     def release(self) -> None:
@@ -112,7 +118,8 @@ class OpenAIEngine:
 
     def _without_key(self, error: Exception) -> str:
         """What an error says, on one line; an endpoint may repeat the key that it refuses."""
-        said = str(error) if self._key is None else str(error).replace(self._key, COVER)
+        said = f"{error} ({error.__cause__})" if isinstance(error.__cause__, ValueError) else str(error)
+        said = said if self._key is None else said.replace(self._key, COVER)
         return " ".join(said.split())[:SHOWN] or type(error).__name__
 
     def _only_model(self, url: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralong.training.checkpoint import STOPPED, RunFolder
+from ultralong.training.run_folder import STOPPED, RunFolder
 from ultralong.utils.files import is_locked, read_json, read_jsonl
 from ultralong.utils.text_formats import read_yaml
 

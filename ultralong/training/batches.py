@@ -6,6 +6,8 @@ at the exact row, and the number of processes does not change what a step sees.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -128,6 +130,11 @@ class RowOrder:
         """The rows of a whole run."""
         rows, mixed = config.steps * config.global_batch_size, config.parallel.dynamic_context_parallel
         return cls(config.data, config.seed, rows, config.length, config.skip_positions_to, mixed)
+
+    def content(self) -> list[str]:
+        """What tells the rows of each source from any others: a hash of the sizes and hashes of their files."""
+        kept = [[rows.length, rows.mask_documents, rows.manifest["shards"]] for rows in self.folders]
+        return [hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest() for each in kept]
 
     def place(self, index: int) -> Place:
         """The run's row number `index`."""

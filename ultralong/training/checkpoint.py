@@ -7,14 +7,11 @@ on disk, so a folder of that name is always complete. The data position is the s
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,113 +34,12 @@ from ultralong.checkpoints.distributed import (
     record_hashes,
 )
 from ultralong.training.adapters.lora import has_frozen, without_frozen
-from ultralong.training.config import TrainConfig
 from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
-from ultralong.utils import settings
-from ultralong.utils.files import LOCK, read_json, read_jsonl, write_text
+from ultralong.training.run_folder import RunFolder
+from ultralong.utils.files import read_json
 
-# What a run may change between a checkpoint and its resumption without becoming another run.
-FREE_TO_CHANGE = (
-    "out",
-    "save_every",
-    "keep",
-    "trackers",
-    "parallel",
-    "memory",
-    "micro_batch_size",
-    "compile",
-    "async_checkpoints",
-    "loss_spike_threshold",
-    # Only checked and planned with: a run of a version without them is resumed with a preset that has them.
-    "base_model",
-    "length",
-)
-STOPPED = "stopped.json"  # why a run stopped before its end, until it is resumed
-NAME = re.compile(r"step-(\d{7})")
 ADVICE = "Remove that folder and run again with --resume: the checkpoint before it is used."
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of a run under `config.out`."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved settings."""
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        """One JSON line a step."""
-        return self.path / "log.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """The trained model, a plain Hugging Face folder."""
-        return self.path / "model"
-
-    def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint after `step` steps."""
-        return self.path / "checkpoints" / f"step-{step:07d}"
-
-    def checkpoints(self) -> list[tuple[int, Path]]:
-        """Complete checkpoints, oldest first, with their steps."""
-        found = ((NAME.fullmatch(entry.name), entry) for entry in (self.path / "checkpoints").glob("step-*"))
-        return sorted((int(match[1]), entry) for match, entry in found if match)
-
-    def check(self, config: TrainConfig, resume: bool) -> None:
-        """Refuse a folder that `open` would refuse.
-
-        Raises:
-            ValueError: The folder holds a run and `resume` is off, or the run there has other settings.
-        """
-        if self.config.exists():
-            if not resume:
-                raise ValueError(f"{self.path} holds a run already. Resume it (--resume) or choose another `out`.")
-            self._check_same(config)
-        elif self.path.exists() and any(x.name != LOCK and x.suffix != ".partial" for x in self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml). Choose an empty folder.")
-
-    def open(self, config: TrainConfig, resume: bool) -> int | None:
-        """Make the folder ready; main process only.
-
-        Returns:
-            The step to resume from, or None to start from step 0.
-
-        Raises:
-            ValueError: The folder holds a run and `resume` is off, or the run there has other settings.
-        """
-        self.check(config, resume)
-        shutil.rmtree(self.path / "checkpoints" / "unfinished", ignore_errors=True)
-        (self.path / STOPPED).unlink(missing_ok=True)
-        settings.save(config, self.config, "Every setting of this run; `ultralong train` with this file repeats it.")
-        steps = self.checkpoints()
-        self._cut_log(steps[-1][0] if steps else 0)
-        return steps[-1][0] if steps else None
-
-    def _check_same(self, config: TrainConfig) -> None:
-        before = settings.to_mapping(settings.load(TrainConfig, self.config))
-        now = settings.to_mapping(config)
-        other = [key for key in now if before[key] != now[key] and key not in FREE_TO_CHANGE]
-        changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in other]
-        if changed:
-            raise ValueError(
-                f"{self.path} holds a run with other settings, so it can't be resumed: {'; '.join(changed)}. "
-                "Restore them, or choose another `out`."
-            )
-
-    def _cut_log(self, step: int) -> None:
-        """Drop what was logged after the checkpoint: those steps are done again."""
-        if self.log.exists():
-            records = read_jsonl(self.log)
-            for number, record in enumerate(records, 1):
-                if type(record.get("step")) is not int or not isinstance(record.get("loss"), float | int):
-                    raise ValueError(f"{self.log}, line {number} is no record of a step. Restore or remove that line.")
-            kept = [record for record in records if record["step"] <= step]
-            write_text(self.log, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 def save(
@@ -154,6 +50,7 @@ def save(
     step: int,
     keep: int,
     background: BackgroundSaver | None = None,
+    rows: Sequence[str] | None = None,
 ) -> None:
     """Write the checkpoint of `step`; all processes call it. Older ones beyond `keep` are removed afterwards.
 
@@ -165,6 +62,7 @@ def save(
         step: Steps that were made.
         keep: Checkpoints that stay.
         background: Returns when the states are copied, and writes the copy; what fails then, its `wait` raises.
+        rows: What the rows are, source by source (`RowOrder.content`), which a resumed run is compared with.
 
     Raises:
         OSError: The disk is full or not writable. Nothing half-written is left under a checkpoint's name.
@@ -186,7 +84,8 @@ def save(
 
     def publish() -> None:
         if processes.is_main:
-            record_hashes(partial, {"step": step, "processes": processes.accelerator.num_processes})
+            state = {"step": step, "processes": processes.accelerator.num_processes}
+            record_hashes(partial, state if rows is None else {**state, "rows": [*rows]})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             for _, old in folder.checkpoints()[:-keep]:

@@ -1,7 +1,6 @@
 """The one training loop: continued pretraining and SFT, on one process or many.
 
-What a step does is in `ultralong.training.step`; here is what surrounds the steps: the folder, resumption, the log,
-checkpoints and the exported model.
+What a step does is in `step`; here is what surrounds the steps: the folder, resumption, log, checkpoints, the export.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
 from ultralong.training.parallel import SPARE, Processes, connect
 from ultralong.training.preflight import check_start
+from ultralong.training.run_folder import STOPPED, RunFolder
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.training.watch.loss_spikes import RECENT
 from ultralong.training.watch.trackers import scalars
@@ -59,7 +59,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
     """
     start = time.perf_counter()
     with connect(config) as processes:
-        folder = checkpoint.RunFolder(Path(config.out))
+        folder = RunFolder(Path(config.out))
         _check_together(config, resume, answers, processes)
         if resume and (result := _on_main(lambda: _result_of(folder, config), processes)):
             if processes.is_main:
@@ -72,7 +72,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
 
 def _train(
     config: TrainConfig,
-    folder: checkpoint.RunFolder,
+    folder: RunFolder,
     processes: Processes,
     resume: bool,
     quiet: bool,
@@ -80,7 +80,7 @@ def _train(
 ) -> TrainResult:
     """Train in a folder that this run holds."""
     order = RowOrder.of_run(config)
-    step = _on_main(lambda: folder.open(config, resume), processes)
+    step = _on_main(lambda: folder.open(config, resume, order.content()), processes)
     if resume and step is None and processes.is_main:  # so that a slip in `out` is seen before hours have gone
         text = "holds no checkpoint to resume from: the run starts at its first step."
         print(f"note: {folder.path} {text}", file=sys.stderr)
@@ -90,7 +90,7 @@ def _train(
 
 def _train_in(
     config: TrainConfig,
-    folder: checkpoint.RunFolder,
+    folder: RunFolder,
     processes: Processes,
     order: RowOrder,
     resume: bool,
@@ -130,7 +130,7 @@ def _train_in(
     return result
 
 
-def result_folder(folder: checkpoint.RunFolder, config: TrainConfig) -> Path:
+def result_folder(folder: RunFolder, config: TrainConfig) -> Path:
     """What a finished run leaves: the trained model, or the folder of its adapters."""
     return folder.path / ADAPTER if config.lora.on else folder.model
 
@@ -140,7 +140,7 @@ def _tail(config: TrainConfig) -> int:
     return config.steps - max(1, config.steps // 10)
 
 
-def _result_of(folder: checkpoint.RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+def _result_of(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
     """What a finished run recorded: `model`, `steps`, `tokens`, `loss`. None where anything of it is missing."""
     saved, record = folder.checkpoints(), folder.path / "result.json"
     place = result_folder(folder, config)
@@ -156,7 +156,7 @@ def _result_of(folder: checkpoint.RunFolder, config: TrainConfig) -> dict[str, A
     return {"loss": None, **found, "model": str(place)}
 
 
-def _say_finished(folder: checkpoint.RunFolder, config: TrainConfig) -> None:
+def _say_finished(folder: RunFolder, config: TrainConfig) -> None:
     print(
         f"note: {folder.path} is finished: its {config.steps:,} steps are done and the "
         f"{'adapter' if config.lora.on else 'model'} is in {result_folder(folder, config)}. "
@@ -167,7 +167,7 @@ def _say_finished(folder: checkpoint.RunFolder, config: TrainConfig) -> None:
 
 
 @contextmanager
-def _stop_recorded(folder: checkpoint.RunFolder) -> Iterator[None]:
+def _stop_recorded(folder: RunFolder) -> Iterator[None]:
     """Record what stops the run, for `ultralong runs`: of several processes, what the first of them met."""
     try:
         yield
@@ -179,13 +179,13 @@ def _stop_recorded(folder: checkpoint.RunFolder) -> Iterator[None]:
         elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code - 128 in set(signal.Signals):
             words = f"stopped by {signal.Signals(error.code - 128).name}"
         with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
-            if not (file := folder.path / checkpoint.STOPPED).exists():
+            if folder.config.exists() and not (file := folder.path / STOPPED).exists():
                 write_json(file, {"state": "interrupted" if asked else "failed", "reason": words})
         raise
 
 
 @contextmanager
-def _held(folder: checkpoint.RunFolder, processes: Processes) -> Iterator[None]:
+def _held(folder: RunFolder, processes: Processes) -> Iterator[None]:
     """Hold the run's folder on the main process, so that no second run trains in it; a refusal reaches all."""
     with ExitStack() as stack:
         _on_main(lambda: stack.enter_context(locked(folder.path, wait=LOCK_SECONDS)), processes)
@@ -242,17 +242,18 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
 
 def _save(run: Run, step: int, background: BackgroundSaver | None, wait: bool) -> None:
     """Write a checkpoint; in the background where there is one, unless it has to be there before what follows."""
+    run.folder.check_there()
     with full_disk_named(run.folder.path, FREE_SOME):
         if background is None or wait:
             run.memory.release()  # saving copies parameters and states to the host
-        checkpoint.save(run.folder, run.processes, run.model, run.optimizer, step, run.config.keep, background)
+        optimizer, keep, rows = run.optimizer, run.config.keep, run.order.content()
+        checkpoint.save(run.folder, run.processes, run.model, optimizer, step, keep, background, rows)
         if background is not None and wait:
             background.wait()
 
 
 def _logged_step(run: Run, step: int) -> dict[str, Any]:
     """One step, and its record in the log and the trackers."""
-    config = run.config
     reserve_host_memory(run)
     begin = time.perf_counter()
     record = training_step(run, step)
@@ -261,12 +262,13 @@ def _logged_step(run: Run, step: int) -> dict[str, Any]:
     run.tokens += tokens
     record |= run.watch.report(step + 1, record["seconds"])
     record |= run.throughput.metrics(record["seconds"], tokens, record.pop("pairs"))
-    if step >= _tail(config):
+    if step >= _tail(run.config):
         run.losses.append(record["loss"])
     logged = {"tokens": run.tokens, **record}
     if run.processes.is_main:
+        run.folder.check_there()
         append_jsonl(run.folder.log, {"step": step + 1, **logged})
-    if config.trackers:
+    if run.config.trackers:
         run.processes.accelerator.log(scalars(logged), step=step + 1)
     return record
 

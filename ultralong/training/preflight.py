@@ -21,11 +21,11 @@ from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
 from ultralong.training.adapters.four_bits import to_nf4
 from ultralong.training.adapters.lora import check_lora
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory.activation_memory import check_tiled_layers
 from ultralong.training.model import adamw_8bit, check_anchor, check_class, check_window, head_counts
 from ultralong.training.parallel import process_problem
+from ultralong.training.run_folder import RunFolder
 from ultralong.training.watch.trackers import check_trackers
 from ultralong.utils.files import is_locked
 from ultralong.utils.hub import find_checkpoint, load_tokenizer

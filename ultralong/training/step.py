@@ -24,13 +24,13 @@ from ultralong.attention.collectives import waiting
 from ultralong.data.rows.row_checks import anchor_token
 from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
 from ultralong.rope.tables import text_lengths
-from ultralong.training import checkpoint
 from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory.activation_memory import ActivationMemory, decoder_layers
 from ultralong.training.model import head_counts, make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
+from ultralong.training.run_folder import RunFolder
 from ultralong.training.throughput import Throughput
 from ultralong.training.watch.loss_spikes import RECENT, check_loss, stop_run
 from ultralong.training.watch.ranks import RankWatch
@@ -44,7 +44,7 @@ class Run:
 
     config: TrainConfig
     processes: Processes
-    folder: checkpoint.RunFolder
+    folder: RunFolder
     order: RowOrder
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -63,7 +63,7 @@ class Run:
 
 
 def build_run(
-    config: TrainConfig, processes: Processes, folder: checkpoint.RunFolder, order: RowOrder, model: PreTrainedModel
+    config: TrainConfig, processes: Processes, folder: RunFolder, order: RowOrder, model: PreTrainedModel
 ) -> Run:
     """Wrap a model and make its optimizer as the config says; nothing is read from or written to the folder."""
     if config.compile and (processes.accelerator.num_processes > 1 or order.mask_documents):

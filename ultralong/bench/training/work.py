@@ -35,9 +35,9 @@ from ultralong.miniature.tokenizer import train_tokenizer
 from ultralong.planner.shapes import model_config
 from ultralong.training.adapters.lora import add_adapters
 from ultralong.training.batches import RowOrder
-from ultralong.training.checkpoint import RunFolder
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel import Processes, connect
+from ultralong.training.run_folder import RunFolder
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.utils import settings
 from ultralong.utils.files import append_jsonl, write_json

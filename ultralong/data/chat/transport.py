@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,6 +75,42 @@ def read_key(variable: str | None) -> str | None:
             "Set it anew."
         )
     return key
+
+
+def answer_hooks(seconds: float, most: int) -> dict[str, list[Any]]:
+    """Event hooks of an httpx client that bound each answer; its own time-out is for each read alone.
+
+    Args:
+        seconds: For a whole answer.
+        most: Bytes of it.
+
+    Returns:
+        What `httpx.Client` takes as `event_hooks`. A bound that is passed raises a ValueError while the answer is read,
+        and so does a compressed answer, of which a few bytes could fill the memory.
+    """
+
+    def begin(request: Any) -> None:
+        request.extensions = {**request.extensions, "begun": time.monotonic()}
+
+    def bound(response: Any) -> None:
+        if (coding := response.headers.get("content-encoding", "identity")) != "identity":
+            raise ValueError(f"a compressed answer ({coding[:20]}), which was not asked for")
+        whole, begun = response.stream, response.request.extensions["begun"]
+
+        def pieces() -> Iterator[bytes]:
+            size = 0
+            for piece in whole:
+                size += len(piece)
+                if size > most or time.monotonic() - begun > seconds:
+                    raise ValueError(f"an answer of more than {most:,} bytes, or {seconds:,.0f} s")
+                yield piece
+
+        # httpx asks for a stream of its own class, and the package brings the version that it uses.
+        kind = next(base for base in type(whole).__mro__ if base.__name__ == "SyncByteStream")
+        does = {"__iter__": lambda _: pieces(), "close": lambda _: whole.close()}
+        response.stream = type("Bounded", (kind,), does)()
+
+    return {"request": [begin], "response": [bound]}
 
 
 class TooLong(Exception):

@@ -21,6 +21,7 @@ import numpy as np
 
 from ultralong.data.tokens.shards import ShardFolder, read_record
 from ultralong.data.tokens.store import check_files
+from ultralong.data.tokens.stored import StoredArray
 
 FORMAT = "ultralong-rows-1"
 IGNORE = -100  # the label PyTorch's cross entropy leaves out
@@ -107,7 +108,7 @@ class PackedRows:
             raise ValueError(
                 f"{path} counts {self.manifest['rows']} rows, its shards hold {self._first[-1]}. Pack the rows again."
             )
-        self._maps: dict[int, dict[str, np.ndarray]] = {}
+        self._open: dict[int, dict[str, StoredArray]] = {}
 
     def __len__(self) -> int:
         return self.manifest["rows"]
@@ -117,7 +118,7 @@ class PackedRows:
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._row(self._map(shard), int(index - self._first[shard]))
+        return self._row(shard, int(index - self._first[shard]))
 
     def check_files(self) -> None:
         """Refuse rows of which a file is missing or cut, without reading any of them.
@@ -134,49 +135,50 @@ class PackedRows:
         No token is read. A row of nothing but padding counts as one document of one token.
         """
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        segments = self._map(shard)["segments"]
-        low, high = np.searchsorted(segments[:, 0], [index - self._first[shard], index - self._first[shard] + 1])
-        starts = segments[low:high, 1].tolist()
-        if segments[high - 1, 2] == PADDING:
+        segments = self._segments(shard, int(index - self._first[shard]))
+        starts = segments[:, 1].tolist()
+        if segments[-1, 2] == PADDING:
             return tuple(starts) if len(starts) > 1 else (0, 1)
         return (*starts, self.length)
 
     def segments(self) -> Iterator[np.ndarray]:
         """The segments of each shard, (segments, 3): row of the shard, first token, document."""
         for shard in range(len(self.manifest["shards"])):
-            yield np.asarray(self._map(shard)["segments"])
+            yield self._files(shard)["segments"][:]
 
     def release(self) -> None:
-        """Unmap the shards; they are mapped again when touched."""
-        self._maps.clear()
+        """Close the shards' files; they are opened again when touched."""
+        self._open.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as its whole content.
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open": {}}
 
-    def _map(self, shard: int) -> dict[str, np.ndarray]:
-        if shard not in self._maps:
+    def _files(self, shard: int) -> dict[str, StoredArray]:
+        if shard not in self._open:
             record = self.manifest["shards"][shard]
             check_files(self.folder, record)
             endings = [name.removeprefix(f"{record['shard']}.").removesuffix("npy") for name in record["files"]]
-            self._maps[shard] = {
-                ending.rstrip("."): np.load(self.folder / f"{record['shard']}.{ending}npy", mmap_mode="r")
-                for ending in endings
+            self._open[shard] = {
+                ending.rstrip("."): StoredArray(self.folder / f"{record['shard']}.{ending}npy") for ending in endings
             }
-        return self._maps[shard]
+        return self._open[shard]
 
-    def _row(self, maps: dict[str, np.ndarray], local: int) -> PackedRow:
-        stored = np.asarray(maps[""][local])  # (T + 1,)
-        low, high = np.searchsorted(maps["segments"][:, 0], [local, local + 1])
-        segments = np.asarray(maps["segments"][low:high])  # (N, 3)
+    def _segments(self, shard: int, local: int) -> np.ndarray:
+        """The segments of one row, (N, 3)."""
+        found = self._files(shard)["segments"]
+        return found[found.first_at_least(local) : found.first_at_least(local + 1)]
+
+    def _row(self, shard: int, local: int) -> PackedRow:
+        files, segments = self._files(shard), self._segments(shard, local)
+        stored = files[""][local]  # (T + 1,)
         starts, documents = segments[:, 1], segments[:, 2].astype(np.int64)
         boundaries = np.append(starts, self.length).astype(np.int32)
         labels = stored[1:].astype(np.int64)
         labels[stored[1:] == np.iinfo(stored.dtype).max] = IGNORE
         if self.mask_documents:
             labels[boundaries[1:-1] - 1] = IGNORE
-        if "targets" in maps:
-            labels[np.unpackbits(maps["targets"][local], count=self.length) == 0] = IGNORE
+        if "targets" in files:
+            labels[np.unpackbits(files["targets"][local], count=self.length) == 0] = IGNORE
         if documents[-1] == PADDING:
             labels[max(0, boundaries[-2] - 1) :] = IGNORE
         positions = np.arange(self.length, dtype=np.int64)

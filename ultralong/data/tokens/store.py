@@ -1,4 +1,4 @@
-"""Reading a token store: document i as an array, straight from the memory-mapped shards."""
+"""Reading a token store: document i as an array, and nothing else of its shard."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.data.tokens.shards import check_size, read_record
+from ultralong.data.tokens.stored import StoredArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ FORMAT = "ultralong-tokens-1"
 
 
 class TokenStore:
-    """Tokenised documents on disk. `len(store)` documents; `store[i]` is the ids of document i, a read-only view.
+    """Tokenised documents on disk. `len(store)` documents; `store[i]` is the ids of document i.
 
     Args:
         folder: What `tokenize_corpus` wrote.
@@ -42,7 +43,7 @@ class TokenStore:
             raise ValueError(f"{path} is of format {self.manifest.get('format')!r}, expected {FORMAT!r}.")
         self.dtype = np.dtype(self.manifest["dtype"])
         self._first = np.cumsum([0] + [shard["documents"] for shard in self.manifest["shards"]])
-        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, tuple[StoredArray, StoredArray]] = {}
 
     @property
     def tokens(self) -> int:
@@ -54,12 +55,14 @@ class TokenStore:
 
     def __getitem__(self, index: int) -> np.ndarray:
         ids, offsets, local = self._locate(index)
-        return ids[offsets[local] : offsets[local + 1]]
+        first, last = offsets[local : local + 2]
+        return ids[int(first) : int(last)]
 
     def length(self, index: int) -> int:
         """Tokens in document `index`, without touching them."""
         _, offsets, local = self._locate(index)
-        return int(offsets[local + 1] - offsets[local])
+        first, last = offsets[local : local + 2]
+        return int(last - first)
 
     def describe(self, index: int) -> dict[str, str]:
         """Id, source and licence of document `index`. Keeps the lists of the last shards in memory: for looking."""
@@ -90,31 +93,31 @@ class TokenStore:
         check_same_tokenizer(self.manifest["tokenizer"], tokenizer, str(self.folder))
 
     def release(self) -> None:
-        """Unmap the shards; they are mapped again when touched. Keeps resident memory flat over a long pass."""
-        self._maps.clear()
+        """Close the shards' files; they are opened again when touched."""
+        self._open.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open": {}}
 
     def _checked(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return index % len(self)
 
-    def _locate(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _locate(self, index: int) -> tuple[StoredArray, StoredArray, int]:
         index = self._checked(index)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        if shard not in self._maps:
+        if shard not in self._open:
             name = self.manifest["shards"][shard]["shard"]
             check_files(self.folder, self.manifest["shards"][shard])
-            mapped = np.memmap(self.folder / f"{name}.bin", dtype=self.dtype, mode="r")
-            self._maps[shard] = (mapped, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
-        ids, offsets = self._maps[shard]
+            ids = StoredArray(self.folder / f"{name}.bin", self.dtype)
+            self._open[shard] = (ids, StoredArray(self.folder / f"{name}.offsets.npy"))
+        ids, offsets = self._open[shard]
         return ids, offsets, int(index - self._first[shard])
 
 
 def check_files(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse a shard whose files do not have the sizes in its record, before they are mapped.
+    """Refuse a shard whose files do not have the sizes in its record, before they are opened.
 
     Raises:
         ValueError: A file is missing or of another size.

@@ -1,4 +1,4 @@
-"""Documents to memory-mapped shards of token ids, in parallel, one whole shard at a time.
+"""Documents to shards of token ids, in parallel, one whole shard at a time.
 
 A store is a folder with, for every shard, `tokens-NNNNN.bin` (ids, little-endian, 2 or 4 bytes each),
 `tokens-NNNNN.offsets.npy` (where each document starts; one more entry for the end), `tokens-NNNNN.documents.jsonl`

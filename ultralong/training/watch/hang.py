@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ultralong.attention.collectives import WaitClock
-from ultralong.training.checkpoint import STOPPED
+from ultralong.training.run_folder import STOPPED
 from ultralong.utils.files import read_json, write_json
 
 GRACE = 10.0  # seconds that ranks get to write where they stand after the first one has

@@ -1,0 +1,78 @@
+"""A run's folder is the run's: rows that were packed again are told, and one that was moved gets no second half."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import LENGTH, make_run
+
+from ultralong.data.read.documents import Document
+from ultralong.data.rows.packing import PackSettings, pack
+from ultralong.data.tokens.store import TokenStore
+from ultralong.data.tokens.tokenize import tokenize_corpus
+from ultralong.training.batches import RowOrder
+from ultralong.training.loop import train
+from ultralong.training.run_folder import RunFolder
+from ultralong.utils.files import read_json, write_json
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """A run that ended early, so that it can be resumed."""
+    monkeypatch.chdir(tmp_path)
+    config = make_run(tmp_path, tiny_model, tiny_tokenizer, save_every=2)
+    train(config, quiet=True)
+    shutil.rmtree("run/model")
+    shutil.rmtree("run/checkpoints/step-0000004")
+    return config
+
+
+@pytest.mark.parametrize("change", ["text", "seed", "mask"])
+def test_rows_that_were_packed_again_from_something_else(run, tiny_tokenizer, change):
+    texts = [Document(f"d{i}", f"Another {i} of the log. " * 20, "test", "CC0-1.0") for i in range(40)]
+    store = tokenize_corpus(texts, tiny_tokenizer, "others", quiet=True) if change == "text" else TokenStore("tokens")
+    shutil.rmtree("rows")
+    settings = PackSettings(LENGTH, seed=int(change == "seed"), mask_documents=change == "mask")
+    pack(store, tiny_tokenizer, "rows", settings, quiet=True)
+    log = Path("run/log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"the rows of data\[0\] are not those that the run in run was trained on"):
+        train(run, resume=True, quiet=True)
+    assert Path("run/log.jsonl").read_bytes() == log
+
+
+def test_the_same_rows_elsewhere_and_checkpoints_that_recorded_none(run):
+    recorded = Path("run/checkpoints/step-0000002/state.json")
+    assert read_json(recorded)["rows"] == RowOrder.of_run(run).content()
+    shutil.copytree("rows", "kept")
+    shutil.rmtree("rows")
+    shutil.copytree("kept", "rows")  # other times and inodes
+    state = read_json(recorded)
+    write_json(recorded, {key: value for key, value in state.items() if key != "rows"})
+    assert train(run, resume=True, quiet=True).steps == 4
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted"])
+@pytest.mark.parametrize("when", ["a step", "a checkpoint"])
+def test_a_folder_that_goes_while_it_is_written_to(run, monkeypatch, how, when):
+    def go(*_):
+        shutil.move("gone", "elsewhere") if how == "moved" else shutil.rmtree("gone")
+
+    real = RunFolder.check_there
+    calls = []
+
+    def check(self):
+        calls.append(self)
+        if len(calls) == {"a step": 2, "a checkpoint": 3}[when]:
+            go()
+        real(self)
+
+    monkeypatch.setattr(RunFolder, "check_there", check)
+    with pytest.raises(FileNotFoundError, match="it was moved or deleted while the run wrote to it"):
+        train(replace(run, out="gone"), quiet=True)
+    assert not Path("gone").exists()
+    if how == "moved":
+        assert json.loads(Path("elsewhere/log.jsonl").read_text().splitlines()[0])["step"] == 1
