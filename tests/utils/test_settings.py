@@ -113,6 +113,17 @@ def test_old_keys_work_in_overrides_and_never_beside_the_new_ones(tmp_path):
         settings.from_mapping(ParallelConfig, {"sequence": 2, "context_parallel_size": 2})
 
 
+def test_a_change_that_is_wrong_is_named_and_not_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: unknown key 'foo'.* of --set foo\.bar=1 --set count=4\.\)"):
+        settings.load(Outer, path, ["foo.bar=1", "count=4"])
+    path.write_text("name: x\nother: 1\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: unknown key 'other'") as caught:
+        settings.load(Outer, path, ["foo.bar=1"])
+    assert "sound" not in str(caught.value)
+
+
 def test_tokens_are_read_with_units_in_files_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("{model: m, out: o, data: [{rows: r}], steps: 1, length: 128k}")

@@ -74,7 +74,8 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
         print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
     wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."
     if scheduler in HOW:
-        print(f"{wrote} Next: build the image (the head of {out / 'Containerfile'} says how). {HOW[scheduler]}")
+        print(f"{wrote} Next: build the image (the head of {out / 'Containerfile'} says how). Then, in {out}:")
+        print(f"  {HOW[scheduler].removeprefix('In this folder: ')}")
     else:
         print(f"{wrote} Next: read the variables at the top of {files[0]}, then {files[0]} --dry-run")
 
@@ -129,7 +130,8 @@ def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
     leave(json, {"runs": [run.to_dict() for run in found]})
     if not found:
         print(
-            f"No run in {folder}. A run's folder is what its config calls `out`, and holds config.yaml and log.jsonl."
+            f"No run in {folder.resolve()}. A run's folder is what its config calls `out`, and holds config.yaml and "
+            "log.jsonl."
         )
         return
     print(table(found))

@@ -36,7 +36,8 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
 
     Raises:
         ValueError: The file is missing or not a mapping, a key is unknown, or a value is of the wrong type or refused
-            by the dataclass itself; the message starts with the file and the key.
+            by the dataclass itself; the message starts with the file and the key, and ends with the changes where
+            the file is sound without them.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,7 +48,23 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, found {type(values).__name__}.")
-    return from_mapping(cls, override(renamed(cls, values, str(path)), overrides, cls), str(path))
+    values, changes = renamed(cls, values, str(path)), list(overrides)
+    changed = override(values, changes, cls)
+    try:
+        return from_mapping(cls, changed, str(path))
+    except ValueError as error:
+        if not changes or not _is_sound(cls, values):
+            raise
+        said = " ".join(f"--set {change}" for change in changes)
+        raise ValueError(f"{error} (The file is sound: this is of {said}.)") from error
+
+
+def _is_sound(cls: type[Any], values: Mapping[str, Any]) -> bool:
+    try:
+        from_mapping(cls, values)
+    except ValueError:
+        return False
+    return True
 
 
 def renamed(cls: type[Any], values: Mapping[str, Any], where: str = "settings") -> dict[str, Any]:
