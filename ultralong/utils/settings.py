@@ -55,7 +55,7 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
     except ValueError as error:
         if not changes or not _is_sound(cls, values):
             raise
-        said = " ".join(f"--set {change}" for change in changes)
+        said = " ".join(f"--set {change}" if len(change) < 80 else f"--set {change[:60]}..." for change in changes[:8])
         raise ValueError(f"{error} (The file is sound: this is of {said}.)") from error
 
 
