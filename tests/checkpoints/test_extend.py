@@ -590,13 +590,20 @@ def test_rope_parameters_in_the_report_are_those_on_the_disk(tmp_path, llama):
     assert read_json(tmp_path / "out/config.json")["rope_parameters"] == report.new_rope
 
 
+FEW_EXPERTS = {
+    "mixtral": {"num_local_experts": 2},
+    "minimax": {"num_local_experts": 2},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+}
+
+
 @pytest.fixture(scope="module")
 def headless(tmp_path_factory):
     """A function: a checkpoint of a class whose config has no head_dim, made once."""
 
     @cache
     def get(kind):
-        source = make(tmp_path_factory.mktemp("headless") / kind, kind, window=512)
+        source = make(tmp_path_factory.mktemp("headless") / kind, kind, window=512, **FEW_EXPERTS[kind])
         config = read_json(source / "config.json")
         config.pop("head_dim", None)
         write_json(source / "config.json", config)

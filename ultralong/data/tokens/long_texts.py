@@ -98,10 +98,11 @@ def _candidates(text: str, start: int, end: int, cuts: Cuts) -> list[int]:
 
 def _in_repetition(text: str, cut: int) -> bool:
     """Whether a cut stands within something short that stands there three times: "aaaa", "ababab"."""
-    for size in range(1, LONGEST_REPEATED + 1):
-        before, after = text[max(0, cut - size) : cut], text[cut : cut + size]
-        around = (text[max(0, cut - 2 * size) : max(0, cut - size)], text[cut + size : cut + 2 * size])
-        if before == after and before in around:
+    for size in range(1, min(LONGEST_REPEATED, cut) + 1):
+        before = text[cut - size : cut]
+        if text.startswith(before, cut) and (
+            text.startswith(before, cut + size) or (cut >= 2 * size and text.startswith(before, cut - 2 * size))
+        ):
             return True
     return False
 
