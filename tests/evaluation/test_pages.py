@@ -102,13 +102,6 @@ def check(html, text):
     return page
 
 
-@pytest.fixture
-def small_pictures(monkeypatch):
-    """Pictures are drawn all the same, on a sixteenth of the pixels: to compress them takes most of a page's time."""
-    drawn = figures.png_bytes
-    monkeypatch.setattr(figures, "png_bytes", lambda figure, scale, **size: drawn(figure, scale=scale / 4, **size))
-
-
 @pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize("interactive", [True, False])
 @pytest.mark.parametrize("text", HOSTILE)
@@ -217,6 +210,7 @@ def test_the_axis_says_what_positions_are_counted_from():
     assert "position in the row (tokens)" in html
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_before_and_after_are_pictures_of_their_own():
     """Side by side where there is room, below each other on a narrow screen: none is hidden."""
     summary = run_summary("m")

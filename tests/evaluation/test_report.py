@@ -82,6 +82,7 @@ def data():
     )
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_json_holds_what_others_read(tmp_path, data):
     write_report(tmp_path, data, interactive=False)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -104,6 +105,7 @@ def test_page_needs_nothing_beside_it(tmp_path, data, interactive):
     assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_page_tells_counts_intervals_and_failures(tmp_path, data):
     text = " ".join(Page(write_report(tmp_path, data, interactive=False).read_text(encoding="utf-8")).text)
     assert "512 to 4,096 <tokens>" in text, "a title is text, not markup"
@@ -134,12 +136,14 @@ def test_empty_parts_are_left_out(tmp_path, data):
     assert "Needle" not in " ".join(page.text)
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_one_sided_needles_are_drawn_alone(tmp_path, data):
     page = write_report(tmp_path, replace(data, needle_before=()), interactive=False).read_text(encoding="utf-8")
     assert "before and after" not in page
     assert "\u2192 75%" in page
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_the_same_data_gives_the_same_page(tmp_path, data):
     pages = [re.sub(r'"uid":"[^"]*"', "", write_report(tmp_path / name, data).read_text()) for name in ("a", "b")]
     assert pages[0] == pages[1]
@@ -183,6 +187,7 @@ def test_environment_names_machine_and_versions():
     assert {"python", "processor", "torch", "transformers", "numpy"} <= set(facts)
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_what_rescaling_alone_finds_has_a_column_of_its_own(tmp_path, data):
     data = replace(data, needle_rescaled=cells(lambda length: 4))
     page = write_report(tmp_path, data, interactive=False).read_text(encoding="utf-8")

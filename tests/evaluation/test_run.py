@@ -29,6 +29,7 @@ from ultralong.utils.files import append_jsonl, read_jsonl
 
 pytest.importorskip("plotly")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("small_pictures")
 
 
 @pytest.fixture
