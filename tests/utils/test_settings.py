@@ -116,7 +116,7 @@ def test_old_keys_work_in_overrides_and_never_beside_the_new_ones(tmp_path):
 def test_a_change_that_is_wrong_is_named_and_not_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("name: x\n")
-    with pytest.raises(ValueError, match=r"run\.yaml: unknown key 'foo'.* of --set foo\.bar=1 --set count=4\.\)"):
+    with pytest.raises(ValueError, match=r"run\.yaml: unknown key 'foo'.* comes with foo\.bar=1, count=4\."):
         settings.load(Outer, path, ["foo.bar=1", "count=4"])
     path.write_text("name: x\nother: 1\n")
     with pytest.raises(ValueError, match=r"run\.yaml: unknown key 'other'") as caught:

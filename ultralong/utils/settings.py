@@ -26,6 +26,10 @@ T = TypeVar("T")
 LONGEST_VALUE = 300  # characters of a value that a message shows
 
 
+class UnknownKey(ValueError):
+    """A key that the settings don't have."""
+
+
 def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> T:
     """Read a YAML file into the dataclass `cls`.
 
@@ -52,11 +56,11 @@ def load(cls: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = 
     changed = override(values, changes, cls)
     try:
         return from_mapping(cls, changed, str(path))
-    except ValueError as error:
+    except UnknownKey as error:
         if not changes or not _is_sound(cls, values):
             raise
-        said = " ".join(f"--set {change}" if len(change) < 80 else f"--set {change[:60]}..." for change in changes[:8])
-        raise ValueError(f"{error} (The file is sound: this is of {said}.)") from error
+        said = ", ".join(change if len(change) < 80 else f"{change[:60]}..." for change in changes[:8])
+        raise ValueError(f"{error} The file is sound: this comes with {said}.") from error
 
 
 def _is_sound(cls: type[Any], values: Mapping[str, Any]) -> bool:
@@ -135,7 +139,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise UnknownKey(f"{where}: unknown key {key!r}; {hint}")
     missing = [name for name, field in names.items() if name not in values and _required(field)]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} must be given.")
