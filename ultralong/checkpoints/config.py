@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import __version__ as transformers_version
 from ultralong.checkpoints.files import check_links, companion_files, header, weight_files
 from ultralong.rope.config import FULL, SLIDING
 from ultralong.utils.files import LFS_POINTER, read_json_object
+from ultralong.utils.hub import LARGEST_TOKENIZER, check_tokenizer, load_tokenizer
 
 # Types with a RoPE for each type of layers whose version-4 classes read rope_scaling for full attention alone.
 BY_LAYER_TYPE = ("gemma3_text", "olmo3")
@@ -116,7 +117,7 @@ def check_whole(model: str | os.PathLike[str]) -> None:
         check_companions(folder, companion_files(folder)[0])
 
 
-def check_companions(folder: Path, names: Iterable[str]) -> None:
+def check_companions(folder: Path, names: Collection[str]) -> None:
     """Refuse what goes along with the weights and would not open in the copy: it is copied without being opened.
 
     Args:
@@ -124,16 +125,27 @@ def check_companions(folder: Path, names: Iterable[str]) -> None:
         names: Its files that go along, as `companion_files` names them.
 
     Raises:
-        ValueError: One is a Git LFS pointer in the place of the file, or the tokenizer's or the generation's JSON is no
-            object.
+        ValueError: One is a Git LFS pointer in the place of the file, the tokenizer's or the generation's JSON is no
+            object, or the tokenizer does not open.
     """
     for name in names:
         with open(folder / name, "rb") as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
         if pointer:
             raise ValueError(f"{folder / name} is a Git LFS pointer in the place of the file: run `git lfs pull`.")
+        if (folder / name).stat().st_size > LARGEST_TOKENIZER and name in OBJECTS:
+            raise ValueError(f"{folder / name} has more than {LARGEST_TOKENIZER:,} bytes, and is no such file.")
         if name in OBJECTS:
             read_json_object(folder / name)
+        if name.endswith(".jinja"):
+            try:
+                (folder / name).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder / name} is no UTF-8 text ({error}). Restore it.") from error
+    if "tokenizer.json" in names:
+        own = read_json_object(config) if (config := folder / "tokenizer_config.json").is_file() else {}
+        # A class that the checkpoint brings is not run.
+        check_tokenizer(folder) if "auto_map" in own else load_tokenizer(folder)
 
 
 def one_line(error: BaseException) -> str:

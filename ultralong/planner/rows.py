@@ -40,7 +40,8 @@ class PlannedRows:
 
     Attributes:
         length: Tokens of a row.
-        documents: Boundaries of some rows, each from 0 to `length`; None where every token sees all before it.
+        documents: Boundaries of some rows, each from 0 to `length`; None where every token sees all before it. A row's
+            padding is a document of its own, as the trainer attends inside it; packs leave it out, as the trainer does.
         packs: What is known of packs, where rows are packed by the step; a row is then a pack.
     """
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 # What transformers raises for files of a tokenizer that it cannot read.
 TOKENIZER_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 MINIATURE = Path(__file__).parents[1] / "miniature" / "model"  # by place: the trainer makes it, far above this room
+LARGEST_TOKENIZER = 1 << 28  # bytes of a tokenizer.json; the largest there are have 40 MB
+MOST_IDS = 2**31
+MOST_GROWTH = 64  # times that a tokenizer may lengthen a text; Unicode's normal forms make 18 letters of one at most
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,6 +57,77 @@ def find_checkpoint(name: str | os.PathLike[str]) -> str:
     )
 
 
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Raise what the tokenizers library throws, such as of a pattern that it gives up, as the ValueError that it is.
+
+    Args:
+        what: Beginning of the sentence.
+
+    Raises:
+        ValueError: The library failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # It raises no class of its own, and a panic of its is no Exception.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer.json that would not end, fill the memory, or give ids that mean something else.
+
+    Raises:
+        ValueError: It is too large, no tokenizer, gives one id to two pieces, has an id that is none, or lengthens
+            texts without bound; one line that names the file.
+    """
+    from ultralong.utils.files import read_json_object  # the public API is imported without packages
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    if (size := path.stat().st_size) > LARGEST_TOKENIZER:
+        raise ValueError(f"{path} has {size:,} bytes, and no tokenizer has more than {LARGEST_TOKENIZER:,}.")
+    entries = read_json_object(path)
+    model, added = entries.get("model"), entries.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(added, list):
+        raise ValueError(f"{path} holds no tokenizer: its model is a {type(model).__name__}. Restore it.")
+    vocabulary = model.get("vocab")
+    pieces = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+            raise ValueError(f"{path} has an added token without a text: {str(token)[:80]}. Restore it.")
+        pieces.append((token["content"], token.get("id")))
+    named: dict[Any, str] = {}
+    for piece, number in pieces:
+        if type(number) is not int or not 0 <= number < MOST_IDS:
+            raise ValueError(f"{path} gives {piece[:40]!r} the id {str(number)[:40]}, which is none. Restore it.")
+        if named.setdefault(number, piece) != piece:
+            raise ValueError(f"{path} gives the id {number} to {named[number][:40]!r} and {piece[:40]!r}. Restore it.")
+    for name in ("normalizer", "decoder"):
+        if (growth := _growth(entries.get(name))) > MOST_GROWTH:
+            raise ValueError(f"{path} has a {name} that may lengthen a text {growth:,.0f} times. Restore it.")
+
+
+def _growth(step: Any) -> float:
+    """How many times a tokenizer's step may lengthen a text, at most."""
+    if isinstance(step, list):
+        found = 1.0
+        for each in step:
+            found = min(found * _growth(each), 1e300)
+        return found
+    if not isinstance(step, Mapping):
+        return 1.0
+    grown = _growth([value for value in step.values() if isinstance(value, list)])
+    content, pattern = step.get("content"), step.get("pattern")
+    if step.get("type") == "Replace" and isinstance(content, str) and isinstance(pattern, Mapping):
+        replaced = pattern.get("String")  # a pattern may match a single letter
+        grown *= max(1.0, len(content.encode()) / max(1, len(replaced.encode()) if isinstance(replaced, str) else 1))
+    return grown
+
+
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id.
 
@@ -61,8 +137,10 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     place = find_checkpoint(name)
+    check_tokenizer(Path(place))
     try:
-        return AutoTokenizer.from_pretrained(place)
+        with tokenizer_errors("the tokenizers library refuses it"):
+            return AutoTokenizer.from_pretrained(place)
     except TOKENIZER_ERRORS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(place).is_dir():

@@ -15,7 +15,7 @@ from ultralong.data.read.conversations import Conversation, to_messages
 from ultralong.data.read.documents import ReadReport
 from ultralong.data.read.messages import Message, texts_of
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts
-from ultralong.data.tokens.encoding import token_dtype
+from ultralong.data.tokens.encoding import token_dtype, vocabulary_of
 from ultralong.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def encode_conversations(
     chosen: HashSample[Example] | None = None if subsample is None else HashSample(subsample, seed)
     lengths: dict[str, LengthCounts] = {}
     examples: list[Example] = []
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(vocabulary_of(tokenizer))
     check_template(tokenizer)
     most = limit * COMPOSED * max(map(len, tokenizer.get_vocab()))
     for number, item in enumerate(progress(conversations, desc="chat", unit="example", quiet=quiet)):

@@ -21,7 +21,7 @@ from ultralong.data.read.documents import ReadReport
 from ultralong.data.read.messages import Message
 from ultralong.data.rows.packed_rows import FORMAT, PADDING, PackedRows, RowWriter
 from ultralong.data.rows.permutation import permuted
-from ultralong.data.tokens.encoding import token_dtype, tokenizer_fingerprint
+from ultralong.data.tokens.encoding import token_dtype, tokenizer_fingerprint, vocabulary_of
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.utils.chat_template import DATE, uses_clock
 from ultralong.utils.files import locked
@@ -110,7 +110,7 @@ def pack_chat(
         "positions": "document",
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        "dtype": token_dtype(len(tokenizer)).str,
+        "dtype": token_dtype(vocabulary_of(tokenizer)).str,
         "provenance": provenance,
         **({"date": DATE} if tokenizer.chat_template and uses_clock(tokenizer.get_chat_template()) else {}),
         "subsample": None if subsample is None else asdict(subsample),

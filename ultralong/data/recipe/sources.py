@@ -23,6 +23,7 @@ from ultralong.data.select.clean import CLEANERS, cut
 from ultralong.data.select.decontaminate import OverlapFilter, OverlapLog, read_tests
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, sample_subsets, uniform
 from ultralong.data.select.overlap import NgramIndex
+from ultralong.utils.hub import tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -283,5 +284,6 @@ def measured(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> float:
         start = max(0, len(text) - MEASURED_CHARACTERS) // 2
         piece = text[start : start + MEASURED_CHARACTERS]
         characters += len(piece)
-        tokens += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+        with tokenizer_errors("the tokenizer fails at a text"):
+            tokens += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
     return characters / tokens if tokens else FU_CHARACTERS_PER_TOKEN

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultralong.data.tokens.long_texts import LONG, Cuts, EncodeIds, cut_text
-from ultralong.utils.hub import TOKENIZER_ERRORS
+from ultralong.utils.hub import TOKENIZER_ERRORS, check_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,10 +39,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder of a tokenizer or of a checkpoint.")
-    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with tokenizer_errors("the tokenizers library refuses it"):
+            if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+                return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except TOKENIZER_ERRORS as error:
         raise ValueError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
 
@@ -50,6 +52,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 def token_dtype(vocabulary: int) -> np.dtype:
     """The smallest little-endian type for ids 0..vocabulary-1 that leaves its largest value free as "no token"."""
     return np.dtype("<u2") if vocabulary <= np.iinfo(np.uint16).max else np.dtype("<u4")
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that a tokenizer may give: its pieces, or more where it leaves some out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -63,7 +70,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         `encode(texts) -> list of (tokens,) arrays` of `token_dtype(len(tokenizer))`. Memory follows the ids, and a few
         parts of a long text: see `long_texts`.
     """
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(vocabulary_of(tokenizer))
     encode, cuts = _ids_encoder(tokenizer), _safe_cuts(tokenizer)
 
     def short(texts: list[str]) -> list[np.ndarray]:
@@ -87,7 +94,12 @@ def _ids_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeIds:
     core.no_truncation()
     core.no_padding()
     core.encode_special_tokens = True
-    return lambda texts: [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        with tokenizer_errors("the tokenizer fails at a text"):
+            return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
 
 
 def _safe_cuts(tokenizer: PreTrainedTokenizerBase) -> Cuts:
@@ -130,7 +142,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.all_special_tokens))]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer), "sha256": digest}
+    return {"class": type(tokenizer).__name__, "vocabulary": vocabulary_of(tokenizer), "sha256": digest}
 
 
 def check_same_tokenizer(expected: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from ultralong.data.read.documents import Document
-from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, tokenizer_fingerprint
+from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, tokenizer_fingerprint, vocabulary_of
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
 from ultralong.utils.files import locked
@@ -74,7 +74,7 @@ def tokenize_corpus(
             f"shard_tokens, batch_characters and workers must be at least 1, found {shard_tokens}, "
             f"{batch_characters} and {workers}."
         )
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(vocabulary_of(tokenizer))
     settings = {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(tokenizer),
