@@ -24,6 +24,7 @@ from tests.support import (  # noqa: F401 - register
     further_trials,
     hostile_trials,
     process_trials,
+    unlikely_trials,
 )
 from tests.support.trial_version import DEEP, WARM, Server, Version, environment, last, main, told, trial, wait
 
