@@ -6,13 +6,13 @@ import pytest
 from induction import InductionModel
 
 from ultralong import demo
-from ultralong.evaluation.runs.records import answer_tasks
+from ultralong.evaluation.runs.records import answer_tasks, write_samples
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.search.run import search
 from ultralong.search.settings import SearchSettings
 from ultralong.utils import settings
-from ultralong.utils.files import locked
+from ultralong.utils.files import file_lock, locked
 
 TEXT = "The keeper of the light wrote in his log that no ship had passed. " * 60
 TASKS = [("needle",), ("infinitebench_passkey",), ("perplexity",), ("needle", "infinitebench_passkey")]
@@ -54,3 +54,21 @@ def test_a_search(tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match="Another process is writing"):
         search(SearchSettings("model", 2048), tmp_path, quiet=True)
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+def test_a_file_of_samples(tmp_path, tiny_tokenizer):
+    """Two at once wrote each sample twice, and both said that all was well."""
+    out, given = tmp_path / "s.jsonl", ("infinitebench_passkey", tiny_tokenizer, 1024, 2, 0)
+    with file_lock(tmp_path / ".s.jsonl.lock", "busy"), pytest.raises(ValueError, match="Another process is writing"):
+        write_samples(*given, out, quiet=True)
+    assert not out.exists()
+    assert write_samples(*given, out, quiet=True)["made"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
+    assert write_samples(*given, out, quiet=True)["made"] == 0
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples(tmp_path, tiny_tokenizer, samples):
+    with pytest.raises(ValueError, match="samples must be 1 or more"):
+        write_samples("infinitebench_passkey", tiny_tokenizer, 1024, samples, 0, tmp_path / "s.jsonl", quiet=True)
+    assert not list(tmp_path.iterdir())

@@ -175,12 +175,21 @@ def huge_tokenizer(version: Version) -> tuple[bool, str]:
     return found
 
 
-@trial("H", "a config with a rope_theta below 0", "extend MODEL --to 4096")
-def no_theta(version: Version) -> tuple[bool, str]:
-    file = version.copy("no-theta") / "config.json"
-    rope = {"rope_type": "default", "rope_theta": -10_000.0}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": rope}))
-    return told(version, "extend", "no-theta", "--to", "4096", "--out", "no-theta-out")
+@trial("H", "a config that holds a NaN", "extend MODEL --to 4096")
+def nan_config(version: Version) -> tuple[bool, str]:
+    file = version.copy("nan-config") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": float("nan")}))
+    return told(version, "extend", "nan-config", "--to", "4096", "--out", "nan-config-out")
+
+
+@trial("H", "two processes that make one file of samples", "eval make TEST --out FILE, and the same beside it")
+def made_twice(version: Version) -> tuple[bool, str]:
+    words = ("eval", "make", "niah_single_1", "--length", "700", "--samples", "20", "--tokenizer", "model")
+    first = version.start(*words, "--out", "made.jsonl")
+    printed = version.command(*words, "--out", "made.jsonl")
+    wait(lambda: not session(first))
+    lines = _lines(version.base / "made.jsonl")
+    return lines != 20, f"{lines} samples of 20: {last(printed)}"
 
 
 @trial("I", "a password in the address of a model", "extend https://user:password@HOST/MODEL --to 4096")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.store import TokenStore
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.training.batches import RowOrder
+from ultralong.training.config import ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.run_folder import RunFolder
-from ultralong.utils.files import read_json, write_json
+from ultralong.utils.files import locked, read_json, read_jsonl, write_json
 
 
 @pytest.fixture
@@ -76,3 +79,30 @@ def test_a_folder_that_goes_while_it_is_written_to(run, monkeypatch, how, when):
     assert not Path("gone").exists()
     if how == "moved":
         assert json.loads(Path("elsewhere/log.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, -1e9, 1e9])
+def test_a_clock_that_is_set_while_a_run_trains(run, monkeypatch, jump):
+    """Seconds, waits and locks go by a clock that nobody sets."""
+    real, calls = time.time, []
+
+    def clock():
+        calls.append(1)
+        return real() + jump * len(calls)
+
+    monkeypatch.setattr(time, "time", clock)
+    other = replace(run, out="clock", parallel=ParallelConfig(timeout_minutes=1))
+    assert train(other, quiet=True).steps == 4
+    records = read_jsonl("clock/log.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(0 < record["seconds"] < 60 and record["tokens_per_second"] > 0 for record in records)
+    with locked("clock"), pytest.raises(ValueError, match="Another process is writing"), locked("clock", wait=0.2):
+        pass
+
+
+@pytest.mark.parametrize("times", [(0, 0), (4e9, 4e9)])
+def test_files_of_another_day(run, times):
+    """Times of files decide nothing: those of a copy, or of a host with another clock, are any."""
+    for path in Path("run").rglob("*"):
+        os.utime(path, times)
+    assert train(run, resume=True, quiet=True).steps == 4

@@ -21,7 +21,7 @@ from ultralong.evaluation.runs.answer_files import answers_path, done_already, t
 from ultralong.evaluation.runs.sample_prefetch import SamplePrefetch
 from ultralong.evaluation.tasks.samples import find_task, make_samples, prompt_ids
 from ultralong.inference.engines import Engine, LocalEngine
-from ultralong.utils.files import append_jsonl, locked
+from ultralong.utils.files import append_jsonl, file_lock, locked, make_folder
 from ultralong.utils.progress import progress
 
 
@@ -56,33 +56,45 @@ def write_samples(
         `task`, `out`, `samples`, `made` (now), `shortest` and `longest` (tokens), `source`.
 
     Raises:
-        ValueError: As for `make_samples`; or the file is of another run.
+        ValueError: As for `make_samples`; the file is of another run, or another process is writing it.
     """
-    task = find_task(task).name
-    there = done_already(out, task, length, seed)
-    lengths = [record["length"] for record in there]
-    source = there[-1]["source"] if there else ""
-    missing = max(0, samples - len(there))
-    made = (
-        make_samples(
-            task, tokenizer, length, missing, seed, first=len(there), chat=chat, haystack=haystack, questions=questions
+    if samples < 1:
+        raise ValueError(f"samples must be 1 or more, found {samples}.")
+    task, out = find_task(task).name, Path(out)
+    busy = f"Another process is writing to {out}: wait for it, end it, or give another --out."
+    with file_lock(make_folder(out.parent) / f".{out.name}.lock", busy, remove=True):
+        there = done_already(out, task, length, seed)
+        lengths = [record["length"] for record in there]
+        source = there[-1]["source"] if there else ""
+        missing = max(0, samples - len(there))
+        made = (
+            make_samples(
+                task,
+                tokenizer,
+                length,
+                missing,
+                seed,
+                first=len(there),
+                chat=chat,
+                haystack=haystack,
+                questions=questions,
+            )
+            if missing
+            else ()
         )
-        if missing
-        else ()
-    )
-    for record in progress(made, total=missing, desc=task, unit="sample", quiet=quiet):
-        append_jsonl(out, record)
-        lengths.append(record["length"])
-        source = record["source"]
-    return {
-        "task": task,
-        "out": str(out),
-        "samples": len(lengths),
-        "made": missing,
-        "shortest": min(lengths),
-        "longest": max(lengths),
-        "source": source,
-    }
+        for record in progress(made, total=missing, desc=task, unit="sample", quiet=quiet):
+            append_jsonl(out, record)
+            lengths.append(record["length"])
+            source = record["source"]
+        return {
+            "task": task,
+            "out": str(out),
+            "samples": len(lengths),
+            "made": missing,
+            "shortest": min(lengths),
+            "longest": max(lengths),
+            "source": source,
+        }
 
 
 def answer_tasks(
