@@ -25,13 +25,39 @@ from ultralong.utils.processes import ChildFailed
 FORMER = next(iter(RENAMED))  # a test by the name that version 0.3 gave it
 
 
-@pytest.mark.parametrize("package", ["plotly", "matplotlib", "PIL"])
-def test_warnings_of_this_package_are_a_line_each_without_a_line_of_source(tmp_path, package):
+DRAWING = ("plotly", "matplotlib", "PIL")
+# A new interpreter that imports what takes seconds, and forks one process without each of these packages.
+WITHOUT = f"""
+import os, sys
+import ultralong.evaluation.runs.run, ultralong.inference.load, transformers.models.llama.modeling_llama
+from ultralong.cli import main
+assert not {{"plotly", "matplotlib"}} & set(sys.modules)  # PIL is imported by transformers
+folder, *words = sys.argv[1:]
+for package in {DRAWING}:
+    if not os.fork():
+        sys.argv[1:] = [*words, os.path.join(folder, package)]
+        sys.modules |= dict.fromkeys([package, *(name for name in sys.modules if name.startswith(package + "."))])
+        os.dup2(os.open(os.path.join(folder, package + ".txt"), os.O_WRONLY | os.O_CREAT), 2)
+        main()
+        sys.exit()
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def told_without(tmp_path_factory):
+    """What a command says on standard error, by the package that it lacks."""
+    folder = tmp_path_factory.mktemp("without")
+    words = ["eval", "run", FORMER, "miniature", "--lengths", "8", "1024", "--device", "cpu", "--out"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, folder, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {package: (folder / f"{package}.txt").read_text().splitlines() for package in DRAWING}
+
+
+@pytest.mark.parametrize("package", DRAWING)
+def test_warnings_of_this_package_are_a_line_each_without_a_line_of_source(told_without, package):
     """What draws figures is missing, a test by its former name, and lengths beyond the window: all before a run."""
-    start = f"import sys; sys.modules[{package!r}] = None; from ultralong.cli import main; main()"
-    words = ["eval", "run", FORMER, "miniature", "--lengths", "8", "1024", "--device", "cpu", "--out", tmp_path / "run"]
-    done = subprocess.run([sys.executable, "-c", start, *words], capture_output=True, text=True)
-    told = [line for line in done.stderr.splitlines() if "Loading weights" not in line]
+    told = [line for line in told_without[package] if "Loading weights" not in line]
     said = [
         f"The report will hold tables and no figures: {package} is needed",
         f"The test {FORMER} is called {RENAMED[FORMER]} now",
