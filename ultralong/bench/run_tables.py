@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from ultralong.bench.results import rows_of
+from ultralong.bench.training.saves_summary import written_in
 
 
 def serve_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -48,12 +48,11 @@ def saves_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["model"], row["gpus"], row["tokens"])):
-        written = median(save["write_seconds"] for save in row["saves"])
         cells = [row["model"], str(row["gpus"]), f"{row['tokens']:,}", f"{row['seconds_per_step']:.2f}"]
         cells += [
-            f"{row['checkpoint_gib']:.1f}",
+            f"{row['checkpoint_gib']:.1f}" if "checkpoint_gib" in row else "",
             f"{row['copy_seconds']:.2f} s",
-            f"{written:.1f} s",
+            written_in(row),
             f"{row['cost_seconds']:.2f} s",
         ]
         of_other = f" ({row['cost_of_other_step']:.2%} of {row['other_step']:.0f} s)" if "other_step" in row else ""

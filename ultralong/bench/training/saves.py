@@ -13,11 +13,13 @@ seconds that a save takes from a step of longer rows too (`other_step`), and in 
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,18 +111,36 @@ def bench_saves(
     other_step: float | None,
     path: Path | None,
 ) -> None:
-    """`measure_saves`, told as it comes; with `path` as the last row of a JSON file from the first save on."""
+    """`measure_saves`, told as it comes; with `path` as a JSON file's last row from the first save on."""
     put = None if path is None else last_row(path)
+    latest: Row = {}
 
     def tell(said: str, row: Row) -> None:
+        latest.update(row)
         print(said, flush=True)
         if put is not None and "cost_seconds" in row:
             put(row)
 
-    row = measure_saves(case, saves, folder, seconds, other_step, tell)
+    def end(number: int, frame: object) -> None:
+        print(line(latest) if latest else "nothing was measured", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    with signals(end):
+        row = measure_saves(case, saves, folder, seconds, other_step, tell)
     if put is not None:
         put(row)
     print(line(row))
+
+
+@contextmanager
+def signals(end: Callable[[int, object], None]) -> Iterator[None]:
+    """For a while, be told of an end by a time limit (SIGTERM)."""
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_disk(place: Path, needed: float) -> None:
@@ -212,7 +232,8 @@ class _Turns:
             if not writing:
                 break
         self.saver.wait()
-        self.note("written", self.saver.write_seconds, save=number, bytes=self._removed(number))
+        shards = round(self.saver.shard_seconds, 4)
+        self.note("written", self.saver.write_seconds, save=number, shards=shards, bytes=self._removed(number))
 
     def copies(self, count: int) -> None:
         """Copy to the memory that is there since the first save, and write nothing."""
@@ -253,7 +274,7 @@ class _Turns:
         shutil.rmtree(path)
         return size
 
-    def note(self, what: str, seconds: float, **more: int) -> None:
+    def note(self, what: str, seconds: float, **more: float) -> None:
         """What was measured."""
         self.events.append({"what": what, "seconds": round(seconds, 4), **more})
         if self.run.processes.is_main:

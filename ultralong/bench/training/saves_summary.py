@@ -27,13 +27,13 @@ def summary(events: Sequence[Event], other_step: float | None = None) -> dict[st
 
     Returns:
         `seconds_per_step`, the median of `free_seconds` (steps without a checkpoint), and `spread` (the slowest of
-        them against it); of each background save that is on disk, under `saves`, `copy_seconds`, `write_seconds`,
-        `beside_seconds` of the steps and `slower_seconds` (of them together, against the median); the first one's copy
-        allocates its memory. `checkpoint_gib` and `gib_per_second` (of its writing); `copy_seconds`: median of the
-        copies but for the first, where there are others; `cost_seconds`: that, and the median of what steps take
-        longer; `cost_of_a_step`, its share, `cost_of_other_step`, and `steps_for_a_percent`: how many steps from save
-        to save make it 1% of the time. `waited_seconds` of a checkpoint that is waited for. What was not measured yet
-        is left out.
+        them against it); of each background save, under `saves`, `copy_seconds`, `write_seconds` (once it is on disk),
+        of these `shard_seconds` (the rest is hashing), `beside_seconds` of the steps and `slower_seconds` (of them
+        together, against the median); the first one's copy allocates its memory. `checkpoint_gib` and `gib_per_second`
+        (of its writing); `copy_seconds`: median of the copies but for the first, where there are others;
+        `cost_seconds`: that, and the median of what steps take longer; `cost_of_a_step`, its share,
+        `cost_of_other_step`, and `steps_for_a_percent`: how many steps from save to save make it 1% of the time.
+        `waited_seconds` of a checkpoint that is waited for. What was not measured yet is left out.
     """
     free = seconds_of(events, "free")
     if not free:
@@ -44,21 +44,23 @@ def summary(events: Sequence[Event], other_step: float | None = None) -> dict[st
         "free_seconds": free,
         "spread": round(max(free) / usual - 1, 4),
     }
-    saves = [_save(events, event["save"], usual) for event in events if event["what"] == "written"]
+    begun = sorted({event["save"] for event in events if event["what"] == "beside"})
+    saves = [_save(events, number, usual) for number in begun]
     if saves:
         copies = seconds_of(events, "copied")
         copied = median(copies[1:] or copies)
         cost = copied + median(save["slower_seconds"] for save in saves)
-        gib = max(event["bytes"] for event in events if event["what"] == "written") / GIB
         row |= {
-            "checkpoint_gib": round(gib, 3),
-            "gib_per_second": round(gib / median(save["write_seconds"] for save in saves), 3),
             "saves": saves,
             "copy_seconds": round(copied, 4),
             "cost_seconds": round(cost, 4),
             "cost_of_a_step": round(cost / usual, 4),
             "steps_for_a_percent": max(1, math.ceil(cost / (SMALL * usual))),
         }
+        if written := [event for event in events if event["what"] == "written"]:
+            gib = max(event["bytes"] for event in written) / GIB
+            rate = gib / median(event["seconds"] for event in written)
+            row |= {"checkpoint_gib": round(gib, 3), "gib_per_second": round(rate, 3)}
         row |= {"other_step": other_step, "cost_of_other_step": round(cost / other_step, 5)} if other_step else {}
     if waited := seconds_of(events, "waited"):
         row["waited_seconds"] = waited[-1]
@@ -67,12 +69,17 @@ def summary(events: Sequence[Event], other_step: float | None = None) -> dict[st
 
 def _save(events: Sequence[Event], number: int, usual: float) -> dict[str, Any]:
     steps = seconds_of(events, "beside", number)
-    return {
-        "copy_seconds": seconds_of(events, "copied", number)[0],
-        "write_seconds": seconds_of(events, "written", number)[0],
-        "beside_seconds": steps,
-        "slower_seconds": round(sum(step - usual for step in steps), 4),
-    }
+    row: dict[str, Any] = {"copy_seconds": seconds_of(events, "copied", number)[0]}
+    for event in events:
+        if event["what"] == "written" and event["save"] == number:
+            row |= {"write_seconds": event["seconds"], "shard_seconds": event.get("shards")}
+    return row | {"beside_seconds": steps, "slower_seconds": round(sum(step - usual for step in steps), 4)}
+
+
+def written_in(row: dict[str, Any]) -> str:
+    """How long the files of a save take; of one that was not waited for, how long it had taken."""
+    written = [save["write_seconds"] for save in row["saves"] if "write_seconds" in save]
+    return f"{median(written):.3g} s" if written else f"more than {sum(row['saves'][0]['beside_seconds']):.3g} s"
 
 
 def told(event: Event) -> str:
@@ -83,7 +90,8 @@ def told(event: Event) -> str:
         size = f"{event['bytes'] / GIB:.3g} GiB"
         if event["what"] == "waited":
             return f"a checkpoint of {size} that is waited for: {seconds}"
-        return f"{save}: {size} written in {seconds}, {event['bytes'] / GIB / event['seconds']:.3g} GiB/s"
+        shards = f", its shards after {event['shards']:.3g} s" if "shards" in event else ""
+        return f"{save}: {size} written in {seconds}, {event['bytes'] / GIB / event['seconds']:.3g} GiB/s{shards}"
     return {
         "ready": f"processes are up and warm after {seconds}",
         "free": f"a step: {seconds}",
@@ -97,11 +105,12 @@ def line(row: dict[str, Any]) -> str:
     name = f"{row['model']}, {row['tokens']:,} tokens, {row['gpus']} x {row['gpu']}: "
     if "cost_seconds" not in row:
         return name + row.get("note", "no checkpoint was written in time") + "\n" + row.get("messages", "")[-1500:]
-    first, written = row["saves"][0]["copy_seconds"], median(save["write_seconds"] for save in row["saves"])
+    first = row["saves"][0]["copy_seconds"]
+    size = f" of {row['checkpoint_gib']:.3g} GiB" if "checkpoint_gib" in row else ""
     said = [
         f"{name}{row['seconds_per_step']:.3g} s a step (the slowest {row['spread']:+.0%})",
-        f"a checkpoint of {row['checkpoint_gib']:.3g} GiB in the background: copied in {row['copy_seconds']:.3g} s "
-        f"(the first in {first:.3g} s, with its memory), written in {written:.3g} s",
+        f"a checkpoint{size} in the background: copied in {row['copy_seconds']:.3g} s (the first in {first:.3g} s, "
+        f"with its memory), written in {written_in(row)}",
         f"it takes {row['cost_seconds']:.3g} s of training, {row['cost_of_a_step']:.1%} of a step: a hundredth of the "
         f"time where {row['steps_for_a_percent']} steps or more lie from save to save",
     ]
