@@ -155,6 +155,22 @@ def test_reach_makes_every_distance_up_to_it_as_frequent():
     assert max(near) > 40_000, "facts stand all over the piece"
 
 
+def test_the_recipe_for_rows_of_131072_asks_across_more_than_the_old_window():
+    def shares(name):
+        settings = next(source.retrieval for source in load_recipe(name).sources if source.retrieval)
+        texts = [Document(f"book-{i}", TEXT * 8) for i in range(4)]
+        made = list(settings.documents(texts, seed=0))
+        told = [(piece.text, *item) for piece in made for item in facts_of(piece.text).items()]
+        apart = [text.find(asked) - facts[0][0] for text, asked, facts in told if asked in text]
+        assert len(apart) > 500
+        assert min(apart) > 0
+        return max(len(piece.text) for piece in made) / 4, sum(one > 4 * 32_768 for one in apart) / len(apart)
+
+    (longest, far), (shorter, near) = map(shares, ("gutenberg-sotu-retrieval-128k", "gutenberg-sotu-retrieval"))
+    assert shorter < 80_000 < 131_072 < longest, "tokens of the longest piece, at four characters a token"
+    assert near < 0.2 < 0.4 < far
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
