@@ -218,6 +218,9 @@ def test_python_tokenizers_are_cut_too(tiny_tokenizer, monkeypatch):
         def __len__(self) -> int:
             return len(tiny_tokenizer)
 
+        def get_vocab(self) -> dict[str, int]:
+            return tiny_tokenizer.get_vocab()
+
         def __call__(self, text, **options):
             assert len(text) < 2000, "never the whole text"
             return {"input_ids": tiny_tokenizer(text, add_special_tokens=False)["input_ids"]}
