@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from ultralong.evaluation.runs.run import RunSettings, run
+from ultralong.evaluation.tasks.samples import make_samples, prompt_ids
+from ultralong.inference import engines
 from ultralong.inference.decoding import Sampling
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.generate import generate
 from ultralong.inference.runner import LocalRunner
 from ultralong.inference.sharded_engine import ShardedEngine
+from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.inference.stop_tokens import end_tokens
 from ultralong.inference.vllm_engine import VllmEngine
 from ultralong.utils.files import read_jsonl
@@ -126,6 +129,42 @@ def test_an_engine_streams_batches_and_samples(make_tiny_model, tiny_tokenizer):
     (cut,) = engine.answer(ids[:1], [6], stop=(stop,))
     assert cut.finish_reason == "stop"
     assert cut.tokens == alone[0].tokens[: alone[0].tokens.index(stop)]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_evaluation_on_one_gpu_decodes_single_prompts_by_the_fused_step(
+    checkpoint, tiny_tokenizer, tmp_path, monkeypatch, fast
+):
+    """The choice and its answers, on a CPU where the runner of the fused step is the same without it."""
+    monkeypatch.setattr(engines, "is_fast", lambda model: fast)
+    made = []
+
+    class Watched(ShardedRunner):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(engines, "ShardedRunner", Watched)
+    wanted = RunSettings(str(checkpoint[0]), ("infinitebench_passkey", "niah_single_1"), (1024,), samples=2, chunk=300)
+    run(wanted, tmp_path / "run", device="cpu", draw=False, quiet=True)
+    assert len(made) == fast
+    plain = LocalEngine(checkpoint[1], tiny_tokenizer, 300)
+    for name in wanted.tasks:
+        for record, sample in zip(
+            read_jsonl(tmp_path / "run" / f"{name}-1024.jsonl"),
+            make_samples(name, tiny_tokenizer, 1024, 2, 0),
+            strict=True,
+        ):
+            (expected,) = plain.answer([prompt_ids(tiny_tokenizer, sample)], [sample["max_new_tokens"]])
+            assert (record["prediction"], record["engine"]) == (expected.text, "transformers")
+    fused = LocalEngine(checkpoint[1], tiny_tokenizer, fused=True)
+    ids = [list(range(5, 65)), list(range(9, 30))]
+    together = fused.answer(ids, [6, 3], stop=())
+    assert [answer.tokens for answer in together] == [
+        plain.answer([prompt], [budget], stop=())[0].tokens for prompt, budget in zip(ids, (6, 3), strict=True)
+    ], "prompts that are answered together are not touched by it"
+    (again,) = fused.answer(ids[:1], [6], capacity=100, stop=())
+    assert again.tokens == together[0].tokens
 
 
 @pytest.mark.parametrize("engine", ["local", "sharded", "vllm"])

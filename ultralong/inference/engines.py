@@ -14,9 +14,11 @@ from typing import Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.inference.batched import BatchedRunner, batch_that_fits
+from ultralong.inference.decode_step.step import is_fast
 from ultralong.inference.decoding import GREEDY, FinishReason, Generated, Sampling, Step, collect
 from ultralong.inference.generate import stream
 from ultralong.inference.runner import CachedRunner, LocalRunner
+from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.inference.stop_tokens import stop_tokens
 
 
@@ -179,6 +181,8 @@ class LocalEngine(RunnerEngine):
         tokenizer: Its tokenizer.
         chunk: Tokens of one prefill pass; None takes a prompt at once.
         batch: Prompts to answer together; None takes as many as fit on a GPU (`batched.batch_that_fits`), one on a CPU.
+        fused: Decode prompts that are answered alone by the fused step, where there is one for the model and its device
+            (`decode_step.step.is_fast`); elsewhere it changes nothing. The model then has this library's attention.
 
     Raises:
         ValueError: A batch or a chunk below 1.
@@ -192,11 +196,14 @@ class LocalEngine(RunnerEngine):
         tokenizer: PreTrainedTokenizerBase,
         chunk: int | None = None,
         batch: int | None = None,
+        *,
+        fused: bool = False,
     ) -> None:
         if batch is not None and batch < 1:
             raise ValueError(f"A batch holds at least one prompt, got {batch}.")
         super().__init__(model, tokenizer)
-        self.batch, self._runner = batch, LocalRunner(model, chunk=chunk)
+        runner = ShardedRunner if fused and is_fast(model) else LocalRunner
+        self.batch, self._runner = batch, runner(model, chunk=chunk, quiet=True)
 
     def max_batch(self, capacity: int) -> int:
         """See `Engine`."""

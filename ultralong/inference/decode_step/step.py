@@ -52,15 +52,20 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
+def is_fast(model: PreTrainedModel) -> bool:
+    """Whether model, device and packages allow the step by Triton kernels."""
+    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if importlib.util.find_spec("triton") is None or unsupported_reason(model) is not None:
+        return False
+    return model.model.layers[0].self_attn.head_dim in HEAD_SIZES
+
+
 def fast_step(
     model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "direct"
 ) -> DecodeStep | None:
     """The step by Triton kernels, where model, device and packages allow it; exchange as in `make_exchange`."""
-    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if importlib.util.find_spec("triton") is None or unsupported_reason(model) is not None:
-        return None
-    if model.model.layers[0].self_attn.head_dim not in HEAD_SIZES:
+    if not is_fast(model):
         return None
     from ultralong.inference.decode_step import kernels
 
