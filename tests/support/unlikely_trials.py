@@ -44,9 +44,9 @@ def _ended(version: Version, process: int, seconds: float) -> str:
 
 @trial("H", "rows that are cut while a training reads them", "train CONFIG")
 def cut_rows(version: Version) -> tuple[bool, str]:
-    shutil.copytree(version.base / "rows", version.base / "short")
-    process, _ = _started(version, "cut-run", f"data=[{{rows: {version.base}/short}}]")
-    os.truncate(version.base / "short" / "rows-00000.npy", 200)
+    shutil.copytree(version.base / "rows", version.base / "cut-rows")
+    process, _ = _started(version, "cut-run", f"data=[{{rows: {version.base}/cut-rows}}]")
+    os.truncate(version.base / "cut-rows" / "rows-00000.npy", 200)
     printed = _ended(version, process, 60)
     ending = printed.rpartition("\n")[2]
     return not printed.endswith("exit 1"), f"{ending}: {last(printed)}"
@@ -184,12 +184,12 @@ def nan_config(version: Version) -> tuple[bool, str]:
 
 @trial("H", "two processes that make one file of samples", "eval make TEST --out FILE, and the same beside it")
 def made_twice(version: Version) -> tuple[bool, str]:
-    words = ("eval", "make", "niah_single_1", "--length", "700", "--samples", "20", "--tokenizer", "model")
-    first = version.start(*words, "--out", "made.jsonl")
-    printed = version.command(*words, "--out", "made.jsonl")
-    wait(lambda: not session(first))
+    words = ("eval", "make", "niah_single_1", "--length", "2000", "--samples", "200", "--tokenizer", "model")
+    both = [version.start(*words, "--out", "made.jsonl") for _ in range(2)]
+    printed = _ended(version, both[1], 90)
+    wait(lambda: not session(both[0]), 90)
     lines = _lines(version.base / "made.jsonl")
-    return lines != 20, f"{lines} samples of 20: {last(printed)}"
+    return lines != 200, f"{lines} samples of 200: {last(printed)}"
 
 
 @trial("I", "a password in the address of a model", "extend https://user:password@HOST/MODEL --to 4096")
