@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -122,3 +123,17 @@ def test_sha256_reads_all_of_a_file(tmp_path, size):
     content = bytes(index % 251 for index in range(size))
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("write", [append_jsonl, write_json])
+def test_a_full_disk_has_a_place_whatever_is_written(tmp_path, write):
+    """A file may have so many bytes: the system's own words for it name no file."""
+    before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as told:
+            write(tmp_path / "log.jsonl", {"text": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
+    assert told.value.filename == str(tmp_path / "log.jsonl")

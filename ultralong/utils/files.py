@@ -247,7 +247,7 @@ def append_jsonl(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
         raise ValueError(f"{path} is a link, and logs are files of their own. Remove it.")
     line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as stream:
+    with _full_disk_at(Path(path)), open(path, "ab+") as stream:
         _cut_unfinished_line(stream)
         stream.write(line.encode("utf-8"))
 
