@@ -9,6 +9,7 @@ from ultralong import miniature
 from ultralong.attention import NAME
 from ultralong.evaluation.tasks.needle import make_needle
 from ultralong.inference.batched import BatchedRunner
+from ultralong.inference.engines import LocalEngine
 from ultralong.inference.generate import generate, prefill
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import run_ranks
@@ -65,3 +66,27 @@ def test_prompts_answered_together_are_found():
         stop=set(),
     )
     assert [answer.tokens for answer in said] == [list(needle.answer_ids) for needle in needles]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")
+def test_single_prompts_are_answered_by_the_fused_step_between_those_answered_together():
+    model, needles = opened()
+    engine = LocalEngine(model, AutoTokenizer.from_pretrained(miniature.path()), 96, fused=True)
+    prompts = [needle.input_ids.tolist() for needle in needles]
+    budgets = [len(needle.answer_ids) for needle in needles]
+    expected = [tuple(needle.answer_ids) for needle in needles]
+
+    def alone():
+        answers = [
+            engine.answer([ids], [size], capacity=600, stop=()) for ids, size in zip(prompts, budgets, strict=True)
+        ]
+        return [answer.tokens for (answer,) in answers]
+
+    assert alone() == expected
+    assert isinstance(engine._runner, ShardedRunner)
+    assert engine._runner.step is not None, "the step agreed with the model's own code"
+    assert engine._runner.step.checked
+    assert engine.max_batch(600) > len(prompts), "this gives the cache's memory back"
+    assert [answer.tokens for answer in engine.answer(prompts, budgets, stop=())] == expected
+    assert alone() == expected
