@@ -131,9 +131,9 @@ def test_an_engine_streams_batches_and_samples(make_tiny_model, tiny_tokenizer):
     assert cut.tokens == alone[0].tokens[: alone[0].tokens.index(stop)]
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("fast", "batch"), [(True, 1), (True, None), (False, 1)])
 def test_an_evaluation_on_one_gpu_decodes_single_prompts_by_the_fused_step(
-    checkpoint, tiny_tokenizer, tmp_path, monkeypatch, fast
+    checkpoint, tiny_tokenizer, tmp_path, monkeypatch, fast, batch
 ):
     """The choice and its answers, on a CPU where the runner of the fused step is the same without it."""
     monkeypatch.setattr(engines, "is_fast", lambda model: fast)
@@ -146,8 +146,9 @@ def test_an_evaluation_on_one_gpu_decodes_single_prompts_by_the_fused_step(
 
     monkeypatch.setattr(engines, "ShardedRunner", Watched)
     wanted = RunSettings(str(checkpoint[0]), ("infinitebench_passkey", "niah_single_1"), (1024,), samples=2, chunk=300)
+    wanted = replace(wanted, batch=batch)
     run(wanted, tmp_path / "run", device="cpu", draw=False, quiet=True)
-    assert len(made) == fast
+    assert len(made) == (fast and batch == 1)
     plain = LocalEngine(checkpoint[1], tiny_tokenizer, 300)
     for name in wanted.tasks:
         for record, sample in zip(

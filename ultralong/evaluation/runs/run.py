@@ -182,7 +182,8 @@ def _engine(
 ) -> Engine:
     chunk = wanted.chunk_for(longest)
     if model is not None:
-        return LocalEngine(model, tokenizer, chunk, wanted.batch, fused=True)
+        # The fused step between batches was never run on a GPU; alone it was.
+        return LocalEngine(model, tokenizer, chunk, wanted.batch, fused=wanted.batch == 1)
     if wanted.endpoint is not None:
         return OpenAIEngine(wanted.endpoint, tokenizer, wanted.endpoint_model, wanted.key_variable)
     return VllmEngine(wanted.model, tokenizer, longest, gpus=wanted.gpus, kv_dtype=wanted.kv_dtype, chunk=chunk)
