@@ -157,6 +157,8 @@ def _markdown(text: str) -> str:
     for name, _, file in RESULTS:
         page = re.sub(rf'href="(results/)?{file}(#[^"]*)?"', rf'href="{name}.html\2"', page)
     page = as_pages(page, set(reference.documented_modules()), OTHER_PAGES)
+    # Names of files as links may break behind `_`: a table of them is else wider than a screen.
+    page = re.sub(r">[\w.-]*_[\w.-]*</a>", lambda found: found[0].replace("_", "_<wbr>"), page)
     return page.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
 
