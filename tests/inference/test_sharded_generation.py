@@ -1,5 +1,6 @@
 """Prompts read over several processes, in chunks, with 8-bit caches: what one process with plain ones would say."""
 
+import random
 from functools import cache
 
 import pytest
@@ -304,3 +305,23 @@ def test_a_cache_grows_and_forgets_without_losing_what_it_keeps():
         assert torch.equal(cache.read(0, slice(2))[0], before[0][:, :2])
         with pytest.raises(ValueError, match="make it larger"):
             cache.write(0, 18, k, v)
+
+
+def test_each_ranks_count_follows_every_token():
+    draw, cache, owners = random.Random(0), KvCache(4096, ranks=3), []
+    for _ in range(200):
+        if draw.random() < 0.2:
+            kept = draw.randint(0, len(owners) + 2)
+            cache.truncate(kept)
+            owners = owners[:kept]
+        tokens = draw.choice([1, 1, 1, 7])
+        ranges = [[], [], []]
+        for place in range(tokens):
+            owners.append(draw.randrange(3))
+            ranges[owners[-1]].append((place, place + 1))
+        cache.append(tokens, ranges)
+        upto = draw.randint(0, len(owners) + 1)
+        assert cache.held() == [owners.count(rank) for rank in range(3)]
+        assert cache.held(upto) == [owners[:upto].count(rank) for rank in range(3)]
+    cache.release()
+    assert cache.held() == [0, 0, 0]

@@ -134,11 +134,13 @@ class KvCache:
         self.length = self.generation = 0
         # For each rank the ranges of the sequence that it holds, rising.
         self._ranges: list[list[Range]] = [[] for _ in range(ranks)]
+        self._held = [0] * ranks  # their tokens: every step asks, and each decoded token may be a range of its own
 
     def held(self, upto: int | None = None) -> list[int]:
         """How many of the first `upto` tokens (all by default) each rank holds."""
-        end = self.length if upto is None else upto
-        return [sum(max(0, min(stop, end) - start) for start, stop in ranges) for ranges in self._ranges]
+        if upto is None or upto >= self.length:
+            return list(self._held)
+        return [sum(max(0, min(stop, upto) - start) for start, stop in ranges) for ranges in self._ranges]
 
     def ranges(self, first: int) -> list[Range]:
         """Ranges of the sequence that this rank holds from token `first` on."""
@@ -152,12 +154,14 @@ class KvCache:
             ranges: For each rank those that it holds, counted from the first new token; None: the first rank has all.
         """
         new = [[(0, tokens)], *([] for _ in range(self.ranks - 1))] if ranges is None else ranges
-        for mine, added in zip(self._ranges, new, strict=True):
-            mine.extend((start + self.length, stop + self.length) for start, stop in added)
+        for rank, added in enumerate(new):
+            self._ranges[rank].extend((start + self.length, stop + self.length) for start, stop in added)
+            self._held[rank] += sum(stop - start for start, stop in added)
         self.length += tokens
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens; the buffers stay."""
+        self._held = self.held(tokens)
         self._ranges = [
             [(start, min(stop, tokens)) for start, stop in ranges if start < tokens] for ranges in self._ranges
         ]
