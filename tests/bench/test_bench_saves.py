@@ -37,7 +37,10 @@ def test_a_measured_row_holds_what_saves_cost(tmp_path, case, capsys):
             sum(save["beside_seconds"]) - len(save["beside_seconds"]) * row["seconds_per_step"], abs=2e-3
         )
         assert save["copy_seconds"] > 0
-        assert 0 < save["shard_seconds"] <= save["write_seconds"]
+        assert 0 < save["plan_seconds"] < save["shard_seconds"] <= save["write_seconds"]
+        (file,) = save["files"]
+        assert states < file["bytes"] / GIB < row["checkpoint_gib"] + 0.001
+        assert file["hash_seconds"] + file["write_seconds"] + file["sync_seconds"] < file["seconds"]
     assert row["waited_seconds"] > 0
     assert row["cost_of_other_step"] == pytest.approx(row["cost_seconds"] / 60, abs=2e-5)
     said = capsys.readouterr().out.splitlines()
@@ -112,7 +115,8 @@ def test_what_was_not_measured_yet_is_left_out():
         "a step: 2.1 s",
         "save 1: copied to the host in 9 s",
         "save 1: a step beside its writing: 2.25 s",
-        "save 1: 1 GiB written in 3 s, 0.333 GiB/s",
+        "save 1: 1 GiB written in 3 s, 0.333 GiB/s, its shards after 2.8 s (0.2 s to plan; 2 files beside each other: "
+        "1 s to hash, 0.25 s to hand over, 1.5 s waiting for the disk)",
     ]
     assert "no checkpoint was written in time" in line({"model": "m", "tokens": 1, "gpus": 2, "gpu": "x"})
 
@@ -170,6 +174,10 @@ def test_the_last_row_of_a_file_is_written_again(tmp_path):
     assert read_rows(tmp_path / "x.json") == [{"n": 1}, {"n": 3}]
 
 
+THREAD = {"hash_seconds": 1.0, "write_seconds": 0.25, "sync_seconds": 1.5}
+WRITTEN = {"plan": 0.2, "shards": 2.8, "files": [{"bytes": GIB // 2, "seconds": 2.75, **THREAD}] * 2}
+
+
 def _events(count: int) -> list[dict]:
     """Steps of 2 s; saves of which the first allocates, and one step beside each that takes a quarter longer."""
     events = [{"what": "free", "seconds": seconds} for seconds in (2.0, 2.0, 2.1)]
@@ -177,6 +185,6 @@ def _events(count: int) -> list[dict]:
         events += [
             {"what": "copied", "save": number, "seconds": 0.5 if number else 9.0},
             {"what": "beside", "save": number, "seconds": 2.25},
-            {"what": "written", "save": number, "seconds": 3.0, "bytes": GIB},
+            {"what": "written", "save": number, "seconds": 3.0, "bytes": GIB, **WRITTEN},
         ]
     return events + ([{"what": "waited", "seconds": 7.0, "bytes": GIB}] if count > 1 else [])

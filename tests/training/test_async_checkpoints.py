@@ -16,10 +16,10 @@ from forked import train_over
 from kill_trials import kill_trials
 from safetensors.torch import load_file
 from tiny_run import make_run
-from torch.distributed.checkpoint import FileSystemWriter
 
-from ultralong.checkpoints import background
 from ultralong.checkpoints.distributed import changed_file
+from ultralong.checkpoints.saving import background
+from ultralong.checkpoints.saving.shards import ShardWriter
 from ultralong.checkpoints.verify import training_checkpoint_faults
 from ultralong.planner.memory import host_memory
 from ultralong.training import checkpoint, loop
@@ -51,14 +51,14 @@ def assert_same_end(one: str, other: str) -> None:
 @pytest.fixture
 def held(monkeypatch):
     """Writing in the background waits until `held` is set."""
-    event, write = threading.Event(), FileSystemWriter.write_data
+    event, write = threading.Event(), ShardWriter.write_data
 
     def waits(self, *given):
         if threading.current_thread() is not threading.main_thread():
             assert event.wait(60)
         return write(self, *given)
 
-    monkeypatch.setattr(FileSystemWriter, "write_data", waits)
+    monkeypatch.setattr(ShardWriter, "write_data", waits)
     return event
 
 

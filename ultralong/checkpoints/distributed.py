@@ -93,15 +93,17 @@ class StatePlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-def hash_own_files(folder: Path, rank: int) -> None:
+def hash_own_files(folder: Path, rank: int, written: Mapping[str, str] | None = None) -> None:
     """Write the sizes and hashes of the files that one process wrote beside them, for `record_hashes`.
 
     Args:
         folder: The checkpoint, unfinished; all of the process's files are there.
         rank: The process. The first one answers for files of no process as well.
+        written: SHA-256 by file name, of those that were hashed as they were written. The others are read for it.
     """
+    known = written or {}
     own = [file for file in sorted(folder.iterdir()) if _owner(file.name) == rank and _is_kept(file.name)]
-    facts = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in own}
+    facts = {file.name: {"bytes": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)} for file in own}
     write_json(folder / f"hashes-{rank}.json", facts)
 
 

@@ -23,7 +23,6 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as of_torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-from ultralong.checkpoints.background import BackgroundSaver, Together
 from ultralong.checkpoints.distributed import (
     StatePlanner,
     StateReader,
@@ -33,6 +32,8 @@ from ultralong.checkpoints.distributed import (
     hash_own_files,
     record_hashes,
 )
+from ultralong.checkpoints.saving.background import BackgroundSaver, Together
+from ultralong.checkpoints.saving.shards import ShardWriter
 from ultralong.training.adapters.lora import has_frozen, without_frozen
 from ultralong.training.model import plain_tensor_states
 from ultralong.training.parallel import Processes
@@ -75,12 +76,12 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     processes.barrier()
-    content = states_to_save(model, optimizer)
+    content, writer = states_to_save(model, optimizer), ShardWriter(partial)
     random, rank = _random_state(), processes.accelerator.process_index
 
     def own_files() -> None:
         save_file(random, partial / f"random-{rank}.safetensors")
-        hash_own_files(partial, rank)
+        hash_own_files(partial, rank, {name: file.sha256 for name, file in writer.files.items()})
 
     def publish() -> None:
         if processes.is_main:
@@ -100,10 +101,10 @@ def save(
         processes.barrier()
 
     if background is not None:
-        background.start(content, partial, complete)
+        background.start(content, writer, complete)
         return
     with _without_warning():
-        dcp.save(content, checkpoint_id=partial, no_dist=processes.accelerator.num_processes == 1)
+        dcp.save(content, storage_writer=writer, no_dist=processes.accelerator.num_processes == 1)
     complete(one_after_another)
 
 

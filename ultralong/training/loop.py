@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from accelerate.utils import set_seed
 
-from ultralong.checkpoints.background import BackgroundSaver, background_saver
+from ultralong.checkpoints.saving.background import BackgroundSaver, background_saver
 from ultralong.training import TrainResult, checkpoint
 from ultralong.training.adapters.config import SETTINGS
 from ultralong.training.adapters.export import ADAPTER, export_adapter

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from ultralong.bench.training.case import RowCount, TrainingCase
 from ultralong.bench.training.measure import case_config, facts_beside, kept, start_ranks, train_config
 from ultralong.bench.training.saves_summary import Event, line, seconds_of, summary, told
 from ultralong.bench.training.work import prepare_training, warmed_up
-from ultralong.checkpoints.background import BackgroundSaver, background_saver
 from ultralong.checkpoints.distributed import recorded_files
+from ultralong.checkpoints.saving.background import BackgroundSaver, background_saver
 from ultralong.planner.shapes import shape_of
 from ultralong.training import checkpoint
 from ultralong.training.config import TrainConfig
@@ -232,8 +233,9 @@ class _Turns:
             if not writing:
                 break
         self.saver.wait()
-        shards = round(self.saver.shard_seconds, 4)
-        self.note("written", self.saver.write_seconds, save=number, shards=shards, bytes=self._removed(number))
+        saver = self.saver
+        facts = {"plan": round(saver.plan_seconds, 4), "shards": round(saver.shard_seconds, 4), "files": parts(saver)}
+        self.note("written", saver.write_seconds, save=number, **facts, bytes=self._removed(number))
 
     def copies(self, count: int) -> None:
         """Copy to the memory that is there since the first save, and write nothing."""
@@ -274,11 +276,17 @@ class _Turns:
         shutil.rmtree(path)
         return size
 
-    def note(self, what: str, seconds: float, **more: float) -> None:
+    def note(self, what: str, seconds: float, **more: Any) -> None:
         """What was measured."""
         self.events.append({"what": what, "seconds": round(seconds, 4), **more})
         if self.run.processes.is_main:
             append_jsonl(self.path, self.events[-1])
+
+
+def parts(saver: BackgroundSaver) -> list[Row]:
+    """The files of this process in the saver's last write: bytes, and seconds of the thread of each."""
+    facts = [asdict(file) for _, file in sorted(saver.files.items())]
+    return [{name: round(value, 4) for name, value in each.items() if name != "sha256"} for each in facts]
 
 
 def run_words(words: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ultralong.utils.units import GIB
 
 Event = dict[str, Any]  # what was measured, its seconds, and of which save
+THREADS = {"hash": "to hash", "write": "to hand over", "sync": "waiting for the disk"}
 SMALL = 0.01  # share of a run's time that saves may take, for which their distance is told
 
 
@@ -28,8 +29,10 @@ def summary(events: Sequence[Event], other_step: float | None = None) -> dict[st
     Returns:
         `seconds_per_step`, the median of `free_seconds` (steps without a checkpoint), and `spread` (the slowest of
         them against it); of each background save, under `saves`, `copy_seconds`, `write_seconds` (once it is on disk),
-        of these `shard_seconds` (the rest is hashing), `beside_seconds` of the steps and `slower_seconds` (of them
-        together, against the median); the first one's copy allocates its memory. `checkpoint_gib` and `gib_per_second`
+        of these `plan_seconds` (until the processes had agreed who writes what) and `shard_seconds` (until the shards
+        were on disk), `files` (of the first process, with the seconds of the thread of each: in all, hashing, handing
+        to the system, waiting for the disk), `beside_seconds` of the steps and `slower_seconds` (of them together,
+        against the median); the first one's copy allocates its memory. `checkpoint_gib` and `gib_per_second`
         (of its writing); `copy_seconds`: median of the copies but for the first, where there are others;
         `cost_seconds`: that, and the median of what steps take longer; `cost_of_a_step`, its share,
         `cost_of_other_step`, and `steps_for_a_percent`: how many steps from save to save make it 1% of the time.
@@ -73,6 +76,7 @@ def _save(events: Sequence[Event], number: int, usual: float) -> dict[str, Any]:
     for event in events:
         if event["what"] == "written" and event["save"] == number:
             row |= {"write_seconds": event["seconds"], "shard_seconds": event.get("shards")}
+            row |= {"plan_seconds": event.get("plan"), "files": event.get("files", [])}
     return row | {"beside_seconds": steps, "slower_seconds": round(sum(step - usual for step in steps), 4)}
 
 
@@ -91,13 +95,23 @@ def told(event: Event) -> str:
         if event["what"] == "waited":
             return f"a checkpoint of {size} that is waited for: {seconds}"
         shards = f", its shards after {event['shards']:.3g} s" if "shards" in event else ""
-        return f"{save}: {size} written in {seconds}, {event['bytes'] / GIB / event['seconds']:.3g} GiB/s{shards}"
+        rate = f"{event['bytes'] / GIB / event['seconds']:.3g} GiB/s"
+        return f"{save}: {size} written in {seconds}, {rate}{shards}{_threads(event)}"
     return {
         "ready": f"processes are up and warm after {seconds}",
         "free": f"a step: {seconds}",
         "copied": f"{save}: copied to the host in {seconds}",
         "beside": f"{save}: a step beside its writing: {seconds}",
     }[event["what"]]
+
+
+def _threads(event: Event) -> str:
+    """Where the time of the first process's threads went, on average."""
+    if not (files := event.get("files")):
+        return ""
+    mean = {name: sum(file[name] for file in files) / len(files) for name in files[0]}
+    said = (f"{mean[f'{name}_seconds']:.3g} s {text}" for name, text in THREADS.items())
+    return f" ({event['plan']:.3g} s to plan; {len(files)} files beside each other: {', '.join(said)})"
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Saving beside the training: states are copied to the host, and a thread writes the copy while steps go on.
 
-torch's `async_save` makes the copy and writes the shards; what completes a checkpoint after it (hashes, the rename) is
-done in the background too. Processes agree over a gloo group of their own: the training's is in use by its steps.
+Shards are written and hashed there, and what completes a checkpoint (its record of hashes, the rename) is done there
+too. Processes agree over a gloo group of their own: the training's is in use by its steps.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
-from torch.distributed.checkpoint.staging import AsyncStager
+
+from ultralong.checkpoints.saving.shards import ShardWriter, WrittenFile
 
 
-class _Stager(AsyncStager):
+class _Stager:
     """Copies a state to the host, into the same memory each time; torch 2.11's own pins it again each time."""
 
     def __init__(self) -> None:
@@ -35,9 +35,6 @@ class _Stager(AsyncStager):
         if self._on_gpu:
             torch.cuda.synchronize()
         return copy
-
-    def synchronize_staging(self) -> None:
-        """Nothing is left to wait for."""
 
     def close(self) -> None:
         """Free the copies."""
@@ -52,7 +49,9 @@ class BackgroundSaver:
 
     Attributes:
         write_seconds: That the last complete write took, from its copy on.
-        shard_seconds: Of these, until all shards were on disk; hashing them is the rest.
+        plan_seconds: Of these, until the processes had agreed who writes what.
+        shard_seconds: Of these, until the shards of all processes were on disk.
+        files: What this process wrote then, by file name.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -64,14 +63,15 @@ class BackgroundSaver:
         self._group, self._stager = group, _Stager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self.write_seconds = self.shard_seconds = 0.0
+        self.write_seconds = self.plan_seconds = self.shard_seconds = 0.0
+        self.files: dict[str, WrittenFile] = {}
 
-    def start(self, state: Mapping[str, Any], folder: Path, complete: Callable[[Together], None]) -> None:
+    def start(self, state: Mapping[str, Any], writer: ShardWriter, complete: Callable[[Together], None]) -> None:
         """Copy a state to the host and begin to write it; all processes call it. The state may change when it returns.
 
         Args:
             state: As torch's distributed checkpoint takes it.
-            folder: An empty folder, the same for all.
+            writer: Of an empty folder, the same for all.
             complete: Called in the background when all shards are written, with a function that does a piece of work
                 on every process and raises everywhere where it failed anywhere.
 
@@ -79,23 +79,17 @@ class BackgroundSaver:
             BaseException: The write before this one failed.
         """
         self.wait()
-        written = dcp.async_save(
-            dict(state),
-            checkpoint_id=folder,
-            process_group=self._group,
-            async_stager=self._stager,
-            no_dist=self._alone,
-        )
-        assert isinstance(written, Future)  # the stager copies before it returns
+        copy = self._stager.stage(dict(state))
         copied = time.perf_counter()
 
-        def finish() -> None:
-            written.result()
+        def write() -> None:
+            dcp.save(copy, storage_writer=writer, process_group=self._group, no_dist=self._alone)
+            self.plan_seconds, self.files = writer.began - copied, writer.files
             self.shard_seconds = time.perf_counter() - copied
             complete(self._together)
             self.write_seconds = time.perf_counter() - copied
 
-        self._pending = self._thread.submit(finish)
+        self._pending = self._thread.submit(write)
 
     def copy(self, state: Mapping[str, Any]) -> None:
         """Copy a state to the host as `start` does, and write nothing: to time the copy alone.
