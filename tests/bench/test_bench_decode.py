@@ -66,6 +66,17 @@ def test_a_filled_cache_in_place_of_a_prompt(folder, capsys):
         assert row["of_copy"] > 0
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_decoding_ahead_stands_beside_waiting_and_says_the_same(folder, gpus, capsys):
+    rows = bench_decode(DecodeBench(folder, (90,), 0, new_tokens=6, chunk=32, filled=True, gpus=gpus, ahead=True))
+    names = ["ultralong, sharded", "ultralong, sharded, ahead"]
+    assert [(row["name"], row["kv"]) for row in rows] == [(name, kv) for kv in ("bf16", "fp8") for name in names]
+    for waiting, ahead in zip(rows[::2], rows[1::2], strict=True):
+        assert "same_as_waiting" not in waiting
+        assert ahead["same_as_waiting"] == 1
+        assert ahead["read_gib"] == waiting["read_gib"]
+
+
 def test_what_does_not_fit_is_a_row_too(folder, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -10,6 +10,8 @@ from test_gpu_evaluation import RANKS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ultralong import attention
+from ultralong.inference.decoding import Sampling
+from ultralong.inference.generate import generate
 from ultralong.inference.kv_cache import LayerBuffer, quantize_fp8
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import run_ranks
@@ -86,3 +88,30 @@ def test_gpus_join_their_attention_in_other_ways(way, kv):
     for apart, graph in run_ranks(steps, 2, "llama", kv, way, device="cuda"):
         assert max(apart) < 0.05, apart
         assert graph
+
+
+def answers(rank, world, kv):
+    """Of each way, answers drawn and greedy, one ended by a stop token, and the logits of a step after them."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**WIDE), attn_implementation=attention.NAME).bfloat16()
+    model, group = model.cuda().eval(), dist.group.WORLD if world > 1 else None
+    ids, found = torch.randint(0, 64, (1, 3000), generator=torch.Generator().manual_seed(1)).cuda(), []
+    for ahead in (False, True):
+        runner = ShardedRunner(model, 4000, group, kv=kv, chunk=1024, quiet=True, ahead=ahead)
+        said = [
+            generate(runner, ids, 40, sampling=sampling, stop=())[0].tokens
+            for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=3))
+        ]
+        said.append(generate(runner, ids, 40, stop={said[0][25]})[0].tokens)
+        found.append((said, runner.cache.held(), runner.decode(ids[:, 0]).float().cpu().numpy()))
+        assert runner.step is not None
+        assert runner.step.checked
+    return found
+
+
+@pytest.mark.parametrize("world", RANKS)
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_steps_started_before_their_token_is_read_give_the_same(world, kv):
+    for waiting, ahead in run_ranks(answers, world, kv, device="cuda"):
+        assert ahead[:2] == waiting[:2]
+        assert (ahead[2] == waiting[2]).all(), "logits, to the bit"

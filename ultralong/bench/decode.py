@@ -8,7 +8,9 @@ reading the prompt, which is timed apart, is not part of it. Each way first answ
 are compiled and chosen. With several GPUs all of them do alone what one GPU does, and the slowest counts.
 
 `of_transformers` is the rate over that of transformers for the same prompts. `same_tokens` is the share of new tokens
-that both chose: 1 in float32; random weights in bfloat16 often have several likeliest tokens, and fp8 rounds.
+that both chose: 1 in float32; random weights in bfloat16 often have several likeliest tokens, and fp8 rounds. With
+`--ahead` the sharded cache decodes once more, each step started before the host has read its token; `same_as_waiting`
+is the share of tokens that are those of the row before, which waited: 1, on any device.
 
 A step reads every weight but the embedding's, and every key and value: `read_gib` of the GPU that reads most, each of
 which has all weights and its part of the cache. Over the seconds of a step that is `gigabytes_per_second`, and
@@ -18,6 +20,7 @@ which has all weights and its part of the cache. Over the seconds of a step that
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,13 +37,14 @@ from ultralong.bench.decode_options import DecodeBench
 from ultralong.bench.results import write_rows
 from ultralong.bench.timing import clear, make_model, now, over_gpus, peak_gib, random_ids, slowest
 from ultralong.inference.batched import BatchedRunner
-from ultralong.inference.decoding import Sampler, decode
+from ultralong.inference.decoding import Sampler, Step, decode
 from ultralong.inference.generate import stream
 from ultralong.inference.runner import LocalRunner, Runner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.planner.shapes import model_config
 from ultralong.utils.units import GIB
 
+AHEAD = ", ahead"  # in the names of rows
 COPIES = 10
 WARM_TOKENS, WARM_STEPS = 4096, 4  # prompt and answer before anything is timed
 RULE = "tokens_per_second: prompts answered together over the seconds of one step, from the first new token to the last"
@@ -103,10 +107,14 @@ def _measure_all(rank: int, world: int, device: str, options: DecodeBench, path:
     for batch, tokens in work:
         ids = random_ids(model, batch, tokens)
         plain: Timed | None = None
+        waited: Timed | None = None
         for way in _ways(model, options, batch, world):
             timed = _measure(way, ids, options.new_tokens, world)
             plain = timed if way.name == "transformers" else plain
             row = _row(way, ids, options, timed, plain) | _traffic(way, model, ids, timed, copied)
+            if way.name.endswith(AHEAD):
+                row |= _same(timed, waited, "same_as_waiting")
+            waited = timed
             rows.append({"model": name, "layers": layers, "of_layers": whole, **row})
             if rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
@@ -137,7 +145,9 @@ def _ways(model: PreTrainedModel, options: DecodeBench, batch: int, world: int) 
                 continue
             answer = partial(_behind_random if options.filled else _by_runner, runner)
             said = "" if fused == "direct" else f", exchange {fused}"
-            yield Way("ultralong, sharded" + (f", fused{said}" if fused else ""), kv, world, answer, runner)
+            name = "ultralong, sharded" + (f", fused{said}" if fused else "")
+            for runner.ahead in (False, True) if options.ahead else (False,):
+                yield Way(name + AHEAD * runner.ahead, kv, world, answer, runner)
 
 
 def _measure(way: Way, ids: Tensor, new_tokens: int, world: int) -> Timed | None:
@@ -157,33 +167,29 @@ def _measure(way: Way, ids: Tensor, new_tokens: int, world: int) -> Timed | None
 def _by_runner(runner: Runner, ids: Tensor, new_tokens: int) -> Timed:
     """Answer by a runner of this library, which holds nothing before or after."""
     runner.release()
-    start = now(ids.device)
-    first = start
-    said: list[list[int | None]] = []
-    for step in stream(runner, ids, new_tokens, stop=()):
-        first = now(ids.device) if not said else first
-        said.append(step.tokens)
-    last, peak = now(ids.device), peak_gib(ids.device)
-    runner.release()
-    return Timed(first - start, (last - first) / (new_tokens - 1), peak, torch.tensor(said).T)
+    return _timed(runner, now(ids.device), stream(runner, ids, new_tokens, stop=()), ids, 1)
 
 
 def _behind_random(runner: ShardedRunner, ids: Tensor, new_tokens: int) -> Timed:
     """Decode behind a cache of random numbers."""
-    budgets = [new_tokens] * len(ids)
     start = now(ids.device)
     runner.prefill_random(ids, new_tokens)
     logits = torch.zeros(len(ids), runner.model.config.get_text_config().vocab_size, device=ids.device)
-    first = start
-    said: list[list[int | None]] = []
     # The second step is the first that is alike all others: kernels are there, and a graph is recorded with it.
-    for step in decode(runner, logits, budgets, (), Sampler()):
+    steps = decode(runner, logits, [new_tokens] * len(ids), (), Sampler())
+    return _timed(runner, start, steps, ids, min(3, new_tokens - 1))
+
+
+def _timed(runner: Runner, start: float, steps: Iterator[Step], ids: Tensor, untimed: int) -> Timed:
+    """Seconds from the host's having one token to its having the last; nothing else is waited for between them."""
+    times, said = [], []
+    for step in steps:
+        times.append(time.perf_counter())
         said.append(step.tokens)
-        first = now(ids.device) if len(said) <= min(3, new_tokens - 1) else first
-    last, peak = now(ids.device), peak_gib(ids.device)
+    peak = peak_gib(ids.device)
     runner.release()
-    timed = new_tokens - min(3, new_tokens - 1)
-    return Timed(first - start, (last - first) / timed, peak, torch.tensor(said).T)
+    first = times[untimed - 1]
+    return Timed(first - start, (times[-1] - first) / (len(times) - untimed), peak, torch.tensor(said).T)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -269,8 +275,13 @@ def _row(way: Way, ids: Tensor, options: DecodeBench, timed: Timed | None, plain
         "peak_gib": round(timed.peak_gib, 3),
     }
     if plain is not None:
-        row |= {
-            "of_transformers": round(slowest(plain.step, ids.device) / step, 4),
-            "same_tokens": round(float((timed.said == plain.said).float().mean()), 4),
-        }
+        row |= {"of_transformers": round(slowest(plain.step, ids.device) / step, 4)}
+        row |= _same(timed, plain, "same_tokens")
     return row
+
+
+def _same(timed: Timed | None, other: Timed | None, name: str) -> Row:
+    """The share of new tokens that two ways chose alike, where both answered."""
+    if timed is None or other is None:
+        return {}
+    return {name: round(float((timed.said == other.said).float().mean()), 4)}

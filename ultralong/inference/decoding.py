@@ -1,13 +1,18 @@
 """The decoding loop: from the logits of prompts to their answers, token by token, for every runner.
 
 B batch, V vocabulary.
+
+A token is read by the host before the next step is started: it may end the answer. A GPU then stands still from the end
+of one step until the host has read, decided and started the next. A runner that decodes ahead (`RunsAhead`) is given
+the token on the GPU first: the host reads it, and hands it out, while the step behind it runs. Where the answer ends
+there, that step is taken back. Tokens are the same: they are drawn from the same logits in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -85,6 +90,30 @@ class Step(NamedTuple):
     ended: list[FinishReason | None]
 
 
+@runtime_checkable
+class RunsAhead(Protocol):
+    """A runner whose last step can be taken back.
+
+    Attributes:
+        ahead: Whether steps of a single row are to be started before the host has read their token.
+    """
+
+    ahead: bool
+
+    def take_back(self) -> None:
+        """Forget the token of the last `decode`, on every rank."""
+        ...
+
+    def abandon_ahead(self, tokens: Tensor, more: bool) -> None:
+        """As `Runner.abandon` where the step behind these tokens has been started, on all ranks.
+
+        Args:
+            tokens: (1,) of that step.
+            more: Whether the others will start one more before they read that they are abandoned.
+        """
+        ...
+
+
 def decode(
     runner: Runner, logits: Tensor, budgets: Sequence[int], stop: Collection[int], sampler: Sampler
 ) -> Iterator[Step]:
@@ -104,30 +133,67 @@ def decode(
     """
     if logits.isnan().any():
         raise ValueError(NOT_A_NUMBER)
-    going = [True] * len(budgets)
-    for step in range(max(budgets)):
+    going, steps = [True] * len(budgets), max(budgets)
+    ahead = runner if isinstance(runner, RunsAhead) and runner.ahead and len(budgets) == 1 else None
+    for step in range(steps):
         tokens = runner.agree(sampler(logits))
-        values = tokens.tolist()
+        started = ahead if step + 1 < steps else None
+        values_of = tokens.tolist if started is None else _on_the_way(tokens)
+        if started is not None:
+            logits = runner.decode(tokens.clamp(min=0), going)  # ABANDONED is no token
+        values = values_of()
         if values[0] == ABANDONED:
+            if started is not None:
+                started.take_back()
             return
-        ended: list[FinishReason | None] = [None] * len(budgets)
-        said: list[int | None] = [None] * len(budgets)
-        for row in (row for row, goes_on in enumerate(going) if goes_on):
-            if values[row] in stop:
-                ended[row] = "stop"
-                continue
-            said[row] = values[row]
-            ended[row] = "length" if step + 1 == budgets[row] else None
+        said, ended = _looked_at(values, step, budgets, stop, going)
         going = [goes_on and reason is None for goes_on, reason in zip(going, ended, strict=True)]
+        if started is not None and not any(going):
+            started.take_back()
         try:
             yield Step(said, ended)
         except GeneratorExit:
-            if any(going):
+            if any(going) and started is not None:
+                started.abandon_ahead(tokens, step + 2 < steps)
+            elif any(going):
                 runner.abandon(tokens, going)
             raise
         if not any(going):
             return
-        logits = runner.decode(tokens, going)
+        if started is None:
+            logits = runner.decode(tokens, going)
+
+
+def _looked_at(
+    values: Sequence[int], step: int, budgets: Sequence[int], stop: Collection[int], going: Sequence[bool]
+) -> Step:
+    """What a step's tokens say of each row that was going on."""
+    ended: list[FinishReason | None] = [None] * len(budgets)
+    said: list[int | None] = [None] * len(budgets)
+    for row in (row for row, goes_on in enumerate(going) if goes_on):
+        if values[row] in stop:
+            ended[row] = "stop"
+            continue
+        said[row] = values[row]
+        ended[row] = "length" if step + 1 == budgets[row] else None
+    return Step(said, ended)
+
+
+def _on_the_way(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start the way of tokens (B,) to the host; what is called for them waits for nothing that is started later."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    # Only from a GPU to pinned memory is a copy that the host need not wait for.
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(tokens.device))
+
+    def values() -> list[int]:
+        there.synchronize()
+        found: list[int] = host.tolist()
+        return found
+
+    return values
 
 
 @dataclass

@@ -43,6 +43,10 @@ class ShardedRunner(CachedRunner):
         quiet: True draws no progress bar.
         fused: Decode by fused kernels in one CUDA graph where model, device and packages allow it (`decode_step`).
         exchange: How the fused kernels' ranks join their attention (`decode_step.exchange.WAYS`).
+        ahead: Start a step before the host has read its token (`decoding.RunsAhead`).
+
+    Attributes:
+        ahead: Whether that is done: not where RoPE follows the length of the text, which is then read anew.
 
     Raises:
         ValueError: A model with layers that are no attention, a chunk below one token, or another `kv`.
@@ -60,6 +64,7 @@ class ShardedRunner(CachedRunner):
         quiet: bool = False,
         fused: bool = True,
         exchange: str = "direct",
+        ahead: bool = False,
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)
         check_model(model)
@@ -71,6 +76,7 @@ class ShardedRunner(CachedRunner):
         self.cache = KvCache(self._share(capacity or 1), kv, ranks=ranks, rank=rank)
         self._context = ShardedAttention(self.cache, self.group, kernel)
         self.step = fast_step(model, self.cache, self.group, exchange) if fused else None
+        self.ahead = ahead and self._rope.same(1, 2**40)
         self._owner = 0  # who has the last pass's last token
 
     def agree(self, tokens: Tensor) -> Tensor:
@@ -84,6 +90,21 @@ class ShardedRunner(CachedRunner):
         if self.group is not None:
             self.decode(tokens, going)
             self.agree(torch.full_like(tokens, ABANDONED))
+
+    def take_back(self) -> None:
+        """See `decoding.RunsAhead`: what is written behind the tokens held means nothing."""
+        self._decoded.pop()
+        self.cache.truncate(self.cache.length - 1)
+
+    def abandon_ahead(self, tokens: Tensor, more: bool) -> None:
+        """See `decoding.RunsAhead`; the cache then holds what it does after `abandon`."""
+        if self.group is None:
+            self.take_back()
+            return
+        self.agree(torch.full_like(tokens, ABANDONED))
+        if more:
+            self.decode(torch.zeros_like(tokens))
+            self.take_back()
 
     def _is_interrupted(self) -> bool:
         if self.group is None:
