@@ -1,6 +1,7 @@
 """On GPUs: a decoding step's kernels, its CUDA graph and its exchange against the model's own code."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from test_gpu_evaluation import RANKS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ultralong import attention
+from ultralong.inference.decode_step.exchange import WAYS
 from ultralong.inference.decoding import Sampling
 from ultralong.inference.generate import generate
 from ultralong.inference.kv_cache import LayerBuffer, quantize_fp8
 from ultralong.inference.sharded_generation import ShardedRunner
-from ultralong.utils.local_ranks import run_ranks
+from ultralong.utils.local_ranks import RankFailed, run_ranks
 
 WIDE = SHAPE | {
     "hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 64,
@@ -115,3 +117,24 @@ def test_steps_started_before_their_token_is_read_give_the_same(world, kv):
     for waiting, ahead in run_ranks(answers, world, kv, device="cuda"):
         assert ahead[:2] == waiting[:2]
         assert (ahead[2] == waiting[2]).all(), "logits, to the bit"
+
+
+def lose_one(rank, world, way):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**WIDE), attn_implementation=attention.NAME).bfloat16()
+    runner = ShardedRunner(model.cuda().eval(), 4000, dist.group.WORLD, chunk=1024, quiet=True, exchange=way)
+    ids = torch.randint(0, 64, (1, 3000), generator=torch.Generator().manual_seed(1)).cuda()
+    runner.prefill(ids, [900])
+    for step in range(900):
+        if step == 10 and rank == 1:
+            os._exit(3)
+        runner.decode(ids[:, step]).argmax().item()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("way", WAYS)
+def test_a_process_that_is_lost_ends_the_others(way):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with pytest.raises(RankFailed, match="process ended with exit code 3"):
+        run_ranks(lose_one, 2, way, device="cuda")
