@@ -9,10 +9,11 @@ import pytest
 
 from ultralong.bench.results import append_row, last_row, read_rows
 from ultralong.bench.run_tables import saves_table
-from ultralong.bench.training import saves
+from ultralong.bench.training import saves, saves_work
 from ultralong.bench.training.case import TrainingCase
 from ultralong.bench.training.saves_summary import line, summary, told
 from ultralong.training.config import MemoryConfig
+from ultralong.utils.files import append_jsonl
 from ultralong.utils.units import GIB
 
 
@@ -20,7 +21,7 @@ from ultralong.utils.units import GIB
 def case(tmp_path, make_tiny_model, monkeypatch):
     """One that runs in this process."""
     make_tiny_model().save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr(saves, "start_ranks", lambda gpus, module, *words: saves.run_words(words) or {})
+    monkeypatch.setattr(saves, "start_ranks", lambda gpus, module, *words: saves_work.run_words(words) or {})
     return TrainingCase(str(tmp_path / "tiny"), 96, steps=2, memory=MemoryConfig(activation_checkpointing=True))
 
 
@@ -44,8 +45,12 @@ def test_a_measured_row_holds_what_saves_cost(tmp_path, case, capsys):
     assert row["waited_seconds"] > 0
     assert row["cost_of_other_step"] == pytest.approx(row["cost_seconds"] / 60, abs=2e-5)
     said = capsys.readouterr().out.splitlines()
-    assert [one.split(": ")[1] for one in said[1:4]] == ["a step", "a step", "save 1"]
-    assert sum("once more: copied" in one for one in said) == saves.COPIES
+    made = ["a step while memory for copies is made", "memory for copies made in"]
+    assert [one.split(": ")[1][: len(begin)] for one, begin in zip(said[3:5], made, strict=True)] == made
+    assert [one.split(": ")[1] for one in (*said[1:3], said[5])] == ["a step", "a step", "save 1"]
+    assert row["reserve_seconds"] > 0
+    assert "their memory made before in" in said[-1]
+    assert sum("once more: copied" in one for one in said) == saves_work.COPIES
     assert "in the background: copied in" in said[-1]
     assert "of a step of 60 s it is" in said[-1]
     left = {path.name.split("-")[0] for path in (tmp_path / "made").iterdir()}
@@ -75,7 +80,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_training(tmp_
 def test_a_run_that_fails_keeps_what_it_measured(tmp_path, case, monkeypatch):
     def fail(gpus, module, folder, *words):
         for event in _events(1):
-            saves.append_jsonl(Path(folder) / saves.EVENTS, event)
+            append_jsonl(Path(folder) / saves_work.EVENTS, event)
         return {"note": "No space left", "messages": "boom"}
 
     monkeypatch.setattr(saves, "start_ranks", fail)
@@ -85,9 +90,9 @@ def test_a_run_that_fails_keeps_what_it_measured(tmp_path, case, monkeypatch):
 
 
 def test_a_file_that_was_cut_short_is_no_checkpoint(tmp_path, case, monkeypatch):
-    record = saves.recorded_files
+    record = saves_work.recorded_files
     shorter = lambda path: {name: {**facts, "bytes": facts["bytes"] + 1} for name, facts in record(path).items()}  # noqa: E731
-    monkeypatch.setattr(saves, "recorded_files", shorter)
+    monkeypatch.setattr(saves_work, "recorded_files", shorter)
     with pytest.raises(RuntimeError, match=r"bytes where .* were written"):
         saves.measure_saves(case, 1, tmp_path / "made")
 
@@ -103,6 +108,15 @@ def test_the_cost_of_a_save_is_its_copy_and_what_steps_beside_it_take_longer():
     assert "takes 0.75 s of training, 37.5% of a step: a hundredth of the time where 38 steps or more lie" in text
     assert "of a step of 50 s it is 1.50%; waited for: 7 s" in text
     assert "boom" in line({"model": "m", "tokens": 1, "gpus": 2, "gpu": "x", "note": "boom", "messages": ""})
+
+
+def test_memory_for_copies_costs_what_the_steps_beside_its_making_take_longer():
+    made = [{"what": "reserving", "seconds": 2.5}, {"what": "reserving", "seconds": 2.25}]
+    made += [{"what": "reserved", "seconds": 4.0}]
+    found = summary(_events(1)[:3] + made + _events(1)[3:])
+    assert (found["reserve_seconds"], found["reserve_slower_seconds"], found["seconds_per_step"]) == (4.0, 0.75, 2.0)
+    text = line({"model": "m", "tokens": 1024, "gpus": 2, "gpu": "H200", **found})
+    assert "(the first in 9 s; their memory made before in 4 s, which took 0.75 s of training), written in 3 s" in text
 
 
 def test_what_was_not_measured_yet_is_left_out():
@@ -142,7 +156,7 @@ def test_what_was_measured_is_told_at_a_time_limit(tmp_path, case, monkeypatch, 
 
     def stopped(gpus, module, folder, *words):
         for event in _events(1)[:-1]:
-            saves.append_jsonl(Path(folder) / saves.EVENTS, event)
+            append_jsonl(Path(folder) / saves_work.EVENTS, event)
         time.sleep(3 * saves.LOOK)
         os.kill(os.getpid(), signal.SIGTERM)
         return {}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_run import make_run
 
 from ultralong.checkpoints.distributed import changed_file
-from ultralong.checkpoints.saving import background
+from ultralong.checkpoints.saving import background, host_copy
 from ultralong.checkpoints.saving.shards import ShardWriter
 from ultralong.checkpoints.verify import training_checkpoint_faults
 from ultralong.planner.memory import host_memory
@@ -171,12 +171,39 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path):
     assert checkpoint.RunFolder(tmp_path).checkpoints() == []
 
 
-def test_the_copy_is_made_into_the_same_memory_each_time(tmp_path):
-    model = torch.nn.Linear(64, 64)
-    saver = background.BackgroundSaver(None)
-    first, second = (saver._stager.stage({"model": model.state_dict()})["model"]["weight"] for _ in range(2))
-    assert first.data_ptr() == second.data_ptr() != model.weight.data_ptr()
-    saver.close()
+def test_memory_for_copies_is_made_after_the_first_step(run, monkeypatch):
+    """Not by the first checkpoint, which would be waited for, nor by any later one."""
+    train(replace(run, out="alone", async_checkpoints=False), quiet=True)
+    happened: list[object] = []
+    step, make, start = loop.training_step, host_copy._Memory, background.BackgroundSaver.start
+    monkeypatch.setattr(loop, "training_step", lambda *given: happened.append("step") or step(*given))
+    monkeypatch.setattr(host_copy, "_Memory", lambda *given: happened.append("memory") or make(*given))
+    monkeypatch.setattr(background.BackgroundSaver, "start", lambda *x: happened.append("save") or start(*x))
+    train(run, quiet=True)
+    assert happened.count("memory") == 1
+    assert happened.index("step") < happened.index("memory") < happened.index("save")
+    assert_same_end("alone", "run")
+
+
+def test_a_run_without_memory_for_copies_ends_before_its_first_checkpoint(run, monkeypatch):
+    """Hours may lie between the first step and the first checkpoint."""
+    step = loop.training_step
+
+    def waits(state, at):
+        if at == 1:
+            assert savers[0]._copies._making.exception(60) is not None
+        return step(state, at)
+
+    def refused(*given):
+        raise MemoryError("CUDA could not lock 1.0 GiB")
+
+    savers, make = [], background.BackgroundSaver
+    monkeypatch.setattr(background, "BackgroundSaver", lambda group: savers.append(make(group)) or savers[0])
+    monkeypatch.setattr(host_copy, "_Memory", refused)
+    monkeypatch.setattr(loop, "training_step", waits)
+    with pytest.raises(MemoryError, match="could not lock"):
+        train(replace(run, save_every=5), quiet=True)
+    assert read_jsonl("run/log.jsonl")[-1]["step"] <= 2
 
 
 def test_the_plan_counts_the_copy(run):

@@ -283,7 +283,7 @@ def saves(
     Args:
         case: What to train.
         memory: Settings of the memory plan.
-        saves: Background checkpoints, after a first one whose copy allocates its memory as well.
+        saves: Background checkpoints, after a first one.
         seconds: Begin no save that would end later than so many seconds from the start; the first is always made.
         other_step: Seconds of another step over the same states, of longer rows for example, whose share is wanted.
         folder: Write checkpoints here, one at a time, and keep model and rows for the next measurement.

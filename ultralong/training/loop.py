@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -27,7 +27,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
 from ultralong.training.parallel import SPARE, Processes, connect
 from ultralong.training.preflight import check_start
-from ultralong.training.run_folder import STOPPED, RunFolder
+from ultralong.training.run_folder import RunFolder, stop_recorded
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.training.watch.loss_spikes import RECENT
 from ultralong.training.watch.trackers import scalars
@@ -84,7 +84,7 @@ def _train(
     if resume and step is None and processes.is_main:  # so that a slip in `out` is seen before hours have gone
         text = "holds no checkpoint to resume from: the run starts at its first step."
         print(f"note: {folder.path} {text}", file=sys.stderr)
-    with _stop_recorded(folder):
+    with stop_recorded(folder):
         return _train_in(config, folder, processes, order, resume, quiet, start)
 
 
@@ -167,24 +167,6 @@ def _say_finished(folder: RunFolder, config: TrainConfig) -> None:
 
 
 @contextmanager
-def _stop_recorded(folder: RunFolder) -> Iterator[None]:
-    """Record what stops the run, for `ultralong runs`: of several processes, what the first of them met."""
-    try:
-        yield
-    except BaseException as error:
-        asked = isinstance(error, KeyboardInterrupt | SystemExit)
-        words = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, KeyboardInterrupt):
-            words = "stopped by Ctrl-C"
-        elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code - 128 in set(signal.Signals):
-            words = f"stopped by {signal.Signals(error.code - 128).name}"
-        with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
-            if folder.config.exists() and not (file := folder.path / STOPPED).exists():
-                write_json(file, {"state": "interrupted" if asked else "failed", "reason": words})
-        raise
-
-
-@contextmanager
 def _held(folder: RunFolder, processes: Processes) -> Iterator[None]:
     """Hold the run's folder on the main process, so that no second run trains in it; a refusal reaches all."""
     with ExitStack() as stack:
@@ -224,6 +206,8 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
     with progress(total=config.steps, initial=first, desc="train", unit="step", quiet=hidden) as bar:
         for step in range(first, config.steps):
             record = _logged_step(run, step)
+            if background is not None and step == first:  # which has made the optimizer's states
+                background.reserve(checkpoint.states_to_save(run.model, run.optimizer))
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
             bar.update()
             stop = _asked(run, came, background)

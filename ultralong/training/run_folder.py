@@ -6,13 +6,15 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ultralong.training.config import TrainConfig
 from ultralong.utils import settings
-from ultralong.utils.files import LOCK, read_json_object, read_jsonl, write_text
+from ultralong.utils.files import LOCK, read_json_object, read_jsonl, write_json, write_text
 
 # What a run may change between a checkpoint and its resumption without becoming another run.
 FREE_TO_CHANGE = (
@@ -155,3 +157,21 @@ def check_same_rows(path: Path, rows: Sequence[str]) -> None:
             f"the rows of data[{number}] are not those that the run in {path.parent.parent} was trained on: they were "
             "packed again from something else. Restore them, or choose another `out`."
         )
+
+
+@contextmanager
+def stop_recorded(folder: RunFolder) -> Iterator[None]:
+    """Record what stops the run, for `ultralong runs`: of several processes, what the first of them met."""
+    try:
+        yield
+    except BaseException as error:
+        asked = isinstance(error, KeyboardInterrupt | SystemExit)
+        words = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            words = "stopped by Ctrl-C"
+        elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code - 128 in set(signal.Signals):
+            words = f"stopped by {signal.Signals(error.code - 128).name}"
+        with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
+            if folder.config.exists() and not (file := folder.path / STOPPED).exists():
+                write_json(file, {"state": "interrupted" if asked else "failed", "reason": words})
+        raise

@@ -14,31 +14,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
+from ultralong.checkpoints.saving.host_copy import HostCopies, same_gpu
 from ultralong.checkpoints.saving.shards import ShardWriter, WrittenFile
-
-
-class _Stager:
-    """Copies a state to the host, into the same memory each time; torch 2.11's own pins it again each time."""
-
-    def __init__(self) -> None:
-        self._on_gpu = torch.cuda.is_available()
-        self._copies = StateDictStager(pin_memory=self._on_gpu)
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Copy a state to the host; complete when this returns."""
-        copy: dict[str, Any] = self._copies.stage(state_dict, non_blocking=self._on_gpu)
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return copy
-
-    def close(self) -> None:
-        """Free the copies."""
-        self._copies.close()
 
 
 class BackgroundSaver:
@@ -60,8 +40,8 @@ class BackgroundSaver:
         Args:
             group: A gloo group of all processes; None where nothing is distributed.
         """
-        self._group, self._stager = group, _Stager()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._group, self._copies = group, HostCopies()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=same_gpu())
         self._pending: Future[None] | None = None
         self.write_seconds = self.plan_seconds = self.shard_seconds = 0.0
         self.files: dict[str, WrittenFile] = {}
@@ -79,7 +59,7 @@ class BackgroundSaver:
             BaseException: The write before this one failed.
         """
         self.wait()
-        copy = self._stager.stage(dict(state))
+        copy = self._copies.copy(state)
         copied = time.perf_counter()
 
         def write() -> None:
@@ -91,6 +71,15 @@ class BackgroundSaver:
 
         self._pending = self._thread.submit(write)
 
+    def reserve(self, state: Mapping[str, Any]) -> None:
+        """Begin to make the memory for copies of states like this one, beside the training; the first copy waits."""
+        self._copies.reserve(state)
+
+    @property
+    def reserving(self) -> bool:
+        """Whether that memory is being made."""
+        return self._copies.reserving
+
     def copy(self, state: Mapping[str, Any]) -> None:
         """Copy a state to the host as `start` does, and write nothing: to time the copy alone.
 
@@ -98,12 +87,13 @@ class BackgroundSaver:
             BaseException: The write before this one failed.
         """
         self.wait()
-        self._stager.stage(dict(state))
+        self._copies.copy(state)
 
     @property
     def failed(self) -> bool:
-        """Whether the last write has ended with an error by now, which `wait` raises."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        """Whether the last write, or making memory for copies, has ended with an error by now, which `wait` raises."""
+        written = self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        return written or self._copies.error is not None
 
     @property
     def writing(self) -> bool:
@@ -115,17 +105,20 @@ class BackgroundSaver:
 
         Raises:
             BaseException: Writing failed on this process or on another one. It is raised once.
+            MemoryError: This process's memory for copies could not be made.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        if (error := self._copies.error) is not None:
+            raise error
 
     def close(self) -> None:
         """Wait for the end of the write, whether it fails or not, and free the copies."""
         with suppress(Exception, dcp.CheckpointException):  # torch's is no Exception
             self.wait()
         self._thread.shutdown()
-        self._stager.close()
+        self._copies.close()
 
     @property
     def _alone(self) -> bool:

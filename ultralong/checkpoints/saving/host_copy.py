@@ -1,0 +1,225 @@
+"""A state's copy in host memory: memory that is taken once and kept, page-locked where there is a GPU.
+
+Page-locking 22 GiB takes a process 11 s on a host with H200s, and a copy into them half a second. So the memory is made
+while training goes on, as soon as the states' sizes are known, and not at the first checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ultralong.utils.units import GIB
+
+BLOCK = 1 << 30  # bytes of memory that are made at a time, so that several threads make it
+MAKERS = 4  # of these threads: bringing in pages is the work of one core each
+ALIGNED = 512  # bytes; tensors of any type begin there
+
+
+class HostCopies:
+    """Copies states of one kind to the host, each into the memory of the one before."""
+
+    def __init__(self) -> None:
+        """Take no memory yet."""
+        self._memory: _Memory | None = None
+        self._making: Future[_Memory] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="host-memory", initializer=same_gpu())
+        self._given_up = threading.Event()
+
+    def reserve(self, state: Mapping[str, Any]) -> None:
+        """Begin to make the memory for states like this one, in a thread; `copy` waits for it."""
+        sizes = tuple(x.nbytes for x in _distinct(state).values())
+        if self._making is None and (self._memory is None or self._memory.sizes != sizes):
+            self._free()
+            self._making = self._thread.submit(_Memory, sizes, self._given_up)
+
+    @property
+    def reserving(self) -> bool:
+        """Whether memory is being made."""
+        return self._making is not None and not self._making.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the memory could not be made, once that is known."""
+        done = self._making is not None and self._making.done()
+        return self._making.exception() if done and self._making is not None else None
+
+    @torch.no_grad()
+    def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state's copy, complete when this returns and good until the next one.
+
+        Args:
+            state: Nested dicts, lists and tuples of tensors and other values; DTensors may lie anywhere.
+
+        Returns:
+            The same with this process's shards on the host.
+
+        Raises:
+            MemoryError: The host has no more memory to lock.
+        """
+        found = _distinct(state)
+        self.reserve(state)
+        if self._making is not None:
+            making, self._making = self._making, None
+            self._memory = making.result()
+            if self._memory.sizes != tuple(x.nbytes for x in found.values()):
+                return self.copy(state)  # another state than the one that memory was reserved for
+        assert self._memory is not None
+        on_host = {
+            key: place.view(x.dtype).view(x.shape).copy_(x, non_blocking=x.is_cuda)
+            for (key, x), place in zip(found.items(), self._memory.places, strict=True)
+        }
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+        def copied(x: Tensor) -> Tensor:
+            local = on_host[_key(_local(x))]
+            # Not `from_local`, which would bring the shard to the devices of the mesh.
+            return DTensor(local, x._spec, requires_grad=False) if isinstance(x, DTensor) else local
+
+        whole: dict[str, Any] = _with_tensors(state, copied)
+        return whole
+
+    def close(self) -> None:
+        """Free the memory; copies are gone."""
+        self._given_up.set()
+        with suppress(Exception):  # nobody needs that memory any more
+            self._memory = self._making.result() if self._making is not None else self._memory
+        self._thread.shutdown()
+        self._free()
+
+    def _free(self) -> None:
+        if self._memory is not None:
+            self._memory.free()
+        self._memory = self._making = None
+
+
+def same_gpu() -> Callable[[], None]:
+    """For a new thread to begin with: the GPU of this one. It would begin with the first, and take memory there."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    number = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(number)
+
+
+class _Memory:
+    """Places for tensors of given sizes in host memory.
+
+    Args:
+        sizes: Bytes of each.
+        given_up: Ends the making early.
+
+    Attributes:
+        places: For each size a tensor of bytes with a storage of its own, as an archive holds whole storages.
+    """
+
+    def __init__(self, sizes: Sequence[int], given_up: threading.Event) -> None:
+        self.sizes, self.places = tuple(sizes), [torch.empty(0, dtype=torch.uint8)] * len(sizes)
+        self._locked: list[int] = []
+        blocks = _blocks(sizes)
+        with ThreadPoolExecutor(MAKERS, thread_name_prefix="host-memory", initializer=same_gpu()) as threads:
+            made = [threads.submit(self._make, block, given_up) for block in blocks]
+        for block in made:
+            try:
+                block.result()
+            except BaseException:
+                self.free()
+                raise
+
+    def free(self) -> None:
+        """Unlock and free it."""
+        for address in self._locked:
+            if failed := int(torch.cuda.cudart().cudaHostUnregister(address)):
+                raise RuntimeError(f"CUDA could not give back a locked block of host memory (error {failed})")
+        self._locked.clear()
+        self.places.clear()
+
+    def _make(self, block: Mapping[int, int], given_up: threading.Event) -> None:
+        if given_up.is_set():
+            return
+        size = sum(map(_aligned, block.values()))
+        memory = _anonymous(size)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        if torch.cuda.is_available():
+            whole.zero_()  # pages come in by the cores of all threads; locking would bring them in one by one
+            if failed := int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)):
+                raise MemoryError(
+                    f"CUDA could not lock {size / GIB:.1f} GiB of host memory more for checkpoints in the background "
+                    f"(error {failed}), which need {sum(self.sizes) / GIB:.1f} GiB a process: set async_checkpoints to "
+                    "false, or offload less; `ultralong plan --host-memory GIB --fit` counts both."
+                )
+            self._locked.append(whole.data_ptr())
+        start = 0
+        for number, length in block.items():
+            self.places[number] = torch.frombuffer(memory, dtype=torch.uint8, count=length, offset=start)
+            start += _aligned(length)
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    """Memory of no file, in pages of 2 MiB where the system has them: 512 times fewer to bring in and to lock."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _blocks(sizes: Sequence[int]) -> list[dict[int, int]]:
+    """Tensors by the block of memory that they lie in: number and bytes of each; tensors without elements in none."""
+    blocks: list[dict[int, int]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if size and (not blocks or _aligned(size) > room):
+            blocks.append({})
+            room = BLOCK
+        if size:
+            blocks[-1][number] = size
+            room -= _aligned(size)
+    return blocks
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _distinct(state: Mapping[str, Any]) -> dict[tuple[Any, ...], Tensor]:
+    """This process's tensors of a state in their order; one that has two names (a tied head) once."""
+    found: dict[tuple[Any, ...], Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        local = _local(x)
+        found.setdefault(_key(local), local)
+        return x
+
+    _with_tensors(state, note)
+    return found
+
+
+def _local(x: Tensor) -> Tensor:
+    return (x.to_local() if isinstance(x, DTensor) else x).detach()
+
+
+def _key(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.device, x.dtype, x.shape, x.stride()
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nested value with its tensors changed and all else copied."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _with_tensors(each, change) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(each, change) for each in value)
+    return copy.deepcopy(value)
