@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 TOKENIZER_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 MINIATURE = Path(__file__).parents[1] / "miniature" / "model"  # by place: the trainer makes it, far above this room
 LARGEST_TOKENIZER = 1 << 28  # bytes of a tokenizer.json; the largest there are have 40 MB
-MOST_IDS = 2**31
+# The largest vocabularies have a million. The tokenizers library lists the ids without a piece each time it copies or
+# writes a tokenizer: for an id of 2**31 - 1 that took 8 GiB and half a minute.
+MOST_IDS = 1 << 24
 MOST_GROWTH = 64  # times that a tokenizer may lengthen a text; Unicode's normal forms make 18 letters of one at most
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
