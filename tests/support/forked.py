@@ -26,24 +26,25 @@ from ultralong.launch import agent, local
 from ultralong.planner.traces import child
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
+from ultralong.training.sharing import Decide
 from ultralong.utils import template_child, template_renderer
 from ultralong.utils.local_ranks import run_ranks
 
 
-def train_over(config: TrainConfig, processes: int, resume: bool = False) -> None:
-    """Run `train(config)` in `processes` processes of one gloo group.
+def train_over(config: TrainConfig, processes: int, resume: bool = False, decide: Decide | None = None) -> None:
+    """Run `train(config)` in `processes` processes of one gloo group; `decide` as in `train`.
 
     Raises:
         RankFailed: A process raised; the message holds its traceback.
     """
-    run_ranks(_rank, processes, config, resume)
+    run_ranks(_rank, processes, config, resume, decide)
 
 
-def _rank(rank: int, world: int, config: TrainConfig, resume: bool) -> None:
+def _rank(rank: int, world: int, config: TrainConfig, resume: bool, decide: Decide | None) -> None:
     # What torchrun would have set, which accelerate reads to find its place.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     AcceleratorState._reset_state(reset_partial_state=True)  # what a Trainer has left in this test's process
-    train(config, resume=resume, quiet=True)
+    train(config, resume=resume, quiet=True, decide=decide)
 
 
 @contextmanager

@@ -278,5 +278,5 @@ def test_what_cannot_be_right_is_refused_by_name(one, tmp_path, change, said):
     rest = {key: value for key, value in change.items() if key not in parallel}
     with pytest.raises(ValueError, match=said):
         train(replace(one, out=str(tmp_path / "run"), parallel=replace(one.parallel, **parallel), **rest), quiet=True)
-    with pytest.raises(ValueError, match=r"max_tokens_per_rank .* for dynamic_context_parallel: true only"):
+    with pytest.raises(ValueError, match=r"max_tokens_per_rank .* for dynamic_context_parallel: true \(or auto\) only"):
         ParallelConfig(max_tokens_per_rank=64)

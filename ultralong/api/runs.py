@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ultralong.api.names import Changes, Named, StrPath, Words, as_overrides
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ultralong.planner import Machine, Plan
     from ultralong.training import TrainResult
     from ultralong.training.config import TrainConfig
+    from ultralong.training.sharing import SharingDecision
 
 
 def load_config(config: TrainConfig | StrPath, changes: Changes = ()) -> TrainConfig:
@@ -246,10 +248,11 @@ def ablate(
 
 
 def _train(config: TrainConfig, command: str, resume: bool, processes: int | None, quiet: bool) -> TrainResult:
+    answers = command == "sft"
     if processes is None:
         with without_collections():
             from ultralong.training.loop import train as run
-        return run(config, resume, quiet, answers=command == "sft")
+        return run(config, resume, quiet, answers, partial(_decide, resume=resume, answers=answers))
     import tempfile
     from pathlib import Path
 
@@ -264,3 +267,15 @@ def _train(config: TrainConfig, command: str, resume: bool, processes: int | Non
     result = read_json(Path(config.out) / "result.json")
     loss = float("nan") if result["loss"] is None else result["loss"]
     return TrainResult(result["model"], result["steps"], result["tokens"], loss, result["seconds"])
+
+
+def _decide(config: TrainConfig, processes: int, resume: bool, answers: bool) -> SharingDecision:
+    """How the rows of a run that starts here are shared, by the planner; on the run's main process."""
+    from ultralong.planner import decide_sharing
+    from ultralong.planner.machine import machine_here
+    from ultralong.planner.traces import child
+
+    try:
+        return decide_sharing(config, processes, machine=machine_here(), resume=resume, answers=answers)
+    finally:
+        child.stop()  # its memory is the run's from here on

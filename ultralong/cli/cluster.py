@@ -15,6 +15,7 @@ from ultralong.cli.shared import Json, leave
 if TYPE_CHECKING:
     from ultralong.launch.rehearse import Rehearsal
     from ultralong.planner import Plan
+    from ultralong.training.config import TrainConfig
 
 
 @takes(work=Group("ultralong.api.runs:plan", positional=("config",), names={"changes": "set"}))
@@ -38,6 +39,19 @@ def plan(work: partial[Plan], *, json: Json = None) -> None:
     print(made)
     if not made.fits:
         sys.exit(1)
+
+
+def _tell_sharing(config: TrainConfig, gpus: int) -> None:
+    """Say how rows will be shared, where the config leaves that to the run's start."""
+    if not config.parallel.undecided:
+        return
+    from ultralong.planner import decide_sharing
+
+    try:
+        said = f"by what is here, {decide_sharing(config, gpus, planned=True).reason}"
+    except ValueError as error:
+        said = f"what is here does not say: {error}"
+    print(f"How rows are shared is decided when the run starts (auto); {said}")
 
 
 @takes(
@@ -72,6 +86,7 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     if not load_config(asked["config"], asked["changes"]).save_every:
         every = load_config(out / "config.yaml").save_every
         print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
+    _tell_sharing(load_config(out / "config.yaml"), asked["nodes"] * asked["gpus_per_node"])
     wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."
     if scheduler in HOW:
         print(f"{wrote} Next: build the image (the head of {out / 'Containerfile'} says how). Then, in {out}:")

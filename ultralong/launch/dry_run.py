@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ultralong.training.config import TrainConfig
 from ultralong.training.preflight import Finding, preflight
+from ultralong.training.run_folder import RunFolder
+from ultralong.training.sharing import kept
 from ultralong.utils.files import read_json_object
 from ultralong.utils.units import GIB
 
@@ -34,7 +37,8 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
     Returns:
         One finding a check, in the order in which a run would meet them.
     """
-    found = preflight(config, nodes * gpus_per_node, resume=True)
+    config, found = _shared(config, nodes * gpus_per_node)
+    found += preflight(config, nodes * gpus_per_node, resume=True)
     own: list[tuple[str, Callable[[], str]]] = [
         ("weights", lambda: _weights(config)),
         ("disk", lambda: _disk(config)),
@@ -48,6 +52,27 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
         except (ValueError, OSError) as error:
             found.append(Finding(name, False, str(error)))
     return found
+
+
+def _shared(config: TrainConfig, processes: int) -> tuple[TrainConfig, list[Finding]]:
+    """The config with how rows are shared decided, where that is auto, and what was decided.
+
+    Where every way is refused the first one's findings, which follow, say what is wrong.
+    """
+    if not config.parallel.undecided:
+        return config, []
+    folder = RunFolder(Path(config.out))
+    try:
+        if folder.config.exists():
+            decision = kept(folder, config, processes)
+        else:
+            from ultralong.planner import decide_sharing  # takes seconds to load, which other configs need not wait for
+
+            decision = decide_sharing(config, processes)
+    except ValueError as error:
+        first = replace(config, parallel=config.parallel.choices(processes)[0])
+        return first, [Finding("sharing", False, " ".join(str(error).split()))]
+    return decision.applied(config), [Finding("sharing", True, decision.reason)]
 
 
 def _kernel(name: str) -> str:

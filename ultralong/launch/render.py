@@ -17,7 +17,7 @@ from ultralong import __version__
 from ultralong.launch.image import containerfile
 from ultralong.launch.manifests import MANIFEST_FILES, site_facts, write_manifest
 from ultralong.training.config import TrainConfig
-from ultralong.training.parallel import process_problem
+from ultralong.training.process_checks import process_problem
 from ultralong.utils import settings
 from ultralong.utils.files import atomic_path, write_text
 

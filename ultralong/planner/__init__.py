@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from ultralong.planner.models.run import is_model, run_of_model
     from ultralong.planner.planner import plan
     from ultralong.planner.report import Plan, PlanLine
+    from ultralong.planner.sharing.decide import decide_sharing
 
-__all__ = ["Machine", "Plan", "PlanLine", "is_model", "load_machine", "plan", "run_of_model"]
+__all__ = ["Machine", "Plan", "PlanLine", "decide_sharing", "is_model", "load_machine", "plan", "run_of_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("ultralong.planner.report"), name)
     if name in ("is_model", "run_of_model"):
         return getattr(import_module("ultralong.planner.models.run"), name)
+    if name == "decide_sharing":
+        return import_module("ultralong.planner.sharing.decide").decide_sharing
     if name == "plan":
         return import_module("ultralong.planner.planner").plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

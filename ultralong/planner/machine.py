@@ -120,6 +120,17 @@ def load_machine(name: str | os.PathLike[str]) -> Machine:
         ) from error
 
 
+def machine_here() -> Machine:
+    """The known machine nearest to this process's GPU, with that GPU's memory; the H200 where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return load_machine("h200")
+    name = torch.cuda.get_device_name()
+    found = load_machine(next((known for known in SCALED if known.upper() in name), "h200"))
+    return replace(found, memory=float(torch.cuda.get_device_properties().total_memory))
+
+
 def _parse(facts: Mapping[str, Any], rates: Mapping[str, Sequence[Mapping[str, Any]]]) -> Machine:
     attention: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     for row in rates["attention"]:

@@ -6,20 +6,21 @@ import math
 from pathlib import Path
 
 from ultralong.planner.advice import gpu_advice, host_advice
-from ultralong.planner.autotune import autotune_memory
 from ultralong.planner.checks import check_numbers
 from ultralong.planner.growth import Growth
 from ultralong.planner.machine import Machine, load_machine
 from ultralong.planner.memory import gpu_memory as gpu_lines
 from ultralong.planner.memory import host_memory as host_lines
 from ultralong.planner.report import Plan
-from ultralong.planner.rows import PlannedRows, planned_packs, planned_rows
+from ultralong.planner.rows import PlannedRows
 from ultralong.planner.shapes import check_countable, planned_model, shape_of
+from ultralong.planner.sharing.decide import decide_sharing
+from ultralong.planner.sharing.priced import Asked, run_workload
 from ultralong.planner.step_time import run_totals, step_time
 from ultralong.planner.traces import child
 from ultralong.planner.workload import Workload
-from ultralong.rope import declared_window
 from ultralong.training.config import TrainConfig
+from ultralong.training.parallel_config import AUTO
 from ultralong.training.preflight import check_start
 from ultralong.training.throughput import step_flops
 from ultralong.utils.settings import to_mapping
@@ -62,21 +63,22 @@ def plan(
     check_numbers(gpus=gpus, tokens=tokens, gpu_memory=gpu_memory, host_memory=host_memory, price=price)
     machine = load_machine(machine) if isinstance(machine, str) else machine
     gpus = _fewest_gpus(config) if gpus is None else gpus
-    if config.parallel.context_parallel_size > 1:
+    if config.parallel.context_parallel_size != 1:
         child.start()  # imports beside what follows
+    decision = None
+    if config.parallel.undecided:
+        decision = decide_sharing(
+            config, gpus, machine=machine, tokens=tokens, gpu_memory=gpu_memory, host_memory=host_memory, fit=fit,
+            planned=True,
+        )  # fmt: skip
+        config = decision.applied(config)
     model, named = planned_model(config.model, config.base_model)
     check_start(config, gpus, resume=True, planned=True, shape=model)
     check_countable(model)
     shape = shape_of(model)
-    rows = planned_packs(config, gpus, shape) if config.parallel.dynamic_context_parallel else planned_rows(config.data)
-    known = tokens or (rows.length if rows else config.length)
-    length = known or declared_window(model.get_text_config())
-    documents = rows.documents if rows else None
-    workload = Workload(config, model, shape, machine, length, gpus, documents, rows.packs if rows else None)
     budget = machine.memory if gpu_memory is None else gpu_memory * GIB
     host = None if host_memory is None else host_memory * GIB
-    if fit:
-        workload = workload.with_memory(autotune_memory(workload, budget, host))
+    workload, rows, known = run_workload(Asked(config, gpus, model, shape, machine, budget, host, tokens, fit))
     steps = step_time(workload)
     seconds = sum(line.value for line in steps)
     lines = (*gpu_lines(workload), *host_lines(workload), *steps, *run_totals(workload, seconds, price))
@@ -84,7 +86,7 @@ def plan(
     return Plan(
         model=Path(named).name,
         parameters=workload.shape.parameters,
-        tokens=length,
+        tokens=workload.tokens,
         gpus=gpus,
         machine=machine.name,
         gpu_memory=budget,
@@ -99,6 +101,7 @@ def plan(
         else f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
         "For others pack them first, or pass --tokens N.",
         attention=_attention(workload, rows),
+        sharing="" if decision is None else decision.reason,
     )
 
 
@@ -114,7 +117,8 @@ def planned_workload(config: TrainConfig, gpus: int, machine: Machine, tokens: i
 
 
 def _fewest_gpus(config: TrainConfig) -> int:
-    return math.lcm(config.parallel.context_parallel_size, config.parallel.fsdp_shard_degree or 1)
+    size = config.parallel.context_parallel_size
+    return math.lcm(1 if size == AUTO else size, config.parallel.fsdp_shard_degree or 1)
 
 
 def _useful_flops(workload: Workload) -> float:

@@ -61,6 +61,7 @@ class Plan:
         advice: What to change, with the figure that would result; empty when everything fits.
         assumed: What is assumed where there are no packed rows, and what to do about it; empty when there are.
         attention: How a row's attention is shared and computed, in words.
+        sharing: How rows are shared and why, where the config leaves that to the planner; empty otherwise.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Plan:
     advice: tuple[str, ...]
     assumed: str = ""
     attention: str = ""
+    sharing: str = ""
 
     def total(self, place: str) -> float:
         """Sum of a place's lines."""
@@ -114,6 +116,7 @@ class Plan:
             "planned_longest_row": self.longest,
             "memory": self.memory,
             "attention": self.attention,
+            **({"sharing": self.sharing} if self.sharing else {}),
             "fits": self.fits,
             "advice": list(self.advice),
             "lines": [
@@ -135,7 +138,8 @@ class Plan:
             f"{self.model}: {self.parameters / 1e9:.2f} billion parameters, rows of {self.tokens:,} tokens, "
             f"{self.gpus} x {self.machine}"
         ]
-        parts += [text for text in (self.attention, self.assumed) if text]
+        sharing = f"Rows are shared as planned (auto): {self.sharing}" if self.sharing else ""
+        parts += [text for text in (sharing, self.attention, self.assumed) if text]
         for place, title in PLACES.items():
             lines = [line for line in self.lines if line.place == place]
             if lines:

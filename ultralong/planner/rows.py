@@ -81,7 +81,7 @@ def planned_packs(config: TrainConfig, gpus: int, shape: Shape) -> PlannedRows |
     """
     if not all((Path(source.rows) / "manifest.json").is_file() for source in config.data):
         return None
-    order, size = RowOrder.of_run(config), config.parallel.context_parallel_size
+    order, size = RowOrder.of_run(config), config.parallel.shared_by
     rows, groups = config.global_batch_size, gpus // size
     token_work = shape.multiplied / (2 * shape.layers * shape.heads * shape.head_dim)
     count, found = min(SAMPLED_STEPS, config.steps), list[tuple[int, ...]]()

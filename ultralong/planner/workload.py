@@ -84,7 +84,7 @@ class Workload:
     @property
     def context_parallel_size(self) -> int:
         """GPUs that share a row."""
-        return self.config.parallel.context_parallel_size
+        return self.config.parallel.shared_by
 
     @property
     def share(self) -> int:
@@ -100,7 +100,7 @@ class Workload:
     def passes(self) -> float:
         """Micro-batches of a step on one GPU; of packs as many full ones as hold its tokens."""
         groups = self.gpus // self.context_parallel_size
-        if self.config.parallel.dynamic_context_parallel:
+        if self.config.parallel.dynamic:
             return self.step_tokens / (groups * self.tokens)
         return self.config.global_batch_size // (groups * self.config.micro_batch_size)
 

@@ -128,7 +128,7 @@ class RowOrder:
     @classmethod
     def of_run(cls, config: TrainConfig) -> RowOrder:
         """The rows of a whole run."""
-        rows, mixed = config.steps * config.global_batch_size, config.parallel.dynamic_context_parallel
+        rows, mixed = config.steps * config.global_batch_size, config.parallel.dynamic
         return cls(config.data, config.seed, rows, config.length, config.skip_positions_to, mixed)
 
     def content(self) -> list[str]:
@@ -179,7 +179,7 @@ class RowOrder:
     def most_pack_tokens(self, config: TrainConfig) -> int:
         """Most tokens of a pack, over the processes that share it: as many as the longest row has, if none is said."""
         most = config.parallel.max_tokens_per_rank
-        return self.length if most is None else most * config.parallel.context_parallel_size
+        return self.length if most is None else most * config.parallel.shared_by
 
     def boundaries(self, places: tuple[Place, ...]) -> tuple[int, ...]:
         """Boundaries of a pack of rows."""

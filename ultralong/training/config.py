@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.training.adapters.config import LoRAConfig
+from ultralong.training.parallel_config import ParallelConfig
 from ultralong.utils.units import SEEDS, Tokens, check_length
 from ultralong.utils.words import expand_home
 
@@ -88,55 +89,6 @@ class OptimizerConfig:
         done = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
         fall = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return self.final_ratio + (1 - self.final_ratio) * max(0.0, fall)
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the processes of a run share the work: context-parallel groups share a row, groups work side by side.
-
-    Attributes:
-        context_parallel_size: Processes that share one row (context parallelism, also called sequence parallelism);
-            the processes of a run must be a multiple.
-        dynamic_context_parallel: Each row is shared by 1, 2, 4 ... of those processes, as its work asks for; rows of
-            different lengths and masks may be mixed, and those of a step are laid end to end in packs of equal work.
-        max_tokens_per_rank: Most tokens of a pack on one process; None is the longest row's share.
-        fsdp_shard_degree: Processes over which FSDP2 shards the parameters, their gradients and the optimizer's
-            states, whatever rows they work on; the processes of a run must be a multiple, and each further set of that
-            many is a replica. 1 is allowed: nothing is sharded then, but parameters are computed with in `dtype` as
-            FSDP2 does. None: no FSDP, every process has everything.
-        reshard_after_forward: Free a layer's gathered parameters after its forward pass and gather them again for the
-            backward pass; false keeps them in between.
-        scheme: Attention scheme, see `ultralong.attention`; auto chooses and says why.
-        kernel: Attention kernel; auto takes the fastest that is present and right for the shape.
-        head_chunks: Chunks of heads that the scheme, or the backward pass of attention on one GPU, works through one
-            after another: more make its buffers smaller and cost a little; None is one.
-        timeout_minutes: A run of several ranks without progress for this long ends, and says what each waits for.
-    """
-
-    RENAMED: ClassVar[dict[str, str]] = {
-        "sequence": "context_parallel_size",
-        "shard": "fsdp_shard_degree",
-        "reshard": "reshard_after_forward",
-        "stages": "head_chunks",
-    }
-
-    context_parallel_size: int = 1
-    dynamic_context_parallel: bool = False
-    max_tokens_per_rank: Tokens | None = None
-    fsdp_shard_degree: int | None = None
-    reshard_after_forward: bool = True
-    scheme: str = "auto"
-    kernel: str = "auto"
-    head_chunks: int | None = None
-    timeout_minutes: float = 30.0
-
-    def __post_init__(self) -> None:
-        degree = self.fsdp_shard_degree
-        if (most := self.max_tokens_per_rank) is not None and (most < 1 or not self.dynamic_context_parallel):
-            raise ValueError(f"max_tokens_per_rank ({most}) is 1 or more, and for dynamic_context_parallel: true only.")
-        if self.context_parallel_size < 1 or (degree is not None and degree < 1) or not 0 < self.timeout_minutes < 1e6:
-            names = "context_parallel_size and fsdp_shard_degree must be 1 or more and timeout_minutes above 0"
-            raise ValueError(f"{names}, found {self}.")
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,22 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import torch
 from accelerate.utils import set_seed
 
 from ultralong.checkpoints.saving.background import BackgroundSaver, background_saver
-from ultralong.training import TrainResult, checkpoint
+from ultralong.training import TrainResult, checkpoint, sharing
 from ultralong.training.adapters.config import SETTINGS
 from ultralong.training.adapters.export import ADAPTER, export_adapter
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import export, load_model
-from ultralong.training.parallel import SPARE, Processes, connect
+from ultralong.training.parallel import SPARE, Processes, grouped, launched, on_main
 from ultralong.training.preflight import check_start
 from ultralong.training.run_folder import RunFolder, stop_recorded
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
@@ -35,12 +34,17 @@ from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_js
 from ultralong.utils.processes import stop_asked
 from ultralong.utils.progress import progress
 
-T = TypeVar("T")
 FREE_SOME = "free some space, or set `keep` lower, then run again with --resume"
 LOCK_SECONDS = 2.0  # a check of the folder holds its lock for a moment
 
 
-def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answers: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    quiet: bool = False,
+    answers: bool = False,
+    decide: sharing.Decide | None = None,
+) -> TrainResult:
     """Train as `config` says; every process of the run calls it.
 
     Args:
@@ -48,6 +52,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
         resume: Resume from the newest checkpoint in `config.out`; start from step 0 if there is none.
         quiet: No progress bar.
         answers: Refuse rows of documents, where every token is a target (SFT).
+        decide: Says how rows are shared where the config has auto; asked at the start of a run only.
 
     Returns:
         What was done. The trained model lies in `config.out/model`, trained LoRA adapters in `config.out/adapter`.
@@ -58,16 +63,17 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, answer
         FloatingPointError: The loss or the gradient became NaN or infinite; names step, rows and checkpoint.
     """
     start = time.perf_counter()
-    with connect(config) as processes:
-        folder = RunFolder(Path(config.out))
+    with launched(config) as accelerator:
+        config, decision = sharing.decided(config, accelerator, resume, decide)
+        processes, folder = grouped(config, accelerator), RunFolder(Path(config.out))
         _check_together(config, resume, answers, processes)
-        if resume and (result := _on_main(lambda: _result_of(folder, config), processes)):
+        if resume and (result := on_main(lambda: _result_of(folder, config), accelerator)):
             if processes.is_main:
                 _say_finished(folder, config)
             loss = math.nan if result["loss"] is None else result["loss"]
             return TrainResult(result["model"], result["steps"], result["tokens"], loss, time.perf_counter() - start)
         with _held(folder, processes):
-            return _train(config, folder, processes, resume, quiet, start)
+            return _train(config, folder, processes, resume, quiet, start, decision)
 
 
 def _train(
@@ -77,10 +83,13 @@ def _train(
     resume: bool,
     quiet: bool,
     start: float,
+    decision: sharing.SharingDecision | None,
 ) -> TrainResult:
     """Train in a folder that this run holds."""
     order = RowOrder.of_run(config)
-    step = _on_main(lambda: folder.open(config, resume, order.content()), processes)
+    step = on_main(lambda: folder.open(config, resume, order.content()), processes.accelerator)
+    if processes.is_main:
+        sharing.leave(folder, decision)
     if resume and step is None and processes.is_main:  # so that a slip in `out` is seen before hours have gone
         text = "holds no checkpoint to resume from: the run starts at its first step."
         print(f"note: {folder.path} {text}", file=sys.stderr)
@@ -170,29 +179,14 @@ def _say_finished(folder: RunFolder, config: TrainConfig) -> None:
 def _held(folder: RunFolder, processes: Processes) -> Iterator[None]:
     """Hold the run's folder on the main process, so that no second run trains in it; a refusal reaches all."""
     with ExitStack() as stack:
-        _on_main(lambda: stack.enter_context(locked(folder.path, wait=LOCK_SECONDS)), processes)
+        on_main(lambda: stack.enter_context(locked(folder.path, wait=LOCK_SECONDS)), processes.accelerator)
         yield
 
 
 def _check_together(config: TrainConfig, resume: bool, answers: bool, processes: Processes) -> None:
     """Check on the main process whether the run can start; a refusal reaches all."""
     world, device = processes.accelerator.num_processes, processes.accelerator.device.type
-    _on_main(lambda: check_start(config, world, resume=resume, answers=answers, device=device), processes)
-
-
-def _on_main(work: Callable[[], T], processes: Processes) -> T:
-    """What the main process finds, on all processes; its ValueError too, so that none waits for the others for ever."""
-    told: list[Any] = ["", None]
-    if processes.is_main:
-        try:
-            told[1] = work()
-        except ValueError as refused:
-            told[0] = str(refused)
-    if processes.accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(told)
-    if told[0]:
-        raise ValueError(told[0])
-    return told[1]
+    on_main(lambda: check_start(config, world, resume=resume, answers=answers, device=device), processes.accelerator)
 
 
 def _steps(run: Run, first: int, quiet: bool, came: list[int], background: BackgroundSaver | None) -> None:

@@ -73,8 +73,8 @@ def check_class(place: Path, folders: Sequence[PackedRows], config: TrainConfig)
     model = class_model(place, _attention(config))
     check_head(model)
     decoder_layers(model)
-    ranks = config.parallel.context_parallel_size
-    apart = config.parallel.dynamic_context_parallel or any(rows.mask_documents for rows in folders)
+    ranks = config.parallel.shared_by
+    apart = config.parallel.dynamic or any(rows.mask_documents for rows in folders)
     if ranks > 1 or apart:
         check_layers(model, ranks, apart)
 

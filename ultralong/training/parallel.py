@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 from ultralong.attention.collectives import waiting
 from ultralong.training.adapters.four_bits import hold_in_four_bits, is_quantised
 from ultralong.training.config import TrainConfig
+from ultralong.training.process_checks import process_problem
 from ultralong.training.watch.trackers import make_trackers
 from ultralong.utils.local_ranks import nccl_options
 
+T = TypeVar("T")
 SPARE = timedelta(minutes=1)  # that collectives wait longer than a hang takes to be found, so that its record is whole
-SHARED_BY, SHARD = "parallel.context_parallel_size", "parallel.fsdp_shard_degree"
 
 
 @dataclass(frozen=True)
@@ -152,84 +153,6 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def process_problem(config: TrainConfig, world: int) -> str | None:
-    """Why `world` processes cannot run this config and which settings could, or None where they can.
-
-    The settings named after one --set are all that it takes.
-    """
-    if world < 1:
-        return f"A run needs 1 process or more, found {world}."
-    if (found := _misfit(config, world)) is None:
-        return _dynamic_problem(config) if config.parallel.dynamic_context_parallel else None
-    key, what, value = found
-    size, rows = config.parallel.context_parallel_size, "global_batch_size"
-    advice = f"--set {_words(_fitting(config, world, {key: value}))}"
-    larger = (
-        _fitting(config, world, {SHARED_BY: shared})
-        for shared in range(size + 1, world + 1)
-        if key != SHARD and world % shared == 0
-    )
-    if (other := next((changes for changes in larger if rows not in changes), None)) is not None:
-        advice += f", or --set {_words(other)}: more GPUs share a row"
-    return f"{what}{advice}."
-
-
-def _misfit(config: TrainConfig, world: int) -> tuple[str, str, int] | None:
-    """The first setting that does not fit so many processes: its key, what is wrong, a value that fits."""
-    size, degree = config.parallel.context_parallel_size, config.parallel.fsdp_shard_degree
-    rows, micro = config.global_batch_size, config.micro_batch_size
-    have = f"this run has {world} process{'es' * (world > 1)}"
-    if world % size:
-        what = (
-            f"{SHARED_BY} is {size}, but {have}. Start a multiple of {size} (on this machine: ultralong train ... "
-            f"--processes {size}), or "
-        )
-        return SHARED_BY, what, max(d for d in range(1, min(size, world) + 1) if world % d == 0)
-    if degree is not None and world % degree:
-        what = f"{SHARD} is {degree}, but {have}. Start a multiple of {degree}, or "
-        return SHARD, what, max(d for d in range(1, min(degree, world) + 1) if world % d == 0)
-    if config.lora.base == "nf4" and degree is not None and world != degree:
-        what = f"lora.base is nf4, whose codes are sharded over all processes; {SHARD} is {degree}, but {have}. "
-        return SHARD, what, world
-    each = world // size * micro
-    if rows % each and not config.parallel.dynamic_context_parallel:
-        what = (
-            f"global_batch_size ({rows}) is not a multiple of {world // size} groups of processes x micro_batch_size "
-            f"({micro}). "
-        )
-        return "global_batch_size", what, -(-rows // each) * each
-    return None
-
-
-def _fitting(config: TrainConfig, world: int, changes: dict[str, int]) -> dict[str, int]:
-    """Changes of settings, with those that they need beside them."""
-    parallel: dict[str, Any] = {}
-    own: dict[str, Any] = {}
-    for key, value in changes.items():
-        (parallel if key.startswith("parallel.") else own)[key.removeprefix("parallel.")] = value
-    changed = replace(config, parallel=replace(config.parallel, **parallel), **own)
-    found = _misfit(changed, world)
-    return changes if found is None else _fitting(config, world, {**changes, found[0]: found[2]})
-
-
-def _words(changes: dict[str, int]) -> str:
-    return " ".join(f"{key}={value}" for key, value in changes.items())
-
-
-def _dynamic_problem(config: TrainConfig) -> str | None:
-    """Why rows can't be shared by as many processes as each needs, or None where they can."""
-    key = "parallel.dynamic_context_parallel"
-    if config.micro_batch_size > 1:
-        return (
-            f"{key} packs as many rows into a pass as parallel.max_tokens_per_rank allows, found micro_batch_size "
-            f"{config.micro_batch_size}: set it to 1."
-        )
-    if config.compile or config.skip_positions_to is not None:
-        other = "compile" if config.compile else "skip_positions_to"
-        return f"{key} lays rows end to end, which {other} is not for: switch one of them off."
-    return None
-
-
 def sequence_groups(world: int, size: int) -> list[list[int]]:
     """Ranks that share a row, group by group: neighbours, so that a row of one host's GPUs stays inside that host."""
     return [list(range(first, first + size)) for first in range(0, world, size)]
@@ -244,6 +167,13 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
     Raises:
         ValueError: The number of processes does not fit `parallel.context_parallel_size` or `global_batch_size`.
     """
+    with launched(config) as accelerator:
+        yield grouped(config, accelerator)
+
+
+@contextmanager
+def launched(config: TrainConfig) -> Iterator[Accelerator]:
+    """As `connect`, before it is known how the processes share rows."""
     mine = not dist.is_initialized()
     timeout = timedelta(minutes=config.parallel.timeout_minutes) + SPARE
     accelerator = Accelerator(
@@ -257,22 +187,7 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
         ],
     )
     try:
-        world, sequence = accelerator.num_processes, config.parallel.context_parallel_size
-        if problem := process_problem(config, world):
-            raise ValueError(problem)
-        mesh, shard = None, config.parallel.fsdp_shard_degree
-        if shard is not None:
-            if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 needs a group
-                backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            shape, names = (world // shard, shard), ("replicate", "shard")
-            mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
-        group = None
-        for ranks in sequence_groups(world, sequence) if sequence > 1 else ():
-            options = nccl_options() if accelerator.device.type == "cuda" else None
-            made = dist.new_group(ranks, timeout=timeout, pg_options=options)
-            group = made if accelerator.process_index in ranks else group
-        yield Processes(accelerator, sequence, group, mesh)
+        yield accelerator
     except Exception as error:
         if accelerator.num_processes > 1:
             rank, size = accelerator.process_index, accelerator.num_processes
@@ -284,3 +199,42 @@ def connect(config: TrainConfig) -> Iterator[Processes]:
         AcceleratorState._reset_state(reset_partial_state=True)
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def grouped(config: TrainConfig, accelerator: Accelerator) -> Processes:
+    """This process's place in the groups that the config asks for; all processes call it.
+
+    Raises:
+        ValueError: See `connect`.
+    """
+    world, sequence = accelerator.num_processes, config.parallel.shared_by
+    if problem := process_problem(config, world):
+        raise ValueError(problem)
+    mesh, shard = None, config.parallel.fsdp_shard_degree
+    if shard is not None:
+        if not dist.is_initialized():  # one process alone: nothing is shared, but FSDP2 needs a group
+            backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        shape, names = (world // shard, shard), ("replicate", "shard")
+        mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
+    group, timeout = None, timedelta(minutes=config.parallel.timeout_minutes) + SPARE
+    for ranks in sequence_groups(world, sequence) if sequence > 1 else ():
+        options = nccl_options() if accelerator.device.type == "cuda" else None
+        made = dist.new_group(ranks, timeout=timeout, pg_options=options)
+        group = made if accelerator.process_index in ranks else group
+    return Processes(accelerator, sequence, group, mesh)
+
+
+def on_main(work: Callable[[], T], accelerator: Accelerator) -> T:
+    """What the main process finds, on all processes; its ValueError too, so that none waits for the others for ever."""
+    told: list[Any] = ["", None]
+    if accelerator.is_main_process:
+        try:
+            told[1] = work()
+        except ValueError as refused:
+            told[0] = str(refused)
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(told)
+    if told[0]:
+        raise ValueError(told[0])
+    return told[1]

@@ -24,7 +24,7 @@ from ultralong.training.adapters.lora import check_lora
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory.activation_memory import check_tiled_layers
 from ultralong.training.model import adamw_8bit, check_anchor, check_class, check_window, head_counts
-from ultralong.training.parallel import process_problem
+from ultralong.training.process_checks import process_problem
 from ultralong.training.run_folder import RunFolder
 from ultralong.training.watch.trackers import check_trackers
 from ultralong.utils.files import is_locked
@@ -112,10 +112,10 @@ class Preflight:
     def _processes(self) -> tuple[str, None]:
         if problem := process_problem(self.config, self.world):
             raise ValueError(problem)
-        size = self.config.parallel.context_parallel_size
+        size = self.config.parallel.shared_by
         groups = self.world // size
         rows = self.config.global_batch_size // groups
-        if self.config.parallel.dynamic_context_parallel:
+        if self.config.parallel.dynamic:
             return (
                 f"{self.world} processes: {groups} group{'s' * (groups > 1)} of {size}, of which each row is shared by "
                 f"as many as it needs; {self.config.global_batch_size} rows a step in packs of equal work"
@@ -159,9 +159,9 @@ class Preflight:
         folders = [PackedRows(rows) for rows in there]
         for rows in folders:
             rows.check_files()
-        check_rows(folders, config.length, config.parallel.dynamic_context_parallel)
-        if config.parallel.dynamic_context_parallel:
-            check_room(folders, config.parallel.max_tokens_per_rank, config.parallel.context_parallel_size)
+        check_rows(folders, config.length, config.parallel.dynamic)
+        if config.parallel.dynamic:
+            check_room(folders, config.parallel.max_tokens_per_rank, config.parallel.shared_by)
         if len(folders) < len(config.data):
             return f"{len(config.data) - len(folders)} of {len(config.data)} folders are not packed yet", folders
         lengths = sorted({rows.length for rows in folders})
@@ -212,7 +212,7 @@ class Preflight:
             )
         if config.memory.layer_tile and model is not None:
             check_tiled_layers(model)
-        ranks = parallel.context_parallel_size
+        ranks = parallel.shared_by
         heads, kv_heads = head_counts(model) if model is not None else (1, 1)
         row = RowSpec(config.length or 1, None, heads, kv_heads, parallel.head_chunks)
         scheme, reason = choose_scheme(parallel.scheme, ranks, 1, row)

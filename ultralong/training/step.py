@@ -59,7 +59,7 @@ class Run:
     @property
     def dynamic(self) -> bool:
         """Whether each row is shared by as many processes as its work asks for."""
-        return self.config.parallel.dynamic_context_parallel
+        return self.config.parallel.dynamic
 
 
 def build_run(

@@ -29,7 +29,8 @@ from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
 from ultralong.bench.training.work import WARM, cut_short, prepare_training
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
-from ultralong.planner.shapes import Shape, check_countable, model_config, shape_of
+from ultralong.planner.shapes import Shape, check_countable, model_config, planned_model, shape_of
+from ultralong.planner.sharing.priced import Asked, one_row_passes
 from ultralong.planner.trained import planned_parameters
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.throughput import DATASHEET
@@ -101,8 +102,7 @@ def measure_training(case: TrainingCase, machine: str, folder: Path | None = Non
             }
             with ThreadPoolExecutor(1) as beside:
                 running = beside.submit(_run, case, Path(run), made, shape)
-                if case.sharing == "dynamic":  # a plan is of a run, and no run takes mixed rows one by one
-                    row |= _planned(config, case, machine)
+                row |= _planned(config, case, machine, shape)
                 row |= running.result()
                 if case.mix and "note" not in row:
                     least = kernel_seconds(shape, load_machine(machine), case.kernel, mix, case.gpus)
@@ -161,12 +161,22 @@ def _fitted(config: TrainConfig, case: TrainingCase, machine: str) -> MemoryConf
     return settings.from_mapping(MemoryConfig, said.memory)
 
 
-def _planned(config: TrainConfig, case: TrainingCase, machine: str) -> dict[str, Any]:
+def _planned(config: TrainConfig, case: TrainingCase, machine: str, shape: Shape) -> dict[str, Any]:
     """What the plan says of the run, under the names of what is measured; why it says nothing, of other layers."""
     try:
         check_countable(case_config(case))
     except ValueError as error:
         return {"not_planned": str(error)}
+    if case.sharing == "fixed":  # a plan is of a run, and no run takes mixed rows one by one
+        rates, (model, _) = load_machine(machine), planned_model(config.model, config.base_model)
+        price = one_row_passes(Asked(config, case.gpus, model, shape_of(model), rates, rates.memory))
+        flops = useful_flops(shape, price.step_tokens, price.step_pairs)
+        return {
+            "planned_seconds_per_step": round(price.seconds, 4),
+            "planned_mfu_causal": round(flops / price.seconds / case.gpus / rates.peak, 4),
+            "planned_peak_gpu_gib": round(price.tensor_bytes / GIB, 3),
+            "planned_total_gpu_gib": round(price.gpu_bytes / GIB, 3),
+        }
     said = plan(config, case.gpus, machine=machine).to_dict()
     # Nothing is saved here, which is what would take the rest of the host's memory.
     saving = sum(line["value"] for line in said["lines"] if line["name"].startswith("copies of model and states"))

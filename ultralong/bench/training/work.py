@@ -146,7 +146,7 @@ def warmed_up(
 ) -> Run:
     """A run of random weights that has trained on a short row twice, then on its own rows; all processes call it."""
     set_seed(config.seed)
-    mixed = config.parallel.dynamic_context_parallel
+    mixed = config.parallel.dynamic
     order = (OneRowPasses if one_row_passes else RowOrder).of_run(config)
     warm_data = (replace(config.data[0], rows=short),)
     warm = RowOrder(warm_data, config.seed, config.global_batch_size, mixed=mixed)

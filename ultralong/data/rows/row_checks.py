@@ -30,7 +30,8 @@ def check_rows(folders: Sequence[PackedRows], length: int | None, mixed: bool) -
         listed = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
         raise ValueError(
             f"All sources of a run must share row length and document mask, found {listed}. Or let each row be shared "
-            "by as many processes as it needs: --set parallel.dynamic_context_parallel=true."
+            "by as many processes as it needs: --set parallel.dynamic_context_parallel=auto "
+            "parallel.context_parallel_size=auto."
         )
     longest = max(folders, key=lambda rows: rows.length, default=None)
     if longest is not None and length not in (None, found := longest.length):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ultralong.course.exercise import Exercise, Mistake
 from ultralong.training.config import DataSource, ParallelConfig, TrainConfig
-from ultralong.training.parallel import process_problem
+from ultralong.training.process_checks import process_problem
 
 
 def _run(context_parallel_size: int, global_batch_size: int, shard: int | None = None) -> TrainConfig:

@@ -1,0 +1,206 @@
+"""Which way of sharing rows a run takes where its config says auto, and why, in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ultralong.planner.machine import Machine, load_machine
+from ultralong.planner.shapes import check_countable, planned_model, shape_of
+from ultralong.planner.sharing.priced import Asked, Price, one_row_passes, priced
+from ultralong.training.config import TrainConfig
+from ultralong.training.parallel_config import AUTO, ParallelConfig
+from ultralong.training.preflight import preflight
+from ultralong.training.sharing import SharingDecision
+from ultralong.utils.units import GIB
+
+MARGIN = 0.03  # of a step's seconds that dynamic sharing has to win: about what plans are wrong by
+MIXED = "rows differ in length or document mask, which dynamic sharing alone takes"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way of sharing rows.
+
+    Attributes:
+        parallel: Its settings.
+        refused: Why no run takes it; empty for one that can be taken.
+        price: What it takes; None where that can't be counted.
+    """
+
+    parallel: ParallelConfig
+    refused: str
+    price: Price | None
+
+    def __str__(self) -> str:
+        """As a sentence names it."""
+        size = self.parallel.shared_by
+        if not self.parallel.dynamic:
+            return f"a fixed degree of {size}"
+        return f"dynamic sharing by up to {size}" if size > 1 else "dynamic packs of rows on one GPU each"
+
+    def fits(self, budget: float) -> bool:
+        """Whether it fits in so many bytes of a GPU, as far as that can be counted."""
+        return self.price is None or self.price.gpu_bytes <= budget
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for a file."""
+        numbers: dict[str, object] = {}
+        if self.price is not None:
+            numbers = {"seconds": round(self.price.seconds, 6), "gpu_gib": round(self.price.gpu_bytes / GIB, 3)}
+        return {
+            "dynamic_context_parallel": self.parallel.dynamic,
+            "context_parallel_size": self.parallel.shared_by,
+            **numbers,
+            **({"refused": self.refused} if self.refused else {}),
+        }
+
+
+def decide_sharing(
+    config: TrainConfig,
+    gpus: int,
+    *,
+    machine: Machine | str = "h200",
+    tokens: int | None = None,
+    gpu_memory: float | None = None,
+    host_memory: float | None = None,
+    fit: bool = False,
+    resume: bool = True,
+    answers: bool = False,
+    planned: bool = False,
+) -> SharingDecision:
+    """Decide how the rows of a run are shared, from its rows, its GPUs and the planner's count.
+
+    Dynamic sharing is taken where the trainer takes it for this config, it fits, and it is planned to be faster than
+    the fastest fixed degree that fits by more than 3%; or where every fixed degree is refused, as for rows of several
+    lengths. Of several degrees the one with the shortest step is taken.
+
+    Args:
+        config: The run, with auto in one setting or both.
+        gpus: Its processes.
+        machine: The GPU, by name or with rates of its own.
+        tokens: Tokens of a row, where others are planned than those that are packed.
+        gpu_memory: GiB of one GPU; by default the machine's.
+        host_memory: GiB of host memory for one process; used with `fit` only.
+        fit: Give each way the memory plan under which it is fastest.
+        resume: Whether a run in the folder may be resumed.
+        answers: Rows have to be of conversations (SFT).
+        planned: Model and rows need not be there yet.
+
+    Returns:
+        The decision. It takes some seconds for each way, and no GPU.
+
+    Raises:
+        ValueError: Every way is refused; says why.
+    """
+    machine = load_machine(machine) if isinstance(machine, str) else machine
+    model, _ = planned_model(config.model, config.base_model)
+    told = list[tuple[ParallelConfig, list[str]]]()
+    for parallel in config.parallel.choices(gpus):
+        run = replace(config, parallel=parallel)
+        found = preflight(run, gpus, resume=resume, answers=answers, planned=planned, shape=model)
+        told.append((parallel, [finding.text for finding in found if not finding.good]))
+    if all(wrong for _, wrong in told):
+        raise ValueError(_none_left(told))
+    budget = machine.memory if gpu_memory is None else gpu_memory * GIB
+    host = None if host_memory is None else host_memory * GIB
+    try:
+        check_countable(model)
+        asked, uncounted = Asked(config, gpus, model, shape_of(model), machine, budget, host, tokens, fit), ""
+    except ValueError as error:
+        asked, uncounted = None, str(error)
+    packed = all((Path(source.rows) / "manifest.json").is_file() for source in config.data)
+    ways = [each for each in told if packed or not each[0].dynamic or config.parallel.dynamic_context_parallel != AUTO]
+    choices = [_choice(asked, config, parallel, " Also: ".join(wrong)) for parallel, wrong in ways]
+    taken = _taken(choices, budget)
+    longest = max((each.price.tokens for each in choices if each.price is not None), default=0)
+    where = f"; longest row {longest:,} on {gpus} GPU{'s' * (gpus > 1)}" if longest else ""
+    where += "" if packed else "; not all rows are packed yet, and it is decided anew once they are"
+    because = f": {uncounted.rstrip('.')}" if uncounted else _because(taken, choices, budget)
+    return SharingDecision(
+        taken.parallel.shared_by,
+        taken.parallel.dynamic,
+        gpus,
+        machine.name,
+        f"{taken}{because}{where}.",
+        tuple(each.to_dict() for each in choices),
+    )
+
+
+def _none_left(told: list[tuple[ParallelConfig, list[str]]]) -> str:
+    """Why every way is refused: what is wrong with all of them; else of each kind the one with the least wrong."""
+    if everywhere := [text for text in told[0][1] if all(text in wrong for _, wrong in told)]:
+        return " Also: ".join(everywhere)
+    said = []
+    for dynamic in (False, True):
+        if kind := [(way, wrong) for way, wrong in told if way.dynamic == dynamic]:
+            way, wrong = min(kind, key=lambda each: len(each[1]))
+            said.append(f"{Choice(way, '', None)}: {' Also: '.join(wrong)}")
+    return f"Rows can't be shared in any way. As {' As '.join(said)}"
+
+
+def _choice(asked: Asked | None, config: TrainConfig, parallel: ParallelConfig, refused: str) -> Choice:
+    """A way with its price; of a refused one only that of mixed rows at a fixed degree, to compare with."""
+    if asked is None:
+        return Choice(parallel, refused, None)
+    asked = replace(asked, config=replace(config, parallel=parallel))
+    try:
+        if not refused:
+            return Choice(parallel, "", priced(asked))
+        mixed = not parallel.dynamic and "must share row length and document mask" in refused
+        return Choice(parallel, MIXED if mixed else refused, one_row_passes(asked) if mixed else None)
+    except ValueError as error:  # a scheme that is not for so many GPUs, say
+        return Choice(parallel, refused or str(error), None)
+
+
+def _taken(choices: list[Choice], budget: float) -> Choice:
+    """The fastest that fits and is not refused; the least in memory where none fits, all GPUs where none is counted."""
+    open_ways = [each for each in choices if not each.refused]
+    counted = [each for each in open_ways if each.price is not None]
+    if not counted:
+        first = [each for each in open_ways if not each.parallel.dynamic] or open_ways
+        return max(first, key=lambda each: each.parallel.shared_by)
+    fitting = [each for each in counted if each.fits(budget)]
+    if not fitting:
+        return min(counted, key=lambda each: each.price.gpu_bytes if each.price else 0.0)
+    fixed, dynamic = (
+        min((each for each in fitting if each.parallel.dynamic == way), key=_seconds, default=None)
+        for way in (False, True)
+    )
+    if fixed is None or dynamic is None:
+        found = fixed or dynamic
+        assert found is not None
+        return found
+    return dynamic if _seconds(dynamic) < (1 - MARGIN) * _seconds(fixed) else fixed
+
+
+def _seconds(choice: Choice) -> float:
+    return choice.price.seconds if choice.price is not None else float("inf")
+
+
+def _because(taken: Choice, choices: list[Choice], budget: float) -> str:
+    """The rest of the sentence: seconds planned, those of the best other way, what was refused or does not fit."""
+    others = [each for each in choices if each is not taken and each.price is not None and each.fits(budget)]
+    others = [each for each in others if each.parallel.dynamic != taken.parallel.dynamic] or others
+    said = [f": step {_seconds(taken):.3g} s planned"]
+    if others:
+        best = min(others, key=_seconds)
+        said[0] += f" against {_seconds(best):.3g} s {'of' if best.parallel.dynamic else 'at'} {best}"
+        if best.refused:
+            said.append(best.refused)
+        elif best.parallel.dynamic and _seconds(best) < _seconds(taken):
+            said.append(f"it has to win {MARGIN:.0%}")
+    if not taken.fits(budget) and taken.price is not None:
+        said.append(f"none fits in {budget / GIB:.1f} GiB, and this needs the least, {taken.price.gpu_bytes / GIB:.1f}")
+    faster = [
+        each for each in choices if not each.refused and not each.fits(budget) and _seconds(each) < _seconds(taken)
+    ]
+    for each in sorted(faster, key=_seconds)[:1]:
+        if taken.fits(budget) and each.price is not None:
+            needed = f"{each.price.gpu_bytes / GIB:.1f} GiB of {budget / GIB:.1f}"
+            said.append(f"{each} would take {_seconds(each):.3g} s and needs {needed}")
+    other_way = [each for each in choices if each.parallel.dynamic != taken.parallel.dynamic]
+    if other_way and all(each.refused for each in other_way) and not any(each.price for each in other_way):
+        kind = "a fixed degree" if taken.parallel.dynamic else "dynamic sharing"
+        said.append(f"{kind} is refused: {other_way[0].refused.rstrip('.')}")
+    return "; ".join(said)
