@@ -8,6 +8,7 @@ from tiny_run import make_run
 
 from ultralong.bench.compare import case_name
 from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
+from ultralong.bench.training.measure import _planned
 from ultralong.bench.training.mix import (
     CONVERSATIONS,
     OneRowPasses,
@@ -15,8 +16,10 @@ from ultralong.bench.training.mix import (
     kernel_seconds,
     seed_of,
 )
+from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
 from ultralong.planner.shapes import model_config, shape_of
+from ultralong.planner.sharing.priced import Asked, one_row_passes
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, ParallelConfig
 
@@ -73,6 +76,22 @@ def test_kernels_alone_take_what_their_rates_say():
     long = 16 * 2048 * 131072**2 / 2 * (4 / forward + 10 / backward)
     products = 6 * shape.multiplied * (131072 + 5 * 8192) / machine.matmul_rate(2048)
     assert long + products < one < 1.01 * (long + products), "conversations are a hundredth and less"
+
+
+def test_both_ways_of_a_mix_are_planned(tmp_path, monkeypatch, make_tiny_model, tiny_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    model = make_tiny_model()
+    run = make_run(tmp_path, model, tiny_tokenizer, parallel=ParallelConfig(2, True), global_batch_size=6)
+    shape, found = shape_of(model.config), {}
+    for sharing in ("dynamic", "fixed"):
+        case = TrainingCase(model="model", gpus=2, mix=("64:6",), sharing=sharing)
+        found[sharing] = _planned(run, case, "h200", shape)
+    seconds = {sharing: said["planned_seconds_per_step"] for sharing, said in found.items()}
+    machine = load_machine("h200")
+    asked = Asked(run, 2, model.config, shape, machine, machine.memory)
+    assert seconds["fixed"] == pytest.approx(one_row_passes(asked).seconds, abs=1e-4)
+    assert seconds["dynamic"] == pytest.approx(plan(run, 2).seconds_per_step, abs=1e-4)
+    assert found["fixed"].keys() <= found["dynamic"].keys()
 
 
 def test_rows_of_a_mix_are_cases_of_their_own():

@@ -13,6 +13,7 @@ import pytest
 from forked import train_over
 from transformers import AutoConfig
 
+from ultralong import cli
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import pack
@@ -182,6 +183,23 @@ def test_a_degree_that_the_scheme_is_not_for_is_left_out(folder, tmp_path):
     assert found.context_parallel_size < 8
 
 
+def test_a_row_is_shared_inside_a_host_where_that_fits(folder, tmp_path):
+    run = run_of(folder, tmp_path / "run", {"long": 1}, parallel=ParallelConfig(context_parallel_size="auto"))
+    near = decide_sharing(run, 4, host_gpus=2).choices
+    assert [each["context_parallel_size"] for each in near] == [1, 2]
+    all_of_them = decide_sharing(run, 4, host_gpus=2, gpu_memory=0.001).choices
+    assert [each["context_parallel_size"] for each in all_of_them] == [1, 2, 4]
+    given = replace(run, parallel=ParallelConfig(4, dynamic_context_parallel="auto"))
+    assert decide_sharing(given, 4, host_gpus=2).context_parallel_size == 4
+
+
+def test_what_the_planner_can_not_count_keeps_a_fixed_degree_and_says_so(folder, tmp_path):
+    run = run_of(folder, tmp_path / "run", {"long": 1}, parallel=replace(AUTO, kernel="flash3"))
+    found = decide_sharing(run, 2)
+    assert (found.context_parallel_size, found.dynamic_context_parallel) == (2, False)
+    assert "as what it takes can't be counted: No rates of the attention kernel 'flash3'" in found.reason
+
+
 def test_where_every_way_is_refused_it_says_why(folder, tmp_path):
     run = run_of(folder, tmp_path / "run", MIX, micro_batch_size=2)
     with pytest.raises(
@@ -191,16 +209,24 @@ def test_where_every_way_is_refused_it_says_why(folder, tmp_path):
         decide_sharing(run, 1)
     with pytest.raises(ValueError, match="set it to 1"):
         plan(run, 1)
+    with pytest.raises(ValueError, match=r"^No model could be loaded from 'no-model'[^A]*$"):  # what all ways lack
+        decide_sharing(replace(run, model="no-model", micro_batch_size=1), 1)
     assert not all(finding.good for finding in check(run, 1, 1))
 
 
-def test_a_dry_run_and_a_plan_without_rows_say_what_will_be_decided(folder, tmp_path):
+def test_plans_dry_runs_and_launches_say_what_will_be_decided(folder, tmp_path, capsys):
     run = run_of(folder, tmp_path / "run", MIX)
     said = next(finding for finding in check(run, 1, 2) if finding.name == "sharing")
     assert said.good
     assert said.text == decide_sharing(run, 2).reason
     unpacked = plan(replace(run, data=(DataSource("not-there"),), length=128), 2)
     assert "not all rows are packed yet, and it is decided anew once they are" in unpacked.sharing
+    settings.save(run, tmp_path / "run.yaml")
+    words = ["--nodes", "1", "--gpus-per-node", "2", "--out", str(tmp_path / "scripts")]
+    cli.main(["launch", str(tmp_path / "run.yaml"), *words])
+    shown = capsys.readouterr().out
+    assert f"How rows are shared is decided when the run starts (auto); by what is here, {said.text}" in shown
+    assert settings.load(TrainConfig, tmp_path / "scripts" / "config.yaml").parallel == AUTO
 
 
 def curve(config, key):

@@ -271,11 +271,14 @@ def _train(config: TrainConfig, command: str, resume: bool, processes: int | Non
 
 def _decide(config: TrainConfig, processes: int, resume: bool, answers: bool) -> SharingDecision:
     """How the rows of a run that starts here are shared, by the planner; on the run's main process."""
+    import os
+
     from ultralong.planner import decide_sharing
     from ultralong.planner.machine import machine_here
     from ultralong.planner.traces import child
 
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun's
     try:
-        return decide_sharing(config, processes, machine=machine_here(), resume=resume, answers=answers)
+        return decide_sharing(config, processes, machine=machine_here(), host_gpus=here, resume=resume, answers=answers)
     finally:
         child.stop()  # its memory is the run's from here on

@@ -41,14 +41,15 @@ def plan(work: partial[Plan], *, json: Json = None) -> None:
         sys.exit(1)
 
 
-def _tell_sharing(config: TrainConfig, gpus: int) -> None:
+def _tell_sharing(config: TrainConfig, nodes: int, gpus_per_node: int) -> None:
     """Say how rows will be shared, where the config leaves that to the run's start."""
     if not config.parallel.undecided:
         return
     from ultralong.planner import decide_sharing
 
     try:
-        said = f"by what is here, {decide_sharing(config, gpus, planned=True).reason}"
+        found = decide_sharing(config, nodes * gpus_per_node, host_gpus=gpus_per_node, planned=True)
+        said = f"by what is here, {found.reason}"
     except ValueError as error:
         said = f"what is here does not say: {error}"
     print(f"How rows are shared is decided when the run starts (auto); {said}")
@@ -86,7 +87,7 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     if not load_config(asked["config"], asked["changes"]).save_every:
         every = load_config(out / "config.yaml").save_every
         print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
-    _tell_sharing(load_config(out / "config.yaml"), asked["nodes"] * asked["gpus_per_node"])
+    _tell_sharing(load_config(out / "config.yaml"), asked["nodes"], asked["gpus_per_node"])
     wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."
     if scheduler in HOW:
         print(f"{wrote} Next: build the image (the head of {out / 'Containerfile'} says how). Then, in {out}:")

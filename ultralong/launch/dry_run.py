@@ -37,7 +37,7 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
     Returns:
         One finding a check, in the order in which a run would meet them.
     """
-    config, found = _shared(config, nodes * gpus_per_node)
+    config, found = _shared(config, nodes * gpus_per_node, gpus_per_node)
     found += preflight(config, nodes * gpus_per_node, resume=True)
     own: list[tuple[str, Callable[[], str]]] = [
         ("weights", lambda: _weights(config)),
@@ -54,7 +54,7 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
     return found
 
 
-def _shared(config: TrainConfig, processes: int) -> tuple[TrainConfig, list[Finding]]:
+def _shared(config: TrainConfig, processes: int, host_gpus: int) -> tuple[TrainConfig, list[Finding]]:
     """The config with how rows are shared decided, where that is auto, and what was decided.
 
     Where every way is refused the first one's findings, which follow, say what is wrong.
@@ -68,7 +68,7 @@ def _shared(config: TrainConfig, processes: int) -> tuple[TrainConfig, list[Find
         else:
             from ultralong.planner import decide_sharing  # takes seconds to load, which other configs need not wait for
 
-            decision = decide_sharing(config, processes)
+            decision = decide_sharing(config, processes, host_gpus=host_gpus)
     except ValueError as error:
         first = replace(config, parallel=config.parallel.choices(processes)[0])
         return first, [Finding("sharing", False, " ".join(str(error).split()))]

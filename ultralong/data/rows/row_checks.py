@@ -10,6 +10,8 @@ import numpy as np
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.short_contexts import LongCEConfig
 
+TOGETHER = "All sources of a run must share row length and document mask"
+
 
 def check_rows(folders: Sequence[PackedRows], length: int | None, mixed: bool) -> None:
     """Refuse folders of rows that one run can't read together.
@@ -29,7 +31,7 @@ def check_rows(folders: Sequence[PackedRows], length: int | None, mixed: bool) -
     if len(kinds) > 1 and not mixed:
         listed = "; ".join(f"{folder}: length {n}, document mask {mask}" for (n, mask), folder in kinds.items())
         raise ValueError(
-            f"All sources of a run must share row length and document mask, found {listed}. Or let each row be shared "
+            f"{TOGETHER}, found {listed}. Or let each row be shared "
             "by as many processes as it needs: --set parallel.dynamic_context_parallel=auto "
             "parallel.context_parallel_size=auto."
         )

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ultralong.data.rows.row_checks import TOGETHER
 from ultralong.planner.machine import Machine, load_machine
 from ultralong.planner.shapes import check_countable, planned_model, shape_of
 from ultralong.planner.sharing.priced import Asked, Price, one_row_passes, priced
 from ultralong.training.config import TrainConfig
-from ultralong.training.parallel_config import AUTO, ParallelConfig
+from ultralong.training.parallel_config import ParallelConfig
 from ultralong.training.preflight import preflight
 from ultralong.training.sharing import SharingDecision
 from ultralong.utils.units import GIB
 
 MARGIN = 0.03  # of a step's seconds that dynamic sharing has to win: about what plans are wrong by
+HOST_GPUS = 8  # of a host, where it is not said
 MIXED = "rows differ in length or document mask, which dynamic sharing alone takes"
 
 
@@ -25,12 +27,14 @@ class Choice:
     Attributes:
         parallel: Its settings.
         refused: Why no run takes it; empty for one that can be taken.
-        price: What it takes; None where that can't be counted.
+        price: What it takes; None where that isn't known.
+        uncounted: Why the planner can't count what it takes, where that is so.
     """
 
     parallel: ParallelConfig
     refused: str
     price: Price | None
+    uncounted: str = ""
 
     def __str__(self) -> str:
         """As a sentence names it."""
@@ -52,7 +56,7 @@ class Choice:
             "dynamic_context_parallel": self.parallel.dynamic,
             "context_parallel_size": self.parallel.shared_by,
             **numbers,
-            **({"refused": self.refused} if self.refused else {}),
+            **{name: text for name in ("refused", "uncounted") if (text := getattr(self, name))},
         }
 
 
@@ -61,6 +65,7 @@ def decide_sharing(
     gpus: int,
     *,
     machine: Machine | str = "h200",
+    host_gpus: int = HOST_GPUS,
     tokens: int | None = None,
     gpu_memory: float | None = None,
     host_memory: float | None = None,
@@ -73,12 +78,14 @@ def decide_sharing(
 
     Dynamic sharing is taken where the trainer takes it for this config, it fits, and it is planned to be faster than
     the fastest fixed degree that fits by more than 3%; or where every fixed degree is refused, as for rows of several
-    lengths. Of several degrees the one with the shortest step is taken.
+    lengths. Of several degrees the one with the shortest step is taken, inside a host if one fits there: the plan's
+    exchange is that of GPUs of one host.
 
     Args:
         config: The run, with auto in one setting or both.
         gpus: Its processes.
         machine: The GPU, by name or with rates of its own.
+        host_gpus: GPUs of a host.
         tokens: Tokens of a row, where others are planned than those that are packed.
         gpu_memory: GiB of one GPU; by default the machine's.
         host_memory: GiB of host memory for one process; used with `fit` only.
@@ -94,37 +101,53 @@ def decide_sharing(
         ValueError: Every way is refused; says why.
     """
     machine = load_machine(machine) if isinstance(machine, str) else machine
-    model, _ = planned_model(config.model, config.base_model)
+    shape = planned_model(config.model, config.base_model)[0] if planned else None
     told = list[tuple[ParallelConfig, list[str]]]()
     for parallel in config.parallel.choices(gpus):
         run = replace(config, parallel=parallel)
-        found = preflight(run, gpus, resume=resume, answers=answers, planned=planned, shape=model)
+        found = preflight(run, gpus, resume=resume, answers=answers, planned=planned, shape=shape)
         told.append((parallel, [finding.text for finding in found if not finding.good]))
     if all(wrong for _, wrong in told):
         raise ValueError(_none_left(told))
     budget = machine.memory if gpu_memory is None else gpu_memory * GIB
     host = None if host_memory is None else host_memory * GIB
-    try:
-        check_countable(model)
-        asked, uncounted = Asked(config, gpus, model, shape_of(model), machine, budget, host, tokens, fit), ""
-    except ValueError as error:
-        asked, uncounted = None, str(error)
+    asked = _asked(config, gpus, machine, budget, host, tokens, fit)
     packed = all((Path(source.rows) / "manifest.json").is_file() for source in config.data)
-    ways = [each for each in told if packed or not each[0].dynamic or config.parallel.dynamic_context_parallel != AUTO]
-    choices = [_choice(asked, config, parallel, " Also: ".join(wrong)) for parallel, wrong in ways]
+    weighed = packed or not any(not wrong and not way.dynamic for way, wrong in told)
+    ways = [(way, " Also: ".join(wrong)) for way, wrong in told if weighed or not way.dynamic]
+    choices = [_choice(asked, config, *way) for way in ways if way[0].shared_by <= host_gpus]
+    if not any(not each.refused and each.fits(budget) for each in choices):
+        choices += [_choice(asked, config, *way) for way in ways if way[0].shared_by > host_gpus]
     taken = _taken(choices, budget)
     longest = max((each.price.tokens for each in choices if each.price is not None), default=0)
     where = f"; longest row {longest:,} on {gpus} GPU{'s' * (gpus > 1)}" if longest else ""
     where += "" if packed else "; not all rows are packed yet, and it is decided anew once they are"
-    because = f": {uncounted.rstrip('.')}" if uncounted else _because(taken, choices, budget)
     return SharingDecision(
         taken.parallel.shared_by,
         taken.parallel.dynamic,
         gpus,
         machine.name,
-        f"{taken}{because}{where}.",
+        f"{taken}{_because(taken, choices, budget)}{where}.",
         tuple(each.to_dict() for each in choices),
     )
+
+
+def _asked(
+    config: TrainConfig,
+    gpus: int,
+    machine: Machine,
+    budget: float,
+    host: float | None,
+    tokens: int | None,
+    fit: bool,
+) -> Asked | str:
+    """What is priced; why the planner can't count the model, where that is so."""
+    model, _ = planned_model(config.model, config.base_model)
+    try:
+        check_countable(model)
+        return Asked(config, gpus, model, shape_of(model), machine, budget, host, tokens, fit)
+    except ValueError as error:
+        return str(error)
 
 
 def _none_left(told: list[tuple[ParallelConfig, list[str]]]) -> str:
@@ -139,18 +162,17 @@ def _none_left(told: list[tuple[ParallelConfig, list[str]]]) -> str:
     return f"Rows can't be shared in any way. As {' As '.join(said)}"
 
 
-def _choice(asked: Asked | None, config: TrainConfig, parallel: ParallelConfig, refused: str) -> Choice:
+def _choice(asked: Asked | str, config: TrainConfig, parallel: ParallelConfig, refused: str) -> Choice:
     """A way with its price; of a refused one only that of mixed rows at a fixed degree, to compare with."""
-    if asked is None:
-        return Choice(parallel, refused, None)
+    if isinstance(asked, str):
+        return Choice(parallel, refused, None, asked)
     asked = replace(asked, config=replace(config, parallel=parallel))
+    mixed = bool(refused) and not parallel.dynamic and TOGETHER in refused
     try:
-        if not refused:
-            return Choice(parallel, "", priced(asked))
-        mixed = not parallel.dynamic and "must share row length and document mask" in refused
-        return Choice(parallel, MIXED if mixed else refused, one_row_passes(asked) if mixed else None)
-    except ValueError as error:  # a scheme that is not for so many GPUs, say
-        return Choice(parallel, refused or str(error), None)
+        price = priced(asked) if not refused else one_row_passes(asked) if mixed else None
+    except ValueError as error:  # no rates of its kernel, say
+        return Choice(parallel, MIXED if mixed else refused, None, str(error))
+    return Choice(parallel, MIXED if mixed else refused, price)
 
 
 def _taken(choices: list[Choice], budget: float) -> Choice:
@@ -180,6 +202,8 @@ def _seconds(choice: Choice) -> float:
 
 def _because(taken: Choice, choices: list[Choice], budget: float) -> str:
     """The rest of the sentence: seconds planned, those of the best other way, what was refused or does not fit."""
+    if taken.price is None:
+        return f", as what it takes can't be counted: {taken.uncounted.rstrip('.')}"
     others = [each for each in choices if each is not taken and each.price is not None and each.fits(budget)]
     others = [each for each in others if each.parallel.dynamic != taken.parallel.dynamic] or others
     said = [f": step {_seconds(taken):.3g} s planned"]
@@ -190,7 +214,7 @@ def _because(taken: Choice, choices: list[Choice], budget: float) -> str:
             said.append(best.refused)
         elif best.parallel.dynamic and _seconds(best) < _seconds(taken):
             said.append(f"it has to win {MARGIN:.0%}")
-    if not taken.fits(budget) and taken.price is not None:
+    if not taken.fits(budget):
         said.append(f"none fits in {budget / GIB:.1f} GiB, and this needs the least, {taken.price.gpu_bytes / GIB:.1f}")
     faster = [
         each for each in choices if not each.refused and not each.fits(budget) and _seconds(each) < _seconds(taken)
