@@ -57,7 +57,7 @@ def check(config: TrainConfig, nodes: int, gpus_per_node: int) -> list[Finding]:
 def _shared(config: TrainConfig, processes: int, host_gpus: int) -> tuple[TrainConfig, list[Finding]]:
     """The config with how rows are shared decided, where that is auto, and what was decided.
 
-    Where every way is refused the first one's findings, which follow, say what is wrong.
+    Where every way is refused, that of the one with the least wrong.
     """
     if not config.parallel.undecided:
         return config, []
@@ -70,8 +70,9 @@ def _shared(config: TrainConfig, processes: int, host_gpus: int) -> tuple[TrainC
 
             decision = decide_sharing(config, processes, host_gpus=host_gpus)
     except ValueError as error:
-        first = replace(config, parallel=config.parallel.choices(processes)[0])
-        return first, [Finding("sharing", False, " ".join(str(error).split()))]
+        ways = [replace(config, parallel=way) for way in config.parallel.choices(processes)]
+        least = min(ways, key=lambda way: sum(not each.good for each in preflight(way, processes, resume=True)))
+        return least, [Finding("sharing", False, " ".join(str(error).split()))]
     return decision.applied(config), [Finding("sharing", True, decision.reason)]
 
 

@@ -87,10 +87,16 @@ def kept(folder: RunFolder, config: TrainConfig, gpus: int) -> SharingDecision:
     before, now = settings.load(TrainConfig, folder.config).parallel, config.parallel
     size = before.shared_by if now.context_parallel_size == "auto" else now.shared_by
     dynamic = before.dynamic if now.dynamic_context_parallel == "auto" else now.dynamic
-    how = f"{'dynamic sharing by up to' if dynamic else 'a fixed degree of'} {size}"
-    said = f"{folder.path} keeps how its rows are shared: {how}"
+    said = f"{folder.path} keeps how its rows are shared: {named(size, dynamic)}"
     why = reason_of(folder)
     return SharingDecision(size, dynamic, gpus, "", f"{said}. At its start: {why}" if why else f"{said}.")
+
+
+def named(size: int, dynamic: bool) -> str:
+    """A way of sharing rows as a sentence names it."""
+    if not dynamic:
+        return f"a fixed degree of {size}"
+    return f"dynamic sharing by up to {size}" if size > 1 else "dynamic packs of rows on one GPU each"
 
 
 def reason_of(folder: RunFolder) -> str:

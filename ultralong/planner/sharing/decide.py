@@ -12,7 +12,7 @@ from ultralong.planner.sharing.priced import Asked, Price, one_row_passes, price
 from ultralong.training.config import TrainConfig
 from ultralong.training.parallel_config import ParallelConfig
 from ultralong.training.preflight import preflight
-from ultralong.training.sharing import SharingDecision
+from ultralong.training.sharing import SharingDecision, named
 from ultralong.utils.units import GIB
 
 MARGIN = 0.03  # of a step's seconds that dynamic sharing has to win: about what plans are wrong by
@@ -38,10 +38,7 @@ class Choice:
 
     def __str__(self) -> str:
         """As a sentence names it."""
-        size = self.parallel.shared_by
-        if not self.parallel.dynamic:
-            return f"a fixed degree of {size}"
-        return f"dynamic sharing by up to {size}" if size > 1 else "dynamic packs of rows on one GPU each"
+        return named(self.parallel.shared_by, self.parallel.dynamic)
 
     def fits(self, budget: float) -> bool:
         """Whether it fits in so many bytes of a GPU, as far as that can be counted."""
@@ -154,6 +151,10 @@ def _none_left(told: list[tuple[ParallelConfig, list[str]]]) -> str:
     """Why every way is refused: what is wrong with all of them; else of each kind the one with the least wrong."""
     if everywhere := [text for text in told[0][1] if all(text in wrong for _, wrong in told)]:
         return " Also: ".join(everywhere)
+    if any(TOGETHER in " ".join(wrong) for _, wrong in told) and any(way.dynamic for way, _ in told):
+        told = [each for each in told if each[0].dynamic]  # that a fixed degree is refused was to be expected
+        _, least = min(told, key=lambda each: len(each[1]))
+        return " Also: ".join(least)
     said = []
     for dynamic in (False, True):
         if kind := [(way, wrong) for way, wrong in told if way.dynamic == dynamic]:
