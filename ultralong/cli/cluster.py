@@ -23,7 +23,8 @@ def plan(work: partial[Plan], *, json: Json = None) -> None:
     """Estimate memory, time, GPU-hours and cost of a run before anything starts.
 
     Each line says measured or estimated. Needs no GPU and reads no weights. Where a run does not fit, it says what to
-    change, with the figure that would result, and exits with 1.
+    change, with the figure that would result, and exits with 1. Where the config leaves to the planner how rows are
+    shared (auto), it says what is taken and why.
 
     Examples:
       ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5

@@ -75,6 +75,9 @@ def train(work: partial[TrainResult], *, json: Json = None) -> None:
     config.yaml (every setting), log.jsonl (a line a step), checkpoints/ and, at the end, model/. With lora.rank above 0
     the weights are frozen and LoRA adapters are trained, which the run leaves in adapter/.
 
+    With parallel.dynamic_context_parallel=auto and parallel.context_parallel_size=auto the planner decides at the start
+    how rows are shared over the GPUs, and says why: dynamic sharing, or a fixed degree. A resumed run keeps that.
+
     Examples:
       ultralong train tiny-cpu --set model=extended data='[{rows: rows}]' out=runs/cpt
       ultralong train runs/cpt/config.yaml --resume
