@@ -28,18 +28,23 @@ FORMER = next(iter(RENAMED))  # a test by the name that version 0.3 gave it
 DRAWING = ("plotly", "matplotlib", "PIL")
 # A new interpreter that imports what takes seconds, and forks one process without each of these packages.
 WITHOUT = f"""
-import os, sys
+import gc, os, sys
+gc.disable()
 import ultralong.evaluation.runs.run, ultralong.inference.load, transformers.models.llama.modeling_llama
 from ultralong.cli import main
 assert not {{"plotly", "matplotlib"}} & set(sys.modules)  # PIL is imported by transformers
 folder, *words = sys.argv[1:]
+gc.freeze()
 for package in {DRAWING}:
     if not os.fork():
         sys.argv[1:] = [*words, os.path.join(folder, package)]
         sys.modules |= dict.fromkeys([package, *(name for name in sys.modules if name.startswith(package + "."))])
         os.dup2(os.open(os.path.join(folder, package + ".txt"), os.O_WRONLY | os.O_CREAT), 2)
-        main()
-        sys.exit()
+        try:
+            main()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)  # an interpreter's end takes apart all that is imported
     os.wait()
 """
 
