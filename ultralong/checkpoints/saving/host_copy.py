@@ -149,8 +149,8 @@ class _Memory:
         size = sum(map(_aligned, block.values()))
         memory = _anonymous(size)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
+        whole.zero_()  # brings the pages in, by several cores; a copy, or locking them, would do it one by one
         if torch.cuda.is_available():
-            whole.zero_()  # pages come in by the cores of all threads; locking would bring them in one by one
             if failed := int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)):
                 raise MemoryError(
                     f"CUDA could not lock {size / GIB:.1f} GiB of host memory more for checkpoints in the background "
@@ -165,11 +165,11 @@ class _Memory:
 
 
 def _anonymous(size: int) -> mmap.mmap:
-    """Memory of no file, in pages of 2 MiB where the system has them: 512 times fewer to bring in and to lock."""
+    """Memory of no file. Pages to be locked have 2 MiB where the system has such: 512 times fewer to bring in."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if torch.cuda.is_available() and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
