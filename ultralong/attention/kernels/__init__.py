@@ -1,7 +1,8 @@
 """The attention kernels, and which one `auto` takes.
 
 Names: `flash4`, `flash3`, `flash2` (the flash-attn packages), `cudnn`, `flash` (torch's own flash kernels, CUDA and
-CPU), `efficient` (torch's memory-efficient kernel, the fast one for float32 on a GPU) and `reference`.
+CPU), `efficient` (torch's memory-efficient kernel, the fast one for float32 on a GPU) and `reference`; and one that is
+not exact and only taken when it is named, `flash4_fp8` (`ultralong.attention.kernels.fp8`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ def _flash4() -> Kernel:
     return FlashAttn4()
 
 
+def _flash4_fp8() -> Kernel:
+    from ultralong.attention.kernels.fp8 import Fp8Forward
+    from ultralong.attention.kernels.fp8_blocks import vendor_kernel
+
+    return Fp8Forward(get_kernel("flash4"), vendor_kernel())
+
+
 def _flash3() -> Kernel:
     from ultralong.attention.kernels.flash_attn import FlashAttn3
 
@@ -89,10 +97,12 @@ def _efficient() -> Kernel:
     return TorchEfficient()
 
 
-# From fastest to slowest; `auto` takes the first that is present and can compute the call.
-KERNELS: tuple[str, ...] = ("flash4", "flash3", "cudnn", "flash2", "flash", "efficient", "reference")
+# From fastest to slowest, the approximate one last; `auto` takes the first exact one that is present and can compute
+# the call.
+KERNELS: tuple[str, ...] = ("flash4", "flash3", "cudnn", "flash2", "flash", "efficient", "reference", "flash4_fp8")
 _MAKERS: dict[str, Callable[[], Kernel]] = {
     "flash4": _flash4,
+    "flash4_fp8": _flash4_fp8,
     "flash3": _flash3,
     "flash2": _flash2,
     "cudnn": _cudnn,
@@ -172,6 +182,8 @@ def _auto(
     reasons: list[str] = []
     fits: list[Kernel] = []
     for kernel in available_kernels(device).values():
+        if kernel.approximate:
+            continue
         reason = kernel.unsupported_reason(q, spec)
         if reason is None:
             fits.append(kernel)

@@ -54,6 +54,7 @@ class Kernel(ABC):
         splits_backward: Whether the backward pass of a causal call with more keys than queries is faster as a square
             and a full rectangle, whose dq are added.
         rounds_heads: Whether, of grouped heads, it rounds each query head's part of dk and dv before it adds them.
+        approximate: Whether its results differ from exact attention by more than rounding; `auto` takes no such one.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Kernel(ABC):
     max_elements: int = ANY_ELEMENTS
     prefers_split_backward: bool = False
     rounds_per_query_head: bool = False
+    approximate: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
