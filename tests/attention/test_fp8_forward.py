@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from ultralong.attention.kernels import choose_kernel, get_kernel
+from ultralong.attention.kernels import choose_kernel
 from ultralong.attention.kernels.fallbacks import attention_forward
 from ultralong.attention.kernels.fp8 import Fp8Forward
 from ultralong.attention.kernels.fp8_blocks import Fp8Keys, merge_keys, quantise_keys, quantise_queries, vendor_kernel
@@ -170,13 +171,17 @@ def test_quantised_queries_are_laid_out_by_kv_head() -> None:
     torch.testing.assert_close(back, q, rtol=2**-4, atol=q.abs().max().item() / 448)
 
 
-def test_it_is_only_taken_when_named_and_says_what_is_missing() -> None:
+def test_it_is_only_taken_when_named_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
     assert not choose_kernel("auto", torch.empty(1, 1, 1, SIZE), AttentionSpec(SCALE)).approximate
-    with pytest.raises((ImportError, ValueError), match="flash4"):
-        get_kernel("flash4_fp8", "cpu")
     reason = kernel().unsupported_reason(torch.empty(1, 1, 1, 64), AttentionSpec(SCALE))
     assert reason is not None
     assert "head size 128" in reason
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(ImportError, match=r"'flash4_fp8' is not installed: pip install 'nvidia-cudnn-frontend>=1\.32'"):
+        vendor_kernel()
 
 
 def test_an_old_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +201,17 @@ def test_gradients_are_the_exact_kernels_from_the_merged_pair() -> None:
     wanted = Reference().backward(dout, q, k, v, *exact, spec)
     for name, a, b in zip("qkv", found, wanted):
         assert error(a, b) < 0.1, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of Hopper's kind"
+)
+def test_the_vendors_kernel_computes_what_it_is_given() -> None:
+    pytest.importorskip("cudnn")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in inputs(1024, 2048, 8, 2))
+    keys, (q8, q_scale) = quantise_keys(k, v), quantise_queries(q, 2)
+    found, lse = vendor_kernel()(q8, q_scale, *keys.part(0, 2048), SCALE)
+    wanted, wanted_lse = dequantised(q8, q_scale, *keys.part(0, 2048), SCALE)
+    assert error(found.float(), wanted.float()) < 0.02
+    torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=0.01)

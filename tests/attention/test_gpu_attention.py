@@ -28,7 +28,8 @@ from ultralong.bench.attention.measure import SCHEMES, documents
 from ultralong.utils.local_ranks import run_ranks
 
 HAVE = torch.cuda.device_count()
-KERNELS = [name for name in available_kernels("cuda") if name != "reference"] if HAVE else ["none"]
+EXACT = {name for name, kernel in available_kernels("cuda").items() if not kernel.approximate} if HAVE else set()
+KERNELS = [name for name in available_kernels("cuda") if name in EXACT - {"reference"}] if HAVE else ["none"]
 FAST = [name for name in KERNELS if name != "efficient"]
 one_gpu = [pytest.mark.gpu, pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")]
 two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(HAVE < 2, reason="needs two CUDA GPUs")]
