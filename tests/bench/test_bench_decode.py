@@ -11,6 +11,7 @@ from ultralong.bench import decode
 from ultralong.bench.compare import compare
 from ultralong.bench.decode import DecodeBench, bench_decode
 from ultralong.bench.tables import decode_table
+from ultralong.utils.local_ranks import run_ranks
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def folder(tmp_path, make_tiny_model):
 
 def ways(gpus):
     return [("transformers", 1, "bf16"), ("ultralong", 1, "bf16")] + [
-        ("ultralong, sharded", gpus, kv) for kv in ("bf16", "fp8")
+        ("ultralong, sharded, ahead", gpus, kv) for kv in ("bf16", "fp8")
     ]
 
 
@@ -53,7 +54,7 @@ def test_rows_fit_together(folder, tmp_path, gpus, capsys):
 def test_a_filled_cache_in_place_of_a_prompt(folder, capsys):
     options = DecodeBench(folder, (90,), 0, new_tokens=5, chunk=32, filled=True)
     rows = bench_decode(options)
-    assert [(row["name"], row["kv"]) for row in rows] == [("ultralong, sharded", kv) for kv in ("bf16", "fp8")]
+    assert [(row["name"], row["kv"]) for row in rows] == [("ultralong, sharded, ahead", kv) for kv in ("bf16", "fp8")]
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -68,13 +69,23 @@ def test_a_filled_cache_in_place_of_a_prompt(folder, capsys):
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_decoding_ahead_stands_beside_waiting_and_says_the_same(folder, gpus, capsys):
-    rows = bench_decode(DecodeBench(folder, (90,), 0, new_tokens=6, chunk=32, filled=True, gpus=gpus, ahead=True))
+    rows = bench_decode(DecodeBench(folder, (90,), 0, new_tokens=6, chunk=32, filled=True, gpus=gpus, waiting=True))
     names = ["ultralong, sharded", "ultralong, sharded, ahead"]
     assert [(row["name"], row["kv"]) for row in rows] == [(name, kv) for kv in ("bf16", "fp8") for name in names]
     for waiting, ahead in zip(rows[::2], rows[1::2], strict=True):
         assert "same_as_waiting" not in waiting
         assert ahead["same_as_waiting"] == 1
         assert ahead["read_gib"] == waiting["read_gib"]
+
+
+def copies_alone(rank, world):
+    return decode.copy_rate(torch.device("cpu")) if rank == 0 else None
+
+
+def test_the_rate_of_a_copy_waits_for_no_other_process():
+    rate, none = run_ranks(copies_alone, 2, timeout=30)
+    assert rate > 0
+    assert none is None
 
 
 def test_what_does_not_fit_is_a_row_too(folder, monkeypatch, capsys):

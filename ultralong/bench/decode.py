@@ -8,9 +8,9 @@ reading the prompt, which is timed apart, is not part of it. Each way first answ
 are compiled and chosen. With several GPUs all of them do alone what one GPU does, and the slowest counts.
 
 `of_transformers` is the rate over that of transformers for the same prompts. `same_tokens` is the share of new tokens
-that both chose: 1 in float32; random weights in bfloat16 often have several likeliest tokens, and fp8 rounds. With
-`--ahead` the sharded cache decodes once more, each step started before the host has read its token; `same_as_waiting`
-is the share of tokens that are those of the row before, which waited: 1, on any device.
+that both chose: 1 in float32; random weights in bfloat16 often have several likeliest tokens, and fp8 rounds. Rows
+named `ahead` started each step before the host had read its token, as the sharded cache does itself. With `--waiting`
+one that waited stands before each: `same_as_waiting` is the share of tokens that are the same, 1 on any device.
 
 A step reads every weight but the embedding's, and every key and value: `read_gib` of the GPU that reads most, each of
 which has all weights and its part of the cache. Over the seconds of a step that is `gigabytes_per_second`, and
@@ -112,7 +112,7 @@ def _measure_all(rank: int, world: int, device: str, options: DecodeBench, path:
             timed = _measure(way, ids, options.new_tokens, world)
             plain = timed if way.name == "transformers" else plain
             row = _row(way, ids, options, timed, plain) | _traffic(way, model, ids, timed, copied)
-            if way.name.endswith(AHEAD):
+            if options.waiting and way.name.endswith(AHEAD):
                 row |= _same(timed, waited, "same_as_waiting")
             waited = timed
             rows.append({"model": name, "layers": layers, "of_layers": whole, **row})
@@ -146,7 +146,8 @@ def _ways(model: PreTrainedModel, options: DecodeBench, batch: int, world: int) 
             answer = partial(_behind_random if options.filled else _by_runner, runner)
             said = "" if fused == "direct" else f", exchange {fused}"
             name = "ultralong, sharded" + (f", fused{said}" if fused else "")
-            for runner.ahead in (False, True) if options.ahead else (False,):
+            able = runner.ahead
+            for runner.ahead in (False, able) if able and options.waiting else (able,):
                 yield Way(name + AHEAD * runner.ahead, kv, world, answer, runner)
 
 
@@ -193,15 +194,21 @@ def _timed(runner: Runner, start: float, steps: Iterator[Step], ids: Tensor, unt
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s that a copy inside the memory reads and writes, together."""
+    """Bytes/s that a copy inside the memory reads and writes, together; by this process's clock alone.
+
+    Other processes do the same meanwhile, but a barrier between them is no part of a copy, which lasts 10 ms.
+    """
     size = 2 * GIB if device.type == "cuda" else GIB // 128
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     target.copy_(source)
-    start = now(device)
+    wait()
+    start = time.perf_counter()
     for _ in range(COPIES):
         target.copy_(source)
-    return 2.0 * COPIES * source.numel() * source.element_size() / (now(device) - start)
+    wait()
+    return 2.0 * COPIES * source.numel() * source.element_size() / (time.perf_counter() - start)
 
 
 def _traffic(way: Way, model: PreTrainedModel, ids: Tensor, timed: Timed | None, copied: float) -> Row:

@@ -28,8 +28,8 @@ class DecodeBench:
         exchange: Ways in which the fused step's GPUs join their attention, of `direct` (each sends to each), `gather`
             (NCCL's all-gather) and `symmetric` (each reads the others' memory).
         fused_only: Leave out the step by the model's own code, which takes ten times as long.
-        ahead: Measure every way of the sharded cache a second time with steps that are started before the host has
-            read their token.
+        waiting: Measure every way of the sharded cache a first time with steps that are started when the host has
+            read their token, not before.
     """
 
     model: str
@@ -44,7 +44,7 @@ class DecodeBench:
     kv: tuple[str, ...] = ("bf16", "fp8")
     exchange: tuple[str, ...] = ("direct",)
     fused_only: bool = False
-    ahead: bool = False
+    waiting: bool = False
 
     def __post_init__(self) -> None:
         if min((*self.lengths, self.batch_tokens)) < 2 or self.new_tokens < 2:

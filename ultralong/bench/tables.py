@@ -229,7 +229,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         ),
         prefill_table,
     ),
-    "decode": (("decode_1gpu_131k.json", "decode_1gpu_1m_fp8.json", "decode_2gpu_h200.json"), decode_table),
+    "decode": (("decode_*_ahead.json",), decode_table),
     "serve": (("serve_1m_*.json",), serve_table),
     "saves": (("saves_*.json",), saves_table),
     "readers": (("readers.json",), readers_table),

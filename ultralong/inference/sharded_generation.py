@@ -43,7 +43,7 @@ class ShardedRunner(CachedRunner):
         quiet: True draws no progress bar.
         fused: Decode by fused kernels in one CUDA graph where model, device and packages allow it (`decode_step`).
         exchange: How the fused kernels' ranks join their attention (`decode_step.exchange.WAYS`).
-        ahead: Start a step before the host has read its token (`decoding.RunsAhead`).
+        ahead: Start a step before the host has read its token, so that a GPU need not wait (`decoding.RunsAhead`).
 
     Attributes:
         ahead: Whether that is done: not where RoPE follows the length of the text, which is then read anew.
@@ -64,7 +64,7 @@ class ShardedRunner(CachedRunner):
         quiet: bool = False,
         fused: bool = True,
         exchange: str = "direct",
-        ahead: bool = False,
+        ahead: bool = True,
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)
         check_model(model)
