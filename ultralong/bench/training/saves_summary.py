@@ -15,7 +15,7 @@ SMALL = 0.01  # share of a run's time that saves may take, for which their dista
 
 
 def seconds_of(events: Sequence[Event], what: str, save: int | None = None) -> list[float]:
-    """Seconds of the events of one kind: `free`, `reserving` or `beside` (steps), `copied`, `written` ..."""
+    """Seconds of the events of one kind: `free` or `beside` (steps), `reserved`, `copied`, `written` ..."""
     return [e["seconds"] for e in events if e["what"] == what and save in (None, e.get("save"))]
 
 
@@ -32,12 +32,12 @@ def summary(events: Sequence[Event], other_step: float | None = None) -> dict[st
         of these `plan_seconds` (until the processes had agreed who writes what) and `shard_seconds` (until the shards
         were on disk), `files` (of the first process, with the seconds of the thread of each: in all, hashing, handing
         to the system, waiting for the disk), `beside_seconds` of the steps and `slower_seconds` (of them together,
-        against the median). `reserve_seconds`: until the memory for copies was made, beside steps that together took
-        `reserve_slower_seconds` longer; where a row has none, the first copy made it. `checkpoint_gib` and
-        `gib_per_second` (of its writing); `copy_seconds`: median of the copies but for the first, where there are
-        others; `cost_seconds`: that, and the median of what steps take longer; `cost_of_a_step`, its share,
-        `cost_of_other_step`, and `steps_for_a_percent`: how many steps from save to save make it 1% of the time.
-        `waited_seconds` of a checkpoint that is waited for. What was not measured yet is left out.
+        against the median). `reserve_seconds`: of making the memory for copies before; where a row has none, the first
+        copy made it. `checkpoint_gib` and `gib_per_second` (of its writing); `copy_seconds`: median of the copies but
+        for the first, where there are others; `cost_seconds`: that, and the median of what steps take longer;
+        `cost_of_a_step`, its share, `cost_of_other_step`, and `steps_for_a_percent`: how many steps from save to save
+        make it 1% of the time. `waited_seconds` of a checkpoint that is waited for. What was not measured yet is left
+        out.
     """
     free = seconds_of(events, "free")
     if not free:
@@ -49,9 +49,7 @@ def summary(events: Sequence[Event], other_step: float | None = None) -> dict[st
         "spread": round(max(free) / usual - 1, 4),
     }
     if reserved := seconds_of(events, "reserved"):
-        beside = seconds_of(events, "reserving")
-        slower = round(sum(step - usual for step in beside), 4)
-        row |= {"reserve_seconds": reserved[0], "reserve_slower_seconds": slower}
+        row["reserve_seconds"] = reserved[0]
     begun = sorted({event["save"] for event in events if event["what"] == "beside"})
     saves = [_save(events, number, usual) for number in begun]
     if saves:
@@ -105,7 +103,6 @@ def told(event: Event) -> str:
     return {
         "ready": f"processes are up and warm after {seconds}",
         "free": f"a step: {seconds}",
-        "reserving": f"a step while memory for copies is made: {seconds}",
         "reserved": f"memory for copies made in {seconds}",
         "copied": f"{save}: copied to the host in {seconds}",
         "beside": f"{save}: a step beside its writing: {seconds}",
@@ -127,11 +124,8 @@ def line(row: dict[str, Any]) -> str:
     if "cost_seconds" not in row:
         return name + row.get("note", "no checkpoint was written in time") + "\n" + row.get("messages", "")[-1500:]
     first = f"the first in {row['saves'][0]['copy_seconds']:.3g} s"
-    if "reserve_seconds" in row:
-        memory = f"their memory made before in {row['reserve_seconds']:.3g} s"
-        first += f"; {memory}, which took {row['reserve_slower_seconds']:.3g} s of training"
-    else:
-        first += ", with its memory"
+    made = "reserve_seconds" in row
+    first += f"; their memory made before in {row['reserve_seconds']:.3g} s" if made else ", with its memory"
     size = f" of {row['checkpoint_gib']:.3g} GiB" if "checkpoint_gib" in row else ""
     said = [
         f"{name}{row['seconds_per_step']:.3g} s a step (the slowest {row['spread']:+.0%})",

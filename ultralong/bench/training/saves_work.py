@@ -91,15 +91,11 @@ class _Turns:
             self.note("free", self._step())
 
     def reserved(self) -> None:
-        """Make the memory for the copies, and make steps until it is there."""
+        """Make the memory for the copies."""
         self.run.processes.barrier()
         begin = time.perf_counter()
         self.saver.reserve(checkpoint.states_to_save(self.run.model, self.run.optimizer))
-        while True:
-            self.note("reserving", self._step())
-            (making,) = self.run.processes.largest(self.saver.reserving)
-            if not making:
-                break
+        self.run.processes.barrier()
         self.note("reserved", time.perf_counter() - begin)
 
     def beside(self, number: int) -> None:

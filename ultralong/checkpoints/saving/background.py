@@ -72,13 +72,12 @@ class BackgroundSaver:
         self._pending = self._thread.submit(write)
 
     def reserve(self, state: Mapping[str, Any]) -> None:
-        """Begin to make the memory for copies of states like this one, beside the training; the first copy waits."""
-        self._copies.reserve(state)
+        """Make the memory for copies of states like this one, which the first copy would make.
 
-    @property
-    def reserving(self) -> bool:
-        """Whether that memory is being made."""
-        return self._copies.reserving
+        Raises:
+            MemoryError: The host has no more memory to lock.
+        """
+        self._copies.reserve(state)
 
     def copy(self, state: Mapping[str, Any]) -> None:
         """Copy a state to the host as `start` does, and write nothing: to time the copy alone.
@@ -91,9 +90,8 @@ class BackgroundSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last write, or making memory for copies, has ended with an error by now, which `wait` raises."""
-        written = self._pending is not None and self._pending.done() and self._pending.exception() is not None
-        return written or self._copies.error is not None
+        """Whether the last write has ended with an error by now, which `wait` raises."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     @property
     def writing(self) -> bool:
@@ -105,13 +103,10 @@ class BackgroundSaver:
 
         Raises:
             BaseException: Writing failed on this process or on another one. It is raised once.
-            MemoryError: This process's memory for copies could not be made.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-        if (error := self._copies.error) is not None:
-            raise error
 
     def close(self) -> None:
         """Wait for the end of the write, whether it fails or not, and free the copies."""

@@ -1,17 +1,16 @@
 """A state's copy in host memory: memory that is taken once and kept, page-locked where there is a GPU.
 
-Page-locking 22 GiB takes a process 11 s on a host with H200s, and a copy into them half a second. So the memory is made
-while training goes on, as soon as the states' sizes are known, and not at the first checkpoint.
+Locking 22 GiB takes each of two processes 11 s on a host with H200s, and a copy into them 0.6 s. The memory is made
+after the first step, which has made the optimizer's states: a save that a scheduler's signal asks for has no 11 s to
+lose, and a host that is too small ends the run before hours have gone. Training waits meanwhile: made beside a step, by
+four threads, it took 37 s, in which the step stood still.
 """
 
 from __future__ import annotations
 
 import copy
 import mmap
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ultralong.utils.units import GIB
 
-BLOCK = 1 << 30  # bytes of memory that are made at a time, so that several threads make it
-MAKERS = 4  # of these threads: bringing in pages is the work of one core each
+BLOCK = 1 << 30  # bytes of memory that are locked at a time
 ALIGNED = 512  # bytes; tensors of any type begin there
 
 
@@ -31,27 +29,14 @@ class HostCopies:
     def __init__(self) -> None:
         """Take no memory yet."""
         self._memory: _Memory | None = None
-        self._making: Future[_Memory] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="host-memory", initializer=same_gpu())
-        self._given_up = threading.Event()
 
     def reserve(self, state: Mapping[str, Any]) -> None:
-        """Begin to make the memory for states like this one, in a thread; `copy` waits for it."""
-        sizes = tuple(x.nbytes for x in _distinct(state).values())
-        if self._making is None and (self._memory is None or self._memory.sizes != sizes):
-            self._free()
-            self._making = self._thread.submit(_Memory, sizes, self._given_up)
+        """Make the memory for states like this one, unless it is there.
 
-    @property
-    def reserving(self) -> bool:
-        """Whether memory is being made."""
-        return self._making is not None and not self._making.done()
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why the memory could not be made, once that is known."""
-        done = self._making is not None and self._making.done()
-        return self._making.exception() if done and self._making is not None else None
+        Raises:
+            MemoryError: The host has no more memory to lock.
+        """
+        self._memory_for(_distinct(state).values())
 
     @torch.no_grad()
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,16 +52,10 @@ class HostCopies:
             MemoryError: The host has no more memory to lock.
         """
         found = _distinct(state)
-        self.reserve(state)
-        if self._making is not None:
-            making, self._making = self._making, None
-            self._memory = making.result()
-            if self._memory.sizes != tuple(x.nbytes for x in found.values()):
-                return self.copy(state)  # another state than the one that memory was reserved for
-        assert self._memory is not None
+        memory = self._memory_for(found.values())
         on_host = {
             key: place.view(x.dtype).view(x.shape).copy_(x, non_blocking=x.is_cuda)
-            for (key, x), place in zip(found.items(), self._memory.places, strict=True)
+            for (key, x), place in zip(found.items(), memory.places, strict=True)
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -91,16 +70,16 @@ class HostCopies:
 
     def close(self) -> None:
         """Free the memory; copies are gone."""
-        self._given_up.set()
-        with suppress(Exception):  # nobody needs that memory any more
-            self._memory = self._making.result() if self._making is not None else self._memory
-        self._thread.shutdown()
-        self._free()
-
-    def _free(self) -> None:
         if self._memory is not None:
             self._memory.free()
-        self._memory = self._making = None
+        self._memory = None
+
+    def _memory_for(self, tensors: Iterable[Tensor]) -> _Memory:
+        sizes = tuple(x.nbytes for x in tensors)
+        if self._memory is None or self._memory.sizes != sizes:
+            self.close()
+            self._memory = _Memory(sizes)
+        return self._memory
 
 
 def same_gpu() -> Callable[[], None]:
@@ -116,24 +95,20 @@ class _Memory:
 
     Args:
         sizes: Bytes of each.
-        given_up: Ends the making early.
 
     Attributes:
         places: For each size a tensor of bytes with a storage of its own, as an archive holds whole storages.
     """
 
-    def __init__(self, sizes: Sequence[int], given_up: threading.Event) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes, self.places = tuple(sizes), [torch.empty(0, dtype=torch.uint8)] * len(sizes)
         self._locked: list[int] = []
-        blocks = _blocks(sizes)
-        with ThreadPoolExecutor(MAKERS, thread_name_prefix="host-memory", initializer=same_gpu()) as threads:
-            made = [threads.submit(self._make, block, given_up) for block in blocks]
-        for block in made:
-            try:
-                block.result()
-            except BaseException:
-                self.free()
-                raise
+        try:
+            for block in _blocks(sizes):
+                self._make(block)
+        except BaseException:
+            self.free()
+            raise
 
     def free(self) -> None:
         """Unlock and free it."""
@@ -143,13 +118,11 @@ class _Memory:
         self._locked.clear()
         self.places.clear()
 
-    def _make(self, block: Mapping[int, int], given_up: threading.Event) -> None:
-        if given_up.is_set():
-            return
+    def _make(self, block: Mapping[int, int]) -> None:
         size = sum(map(_aligned, block.values()))
         memory = _anonymous(size)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        whole.zero_()  # brings the pages in, by several cores; a copy, or locking them, would do it one by one
+        whole.zero_()  # brings the pages in, by all threads; a copy, or locking them, would do it one by one
         if torch.cuda.is_available():
             if failed := int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)):
                 raise MemoryError(
@@ -165,14 +138,10 @@ class _Memory:
 
 
 def _anonymous(size: int) -> mmap.mmap:
-    """Memory of no file. Pages to be locked have 2 MiB where the system has such: 512 times fewer to bring in."""
+    """Memory of no file, which goes back to the system when its last tensor is gone."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if torch.cuda.is_available() and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _blocks(sizes: Sequence[int]) -> list[dict[int, int]]:
