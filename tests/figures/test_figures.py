@@ -177,6 +177,14 @@ def test_packed_row_blocks_cover_the_row():
         figures.packed_row([[0, 5, 3]])
 
 
+@pytest.mark.parametrize("title", ["", "title"])
+def test_a_new_figure_is_an_empty_one_in_the_style(title):
+    """The first is made in one call, the second changes a figure that is there."""
+    styled = figures.theme.style(graph_objects().Figure(), title=title, height=200)
+    styled.update_xaxes(title_text="x").update_yaxes(title_text="")
+    assert figures.new_figure(title, "x", height=200).to_plotly_json() == styled.to_plotly_json()
+
+
 def test_still_picture_follows_the_layout():
     figure = figures.new_figure("title", "x", "y")
     figure.add_trace(go.Scatter(x=[1, 10, 100], y=[1, 2, 3], mode="lines+markers", name="line"))

@@ -43,11 +43,10 @@ def new_figure(title: str = "", x: str = "", y: str = "", *, height: int = 380, 
         height: Height in pixels.
         width: Width in pixels; None follows the page.
     """
-    figure = graph_objects().Figure()
-    style(figure, title=title, height=height, width=width)
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
-    return figure
+    # Made with all its settings at once: plotly takes ten times longer to change the same ones of a figure.
+    axes = {"xaxis": _axis() | {"title": {"text": x, "font": {"size": 13}}}}
+    axes["yaxis"] = _axis() | {"title": {"text": y, "font": {"size": 13}}}
+    return graph_objects().Figure(layout=_layout(title, height, width) | axes)
 
 
 def style(figure: Figure, *, title: str = "", height: int = 380, width: int | None = None) -> Figure:
@@ -56,33 +55,33 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
     Returns:
         The same figure.
     """
-    figure.update_layout(
-        title={"text": title, "x": 0.0, "xref": "paper", "font": {"size": 16}},
-        height=height,
-        width=width,
-        # Plotly's default template adds kilobytes to every saved figure, and all it sets is set here.
-        template=graph_objects().layout.Template(),
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        font={"color": GREY, "size": 13},
-        colorway=list(PALETTE),
-        margin={"l": 64, "r": 24, "t": 56 if title else 32, "b": 56},
-        hovermode="closest",
-        # At the lower edge of the figure, whatever its height; `show.plotly_json` makes room for it.
-        legend={"bgcolor": CLEAR, "orientation": "h", "xanchor": "left", "x": 0.0}
-        | {"yref": "container", "yanchor": "bottom", "y": 0.0},
-    )
-    axis = {
-        "gridcolor": GRID,
-        "linecolor": GREY,
-        "zeroline": False,
-        "ticks": "outside",
-        "tickcolor": GREY,
-        "title": {"font": {"size": 13}},
-    }
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
+    figure.update_layout(**_layout(title, height, width))
+    figure.update_xaxes(**_axis(), title_font_size=13)
+    figure.update_yaxes(**_axis(), title_font_size=13)
     return figure
+
+
+def _layout(title: str, height: int, width: int | None) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "x": 0.0, "xref": "paper", "font": {"size": 16}},
+        "height": height,
+        "width": width,
+        # Plotly's default template adds kilobytes to every saved figure, and all it sets is set here.
+        "template": graph_objects().layout.Template(),
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "font": {"color": GREY, "size": 13},
+        "colorway": list(PALETTE),
+        "margin": {"l": 64, "r": 24, "t": 56 if title else 32, "b": 56},
+        "hovermode": "closest",
+        # At the lower edge of the figure, whatever its height; `show.plotly_json` makes room for it.
+        "legend": {"bgcolor": CLEAR, "orientation": "h", "xanchor": "left", "x": 0.0}
+        | {"yref": "container", "yanchor": "bottom", "y": 0.0},
+    }
+
+
+def _axis() -> dict[str, Any]:
+    return {"gridcolor": GRID, "linecolor": GREY, "zeroline": False, "ticks": "outside", "tickcolor": GREY}
 
 
 def level_line(value: float, *, width: float = 1.5, dash: str = "dash") -> dict[str, Any]:
