@@ -38,7 +38,9 @@ from ultralong.utils import settings
 from ultralong.utils.files import read_json, write_json
 
 PLAIN_CHECK = """
-import json, sys, torch
+import gc, json, sys
+gc.disable()  # all that is imported stays
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt = sys.argv[1], json.load(sys.stdin)
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -47,6 +49,7 @@ ids = torch.tensor([prompt], device=device)
 out = model.to(device).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
 assert "ultralong" not in sys.modules
 print(json.dumps(tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True)))
+gc.freeze()  # nor is it looked through at the end
 """
 
 
