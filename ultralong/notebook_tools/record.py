@@ -15,7 +15,6 @@ from typing import Any
 from ultralong.notebook_tools.run import chosen_parameters, execute, parameter_names
 from ultralong.notebook_tools.settings import Settings
 from ultralong.notebook_tools.values import stored
-from ultralong.utils.environment import machine_facts
 from ultralong.utils.extras import require
 from ultralong.utils.files import make_folder, write_json
 from ultralong.utils.text_formats import read_yaml
@@ -55,6 +54,8 @@ def record(path: Path, settings: Settings, changes: Mapping[str, Any], folder: P
     Returns:
         The row of the JSON file. `error` in it is the failed cell's message, and empty when nothing failed.
     """
+    from ultralong.utils.environment import machine_facts  # it imports torch, which other commands need not
+
     folder = make_folder(folder.resolve())
     own = {"OUT": str(folder / path.stem)} if "OUT" in parameter_names(path) else {}
     parameters = chosen_parameters(path, settings) | own | dict(changes)
