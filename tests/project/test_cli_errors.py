@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -19,8 +21,8 @@ from ultralong.cli.errors import guarded
 from ultralong.cli.make import demo
 from ultralong.evaluation.tasks.samples import RENAMED
 from ultralong.training.config import ParallelConfig
-from ultralong.utils import settings
-from ultralong.utils.processes import ChildFailed
+from ultralong.utils import processes, settings
+from ultralong.utils.processes import ChildFailed, without_collections
 
 FORMER = next(iter(RENAMED))  # a test by the name that version 0.3 gave it
 
@@ -71,6 +73,23 @@ def test_warnings_of_this_package_are_a_line_each_without_a_line_of_source(told_
     for text in said:
         assert sum(line.startswith(f"ultralong eval run: warning: {text}") for line in told) == 1, told
     assert not [line for line in told if "UserWarning" in line or "warn(" in line]
+
+
+def _import(command: bool) -> None:
+    processes._keeps_imports = command
+    before = gc.get_freeze_count()
+    with without_collections():
+        made = [[] for _ in range(10)]
+    assert (gc.get_freeze_count() >= before + len(made)) == command
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_only_a_process_that_is_a_commands_keeps_its_imports_out_of_collections(command):
+    child = multiprocessing.get_context("fork").Process(target=_import, args=(command,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("kind", [UserWarning, DeprecationWarning, RuntimeWarning])

@@ -14,7 +14,7 @@ from ultralong.cli.errors import guarded
 from ultralong.cli.options import call, parser_of
 from ultralong.cli.shared import plain_streams
 from ultralong.cli.table import COMMANDS, GROUPS, explanation, group_text, help_text, overview, suggestion
-from ultralong.utils.processes import end_with_parent
+from ultralong.utils.processes import end_with_parent, keep_imports
 from ultralong.utils.words import expand_word, odd_word
 
 __all__ = ["COMMANDS", "GROUPS", "main"]
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("stdout", "stderr"):  # one that was closed by who started this (>&-) is None
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
+    if arguments is None:
+        keep_imports()
     try:
         with plain_streams():
             _run(arguments)

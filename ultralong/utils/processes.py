@@ -32,6 +32,15 @@ def end_with_parent(parent: int | None = None, how: signal.Signals = signal.SIGK
         os.kill(os.getpid(), how)
 
 
+_keeps_imports = False
+
+
+def keep_imports() -> None:
+    """Say that this process is a command's own: what it imports `without_collections` stays out of all later ones."""
+    global _keeps_imports
+    _keeps_imports = True
+
+
 @contextmanager
 def without_collections() -> Iterator[None]:
     """For imports of torch and transformers: a million objects that stay, each looked through again and again."""
@@ -41,6 +50,8 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if _keeps_imports:
+                gc.freeze()
             gc.enable()
 
 
