@@ -184,6 +184,18 @@ def test_it_is_only_taken_when_named_and_says_what_is_missing(monkeypatch: pytes
         vendor_kernel()
 
 
+def test_what_is_only_listed_is_not_told_to_be_in_use(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = inputs(300, 300)
+    with caplog.at_level("INFO"):
+        made = kernel()  # as `available_kernels` makes each kernel that is there
+        assert not caplog.records
+        for _ in range(2):
+            made.forward(q, k, v, AttentionSpec(SCALE))
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "attention's forward pass takes far keys in FP8"
+    ]
+
+
 def test_an_old_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.27.0")
     with pytest.raises(ImportError, match=r"needs nvidia-cudnn-frontend 1\.32, found 1\.27\.0"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -60,6 +62,15 @@ def test_a_copy_is_equal_and_does_not_change_with_the_state(copies):
         else:
             assert copied[name] == x
     assert copied[".optimizer.groups.0.names.0"] == "embed"
+
+
+def test_a_named_tuple_stays_one(copies):
+    Pair = namedtuple("Pair", "first second")
+    state = {"pair": Pair(torch.ones(2), 3)}
+    found = copies.copy(state)["pair"]
+    assert type(found) is Pair
+    assert (found.first.tolist(), found.second) == ([1.0, 1.0], 3)
+    assert found.first.data_ptr() != state["pair"].first.data_ptr()
 
 
 def test_copies_are_made_into_the_same_memory_and_a_tied_tensor_once(copies):
@@ -161,6 +172,15 @@ def test_memory_that_cannot_be_locked_is_told_and_the_rest_given_back(monkeypatc
     assert cuda.asked == 2
     assert cuda.locked == {}
     copies.close()
+
+
+def test_memory_that_the_system_does_not_give_is_told(monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(host_copy.mmap, "mmap", refused)
+    with pytest.raises(MemoryError, match=r"0\.0 GiB a process: set async_checkpoints to false"):
+        HostCopies().reserve(a_state())
 
 
 def test_a_thread_begins_with_the_gpu_of_this_one(monkeypatch):

@@ -278,6 +278,17 @@ def test_a_resumed_run_keeps_what_was_decided_first(folder, tmp_path, capsys):
     assert "keeps how its rows are shared" in said.text
 
 
+def test_a_config_in_the_runs_folder_that_still_says_auto_is_decided(folder, tmp_path):
+    run = run_of(folder, tmp_path / "run", MIX)
+    settings.save(run, RunFolder(Path(run.out)).config)  # as `launch --out` with the run's own folder leaves it
+    expected = decide_sharing(run, 1)
+    said = next(finding for finding in check(run, 1, 1) if finding.name == "sharing")
+    assert (said.good, said.text) == (True, expected.reason)
+    train(run, resume=True, quiet=True, decide=decide_sharing)
+    assert settings.load(TrainConfig, RunFolder(Path(run.out)).config) == expected.applied(run)
+    assert read_json(Path(run.out, SHARING))["reason"] == expected.reason
+
+
 def test_on_other_processes_a_resumed_run_is_refused_as_one_without_auto(folder, tmp_path):
     out = tmp_path / "run"
     two = run_of(folder, out, MIX)
@@ -303,7 +314,7 @@ def test_auto_is_written_and_read(tmp_path, folder):
     assert settings.load(TrainConfig, tmp_path / "run.yaml") == run
     changed = settings.load(TrainConfig, tmp_path / "run.yaml", ["parallel.context_parallel_size=2"])
     assert (changed.parallel.shared_by, changed.parallel.dynamic_context_parallel) == (2, "auto")
-    with pytest.raises(ValueError, match="must be one of 'auto', found 'always'"):
+    with pytest.raises(ValueError, match="must be of type bool or 'auto', found 'always'"):
         settings.load(TrainConfig, tmp_path / "run.yaml", ["parallel.dynamic_context_parallel=always"])
     assert ParallelConfig() == ParallelConfig(1, False), "the default stays a fixed degree"
     assert json.dumps(settings.to_mapping(run)["parallel"]["context_parallel_size"]) == '"auto"'

@@ -25,6 +25,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     items: tuple[Inner, ...] = ()
     maybe: int | None = None
+    size: int | Literal["auto"] = 1
 
 
 def test_reads_nested_values_and_overrides(tmp_path):
@@ -54,6 +55,8 @@ def test_what_is_saved_reads_back_equal(tmp_path):
         (f"name: x\nmaybe: -{2**63 + 1}", "maybe must be a number of 64 bits"),
         (f"name: x\ninner: {{rate: {10**400}}}", "inner: rate must be of type float"),
         ("name: x\nmaybe: soon", "maybe must be of type int, found 'soon'"),
+        ("name: x\nsize: atuo", r"size must be of type int or 'auto', found 'atuo'\.$"),
+        (f"name: x\nsize: {2**63}", f"size must be a number of 64 bits, found {2**63}\\.$"),
         ("- a list", "must hold a mapping"),
         ("a: [", "not valid YAML"),
     ],

@@ -63,9 +63,8 @@ def _shared(config: TrainConfig, processes: int, host_gpus: int) -> tuple[TrainC
         return config, []
     folder = RunFolder(Path(config.out))
     try:
-        if folder.config.exists():
-            decision = kept(folder, config, processes)
-        else:
+        decision = kept(folder, config, processes)
+        if decision is None:
             from ultralong.planner import decide_sharing  # takes seconds to load, which other configs need not wait for
 
             decision = decide_sharing(config, processes, host_gpus=host_gpus)

@@ -70,8 +70,8 @@ def decided(
 
     def ask() -> tuple[SharingDecision, bool]:
         folder = RunFolder(Path(config.out))
-        if resume and folder.config.exists():
-            return kept(folder, config, accelerator.num_processes), False
+        if resume and (before := kept(folder, config, accelerator.num_processes)):
+            return before, False
         if decide is None:
             raise ValueError(f"how rows are shared (parallel) is auto: {DECIDED_BY}.")
         return decide(config, accelerator.num_processes), True
@@ -82,9 +82,16 @@ def decided(
     return found.applied(config), found if is_new else None
 
 
-def kept(folder: RunFolder, config: TrainConfig, gpus: int) -> SharingDecision:
-    """How a run's folder says that its rows are shared; a setting that the config itself makes is left to it."""
+def kept(folder: RunFolder, config: TrainConfig, gpus: int) -> SharingDecision | None:
+    """How a run's folder says that its rows are shared; a setting that the config itself makes is left to it.
+
+    None where no run has decided it there: the folder is new, or its config.yaml is the one that `launch` wrote.
+    """
+    if not folder.config.exists():
+        return None
     before, now = settings.load(TrainConfig, folder.config).parallel, config.parallel
+    if before.undecided:
+        return None
     size = before.shared_by if now.context_parallel_size == "auto" else now.shared_by
     dynamic = before.dynamic if now.dynamic_context_parallel == "auto" else now.dynamic
     said = f"{folder.path} keeps how its rows are shared: {named(size, dynamic)}"

@@ -255,12 +255,18 @@ def _tokens(text: str, where: str) -> int:
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
     errors = []
-    for kind in (kind for kind in kinds if kind is not type(None)):
+    for kind in kinds:
         try:
             return _convert(kind, value, where)
         except ValueError as error:
             errors.append(str(error))
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if words and isinstance(value, str):  # a misspelt word, or what should have been a number
+        types_ = " or ".join(f"of type {kind.__name__}" for kind in kinds if isinstance(kind, type))
+        raise ValueError(f"{where} must be {types_} or {' or '.join(map(repr, words))}, found {_shown(value)}.")
+    errors = [error for kind, error in zip(kinds, errors, strict=True) if get_origin(kind) is not Literal]
     raise ValueError(" Or: ".join(errors))
 
 

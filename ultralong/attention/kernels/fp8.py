@@ -48,7 +48,7 @@ class Fp8Forward(Kernel):
         self.features, self.head_sizes, self.max_elements = exact.features, exact.head_sizes, exact.max_elements
         self.prefers_split_backward = exact.prefers_split_backward
         self.rounds_per_query_head = exact.rounds_per_query_head
-        log.info("attention's forward pass takes far keys in FP8 (%s): results are not exact", self.name)
+        self._is_said = False
 
     def unsupported_reason(self, q: Tensor, spec: AttentionSpec) -> str | None:
         """As the exact kernel's, and heads must be of size 128, in bfloat16, on Hopper."""
@@ -111,6 +111,9 @@ class Fp8Forward(Kernel):
 
     def _long(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """One segment: (B, n, H, D) queries against (B, T, K, D) keys, causal at the bottom right or all of them."""
+        if not self._is_said:  # not when it is made: kernels that are only listed are made too
+            log.info("attention's forward pass takes far keys in FP8 (%s): results are not exact", self.name)
+            self._is_said = True
         before = k.shape[1] - q.shape[1] if spec.causal else k.shape[1]  # keys that the first query surely sees
         most = k.shape[1] // TILE * TILE
         quantised = quantise_keys(k[:, :most], v[:, :most])

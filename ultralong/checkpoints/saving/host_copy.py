@@ -106,6 +106,9 @@ class _Memory:
         try:
             for block in _blocks(sizes):
                 self._make(block)
+        except OSError as error:  # the system gives no more
+            self.free()
+            raise MemoryError(self._too_little(f"the system gives no more memory ({error.strerror})")) from error
         except BaseException:
             self.free()
             raise
@@ -126,15 +129,19 @@ class _Memory:
         if torch.cuda.is_available():
             if failed := int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)):
                 raise MemoryError(
-                    f"CUDA could not lock {size / GIB:.1f} GiB of host memory more for checkpoints in the background "
-                    f"(error {failed}), which need {sum(self.sizes) / GIB:.1f} GiB a process: set async_checkpoints to "
-                    "false, or offload less; `ultralong plan --host-memory GIB --fit` counts both."
+                    self._too_little(f"CUDA could not lock {size / GIB:.1f} GiB of host memory more (error {failed})")
                 )
             self._locked.append(whole.data_ptr())
         start = 0
         for number, length in block.items():
             self.places[number] = torch.frombuffer(memory, dtype=torch.uint8, count=length, offset=start)
             start += _aligned(length)
+
+    def _too_little(self, what: str) -> str:
+        return (
+            f"{what} for checkpoints in the background, which need {sum(self.sizes) / GIB:.1f} GiB a process: set "
+            "async_checkpoints to false, or offload less; `ultralong plan --host-memory GIB --fit` counts both"
+        )
 
 
 def _anonymous(size: int) -> mmap.mmap:
@@ -189,6 +196,8 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {name: _with_tensors(each, change) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one takes its values one by one
+        return type(value)(*(_with_tensors(each, change) for each in value))
     if isinstance(value, list | tuple):
         return type(value)(_with_tensors(each, change) for each in value)
     return copy.deepcopy(value)
