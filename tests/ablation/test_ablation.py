@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ultralong.ablation import ablate, load_study
 from ultralong.ablation import build as building
@@ -65,6 +67,7 @@ def study_file(folder, texts, *, arms=(ARM,), **changes):
         ({"changes": {"evaluation.max_rows": 1}}, {}, "arm low changes evaluation"),
         ({"changes": {"stages": [{"to": 600}]}}, {}, "ends at a window of 600"),
         ({"changes": {"training.seed": 3}}, {}, "seed does not belong here"),
+        ({"changes": {"start_share": 1}}, {}, "start_share must be 0 or more and below 1, found 1"),
         (
             {"changes": {"training.skip_positions_to": 576, "rows.packing.mask_documents": True}},
             {},
@@ -95,7 +98,8 @@ def test_a_setting_at_its_default_changes_no_key():
 
 def test_studies_that_ship_are_whole():
     names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
-    assert names == ["miniature", "smollm2-135m-32k", "smollm2-135m-64k", "smollm2-135m-64k-searched"]
+    smollm2 = ["smollm2-135m-32k", "smollm2-135m-64k", "smollm2-135m-64k-searched"]
+    assert names == ["miniature", "qwen25-coder-1.5b-128k", *smollm2, "tinyllama-1.1b-16k"]
     for name in names:
         assert len(load_study(name).designs()) > 3
 
@@ -182,6 +186,28 @@ def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_
     assert "A rate of almost nothing" in page
     assert "Rescaled only" in page
     assert any(line.startswith("low: ") for line in table_lines(whole))
+
+
+def test_an_arm_is_averaged_with_its_untrained_start(tmp_path, texts, make_tiny_model, tiny_tokenizer):
+    """Trained once for both arms; the weights are the plain average, and its key is none that an unaveraged arm has."""
+    make_tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    half = {**ARM, "name": "half", "changes": {"start_share": 0.25}}
+    changes = {"model": str(tmp_path / "model"), "stages": [{"to": 768, "factor": 4}]}
+    changes["evaluation"] = {"tasks": ["niah_single_1"], "lengths": [512], "samples": 2, "needle_lengths": []}
+    half["refuted_if"] = {"outcome": "all tests beyond the old window", "below": 0}
+    study = load_study(study_file(tmp_path, texts, arms=(half,), **changes))
+    found = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    base, averaged = (tmp_path / "study" / run["model"] for run in found["runs"])
+    assert base.parent.name.startswith("trained-")
+    assert averaged.name.startswith("merged-")
+    assert len(list((tmp_path / "study" / "runs").glob("trained-*/result.json"))) == 1
+    (start,) = (tmp_path / "study" / "shared").glob("extended-*")
+    trained, untrained, made = (load_file(folder / "model.safetensors") for folder in (base, start, averaged))
+    assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
+    for name, tensor in made.items():
+        assert torch.allclose(tensor, 0.75 * trained[name] + 0.25 * untrained[name], atol=1e-6), name
+    assert {outcome["name"] for outcome in found["outcomes"]} >= {"niah_single_1 at 512", half["refuted_if"]["outcome"]}
 
 
 def test_two_calls_share_a_study(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer):

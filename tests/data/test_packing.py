@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ultralong.data.read.documents import Document
@@ -99,9 +101,41 @@ def check_row(row, stream, begin, how):
     assert np.array_equal(row.position_ids, np.arange(how.length) - origin)
 
 
+@settings(max_examples=80)
+@given(texts=DOCUMENTS, how=SETTINGS)
+def test_rows_start_with_a_document_where_a_row_end_drops_the_rest(tiny_tokenizer, texts, how):
+    how = replace(how, row_end="drop", long_documents="split")
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(tiny_tokenizer, Path(folder) / "store", texts)
+        stream = expected_stream(store, tiny_tokenizer, how)
+        expected, row = [], []
+        for _, group in groupby(stream, key=lambda item: item[1]):
+            tokens = [token for token, _, _ in group]
+            room = how.length - len(row)
+            row += tokens[:room]
+            if len(row) == how.length:
+                expected.append((row, tokens[room:]))
+                row = []
+        assume(expected)
+        rows = pack(store, tiny_tokenizer, Path(folder) / "rows", how, rows_per_shard=2, quiet=True)
+        counts = rows.manifest
+        assert len(rows) == len(expected) + (how.tail == "pad" and row != [])
+        for found, (ids, rest) in zip(rows, expected, strict=False):
+            assert found.input_ids.tolist() == ids
+            if rest:
+                assert found.labels[-1] == rest[0], "the document's own next token is still a target"
+        left_out = sum(len(rest) for _, rest in expected)
+        packed = counts["document_tokens"] + counts["separator_tokens"]
+        assert packed == len(stream) - left_out
+        assert counts["document_tokens"] + counts["dropped_tokens"] == store.tokens
+        if how.join == "none":
+            assert counts["dropped_tokens"] == left_out
+
+
 @settings(max_examples=60)
-@given(texts=DOCUMENTS, how=SETTINGS, cut=st.integers(0, 30))
-def test_the_stream_resumes_at_every_row(tiny_tokenizer, texts, how, cut):
+@given(texts=DOCUMENTS, how=SETTINGS, row_end=st.sampled_from(["continue", "drop"]), cut=st.integers(0, 30))
+def test_the_stream_resumes_at_every_row(tiny_tokenizer, texts, how, row_end, cut):
+    how = replace(how, row_end=row_end)
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(tiny_tokenizer, folder, texts)
         separators = resolve_separators(how, tiny_tokenizer)

@@ -6,13 +6,16 @@ import inspect
 import random
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from ultralong.data.read.documents import Document
 from ultralong.data.recipe.schema import load_recipe
 from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.select.retrieval import HANDED, SEVERAL, WORDINGS, Retrieval
+from ultralong.data.tokens.tokenize import tokenize_corpus
 
 LINES = ("The keeper wrote in his log.", "No ship had passed.", "The tide came in at dawn, cold and grey.")
 TEXT = "".join(f"{LINES[(i * i + i // 7) % 3]} Night {i} fell.\n" for i in range(4000))
@@ -169,6 +172,38 @@ def test_the_recipe_for_rows_of_131072_asks_across_more_than_the_old_window():
     (longest, far), (shorter, near) = map(shares, ("gutenberg-sotu-retrieval-128k", "gutenberg-sotu-retrieval"))
     assert shorter < 80_000 < 131_072 < longest, "tokens of the longest piece, at four characters a token"
     assert near < 0.2 < 0.4 < far
+
+
+def test_a_row_asks_only_for_what_it_has_told_where_its_end_drops_the_rest(tmp_path, tiny_tokenizer):
+    """A row that goes on with the rest of a piece asks for facts that its reader never saw, which teaches guessing."""
+    settings = Retrieval(shortest=3000, longest=9000, spacing=600, inside=1.0, several=0.0, chained=0.0)
+    pieces = list(settings.documents([Document(f"book-{i}", TEXT) for i in range(3)], seed=0))
+    store = tokenize_corpus(iter(pieces), tiny_tokenizer, tmp_path / "store", quiet=True)
+
+    def unseen(row_end):
+        how = PackSettings(2000, mask_documents=True, row_end=row_end)
+        rows = pack(store, tiny_tokenizer, tmp_path / row_end, how, quiet=True)
+        asked = missing = 0
+        for row in rows:
+            for first, end in pairwise(row.boundaries):
+                text = tiny_tokenizer.decode(row.input_ids[first:end])
+                for wording in WORDINGS:
+                    for question in pattern(wording.question).finditer(text):
+                        fact = re.escape(wording.fact.split("{value}")[0].format(key=question["key"]))
+                        asked += 1
+                        missing += re.search(fact, text[: question.start()]) is None
+        assert asked > 50
+        return missing
+
+    assert unseen("continue") > 10
+    assert unseen("drop") == 0
+
+
+def test_the_recipe_for_rows_of_131072_cuts_no_question_off_from_its_fact():
+    recipe = load_recipe("gutenberg-sotu-retrieval-128k")
+    settings = next(source.retrieval for source in recipe.sources if source.retrieval)
+    assert recipe.row_settings(131_072).row_end == "drop"
+    assert settings.inside == 1, "what stands at the end of a piece is dropped with it"
 
 
 @pytest.mark.parametrize(

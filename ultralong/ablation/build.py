@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ultralong.ablation.design import Design, Rows, Stage
 from ultralong.ablation.outcomes import Outcome, read_outcomes
 from ultralong.ablation.resolve import (
     Link,
     base_folder,
     extension_key,
+    final_key,
     heldout_key,
     links,
     measured_key,
@@ -25,9 +27,9 @@ from ultralong.ablation.resolve import (
     run_settings,
     training_config,
 )
-from ultralong.ablation.study import Design, Rows, Stage
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
+from ultralong.checkpoints.merge import merge
 from ultralong.data.recipe.build import pack_recipe
 from ultralong.data.recipe.texts import read_documents
 from ultralong.evaluation.runs.run import run
@@ -92,25 +94,38 @@ class Builder:
 
     def trained(self, design: Design, seed: int) -> list[Outcome]:
         """The arm's model of a seed, measured."""
-        key = links(design, seed, self.base)[-1].trained
+        key = final_key(design, seed, self.base)
         return self.measured(design, key, lambda: self.model(design, seed), f"trained, seed {seed}")
 
     def records(self, design: Design, seed: int) -> list[Path]:
         """The files that are there when the arm's model of a seed, and what it is compared with, are measured."""
-        made = links(design, seed, self.base)
-        wanted = [self.base, extension_key(self.base, design.stages[-1], design.scaling), made[-1].trained]
+        made, last = links(design, seed, self.base), design.stages[-1]
+        wanted = [self.base, extension_key(self.base, last, design.scaling), final_key(design, seed, self.base)]
         records = [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
         return [*records, *(self.out / "runs" / m.trained / "result.json" for m in made)]
 
     def model(self, design: Design, seed: int) -> Path:
-        """Folder of the arm's model of a seed."""
+        """Folder of the arm's model of a seed, averaged with its start where the arm asks for it."""
         model = base_folder(design)
         for link in links(design, seed, self.base):
             extended = self.extended(design, link.stage, link.extended, model)
             model = self._train(
                 design, link, seed, extended, self.rows(design.rows, link.stage.length, link.rows, design)
             )
-        return model
+        return self._averaged(design, seed, model) if design.start_share else model
+
+    def _averaged(self, design: Design, seed: int, trained: Path) -> Path:
+        """The trained model averaged with the one that is rescaled and not trained."""
+        out, last = self.out / "runs" / final_key(design, seed, self.base), design.stages[-1]
+        start = extension_key(self.base, last, design.scaling)
+
+        def make() -> None:
+            self._say(f"average with the start, of weight {design.start_share:g}: {out.name}")
+            untrained = self.extended(design, last, start, base_folder(design))
+            merge([trained, untrained], out, [1 - design.start_share, design.start_share], quiet=True)
+
+        self._once(out.name, out.exists, make)
+        return out
 
     def extended(self, design: Design, stage: Stage, key: str, model: Path) -> Path:
         """A checkpoint rescaled to a stage's window."""
@@ -189,17 +204,18 @@ class Builder:
 
     def cost(self, design: Design, seed: int) -> dict[str, Any]:
         """What the training of an arm and seed took: tokens, seconds of all steps, the last loss."""
-        tokens, seconds, loss = 0, 0.0, None
+        tokens, seconds, loss, model = 0, 0.0, None, ""
         for link in links(design, seed, self.base):
             folder = self.out / "runs" / link.trained
             result = read_json(folder / "result.json")
             tokens, loss = tokens + result["tokens"], result["loss"]
             seconds += sum(record["seconds"] for record in read_jsonl(folder / "log.jsonl"))
+            model = f"runs/{link.trained}/model"
         return {
             "tokens": tokens,
             "loss": loss,
             "step_seconds": round(seconds, 1),
-            "model": f"runs/{link.trained}/model",
+            "model": f"runs/{final_key(design, seed, self.base)}" if design.start_share else model,
         }
 
     def _train(self, design: Design, link: Link, seed: int, model: Path, rows: Path) -> Path:

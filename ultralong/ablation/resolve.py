@@ -13,8 +13,9 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replac
 from pathlib import Path
 from typing import Any
 
+from ultralong.ablation.design import Design, Rows, Scaling, Stage
 from ultralong.ablation.outcomes import BEYOND, LONGPPL, NEEDLES, PERPLEXITY, TESTS
-from ultralong.ablation.study import BASE_ARM, Design, Rows, Scaling, Stage, Study, flat
+from ultralong.ablation.study import BASE_ARM, Study, flat
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.files import locate, weight_files
 from ultralong.checkpoints.rescale import Extension, choose_scaling
@@ -163,6 +164,14 @@ def links(design: Design, seed: int, base: str) -> list[Link]:
     return found
 
 
+def final_key(design: Design, seed: int, base: str) -> str:
+    """Key of the model that is measured: the trained one, or its average with the rescaled, untrained one."""
+    trained = links(design, seed, base)[-1].trained
+    if not design.start_share:
+        return trained
+    return key("merged", trained, extension_key(base, design.stages[-1], design.scaling), design.start_share)
+
+
 def heldout_key(design: Design, base: str) -> str:
     """Key of the held-out texts and rows."""
     return rows_key(design.heldout, design.window, base).replace("rows-", "heldout-")
@@ -189,7 +198,7 @@ def check(study: Study) -> str:
     done: dict[str, str] = {}
     for arm, design in study.designs().items():
         try:
-            trained = links(design, study.seeds[0], name)[-1].trained
+            final = final_key(design, study.seeds[0], name)
             run_settings(design, "model", "texts", "rows")
             for stage in design.stages:
                 _check_rows(design, stage, study.seeds[0])
@@ -198,10 +207,10 @@ def check(study: Study) -> str:
                 choose_scaling(config, extension(stage, design.scaling))
         except ValueError as error:
             raise ValueError(f"arm {arm}: {error}") from error
-        if trained in done:
-            same = "changes nothing: it does what the base does" if done[trained] == BASE_ARM else ""
-            raise ValueError(f"arm {arm} {same or f'does what arm {done[trained]} does'}. Remove it, or change it.")
-        done[trained] = arm
+        if final in done:
+            same = "changes nothing: it does what the base does" if done[final] == BASE_ARM else ""
+            raise ValueError(f"arm {arm} {same or f'does what arm {done[final]} does'}. Remove it, or change it.")
+        done[final] = arm
     return name
 
 

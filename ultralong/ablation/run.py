@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.ablation.build import PATIENCE, Builder
+from ultralong.ablation.design import Design
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import draw_study
 from ultralong.ablation.resolve import check
 from ultralong.ablation.results import summarise
-from ultralong.ablation.study import BASE_ARM, Design, Study
+from ultralong.ablation.study import BASE_ARM, Study
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import make_folder, write_json

@@ -1,136 +1,28 @@
 """A study as one YAML file: a base that says everything, and arms that change named keys of it.
 
-The dataclasses below are the schema; `studies/` beside this module holds the files that ship. A key that is misspelt or
-of the wrong type is an error that names it.
+The dataclasses below and in `design` are the schema; `studies/` beside this module holds the files that ship. A key
+that is misspelt or of the wrong type is an error that names it.
 """
 
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultralong.ablation.design import Design
 from ultralong.utils import settings
-from ultralong.utils.units import Tokens
 
 STUDIES = Path(__file__).parent / "studies"
 BASE_ARM = "base"
 SAME_IN_ALL = ("model", "heldout", "evaluation")  # of a design: what makes the samples the same
 ARM_NAME = re.compile(r"[\w.+-]+")
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How RoPE is rescaled; as in `ultralong.checkpoints.extend.extend`.
-
-    Attributes:
-        method: "auto", or one of `ultralong.rope.METHODS`.
-        attention_factor: Factor on cosine and sine; 1.0 switches YaRN's temperature off.
-        original_window: Tokens of the unscaled pretraining, where the config does not say it.
-        theta: Another RoPE base.
-        ramp: For yarn: what its ramp is linear in, as in `ultralong.rope.RopeScaling`.
-        alpha: Turns at the slow end of the ramp; None is the recipe's 1.
-        beta: Turns at the fast end of the ramp; None is the recipe's 4.
-        short_factors: For longrope: a factor a pair, up to the old window.
-        long_factors: For longrope: a factor a pair, beyond it.
-    """
-
-    method: str = "auto"
-    attention_factor: float | None = None
-    original_window: Tokens | None = None
-    theta: float | None = None
-    ramp: str = "dimension"
-    alpha: float | None = None
-    beta: float | None = None
-    short_factors: tuple[float, ...] | None = None
-    long_factors: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of extension: rescale to a window, then train on rows of that window.
-
-    Attributes:
-        to: Tokens of the window.
-        steps: Optimizer steps; None is the training's.
-        factor: Scaling factor; None is the window over the one of the unscaled pretraining.
-        row: Tokens of a row to train on; None is the window. Shorter ones go with `training.skip_positions_to`.
-    """
-
-    to: Tokens
-    steps: int | None = None
-    factor: float | None = None
-    row: Tokens | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row to train on."""
-        return self.row or self.to
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What packed rows are made from.
-
-    Attributes:
-        recipe: Name of a data recipe, its YAML file, or a folder of texts.
-        limit: Take about this many tokens of each source at most.
-        max_characters: Cut longer documents of every source into several; None is what the recipe says.
-        packing: Keys of the recipe's packing that are replaced, such as join or mask_documents.
-        changes: Other keys of the recipe that are replaced, with dots for groups.
-    """
-
-    recipe: str
-    limit: Tokens | None = None
-    max_characters: int | None = None
-    packing: dict[str, Any] = field(default_factory=dict)
-    changes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Design:
-    """Everything that one arm does.
-
-    Attributes:
-        model: Folder or hub id of the model before, or miniature.
-        stages: Windows in order; one is extension in one step.
-        rows: Rows to train on, packed anew for each window.
-        heldout: Documents kept apart: prompts are filled with them, and perplexity is measured on them.
-        training: Keys of a training config, and `preset`, the name of the one that they change.
-        evaluation: Keys of `RunSettings`: tests, lengths, samples.
-        scaling: How RoPE is rescaled.
-        processes: Processes of a training run on this machine; None trains in this one.
-    """
-
-    model: str
-    stages: tuple[Stage, ...]
-    rows: Rows
-    heldout: Rows
-    training: dict[str, Any]
-    evaluation: dict[str, Any]
-    scaling: Scaling = field(default_factory=Scaling)
-    processes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("stages must hold at least one window.")
-        windows = [stage.to for stage in self.stages]
-        if any(after <= before for before, after in itertools.pairwise(windows)):
-            raise ValueError(f"stages must rise from window to window, found {windows}.")
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"processes must be 1 or more, found {self.processes}.")
-
-    @property
-    def window(self) -> int:
-        """Tokens of the last window."""
-        return self.stages[-1].to
 
 
 @dataclass(frozen=True)

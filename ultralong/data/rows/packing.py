@@ -9,8 +9,9 @@ separator is encoded once, alone, and its ids are put between documents that wer
 What the stream of documents becomes:
 * join="separator": d1 sep d2 sep d3; join="none": d1 d2 d3; join="bos_eos": bos d1 eos bos d2 eos bos d3 eos.
   A separator belongs to the document before it, which has to learn where to end.
-* The stream is cut every T tokens, wherever that is; what is over goes on in the next row. `long_documents="drop"`
-  leaves out documents of more than T tokens.
+* The stream is cut every T tokens, wherever that is; what is over goes on in the next row, or is left out with
+  `row_end="drop"`: every row then starts with a document. `long_documents="drop"` leaves out documents of more than T
+  tokens.
 * The target of input t is the stream's token t + 1, for the row's last input too. With `mask_documents`, nothing is
   predicted across a document's start, and positions start again there.
 """
@@ -62,12 +63,12 @@ class RowStream(Iterator[tuple[np.ndarray, list[int], list[int]]]):
         self.none = np.iinfo(store.dtype).max
         self.tail_tokens = self.padding = 0
         self._block: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
-        self._counts = {"dropped_documents": 0, "dropped_tokens": 0}
+        self._counts = {"dropped_documents": 0, "dropped_tokens": 0, "dropped_separators": 0}
         self._last = self._last_kept()
         self._position, self._offset = 0, 0
         if state is not None:
             self._position, self._offset = state["position"], state["offset"]
-            self._counts = {key: state[key] for key in self._counts}
+            self._counts = {key: state.get(key, 0) for key in self._counts}  # earlier versions dropped no separators
             self._piece = self._make_piece() if self._position < len(store) else None
         else:
             self._position = -1
@@ -102,7 +103,18 @@ class RowStream(Iterator[tuple[np.ndarray, list[int], list[int]]]):
             return ids, [*starts, filled], [*documents, PADDING]
         if self._piece is not None and not (self.settings.mask_documents and self._offset == 0):
             ids[length] = self._piece[self._offset]
+        if self.settings.row_end == "drop" and self._offset:
+            self._drop_rest()
         return ids, starts, documents
+
+    def _drop_rest(self) -> None:
+        """Leave out what the row's end cut off, and start the next row with the next document."""
+        assert self._piece is not None
+        document = self.store.length(self._document(self._position))
+        packed = min(max(self._offset - len(self.separators.before), 0), document)
+        self._counts["dropped_tokens"] += document - packed
+        self._counts["dropped_separators"] += self._piece.size - self._offset - (document - packed)
+        self._next_piece()
 
     def _next_piece(self) -> None:
         """Go to the next document that is kept; `_piece` is None after the last."""
@@ -161,7 +173,7 @@ def pack(
 
     Returns:
         The finished rows. Every token of every document is in exactly one place, or counted in the manifest as dropped
-        (`dropped_tokens` of long documents, `tail_dropped_tokens` of the last row).
+        (`dropped_tokens` of long documents and of rows' ends, `tail_dropped_tokens` of the last row).
 
     Raises:
         ValueError: The tokenizer is not the store's, `out` was made from something else or is being written by someone
@@ -173,8 +185,11 @@ def pack(
     positions = settings.positions
     if positions == "auto":
         positions = "document" if settings.mask_documents else "row"
+    asked = asdict(settings)
+    if settings.row_end == "continue":
+        del asked["row_end"]  # as earlier versions wrote it, whose folders are resumed
     resolved = {
-        **asdict(settings),
+        **asked,
         "format": FORMAT,
         "positions": positions,
         "separators": _as_lists(separators),
@@ -237,6 +252,7 @@ def _manifest(
     separator_tokens = kept * (len(separators.before) + len(separators.after)) + max(0, kept - 1) * len(
         separators.between
     )
+    separator_tokens -= state["dropped_separators"]
     rows = sum(record["rows"] for record in records)
     counts = {
         "rows": rows,

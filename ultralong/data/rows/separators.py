@@ -23,6 +23,9 @@ class PackSettings:
         positions: "row" counts 0..T-1 over the row, "document" starts again at each document, "auto" is "document" with
             `mask_documents` and "row" without.
         long_documents: "split" lets a document of more than T tokens run over several rows, "drop" leaves it out.
+        row_end: What becomes of a document that a row's end cuts: "continue" puts the rest into the next row, "drop"
+            leaves the rest out and counts it. Every row then starts with a document's first token, and no question in a
+            row asks for what only the row before told.
         tail: The last row that the stream does not fill: "drop" it or "pad" it. Counted either way.
         shuffle: True takes the documents in a pseudo-random order, False in the store's.
         seed: Names that order; 0 or more and below 2**32.
@@ -34,6 +37,7 @@ class PackSettings:
     mask_documents: bool = False
     positions: Literal["auto", "row", "document"] = "auto"
     long_documents: Literal["split", "drop"] = "split"
+    row_end: Literal["continue", "drop"] = "continue"
     tail: Literal["drop", "pad"] = "drop"
     shuffle: bool = True
     seed: int = 0
@@ -47,6 +51,7 @@ class PackSettings:
             "join": ("separator", "none", "bos_eos"),
             "positions": ("auto", "row", "document"),
             "long_documents": ("split", "drop"),
+            "row_end": ("continue", "drop"),
             "tail": ("drop", "pad"),
         }
         for name, allowed in choices.items():

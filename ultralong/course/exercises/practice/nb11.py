@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ultralong.ablation.study import Arm, Design, Refutation, changed, load_study
+from ultralong.ablation.design import Design
+from ultralong.ablation.study import Arm, Refutation, changed, load_study
 from ultralong.course.exercise import Exercise, Mistake
 
 # ---- 11.refute
