@@ -1,6 +1,7 @@
 """Studies: refused before work starts, differences that are exact, and the same result after a stop."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -208,6 +209,20 @@ def test_an_arm_is_averaged_with_its_untrained_start(tmp_path, texts, make_tiny_
     for name, tensor in made.items():
         assert torch.allclose(tensor, 0.75 * trained[name] + 0.25 * untrained[name], atol=1e-6), name
     assert {outcome["name"] for outcome in found["outcomes"]} >= {"niah_single_1 at 512", half["refuted_if"]["outcome"]}
+
+    # Where weights were deleted, what is measured stands without them, and what is not has them made again, the same.
+    for folder in (base, averaged):
+        shutil.rmtree(folder)
+    assert ablate(study, tmp_path / "study", draw=False, quiet=True)["outcomes"] == found["outcomes"]
+    assert not base.exists()
+    for folder in (tmp_path / "study" / "shared").glob("measured-*"):
+        shutil.rmtree(folder)
+    again = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert again["outcomes"] == found["outcomes"]
+    assert [run["tokens"] for run in again["runs"]] == [run["tokens"] for run in found["runs"]]
+    assert len((base.parent / "log.jsonl").read_text().splitlines()) == 1, "no step is counted twice"
+    for name, tensor in load_file(averaged / "model.safetensors").items():
+        assert torch.equal(tensor, made[name]), name
 
 
 def test_two_calls_share_a_study(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer):

@@ -224,6 +224,8 @@ class Builder:
         def make() -> None:
             config = training_config(design, link.stage, seed, model, rows, out)
             rows_a_step = config.global_batch_size
+            if (out / "result.json").exists():  # finished, and its weights were deleted since: nothing to resume from
+                shutil.rmtree(out)
             self._say(f"train {config.steps:,} steps of {rows_a_step} x {link.stage.length:,}: {out.name}")
             stopped = out.exists()  # a first start has nothing to resume from, and needs no note that says so
             if design.processes is None:
@@ -233,7 +235,7 @@ class Builder:
                 settings.save(config, file)
                 launch_local(file, design.processes, resume=stopped, quiet=self.quiet)
 
-        self._once(link.trained, (out / "result.json").exists, make)
+        self._once(link.trained, lambda: (out / "result.json").exists() and (out / "model").exists(), make)
         return out / "model"
 
     def _say(self, text: str) -> None:
