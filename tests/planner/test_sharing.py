@@ -88,7 +88,7 @@ def test_on_a_mix_the_fastest_dynamic_sharing_is_taken(folder, tmp_path):
     assert [each["context_parallel_size"] for each in refused] == [1, 2, 4]
     fastest = min(refused, key=lambda each: each["seconds"])
     assert f"against {fastest['seconds']:.3g} s at a fixed degree of {fastest['context_parallel_size']}" in found.reason
-    assert found.reason.endswith("which dynamic sharing alone takes; longest row 512 on 4 GPUs.")
+    assert found.reason.endswith("which only dynamic sharing takes; longest row 512 on 4 GPUs.")
     said = plan(run, 4)
     assert said.sharing == found.reason
     assert found.reason in str(said)
@@ -217,12 +217,12 @@ def test_plans_dry_runs_and_launches_say_what_will_be_decided(folder, tmp_path, 
     assert said.good
     assert said.text == decide_sharing(run, 2).reason
     unpacked = plan(replace(run, data=(DataSource("not-there"),), length=128), 2)
-    assert "not all rows are packed yet, and it is decided anew once they are" in unpacked.sharing
+    assert "not all rows are packed yet, so this is decided again once they are" in unpacked.sharing
     settings.save(run, tmp_path / "run.yaml")
     words = ["--nodes", "1", "--gpus-per-node", "2", "--out", str(tmp_path / "scripts")]
     cli.main(["launch", str(tmp_path / "run.yaml"), *words])
     shown = capsys.readouterr().out
-    assert f"How rows are shared is decided when the run starts (auto); by what is here, {said.text}" in shown
+    assert f"How rows are shared (auto) is decided when the run starts. Planned from here: {said.text}" in shown
     assert settings.load(TrainConfig, tmp_path / "scripts" / "config.yaml").parallel == AUTO
 
 

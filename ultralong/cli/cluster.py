@@ -50,10 +50,10 @@ def _tell_sharing(config: TrainConfig, nodes: int, gpus_per_node: int) -> None:
 
     try:
         found = decide_sharing(config, nodes * gpus_per_node, host_gpus=gpus_per_node, planned=True)
-        said = f"by what is here, {found.reason}"
+        said = f"Planned from here: {found.reason}"
     except ValueError as error:
-        said = f"what is here does not say: {error}"
-    print(f"How rows are shared is decided when the run starts (auto); {said}")
+        said = f"It can't be planned from here: {error}"
+    print(f"How rows are shared (auto) is decided when the run starts. {said}")
 
 
 @takes(

@@ -180,7 +180,7 @@ def _looked_at(
 
 
 def _on_the_way(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start the way of tokens (B,) to the host; what is called for them waits for nothing that is started later."""
+    """Start to copy tokens (B,) to the host. What returns them waits for that copy, not for work started after it."""
     if not tokens.is_cuda:
         return tokens.tolist
     # Only from a GPU to pinned memory is a copy that the host need not wait for.

@@ -15,9 +15,9 @@ from ultralong.training.preflight import preflight
 from ultralong.training.sharing import SharingDecision, named
 from ultralong.utils.units import GIB
 
-MARGIN = 0.03  # of a step's seconds that dynamic sharing has to win: about what plans are wrong by
+MARGIN = 0.03  # of a step's seconds that dynamic sharing has to save: about what plans are wrong by
 HOST_GPUS = 8  # of a host, where it is not said
-MIXED = "rows differ in length or document mask, which dynamic sharing alone takes"
+MIXED = "rows differ in length or document mask, which only dynamic sharing takes"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def decide_sharing(
     taken = _taken(choices, budget)
     longest = max((each.price.tokens for each in choices if each.price is not None), default=0)
     where = f"; longest row {longest:,} on {gpus} GPU{'s' * (gpus > 1)}" if longest else ""
-    where += "" if packed else "; not all rows are packed yet, and it is decided anew once they are"
+    where += "" if packed else "; not all rows are packed yet, so this is decided again once they are"
     return SharingDecision(
         taken.parallel.shared_by,
         taken.parallel.dynamic,
@@ -160,7 +160,7 @@ def _none_left(told: list[tuple[ParallelConfig, list[str]]]) -> str:
         if kind := [(way, wrong) for way, wrong in told if way.dynamic == dynamic]:
             way, wrong = min(kind, key=lambda each: len(each[1]))
             said.append(f"{Choice(way, '', None)}: {' Also: '.join(wrong)}")
-    return f"Rows can't be shared in any way. As {' As '.join(said)}"
+    return f"Rows can't be shared in any way. With {' With '.join(said)}"
 
 
 def _choice(asked: Asked | str, config: TrainConfig, parallel: ParallelConfig, refused: str) -> Choice:
@@ -214,7 +214,7 @@ def _because(taken: Choice, choices: list[Choice], budget: float) -> str:
         if best.refused:
             said.append(best.refused)
         elif best.parallel.dynamic and _seconds(best) < _seconds(taken):
-            said.append(f"it has to win {MARGIN:.0%}")
+            said.append(f"dynamic sharing is taken where it is more than {MARGIN:.0%} faster")
     if not taken.fits(budget):
         said.append(f"none fits in {budget / GIB:.1f} GiB, and this needs the least, {taken.price.gpu_bytes / GIB:.1f}")
     faster = [
