@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from ultralong.planner.machine import SCALED
 from ultralong.planner.memory import gpu_memory, gpu_total
 from ultralong.planner.models.run import is_model, run_of_model
 from ultralong.planner.shapes import KNOWN, check_countable, model_config, shape_of
-from ultralong.planner.step_time import shards_travel
+from ultralong.planner.step_time import _copied_states, shards_travel
 from ultralong.planner.traces.layers import StepSettings, trace_layers
 from ultralong.planner.traces.models import plain
 from ultralong.planner.trained import counted
@@ -130,6 +131,30 @@ def test_what_travels_of_sharded_parameters_is_counted():
     sent = (2 * 2 * in_layers + 4 * shape.parameters) * 7 / 8
     assert shards_travel(workload) == pytest.approx(sent / machine.costs.exchange)
     assert shards_travel(replace(workload, config=config(name, parallel=ParallelConfig()), gpus=1)) == 0
+
+
+def test_what_is_copied_of_states_is_counted():
+    """Clipping: 12 bytes a float32 gradient. FSDP2: shards cast twice, what was gathered copied, gradients widened."""
+    name, machine = "Qwen/Qwen3-30B-A3B", load_machine("h200")
+    shape, run = shape_of(model_config(name)), run_of_model(name, 8)
+    workload = Workload(run, model_config(name), shape, machine, 131_072, 8)
+    every = shape.parameters
+    assert _copied_states(workload) == pytest.approx((12 / 8 + 2 * (6 / 8 + 4) + 6) * every)
+    alone = replace(workload, config=config(name), gpus=1)
+    assert _copied_states(alone) == pytest.approx(12 * every)
+    unclipped = replace(run, optimizer=replace(run.optimizer, clip_norm=0.0))
+    assert _copied_states(replace(workload, config=unclipped)) == pytest.approx((2 * (6 / 8 + 4) + 6) * every)
+
+
+def test_a_file_of_rates_without_strided_operations_has_them_in_proportion(tmp_path):
+    """Files that were measured before there was such a rate."""
+    known = load_machine("h200")
+    content = json.loads(Path(str(resources.files("ultralong.planner").joinpath("machines/h200.json"))).read_text())
+    del content["rates"]["strided"]
+    for row in content["rates"]["traffic"]:
+        row["gbps"] /= 2
+    (tmp_path / "here.json").write_text(json.dumps(content))
+    assert load_machine(tmp_path / "here.json").strided == pytest.approx(known.strided / 2)
 
 
 def test_each_kind_of_layer_keeps_a_base_of_its_own():

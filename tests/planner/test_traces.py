@@ -63,6 +63,24 @@ def test_the_tracker_counts_storages_work_and_traffic(fake):
     assert c.shape == (1000, 1000)
 
 
+@pytest.mark.parametrize("fake", [False, True])
+def test_operations_on_tensors_of_different_layouts_are_counted_by_elements(fake):
+    """A GPU takes several elements at a time only where all tensors lie in memory alike and without gaps."""
+    with ShapeMode() if fake else torch.no_grad(), Tracker() as tracker:
+        x, factor, mask = torch.ones(40, 60), torch.ones(40, 1), torch.zeros(40, 1, dtype=torch.bool)
+        x * x, x + 1.0, x.t() * x.t(), x[:20] * x[20:], x.clone()
+        assert (tracker.strided, tracker.strided_moved) == (0, 0)
+        x * factor  # 9600 bytes read and written each, and the factors
+        assert (tracker.strided, tracker.strided_moved) == (2400, 2 * 9600 + 160)
+        x[:, :30] * x[:, 30:], x * x.reshape(60, 40).t()
+        assert tracker.strided == 2400 + 1200 + 2400
+        moved, operations = tracker.moved, tracker.operations
+        x.masked_fill(mask, 0.0)  # a copy, and filled in place
+        assert tracker.strided == 2400 + 1200 + 2 * 2400
+        assert tracker.moved - moved == 2 * 9600 + 2 * 9600 + 40
+        assert tracker.operations - operations == 2
+
+
 # ---- Layers.
 
 
@@ -124,14 +142,15 @@ def test_results_that_are_kept_by_their_shapes_change_no_trace(monkeypatch):
         assert (x.t() * 2).stride() == (1, 6)
 
 
-def test_the_fake_loss_holds_as_much_as_the_loss():
+@pytest.mark.parametrize("vocabulary", [8192, 8190], ids=["whole", "padded"])
+def test_the_fake_loss_holds_as_much_as_the_loss(vocabulary):
     peaks = []
     for loss in (
         lambda *x: tiled_cross_entropy(x[0], x[1], torch.ones(1024, dtype=torch.int64), 256)[0],
         lambda *x: fake_head_loss(x[0], x[1], 256, torch.float32),
     ):
         hidden = torch.randn(1024, 64, requires_grad=True)
-        weight = torch.randn(8192, 64, requires_grad=True)
+        weight = torch.randn(vocabulary, 64, requires_grad=True)
         with Tracker() as tracker:
             loss(hidden, weight).backward()
         peaks.append(tracker.peak)

@@ -10,8 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ultralong.attention import lse_merge as merge
-from ultralong.training import loss
-from ultralong.training.memory import fused_ops
+from ultralong.training.memory import fused_ops, logits
 from ultralong.training.memory.fused_ops import (
     add_linear,
     add_mlp,
@@ -185,9 +184,13 @@ EACH = {
     "join": (merge._lerp_compiled, lambda count: rows(count, (4, 8), (4, 8), (4,))),
     "gate": (fused_ops._swiglu_compiled, lambda count: rows(count, (10,), (10,))),
     "gate, back": (fused_ops._swiglu_backward_compiled, lambda count: rows(count, (10,), (10,), (10,))),
-    "normalise": (loss._normalise, lambda count: rows(count, (300,))),
+    "normalise": (logits.normalise, lambda count: rows(count, (300,))),
+    "normalise a padded head's": (
+        logits.normalise,
+        lambda count: [functional.pad(*rows(count, (294,)), (0, 2), value=-torch.inf)],
+    ),
     "loss, back": (
-        loss._by_logits,
+        logits.by_logits,
         lambda count: [*rows(count, (300,), (1,)), torch.randint(300, (count, 1)), torch.float64],
     ),
 }

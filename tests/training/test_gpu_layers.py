@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ultralong.attention import make_attention_context
-from ultralong.training import loss
 from ultralong.training.config import MemoryConfig
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.memory import fused_ops
+from ultralong.training.memory import fused_ops, logits
 from ultralong.training.memory.activation_memory import ActivationMemory
 from ultralong.training.memory.fused_ops import rms_norm
 
@@ -46,9 +45,13 @@ ONE_PASS = {
     "turn": (fused_ops._rotary_compiled, lambda: rows(9001, (32, 128), (128,), (128,))),
     "gate": (fused_ops._swiglu_compiled, lambda: rows(9001, (14336,), (14336,))),
     "gate, back": (fused_ops._swiglu_backward_compiled, lambda: rows(9001, (14336,), (14336,), (14336,))),
-    "normalise": (loss._normalise, lambda: rows(2050, (128256,), dtype=torch.float32)),
+    "normalise": (logits.normalise, lambda: rows(2050, (128256,), dtype=torch.float32)),
+    "normalise a padded head's": (
+        logits.normalise,
+        lambda: [functional.pad(*rows(2050, (100278,), dtype=torch.float32), (0, 2), value=-torch.inf)],
+    ),
     "loss, back": (
-        loss._by_logits,
+        logits.by_logits,
         lambda: [
             *rows(2050, (128256,), dtype=torch.float32),
             torch.full((2050, 1), 12.0, device="cuda"),

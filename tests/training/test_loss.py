@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultralong.training.loss import LanguageModelLoss, tiled_cross_entropy, tiled_token_losses
 
@@ -54,6 +55,36 @@ def test_head_gradient_of_a_real_vocabulary_is_summed_in_float32():
     error = (half.grad.double() - exact.grad).norm() / exact.grad.norm()
     # One rounding to bfloat16 is a relative error of up to 2^-9; about ninety tiles summed in it would make many.
     assert error < 2**-8, f"relative error {error:.1e}"
+
+
+class Products(TorchDispatchMode):
+    """Notes the sizes of the matrices that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket is torch.ops.aten.mm:
+            self.sizes += [tuple(x.shape) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(16, 16), (17, 24), (23, 24), (22, 24)])
+def test_products_with_the_head_have_rows_that_fast_kernels_can_read(vocabulary, width):
+    """Rows of a multiple of 16 bytes in two-byte types: a GPU's products run on a slow kernel otherwise."""
+    hidden, weight, labels = example(21, 8, vocabulary, 3, torch.bfloat16)
+    for loss in (lambda: tiled_cross_entropy(hidden, weight, labels, 5)[0],
+                 lambda: tiled_token_losses(hidden, weight, labels, 5).sum()):  # fmt: skip
+        with Products() as products:
+            hidden.grad = weight.grad = None
+            loss().backward()
+        assert {max(size) for size in products.sizes if max(size) > 8} == {width}
+        assert weight.grad.shape == (vocabulary, 8)
+        exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        functional.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=-100, reduction="sum").backward()
+        for found, expected in zip((hidden, weight), exact, strict=True):
+            torch.testing.assert_close(found.grad.double(), expected.grad, rtol=2e-2, atol=5e-2)
 
 
 def test_equals_the_loss_of_transformers(tiny_model):

@@ -46,14 +46,16 @@ def rates(
         only: Names of the rates to measure; all when empty.
 
     Returns:
-        Lists of rows by name: `matmul` (size, tflops), `traffic` (bytes of an operation, gbps), `attention` (kernel,
-        head_size, tokens, forward_tflops, backward_tflops), `launch` (seconds), `link` (gbps), `update`
-        (seconds_per_parameter) and, with several GPUs, `exchange` (gbps that each sends to the others).
+        Lists of rows by name: `matmul` (size, tflops), `traffic` (bytes of an operation, gbps), `strided`
+        (elements_per_second), `attention` (kernel, head_size, tokens, forward_tflops, backward_tflops), `launch`
+        (seconds), `link` (gbps), `update` (seconds_per_parameter) and, with several GPUs, `exchange` (gbps that each
+        sends to the others).
     """
     small = device == "cpu"
     most = 1 if small else None
     cases: list[Case] = [("matmul", partial(_matmul, size, device)) for size in WEIGHT_SIZES[:most]]
     cases += [("traffic", partial(_traffic, size, device)) for size in TRAFFIC_BYTES[:most]]
+    cases.append(("strided", partial(_strided, device)))
     kernels = ["auto"] if small else [name for name in available_kernels(device) if name not in SLOW]
     cases += [
         ("attention", partial(_attention, kernel, head, tokens, device))
@@ -119,6 +121,21 @@ def _traffic(size: int, device: str) -> dict[str, Any]:
 
     moved = size // 4 * (10 + 12 + 6 + 6)  # as the planner counts: every operand
     return {"bytes": moved / 4, "gbps": moved / seconds(work, device) / 1e9}
+
+
+def _strided(device: str) -> dict[str, Any]:
+    """Elementwise operations as experts have them, in bfloat16: a mask and a factor of a row, halves of columns."""
+    rows, columns = (2**17, 2048) if device == "cuda" else (64, 128)
+    x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+    factor, mask = torch.rand_like(x[:, :1]), torch.zeros(rows, 1, device=device, dtype=torch.bool)
+    gate, up = x.chunk(2, dim=-1)
+
+    def work() -> None:
+        x.masked_fill_(mask, 0.0)
+        x * factor
+        gate * up
+
+    return {"elements_per_second": 2.5 * x.numel() / seconds(work, device)}
 
 
 def _attention(kernel: str, head_size: int, tokens: int, device: str) -> dict[str, Any]:

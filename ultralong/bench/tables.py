@@ -182,8 +182,8 @@ def plans_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         cells = [row["model"], str(row["gpus"]), f"{row['tokens']:,}", row["trainer"]]
         for key, digits in (("peak_gpu_gib", 1), ("seconds_per_step", 2)):
             cells.append(f"{row[key]:.{digits}f}")
-            for planned in (row["plan_0_3"][key], row["plan_now"][key]):
-                cells.append(f"{planned:.{digits}f} ({100 * (planned / row[key] - 1):+.1f}%)")
+            for by in (row.get("plan_0_3"), row["plan_now"]):  # 0.3 has no plan of what it could not train
+                cells.append(f"{by[key]:.{digits}f} ({100 * (by[key] / row[key] - 1):+.1f}%)" if by else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

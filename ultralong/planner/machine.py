@@ -30,6 +30,7 @@ class Machine:
         matmul: FLOP/s of bfloat16 products by size of the weight.
         latency: Seconds that an operation takes on the GPU however little it moves.
         bandwidth: Bytes/s that it moves beyond that.
+        strided: Elements/s of elementwise operations on tensors of different layouts.
         attention: For kernel and head size, FLOP/s forward and backward by tokens.
         launch: Seconds to start an operation.
         update: Seconds that AdamW takes for a parameter.
@@ -44,6 +45,7 @@ class Machine:
     matmul: tuple[tuple[float, float], ...]
     latency: float
     bandwidth: float
+    strided: float
     attention: Mapping[tuple[str, int], tuple[tuple[float, float, float], ...]]
     launch: float
     update: float
@@ -55,9 +57,9 @@ class Machine:
         """FLOP/s of products with a weight of `size`."""
         return _interpolate(self.matmul, size, 1)
 
-    def traffic_seconds(self, operations: float, size: float) -> float:
-        """Seconds of operations that move `size` bytes together."""
-        return operations * self.latency + size / self.bandwidth
+    def traffic_seconds(self, operations: float, size: float, strided: float = 0.0) -> float:
+        """Seconds of operations that move `size` bytes together, and of `strided` elements beside them."""
+        return operations * self.latency + size / self.bandwidth + strided / self.strided
 
     def attention_rates(self, kernel: str, head_dim: int, tokens: int) -> tuple[float, float]:
         """FLOP/s of causal attention, forward and backward (counted as 2.5 times the forward's work).
@@ -146,6 +148,7 @@ def _parse(facts: Mapping[str, Any], rates: Mapping[str, Sequence[Mapping[str, A
         matmul=tuple((row["size"], row["tflops"] * 1e12) for row in rates["matmul"]),
         latency=latency,
         bandwidth=bandwidth,
+        strided=_strided(rates, bandwidth),
         attention={key: tuple(sorted(rows)) for key, rows in attention.items()},
         launch=rates["launch"][0]["seconds"],
         update=rates["update"][0]["seconds_per_parameter"],
@@ -171,6 +174,7 @@ def _scaled(name: str) -> Machine:
         peak=base.peak * compute,
         matmul=tuple((size, rate * compute) for size, rate in base.matmul),
         bandwidth=base.bandwidth * bandwidth,
+        strided=base.strided * compute,
         attention={
             key: tuple((tokens, forward * compute, backward * compute) for tokens, forward, backward in rows)
             for key, rows in base.attention.items()
@@ -178,6 +182,14 @@ def _scaled(name: str) -> Machine:
         update=base.update / bandwidth,
         costs=costs,
     )
+
+
+def _strided(rates: Mapping[str, Sequence[Mapping[str, Any]]], bandwidth: float) -> float:
+    """Elements/s of strided operations; of a file from before they were measured in proportion to the H200's."""
+    if "strided" in rates:
+        return float(rates["strided"][0]["elements_per_second"])
+    known = load_machine("h200")
+    return known.strided * bandwidth / known.bandwidth
 
 
 def _latency_and_bandwidth(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

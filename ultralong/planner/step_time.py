@@ -23,6 +23,7 @@ def step_time(workload: Workload) -> list[PlanLine]:
     machine, layers = workload.machine, workload.trace.layers
     forward, backward = _attention(workload)
     moved, operations = _beside_attention(workload)
+    traffic = machine.traffic_seconds(operations, moved, layers.strided)
     again, passes = workload.recomputed, workload.passes
     items = {
         "attention, forward": forward * passes,
@@ -31,10 +32,11 @@ def step_time(workload: Workload) -> list[PlanLine]:
         "matrix products of the decoder": layers.multiplied / machine.matmul_rate(workload.shape.hidden) * passes,
         "layer inputs recomputed": _recomputed_inputs(workload) * passes,
         "head and loss": _head(workload) * passes,
-        "all else (memory traffic)": machine.traffic_seconds(operations, moved) * passes,
+        "all else (memory traffic)": traffic * passes,
         "exchange between GPUs": _exchange(workload) * passes,
         "sum of gradients over GPUs": _gradients(workload),
         "AdamW": machine.update * workload.parameters.trained / (workload.shard or 1),
+        "clipping, and what FSDP copies and casts": machine.traffic_seconds(0, _copied_states(workload)),
     }
     _, offloaded, offloaded_inputs = workload.placed
     copied = offloaded * workload.output_bytes + offloaded_inputs * workload.input_bytes
@@ -68,7 +70,7 @@ def _attention(workload: Workload) -> tuple[float, float]:
 
 
 def _beside_attention(workload: Workload) -> tuple[float, float]:
-    """Bytes moved and kernels launched for one micro-batch, matrix products and attention's own bytes left out."""
+    """Bytes moved and kernels launched for a micro-batch, without products, attention and strided operations."""
     layers, attention = workload.trace.layers, workload.usual_attention
     moved = layers.moved + _over_layers(workload, attention.forward.moved, attention.backward.moved)
     operations = _over_layers(workload, attention.forward.operations, attention.backward.operations)
@@ -119,8 +121,9 @@ def _short_contexts(workload: Workload) -> float:
     local = workload.share * workload.config.micro_batch_size
     moved, reads = workload.trace.layers.moved * tokens / local / 3, tokens / max(length, min(local, SHORT_TOKENS))
     operations = workload.trace.layers.operations / 3 * max(1.0, reads)
+    strided = workload.trace.layers.strided * tokens / local / 3
     seconds = flops / forward + products / machine.matmul_rate(shape.hidden)
-    return seconds + machine.traffic_seconds(operations, moved)
+    return seconds + machine.traffic_seconds(operations, moved, strided)
 
 
 def _exchange(workload: Workload) -> float:
@@ -165,6 +168,24 @@ def shards_travel(workload: Workload) -> float:
     of_layers -= (workload.dtype.itemsize - BYTES) * parameters.in_four_bits
     sent = gathered * of_layers + FLOAT * parameters.trained
     return sent * (shard - 1) / shard / workload.machine.costs.exchange
+
+
+def _copied_states(workload: Workload) -> float:
+    """Bytes that a step reads and writes of gradients and parameters, AdamW itself left out.
+
+    Clipping reads the float32 gradients for their norm, and reads and writes them to scale them. FSDP2 casts a shard of
+    float32 to what is computed in, takes what it gathered apart into parameters, and joins gradients as float32.
+    """
+    shard, size, parameters = workload.shard, workload.dtype.itemsize, workload.parameters
+    moved = 3 * FLOAT * parameters.trained / (shard or 1) if workload.config.optimizer.clip_norm else 0.0
+    if shard is None:
+        return moved
+    gathers = 2 if workload.config.parallel.reshard_after_forward else 1
+    every = parameters.trained + parameters.frozen - parameters.in_four_bits
+    cast = (FLOAT + size) / shard if size != FLOAT else 0.0
+    taken_apart = 2 * size if shard > 1 else 0  # alone a process has its parameters by the cast
+    gathered = gathers * (cast + taken_apart) * every
+    return moved + workload.passes * (gathered + (size + FLOAT) * parameters.trained)
 
 
 def run_totals(workload: Workload, seconds: float, price: float | None) -> list[PlanLine]:

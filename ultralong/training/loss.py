@@ -1,7 +1,8 @@
 """Cross entropy of a language-model head without ever holding the logits of a whole row.
 
-N tokens, d hidden size, V vocabulary. At 1,048,576 tokens and a vocabulary of 128,256 the float32 logits would take
-538 GB; a tile of them at a time takes `tile * V * 4` bytes.
+N tokens, d hidden size, V vocabulary, V' its rows with padding (`memory.logits`), m tokens of a tile. At 1,048,576
+tokens and a vocabulary of 128,256 the float32 logits would take 538 GB; a tile of them at a time takes `tile * V * 4`
+bytes.
 
 The loss is a *sum*, and the count of targets is returned beside it: the caller divides by the count of the whole
 optimizer step, over all processes and micro-batches. A mean taken anywhere below that weighs tokens unequally as soon
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ultralong.attention.context import AttentionContext
 from ultralong.rope.tables import RopeTables
-from ultralong.utils.compiled import CheckedCompile
+from ultralong.training.memory.logits import aligned_head, by_logits, logits_of, normalise, product
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 
@@ -73,35 +74,6 @@ def tiled_cross_entropy(
     return _TiledCrossEntropy.apply(hidden, weight, labels, tile, compute, short_losses, weight_cap)
 
 
-def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix product that comes out in `dtype`: on a GPU straight from the accumulators, unrounded."""
-    if first.is_cuda and first.dtype != dtype:
-        return torch.mm(first, second, out_dtype=dtype)
-    return (first @ second).to(dtype)
-
-
-def _normaliser(logits: Tensor) -> Tensor:
-    return logits.logsumexp(dim=1, keepdim=True)
-
-
-def _softmax_minus_targets(logits: Tensor, normaliser: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of the summed losses by the logits (m, V), in place: they are not needed any more."""
-    softmax = logits.sub_(normaliser).exp_()
-    return softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype)).to(dtype)
-
-
-def _softmax_minus_targets_compilable(logits: Tensor, normaliser: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
-    softmax = (logits - normaliser).exp()
-    words = torch.arange(logits.shape[1], device=logits.device)
-    return torch.where(words == wanted, softmax - 1, softmax).to(dtype)
-
-
-_normalise, _by_logits = (
-    CheckedCompile(_normaliser),
-    CheckedCompile(_softmax_minus_targets, _softmax_minus_targets_compilable),
-)
-
-
 def _long_ce_weights(losses: Tensor, short_losses: Tensor, cap: float) -> Tensor:
     """LongCE's weights (m,) of losses (m,): what the long context is worth to each target."""
     gained = (short_losses - losses).clamp(max=math.log(cap)).exp()
@@ -122,34 +94,34 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Any:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        head = weight.to(compute)  # (V, d)
+        head = aligned_head(weight, compute)  # (V', d)
         losses = torch.zeros(labels.shape, dtype=accumulate, device=hidden.device)  # (N,)
         weighted = losses if short_losses is None else torch.zeros_like(losses)  # (N,)
         d_hidden = torch.zeros_like(hidden) if wants_hidden else None  # (N, d)
-        d_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None  # (V, d)
+        d_weight = torch.zeros_like(head, dtype=accumulate) if wants_weight else None  # (V', d)
         # Tokens without a target are left out before the product: in SFT they are most of a row.
         targets = (labels != IGNORE).nonzero().squeeze(1)  # (M,)
         for index in targets.split(tile):
             part = hidden[index].to(compute)  # (m, d)
-            logits = _product(part, head.T, accumulate)  # (m, V)
+            logits = logits_of(part, head, len(weight), accumulate)  # (m, V')
             wanted = labels[index, None]  # (m, 1)
-            normaliser = _normalise(logits)  # (m, 1)
+            normaliser = normalise(logits)  # (m, 1)
             losses[index] = (normaliser - logits.gather(1, wanted)).squeeze(1)
             if short_losses is not None:
                 weights = _long_ce_weights(losses[index], short_losses[index].to(accumulate), weight_cap)  # (m,)
                 weighted[index] = weights * losses[index]
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = _by_logits(logits, normaliser, wanted, compute)  # (m, V)
+            d_logits = by_logits(logits, normaliser, wanted, compute)  # (m, V')
             del logits
             if short_losses is not None:
                 d_logits.mul_(weights[:, None])
             if d_hidden is not None:
                 d_hidden[index] = (d_logits @ head).to(hidden.dtype)
             if d_weight is not None:
-                d_weight += _product(d_logits.T, part, accumulate)
+                d_weight += product(d_logits.T, part, accumulate)
             del d_logits  # before the next tile's logits
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight[: len(weight)])
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return weighted.sum(), losses
@@ -193,11 +165,11 @@ class _TiledTokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int, compute: torch.dtype) -> Tensor:
         ctx.accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        ctx.tile, ctx.compute, head = tile, compute, weight.to(compute)
+        ctx.tile, ctx.compute, head = tile, compute, aligned_head(weight, compute)  # (V', d)
         losses = torch.zeros(labels.shape, dtype=ctx.accumulate, device=hidden.device)  # (N,)
         for index in (labels != IGNORE).nonzero().squeeze(1).split(tile):
-            logits = _product(hidden[index].to(compute), head.T, ctx.accumulate)  # (m, V)
-            losses[index] = (_normalise(logits) - logits.gather(1, labels[index, None])).squeeze(1)
+            logits = logits_of(hidden[index].to(compute), head, len(weight), ctx.accumulate)  # (m, V')
+            losses[index] = (normalise(logits) - logits.gather(1, labels[index, None])).squeeze(1)
         ctx.save_for_backward(hidden, weight, labels)
         return losses
 
@@ -205,17 +177,17 @@ class _TiledTokenLosses(torch.autograd.Function):
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        head, d_hidden = weight.to(ctx.compute), torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=ctx.accumulate) if wants_weight else None
+        head, d_hidden = aligned_head(weight, ctx.compute), torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(head, dtype=ctx.accumulate) if wants_weight else None
         for index in (labels != IGNORE).nonzero().squeeze(1).split(ctx.tile):
             part = hidden[index].to(ctx.compute)  # (m, d)
-            logits = _product(part, head.T, ctx.accumulate)  # (m, V)
-            d_logits = _by_logits(logits, _normalise(logits), labels[index, None], ctx.accumulate)  # (m, V)
+            logits = logits_of(part, head, len(weight), ctx.accumulate)  # (m, V')
+            d_logits = by_logits(logits, normalise(logits), labels[index, None], ctx.accumulate)  # (m, V')
             d_logits = (d_logits * d_losses[index, None]).to(ctx.compute)
             d_hidden[index] = (d_logits @ head).to(hidden.dtype)
             if d_weight is not None:
-                d_weight += _product(d_logits.T, part, ctx.accumulate)
-        weights = None if d_weight is None else d_weight.to(weight.dtype)
+                d_weight += product(d_logits.T, part, ctx.accumulate)
+        weights = None if d_weight is None else d_weight[: len(weight)].to(weight.dtype)
         return d_hidden if wants_hidden else None, weights, None, None, None
 
 

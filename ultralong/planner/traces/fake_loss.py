@@ -2,7 +2,7 @@
 
 The real one looks at values (which tokens have targets), which fake tensors have none of.
 
-Legend: B batch, T tokens, V vocabulary, d hidden size, N = B x T, m tile.
+Legend: B batch, T tokens, V vocabulary, V' its rows with padding, d hidden size, N = B x T, m tile.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ultralong.training.memory.logits import aligned_head
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -21,18 +23,18 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tile: int, compute: torch.dtype) -> Tensor:
-        head = weight.to(compute)  # (V, d)
+        head = aligned_head(weight, compute)  # (V', d)
         losses = torch.zeros(hidden.shape[:1], device=hidden.device)  # (N,)
         d_hidden = torch.zeros_like(hidden)  # (N, d)
         wanted = ctx.needs_input_grad[1]
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None  # (V, d)
+        d_weight = torch.zeros_like(head, dtype=torch.float32) if wanted else None  # (V', d)
         part = hidden[: min(tile, len(hidden))].to(compute)  # (m, d)
-        logits = torch.empty(len(part), len(weight), dtype=torch.float32, device=hidden.device)  # (m, V)
-        narrow = torch.empty(len(part), len(weight), dtype=compute, device=hidden.device)  # (m, V)
+        logits = torch.empty(len(part), len(head), dtype=torch.float32, device=hidden.device)  # (m, V')
+        narrow = torch.empty(len(part), len(head), dtype=compute, device=hidden.device)  # (m, V')
         del logits
-        product = None if d_weight is None else torch.empty_like(d_weight)  # (V, d), of this tile
+        product = None if d_weight is None else torch.empty_like(d_weight)  # (V', d), of this tile
         del head, part, narrow, product
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight[: len(weight)])
         ctx.kind = weight.dtype
         return losses.sum()
 

@@ -49,8 +49,9 @@ class LayerTrace:
         recomputed: Most bytes from there to attention's backward pass.
         at_backward: Bytes when attention's backward pass begins, the most of all layers.
         multiplied: FLOP of matrix products in the decoder, recomputation included; the head's are left out.
-        moved: Bytes read and written by everything else.
+        moved: Bytes read and written by everything else, but for what `strided` counts.
         operations: Kernels to start.
+        strided: Elements of elementwise operations on tensors of different layouts (`Tracker.strided`).
     """
 
     forward: float
@@ -63,6 +64,7 @@ class LayerTrace:
     multiplied: float
     moved: float
     operations: float
+    strided: float
 
     def towards(self, other: LayerTrace, part: float) -> LayerTrace:
         """What lies so far on the straight line from this one (0) through another (1)."""
@@ -187,8 +189,9 @@ def trace_step(model: PreTrainedModel, ids: Tensor, settings: StepSettings) -> L
             recomputed=peaks["recomputed"],
             at_backward=live["backward"],
             multiplied=tracker.multiplied,
-            moved=tracker.moved,
+            moved=tracker.moved - tracker.strided_moved,
             operations=tracker.operations,
+            strided=tracker.strided,
         )
 
 

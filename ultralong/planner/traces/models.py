@@ -40,7 +40,8 @@ def _adapted(config: PreTrainedConfig, dtype: torch.dtype, lora: LoRAConfig) -> 
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
                 if old is not None and id(old) not in new:
-                    fake = torch.empty(old.shape, dtype=old.dtype)
+                    # peft's matrices are float32; FSDP2 gathers them in what is computed in, as all others.
+                    fake = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
                     new[id(old)] = nn.Parameter(fake, old.requires_grad) if isinstance(old, nn.Parameter) else fake
                 tensors[name] = None if old is None else new[id(old)]
     return model

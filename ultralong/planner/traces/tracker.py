@@ -25,6 +25,10 @@ FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 # Operations that write their result without reading what they are given to know its size, or to write into.
 WRITES_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_")
 
+# Elementwise operations beside those that torch tags so, and those tagged so that copy, at the memory's speed.
+ELEMENTWISE, COPIES = ("masked_fill_",), ("clone",)
+READS_TWICE = ("rms_norm_backward", "_fused_rms_norm_backward")  # once for the input's gradient, once for the weight's
+
 GROUPED = torch.ops.aten._grouped_mm  # products of experts, which torch's own registry does not count
 
 
@@ -38,6 +42,9 @@ class Tracker(TorchDispatchMode):
         peaks: Most bytes alive at once in each of those parts.
         multiplied: FLOP of matrix products.
         moved: Bytes that all other operations read and write, together.
+        strided: Elements of elementwise operations on tensors of different layouts, as with a mask of one value a row
+            or half of a matrix's columns: a GPU computes an address for each element of each, and reads them singly.
+        strided_moved: Bytes of `moved` that those operations read and write.
         operations: Operations that do work, which on a GPU are kernels to start.
         sent: Bytes sent to other processes.
         received: Bytes received from them.
@@ -46,6 +53,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.multiplied = self.moved = self.operations = self.sent = self.received = 0
+        self.strided = self.strided_moved = 0
         self.moment = ""
         self.peaks: defaultdict[str, int] = defaultdict(int)
         self._seen: set[int] = set()
@@ -99,7 +107,16 @@ class Tracker(TorchDispatchMode):
             inputs = []
         elif packet.__name__ == "copy_":
             inputs = inputs[1:]
-        self.moved += sum(_size(tensor) for tensor in (*inputs, *outputs))
+        moved = sum(_size(tensor) for tensor in (*inputs, *outputs))
+        if packet.__name__ in READS_TWICE:
+            moved += _size(inputs[0]) + _size(inputs[1])
+        self.moved += moved
+        if _elementwise(func) and not _alike([*inputs, *outputs]):
+            self.strided += max(tensor.numel() for tensor in outputs)
+            self.strided_moved += moved
+        if packet.__name__ == "masked_fill":  # a copy, which is then filled in place
+            self.operations += 1
+            self.moved += 2 * _size(outputs[0])
 
     def _count_transfer(self, name: str, args: Any) -> None:
         if name == "send":
@@ -112,6 +129,24 @@ class Tracker(TorchDispatchMode):
             self.received += _size(args[0]) * (ranks - 1) // ranks
         else:
             raise NotImplementedError(f"the planner does not know what {name} sends")
+
+
+def _elementwise(func: Any) -> bool:
+    name = func._overloadpacket.__name__
+    return name in ELEMENTWISE or (torch.Tag.pointwise in func.tags and name not in COPIES)
+
+
+def _alike(tensors: list[torch.Tensor]) -> bool:
+    """Whether all lie in memory in one order without gaps, so that an operation may take many elements at a time."""
+    layouts = {tuple((n, step) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1) for x in tensors}
+    if len(layouts) > 1:
+        return False
+    expected = 1
+    for step, size in sorted((step, size) for layout in layouts for size, step in layout):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _grouped_result(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
