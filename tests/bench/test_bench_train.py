@@ -9,8 +9,9 @@ import pytest
 from ultralong import __version__
 from ultralong.bench.attention.measure import documents
 from ultralong.bench.tables import training_table
-from ultralong.bench.training import measure as measuring
-from ultralong.bench.training.measure import TrainingCase, by_kind, failure, measure_training
+from ultralong.bench.training import ranks
+from ultralong.bench.training.measure import TrainingCase, by_kind, measure_training
+from ultralong.bench.training.ranks import failure
 from ultralong.bench.training.work import covered
 from ultralong.cli.bench import _line
 from ultralong.data.rows.packed_rows import PackedRows
@@ -29,7 +30,7 @@ def machine(tmp_path):
 
 
 def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, python, monkeypatch, machine):
-    monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
+    monkeypatch.setattr(ranks, "sys", SimpleNamespace(executable=python))
     model = make_tiny_model()
     model.save_pretrained(tmp_path / "tiny")
     memory = MemoryConfig(activation_checkpointing=True)
@@ -53,7 +54,7 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
 
 
 def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_model, python, monkeypatch, machine):
-    monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
+    monkeypatch.setattr(ranks, "sys", SimpleNamespace(executable=python))
     make_tiny_model().save_pretrained(tmp_path / "tiny")
     case = TrainingCase(str(tmp_path / "tiny"), 96, document_lengths=(40, 7), warm_steps=1, steps=1)
     row = measure_training(case, machine, tmp_path / "made")
@@ -138,7 +139,7 @@ def test_a_row_of_the_table(row, wanted):
 
 @pytest.mark.soak
 def test_adapters_are_measured_beside_their_plan(tmp_path, make_tiny_model, python, monkeypatch, machine):
-    monkeypatch.setattr(measuring, "sys", SimpleNamespace(executable=python))
+    monkeypatch.setattr(ranks, "sys", SimpleNamespace(executable=python))
     make_tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "tiny")
     tiled = MemoryConfig(activation_checkpointing=True, layer_tile=64)
     case = TrainingCase(str(tmp_path / "tiny"), 96, sharded=True, lora_rank=4, lora_whole=True, memory=tiled)

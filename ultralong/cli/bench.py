@@ -110,6 +110,8 @@ def train(
     memory: tuple[str, ...] = ("activation_checkpointing=true",),
     sharing: tuple[Literal["dynamic", "fixed"], ...] = ("dynamic", "fixed"),
     peers: bool = False,
+    only: tuple[str, ...] = (),
+    peer_limit: float | None = None,
     machine: str = "h200",
     folder: Path | None = None,
     json: Json = None,
@@ -122,6 +124,7 @@ def train(
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
       ultralong bench train --lengths 256k --sharded --lora-rank 8 --lora-whole --memory layer_tile=32768
       ultralong bench train meta-llama/Llama-3.2-1B --mix 8k:38 128k:1 256k:1 --gpus 2 --sharded
+      ultralong bench train --lengths 256k --gpus 2 --peers --only deepspeed-alst-offload --steps 1 --peer-limit 600
 
     Args:
         case: What to train.
@@ -129,29 +132,44 @@ def train(
         memory: Settings of the memory plan.
         sharing: With --mix: each row by as many GPUs as it needs (dynamic), every row by all of them (fixed), or one
             after the other.
-        peers: Measure other projects that are installed as well (two GPUs or more).
+        peers: Measure other projects as well, each as its guide sets it up (two GPUs or more, whole rows); what is not
+            installed, runs out of memory or refuses is recorded with its message.
+        only: With --peers: what to measure, of ours, torch-cp-flash, torch-cp-cudnn, trl-sft-cp, deepspeed-alst,
+            deepspeed-alst-offload, deepspeed-alst-offload-all, torchtitan-cp; by default all.
+        peer_limit: With --peers: seconds after which a peer is stopped, at each length.
         machine: Rates that the plan uses: h200, h100, a100, or a file of ultralong bench rates.
         folder: Keep models and rows here for the next measurement.
-        json: Append the rows to this JSON file.
+        json: Append the rows to this JSON file, each as it is measured.
     """
     import tempfile
     from dataclasses import replace
 
     from ultralong.bench.results import append_row
     from ultralong.bench.training.measure import measure_training
-    from ultralong.bench.training.peers import PEERS, measure_peer
+    from ultralong.bench.training.peers.measure import OURS, measure_peer, wanted_peers
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
 
     plan = settings.from_mapping(
         MemoryConfig, settings.override({"activation_checkpointing": True}, memory, MemoryConfig), "--memory"
     )
-    names = PEERS if peers and case.gpus > 1 and not case.mix and not case.edges(1) else ()
+    names: tuple[str, ...] = (OURS,)
+    if peers:
+        if case.gpus < 2 or case.mix or case.edges(1):
+            raise ValueError("--peers measures whole rows on two GPUs or more: leave out --mix and documents.")
+        names = wanted_peers(only)
+    elif only or peer_limit is not None:
+        raise ValueError("--only and --peer-limit go with --peers.")
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
         for change in [{"sharing": way} for way in sharing] if case.mix else [{"tokens": n} for n in lengths]:
             one = replace(case, memory=plan, **dict[str, Any](change))
-            for row in (measure_training(one, machine, place), *(measure_peer(name, one, place) for name in names)):
+            for name in names:
+                row = (
+                    measure_training(one, machine, place)
+                    if name == OURS
+                    else measure_peer(name, one, place, peer_limit)
+                )
                 if json is not None:
                     append_row(json, row)
                 print(_line(row), flush=True)

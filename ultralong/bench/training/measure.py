@@ -10,10 +10,6 @@ config.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,6 +22,7 @@ from typing import Any
 
 from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
 from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
+from ultralong.bench.training.ranks import start_ranks
 from ultralong.bench.training.work import WARM, cut_short, prepare_training
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
@@ -210,25 +207,6 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
         **{key: round(seconds, 4) for key, seconds in profile.items()},
         **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),
     }
-
-
-def start_ranks(gpus: int, module: str, *words: str) -> dict[str, str]:
-    """Run a module in so many processes; where they fail, `note` and `messages` say why."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
-    done = subprocess.run(
-        [*command, "-m", module, *words], env=environment, capture_output=True, text=True, check=False
-    )
-    if not done.returncode:
-        return {}
-    return {"note": failure(done.stderr) or f"exit code {done.returncode}", "messages": done.stderr[-4000:]}
-
-
-def failure(messages: str) -> str:
-    """The error of the first process that failed, without its traceback and what it was raised from; empty for none."""
-    found = re.findall(r"^(\[rank\d+\]: )?((?:\w+\.)*\w+Error: .*)$", messages, re.MULTILINE)
-    return next((text[:300] for rank, text in reversed(found) if rank == found[0][0]), "")
 
 
 def by_kind(kernels: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from ultralong.bench.results import last_row
 from ultralong.bench.training.case import RowCount, TrainingCase
-from ultralong.bench.training.measure import case_config, facts_beside, kept, start_ranks, train_config
+from ultralong.bench.training.measure import case_config, facts_beside, kept, train_config
+from ultralong.bench.training.ranks import start_ranks
 from ultralong.bench.training.saves_summary import Event, line, summary, told
 from ultralong.bench.training.saves_work import EVENTS, Row
 from ultralong.bench.training.work import prepare_training

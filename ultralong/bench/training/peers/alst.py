@@ -2,7 +2,9 @@
 
 Put together as its guide says (Ulysses registered with transformers before the model is made, `TiledMLP` and
 `TiledFusedLogitsLoss` in place of the model's own, layers checkpointed), with torch's AdamW in float32 on the GPU and
-attention by torch's cuDNN op, the faster one that it can use without flash-attention 2 or 3 installed.
+attention by torch's cuDNN op, the faster one that it can use without flash-attention 2 or 3 installed. Its own offload
+comes in two parts: the hidden states that checkpointing keeps, copied to pinned host memory by its manager, and AdamW
+with its states there (ZeRO-Offload; torch's AdamW, as DeepSpeed's own is compiled with nvcc when it is first used).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,18 +24,42 @@ from ultralong.bench.training.work import random_model
 from ultralong.utils.units import GIB
 
 
-def alst_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
+def engine_settings(world: int, offload_optimizer: bool = False) -> dict[str, Any]:
+    """DeepSpeed's config.
+
+    Args:
+        world: Processes, all of which share a row.
+        offload_optimizer: AdamW and its states in host memory.
+    """
+    host = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload_optimizer else {}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "sequence_parallel_size": world,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, **host},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "torch_adam": True}},
+    }
+
+
+def alst_step(
+    model_folder: str, tokens: int, offload: bool = False, offload_optimizer: bool = False
+) -> Callable[[Tensor], float]:
     """One training step of a model and its engine, made in a process of torchrun.
 
     Args:
         model_folder: Folder of the model's config.
         tokens: Length of a row; a multiple of the processes.
+        offload: The hidden states that checkpointing keeps wait in host memory.
+        offload_optimizer: AdamW and its states in host memory.
 
     Returns:
         A function from a row's ids (1, T), the same in every process, to the loss before the step.
 
     Raises:
-        ImportError: DeepSpeed is not installed (`pip install deepspeed`).
+        ImportError: DeepSpeed is not installed, or, with `offload`, older than 0.19 (`pip install -U deepspeed`).
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -56,28 +83,31 @@ def alst_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
         model=model,
         model_parameters=list(model.parameters()),
         mpu=groups,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": 1.0,
-            "sequence_parallel_size": world,
-            "bf16": {"enabled": True},
-            "zero_optimization": {"stage": 3},
-            "steps_per_print": 10**9,
-            "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "torch_adam": True}},
-        },
+        config=engine_settings(world, offload_optimizer),
     )
+    waiting = _offloading() if offload else nullcontext()
     share = slice(rank * (tokens // world), (rank + 1) * (tokens // world))
 
     def step(ids: Tensor) -> float:
         positions = torch.arange(tokens, device=ids.device)[None, share]
-        hidden = engine.module.get_decoder()(input_ids=ids[:, share], position_ids=positions, use_cache=False)
-        loss = _tiled_loss(engine.module, hidden.last_hidden_state, ids.roll(-1, 1)[:, share])
-        mean = all_reduce(loss, group=groups.get_sequence_parallel_group()) / world
-        engine.backward(mean)
+        with waiting:
+            hidden = engine.module.get_decoder()(input_ids=ids[:, share], position_ids=positions, use_cache=False)
+            loss = _tiled_loss(engine.module, hidden.last_hidden_state, ids.roll(-1, 1)[:, share])
+            mean = all_reduce(loss, group=groups.get_sequence_parallel_group()) / world
+            engine.backward(mean)
         engine.step()
         return mean.item()
 
     return step
+
+
+def _offloading() -> Any:
+    """DeepSpeed's manager of checkpointed hidden states, one for all steps."""
+    from deepspeed.runtime.activation_checkpointing.offload_activations import (
+        get_checkpoint_hidden_states_offloading_ctx_manager,
+    )
+
+    return get_checkpoint_hidden_states_offloading_ctx_manager(use_pin_memory=torch.cuda.is_available())
 
 
 def _tile_feed_forward(model: PreTrainedModel, tokens: int) -> None:

@@ -1,0 +1,25 @@
+"""Training by other projects, each as its own guide sets it up: `ultralong bench train MODEL --gpus 2 --peers`.
+
+| peer | what runs | packages beside this project's |
+|---|---|---|
+| torch-cp-flash, torch-cp-cudnn | accelerate's context parallelism (torch's, keys gathered) over FSDP2 | none |
+| trl-sft-cp | TRL's `SFTTrainer` over the same, with its loss in chunks | trl, datasets |
+| deepspeed-alst | DeepSpeed's ALST: Ulysses, ZeRO-3, tiled feed-forward layers and loss | deepspeed |
+| deepspeed-alst-offload | the same, checkpointed hidden states in host memory (DeepSpeed's own manager) | deepspeed |
+| deepspeed-alst-offload-all | the same, and AdamW with its states in host memory (ZeRO-Offload) | deepspeed |
+| torchtitan-cp | torchtitan's own trainer and Llama, compiled, every layer recomputed | torchtitan==0.2.2 |
+
+A machine with a package index: `pip install deepspeed trl datasets torchtitan==0.2.2`. torchtitan 0.3.0 needs a
+later torch than 2.11 (its import stops at `DataParallelMeshDims`); 0.2.2 imports with 2.11. For a machine without an
+index, make an archive beside one (for that machine's Python and platform; torch and what came with it are left out):
+
+    pip download --dest wheels --python-version 3.12 --platform manylinux_2_28_x86_64 --platform any \
+        --only-binary :all: --no-deps PACKAGES
+    for wheel in wheels/*.whl; do unzip -qo "$wheel" -d site; done; tar czf site.tar.gz site
+
+Unpack it there: `PYTHONPATH=site ultralong bench train ...`. PACKAGES are a peer's own and what they need
+(`pip install --dry-run` lists them). DeepSpeed comes as source, pure Python unless its operators are asked for:
+`pip wheel --no-deps --no-build-isolation --wheel-dir wheels deepspeed`, with torch installed. NeMo Automodel 0.7.0 is
+not among the peers: its packed context parallelism needs transformer-engine, whose part for torch has no wheel and is
+built with nvcc and cuDNN's headers.
+"""
