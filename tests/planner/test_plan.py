@@ -19,7 +19,7 @@ from ultralong.planner.machine import SCALED
 from ultralong.planner.memory import gpu_memory, gpu_total
 from ultralong.planner.models.run import is_model, run_of_model
 from ultralong.planner.shapes import KNOWN, check_countable, model_config, shape_of
-from ultralong.planner.step_time import _copied_states, shards_travel
+from ultralong.planner.step_time import _clipped, _copied_states, shards_travel
 from ultralong.planner.traces.layers import StepSettings, trace_layers
 from ultralong.planner.traces.models import plain
 from ultralong.planner.trained import counted
@@ -133,17 +133,17 @@ def test_what_travels_of_sharded_parameters_is_counted():
     assert shards_travel(replace(workload, config=config(name, parallel=ParallelConfig()), gpus=1)) == 0
 
 
-def test_what_is_copied_of_states_is_counted():
+def test_what_is_clipped_and_copied_of_states_is_counted():
     """Clipping: 12 bytes a float32 gradient. FSDP2: shards cast twice, what was gathered copied, gradients widened."""
     name, machine = "Qwen/Qwen3-30B-A3B", load_machine("h200")
     shape, run = shape_of(model_config(name)), run_of_model(name, 8)
     workload = Workload(run, model_config(name), shape, machine, 131_072, 8)
-    every = shape.parameters
-    assert _copied_states(workload) == pytest.approx((12 / 8 + 2 * (6 / 8 + 4) + 6) * every)
+    assert _clipped(workload) == pytest.approx(12 / 8 * shape.parameters)
+    assert _copied_states(workload) == pytest.approx((2 * (6 / 8 + 4) + 6) * shape.parameters)
     alone = replace(workload, config=config(name), gpus=1)
-    assert _copied_states(alone) == pytest.approx(12 * every)
+    assert (_clipped(alone), _copied_states(alone)) == (12 * shape.parameters, 0)
     unclipped = replace(run, optimizer=replace(run.optimizer, clip_norm=0.0))
-    assert _copied_states(replace(workload, config=unclipped)) == pytest.approx((2 * (6 / 8 + 4) + 6) * every)
+    assert _clipped(replace(workload, config=unclipped)) == 0
 
 
 def test_a_file_of_rates_without_strided_operations_has_them_in_proportion(tmp_path):

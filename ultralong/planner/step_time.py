@@ -36,7 +36,8 @@ def step_time(workload: Workload) -> list[PlanLine]:
         "exchange between GPUs": _exchange(workload) * passes,
         "sum of gradients over GPUs": _gradients(workload),
         "AdamW": machine.update * workload.parameters.trained / (workload.shard or 1),
-        "clipping, and what FSDP copies and casts": machine.traffic_seconds(0, _copied_states(workload)),
+        "gradient clipping": machine.traffic_seconds(0, _clipped(workload)),
+        "parameters and gradients copied by FSDP": machine.traffic_seconds(0, _copied_states(workload)),
     }
     _, offloaded, offloaded_inputs = workload.placed
     copied = offloaded * workload.output_bytes + offloaded_inputs * workload.input_bytes
@@ -170,22 +171,28 @@ def shards_travel(workload: Workload) -> float:
     return sent * (shard - 1) / shard / workload.machine.costs.exchange
 
 
-def _copied_states(workload: Workload) -> float:
-    """Bytes that a step reads and writes of gradients and parameters, AdamW itself left out.
+def _clipped(workload: Workload) -> float:
+    """Bytes of clipping: the float32 gradients are read for their norm, and read and written to be scaled."""
+    if not workload.config.optimizer.clip_norm:
+        return 0.0
+    return 3 * FLOAT * workload.parameters.trained / (workload.shard or 1)
 
-    Clipping reads the float32 gradients for their norm, and reads and writes them to scale them. FSDP2 casts a shard of
-    float32 to what is computed in, takes what it gathered apart into parameters, and joins gradients as float32.
+
+def _copied_states(workload: Workload) -> float:
+    """Bytes that FSDP2 reads and writes beside the exchange in a step.
+
+    It casts a shard of float32 to what is computed in, takes what it gathered apart into parameters, and joins
+    gradients as float32.
     """
     shard, size, parameters = workload.shard, workload.dtype.itemsize, workload.parameters
-    moved = 3 * FLOAT * parameters.trained / (shard or 1) if workload.config.optimizer.clip_norm else 0.0
     if shard is None:
-        return moved
+        return 0.0
     gathers = 2 if workload.config.parallel.reshard_after_forward else 1
     every = parameters.trained + parameters.frozen - parameters.in_four_bits
     cast = (FLOAT + size) / shard if size != FLOAT else 0.0
     taken_apart = 2 * size if shard > 1 else 0  # alone a process has its parameters by the cast
-    gathered = gathers * (cast + taken_apart) * every
-    return moved + workload.passes * (gathered + (size + FLOAT) * parameters.trained)
+    gathered = workload.passes * gathers * (cast + taken_apart) * every
+    return gathered + (size + FLOAT) * parameters.trained
 
 
 def run_totals(workload: Workload, seconds: float, price: float | None) -> list[PlanLine]:

@@ -23,7 +23,7 @@ from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.throughput import query_key_pairs
 
-ONCE = ("AdamW", "sum of gradients over GPUs")  # of a step, however many passes it has
+ONCE = ("AdamW", "gradient clipping", "sum of gradients over GPUs")  # of a step, however many passes it has
 SEEN = 16  # rows of one kind whose boundaries are looked at, about
 
 
