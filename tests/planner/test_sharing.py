@@ -88,7 +88,7 @@ def test_on_a_mix_the_fastest_dynamic_sharing_is_taken(folder, tmp_path):
     assert [each["context_parallel_size"] for each in refused] == [1, 2, 4]
     fastest = min(refused, key=lambda each: each["seconds"])
     assert f"against {fastest['seconds']:.3g} s at a fixed degree of {fastest['context_parallel_size']}" in found.reason
-    assert found.reason.endswith("which only dynamic sharing takes; longest row 512 on 4 GPUs.")
+    assert found.reason.endswith("which only dynamic sharing takes; longest row 512 on 4 x NVIDIA H200.")
     said = plan(run, 4)
     assert said.sharing == found.reason
     assert found.reason in str(said)

@@ -117,7 +117,8 @@ def decide_sharing(
         choices += [_choice(asked, config, *way) for way in ways if way[0].shared_by > host_gpus]
     taken = _taken(choices, budget)
     longest = max((each.price.tokens for each in choices if each.price is not None), default=0)
-    where = f"; longest row {longest:,} on {gpus} GPU{'s' * (gpus > 1)}" if longest else ""
+    # The machine by name: on one that is not known, or without a GPU, these are the H200's seconds.
+    where = f"; longest row {longest:,} on {gpus} x {machine.name}" if longest else ""
     where += "" if packed else "; not all rows are packed yet, so this is decided again once they are"
     return SharingDecision(
         taken.parallel.shared_by,
