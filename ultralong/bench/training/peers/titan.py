@@ -1,8 +1,8 @@
 """torchtitan's context parallelism: its own trainer and its own Llama at a model's shape (torchtitan 0.2.2).
 
-As its post on million-token rows sets it up: FSDP2 and context parallelism over all GPUs, heads and tails of the row
-dealt out evenly, every layer recomputed, layers and loss compiled, AdamW in float32. Its Llama has no tied embeddings:
-of a model with tied ones it trains a second matrix.
+Its guide names the options and leaves their choice: here FSDP2 and context parallelism over all GPUs, heads and tails
+of the row dealt out evenly, every layer recomputed, layers and loss compiled, AdamW in float32. Its Llama has no tied
+embeddings: of a model with tied ones it trains a second matrix.
 """
 
 from __future__ import annotations
