@@ -432,8 +432,9 @@ print(f"ok: sft.yaml reads back; the tuned model keeps its window of {extension.
 # ## At the next scale
 #
 # The preset `llama31-8b-sft` has the paper's settings: 128 examples a step, 5e-6, 480 steps after 1M, 140 after 2M, 150
-# after 4M. The rows come from `ultralong pack sft-100k`. How many GPUs share a row is `auto` there: name a folder of long
-# rows beside the short ones, and the planner lets each row be shared by as many as its work asks for, and says why.
+# after 4M. The rows come from `ultralong pack sft-100k`. How many GPUs share a row is `auto` there: name a folder of
+# long rows beside the short ones, and the planner lets each row be shared by as many as its work asks for, and says
+# why.
 #
 # ## Recap
 #
