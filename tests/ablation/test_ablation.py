@@ -177,6 +177,7 @@ def test_a_stopped_study_gives_the_same(tmp_path, texts, monkeypatch, make_tiny_
     assert resumed["verdicts"] == whole["verdicts"]
     assert whole["missing"] == []
     assert len(whole["runs"]) == 2
+    assert not list((tmp_path / "whole" / "runs").glob("*/checkpoints")), "finished runs keep no states"
     assert json.loads((tmp_path / "stopped" / "results.json").read_text())["outcomes"] == whole["outcomes"]
     again = ablate(study, tmp_path / "whole", only=["low"], draw=False, quiet=True)
     assert (again["outcomes"], len(calls)) == (whole["outcomes"], 5), "nothing is measured again"
