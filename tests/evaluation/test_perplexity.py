@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ultralong.evaluation.measures import perplexity
-from ultralong.evaluation.measures.perplexity import perplexity_by_position, token_losses
+from ultralong.evaluation.measures.perplexity import perplexity_by_position, perplexity_by_positions, token_losses
 
 
 def rows(count=5, tokens=65, seed=0):
@@ -77,6 +77,17 @@ def test_packed_rows_keep_their_labels_and_count_by_document(tiny_model):
     assert first["n"] == 20
     assert first["nll"] == pytest.approx(np.concatenate([expected[:, :5], expected[:, 10:15]], 1).mean(), rel=1e-5)
     assert rest["n"] == 2 * 63 - 20
+
+
+def test_two_ways_of_counting_read_each_row_once(tiny_model):
+    packed = [SimpleNamespace(input_ids=row[:-1], labels=row[1:], boundaries=np.array([0, 10, 64])) for row in rows(2)]
+    edges = [0, 5, 64]
+    apart = {by: perplexity_by_position(tiny_model, packed, edges, by=by, quiet=True) for by in ("row", "document")}
+    assert apart["row"] != apart["document"]
+    passes = []
+    tiny_model.model.register_forward_hook(lambda module, inputs, output: passes.append(output[0].shape[1]))
+    assert perplexity_by_positions(tiny_model, packed, edges, quiet=True) == apart
+    assert passes.count(64) == 2
 
 
 def test_interval_repeats_with_its_seed(tiny_model):

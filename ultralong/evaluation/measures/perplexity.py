@@ -23,6 +23,7 @@ from ultralong.inference.generate import hidden_states
 from ultralong.utils.progress import progress
 
 IGNORED = -100
+WAYS = ("row", "document")  # what positions are counted from
 FIRST_BIN = 256
 TILE_LOGITS = 1 << 25  # logits of one tile: 128 MiB in float32
 
@@ -145,27 +146,70 @@ def perplexity_by_position(
     Raises:
         ValueError: No rows, edges that do not rise, or another `by`.
     """
+    found = perplexity_by_positions(model, rows, edges, (by,), chunk=chunk, seed=seed, level=level, quiet=quiet)
+    return found[by]
+
+
+def perplexity_by_positions(
+    model: PreTrainedModel,
+    rows: Sequence[Any],
+    edges: Sequence[int],
+    ways: Sequence[str] = WAYS,
+    *,
+    chunk: int | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    quiet: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """As `perplexity_by_position`, counted in several ways; the model reads each row once for all of them.
+
+    Args:
+        model: As there, and so are the others.
+        rows: As there.
+        edges: As there.
+        ways: What positions are counted from, `"row"` and `"document"`.
+        chunk: As there.
+        seed: As there.
+        level: As there.
+        quiet: As there.
+
+    Returns:
+        For each way its bins.
+
+    Raises:
+        ValueError: As there.
+    """
     borders = np.asarray(edges)
     if len(borders) < 2 or (np.diff(borders) <= 0).any():
         raise ValueError(f"edges must rise and hold at least two positions, got {list(edges)[:8]}.")
-    if by not in ("row", "document"):
-        raise ValueError(f"by must be 'row' or 'document', got {by!r}.")
+    if unknown := [by for by in ways if by not in WAYS]:
+        raise ValueError(f"by must be 'row' or 'document', got {unknown[0]!r}.")
     if not len(rows):
         raise ValueError("There are no rows to measure perplexity on.")
     model.eval()
-    sums, counts = np.zeros((2, len(rows), len(borders) - 1))
+    sums, counts = np.zeros((2, len(ways), len(rows), len(borders) - 1))
     for index in progress(range(len(rows)), desc="perplexity", unit="row", quiet=quiet):
         inputs, labels, boundaries = _as_row(rows[index])
         tensors = [torch.from_numpy(array.astype(np.int64))[None] for array in (inputs, labels)]
         losses = token_losses(model, *tensors, chunk=chunk)[0].double().cpu().numpy()
-        bins = np.searchsorted(borders, _positions(len(inputs), boundaries, by), side="right") - 1
-        used = (labels != IGNORED) & (bins >= 0) & (bins < sums.shape[1])
-        sums[index] = np.bincount(bins[used], losses[used], minlength=sums.shape[1])
-        counts[index] = np.bincount(bins[used], minlength=sums.shape[1])
-    low, high = bootstrap_ratio(sums, counts, seed=seed, level=level)
+        for way, by in enumerate(ways):
+            bins = np.searchsorted(borders, _positions(len(inputs), boundaries, by), side="right") - 1
+            used = (labels != IGNORED) & (bins >= 0) & (bins < len(borders) - 1)
+            sums[way, index] = np.bincount(bins[used], losses[used], minlength=len(borders) - 1)
+            counts[way, index] = np.bincount(bins[used], minlength=len(borders) - 1)
+    return {
+        by: _bins(borders, sums[way], counts[way], *bootstrap_ratio(sums[way], counts[way], seed=seed, level=level))
+        for way, by in enumerate(ways)
+    }
+
+
+def _bins(
+    borders: np.ndarray, sums: np.ndarray, counts: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> list[dict[str, Any]]:
+    """Bins that hold tokens, of nats and tokens (R, C) and the ends (C,) of the mean loss."""
     return [
         _describe(borders[i], borders[i + 1], sums[:, i], counts[:, i], low[i], high[i])
-        for i in range(sums.shape[1])
+        for i in range(len(borders) - 1)
         if counts[:, i].sum()
     ]
 

@@ -15,7 +15,7 @@ from ultralong.evaluation.measures.key_tokens import KeyRule
 from ultralong.evaluation.measures.lm_eval import lm_eval_version, measure_lm_eval
 from ultralong.evaluation.measures.longppl import longppl
 from ultralong.evaluation.measures.needle import needle_grid
-from ultralong.evaluation.measures.perplexity import perplexity_by_position, position_edges
+from ultralong.evaluation.measures.perplexity import perplexity_by_positions, position_edges
 from ultralong.evaluation.measures.result import Result, perplexity_result, write_measurements
 from ultralong.evaluation.measures.row_loss import open_for_loss, row_loss
 from ultralong.evaluation.runs.settings import RunSettings, within_window
@@ -145,12 +145,8 @@ def measure_rows(
     if "perplexity" in missing:
         rows = [packed[index] for index in range(min(wanted.max_rows, len(packed)))]
         edges, chunk = position_edges(packed.length), wanted.chunk_for(packed.length)
-        results = [
-            perplexity_result(
-                perplexity_by_position(model, rows, edges, by=by, chunk=chunk, seed=wanted.seed, quiet=quiet), by
-            )
-            for by in ("row", "document")
-        ]
+        bins_by = perplexity_by_positions(model, rows, edges, chunk=chunk, seed=wanted.seed, quiet=quiet)
+        results = [perplexity_result(bins, by) for by, bins in bins_by.items()]
         write_measurements(out / "perplexity.json", results)
     if "longppl" in missing:
         write_measurements(out / "longppl.json", [_longppl(model, packed, wanted, device, quiet)])
