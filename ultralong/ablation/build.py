@@ -234,8 +234,8 @@ class Builder:
                 file = self.out / "runs" / f"{link.trained}.yaml"
                 settings.save(config, file)
                 launch_local(file, design.processes, resume=stopped, quiet=self.quiet)
-            # A finished run is never resumed, and its states take several times what its model does: dozens of runs fill
-            # a disk with them.
+            # A finished run is never resumed, and its states take several times what its model does: dozens of runs
+            # fill a disk with them.
             shutil.rmtree(out / "checkpoints")
 
         self._once(link.trained, lambda: (out / "result.json").exists() and (out / "model").exists(), make)
