@@ -1,22 +1,27 @@
 """`ultralong bench train`: a measured row beside its plan, what its kernels took, and the README's table of rows."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib import resources
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ultralong import __version__
 from ultralong.bench.attention.measure import documents
 from ultralong.bench.tables import training_table
-from ultralong.bench.training import ranks
+from ultralong.bench.training import measure, ranks, work
 from ultralong.bench.training.measure import TrainingCase, by_kind, measure_training
 from ultralong.bench.training.ranks import failure
+from ultralong.bench.training.tables import capped_table, measured_line, packed_table
 from ultralong.bench.training.work import covered
-from ultralong.cli.bench import _line
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.training.config import MemoryConfig
+from ultralong.training.config import DataSource, MemoryConfig, TrainConfig
+from ultralong.utils import settings
 from ultralong.utils.files import read_json
+from ultralong.utils.units import GIB
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def test_a_measured_row_has_what_others_rely_on(tmp_path, make_tiny_model, pytho
     assert seconds == sorted(seconds, reverse=True)
     assert sum(row["kinds"].values()) >= 0.99 * sum(seconds) > 0
     assert row["kinds"]["matrix products"] > 0
-    assert "matrix products" in _line(row)
+    assert "matrix products" in measured_line(row)
 
 
 def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_model, python, monkeypatch, machine):
@@ -68,6 +73,108 @@ def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_mo
 def test_documents_that_no_row_can_hold_are_refused(wrong):
     with pytest.raises(ValueError, match=r"document_lengths must be 1 or more, and go without"):
         TrainingCase(**wrong)
+
+
+def test_a_cap_needs_a_size_and_a_gpu_as_large(monkeypatch):
+    with pytest.raises(ValueError, match=r"capped holds a process to gpu_memory GiB: say how many"):
+        TrainingCase(capped=True)
+    with pytest.raises(ValueError, match=r"can't be held to 24 GiB of a GPU: there are 0\.0"):
+        work.hold_to(24.0)
+    total, held = 141 * GIB, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (130 * GIB, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9.5 * GIB)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", held.append)
+    work.hold_to(24.0)  # 1.5 GiB are the context's
+    assert held == [pytest.approx(22.5 / 141)]
+    with pytest.raises(ValueError, match=r"can't be held to 142 GiB of a GPU: there are 141\.0"):
+        work.hold_to(142.0)
+
+
+def test_a_capped_run_is_held_before_its_model_is_made_and_again_when_it_is_warm(monkeypatch, tmp_path):
+    done = []
+    run = SimpleNamespace(memory=SimpleNamespace(host_bytes=0))
+    monkeypatch.setattr(work, "connect", lambda config: nullcontext(SimpleNamespace(barrier=list, is_main=False)))
+    monkeypatch.setattr(work, "hold_to", done.append)
+    monkeypatch.setattr(work, "warmed_up", lambda *arguments: done.append("warm") or run)
+    monkeypatch.setattr(work, "training_step", lambda *arguments: done.append("step"))
+    settings.save(TrainConfig("model", str(tmp_path), (DataSource("rows"),), steps=1), tmp_path / "config.yaml")
+    work.work(tmp_path, "short", cap=24.0)
+    work.work(tmp_path, "short")
+    assert done == [24.0, "warm", 24.0, "step", "warm", "step"]
+
+
+def test_a_capped_case_is_planned_for_its_memory_and_says_so(tmp_path, make_tiny_model, monkeypatch, machine):
+    make_tiny_model().save_pretrained(tmp_path / "tiny")
+    asked, planned, made_plan = [], [], measure.plan
+
+    def stopped(gpus, module, *words, **options):
+        asked.append(words[2:])
+        return {"note": "torch.OutOfMemoryError: CUDA out of memory"}
+
+    def plan(config, gpus, **options):
+        planned.append(options["gpu_memory"])
+        return made_plan(config, gpus, **options)
+
+    monkeypatch.setattr(measure, "start_ranks", stopped)
+    monkeypatch.setattr(measure, "plan", plan)
+    case = TrainingCase(str(tmp_path / "tiny"), 96, steps=1, gpu_memory=1.5, capped=True)
+    row = measure_training(case, machine, tmp_path / "made")
+    assert (asked, planned, row["capped_gpu_gib"]) == ([("warm=0", "cap=1.5")], [1.5], 1.5)
+    free = measure_training(replace(case, capped=False), machine, tmp_path / "made")
+    assert asked[1] == ("warm=0",)
+    assert "capped_gpu_gib" not in free
+    lines = capped_table([{"rows": [row]}])
+    assert lines[2:] == ["| tiny | all | 1.5 GiB | 96 | out of memory | | |"]
+
+
+CAPPED = {
+    "model": "M",
+    "tokens": 24576,
+    "gpus": 1,
+    "gpu": "NVIDIA H200",
+    "versions": {"ultralong": __version__},
+    "lora": "rank 16, alpha 16",
+    "capped_gpu_gib": 24.0,
+    "planned_total_gpu_gib": 23.35,
+    "planned_seconds_per_step": 3.75,
+    "planned_peak_gpu_gib": 21.7,
+    "planned_peak_host_gib": 14.94,
+    "seconds_per_step": 4.0,
+    "tokens_per_second_per_gpu": 6144.0,
+    "mfu_causal": 0.3,
+    "peak_gpu_gib": 21.5,
+    "reserved_gpu_gib": 22.5,
+    "context_gpu_gib": 1.25,
+    "peak_host_gib": 14.0,
+}
+
+
+def test_a_capped_row_says_whose_memory_and_whose_seconds_it_has():
+    said = measured_line(CAPPED)
+    assert "held to 24 GiB of the GPU, took 23.8: the memory is such a card's, the seconds are this GPU's" in said
+    assert capped_table([{"rows": [CAPPED]}])[2:] == [
+        "| M | LoRA, rank 16 | 24 GiB | 24,576 | 23.8 (23.4) | 14.0 (14.9) | 4.0 (3.8) on NVIDIA H200 |"
+    ]
+    assert "ours, LoRA of rank 16, held to 24 GiB" in training_table([{"rows": [CAPPED]}])[2]
+    assert capped_table([]) == packed_table([]) == []
+
+
+def test_packed_rows_stand_beside_their_plan():
+    row = {
+        "model": "M",
+        "tokens": 131072,
+        "documents": 32,
+        "kernel": "cudnn",
+        "seconds_per_step": 3.3,
+        "planned_seconds_per_step": 3.0,
+        "mfu_causal": 0.4,
+        "kinds": {"attention": 1.0, "matrix products": 1.5, "copies": 0.25, "all else": 0.25},
+        "idle_seconds": 0.125,
+    }
+    assert packed_table([{"rows": [row]}])[2:] == [
+        "| M | 131,072 | 32 masked documents | cuDNN | 3.30 (3.00) | 110.0% | 40.0% | 1.00 | 1.50 | 0.50 | 0.12 |"
+    ]
 
 
 def test_kernels_beside_each_other_are_counted_once():

@@ -14,7 +14,7 @@ from ultralong.bench.host import bench_host, summary
 from ultralong.bench.host_options import HostBench, commands
 from ultralong.bench.tables import host_table
 from ultralong.bench.training import measure as training
-from ultralong.cli import bench
+from ultralong.bench.training import tables
 
 
 def test_eight_gpus_are_asked_for_everything(monkeypatch, tmp_path):
@@ -22,7 +22,7 @@ def test_eight_gpus_are_asked_for_everything(monkeypatch, tmp_path):
     row = {"seconds_per_step": 1.0}
     monkeypatch.setattr(measuring, "bench_attention", lambda options, path: asked.append(options) or [])
     monkeypatch.setattr(training, "measure_training", lambda case, machine, folder: asked.append(case) or row)
-    monkeypatch.setattr(bench, "_line", str)
+    monkeypatch.setattr(tables, "measured_line", str)
     steps = commands(HostBench(8, tmp_path))
     assert list(steps) == ["train_1m", "train_4m", "attention_8", "attention_4", "attention_2"]
     for words in steps.values():

@@ -39,7 +39,7 @@ CASE = (
         "batch",
         "new_tokens",
     ),
-    *("begun", "checkpoint_layers", "trained", "gpu_memory_gib", "host_memory_gib"),
+    *("begun", "checkpoint_layers", "trained", "gpu_memory_gib", "host_memory_gib", "capped_gpu_gib"),
 )
 HIGHER_IS_BETTER = frozenset(
     ("tflops", "forward_tflops", "backward_tflops", "gbps", "tokens_per_second", "tokens_per_second_per_gpu")

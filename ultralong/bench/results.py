@@ -17,6 +17,7 @@ from ultralong.utils.environment import machine_facts
 from ultralong.utils.files import read_json, write_json
 
 Row = dict[str, Any]
+KERNELS = {"flash4": "flash-attn 4", "cudnn": "cuDNN", "flash": "torch flash"}  # as tables name them
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> None:

@@ -10,12 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong import __version__
 from ultralong.bench.checkpoints.tables import configs_table, faults_table, readers_table
-from ultralong.bench.results import facts_of, rows_of
+from ultralong.bench.results import KERNELS, facts_of, rows_of
 from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.bench.training.longest_rows import longest_table
-from ultralong.bench.training.tables import curves_table, families_table, refused_table
+from ultralong.bench.training.tables import (
+    capped_table,
+    curves_table,
+    families_table,
+    packed_table,
+    refused_table,
+    training_table,
+)
 from ultralong.utils.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]  # of a clone
@@ -26,7 +32,6 @@ PEERS = {
     "torch-cp-flash": ("torch context_parallel, flash", "gathered"),
     "ring-flash-attn-zigzag": ("ring-flash-attn on {kernel}", "ring"),
 }
-KERNELS = {"flash4": "flash-attn 4", "cudnn": "cuDNN", "flash": "torch flash"}
 
 
 def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -63,51 +68,6 @@ def _cell(result: dict[str, Any] | None) -> str:
         return ""
     rate = f"{result['tflops']:.0f}"
     return rate if result["name"] == "single" else f"{rate} ({100 * result['of_one']:.1f}%)"
-
-
-def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Training steps as measured, with the plan's value in brackets; peers below ours.
-
-    Args:
-        recorded: What `ultralong bench train --json` wrote, one or more files.
-
-    Returns:
-        Lines of a Markdown table; models, GPUs and lengths rise.
-    """
-    rows = [row for file in recorded for row in rows_of(file)]
-    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
-    lines = [
-        "| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        before = f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {_trainer(row)} | "
-        if "seconds_per_step" not in row:
-            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | | |")
-            continue
-        host = f"{row['peak_host_gib']:.0f}" if "peak_host_gib" in row else ""
-        lines.append(
-            f"{before}{_beside(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
-            f"{100 * row['mfu_causal']:.1f}% | {_beside(row, 'peak_gpu_gib')} | {host} |"
-        )
-    return lines
-
-
-def _trainer(row: dict[str, Any]) -> str:
-    """Whose trainer; ours with its minor version where that is not today's (rows older than 0.2 don't name theirs)."""
-    if "peer" in row:
-        return str(row["peer"])
-    made, today = (version.rpartition(".")[0] for version in (row["versions"].get("ultralong", "0.1.0"), __version__))
-    made += f" at {row['versions']['ultralong-commit']}" if "ultralong-commit" in row["versions"] else ""
-    mix = f", {row['sharing']} degree of {row['degree']} over {row['mix']}" if "mix" in row else ""
-    mix += f", {row['documents']} masked documents" if "documents" in row else ""
-    mix += f", LoRA of {row['lora'].partition(',')[0]}" if "lora" in row else ""
-    return ("ours" if made == today else f"ours, {made}") + mix
-
-
-def _beside(row: dict[str, Any], key: str) -> str:
-    planned = row.get(f"planned_{key}")
-    return f"{row[key]:.1f}" + ("" if planned is None else f" ({planned:.1f})")
 
 
 def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -220,6 +180,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
     "host": (("host_*_attention_*.json",), host_table),
     "plans": (("plans_h200.json",), plans_table),
     "longest": (("plans_longest_rows.json",), longest_table),
+    "capped": (("capped_*.json",), capped_table),
+    "packed": (("packed_*.json",), packed_table),
     "prefill": (
         (
             "prefill_1gpu_262144.json",

@@ -123,6 +123,8 @@ def train(
       ultralong bench train --lengths 1m --gpus 2 --sharded --state-precision 8bit --kernel flash4 --head-chunks 8
         --steps 1 --fit --memory layer_tile=32768 loss_tile=8192 --host-memory 108
       ultralong bench train --lengths 256k --sharded --lora-rank 8 --lora-whole --memory layer_tile=32768
+      ultralong bench train meta-llama/Llama-3.2-1B --lengths 240k --sharded --state-precision 8bit --kernel flash --fit
+        --gpu-memory 24 --host-memory 64 --capped
       ultralong bench train meta-llama/Llama-3.2-1B --mix 8k:38 128k:1 256k:1 --gpus 2 --sharded
       ultralong bench train --lengths 256k --gpus 2 --peers --only deepspeed-alst-offload --steps 1 --peer-limit 600
 
@@ -147,6 +149,7 @@ def train(
     from ultralong.bench.results import append_row
     from ultralong.bench.training.measure import measure_training
     from ultralong.bench.training.peers.measure import OURS, measure_peer, wanted_peers
+    from ultralong.bench.training.tables import measured_line
     from ultralong.training.config import MemoryConfig
     from ultralong.utils import settings
 
@@ -172,39 +175,9 @@ def train(
                 )
                 if json is not None:
                     append_row(json, row)
-                print(_line(row), flush=True)
+                print(measured_line(row), flush=True)
     if json is not None:
         print(f"{json}: rows appended. Tables of recorded results: ultralong bench tables", file=sys.stderr)
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One measured row as text."""
-    what = (
-        f"{row['tokens']:,} tokens"
-        + (f" in {row['documents']} documents" if "documents" in row else "")
-        + (f" ({row['mix']}), {row['sharing']} degree of {row['degree']}" if "mix" in row else "")
-    )
-    name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {what}, {row['gpus']} x {row['gpu']}: "
-    if "note" in row:
-        return name + row["note"] + ("\n" + row["messages"][-1500:] if "messages" in row else "")
-    text = (
-        f"{row['seconds_per_step']:.1f} s a step, {row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU "
-        f"{row['mfu_causal']:.1%} (causal, nothing recomputed, of 989 TF/s), {row.get('peak_gpu_gib', 0):.1f} GiB"
-    )
-    if "planned_seconds_per_step" in row:
-        text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
-    if "of_kernel" in row:
-        text += (
-            f"; {row['passes']} passes, rows by degree {row['rows_by_degree']}, {row['of_kernel']:.0%} of the rate of "
-            "kernels and products alone"
-        )
-    if "idle_seconds" in row:
-        text += f"\n{row['idle_seconds']:10.3f} s  GPU idle, of {row['profiled_seconds']:.3f} s profiled"
-    for kind, took in row.get("kinds", {}).items():
-        text += f"\n{took:10.3f} s  {kind}"
-    for kernel in row.get("kernels", ())[:12]:
-        text += f"\n{kernel['seconds']:10.3f} s  {kernel['calls']:7,} x {kernel['name'][:90]}"
-    return name + text
 
 
 def compare(

@@ -54,7 +54,9 @@ class TrainingCase:
         head_chunks: Head chunks of the attention scheme: more make its buffers smaller.
         memory: As in `MemoryConfig`.
         fit: Let the planner choose what is kept, offloaded and recomputed.
-        gpu_memory: With `fit`: GiB of one GPU; by default the machine's.
+        gpu_memory: With `fit` or `capped`: GiB of one GPU; by default the machine's.
+        capped: Hold each process to `gpu_memory` of its GPU, CUDA's context included. Whether a row fits is then what a
+            card of that size would say; the seconds are this GPU's.
         host_memory: With `fit`: GiB of host memory for one process; without it nothing is offloaded.
         steps: Measured steps; two on a short row come before.
         profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
@@ -86,6 +88,7 @@ class TrainingCase:
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(activation_checkpointing=True))
     fit: bool = False
     gpu_memory: float | None = None
+    capped: bool = False
     host_memory: float | None = None
     steps: int = 2
     profile: bool = False
@@ -106,6 +109,8 @@ class TrainingCase:
             raise ValueError(
                 f"document_lengths must be 1 or more, and go without mix and documents, found {self.document_lengths}."
             )
+        if self.capped and not self.gpu_memory:
+            raise ValueError("capped holds a process to gpu_memory GiB: say how many (--gpu-memory 24).")
         if self.warm_steps < 0:
             raise ValueError(f"warm_steps must be 0 or more, found {self.warm_steps}.")
         rows = sum(part.rows for part in parse_mix(self.mix))

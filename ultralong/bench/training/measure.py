@@ -96,6 +96,7 @@ def measure_training(case: TrainingCase, machine: str, folder: Path | None = Non
                 "kernel": case.kernel,
                 "head_chunks": case.head_chunks,
                 "memory": settings.to_mapping(config.memory),
+                **({"capped_gpu_gib": case.gpu_memory} if case.capped else {}),
             }
             with ThreadPoolExecutor(1) as beside:
                 running = beside.submit(_run, case, Path(run), made, shape)
@@ -174,7 +175,7 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str, shape: Shape
             "planned_peak_gpu_gib": round(price.tensor_bytes / GIB, 3),
             "planned_total_gpu_gib": round(price.gpu_bytes / GIB, 3),
         }
-    said = plan(config, case.gpus, machine=machine).to_dict()
+    said = plan(config, case.gpus, machine=machine, gpu_memory=case.gpu_memory).to_dict()
     # Nothing is saved here, which is what would take the rest of the host's memory.
     saving = sum(line["value"] for line in said["lines"] if line["name"].startswith("copies of model and states"))
     said["planned_peak_host_gib"] = round(said["planned_peak_host_gib"] - saving / GIB, 3)
@@ -184,7 +185,7 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str, shape: Shape
 def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
     words = [*(["profile"] if case.profile else []), *(["one-row-passes"] if case.sharing == "fixed" else [])]
-    words += [f"warm={case.warm_steps}"]
+    words += [f"warm={case.warm_steps}", *([f"cap={case.gpu_memory}"] if case.capped else [])]
     if failed := start_ranks(case.gpus, "ultralong.bench.training.work", str(run), made["short"], *words):
         return failed
     log = read_jsonl(run / "log.jsonl")

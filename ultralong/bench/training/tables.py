@@ -1,13 +1,152 @@
-"""Tables of models: families under every attention scheme, and scores by capability and length."""
+"""Tables of training steps and of models: families under every scheme, and scores by capability and length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ultralong.bench.results import rows_of
+from ultralong import __version__
+from ultralong.bench.results import KERNELS, rows_of
 
 SCHEMES = {"ring": "ring", "ulysses": "Ulysses", "gathered": "gathered keys"}
+
+
+def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Training steps as measured, with the plan's value in brackets; peers below ours.
+
+    Args:
+        recorded: What `ultralong bench train --json` wrote, one or more files.
+
+    Returns:
+        Lines of a Markdown table; models, GPUs and lengths rise.
+    """
+    rows = [row for file in recorded for row in rows_of(file)]
+    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
+    lines = [
+        "| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before = f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {_trainer(row)} | "
+        if "seconds_per_step" not in row:
+            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | | |")
+            continue
+        host = f"{row['peak_host_gib']:.0f}" if "peak_host_gib" in row else ""
+        lines.append(
+            f"{before}{beside_plan(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
+            f"{100 * row['mfu_causal']:.1f}% | {beside_plan(row, 'peak_gpu_gib')} | {host} |"
+        )
+    return lines
+
+
+def _trainer(row: dict[str, Any]) -> str:
+    """Whose trainer; ours with its minor version where that is not today's (rows older than 0.2 don't name theirs)."""
+    if "peer" in row:
+        return str(row["peer"])
+    made, today = (version.rpartition(".")[0] for version in (row["versions"].get("ultralong", "0.1.0"), __version__))
+    made += f" at {row['versions']['ultralong-commit']}" if "ultralong-commit" in row["versions"] else ""
+    mix = f", {row['sharing']} degree of {row['degree']} over {row['mix']}" if "mix" in row else ""
+    mix += f", {row['documents']} masked documents" if "documents" in row else ""
+    mix += f", LoRA of {row['lora'].partition(',')[0]}" if "lora" in row else ""
+    mix += f", held to {row['capped_gpu_gib']:g} GiB" if "capped_gpu_gib" in row else ""
+    return ("ours" if made == today else f"ours, {made}") + mix
+
+
+def beside_plan(row: dict[str, Any], key: str, digits: int = 1) -> str:
+    """A measured value, and the plan's in brackets where there is one."""
+    planned = row.get(f"planned_{key}")
+    return f"{row[key]:.{digits}f}" + ("" if planned is None else f" ({planned:.{digits}f})")
+
+
+def packed_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Training steps of packed and whole rows by kernel, beside their plans, and what the profiled step spent where.
+
+    Args:
+        recorded: What `ultralong bench train --profile --json` wrote, one or more files; none is an empty table.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    rows = [row for file in recorded for row in rows_of(file)]
+    lines = [
+        "| model | tokens | rows | kernel | seconds a step | of the plan | MFU | "
+        "attention | matrix products | others | idle |",
+        "|" + "---|" * 11,
+    ]
+    for row in rows:
+        kinds = row["kinds"]
+        others = sum(kinds.values()) - kinds.get("attention", 0.0) - kinds.get("matrix products", 0.0)
+        seconds = [kinds.get("attention", 0.0), kinds.get("matrix products", 0.0), others, row["idle_seconds"]]
+        cells = [row["model"], f"{row['tokens']:,}"]
+        cells += [f"{row['documents']} masked documents" if "documents" in row else "whole"]
+        cells += [KERNELS.get(row["kernel"], row["kernel"]), beside_plan(row, "seconds_per_step", 2)]
+        cells += [f"{row['seconds_per_step'] / row['planned_seconds_per_step']:.1%}", f"{row['mfu_causal']:.1%}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{took:.2f}' for took in seconds)])} |")
+    return lines if rows else []
+
+
+def capped_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Steps that were held to a smaller card's memory: what they took of it beside the plan; the seconds are the GPU's.
+
+    Args:
+        recorded: What `ultralong bench train --capped --json` wrote, one or more files; none is an empty table.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    rows = [row for file in recorded for row in rows_of(file)]
+    lines = [
+        "| model | trained | held to | tokens | GiB of it | GiB, host | seconds a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        trained = f"LoRA, {row['lora'].partition(',')[0]}" if "lora" in row else "all"
+        before = f"| {row['model']} | {trained} | {row['capped_gpu_gib']:g} GiB | {row['tokens']:,} | "
+        if "seconds_per_step" not in row:
+            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | |")
+            continue
+        took = row["reserved_gpu_gib"] + row["context_gpu_gib"]
+        lines.append(
+            f"{before}{took:.1f} ({row['planned_total_gpu_gib']:.1f}) | {beside_plan(row, 'peak_host_gib')} | "
+            f"{beside_plan(row, 'seconds_per_step')} on {row['gpu']} |"
+        )
+    return lines if rows else []
+
+
+def measured_line(row: dict[str, Any]) -> str:
+    """One row of `ultralong bench train` as text for a terminal."""
+    what = (
+        f"{row['tokens']:,} tokens"
+        + (f" in {row['documents']} documents" if "documents" in row else "")
+        + (f" ({row['mix']}), {row['sharing']} degree of {row['degree']}" if "mix" in row else "")
+    )
+    name = f"{row.get('peer', 'ultralong'):14} {row['model']}, {what}, {row['gpus']} x {row['gpu']}: "
+    if "note" in row:
+        return name + row["note"] + ("\n" + row["messages"][-1500:] if "messages" in row else "")
+    text = (
+        f"{row['seconds_per_step']:.1f} s a step, {row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU "
+        f"{row['mfu_causal']:.1%} (causal, nothing recomputed, of 989 TF/s), {row.get('peak_gpu_gib', 0):.1f} GiB"
+    )
+    if "planned_seconds_per_step" in row:
+        text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
+    if "capped_gpu_gib" in row:
+        took = row["reserved_gpu_gib"] + row["context_gpu_gib"]
+        text += (
+            f"; held to {row['capped_gpu_gib']:g} GiB of the GPU, took {took:.1f}: the memory is such a card's, "
+            "the seconds are this GPU's"
+        )
+    if "of_kernel" in row:
+        text += (
+            f"; {row['passes']} passes, rows by degree {row['rows_by_degree']}, {row['of_kernel']:.0%} of the rate of "
+            "kernels and products alone"
+        )
+    if "idle_seconds" in row:
+        text += f"\n{row['idle_seconds']:10.3f} s  GPU idle, of {row['profiled_seconds']:.3f} s profiled"
+    for kind, took in row.get("kinds", {}).items():
+        text += f"\n{took:10.3f} s  {kind}"
+    for kernel in row.get("kernels", ())[:12]:
+        text += f"\n{kernel['seconds']:10.3f} s  {kernel['calls']:7,} x {kernel['name'][:90]}"
+    return name + text
 
 
 def families_table(recorded: Sequence[dict[str, Any]]) -> list[str]:

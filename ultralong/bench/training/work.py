@@ -1,7 +1,7 @@
 """The processes of a training case: `python -m ultralong.bench.training.work FOLDER SHORT [WORDS]`.
 
-The words are profile, one-row-passes and warm=N (`work`). The models have random weights and rows of random letters;
-how long a step takes depends on neither.
+The words are profile, one-row-passes, warm=N and cap=GIB (`work`). The models have random weights and rows of random
+letters; how long a step takes depends on neither.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ultralong.training.step import Run, build_run, reserve_host_memory, trainin
 from ultralong.utils import settings
 from ultralong.utils.files import append_jsonl, write_json
 from ultralong.utils.processes import start_method
+from ultralong.utils.units import GIB
 
 WARM = 2048  # tokens of the row that is trained on first
 WARM_DOCUMENTS = 4  # that it holds where the run's rows hold documents: kernels have calls of their own for them
@@ -168,16 +169,49 @@ def warmed_up(
     return run
 
 
-def work(folder: Path, short: str, profile: bool = False, one_row_passes: bool = False, warm_steps: int = 0) -> None:
+def hold_to(gib: float) -> None:
+    """Let this process take no more of its GPU than a card of so many GiB has; beyond it torch is out of memory.
+
+    What the driver holds for the process (the context, kernels, libraries) is taken off, as it is on a smaller card. It
+    grows as kernels are loaded, so this is called again once they are.
+
+    Raises:
+        ValueError: There is no GPU, or none as large.
+    """
+    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    if gib * GIB > total:
+        raise ValueError(f"this process can't be held to {gib:g} GiB of a GPU: there are {total / GIB:.1f}.")
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - _context_bytes()) / total)
+
+
+def _context_bytes() -> int:
+    """Whatever the driver counts and the allocator does not: the context, the kernels and the libraries."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def work(
+    folder: Path,
+    short: str,
+    profile: bool = False,
+    one_row_passes: bool = False,
+    warm_steps: int = 0,
+    cap: float | None = None,
+) -> None:
     """Train as `folder/config.yaml` says, on a short row first; write the log and this process's peaks in bytes.
 
     With `warm_steps`, so many steps over the run's own rows come before the measured ones.
     With `one_row_passes` rows of several lengths are read one by one, as with a fixed degree of context parallelism.
+    With `cap`, all of it takes no more GiB of the GPU (`hold_to`).
     With `profile`, one more step follows, and the first process writes the time of its kernels (`kernels.json`).
     """
     config = settings.load(TrainConfig, folder / "config.yaml")
     with connect(config) as processes:
+        if cap is not None:
+            hold_to(cap)
         run = warmed_up(config, processes, short, one_row_passes, warm_steps)
+        if cap is not None:
+            hold_to(cap)
         for step in range(config.steps):
             processes.barrier()
             begin = time.perf_counter()
@@ -233,17 +267,21 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 def _leave_peaks(folder: Path, pinned: int) -> None:
     peaks = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "pinned_host_gib": pinned}
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        # Whatever the driver counts and the allocator does not is the context, the kernels and the libraries.
-        context = total - free - torch.cuda.memory_reserved()
         peaks |= {
             "peak_gpu_gib": torch.cuda.max_memory_allocated(),
             "reserved_gpu_gib": torch.cuda.max_memory_reserved(),
-            "context_gpu_gib": context,
+            "context_gpu_gib": _context_bytes(),
         }
     write_json(folder / f"rank-{os.environ.get('RANK', '0')}.json", peaks)
 
 
 if __name__ == "__main__":
-    warm = [int(word.removeprefix("warm=")) for word in sys.argv[3:] if word.startswith("warm=")]
-    work(Path(sys.argv[1]), sys.argv[2], "profile" in sys.argv[3:], "one-row-passes" in sys.argv[3:], sum(warm))
+    values = dict(word.split("=") for word in sys.argv[3:] if "=" in word)
+    work(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        "profile" in sys.argv[3:],
+        "one-row-passes" in sys.argv[3:],
+        int(values.get("warm", 0)),
+        float(values["cap"]) if "cap" in values else None,
+    )
