@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.tokenize import tokenize_corpus
+from ultralong.training import step
 from ultralong.training.config import DataSource, OptimizerConfig, TrainConfig
 
 LENGTH = 64
@@ -32,3 +36,15 @@ def make_run(folder: Path, model: Any, tokenizer: Any, **changes: Any) -> TrainC
         optimizer=OptimizerConfig(lr=1e-3),
     )
     return replace(config, **changes)
+
+
+def before_reading(monkeypatch: pytest.MonkeyPatch, rank: int, at: int, work: Callable[[], object]) -> None:
+    """Have one rank do something before it reads the rows of a step, and of all that follow."""
+    real = step._step_batches
+
+    def reads(run: Any, number: int) -> Any:
+        if run.processes.accelerator.process_index == rank and number >= at:
+            work()
+        return real(run, number)
+
+    monkeypatch.setattr(step, "_step_batches", reads)

@@ -18,11 +18,11 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from forked import train_over
-from tiny_run import make_run
+from tiny_run import before_reading, make_run
 
 from ultralong.attention import collectives
 from ultralong.launch.runs import state_of
-from ultralong.training import loop, parallel, step
+from ultralong.training import loop, parallel
 from ultralong.training.config import ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.watch import hang, ranks
@@ -48,18 +48,6 @@ def run(made, tmp_path, monkeypatch):
     folder, config = made
     monkeypatch.chdir(folder)
     return replace(config, out=str(tmp_path / "run"))
-
-
-def before_reading(monkeypatch, rank: int, at: int, work) -> None:
-    """Have one rank do something before it reads the rows of a step, and of all that follow."""
-    real = step._step_batches
-
-    def reads(run, number):
-        if run.processes.accelerator.process_index == rank and number >= at:
-            work()
-        return real(run, number)
-
-    monkeypatch.setattr(step, "_step_batches", reads)
 
 
 @pytest.mark.parametrize("mode", MODES)

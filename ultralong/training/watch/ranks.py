@@ -24,10 +24,13 @@ from ultralong.attention.collectives import WaitClock
 from ultralong.training.parallel import Processes
 from ultralong.training.watch.exchange import GradientExchange
 from ultralong.training.watch.hang import Position, Watchdog
+from ultralong.training.watch.held_back import HeldBackClock
 from ultralong.utils.units import GIB
 
 SLOWER = 1.25  # times the others' median is slow
-SLOWER_SECONDS = 0.05  # and so much above it: below that a step is too short to tell
+# And so much above it: what a system does beside a run takes tens of milliseconds, which in a miniature's step is much
+# and in the seconds of a long row nothing.
+SLOWER_SECONDS = 0.1
 IN_A_ROW = 2  # steps in which a rank has to be slow before it is named
 
 
@@ -45,7 +48,8 @@ class RankWatch:
 
     def __init__(self, processes: Processes, model: nn.Module | None = None) -> None:
         self.processes, self.position = processes, Position()
-        self.clock = WaitClock(processes.accelerator.device)
+        device = processes.accelerator.device
+        self.clock = HeldBackClock(device) if device.type == "cpu" else WaitClock(device)
         self.gradients = GradientExchange(self.clock)
         if model is not None and self._ranks > 1:
             self.gradients.measure(model)
@@ -80,6 +84,11 @@ class RankWatch:
         """Say that a step (counted from 1) begins; what was waited for since the last one is not its own."""
         self.position.at("reading rows", step)
         self.clock.take()
+        self._held_back()
+
+    def _held_back(self) -> float:
+        """Seconds since the last call in which other programs had this rank's core; 0 on a GPU, with work ahead."""
+        return self.clock.take_held_back() if isinstance(self.clock, HeldBackClock) else 0.0
 
     def report(self, step: int, seconds: float) -> dict[str, Any]:
         """Compare the ranks of a step: one gather of three numbers; all ranks call it.
@@ -89,15 +98,16 @@ class RankWatch:
             seconds: That the step took on this rank.
 
         Returns:
-            For the log: `compute_seconds` (not spent in collectives), `waiting_seconds` (spent there) and `peak_gib`
-            (GPU memory; on a CPU the largest resident set so far) of each rank, and the `slowest_rank`. Nothing for a
-            single process.
+            For the log: `compute_seconds` (not spent in collectives, nor on a CPU while another program had the core),
+            `waiting_seconds` (spent in collectives) and `peak_gib` (GPU memory; on a CPU the largest resident set so
+            far) of each rank, and the `slowest_rank`. Nothing for a single process.
         """
         if self._ranks == 1 or not self._hosts:
             return {}
         waited = min(self.clock.take(), seconds)
+        computed = max(seconds - waited - self._held_back(), 0.0)
         device = self.processes.accelerator.device
-        own = torch.tensor([seconds - waited, waited, peak_bytes(device) / GIB], dtype=torch.float64, device=device)
+        own = torch.tensor([computed, waited, peak_bytes(device) / GIB], dtype=torch.float64, device=device)
         found = own.new_empty(self._ranks, 3)
         dist.all_gather(list(found.unbind()), own)
         compute, waiting, peak = ([round(x, 4) for x in column] for column in found.T.tolist())
