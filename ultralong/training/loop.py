@@ -88,8 +88,7 @@ def _train(
     """Train in a folder that this run holds."""
     order = RowOrder.of_run(config)
     step = on_main(lambda: folder.open(config, resume, order.content()), processes.accelerator)
-    if processes.is_main:
-        sharing.leave(folder, decision)
+    on_main(lambda: sharing.leave(folder, decision), processes.accelerator)
     if resume and step is None and processes.is_main:  # so that a slip in `out` is seen before hours have gone
         text = "holds no checkpoint to resume from: the run starts at its first step."
         print(f"note: {folder.path} {text}", file=sys.stderr)
@@ -125,11 +124,10 @@ def _train_in(
     loss = sum(run.losses) / len(run.losses) if run.losses else None
     facts = {"steps": config.steps, "tokens": run.tokens, "loss": loss}
     weights = checkpoint.whole_weights(model)
-    if processes.is_main:
-        with full_disk_named(folder.path, FREE_SOME):
-            write = export_adapter if config.lora.on else export
-            write(model, weights, config, order, facts, result_folder(folder, config))
-    processes.barrier()
+    write = export_adapter if config.lora.on else export
+    with full_disk_named(folder.path, FREE_SOME):
+        made_in = result_folder(folder, config)
+        on_main(lambda: write(model, weights, config, order, facts, made_in), processes.accelerator)
     made, seconds = str(result_folder(folder, config)), time.perf_counter() - start
     result = TrainResult(made, config.steps, run.tokens, loss or math.nan, seconds)
     if processes.is_main:

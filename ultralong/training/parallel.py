@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,15 +227,39 @@ def grouped(config: TrainConfig, accelerator: Accelerator) -> Processes:
 
 
 def on_main(work: Callable[[], T], accelerator: Accelerator) -> T:
-    """What the main process finds, on all processes; its ValueError too, so that none waits for the others for ever."""
-    told: list[Any] = ["", None]
+    """What the main process finds, on all processes, which all call this; none waits for one that has failed.
+
+    Raises:
+        BaseException: What `work` raised, of the same type on every process; RuntimeError where it can't be sent.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    told: list[Any] = [None, None]
+    own: BaseException | None = None
     if accelerator.is_main_process:
         try:
-            told[1] = work()
-        except ValueError as refused:
-            told[0] = str(refused)
-    if accelerator.num_processes > 1:
+            told[0] = work()
+        except BaseException as error:  # noqa: BLE001 - raised below, a Ctrl-C too
+            own, told[1] = error, _sendable(error)
+    try:
         dist.broadcast_object_list(told)
-    if told[0]:
-        raise ValueError(told[0])
-    return told[1]
+    except Exception:
+        if own is not None:  # the others have ended already, as a Ctrl-C ends all
+            raise own from None
+        raise
+    if told[1] is not None:
+        if own is None:
+            told[1].add_note("Raised by the main process, rank 0.")
+        raise told[1] from own  # at one line on all, so that those of a host say it once
+    return told[0]
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """An error as other processes can raise it; what does not survive pickling keeps its type's name and its words."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - made here, as the broadcast will
+    except Exception:  # noqa: BLE001 - a type may fail in any way
+        copy = None
+    if type(copy) is type(error) and str(copy) == str(error):
+        return copy
+    return RuntimeError(f"{type(error).__name__}: {error}")
