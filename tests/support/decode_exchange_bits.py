@@ -1,7 +1,7 @@
 """Whether the ways of joining attention give equal bits: `python -m tests.support.decode_exchange_bits OUT.json`.
 
 Two ranks, Llama-3.1-8B's shape with random weights; `--small` is two layers of a small model on two CPU processes. For
-each cache and prompt, `direct` is the reference; `direct` again says whether one way repeats itself. Every way decodes
+each cache and prompt, `direct` is the reference; a way `again` says whether it repeats itself. Every way decodes
 the reference's tokens (logits compared bit by bit) and then answers alone, greedily and drawn with a seed, waiting for
 each token and ahead of it (tokens compared). A row is written as soon as it is there. Recorded in
 notebooks/results/decode_exchange_bits.json.
@@ -87,7 +87,7 @@ def compare(rank: int, world: int, device: str, out: Path) -> None:
         config.num_hidden_layers = 2
     model = make_model(config, device)
     model.generation_config.eos_token_id = None
-    ways = ["direct", "direct again", "gather", *([] if small else ["symmetric"])]
+    ways = ["direct", "direct again", "gather", *([] if small else ["symmetric", "symmetric again"])]
     samplings = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, top_p=0.9, seed=7)}
     rows: list[dict[str, Any]] = []
     for (tokens, filled), kv in product([(300, True), (200, False)] if small else [(131072, True), (8192, False)], KV):

@@ -69,7 +69,7 @@ class _Collected(Exchange):
     def joined(self, dtype: torch.dtype) -> Tensor:
         """See `Exchange`."""
         found = all_gather(self._all[self._rank], self._group, self._all, self._direct).wait()
-        out: Tensor = self._do.merge(*_views(found, self._shape), dtype)[0]
+        out: Tensor = self._do.merge_gathered(found, self._shape, dtype)
         return out
 
 

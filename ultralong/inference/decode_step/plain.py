@@ -68,3 +68,9 @@ def merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     lse = torch.logsumexp(lses * math.log(2), 0)
     weights = (lses * math.log(2) - lse).exp().nan_to_num(0.0)
     return (outs * weights[..., None]).sum(0).to(dtype), lse / math.log(2)
+
+
+def merge_gathered(parts: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """See `kernels.merge_gathered`."""
+    count = shape.numel()
+    return merge(parts[:, :count].unflatten(1, shape), parts[:, count:].unflatten(1, shape[:-1]), dtype)[0]
