@@ -11,17 +11,17 @@ LAYER = 3  # parts begin behind those of so many layers
 
 
 def emulated(ranks, size, batch=2):
-    """Parts (P, B H D + B H) as ranks would send them, with log-sum-exps of any size, and the shape (B, H, D).
+    """Parts (P, B H D + B H) as ranks would send them, and the shape (B, H, D).
 
-    In some rows a rank holds no key, one rank holds none at all, and in one row nobody does.
+    Log-sum-exps are near each other, so that every part counts, or far apart. Of one sequence the last rank holds
+    nothing; elsewhere a rank holds no key of some rows, and in one row nobody does.
     """
     draw = torch.Generator().manual_seed(ranks * size)
     shape = torch.Size((batch, HEADS, size))
-    lses = torch.randn(ranks, *shape[:-1], generator=draw) * 10 ** torch.randint(
-        -1, 3, (ranks, *shape[:-1]), generator=draw
-    )
-    lses[torch.rand(lses.shape, generator=draw) < 0.2] = -float("inf")
-    lses[-1] = -float("inf")
+    lses = torch.randn(ranks, *shape[:-1], generator=draw)
+    lses *= 10.0 ** torch.randint(-1, 2, shape[:-1], generator=draw)
+    lses[torch.rand(lses.shape, generator=draw) < 0.1] = -float("inf")
+    lses[-1, 1] = -float("inf")
     lses[:, 0, 5] = -float("inf")
     outs = torch.randn(ranks, *shape, generator=draw).where(lses[..., None] > -float("inf"), 0.0)
     return torch.cat([outs.flatten(1), lses.flatten(1)], 1), shape

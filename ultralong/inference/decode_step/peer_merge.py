@@ -32,7 +32,7 @@ def _join(
 ):  # fmt: skip
     row, dims = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     # All loads are under way before the first is needed: those of another GPU take a microsecond or two.
-    lses, outs = (), ()
+    lses, outs = tl.tuple(()), tl.tuple(())
     for part in tl.static_range(PARTS):
         at = _start_of(parts_at, part, start, stride, PEERS)
         lses = lses + (tl.load(at + rows * D + row),)
