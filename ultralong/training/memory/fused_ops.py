@@ -73,12 +73,22 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     transformers rounds to x's type before it multiplies with the weight and after it; torch's fused kernel, which is
     what runs on a GPU, after it only. Float64 goes to the module, which computes its norm in float32.
     """
+    norm = _in_use(norm)
     epsilon: float | None = getattr(norm, "variance_epsilon", None)
     weight: Any = getattr(norm, "weight", None)
     plain = type(norm).__name__.endswith("RMSNorm") and "forward" not in vars(norm)
     if not plain or epsilon is None or x.dtype == torch.float64 or weight.dtype != x.dtype:
         return norm(x)
     return _rms_norm_op(x.contiguous(), weight, epsilon)[0]
+
+
+def _in_use(module: Any) -> nn.Module:
+    """The module that computes: where peft trains one whole it holds copies beside the original, one of them active."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict) or "forward" in vars(module):
+        return module
+    active = [] if module.disable_adapters else module.active_adapters
+    return copies[active[0]] if active and active[0] in copies else module.original_module
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
