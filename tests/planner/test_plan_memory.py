@@ -56,7 +56,7 @@ def test_measured_runs_are_planned_within_a_tenth(row, monkeypatch):
         data=(DataSource("rows"),),
         steps=1,
         memory=settings.from_mapping(MemoryConfig, row["memory"]),  # recorded under the names of its version
-        optimizer=OptimizerConfig(state_precision=row["states"]),
+        optimizer=OptimizerConfig(state_precision=row.get("state_precision") or row["states"]),  # the name until 0.3
         parallel=ParallelConfig(
             context_parallel_size=row["gpus"],
             fsdp_shard_degree=row["gpus"],

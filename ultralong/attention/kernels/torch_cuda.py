@@ -24,6 +24,10 @@ _aten = torch.ops.aten
 INT32_ELEMENTS = 2**31 - 1
 LSE_ALIGNMENT = 32  # the efficient kernel reads its log-sum-exp in blocks of 32 queries
 NO_MASK, CAUSAL_BOTTOM_RIGHT = 0, 2  # its names for masks
+PLANS = 64  # lengths of causal calls for which cuDNN makes a plan each; later ones share plans
+STEPS = 32  # plans from a length to twice that length which they share
+TILE = 128  # queries of a block of cuDNN's: less padding than to its multiple spares nothing
+PADDED = 2**19  # H T of the longest call that is padded: the work of longer ones is worth a plan
 
 
 def _require(operator: str, *names: str) -> None:
@@ -97,6 +101,11 @@ class TorchCudnn(Kernel):
     Its plan for a backward call is looked up by the strides of q, k and v alone, so out, dout and lse are always given
     in one layout. It refuses a single query with a single key: single queries go to the reference, in float32. Of a
     tensor of 2^32 elements its dq was wrong (torch 2.11, cuDNN 9.19, H200), so heads are taken in groups below 2^31.
+
+    torch makes a plan for each shape and stride that it meets, which takes the host tens of milliseconds (pytorch PR
+    155958), and packed rows have documents of ever new lengths. So a run's first lengths have plans of their own, and
+    later ones are padded with zeros up to a length that others share. Padded keys come after all queries that count,
+    and padded queries have no gradient, so the result is the same.
     """
 
     name = "cudnn"
@@ -114,11 +123,25 @@ class TorchCudnn(Kernel):
         if not _agrees(self):
             log.info("cuDNN's grouped heads don't work here: kv heads are repeated")
             self.features = frozenset()
+        self._planned = set[tuple[int, ...]]()
+
+    def _padding(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> int:
+        """Tokens to be added to a call, so that it shares its plan with others."""
+        tokens, heads = q.shape[1], q.shape[2]
+        if not spec.causal or k.shape[1] != tokens or tokens * heads > PADDED:
+            return 0
+        kind = (q.shape[0], tokens, heads, *k.shape[2:])
+        if kind in self._planned or len(self._planned) < PLANS:
+            self._planned.add(kind)
+            return 0
+        return -tokens % max(TILE, (1 << tokens.bit_length() - 1) // STEPS)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """The operator takes (B, H, T, D) in any strides."""
         if q.shape[1] == 1:
             return Reference().forward(q, k, v, spec)
+        tokens, padding = q.shape[1], self._padding(q, k, spec)
+        q, k, v = (_one_layout(x, padding) for x in (q, k, v))
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -130,7 +153,7 @@ class TorchCudnn(Kernel):
             False,
             scale=spec.scale,
         )
-        return out.transpose(1, 2), lse.flatten(2)  # lse comes as (B, H, T, 1)
+        return out.transpose(1, 2)[:, :tokens], lse.flatten(2)[:, :, :tokens]  # lse comes as (B, H, T, 1)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
@@ -138,6 +161,9 @@ class TorchCudnn(Kernel):
         """The mirror of `forward`."""
         if q.shape[1] == 1:
             return Reference().backward(dout, q, k, v, out, lse, spec)
+        padding = self._padding(q, k, spec)
+        dout, q, k, v, out = (_one_layout(x, padding) for x in (dout, q, k, v, out))
+        lse = torch.nn.functional.pad(lse, (0, padding)) if padding else lse
         seed = torch.zeros(1, dtype=torch.int64, device=q.device)
         dout, out = (x.contiguous().transpose(1, 2) for x in (dout, out))
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -158,8 +184,15 @@ class TorchCudnn(Kernel):
             spec.causal,
             scale=spec.scale,
         )
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        dq, dk, dv = (grad.transpose(1, 2)[:, : grad.shape[2] - padding] for grad in grads)
         return dq, dk, dv
+
+
+def _one_layout(x: Tensor, padding: int) -> Tensor:
+    """X (B, T, H, D) with zeros behind it, or as it is; of one row in the same strides whatever it was a part of."""
+    if padding:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
+    return x[0][None] if x.shape[0] == 1 else x
 
 
 def _agrees(kernel: Kernel) -> bool:
