@@ -70,4 +70,4 @@ def _run(arguments: Sequence[str] | None) -> None:
         print(help_text(name, command))
         sys.exit(0)
     options = tyro.cli(parser_of(command), prog=f"ultralong {name}", args=rest, description=explanation(command))
-    guarded(name, lambda: call(command, options), whole=options.traceback)
+    guarded(name, lambda: call(command, options), whole=options.traceback, own=arguments is None)

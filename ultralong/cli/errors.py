@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import socket
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,19 +39,21 @@ def mendable(error: BaseException) -> bool:
     return isinstance(error, ValueError | FloatingPointError | MemoryError)
 
 
-def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
+def guarded(name: str, work: Callable[[], None], whole: bool = False, own: bool = False) -> None:
     """Do the work of a command; where it fails, say so and exit.
 
     Args:
         name: The command's name.
         work: What it does.
         whole: Show the traceback of every error.
+        own: The process is the command's own, and so are its signals.
 
     Raises:
         SystemExit: With 1 after a failure, the code of a run in other processes, or 130 after Ctrl-C.
     """
+    came: list[int] = []
     try:
-        with _plain_warnings(name):
+        with _plain_warnings(name), _interruptible(came) if own else nullcontext():
             work()
     except KeyboardInterrupt:
         _stopped(name)
@@ -63,7 +66,7 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
             traceback.print_exc()
         sys.exit(failed.code)
     except Exception as error:  # noqa: BLE001 - told in full, and the exit code says it
-        if _interrupted(error):
+        if came or _interrupted(error):
             _stopped(name)
         if whole or not mendable(error):
             sys.stderr.write(f"ultralong {name}: failed{_place()}\n{traceback.format_exc()}")
@@ -75,7 +78,27 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False) -> None:
 
 def _stopped(name: str) -> NoReturn:
     print(f"ultralong {name}: stopped.", file=sys.stderr)
+    # Python ends itself by a signal, not by this code, where a Ctrl-C went through an exec, as of a dataclass that is
+    # made; the next one forgets it.
+    exec("")
     sys.exit(130)
+
+
+@contextmanager
+def _interruptible(came: list[int]) -> Iterator[None]:
+    """Let a Ctrl-C raise inside, and note it: an import may lose the exception, and fail by what it then lacks."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if callable(before):  # it is not ignored
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(error: BaseException) -> bool:
