@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import importlib
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 
 import pytest
 
-from ultralong import cli, course
+from ultralong import cli, course, planner
 from ultralong.course import links, progress, reference, site, workspace
 from ultralong.course.elsewhere import Repository
 
@@ -90,7 +92,7 @@ class Page(HTMLParser):
 
 
 # Most of the time goes into the API's pages, room by room.
-SOME_ROOMS = ("attention", "api")
+SOME_ROOMS = ("attention", "planner", "inference", "api")
 
 
 @pytest.fixture(scope="module", params=[SOME_ROOMS, pytest.param(reference.ROOMS, marks=pytest.mark.soak)], ids=len)
@@ -98,7 +100,9 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ROOMS", request.param)
-        site.build(folder, Repository("https://github.com/lab/course", "main"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            site.build(folder, Repository("https://github.com/lab/course", "main"))
         yield folder
 
 
@@ -160,6 +164,11 @@ def test_the_reference_stands_beside_the_course(built):
         if not (built / "api" / f"{name.replace('.', '/')}.html").exists()
     ]
     assert missing == []
+    rooms = {name: (built / f"api/ultralong/{name}.html").read_text() for name in ("planner", "inference/decoding")}
+    for name in planner.__all__:  # which are loaded when they are asked for
+        assert f'id="{name}"' in rooms["planner"]
+    said = re.sub("<[^>]*>", "", rooms["inference/decoding"])
+    assert "ended: list[typing.Optional[typing.Literal['stop', 'length']]]" in html.unescape(said)
     ulysses = (built / "api/ultralong/attention/ulysses.html").read_text()
     assert 'href="../../../index.html"' in ulysses
     assert "all-to-all" in ulysses

@@ -7,8 +7,10 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ultralong
@@ -47,6 +49,12 @@ ROOMS = (
 )  # fmt: skip
 # Modules with a package that only GPU machines have.
 NEEDS = {f"ultralong.inference.decode_step.{name}": "triton" for name in ("kernels", "fp8_split", "peer_merge")}
+# What pdoc warns of and is meant, as regular expressions.
+EXPECTED = (
+    "The module specification",  # those it finds itself too: it would leave out a package with `__all__`
+    f"Couldn't import ({'|'.join(map(re.escape, NEEDS))}):",  # it tries, though they are left out
+    r"Cannot determine where .*\._is_param is taken from",  # an annotation of torch's Tensor, of which it has no source
+)
 
 
 def topics() -> Iterator[tuple[str, str, str]]:
@@ -134,12 +142,26 @@ def write_api(folder: str | os.PathLike[str]) -> list[Path]:
         footer_text=f"ultralong {ultralong.__version__}",
         template_directory=Path(__file__).parent / "templates",
     )
+    for name in documented_modules():
+        _resolve(import_module(name))
     with warnings.catch_warnings():
-        # Named one by one, as pdoc leaves out the modules of a package that has `__all__`; the others it finds twice.
-        warnings.filterwarnings("ignore", message="The module specification", category=UserWarning)
+        for text in EXPECTED:
+            warnings.filterwarnings("ignore", message=text, category=UserWarning)
         left_out = [f"!{re.escape(name)}$" for name in _left_out()]
         pdoc.pdoc("ultralong", *documented_modules(), *left_out, output_directory=folder)
     return sorted(folder.rglob("*.html"))
+
+
+def _resolve(module: ModuleType) -> None:
+    """Put in place what pdoc does not find: names that a package loads when they are asked for, types in a NamedTuple.
+
+    A NamedTuple's constructor says that it is of another module, where the names in its annotations mean nothing.
+    """
+    for name in getattr(module, "__all__", ()):
+        getattr(module, name)
+    for cls in vars(module).values():
+        if isinstance(cls, type) and issubclass(cls, tuple) and cls.__module__ == module.__name__:
+            cls.__new__.__annotations__ = get_type_hints(cls)
 
 
 def documented_modules() -> list[str]:

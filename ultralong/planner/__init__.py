@@ -19,16 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "Plan", "PlanLine", "decide_sharing", "is_model", "load_machine", "plan", "run_of_model"]
 
 
+_HOME = {
+    "Machine": "machine",
+    "Plan": "report",
+    "PlanLine": "report",
+    "decide_sharing": "sharing.decide",
+    "is_model": "models.run",
+    "load_machine": "machine",
+    "plan": "planner",
+    "run_of_model": "models.run",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Load one of the names above."""
-    if name in ("Machine", "load_machine"):
-        return getattr(import_module("ultralong.planner.machine"), name)
-    if name in ("Plan", "PlanLine"):
-        return getattr(import_module("ultralong.planner.report"), name)
-    if name in ("is_model", "run_of_model"):
-        return getattr(import_module("ultralong.planner.models.run"), name)
-    if name == "decide_sharing":
-        return import_module("ultralong.planner.sharing.decide").decide_sharing
-    if name == "plan":
-        return import_module("ultralong.planner.planner").plan
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found  # asked for once, and there for what reads the module's dictionary, as pdoc does
+    return found
