@@ -78,6 +78,8 @@ def test_a_run_is_compared_with_its_checkpoints_its_log_and_its_model(tmp_path, 
     run = run_folder(tmp_path / "run")
     main(["verify", str(run)])
     told = capsys.readouterr().out
+    main(["runs", "verify", str(run)])
+    assert capsys.readouterr().out == told
     assert told.count("3 files, all as its state.json says") == 2
     assert "model: " in told
     flip(run / "checkpoints" / "step-0000001" / "__0_0.distcp")

@@ -180,6 +180,7 @@ def bash_completion() -> str:
         ("ultralong launch reh", "rehearse"),
         ("ultralong launch --gpus", "--gpus-per-node"),
         ("ultralong launch rehearse --los", "--lose"),
+        ("ultralong runs ver", "verify"),
         ("ultralong launch x --scheduler jo", "jobset"),
     ],
 )

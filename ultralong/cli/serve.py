@@ -42,12 +42,13 @@ def verify(work: partial[Verification], *, json: Json = None) -> None:
 
     Rows and token stores by their manifest, a run's checkpoints by their state.json, models by the headers of their
     weights, their index and, in the hub's cache, their hash. A line for each file that is missing, cut or changed, and
-    exit code 1. `ultralong data verify` is the same command.
+    exit code 1. `ultralong data verify` and `ultralong runs verify` are the same command.
 
     Examples:
       ultralong verify rows
       ultralong verify runs/cpt
       ultralong data verify rows
+      ultralong runs verify runs/cpt
 
     Args:
         work: The function, with the folder.

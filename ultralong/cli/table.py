@@ -56,6 +56,7 @@ SECTIONS: dict[str, dict[str, Callable[..., None]]] = {
         "launch": cluster.launch,
         "launch rehearse": cluster.rehearse,
         "runs": cluster.runs,
+        "runs verify": serve.verify,
         "merge": serve.merge,
     },
     "4. Measure the model": {
