@@ -130,6 +130,8 @@ def test_what_travels_of_sharded_parameters_is_counted():
     in_layers = shape.parameters - 2 * 151936 * 2048
     sent = (2 * 2 * in_layers + 4 * shape.parameters) * 7 / 8
     assert shards_travel(workload) == pytest.approx(sent / machine.costs.exchange)
+    twice = replace(workload, config=replace(workload.config, global_batch_size=2))  # two passes: each sums into shards
+    assert (shards_travel(twice), _copied_states(twice)) == (2 * shards_travel(workload), 2 * _copied_states(workload))
     assert shards_travel(replace(workload, config=config(name, parallel=ParallelConfig()), gpus=1)) == 0
 
 

@@ -11,11 +11,15 @@ import pytest
 import torch
 from forked import train_over
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
+from ultralong.training import loop
 from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.parallel import connect
 from ultralong.training.run_folder import RunFolder
+from ultralong.training.watch import exchange
 from ultralong.utils.local_ranks import RankFailed, run_ranks
 
 PLANS = {
@@ -94,6 +98,38 @@ def test_twenty_steps_are_the_same_however_the_work_is_shared(config, made, tmp_
     assert_same_curves(many, one, 20)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(many)[name], weight, rtol=2e-3, atol=2e-4)
+
+
+MICRO_BATCHES = {
+    "replicas": (2, ParallelConfig(), 1),  # one bucket, exchanged once a step
+    "shards": (2, ParallelConfig(fsdp_shard_degree=2), 3 * 4),  # two layers and the rest, in each of four passes
+    "replicas of shards": (4, ParallelConfig(fsdp_shard_degree=2), 3 * 2),
+}
+
+
+@pytest.mark.parametrize("way", MICRO_BATCHES)
+def test_micro_batches_exchange_no_more_than_they_must(config, made, tmp_path, trained, way, monkeypatch):  # noqa: F811
+    """Replicas once a step; shards in each pass, so that none holds gradients in full. Rows differ in targets."""
+    processes, parallel, exchanges = MICRO_BATCHES[way]
+    calls, build, real, step = [], loop.build_run, exchange._reduce_scatter, loop.training_step
+
+    def built(*arguments):
+        run = build(*arguments)
+        if isinstance(run.model, DistributedDataParallel):
+            run.model.register_comm_hook(None, lambda _, bucket: calls.append(1) or allreduce_hook(None, bucket))
+        return run
+
+    def counted(run, number):
+        calls.clear()
+        return step(run, number) | {"exchanges": len(calls)}
+
+    monkeypatch.setattr(loop, "build_run", built)
+    monkeypatch.setattr(loop, "training_step", counted)
+    monkeypatch.setattr(exchange, "_reduce_scatter", lambda *args, **options: calls.append(1) or real(*args, **options))
+    chat = replace(config, data=(DataSource(str(made / "chat")),), global_batch_size=8, steps=3)
+    many = run(replace(chat, micro_batch_size=1), tmp_path, processes, parallel=parallel)
+    assert curve(many, "exchanges") == [exchanges] * 3
+    assert_same_curves(many, trained(replace(chat, micro_batch_size=8)), 3)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -142,7 +142,7 @@ def _exchange(workload: Workload) -> float:
 
 
 def _gradients(workload: Workload) -> float:
-    """Seconds of summing float32 gradients over all GPUs, each twice past every GPU; sharded, once, and hidden.
+    """Seconds of summing float32 gradients over all GPUs, each twice past every GPU; sharded it is hidden.
 
     FSDP2 gathers and sums a layer's while another one computes; what the next step waits for is the first layer's.
     Replicas of the shards then sum their shares too.
@@ -159,15 +159,15 @@ def _gradients(workload: Workload) -> float:
 
 
 def shards_travel(workload: Workload) -> float:
-    """Seconds in which a step's parameters are gathered, and its gradients summed, beside the computation (FSDP2).
+    """Seconds in which each pass of a step gathers parameters and sums gradients beside its computation (FSDP2).
 
     A layer of experts has many parameters for the work that a token is to it: on short shares of a row it waits.
     """
     shard, parameters = workload.shard or 1, workload.parameters
-    gathered = workload.passes * (2 if workload.config.parallel.reshard_after_forward else 1)
+    gathered = 2 if workload.config.parallel.reshard_after_forward else 1
     of_layers = workload.shape.layers * workload.layer_parameters * workload.dtype.itemsize
     of_layers -= (workload.dtype.itemsize - BYTES) * parameters.in_four_bits
-    sent = gathered * of_layers + FLOAT * parameters.trained
+    sent = workload.passes * (gathered * of_layers + FLOAT * parameters.trained)
     return sent * (shard - 1) / shard / workload.machine.costs.exchange
 
 
@@ -191,8 +191,7 @@ def _copied_states(workload: Workload) -> float:
     every = parameters.trained + parameters.frozen - parameters.in_four_bits
     cast = (FLOAT + size) / shard if size != FLOAT else 0.0
     taken_apart = 2 * size if shard > 1 else 0  # alone a process has its parameters by the cast
-    gathered = workload.passes * gathers * (cast + taken_apart) * every
-    return gathered + (size + FLOAT) * parameters.trained
+    return workload.passes * (gathers * (cast + taken_apart) * every + (size + FLOAT) * parameters.trained)
 
 
 def run_totals(workload: Workload, seconds: float, price: float | None) -> list[PlanLine]:

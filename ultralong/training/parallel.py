@@ -81,14 +81,19 @@ class Processes:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return [float(value) for value in found]
 
-    def backward(self, loss: Tensor, model: nn.Module, last: bool) -> None:
-        """Backward pass; gradients are exchanged in the last micro-batch of a step only."""
+    @contextmanager
+    def micro_batch(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """A forward and backward pass; replicas exchange gradients in the last one of a step only.
+
+        Shards are summed in each: FSDP2 would hold all gradients in full, in float32 and on every process, until then.
+        DistributedDataParallel decides in the forward pass whether the backward pass will exchange gradients.
+        """
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-            loss.backward()
+            model.set_requires_all_reduce(last)
+            yield
             return
         with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-            self.accelerator.backward(loss)
+            yield
 
     def barrier(self) -> None:
         """Wait for all processes."""

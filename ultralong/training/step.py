@@ -142,8 +142,9 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
     shared: list[int] = []  # for each of this group's rows by how many processes
     for number, batch in enumerate(batches):
         run.watch.position.at(f"pass {number + 1} of {len(batches)}")
-        total, losses, bucket, counted = _forward(run, batch, shared)
-        processes.backward(total * scale, run.model, last=number == len(batches) - 1)
+        with processes.micro_batch(run.model, last=number == len(batches) - 1):
+            total, losses, bucket, counted = _forward(run, batch, shared)
+            (total * scale).backward()
         weighted += total.detach()
         sums[0].scatter_add_(0, bucket, losses)
         sums[1].scatter_add_(0, bucket, counted)
