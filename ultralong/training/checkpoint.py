@@ -149,6 +149,8 @@ def _changed(path: Path, processes: Processes) -> str | None:
 
 def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = read_json(path / "state.json")
+    # The config's, which a run keeps; a checkpoint has them by parameter, and other versions grouped some otherwise.
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     parameters, states = of_torch.get_state_dict(model, optimizer)
     loaded = {"model": without_frozen(parameters, model), "optimizer": plain_tensor_states(states)}
     reader = StateReader(path)
@@ -161,6 +163,8 @@ def _load(path: Path, processes: Processes, model: nn.Module, optimizer: torch.o
     strict = StateDictOptions(strict=not has_frozen(model))
     both = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
     of_torch.set_state_dict(model, optimizer, **both, options=strict)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     # Resumed on another number of processes, the random state of the first serves the new ones: training itself
     # draws no numbers unless the model has dropout.
     rank = processes.accelerator.process_index

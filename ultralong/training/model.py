@@ -92,14 +92,16 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         ImportError: 8-bit states are asked for and torchao is not installed.
         ValueError: 8-bit states are asked for and parameters are sharded unevenly.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    # The biases of gpt-oss's experts are one tensor of two dimensions.
+    decay = {p: p.ndim > 1 and not name.endswith("bias") for p, name in parameters.items()}
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in decay if decay[p]], "weight_decay": config.weight_decay},
+        {"params": [p for p in decay if not decay[p]], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.state_precision == "8bit":
-        check_even_shards(parameters)
+        check_even_shards([*parameters])
         return adamw_8bit()(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
 
