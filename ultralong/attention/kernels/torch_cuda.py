@@ -119,11 +119,11 @@ class TorchCudnn(Kernel):
         _require("_scaled_dot_product_cudnn_attention_backward", "logsumexp", "attn_bias", "cum_seq_q", "scale")
         if not torch.backends.cudnn.is_available():
             raise ValueError("torch was built without cuDNN: choose another kernel")
+        self._planned = set[tuple[int, ...]]()  # before the kernel is tried below
         self.features = frozenset({GQA})
         if not _agrees(self):
             log.info("cuDNN's grouped heads don't work here: kv heads are repeated")
             self.features = frozenset()
-        self._planned = set[tuple[int, ...]]()
 
     def _padding(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> int:
         """Tokens to be added to a call, so that it shares its plan with others."""
