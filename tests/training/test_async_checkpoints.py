@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,32 @@ def _one_fails(rank: int, world: int, folder: Path) -> tuple[str, bool]:
 
 def test_what_fails_on_one_process_fails_on_all(tmp_path):
     assert run_ranks(_one_fails, 2, tmp_path) == [(f"{errno.ENOSPC} No space left on device", False)] * 2
+    assert checkpoint.RunFolder(tmp_path).checkpoints() == []
+
+
+def _one_fails_at_once(rank, world, folder, name):
+    processes = SimpleNamespace(
+        is_main=rank == 0, accelerator=SimpleNamespace(process_index=rank, num_processes=world), barrier=dist.barrier
+    )
+    model = torch.nn.Linear(4, 4)
+    if rank == FAILING[name]:
+        setattr(checkpoint, name, lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "No rights", "there")))
+    begin = time.monotonic()
+    try:
+        checkpoint.save(checkpoint.RunFolder(folder), processes, model, torch.optim.SGD(model.parameters()), 1, 2)
+    except OSError as error:
+        return type(error), str(error), time.monotonic() - begin < 20
+    return None
+
+
+FAILING = {"_emptied": 0, "save_file": 1, "record_hashes": 0}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_what_fails_on_one_process_fails_on_all_that_wait_for_it(tmp_path, name):
+    """A folder that can't be made, a file of one rank, the rename. The others waited until they were killed."""
+    said = (PermissionError, f"[Errno {errno.EACCES}] No rights: 'there'", True)
+    assert run_ranks(_one_fails_at_once, 2, tmp_path, name, timeout=30) == [said] * 2
     assert checkpoint.RunFolder(tmp_path).checkpoints() == []
 
 

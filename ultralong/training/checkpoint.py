@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ultralong.checkpoints.distributed import (
     hash_own_files,
     record_hashes,
 )
-from ultralong.checkpoints.saving.background import BackgroundSaver, Together
+from ultralong.checkpoints.saving.background import BackgroundSaver, Together, together
 from ultralong.checkpoints.saving.shards import ShardWriter
 from ultralong.training.adapters.lora import has_frozen, without_frozen
 from ultralong.training.model import plain_tensor_states
@@ -66,25 +66,24 @@ def save(
         rows: What the rows are, source by source (`RowOrder.content`), which a resumed run is compared with.
 
     Raises:
-        OSError: The disk is full or not writable. Nothing half-written is left under a checkpoint's name.
+        OSError: The disk of a process is full or not writable; on all of them. Nothing half-written is left under a
+            checkpoint's name.
     """
     final = folder.checkpoint(step)
     partial = final.parent / "unfinished"
     if background is not None:
         background.wait()  # for the checkpoint before, which is written under the same name
-    if processes.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    processes.barrier()
+    main, rank = processes.is_main, processes.accelerator.process_index
+    together(lambda: _emptied(partial) if main else None)
     content, writer = states_to_save(model, optimizer), ShardWriter(partial)
-    random, rank = _random_state(), processes.accelerator.process_index
+    random = _random_state()
 
     def own_files() -> None:
         save_file(random, partial / f"random-{rank}.safetensors")
         hash_own_files(partial, rank, {name: file.sha256 for name, file in writer.files.items()})
 
     def publish() -> None:
-        if processes.is_main:
+        if main:
             state = {"step": step, "processes": processes.accelerator.num_processes}
             record_hashes(partial, state if rows is None else {**state, "rows": [*rows]})
             shutil.rmtree(final, ignore_errors=True)
@@ -92,20 +91,22 @@ def save(
             for _, old in folder.checkpoints()[:-keep]:
                 shutil.rmtree(old)
 
-    def complete(together: Together) -> None:
-        together(own_files)
-        together(publish)
-
-    def one_after_another(work: Callable[[], None]) -> None:
-        work()
-        processes.barrier()
+    def complete(on_all: Together) -> None:
+        on_all(own_files)
+        on_all(publish)
 
     if background is not None:
         background.start(content, writer, complete)
         return
     with _without_warning():
         dcp.save(content, storage_writer=writer, no_dist=processes.accelerator.num_processes == 1)
-    complete(one_after_another)
+    complete(together)
+
+
+def _emptied(folder: Path) -> None:
+    """Make a folder, without what a save that was cut left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def states_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -66,7 +67,7 @@ class BackgroundSaver:
             dcp.save(copy, storage_writer=writer, process_group=self._group, no_dist=self._alone)
             self.plan_seconds, self.files = writer.began - copied, writer.files
             self.shard_seconds = time.perf_counter() - copied
-            complete(self._together)
+            complete(partial(together, group=self._group))
             self.write_seconds = time.perf_counter() - copied
 
         self._pending = self._thread.submit(write)
@@ -119,21 +120,31 @@ class BackgroundSaver:
     def _alone(self) -> bool:
         return self._group is None or dist.get_world_size(self._group) == 1
 
-    def _together(self, work: Callable[[], None]) -> None:
-        error: Exception | None = None
-        try:
-            work()
-        except Exception as found:  # noqa: BLE001 - raised below, when all know of it
-            error = found
-        if not self._alone:
-            told: list[Any] = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(told, None if error is None else _plain(error), group=self._group)
-            error = error or next((other for other in told if other is not None), None)
-        if error is not None:
-            raise error
-
 
 Together = Callable[[Callable[[], None]], None]
+
+
+def together(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    """Do a piece of work on every process, and raise on all of them where it failed on one; all processes call it.
+
+    Args:
+        work: Without collectives in it.
+        group: The processes; by default all, or this one alone where nothing is distributed.
+
+    Raises:
+        Exception: The work failed here, or on another process: its OSError, or its words as a RuntimeError.
+    """
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as found:  # noqa: BLE001 - raised below, when all know of it
+        error = found
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        told: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, None if error is None else _plain(error), group=group)
+        error = error or next((other for other in told if other is not None), None)
+    if error is not None:
+        raise error
 
 
 @contextmanager
