@@ -9,22 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.small_study import ARM, study_file
 from ultralong.ablation import ablate, load_study
 from ultralong.ablation import build as building
+from ultralong.ablation.keys import told
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import render_study, table_lines
-from ultralong.ablation.resolve import check, told
+from ultralong.ablation.resolve import check
 from ultralong.ablation.results import summarise
 from ultralong.ablation.study import STUDIES, Refutation
 from ultralong.evaluation.measures.intervals import crossed_difference
 from ultralong.training.config import DataSource, OptimizerConfig, TrainConfig
-
-ARM = {
-    "name": "low",
-    "changes": {"training.optimizer.lr": 1e-6},
-    "hypothesis": "A rate of almost nothing changes nothing.",
-    "refuted_if": {"outcome": "needles", "above": 0},
-}
 
 LOWER = {"changes": {"training.optimizer.lr": 1e-7}}
 
@@ -35,25 +30,6 @@ def texts(tmp_path_factory):
     for number in range(4):
         (folder / f"{number}.txt").write_text(f"Chapter {number}. " + "It was a dark and stormy night. " * 120)
     return folder
-
-
-def study_file(folder, texts, *, arms=(ARM,), **changes):
-    base = {
-        "model": "miniature",
-        "stages": [{"to": 576, "factor": 2}],
-        "rows": {"recipe": str(texts)},
-        "heldout": {"recipe": str(texts)},
-        "training": {"steps": 1, "dtype": "float32", "optimizer": {"lr": 1e-3}},
-        "evaluation": {
-            "tasks": ["needle", "perplexity"], "needle_lengths": [128], "needle_depths": [0.5], "grid_samples": 2,
-            "max_rows": 2,
-        },
-    }  # fmt: skip
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(value, dict) else value
-    path = folder / "study.yaml"
-    path.write_text(json.dumps({"name": "small", "question": "Does it run?", "base": base, "arms": list(arms)}))
-    return path
 
 
 @pytest.mark.parametrize(

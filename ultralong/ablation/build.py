@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralong.ablation.design import Design, Rows, Stage
+from ultralong.ablation.configs import run_settings, sft_config, training_config
+from ultralong.ablation.design import Design, Sft, Stage
+from ultralong.ablation.keys import conversations_key, conversations_of, recipe_of
 from ultralong.ablation.outcomes import Outcome, read_outcomes
 from ultralong.ablation.resolve import (
     Link,
@@ -23,18 +25,19 @@ from ultralong.ablation.resolve import (
     heldout_key,
     links,
     measured_key,
-    recipe_of,
-    run_settings,
-    training_config,
+    pretrained_key,
+    tuned_key,
 )
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.merge import merge
 from ultralong.data.recipe.build import pack_recipe
+from ultralong.data.recipe.schema import Recipe
 from ultralong.data.recipe.texts import read_documents
 from ultralong.evaluation.runs.run import run
 from ultralong.launch.local import launch_local
 from ultralong.rope import window_of
+from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
@@ -99,33 +102,71 @@ class Builder:
 
     def records(self, design: Design, seed: int) -> list[Path]:
         """The files that are there when the arm's model of a seed, and what it is compared with, are measured."""
-        made, last = links(design, seed, self.base), design.stages[-1]
+        last = design.stages[-1]
         wanted = [self.base, extension_key(self.base, last, design.scaling), final_key(design, seed, self.base)]
         records = [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
-        return [*records, *(self.out / "runs" / m.trained / "result.json" for m in made)]
+        runs = [*self._stages(design, seed), *self._sft(design, seed)]
+        return [*records, *(self.out / "runs" / name / "result.json" for name in runs)]
+
+    def _stages(self, design: Design, seed: int) -> list[str]:
+        return [link.trained for link in links(design, seed, self.base) if link.trains]
+
+    def _sft(self, design: Design, seed: int) -> list[str]:
+        return [] if design.sft is None else [tuned_key(design, design.sft, seed, self.base)]
 
     def model(self, design: Design, seed: int) -> Path:
         """Folder of the arm's model of a seed, averaged with its start where the arm asks for it."""
-        model = base_folder(design)
-        for link in links(design, seed, self.base):
-            extended = self.extended(design, link.stage, link.extended, model)
-            model = self._train(
-                design, link, seed, extended, self.rows(design.rows, link.stage.length, link.rows, design)
-            )
-        return self._averaged(design, seed, model) if design.start_share else model
 
-    def _averaged(self, design: Design, seed: int, trained: Path) -> Path:
-        """The trained model averaged with the one that is rescaled and not trained."""
-        out, last = self.out / "runs" / final_key(design, seed, self.base), design.stages[-1]
+        def pretrained() -> Path:
+            found = links(design, seed, self.base)
+            key = pretrained_key(design, seed, self.base)
+            return self._averaged(design, key, design.start_share, lambda: self._pretrained(design, seed, found))
+
+        if (sft := design.sft) is None:
+            return pretrained()
+        key = final_key(design, seed, self.base)
+        return self._averaged(design, key, sft.start_share, lambda: self._tuned(design, sft, seed, pretrained))
+
+    def _averaged(self, design: Design, key: str, share: float, find: Callable[[], Path]) -> Path:
+        """A model averaged with the one that is rescaled and not trained, which has this share."""
+        if not share:
+            return find()
+        out, last = self.out / "runs" / key, design.stages[-1]
         start = extension_key(self.base, last, design.scaling)
 
         def make() -> None:
-            self._say(f"average with the start, of weight {design.start_share:g}: {out.name}")
+            trained = find()
+            self._say(f"average with the start, of weight {share:g}: {out.name}")
             untrained = self.extended(design, last, start, base_folder(design))
-            merge([trained, untrained], out, [1 - design.start_share, design.start_share], quiet=True)
+            merge([trained, untrained], out, [1 - share, share], quiet=True)
 
-        self._once(out.name, out.exists, make)
+        self._once(key, out.exists, make)
         return out
+
+    def _pretrained(self, design: Design, seed: int, stages: list[Link]) -> Path:
+        """The model after these stages."""
+        if not stages:
+            return base_folder(design)
+        *earlier, link = stages
+
+        def start() -> Path:
+            return self.extended(design, link.stage, link.extended, self._pretrained(design, seed, earlier))
+
+        def config(out: Path) -> TrainConfig:
+            rows = self.rows(recipe_of(design.rows), design.rows.limit, link.stage.length, link.rows, design)
+            return training_config(design, link.stage, seed, start(), rows, out)
+
+        return self._train(link.trained, config, design.processes, "train") if link.trains else start()
+
+    def _tuned(self, design: Design, sft: Sft, seed: int, pretrained: Callable[[], Path]) -> Path:
+        """The model after SFT."""
+
+        def config(out: Path) -> TrainConfig:
+            key = conversations_key(sft, self.base, base_folder(design))
+            rows = self.rows(conversations_of(sft), sft.rows.limit, sft.length, key, design)
+            return sft_config(sft, seed, pretrained(), rows, out)
+
+        return self._train(tuned_key(design, sft, seed, self.base), config, design.processes, "sft")
 
     def extended(self, design: Design, stage: Stage, key: str, model: Path) -> Path:
         """A checkpoint rescaled to a stage's window."""
@@ -139,13 +180,13 @@ class Builder:
         self._once(key, out.exists, make)
         return out
 
-    def rows(self, rows: Rows, length: int, key: str, design: Design) -> Path:
+    def rows(self, recipe: Recipe, limit: int | None, length: int, key: str, design: Design) -> Path:
         """Packed rows; a stopped call is resumed."""
         out = self.out / "shared" / key
 
         def make() -> None:
             self._say(f"pack rows of {length:,} tokens: {key}")
-            pack_recipe(recipe_of(rows), base_folder(design), length, out, limit=rows.limit, quiet=self.quiet)
+            pack_recipe(recipe, base_folder(design), length, out, limit=limit, quiet=self.quiet)
 
         self._once(key, (out / "report.json").exists, make)
         return out
@@ -183,7 +224,7 @@ class Builder:
             self._say(f"measure ({title}): {out.name}")
             started = time.perf_counter()
             key = heldout_key(design, self.base)
-            rows = self.rows(design.heldout, design.window, key, design)
+            rows = self.rows(recipe_of(design.heldout), design.heldout.limit, design.window, key, design)
             wanted = run_settings(design, str(folder), str(self.texts(design)), str(rows))
             with warnings.catch_warnings():  # the model before is asked beyond its window, to show that it fails there
                 warnings.filterwarnings("ignore", message=".*beyond the model's window")
@@ -203,42 +244,50 @@ class Builder:
         return [Outcome.from_dict(values) for values in read_json(record)["outcomes"]]
 
     def cost(self, design: Design, seed: int) -> dict[str, Any]:
-        """What the training of an arm and seed took: tokens, seconds of all steps, the last loss."""
-        tokens, seconds, loss, model = 0, 0.0, None, ""
-        for link in links(design, seed, self.base):
-            folder = self.out / "runs" / link.trained
-            result = read_json(folder / "result.json")
-            tokens, loss = tokens + result["tokens"], result["loss"]
-            seconds += sum(record["seconds"] for record in read_jsonl(folder / "log.jsonl"))
-            model = f"runs/{link.trained}/model"
+        """What an arm and seed took: tokens and seconds of all its training steps, and of them those of SFT.
+
+        `loss` is that of pretraining, so that arms with and without SFT compare; None where it has no steps.
+        """
+        stages = [self._cost(name) for name in self._stages(design, seed)]
+        sft = [self._cost(name) for name in self._sft(design, seed)]
+        final, every = final_key(design, seed, self.base), [*stages, *sft]
+        where = {"merged": f"runs/{final}", "extended": f"shared/{final}"}.get(
+            final.split("-")[0], f"runs/{final}/model"
+        )
         return {
-            "tokens": tokens,
-            "loss": loss,
-            "step_seconds": round(seconds, 1),
-            "model": f"runs/{final_key(design, seed, self.base)}" if design.start_share else model,
+            "tokens": sum(part["tokens"] for part in every),
+            "loss": stages[-1]["loss"] if stages else None,
+            "step_seconds": round(sum(part["step_seconds"] for part in every), 1),
+            "model": where,
+            **({"sft": sft[0]} if sft else {}),
         }
 
-    def _train(self, design: Design, link: Link, seed: int, model: Path, rows: Path) -> Path:
-        out = self.out / "runs" / link.trained
+    def _cost(self, run: str) -> dict[str, Any]:
+        folder = self.out / "runs" / run
+        result, log = read_json(folder / "result.json"), read_jsonl(folder / "log.jsonl")
+        seconds = sum(record["seconds"] for record in log)
+        return {"tokens": result["tokens"], "loss": result["loss"], "step_seconds": round(seconds, 1)}
+
+    def _train(self, run: str, config: Callable[[Path], TrainConfig], processes: int | None, command: str) -> Path:
+        out = self.out / "runs" / run
 
         def make() -> None:
-            config = training_config(design, link.stage, seed, model, rows, out)
-            rows_a_step = config.global_batch_size
+            made = config(out)
             if (out / "result.json").exists():  # finished, and its weights were deleted since: nothing to resume from
                 shutil.rmtree(out)
-            self._say(f"train {config.steps:,} steps of {rows_a_step} x {link.stage.length:,}: {out.name}")
+            self._say(f"{command} {made.steps:,} steps of {made.global_batch_size} x {made.length:,}: {run}")
             stopped = out.exists()  # a first start has nothing to resume from, and needs no note that says so
-            if design.processes is None:
-                train(config, resume=stopped, quiet=self.quiet)
+            if processes is None:
+                train(made, resume=stopped, quiet=self.quiet, answers=command == "sft")
             else:
-                file = self.out / "runs" / f"{link.trained}.yaml"
-                settings.save(config, file)
-                launch_local(file, design.processes, resume=stopped, quiet=self.quiet)
+                file = self.out / "runs" / f"{run}.yaml"
+                settings.save(made, file)
+                launch_local(file, processes, resume=stopped, quiet=self.quiet, command=command)
             # A finished run is never resumed, and its states take several times what its model does: dozens of runs
             # fill a disk with them.
             shutil.rmtree(out / "checkpoints")
 
-        self._once(link.trained, lambda: (out / "result.json").exists() and (out / "model").exists(), make)
+        self._once(run, lambda: (out / "result.json").exists() and (out / "model").exists(), make)
         return out / "model"
 
     def _say(self, text: str) -> None:

@@ -42,7 +42,7 @@ class Stage:
 
     Attributes:
         to: Tokens of the window.
-        steps: Optimizer steps; None is the training's.
+        steps: Optimizer steps; None is the training's. 0 rescales and trains nothing.
         factor: Scaling factor; None is the window over the one of the unscaled pretraining.
         row: Tokens of a row to train on; None is the window. Shorter ones go with `training.skip_positions_to`.
     """
@@ -78,6 +78,33 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Sft:
+    """SFT on short conversations, after the last stage.
+
+    Attributes:
+        rows: What conversations are packed from: a recipe of kind chat. They get the chat template of the model before.
+        length: Tokens of a row; conversations are packed whole and don't see each other.
+        training: Keys of a training config, and `preset`, the name of the one that they change. Without either the
+            learning rate is the paper's for SFT, 5e-6.
+        examples: Take so many conversations, by category as the recipe says; None takes all.
+        start_share: After SFT, average as with `Design.start_share`: the order of SmolLM3, which merges last.
+    """
+
+    rows: Rows
+    length: Tokens
+    training: dict[str, Any]
+    examples: int | None = None
+    start_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rows.max_characters is not None:
+            raise ValueError("rows.max_characters cuts documents; conversations are whole (packing.max_tokens).")
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"examples must be 1 or more, found {self.examples}.")
+        _check_share(self.start_share)
+
+
+@dataclass(frozen=True)
 class Design:
     """Everything that one arm does.
 
@@ -90,8 +117,11 @@ class Design:
         evaluation: Keys of `RunSettings`: tests, lengths, samples.
         scaling: How RoPE is rescaled.
         processes: Processes of a training run on this machine; None trains in this one.
-        start_share: After training, average the weights with those of the model rescaled to the last window and not
-            trained, which get this share (`ultralong.checkpoints.merge`); 0 leaves the trained ones as they are.
+        start_share: After the last stage, average the weights with those of the model rescaled to the last window and
+            not trained, which get this share (`ultralong.checkpoints.merge`); 0 leaves the trained ones as they are.
+            With `sft` too, SFT starts from the average, so that an arm without SFT shares it; `sft.start_share`
+            averages after SFT.
+        sft: SFT after that. With `training.steps: 0` it starts from the model that is rescaled and not trained.
     """
 
     model: str
@@ -103,6 +133,7 @@ class Design:
     scaling: Scaling = field(default_factory=Scaling)
     processes: int | None = None
     start_share: float = 0.0
+    sft: Sft | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -112,10 +143,14 @@ class Design:
             raise ValueError(f"stages must rise from window to window, found {windows}.")
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"processes must be 1 or more, found {self.processes}.")
-        if not 0 <= self.start_share < 1:
-            raise ValueError(f"start_share must be 0 or more and below 1, found {self.start_share}.")
+        _check_share(self.start_share)
 
     @property
     def window(self) -> int:
         """Tokens of the last window."""
         return self.stages[-1].to
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"start_share must be 0 or more and below 1, found {share}.")

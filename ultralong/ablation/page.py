@@ -72,6 +72,12 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "A verdict says on which side of the number the whole interval lies; undecided means that it holds the number. "
         "Each is of one comparison: of twenty true nulls one is expected to be refuted by chance.",
     ]
+    if any("sft" in run for run in result["runs"]):
+        said.append(
+            "An arm with SFT is measured after it: its trained column and differences are of pretraining and SFT "
+            "together, or of SFT alone where pretraining has no steps. Its tokens and time are of both, its loss is of "
+            "pretraining; the row below has SFT's own."
+        )
     if seeds == 1:
         said.append("One seed alone: the intervals say nothing of what another seed would have given.")
     return said
@@ -137,16 +143,18 @@ def effect_text(effect: Mapping[str, Any] | None) -> str:
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> Table:
-    rows = [
-        [
-            f"{run['arm']}, seed {run['seed']}",
-            f"{run['tokens']:,}",
-            "" if run["loss"] is None else f"{run['loss']:.3f}",
-            duration(run["step_seconds"]),
-        ]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        name = f"{run['arm']}, seed {run['seed']}"
+        rows.append(_run(name, run))
+        if "sft" in run:
+            rows.append(_run(f"{name}: SFT alone", run["sft"]))
     return Table(("run", "tokens", "loss of the last tenth", "time of its steps"), rows)
+
+
+def _run(name: str, run: Mapping[str, Any]) -> list[str]:
+    loss = "" if run["loss"] is None else f"{run['loss']:.3f}"
+    return [name, f"{run['tokens']:,}", loss, duration(run["step_seconds"])]
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:

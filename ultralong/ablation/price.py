@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ultralong.ablation.resolve import base_folder, check, links, run_settings, training_config
+from ultralong.ablation.configs import run_settings, sft_config, training_config
+from ultralong.ablation.design import Design
+from ultralong.ablation.resolve import base_folder, check, links, tuned_key
 from ultralong.ablation.study import Study
 from ultralong.evaluation.tasks.groups import SPECIAL
 from ultralong.planner import plan
+from ultralong.training.config import TrainConfig
 from ultralong.utils.units import GIB
 
 # Rows are not packed yet, and the folder is not there: a plan takes the length that it is given.
@@ -20,6 +23,9 @@ NOWHERE = Path("not-made-yet")
 def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost: float | None = None) -> dict[str, Any]:
     """Plan the training of a study; what arms share is counted once.
 
+    Rows are not packed yet, so every token is planned to see all before it in its row: those of masked documents and of
+    SFT's conversations, which don't see each other, take less.
+
     Args:
         study: The study.
         machine: As `ultralong.planner.plan` takes it.
@@ -27,8 +33,9 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
         cost: Price of one GPU-hour, in any currency.
 
     Returns:
-        `runs`, one an arm, seed and stage: `arm`, `seed`, `to` (window), `row` (tokens), `steps`, `tokens`, `seconds`,
-        `gpus`, `gpu_hours`, `gib` (memory of each GPU), `fits`, `shared` (True where an earlier run is the same);
+        `runs`, one an arm, seed and stage, and one for its SFT: `arm`, `seed`, `training` (pretraining or SFT), `to`
+        (window), `row` (tokens), `steps`, `tokens`, `seconds`, `gpus`, `gpu_hours`, `gib` (memory of each GPU), `fits`,
+        `shared` (True where an earlier run is the same);
         `gpu_hours` and `cost` over all; `evaluations` (models measured) and `prompt_tokens` (read by the tests of all,
         without needles and perplexity), which are not priced.
 
@@ -39,32 +46,31 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
     planned: dict[str, Any] = {}
     for seed in study.seeds:
         for arm, design in study.designs().items():
-            for link in links(design, seed, base):
-                model = base_folder(design)
-                config = training_config(design, link.stage, seed, model, NOWHERE / "rows", NOWHERE / "out")
+            for run, to, config in _runs(design, seed, base):
                 # Seeds differ in nothing that takes time.
                 shape = str(replace(config, seed=0))
                 if shape not in planned:
-                    planned[shape] = plan(config, gpus, machine=machine, tokens=link.stage.length)
+                    planned[shape] = plan(config, gpus, machine=machine, tokens=config.length)
                 made = planned[shape]
                 seconds = made.total("step") * config.steps
                 rows.append(
                     {
                         "arm": arm,
                         "seed": seed,
-                        "to": link.stage.to,
-                        "row": link.stage.length,
+                        "training": "SFT" if to is None else "pretraining",
+                        "to": design.window if to is None else to,
+                        "row": config.length,
                         "steps": config.steps,
-                        "tokens": config.steps * config.global_batch_size * link.stage.length,
+                        "tokens": config.steps * config.global_batch_size * (config.length or 0),
                         "seconds": round(seconds, 1),
                         "gpus": made.gpus,
                         "gpu_hours": round(seconds * made.gpus / 3600, 4),
                         "gib": round(made.total("gpu") / GIB, 1),
                         "fits": made.fits,
-                        "shared": link.trained in seen,
+                        "shared": run in seen,
                     }
                 )
-                seen.add(link.trained)
+                seen.add(run)
     hours = sum(row["gpu_hours"] for row in rows if not row["shared"])
     wanted = run_settings(study.base, "model", "texts", "rows")
     tests = [name for name in wanted.tasks if name not in SPECIAL]
@@ -79,13 +85,24 @@ def price(study: Study, *, machine: str = "h200", gpus: int | None = None, cost:
     }
 
 
+def _runs(design: Design, seed: int, base: str) -> Iterator[tuple[str, int | None, TrainConfig]]:
+    """Every training of an arm and seed: its key, the window of its stage (None: SFT), its config."""
+    model, rows, out = base_folder(design), NOWHERE / "rows", NOWHERE / "out"
+    for link in links(design, seed, base):
+        if link.trains:
+            yield link.trained, link.stage.to, training_config(design, link.stage, seed, model, rows, out)
+    if design.sft is not None:
+        yield tuned_key(design, design.sft, seed, base), None, sft_config(design.sft, seed, model, rows, out)
+
+
 def price_lines(found: Mapping[str, Any]) -> list[str]:
     """What `price` found, for a terminal."""
     lines = ["arm                     seed     tokens of a row   steps   seconds  GPUs   GiB each"]
     for run in found["runs"]:
         note = "  shared" if run["shared"] else "" if run["fits"] else "  does not fit"
+        name = run["arm"] + (", SFT" if run["training"] == "SFT" else "")
         lines.append(
-            f"{run['arm']:22} {run['seed']:5} {run['row']:19,} {run['steps']:7,} {run['seconds']:9,.1f} {run['gpus']:5}"
+            f"{name:22} {run['seed']:5} {run['row']:19,} {run['steps']:7,} {run['seconds']:9,.1f} {run['gpus']:5}"
             f" {run['gib']:10.1f}{note}"
         )
     cost = "" if found["cost"] is None else f", {found['cost']:,.2f} in all"

@@ -6,30 +6,24 @@ to it, so what they share is built once, and nothing is taken for something that
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from ultralong.ablation.design import Design, Rows, Scaling, Stage
+from ultralong.ablation.configs import has_steps, run_settings, sft_config, training_config
+from ultralong.ablation.design import Design, Rows, Scaling, Sft, Stage
+from ultralong.ablation.keys import conversations_key, conversations_of, key, model_key, recipe_of, rows_key, told
 from ultralong.ablation.outcomes import BEYOND, LONGPPL, NEEDLES, PERPLEXITY, TESTS
-from ultralong.ablation.study import BASE_ARM, Study, flat
+from ultralong.ablation.study import BASE_ARM, Study
 from ultralong.checkpoints.config import load_config
-from ultralong.checkpoints.files import locate, weight_files
+from ultralong.checkpoints.files import locate
 from ultralong.checkpoints.rescale import Extension, choose_scaling
-from ultralong.data.recipe.schema import Recipe, load_recipe
-from ultralong.evaluation.runs.settings import RunSettings
-from ultralong.evaluation.tasks.groups import SPECIAL, expand
-from ultralong.training.config import DataSource, TrainConfig, preset
-from ultralong.utils import settings
-from ultralong.utils.files import sha256
+from ultralong.data.chat.template import encode_chat
+from ultralong.data.recipe.schema import Recipe
+from ultralong.data.tokens.encoding import load_tokenizer
+from ultralong.evaluation.tasks.groups import SPECIAL
+from ultralong.training.config import TrainConfig
 
-# Keys that the study itself gives.
-OWN_OF_TRAINING = ("model", "out", "data", "seed", "length", "base_model")
-OWN_OF_EVALUATION = ("model", "haystack", "rows")
-KEY_LENGTH = 16  # hexadecimal digits: 64 bits
+NOWHERE = Path("not-made-yet")  # stands for folders in what is checked and hashed before they are there
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Link:
         stage: The window.
         extended: Key of the rescaled checkpoint.
         rows: Key of the packed rows.
-        trained: Key of the run.
+        trained: Key of the run; that of the rescaled checkpoint where the stage has no steps.
     """
 
     stage: Stage
@@ -48,28 +42,10 @@ class Link:
     rows: str
     trained: str
 
-
-def key(kind: str, *parts: Any) -> str:
-    """The name of an artefact: a hash of what decides its bytes."""
-    text = json.dumps([kind, *parts], sort_keys=True)
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]}"
-
-
-def told(value: Any) -> Any:
-    """The settings that are not at their defaults, so that a setting which a later version adds changes no key."""
-    if isinstance(value, list | tuple):
-        return [told(item) for item in value]
-    if not is_dataclass(value):
-        return value
-    plain = settings.to_mapping(value)
-    found = {}
-    for field in fields(value):
-        given = getattr(value, field.name)
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if default is MISSING or given != default:
-            nested = is_dataclass(given) or isinstance(given, list | tuple)
-            found[field.name] = told(given) if nested else plain[field.name]
-    return found
+    @property
+    def trains(self) -> bool:
+        """Whether the stage has steps."""
+        return self.trained != self.extended
 
 
 def base_folder(design: Design) -> Path:
@@ -77,77 +53,16 @@ def base_folder(design: Design) -> Path:
     return locate(design.model)
 
 
-def model_key(folder: Path) -> str:
-    """Key of a checkpoint: its config, tokenizer and weights."""
-    names = ["config.json", *weight_files(folder)]
-    names += [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).is_file()]
-    return key("model", [[name, sha256(folder / name)] for name in names])
-
-
-def recipe_of(rows: Rows) -> Recipe:
-    """The data recipe with a study's changes.
-
-    Raises:
-        ValueError: There is no such recipe, or a change does not fit it.
-    """
-    changes = {**rows.changes, **{f"packing.{name}": value for name, value in rows.packing.items()}}
-    recipe = load_recipe(rows.recipe)
-    if rows.max_characters is not None:
-        sources = tuple(replace(source, max_characters=rows.max_characters) for source in recipe.sources)
-        recipe = replace(recipe, sources=sources)
-    texts = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-    where = f"recipe {rows.recipe}"
-    return settings.from_mapping(Recipe, settings.override(settings.to_mapping(recipe), texts, Recipe), where)
-
-
-def training_config(design: Design, stage: Stage, seed: int, model: Path, rows: Path, out: Path) -> TrainConfig:
-    """The run of a stage.
-
-    Raises:
-        ValueError: A key of `training` is unknown, of the wrong type, or the study's own.
-    """
-    given = dict(design.training)
-    _refuse("training", given, OWN_OF_TRAINING)
-    name = given.pop("preset", None)
-    values: Mapping[str, Any] = {} if name is None else settings.to_mapping(settings.load(TrainConfig, preset(name)))
-    changes = [f"{path}={json.dumps(value)}" for path, value in flat(given).items()]
-    merged = settings.override(values, changes, TrainConfig)
-    own = {
-        "model": str(model),
-        "out": str(out),
-        "data": [settings.to_mapping(DataSource(str(rows)))],
-        "seed": seed,
-        "length": stage.length,
-        "base_model": None,
-    }
-    steps = {} if stage.steps is None else {"steps": stage.steps}
-    return settings.from_mapping(TrainConfig, {**merged, **own, **steps}, "training")
-
-
-def run_settings(design: Design, model: str, haystack: str | None, rows: str | None) -> RunSettings:
-    """The evaluation of a model, at every length, beyond its window too.
-
-    Raises:
-        ValueError: A key of `evaluation` is unknown, of the wrong type, or the study's own.
-    """
-    _refuse("evaluation", design.evaluation, OWN_OF_EVALUATION)
-    own = {"model": model, "haystack": haystack, "rows": rows, "beyond_window": True}
-    wanted = settings.from_mapping(RunSettings, {**design.evaluation, **own}, "evaluation")
-    return replace(wanted, tasks=tuple(expand(wanted.tasks)))
-
-
 def extension_key(before: str, stage: Stage, scaling: Scaling) -> str:
     """Key of a checkpoint that is rescaled to a stage's window."""
     return key("extended", before, stage.to, stage.factor, told(scaling))
 
 
-def rows_key(rows: Rows, length: int, tokenizer: str) -> str:
-    """Key of packed rows."""
-    return key("rows", told(recipe_of(rows)), rows.limit, length, tokenizer)
-
-
 def links(design: Design, seed: int, base: str) -> list[Link]:
     """The stages of an arm and seed, by their keys.
+
+    A stage of no steps that another follows is left out: the next one rescales anew. So an arm whose stages all have
+    none is the model before, rescaled to the last window in one step.
 
     Args:
         design: The arm.
@@ -156,20 +71,41 @@ def links(design: Design, seed: int, base: str) -> list[Link]:
     """
     found, before = [], base
     for stage in design.stages:
+        trains = has_steps(design, stage)
+        if not trains and stage is not design.stages[-1]:
+            continue
         extended = extension_key(before, stage, design.scaling)
-        rows = rows_key(design.rows, stage.length, base)
-        config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
-        before = key("trained", extended, rows, told(config), design.processes)
+        rows, before = rows_key(design.rows, stage.length, base), extended
+        if trains:
+            config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
+            before = key("trained", extended, rows, told(config), design.processes)
         found.append(Link(stage, extended, rows, before))
     return found
 
 
+def pretrained_key(design: Design, seed: int, base: str) -> str:
+    """Key of the model after the last stage: the trained one, or its average with the rescaled, untrained one."""
+    return _merged_key(design, links(design, seed, base)[-1].trained, design.start_share, base)
+
+
+def tuned_key(design: Design, sft: Sft, seed: int, base: str) -> str:
+    """Key of the run of SFT."""
+    config = sft_config(sft, seed, Path("model"), Path("rows"), Path("out"))
+    rows = conversations_key(sft, base, base_folder(design))
+    return key("tuned", pretrained_key(design, seed, base), rows, told(config), design.processes)
+
+
 def final_key(design: Design, seed: int, base: str) -> str:
-    """Key of the model that is measured: the trained one, or its average with the rescaled, untrained one."""
-    trained = links(design, seed, base)[-1].trained
-    if not design.start_share:
-        return trained
-    return key("merged", trained, extension_key(base, design.stages[-1], design.scaling), design.start_share)
+    """Key of the model that is measured."""
+    if design.sft is None:
+        return pretrained_key(design, seed, base)
+    return _merged_key(design, tuned_key(design, design.sft, seed, base), design.sft.start_share, base)
+
+
+def _merged_key(design: Design, model: str, share: float, base: str) -> str:
+    if not share:
+        return model
+    return key("merged", model, extension_key(base, design.stages[-1], design.scaling), share)
 
 
 def heldout_key(design: Design, base: str) -> str:
@@ -200,9 +136,7 @@ def check(study: Study) -> str:
         try:
             final = final_key(design, study.seeds[0], name)
             run_settings(design, "model", "texts", "rows")
-            for stage in design.stages:
-                _check_rows(design, stage, study.seeds[0])
-            recipe_of(design.heldout).row_settings(design.window)
+            _check_training(design, study.seeds[0])
             for stage in design.stages:
                 choose_scaling(config, extension(stage, design.scaling))
         except ValueError as error:
@@ -214,17 +148,56 @@ def check(study: Study) -> str:
     return name
 
 
-def _check_rows(design: Design, stage: Stage, seed: int) -> None:
-    rows = recipe_of(design.rows).row_settings(stage.length)
-    config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))
-    if config.skip_positions_to is not None and getattr(rows, "mask_documents", False):
-        raise ValueError("training.skip_positions_to cuts whole rows in two, and rows.packing masks documents.")
-    if config.anchor and not getattr(rows, "mask_documents", False):
-        raise ValueError("training.anchor needs masked documents: set rows.packing.mask_documents: true.")
-    if config.long_ce.weight_cap and stage.length < config.long_ce.shortest:
+def _check_training(design: Design, seed: int) -> None:
+    """Refuse rows that are none for a training, and an arm that has no training."""
+    texts = _recipe(design.rows, "documents", "rows.recipe")
+    _recipe(design.heldout, "documents", "heldout.recipe").row_settings(design.window)
+    trained = [stage for stage in design.stages if has_steps(design, stage)]
+    for stage in trained:
+        config = training_config(design, stage, seed, NOWHERE, NOWHERE, NOWHERE)
+        _check_rows(config, getattr(texts.row_settings(stage.length), "mask_documents", False), "training")
+    if not trained and design.start_share:
+        raise ValueError("start_share averages what is trained with its start, and the training has no steps.")
+    if design.sft is not None:
+        _check_sft(design, design.sft, seed)
+    elif not trained:
         raise ValueError(
-            f"training.long_ce weighs what stands in {config.long_ce.shortest:,} tokens (short_context and stride) or "
-            f"more, and rows have {stage.length:,}: set training.long_ce.short_context and stride lower."
+            "training.steps: 0 leaves the rescaled model, which every arm is compared with as it is. Give steps, or "
+            "an SFT in sft."
+        )
+
+
+def _check_sft(design: Design, sft: Sft, seed: int) -> None:
+    _recipe(sft.rows, "chat", "sft.rows.recipe")
+    conversations_of(sft).row_settings(sft.length)
+    if sft.length > design.window:
+        raise ValueError(f"sft.length, {sft.length:,} tokens of a row, is beyond the window of {design.window:,}.")
+    _check_rows(sft_config(sft, seed, NOWHERE, NOWHERE, NOWHERE), True, "sft.training")
+    try:  # hours of pretraining come before the template is used
+        talk = [{"role": "user", "content": "Is it dark?"}, {"role": "assistant", "content": "It is."}]
+        encode_chat(load_tokenizer(base_folder(design)), talk)
+    except ValueError as error:
+        raise ValueError(f"sft: {error}") from error
+
+
+def _recipe(rows: Rows, kind: str, where: str) -> Recipe:
+    """A recipe of that kind."""
+    recipe = recipe_of(rows)
+    if recipe.kind != kind:
+        found, place = ("conversations", "sft.rows") if recipe.kind == "chat" else ("documents", "rows")
+        raise ValueError(f"{where}: {rows.recipe} is of {found}, which belong in {place}.")
+    return recipe
+
+
+def _check_rows(config: TrainConfig, masked: bool, where: str) -> None:
+    if config.skip_positions_to is not None and masked:
+        raise ValueError(f"{where}.skip_positions_to cuts whole rows in two, and rows.packing masks documents.")
+    if config.anchor and not masked:
+        raise ValueError(f"{where}.anchor needs masked documents: set rows.packing.mask_documents: true.")
+    if config.long_ce.weight_cap and config.length is not None and config.length < config.long_ce.shortest:
+        raise ValueError(
+            f"{where}.long_ce weighs what stands in {config.long_ce.shortest:,} tokens (short_context and stride) or "
+            f"more, and rows have {config.length:,}: set {where}.long_ce.short_context and stride lower."
         )
 
 
@@ -257,9 +230,3 @@ def _check_outcomes(study: Study) -> None:
                 f"arm {arm.name}: refuted_if names {outcome!r}, which is not measured; there are {', '.join(names)}, "
                 "and a test at a length, such as 'niah_single_1 at 4,096'."
             )
-
-
-def _refuse(where: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:
-    clash = [name for name in given if name in own]
-    if clash:
-        raise ValueError(f"{where}: {', '.join(clash)} does not belong here: the study gives it.")

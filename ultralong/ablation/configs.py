@@ -1,0 +1,94 @@
+"""The configs of an arm's training runs and of its evaluation, from the keys that a study gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ultralong.ablation.design import Design, Sft, Stage
+from ultralong.ablation.study import flat
+from ultralong.evaluation.runs.settings import RunSettings
+from ultralong.evaluation.tasks.groups import expand
+from ultralong.training.config import DataSource, TrainConfig, preset
+from ultralong.utils import settings
+
+# Keys that the study itself gives.
+OWN_OF_TRAINING = ("model", "out", "data", "seed", "length", "base_model")
+OWN_OF_EVALUATION = ("model", "haystack", "rows")
+SFT_DEFAULTS = {"optimizer": {"lr": 5e-6}}  # the paper's rate for SFT; a training config's own is that of pretraining
+
+
+def training_config(design: Design, stage: Stage, seed: int, model: Path, rows: Path, out: Path) -> TrainConfig:
+    """The run of a stage that has steps.
+
+    Raises:
+        ValueError: A key of `training` is unknown, of the wrong type, or the study's own.
+    """
+    values = _given("training", design.training, stage.steps)
+    return _config("training", values, seed, stage.length, model, rows, out)
+
+
+def sft_config(sft: Sft, seed: int, model: Path, rows: Path, out: Path) -> TrainConfig:
+    """The run of SFT.
+
+    Raises:
+        ValueError: As in `training_config`, of `sft.training`.
+    """
+    values = _given("sft.training", sft.training, None, SFT_DEFAULTS)
+    return _config("sft.training", values, seed, sft.length, model, rows, out)
+
+
+def _given(
+    where: str, given: Mapping[str, Any], steps: int | None, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The keys of a training config that a study gives: its preset's, or the defaults, with its changes."""
+    given = dict(given)
+    _refuse(where, given, OWN_OF_TRAINING)
+    name = given.pop("preset", None)
+    values: Mapping[str, Any] = (
+        defaults or {} if name is None else settings.to_mapping(settings.load(TrainConfig, preset(name)))
+    )
+    changes = [f"{path}={json.dumps(value)}" for path, value in flat(given).items()]
+    found = settings.override(values, changes, TrainConfig)
+    return found if steps is None else {**found, "steps": steps}
+
+
+def _config(
+    where: str, values: Mapping[str, Any], seed: int, length: int, model: Path, rows: Path, out: Path
+) -> TrainConfig:
+    own = {
+        "model": str(model),
+        "out": str(out),
+        "data": [settings.to_mapping(DataSource(str(rows)))],
+        "seed": seed,
+        "length": length,
+        "base_model": None,
+    }
+    return settings.from_mapping(TrainConfig, {**values, **own}, where)
+
+
+def has_steps(design: Design, stage: Stage) -> bool:
+    """Whether a stage trains: 0 steps rescale alone."""
+    steps = _given("training", design.training, stage.steps).get("steps")
+    return isinstance(steps, bool) or steps != 0  # a training config refuses whatever else is no number of steps
+
+
+def run_settings(design: Design, model: str, haystack: str | None, rows: str | None) -> RunSettings:
+    """The evaluation of a model, at every length, beyond its window too.
+
+    Raises:
+        ValueError: A key of `evaluation` is unknown, of the wrong type, or the study's own.
+    """
+    _refuse("evaluation", design.evaluation, OWN_OF_EVALUATION)
+    own = {"model": model, "haystack": haystack, "rows": rows, "beyond_window": True}
+    wanted = settings.from_mapping(RunSettings, {**design.evaluation, **own}, "evaluation")
+    return replace(wanted, tasks=tuple(expand(wanted.tasks)))
+
+
+def _refuse(where: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    clash = [name for name in given if name in own]
+    if clash:
+        raise ValueError(f"{where}: {', '.join(clash)} does not belong here: the study gives it.")
