@@ -157,9 +157,13 @@ def test_ways_of_joining_are_named():
     from ultralong.inference.decode_step import exchange, plain
 
     assert decode_options.WAYS == exchange.WAYS
-    with pytest.raises(ValueError, match="exchange takes direct, gather, symmetric, found 'ring'"):
-        exchange.make_exchange("ring", None, 2, plain)
-    with pytest.raises(ValueError, match="symmetric is for GPUs"):
-        exchange.make_exchange("symmetric", None, 2, plain)
-    with pytest.raises(ValueError, match="exchange takes direct"):
+    rest = None, 2, plain, 36, torch.device("cpu")
+    with pytest.raises(
+        ValueError, match="exchange takes auto, direct, gather, symmetric, symmetric_fused, found 'ring'"
+    ):
+        exchange.make_exchange("ring", *rest)
+    for way in ("symmetric", "symmetric_fused"):
+        with pytest.raises(ValueError, match=f"{way} is for GPUs"):
+            exchange.make_exchange(way, *rest)
+    with pytest.raises(ValueError, match="exchange takes auto, direct"):
         decode_options.DecodeBench("m", exchange=("ring",))

@@ -24,7 +24,7 @@ WIDE = SHAPE | {
 }  # fmt: skip
 
 
-def steps(rank, world, kind, kv, way="direct"):
+def steps(rank, world, kind, kv, way="auto"):
     """How far each step's logits are from those of the model's own code, in spreads; and whether a graph was made."""
     torch.manual_seed(0)
     kinds = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
@@ -82,7 +82,7 @@ def test_steps_equal_the_models_own(world, kind, kv):
         assert graph
 
 
-@pytest.mark.parametrize("way", ["gather", "symmetric"])
+@pytest.mark.parametrize("way", ["direct", "gather", "symmetric", "symmetric_fused"])
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
 def test_gpus_join_their_attention_in_other_ways(way, kv):
     if torch.cuda.device_count() < 2:
@@ -90,6 +90,33 @@ def test_gpus_join_their_attention_in_other_ways(way, kv):
     for apart, graph in run_ranks(steps, 2, "llama", kv, way, device="cuda"):
         assert max(apart) < 0.05, apart
         assert graph
+
+
+def logits_of_all(rank, world, kv):
+    """Of each way the logits (N, V) of the same 40 tokens behind the same prompt, and which way it was."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**WIDE), attn_implementation=attention.NAME).bfloat16()
+    ids, found = torch.randint(0, 64, (1, 3000), generator=torch.Generator().manual_seed(1)).cuda(), []
+    model = model.cuda().eval()
+    for way in WAYS:
+        runner = ShardedRunner(model, 4000, dist.group.WORLD, kv=kv, chunk=1024, quiet=True, exchange=way)
+        runner.prefill(ids, [50])
+        logits = torch.cat([runner.decode(ids[:, step]) for step in range(40)])
+        assert runner.step is not None
+        found.append((way, runner.step.exchange, logits.float().cpu().numpy()))
+    return found
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_all_ways_give_equal_bits(kv):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for found in run_ranks(logits_of_all, 2, kv, device="cuda"):
+        expected = found[WAYS.index("direct")][2]
+        for way, chosen, logits in found:
+            assert chosen == way or (way == "auto" and chosen in ("direct", "symmetric"))
+            assert (logits == expected).all(), way
 
 
 def answers(rank, world, kv):

@@ -82,24 +82,113 @@ def test_bits_do_not_follow_the_number_of_warps(ranks):
     assert len(memories) == ranks
 
 
-def arithmetic(parts, size, peers, warps, aligned):
-    """The float32 instructions of a compiled kernel in their order, without registers. Compiling takes no GPU."""
+def compiled(kernel, kinds, fixed, warps, by_16=0):
+    """PTX of a kernel for an H100 or H200, with so many first arguments divisible by 16. Compiling takes no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {(len(kinds) + number,): value for number, value in enumerate(fixed.values())}
+    attributes = {(number,): [["tt.divisibility", 16]] for number in range(by_16)}
+    kinds = kinds | dict.fromkeys(fixed, "constexpr")
+    source = ASTSource(kernel, signature=kinds, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def floats(ptx):
+    """The float32 instructions in their order, without registers."""
+    return re.findall(r"\b(?:fma|mul|add|sub|div|ex2|max|min|neg|cvt)\.[a-z0-9_.]*f32[a-z0-9_.]*", ptx)
+
+
+def arithmetic(parts, size, peers, warps, aligned):
+    """The float32 instructions of the compiled kernel."""
     from ultralong.inference.decode_step.peer_merge import _join
 
     names = ("start", "stride", "rows")
     kinds = {"parts_at": "*i64" if peers else "*fp32", "out_at": "*bf16"} | dict.fromkeys(names, "i32")
     fixed = {"D": size, "PARTS": parts, "WIDTH": min(size & -size, 32), "PEERS": peers}
-    kinds |= dict.fromkeys(fixed, "constexpr")
-    constants = {(5 + number,): value for number, value in enumerate(fixed.values())}
-    by_16 = {(number,): [["tt.divisibility", 16]] for number in range(5 if aligned else 0)}
-    source = ASTSource(_join, signature=kinds, constexprs=constants, attrs=by_16)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return re.findall(r"\b(?:fma|mul|add|sub|div|ex2|max|min|neg|cvt)\.[a-z0-9_.]*f32[a-z0-9_.]*", made.asm["ptx"])
+    return floats(compiled(_join, kinds, fixed, warps, 5 if aligned else 0))
+
+
+def signalled(parts, size, rank=1, layers=32):
+    """PTX of the kernel that waits for the others itself."""
+    from ultralong.inference.decode_step.peer_merge import _join_signalled
+
+    kinds = {"parts_at": "*i64", "out_at": "*bf16", "steps_at": "*i32"}
+    kinds |= dict.fromkeys(("layer", "width", "flags", "rows"), "i32")
+    fixed = {"D": size, "PARTS": parts, "WIDTH": min(size & -size, 32), "RANK": rank, "LAYERS": layers}
+    return compiled(_join_signalled, kinds, fixed, 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_barrier_within_the_kernel_leaves_its_arithmetic(ranks, size):
+    pytest.importorskip("triton", reason="compiles with Triton")
+    assert floats(signalled(ranks, size)) == arithmetic(ranks, size, True, 1, True)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_parts_are_read_behind_what_was_told_to_and_by_every_other_rank(ranks):
+    """Releases first, then a loop of acquires for each other rank, both of the whole system; parts are read behind."""
+    pytest.importorskip("triton", reason="compiles with Triton")
+    lines = signalled(ranks, 128).splitlines()
+
+    def at(pattern):
+        return [number for number, line in enumerate(lines) if re.search(pattern, line)]
+
+    releases, acquires = at(r"atom\.global\.sys\.release\.exch\.b32"), at(r"(?:ld|atom)\.global\.sys\.acquire\S*32")
+    loads = at(r"\bld\.global\.b32")  # this layer's number, that of the layer before, and of each rank a sum and a row
+    assert (len(releases), len(acquires), len(loads)) == (ranks - 1, ranks - 1, 2 + 2 * ranks)
+    assert loads[1] < min(releases) <= max(releases) < min(acquires) <= max(acquires) < loads[2]
+    assert len(at(r"^\s*atom|^\s*@%p\d+ atom|\bred\.")) == len(releases), "nothing else is atomic"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_that_wait_within_the_kernel_join_to_the_bits_of_gathered_ones(size, dtype):
+    """Two ranks on two streams of one GPU, three layers, four steps; each step has parts of its own."""
+    from ultralong.inference.decode_step.peer_merge import fits_at_once, merge_gathered, merge_signalled
+
+    layers, (parts, shape) = 3, emulated(2, size, batch=1)
+    width = parts.shape[1] + 8  # wider than the part, as behind a larger batch
+    flags = layers * width
+    memories = [torch.zeros(flags + 2 * layers, device="cuda") for _ in range(2)]
+    addresses = torch.tensor([memory.data_ptr() for memory in memories], device="cuda")
+    assert fits_at_once(shape, addresses.device)
+
+    def told(rank):
+        return memories[rank][flags:].view(torch.int32)
+
+    steps = [torch.zeros(layers, dtype=torch.int32, device="cuda") for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for rank in range(2):
+        told(rank).fill_(100)
+    torch.cuda.synchronize()
+    for rank, stream in enumerate(streams):  # where nobody waits: beside a kernel that does, loading one may never end
+        with torch.cuda.stream(stream):
+            merge_signalled(addresses, rank, 0, width, flags, steps[rank], shape, dtype)
+    torch.cuda.synchronize()
+    for rank in range(2):
+        told(rank).zero_()
+        steps[rank].zero_()
+    given = [[torch.roll(parts, step + layer, 0).mul(1 + step).cuda() for layer in range(layers)] for step in range(4)]
+    found, expected = [], [merge_gathered(x, shape, dtype) for step in given for x in step]
+    torch.cuda.synchronize()
+    for step in range(4):
+        for layer in range(layers):
+            for rank, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    memories[rank][layer * width :][: parts.shape[1]].copy_(given[step][layer][rank])
+                    where = layer, width, flags, steps[rank]
+                    found.append(merge_signalled(addresses, rank, *where, shape, dtype))
+    torch.cuda.synchronize()
+    for number, x in enumerate(found):
+        assert torch.equal(bits(x), bits(expected[number // 2])), (number // 2, number % 2)
+    assert told(0).tolist() == [0, 4, 0, 4, 0, 5]  # rank 1 told the last layer one more: it counts from the first on
+    assert told(1).tolist() == [4, 0, 4, 0, 5, 0]
 
 
 @pytest.mark.parametrize("size", SIZES)

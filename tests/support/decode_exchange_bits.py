@@ -78,7 +78,7 @@ def row_of(found: Tensor, reference: Tensor, world: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def compare(rank: int, world: int, device: str, out: Path) -> None:
+def compare(rank: int, world: int, device: str, out: Path, ways: list[str]) -> None:
     """One rank's part."""
     small = device == "cpu"
     steps = 8 if small else 40
@@ -87,14 +87,13 @@ def compare(rank: int, world: int, device: str, out: Path) -> None:
         config.num_hidden_layers = 2
     model = make_model(config, device)
     model.generation_config.eos_token_id = None
-    ways = ["direct", "direct again", "gather", *([] if small else ["symmetric", "symmetric again"])]
     samplings = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, top_p=0.9, seed=7)}
     rows: list[dict[str, Any]] = []
     for (tokens, filled), kv in product([(300, True), (200, False)] if small else [(131072, True), (8192, False)], KV):
         ids, reference = random_ids(model, 1, tokens), None
         case = model, kv
         said = {kind: answer(begin(*case, "direct", ids, filled, steps), steps, how) for kind, how in samplings.items()}
-        for name in ways:
+        for name in ["direct", *ways]:
             start, way = time.perf_counter(), name.split()[0]
             runner, _ = begin(*case, way, ids, filled, steps)
             given = torch.tensor(said["drawn"], device=ids.device)
@@ -118,9 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file")
     parser.add_argument("--small", action="store_true", help="two layers of a small model, on two CPU processes")
+    parser.add_argument("--ways", nargs="+", help="compared with direct; one twice is `NAME again` the second time")
     asked = parser.parse_args()
     device = "cpu" if asked.small else "cuda"
-    run_ranks(compare, 2, device, asked.out, device=device, timeout=600)
+    ways = asked.ways or ["direct", "gather", *([] if asked.small else ["symmetric", "symmetric"])]
+    names = [way + " again" * (way in ["direct", *ways][: number + 1]) for number, way in enumerate(ways)]
+    run_ranks(compare, 2, device, asked.out, names, device=device, timeout=600)
 
 
 if __name__ == "__main__":

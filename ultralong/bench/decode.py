@@ -144,7 +144,8 @@ def _ways(model: PreTrainedModel, options: DecodeBench, batch: int, world: int) 
             if fused and runner.step is None:  # on a CPU, or a model that it does not know
                 continue
             answer = partial(_behind_random if options.filled else _by_runner, runner)
-            said = "" if fused == "direct" else f", exchange {fused}"
+            chosen = runner.step.exchange if runner.step else ""
+            said = "" if chosen in ("", "direct") else f", exchange {chosen}"
             name = "ultralong, sharded" + (f", fused{said}" if fused else "")
             able = runner.ahead
             for runner.ahead in (False, able) if able and options.waiting else (able,):

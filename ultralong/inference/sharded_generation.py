@@ -49,7 +49,8 @@ class ShardedRunner(CachedRunner):
         ahead: Whether that is done: not where RoPE follows the length of the text, which is then read anew.
 
     Raises:
-        ValueError: A model with layers that are no attention, a chunk below one token, or another `kv`.
+        ValueError: A model with layers that are no attention, a chunk below one token, another `kv`, or an `exchange`
+            that GPUs or another rank don't allow.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ShardedRunner(CachedRunner):
         kernel: str = "auto",
         quiet: bool = False,
         fused: bool = True,
-        exchange: str = "direct",
+        exchange: str = "auto",
         ahead: bool = True,
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)

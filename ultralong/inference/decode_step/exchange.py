@@ -6,6 +6,7 @@ P ranks, B sequences, H query heads, D head size. One layer after the other: `pl
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -14,34 +15,49 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention.collectives import Group, all_gather
+from ultralong.inference.decode_step.peer_memory import PeerMemory, Unavailable, share
 
-WAYS = ("direct", "gather", "symmetric")
+WAYS = ("auto", "direct", "gather", "symmetric", "symmetric_fused")
+
+log = logging.getLogger(__name__)
 
 
-def make_exchange(way: str, group: Group, layers: int, operations: Any) -> Exchange:
-    """An exchange of a group.
+def make_exchange(way: str, group: Group, layers: int, operations: Any, part: int, device: torch.device) -> Exchange:
+    """An exchange of a group; called by all ranks together, which get the same.
 
     Args:
         way: `direct` sends to each rank, `gather` takes the backend's all-gather, and `symmetric` reads the others'
             memory where a kernel needs it (torch's symmetric memory: GPUs of one host, two layers or more).
+            `symmetric_fused` does so behind a barrier within that kernel, an experiment. `auto` is `symmetric` where
+            all ranks can have it, else `direct`; on GPUs the log says which.
         group: The ranks.
         layers: Of the model.
         operations: `kernels` or `plain`.
+        part: Elements of one rank's results and log-sum-exps of a layer and sequence, H D + H.
+        device: Of this rank.
 
     Raises:
-        ValueError: Another way, or one that layers or device don't allow.
+        ValueError: Another way, or one that layers, device or another rank don't allow.
     """
     if way not in WAYS:
         raise ValueError(f"exchange takes {', '.join(WAYS)}, found {way!r}")
-    if way != "symmetric":
-        return _Collected(group, operations, direct=way == "direct")
-    if layers < 2 or not hasattr(operations, "merge_at"):
-        raise ValueError("exchange: symmetric is for GPUs and models of two layers or more")
-    return _Symmetric(group, operations, layers)
+    able = layers > 1 and hasattr(operations, "merge_at")
+    if way.startswith("symmetric") and not able:
+        raise ValueError(f"exchange: {way} is for GPUs and models of two layers or more")
+    direct = _Collected(group, operations, direct=way != "gather")
+    if way in ("direct", "gather") or not able:
+        return direct
+    otherwise = direct if way == "auto" else None
+    return _Symmetric(group, operations, layers, part, device, way == "symmetric_fused", otherwise)
 
 
 class Exchange(ABC):
     """See on top; every rank calls the same in the same order."""
+
+    @property
+    @abstractmethod
+    def way(self) -> str:
+        """One of WAYS, never `auto`."""
 
     @abstractmethod
     def place(self, layer: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -58,6 +74,11 @@ class _Collected(Exchange):
     def __init__(self, group: Group, operations: Any, direct: bool) -> None:
         self._group, self._do, self._direct = group, operations, direct
         self._ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
+
+    @property
+    def way(self) -> str:
+        """See `Exchange`."""
+        return "direct" if self._direct else "gather"
 
     def place(self, layer: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """See `Exchange`."""
@@ -78,32 +99,89 @@ class _Symmetric(Exchange):
 
     A layer's place is written again a step later: by then the others have passed the barrier of a later layer, before
     which they had read it. So one barrier a layer is enough, and takes two layers or more.
+
+    The memory is made once, for one sequence, and serves every prompt. More sequences at a time than ever before get
+    larger memory in its place: a batch's shape is no reason to make it anew. A rank that is lost in a step leaves the
+    others' GPUs at a barrier that has no timeout: who started the processes ends them.
+
+    Args:
+        group: The ranks.
+        operations: `kernels`.
+        layers: Of the model.
+        part: See `make_exchange`.
+        device: Of this rank.
+        fused: The barrier is within the merging kernel.
+        otherwise: What is done where ranks can't share memory; None raises.
+
+    Raises:
+        ValueError: Ranks can't share memory.
     """
 
-    def __init__(self, group: Group, operations: Any, layers: int) -> None:
-        self._group, self._do, self._layers = group, operations, layers
-        self._held = torch.empty(0)
+    def __init__(
+        self,
+        group: Group,
+        operations: Any,
+        layers: int,
+        part: int,
+        device: torch.device,
+        fused: bool,
+        otherwise: Exchange | None,
+    ) -> None:
+        self._group, self._do, self._layers, self._fused, self._otherwise = group, operations, layers, fused, otherwise
+        self._name = "symmetric_fused" if fused else "symmetric"
+        self._memory: PeerMemory | None = None
+        self._reserve(part, device)
+
+    @property
+    def way(self) -> str:
+        """See `Exchange`."""
+        if self._memory is None and self._otherwise is not None:
+            return self._otherwise.way
+        return self._name
+
+    def _reserve(self, width: int, device: torch.device) -> None:
+        """Have memory for so many elements of a layer, and behind all layers P numbers each for `merge_signalled`."""
+        ranks = dist.get_world_size(self._group)
+        speaks, self._memory = dist.get_rank(self._group) == 0, None
+        try:
+            self._memory = share(self._layers * (width + ranks), device, self._group)
+        except Unavailable as error:
+            if self._otherwise is None:
+                raise ValueError(f"exchange: {self._name} can't be set up ({error})") from error
+            if speaks:
+                log.info("decoding steps send attention to each GPU (exchange direct): %s", error)
+            return
+        if speaks:
+            log.info("decoding steps read attention from each GPU's memory (exchange %s)", self._name)
+        self._width = width
+        self._held = self._memory.own[: self._layers * width].view(self._layers, width)
+        self._steps = torch.zeros(self._layers, dtype=torch.int32, device=device)
 
     def place(self, layer: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """See `Exchange`. The first call of a shape allocates, on all ranks together and outside of a CUDA graph."""
+        """See `Exchange`. More sequences than before allocate, on all ranks together and outside of a CUDA graph."""
         count = shape.numel() + shape[:-1].numel()
-        if self._held.shape != (self._layers, count):
-            from torch.distributed import _symmetric_memory as symmetric
-
-            self._held = symmetric.empty(self._layers, count, dtype=dtype, device=device)
-            self._handle: Any = symmetric.rendezvous(self._held, self._group)
-            ranks = range(dist.get_world_size(self._group))
-            parts = [self._handle.get_buffer(rank, self._held.shape, dtype).data_ptr() for rank in ranks]
-            self._pointers = torch.tensor(parts, device=device)  # (P,)
+        if self._memory is not None and count > self._width:
+            self._reserve(count, device)
+        if self._memory is None and self._otherwise is not None:
+            return self._otherwise.place(layer, shape, dtype, device)
         self._layer, self._shape = layer, shape
-        outs, lses = _views(self._held, shape)
+        outs, lses = _views(self._held[:, :count], shape)
         return outs[layer], lses[layer]
 
     def joined(self, dtype: torch.dtype) -> Tensor:
         """See `Exchange`."""
-        self._handle.barrier()
-        start = self._layer * self._held.shape[1]
-        out: Tensor = self._do.merge_at(self._pointers, start, self._shape, dtype)
+        memory = self._memory
+        if memory is None:
+            assert self._otherwise is not None
+            return self._otherwise.joined(dtype)
+        out: Tensor
+        if self._fused and self._do.fits_at_once(self._shape, memory.own.device):
+            rank, flags = dist.get_rank(self._group), self._layers * self._width
+            where = self._layer, self._width, flags, self._steps
+            out = self._do.merge_signalled(memory.pointers, rank, *where, self._shape, dtype)
+            return out
+        memory.barrier()
+        out = self._do.merge_at(memory.pointers, self._layer * self._width, self._shape, dtype)
         return out
 
 

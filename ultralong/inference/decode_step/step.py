@@ -61,9 +61,7 @@ def is_fast(model: PreTrainedModel) -> bool:
     return model.model.layers[0].self_attn.head_dim in HEAD_SIZES
 
 
-def fast_step(
-    model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "direct"
-) -> DecodeStep | None:
+def fast_step(model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "auto") -> DecodeStep | None:
     """The step by Triton kernels, where model, device and packages allow it; exchange as in `make_exchange`."""
     if not is_fast(model):
         return None
@@ -87,6 +85,9 @@ class DecodeStep:
 
     Attributes:
         checked: Whether a step was compared with the model's own code.
+
+    Raises:
+        ValueError: As for `make_exchange`.
     """
 
     def __init__(
@@ -95,19 +96,26 @@ class DecodeStep:
         cache: KvCache,
         group: Group | None,
         operations: ModuleType = plain,
-        exchange: str = "direct",
+        exchange: str = "auto",
     ) -> None:
         self.model, self.cache, self._do = model, cache, operations
         self._exchange: Exchange | None = None
         self._layers = [_Weights(layer) for layer in model.model.layers]
         if group is not None:
-            self._exchange = make_exchange(exchange, group, len(self._layers), operations)
+            config = model.config.get_text_config()
+            part = model.model.layers[0].self_attn.o_proj.in_features + config.num_attention_heads  # H D + H
+            self._exchange = make_exchange(exchange, group, len(self._layers), operations, part, model.device)
         self._place = torch.zeros(3, dtype=torch.long, device=model.device)
         self._ids = torch.zeros(1, dtype=torch.long, device=model.device)  # (B,)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
         self.checked = False
         self._generation = -1  # of the cache's buffers that the graph, or its first step, was made for
+
+    @property
+    def exchange(self) -> str:
+        """How ranks join their attention, what `auto` chose; empty where there is one rank."""
+        return "" if self._exchange is None else self._exchange.way
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, position: int, held: int, mine: bool) -> Tensor:
