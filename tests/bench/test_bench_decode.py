@@ -11,6 +11,9 @@ from ultralong.bench import decode
 from ultralong.bench.compare import compare
 from ultralong.bench.decode import DecodeBench, bench_decode
 from ultralong.bench.tables import decode_table
+from ultralong.inference import sharded_generation
+from ultralong.inference.decode_step import plain
+from ultralong.inference.decode_step.step import DecodeStep
 from ultralong.utils.local_ranks import run_ranks
 
 
@@ -49,6 +52,19 @@ def test_rows_fit_together(folder, tmp_path, gpus, capsys):
     table = decode_table([kept])
     assert len(table) == 2 + len(rows)
     assert {line.count("|") for line in table} == {12}
+
+
+def test_rows_say_which_way_attention_was_joined(folder, monkeypatch, capsys):
+    """By the operations in torch, which no runner takes by itself."""
+    monkeypatch.setattr(
+        sharded_generation, "fast_step", lambda model, cache, group, way: DecodeStep(model, cache, group, plain, way)
+    )
+    options = {"new_tokens": 5, "chunk": 32, "filled": True, "fused_only": True, "kv": ("bf16",)}
+    for gpus, names in ((1, [""]), (2, ["", "", ", exchange gather"])):  # `auto` is `direct` on CPUs
+        ways = ("auto", "direct", "gather")[: len(names)]
+        rows = bench_decode(DecodeBench(folder, (90,), 0, gpus=gpus, exchange=ways, **options))
+        assert [row["name"] for row in rows] == [f"ultralong, sharded, fused{name}, ahead" for name in names]
+        assert all("note" not in row for row in rows)
 
 
 def test_a_filled_cache_in_place_of_a_prompt(folder, capsys):

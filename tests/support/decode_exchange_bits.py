@@ -78,7 +78,7 @@ def row_of(found: Tensor, reference: Tensor, world: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def compare(rank: int, world: int, device: str, out: Path, ways: list[str]) -> None:
+def compare(rank: int, world: int, device: str, out: Path, ways: list[str], only_filled: bool) -> None:
     """One rank's part."""
     small = device == "cpu"
     steps = 8 if small else 40
@@ -89,7 +89,8 @@ def compare(rank: int, world: int, device: str, out: Path, ways: list[str]) -> N
     model.generation_config.eos_token_id = None
     samplings = {"greedy": Sampling(), "drawn": Sampling(temperature=1.0, top_p=0.9, seed=7)}
     rows: list[dict[str, Any]] = []
-    for (tokens, filled), kv in product([(300, True), (200, False)] if small else [(131072, True), (8192, False)], KV):
+    prompts = [(300, True), (200, False)] if small else [(131072, True), (8192, False)]
+    for (tokens, filled), kv in product(prompts[:1] if only_filled else prompts, KV):
         ids, reference = random_ids(model, 1, tokens), None
         case = model, kv
         said = {kind: answer(begin(*case, "direct", ids, filled, steps), steps, how) for kind, how in samplings.items()}
@@ -98,11 +99,11 @@ def compare(rank: int, world: int, device: str, out: Path, ways: list[str]) -> N
             runner, _ = begin(*case, way, ids, filled, steps)
             given = torch.tensor(said["drawn"], device=ids.device)
             found = torch.cat([runner.decode(token[None]).clone() for token in given])  # (N, V)
-            failed = runner.step is None
+            failed, took = runner.step is None, runner.step.exchange if runner.step else None  # which way `auto` took
             runner.release()
             reference = found if reference is None else reference
             row = {"tokens": tokens, "prompt": "random cache" if filled else "read", "kv": kv, "exchange": name}
-            row |= {"steps": steps, **row_of(found, reference, world), "fused_step_failed": failed}
+            row |= {"steps": steps, **row_of(found, reference, world), "fused_step_failed": failed, "took": took}
             for (kind, how), ahead in product(samplings.items(), (False, True)):
                 again = answer(begin(*case, way, ids, filled, steps), steps, how, ahead)
                 row[f"{kind}_{'ahead_' if ahead else ''}equal"] = again == said[kind]
@@ -118,11 +119,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="JSON file")
     parser.add_argument("--small", action="store_true", help="two layers of a small model, on two CPU processes")
     parser.add_argument("--ways", nargs="+", help="compared with direct; one twice is `NAME again` the second time")
+    parser.add_argument("--only-filled", action="store_true", help="behind random numbers, not behind a prompt too")
     asked = parser.parse_args()
     device = "cpu" if asked.small else "cuda"
     ways = asked.ways or ["direct", "gather", *([] if asked.small else ["symmetric", "symmetric"])]
     names = [way + " again" * (way in ["direct", *ways][: number + 1]) for number, way in enumerate(ways)]
-    run_ranks(compare, 2, device, asked.out, names, device=device, timeout=600)
+    run_ranks(compare, 2, device, asked.out, names, asked.only_filled, device=device, timeout=600)
 
 
 if __name__ == "__main__":
