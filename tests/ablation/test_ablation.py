@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.support.small_study import ARM, study_file
 from ultralong.ablation import ablate, load_study
 from ultralong.ablation import build as building
+from ultralong.ablation import train_run as training
 from ultralong.ablation.keys import told
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import render_study, table_lines
@@ -216,7 +217,7 @@ def test_two_calls_share_a_study(tmp_path, texts, monkeypatch, make_tiny_model, 
             evaluation=evaluation,
         )
     )
-    order, real = [], building.train
+    order, real = [], training.train
 
     def trained(config, **options):
         order.append(config.optimizer.lr)
@@ -226,9 +227,39 @@ def test_two_calls_share_a_study(tmp_path, texts, monkeypatch, make_tiny_model, 
             assert other["missing"] == [{"arm": "base", "seed": 0}]
         return real(config, **options)
 
-    monkeypatch.setattr(building, "train", trained)
+    monkeypatch.setattr(training, "train", trained)
     monkeypatch.setattr("ultralong.ablation.run.PATIENCE", 0.0)  # the second call can't wait for the one it is within
     result = ablate(study, tmp_path / "study", draw=False, quiet=True)
     assert order == [1e-3, 1e-6], "each arm is trained once"
     assert [run["arm"] for run in result["runs"]] == ["base", "low"]
     assert result["missing"] == []
+
+
+def test_an_arm_trains_an_adapter(tmp_path, texts, monkeypatch, make_tiny_model, tiny_tokenizer):
+    """The adapter is in the weights that are measured; a call that ended before that does not train again."""
+    pytest.importorskip("peft")
+    make_tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    lora = {**ARM, "name": "lora", "changes": {"training.lora": {"rank": 2, "targets": ["q_proj", "k_proj"]}}}
+    changes = {"model": str(tmp_path / "model"), "stages": [{"to": 384, "factor": 2}]}
+    changes["training"] = {"optimizer": {"lr": 1e-1}, "steps": 2}
+    changes["evaluation"] = {"tasks": ["needle"], "needle_lengths": [300], "grid_samples": 1}
+    study = load_study(study_file(tmp_path, texts, arms=(lora,), **changes))
+
+    def ended(*_):
+        raise KeyboardInterrupt
+
+    real = training.merge_adapter
+    monkeypatch.setattr(training, "merge_adapter", ended)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(study, tmp_path / "study", draw=False, quiet=True)
+    monkeypatch.setattr(training, "merge_adapter", real)
+    monkeypatch.setattr(training, "train", ended)
+    found = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert found["missing"] == []
+    (made,) = (tmp_path / "study" / run["model"] for run in found["runs"] if run["arm"] == "lora")
+    (start,) = (tmp_path / "study" / "shared").glob("extended-*")
+    trained, untrained = (load_file(folder / "model.safetensors") for folder in (made, start))
+    changed = {name for name in trained if not torch.equal(trained[name], untrained[name])}
+    assert changed == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"}
+    assert not (made.parent / "checkpoints").exists()

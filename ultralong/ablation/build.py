@@ -28,6 +28,7 @@ from ultralong.ablation.resolve import (
     pretrained_key,
     tuned_key,
 )
+from ultralong.ablation.train_run import train_run
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.merge import merge
@@ -35,11 +36,8 @@ from ultralong.data.recipe.build import pack_recipe
 from ultralong.data.recipe.schema import Recipe
 from ultralong.data.recipe.texts import read_documents
 from ultralong.evaluation.runs.run import run
-from ultralong.launch.local import launch_local
 from ultralong.rope import window_of
 from ultralong.training.config import TrainConfig
-from ultralong.training.loop import train
-from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import file_lock, make_folder, read_json, read_jsonl, write_json, write_text
 
@@ -273,19 +271,8 @@ class Builder:
 
         def make() -> None:
             made = config(out)
-            if (out / "result.json").exists():  # finished, and its weights were deleted since: nothing to resume from
-                shutil.rmtree(out)
             self._say(f"{command} {made.steps:,} steps of {made.global_batch_size} x {made.length:,}: {run}")
-            stopped = out.exists()  # a first start has nothing to resume from, and needs no note that says so
-            if processes is None:
-                train(made, resume=stopped, quiet=self.quiet, answers=command == "sft")
-            else:
-                file = self.out / "runs" / f"{run}.yaml"
-                settings.save(made, file)
-                launch_local(file, processes, resume=stopped, quiet=self.quiet, command=command)
-            # A finished run is never resumed, and its states take several times what its model does: dozens of runs
-            # fill a disk with them.
-            shutil.rmtree(out / "checkpoints")
+            train_run(made, processes, command, self.quiet)
 
         self._once(run, lambda: (out / "result.json").exists() and (out / "model").exists(), make)
         return out / "model"

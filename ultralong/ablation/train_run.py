@@ -1,0 +1,48 @@
+"""One training run of a study, from its config to a model that can be measured."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ultralong.launch.local import launch_local
+from ultralong.training.adapters.export import ADAPTER
+from ultralong.training.adapters.merge import merge_adapter
+from ultralong.training.config import TrainConfig
+from ultralong.training.loop import train
+from ultralong.utils import settings
+
+
+def train_run(config: TrainConfig, processes: int | None, command: str, quiet: bool) -> None:
+    """Train, or resume what was stopped, and leave the model in `model/` of the run's folder.
+
+    A LoRA adapter is added to the model that it was trained on, as only whole models are measured and averaged.
+
+    Args:
+        config: The run; its `out` is the run's folder.
+        processes: Processes on this machine; None trains in this one.
+        command: `train`, or `sft`, which trains on answers alone.
+        quiet: No progress bars.
+
+    Raises:
+        ValueError: The run cannot start, or the adapter cannot be merged.
+    """
+    out = Path(config.out)
+    finished = (out / "result.json").exists()
+    if finished and not (config.lora.on and (out / ADAPTER).exists()):
+        shutil.rmtree(out)  # its weights were deleted since: nothing to resume from
+        finished = False
+    if not finished:
+        stopped = out.exists()  # a first start has nothing to resume from, and needs no note that says so
+        if processes is None:
+            train(config, resume=stopped, quiet=quiet, answers=command == "sft")
+        else:
+            file = out.with_name(f"{out.name}.yaml")
+            settings.save(config, file)
+            launch_local(file, processes, resume=stopped, quiet=quiet, command=command)
+    if config.lora.on:
+        merge_adapter([config.model, out / ADAPTER], out / "model")
+    # A finished run is never resumed, and its states take several times what its model does: dozens of runs fill a
+    # disk with them.
+    if (states := out / "checkpoints").exists():
+        shutil.rmtree(states)
