@@ -66,7 +66,7 @@ class Operations:
 def as_if_on_gpus(folder, rank, fault=None):
     """Let this process share memory; whatever is changed ends with it."""
     memory = Mapped(folder, rank, fault)
-    peer_memory._torch, peer_memory.SECONDS = lambda: memory, 1
+    peer_memory._torch, peer_memory.SECONDS = lambda: memory, 1 if fault == "rendezvous" else 60
     peer_memory._here = lambda device: peer_memory.Place("host", f"GPU {rank}")
     peer_memory._check = lambda places, rank, device: memory.fails("check")
     return memory
@@ -131,7 +131,7 @@ def test_ranks_that_can_share_memory_read_it(tmp_path):
     ("fault", "said", "made"),
     [
         ("check", "rank 1: no check here", [0, 0]),
-        ("empty", "rank 1: no empty here", [2, 0]),  # on each try
+        ("empty", "rank 1: no empty here", [1, 0]),
         ("rendezvous", "timeout after 1000ms", [1, 1]),  # rank 0 waited for rank 1; nobody tries again
         ("reading", "rank 1: what is read from rank 0 is not what it wrote", [1, 1]),
     ],
@@ -147,7 +147,7 @@ def test_a_rank_that_cannot_makes_all_send(tmp_path, fault, said, made):
     message, second = found[0][-1]
     assert message.startswith("decoding steps send attention to each GPU (exchange direct): rank")
     assert said in message
-    assert ("it failed before" in second) == (made == [1, 1])
+    assert ("it failed before" in second) == (fault != "check"), "torch is asked once"
 
 
 @pytest.mark.parametrize("fault", ["check", "rendezvous"])

@@ -15,7 +15,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -79,9 +79,10 @@ def share(elements: int, device: torch.device, group: Group) -> PeerMemory:
     places: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(places, place, group=group)
     _attempt(lambda: _check(places, dist.get_rank(group), device), group)
-    own = _attempt(lambda: _torch().empty(elements, dtype=torch.float32, device=device), group)
     try:
-        return _set_up(own, group)
+        with _without_multicast():
+            own = _attempt(lambda: _torch().empty(elements, dtype=torch.float32, device=device), group)
+            return _set_up(own, group)
     except Unavailable as error:
         _failed.append(f"it failed before: {error}")
         raise
@@ -90,7 +91,7 @@ def share(elements: int, device: torch.device, group: Group) -> PeerMemory:
 def _set_up(own: Tensor, group: Group) -> PeerMemory:
     """Map everyone's memory, and see that what another rank wrote is what is read here."""
     rank, ranks = dist.get_rank(group), range(dist.get_world_size(group))
-    with _bounded(group), _without_multicast():
+    with _bounded(group):
         handle = _attempt(lambda: _torch().rendezvous(own, group), group)
     peers: list[Tensor] = _attempt(lambda: [handle.get_buffer(peer, own.shape, own.dtype) for peer in ranks], group)
     _attempt(lambda: own.fill_(rank + 1).sum().item(), group)  # the host waits for it
@@ -136,10 +137,13 @@ def _here(device: torch.device) -> Place:
     if device.type != "cuda" or torch.version.hip is not None:
         raise ValueError("memory is shared by NVIDIA's GPUs only")
     # Handles go through a Unix socket in the folder for temporary files: ranks must see the same processes and files.
-    spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "mnt")]
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    host = " ".join([socket.gethostname(), boot, *spaces, tempfile.gettempdir()])
-    return Place(host, str(torch.cuda.get_device_properties(device).uuid))
+    facts = [socket.gethostname(), tempfile.gettempdir()]
+    with suppress(OSError):  # some sandboxes have not all of these; what is there tells more
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    for kind in ("pid", "mnt"):
+        with suppress(OSError):
+            facts.append(os.readlink(f"/proc/self/ns/{kind}"))
+    return Place(" ".join(facts), str(torch.cuda.get_device_properties(device).uuid))
 
 
 def _check(places: list[Place], rank: int, device: torch.device) -> None:
