@@ -7,6 +7,8 @@ import pytest
 from ultralong import cli
 from ultralong.evaluation.runs.results import summarise
 from ultralong.evaluation.runs.run import RunSettings, run
+from ultralong.inference.server.serve import serve
+from ultralong.inference.server.settings import ServeSettings
 from ultralong.inference.sharded_engine import with_model
 from ultralong.utils.files import append_jsonl, locked, read_json, read_jsonl
 
@@ -145,3 +147,23 @@ def test_two_runs_never_write_one_folder(checkpoint, tmp_path):
     append_jsonl(path, read_jsonl(path)[1])
     with pytest.raises(ValueError, match=r"holds samples \[0, 1, 1\].*two runs wrote"):
         summarise(tmp_path / "run")
+
+
+def test_a_server_says_how_gpus_exchange(checkpoint, monkeypatch):
+    """The setting reaches what decodes, and a misspelt one is refused before a model is read."""
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def runner(*_, exchange, **__):
+        asked.append(exchange)
+        raise Asked
+
+    monkeypatch.setattr("ultralong.inference.sharded_engine.ShardedRunner", runner)
+    for given, wanted in (({}, "direct"), ({"exchange": "auto"}, "auto")):
+        with pytest.raises(Asked):
+            serve(ServeSettings(str(checkpoint), port=0, kv="fp8", device="cpu", **given))
+        assert asked.pop() == wanted
+    with pytest.raises(ValueError, match="exchange takes auto, direct, gather, symmetric, found 'symetric'"):
+        ServeSettings(str(checkpoint), exchange="symetric")

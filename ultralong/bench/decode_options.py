@@ -45,7 +45,7 @@ class DecodeBench:
     chunk: Tokens | None = None
     filled: bool = False
     kv: tuple[str, ...] = ("bf16", "fp8")
-    exchange: tuple[str, ...] = ("auto",)
+    exchange: tuple[str, ...] = ("direct",)
     fused_only: bool = False
     waiting: bool = False
 

@@ -50,6 +50,7 @@ class ShardedEngine(RunnerEngine):
         kv: Type of keys and values: `auto` or `fp8`.
         chunk: Tokens of one prefill pass; None takes 65,536 a rank.
         quiet: True draws no progress bars of single prompts.
+        exchange: How ranks join their attention of a new token, see `ShardedRunner`.
 
     Raises:
         ValueError: As for `ShardedRunner`.
@@ -64,10 +65,11 @@ class ShardedEngine(RunnerEngine):
         kv: str = "auto",
         chunk: int | None = None,
         quiet: bool = False,
+        exchange: str = "direct",
     ) -> None:
         super().__init__(model, tokenizer)
         self.group, self.ranks = group, 1 if group is None else dist.get_world_size(group)
-        self._runner = ShardedRunner(model, None, group, kv=kv, chunk=chunk, quiet=quiet)
+        self._runner = ShardedRunner(model, None, group, kv=kv, chunk=chunk, quiet=quiet, exchange=exchange)
         self.name = (
             "transformers"
             + (f", {self.ranks} processes" if self.ranks > 1 else "")
@@ -140,6 +142,7 @@ def with_model(
     chunk: int | None = None,
     device: str = "auto",
     quiet: bool = False,
+    exchange: str = "direct",
 ) -> Any:
     """Open a model on one or several GPUs and let `work(model, tokenizer, engine)` ask it.
 
@@ -154,6 +157,7 @@ def with_model(
         chunk: Tokens of one prefill pass.
         device: `auto`, `cpu` or `cuda`.
         quiet: True draws no progress bars.
+        exchange: How ranks join their attention of a new token, see `ShardedRunner`.
 
     Returns:
         What `work` returns; None on torchrun's other processes.
@@ -170,7 +174,7 @@ def with_model(
             f"gpus is {gpus}, and this machine has {torch.cuda.device_count()}: give --gpus what it has, or "
             "--device cpu to try it out with processes."
         )
-    arguments = (work, model, kv, chunk, device, quiet)
+    arguments = (work, model, kv, chunk, device, quiet, exchange)
     if dist.is_torchelastic_launched():
         found = _in_torchrun(gpus, arguments, device)
     elif gpus == 1:
@@ -201,7 +205,15 @@ def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
 
 
 def _open_and_work(
-    rank: int, world: int, work: Work, model: str, kv: str, chunk: int | None, device: str, quiet: bool
+    rank: int,
+    world: int,
+    work: Work,
+    model: str,
+    kv: str,
+    chunk: int | None,
+    device: str,
+    quiet: bool,
+    exchange: str,
 ) -> Any:
     """One rank's part. What a user did wrong is returned, not raised."""
     try:
@@ -209,7 +221,7 @@ def _open_and_work(
         loaded, tokenizer = load_model_and_tokenizer(model, where)
     except (ValueError, ImportError) as error:
         return error
-    return work_together(work, loaded, tokenizer, rank, world, kv=kv, chunk=chunk, quiet=quiet)
+    return work_together(work, loaded, tokenizer, rank, world, kv=kv, chunk=chunk, quiet=quiet, exchange=exchange)
 
 
 def work_together(
@@ -222,6 +234,7 @@ def work_together(
     kv: str = "auto",
     chunk: int | None = None,
     quiet: bool = False,
+    exchange: str = "direct",
 ) -> Any:
     """Let `work(model, tokenizer, engine)` ask an open model on the first process; the others read along until it ends.
 
@@ -234,6 +247,7 @@ def work_together(
         kv: Type of keys and values: `auto` or `fp8`.
         chunk: Tokens of one prefill pass.
         quiet: True draws no progress bars.
+        exchange: How ranks join their attention of a new token, see `ShardedRunner`.
 
     Returns:
         What `work` returns, or the ValueError or ImportError by which it, or opening the engine, told a user's mistake;
@@ -243,7 +257,7 @@ def work_together(
     engine = None
     try:
         if group is not None or kv != "auto":
-            engine = ShardedEngine(model, tokenizer, group, kv=kv, chunk=chunk, quiet=quiet)
+            engine = ShardedEngine(model, tokenizer, group, kv=kv, chunk=chunk, quiet=quiet, exchange=exchange)
     except ValueError as error:
         return error
     if engine is not None and rank:

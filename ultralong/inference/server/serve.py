@@ -51,6 +51,7 @@ def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -
         chunk=settings.chunk,
         device=settings.device,
         quiet=True,
+        exchange=settings.exchange,
     )
 
 

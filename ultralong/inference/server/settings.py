@@ -8,6 +8,9 @@ from ultralong.data.chat.transport import is_this_machine, read_key
 from ultralong.utils.units import Tokens
 from ultralong.utils.words import check_variable
 
+# Of `ultralong.inference.decode_step.exchange`, which needs torch.
+EXCHANGES = ("auto", "direct", "gather", "symmetric")
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -21,6 +24,9 @@ class ServeSettings:
         key_variable: Environment variable that holds the API key which requests must carry.
         gpus: GPUs that share a prompt; each holds the whole model and its part of the cache.
         kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
+        exchange: How several GPUs join their attention of a new token: direct (each sends to each), gather (NCCL's
+            all-gather), symmetric (each reads the others' memory, the fastest, on GPUs of one host), or auto, which is
+            symmetric where all of them can, else direct.
         chunk: Tokens of one prefill pass, after each of which a cancelled request ends; by default 16,384, or 65,536 a
             GPU with `gpus` or `kv`.
         max_tokens: Most tokens of a prompt and its answer; by default the model's window, or what the GPU's memory
@@ -41,6 +47,7 @@ class ServeSettings:
     key_variable: str | None = None
     gpus: int = 1
     kv: str = "auto"
+    exchange: str = "direct"
     chunk: Tokens | None = None
     max_tokens: Tokens | None = None
     batch: int = 16
@@ -53,6 +60,8 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if self.kv not in ("auto", "fp8"):
             raise ValueError(f"kv must be auto or fp8, found {self.kv!r}.")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange takes {', '.join(EXCHANGES)}, found {self.exchange!r}.")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be from 0 to 65535, found {self.port}.")
         for field in ("gpus", "batch", "batch_tokens", "answer_tokens", "queue", "body_mib"):
