@@ -1,6 +1,8 @@
 """`ultralong runs`: each state is told from the folder's own files, of this version's runs and of unfinished ones."""
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from tiny_run import make_run
 
 from ultralong import cli
-from ultralong.launch.runs import find_runs, state_of, table
+from ultralong.launch.runs import find_runs, resume_command, state_of, table
 from ultralong.training import loop
 from ultralong.training.loop import train
 from ultralong.utils.files import locked
@@ -89,3 +91,22 @@ def test_damaged_and_foreign_folders_are_told(place, tmp_path, capsys):
     assert f"ultralong train {run}/config.yaml --resume" in capsys.readouterr().out
     cli.main(["runs", str(tmp_path / "scripts")])
     assert "No run in" in capsys.readouterr().out
+
+
+def test_the_command_resumes_that_run_wherever_it_is_seen_from(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    assert resume_command(Path("group/stopped")) == "ultralong train group/stopped/config.yaml --resume"
+    # The model and the rows are found from where the run was started.
+    there = f"cd {place} && ultralong train group/stopped/config.yaml --resume"
+    monkeypatch.chdir(place / "group")
+    assert resume_command(Path("stopped")) == there
+    monkeypatch.chdir(tmp_path)
+    assert resume_command(place / "group" / "stopped") == there
+    # By its own `out`, a moved run's config would start another run where it was before.
+    monkeypatch.chdir(place)
+    shutil.copytree(place / "group" / "stopped", place / "it moved")
+    command = shlex.split(resume_command(Path("it moved")))
+    assert command == ["ultralong", "train", "it moved/config.yaml", "--resume", "--set", "out=it moved"]
+    cli.main(command[1:])
+    assert state_of(place / "it moved").state == "finished"
+    assert state_of(place / "group" / "stopped").state == "interrupted"

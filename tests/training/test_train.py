@@ -265,6 +265,9 @@ def test_a_folder_in_use_is_refused(config, tmp_path):
         train(config, quiet=True)
     with pytest.raises(ValueError, match=r"other settings.*seed: 0 -> 1"):
         train(replace(config, seed=1), resume=True, quiet=True)
+    lr = config.optimizer.lr
+    with pytest.raises(ValueError, match=rf"resumed: optimizer\.lr: {lr} -> 0\.5\. Restore"):
+        train(replace(config, optimizer=replace(config.optimizer, lr=0.5)), resume=True, quiet=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="not empty"):

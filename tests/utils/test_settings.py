@@ -85,6 +85,15 @@ def test_a_refusal_of_the_dataclass_itself_names_the_place():
         )
 
 
+def test_a_key_without_its_group_is_told_where_it_belongs():
+    with pytest.raises(ValueError, match=r"unknown key 'rate'; it belongs to inner, as `inner: \{rate: \.\.\.\}`"):
+        settings.from_mapping(Outer, {"name": "x", "rate": 2.0})
+    with pytest.raises(ValueError, match=r"unknown key 'lr'; it belongs to optimizer"):
+        settings.from_mapping(TrainConfig, {"model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "lr": 1e-5})
+    with pytest.raises(ValueError, match=r"unknown key 'rows'; known keys"):  # of a list's items, not of a group
+        settings.from_mapping(TrainConfig, {"model": "m", "out": "o", "rows": "r", "steps": 1})
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="neither a settings file nor a preset"):
         preset("no-such-preset")

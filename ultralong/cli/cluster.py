@@ -141,7 +141,7 @@ def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
         folder: A run's folder, or one that holds such folders at any depth; by default the current one.
         json: Write the list as JSON to this file.
     """
-    from ultralong.launch.runs import find_runs, table
+    from ultralong.launch.runs import find_runs, resume_command, table
 
     found = find_runs(folder)
     leave(json, {"runs": [run.to_dict() for run in found]})
@@ -154,4 +154,4 @@ def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
     print(table(found))
     waiting = [run for run in found if run.state in ("failed", "interrupted")]
     if waiting:
-        print(f"To resume one: ultralong train {waiting[0].folder}/config.yaml --resume")
+        print(f"To resume one: {resume_command(Path(waiting[0].folder))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -94,6 +95,22 @@ def state_of(folder: Path) -> RunState:
         str(folder), state, step, steps, saved[-1][0] if saved else 0, records[-1].get("loss") if records else None,
         rate, left, "; ".join([*problems, reason] if reason else problems),
     )  # fmt: skip
+
+
+def resume_command(folder: Path) -> str:
+    """The command, for the current folder, that resumes the run of a folder."""
+    config, here = RunFolder(folder).config, folder.resolve()
+    said = _settings(config).get("out")
+    out = said if isinstance(said, str) else ""
+    if Path(out).resolve() == here:
+        return shlex.join(["ultralong", "train", str(config), "--resume"])
+    started = here.parents[len(Path(out).parts) - 1] if 0 < len(Path(out).parts) <= len(here.parents) else here
+    if started != here and started / out == here:
+        # Its config's relative paths, to the model and the rows too, are relative to the folder it was started in.
+        command = shlex.join(["ultralong", "train", str(Path(out) / config.name), "--resume"])
+        return f"cd {shlex.quote(str(started))} && {command}"
+    # The run was moved: by its config's `out` alone another one would start, at the first step, where it was before.
+    return shlex.join(["ultralong", "train", str(config), "--resume", "--set", f"out={folder}"])
 
 
 def _run_folders(place: Path) -> Iterator[Path]:

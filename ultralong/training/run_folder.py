@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ultralong.training.config import TrainConfig
 from ultralong.utils import settings
@@ -118,7 +119,7 @@ class RunFolder:
         before = settings.to_mapping(settings.load(TrainConfig, self.config))
         now = settings.to_mapping(config)
         other = [key for key in now if before[key] != now[key] and key not in FREE_TO_CHANGE]
-        changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in other]
+        changed = [line for key in other for line in _differences(key, before[key], now[key])]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings, so it can't be resumed: {'; '.join(changed)}. "
@@ -134,6 +135,14 @@ class RunFolder:
                     raise ValueError(f"{self.log}, line {number} is no record of a step. Restore or remove that line.")
             kept = [record for record in records if record["step"] <= step]
             write_text(self.log, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """What differs, a line each; of a group only its keys that do."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = [(f"{name}.{key}", before.get(key), now.get(key)) for key in {**before, **now}]
+        return [line for key, old, new in pairs if old != new for line in _differences(key, old, new)]
+    return [f"{name}: {before!r} -> {now!r}"]
 
 
 def check_same_rows(path: Path, rows: Sequence[str]) -> None:

@@ -139,6 +139,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
+            if groups := _groups_with(key, hints):
+                hint = f"it belongs to {' or '.join(groups)}, as `{groups[0]}: {{{key}: ...}}`."
             raise UnknownKey(f"{where}: unknown key {key!r}; {hint}")
     missing = [name for name, field in names.items() if name not in values and _required(field)]
     if missing:
@@ -148,6 +150,18 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _groups_with(key: Any, hints: Mapping[str, Any]) -> list[str]:
+    """Groups of a dataclass, by its type hints, that have a key of this name."""
+    found = []
+    for name, hint in hints.items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if any(
+            key == field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)
+        ):
+            found.append(name)
+    return found
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
