@@ -604,6 +604,13 @@ def test_the_sample_of_a_rehearsal_passes_every_check(tmp_path):
         sample_run(tmp_path)
 
 
+def test_a_rehearsal_of_a_run_that_cannot_start_says_why_before_hosts_try(tmp_path):
+    run = replace(sample_run(tmp_path / "made"), model="nowhere/here")
+    with pytest.raises(ValueError, match=r"cannot start in .*relative\. .*model: .*nowhere/here"):
+        rehearse(run, tmp_path / "place")
+    assert not list((tmp_path / "place").glob("host-*.log"))
+
+
 def test_a_rehearsal_whose_hosts_all_stop_does_not_wait(tmp_path):
     played = [subprocess.Popen(["false"]) for _ in range(2)]
     stage = _Hosts(tmp_path, 1, time.monotonic(), lambda text: None, dict(enumerate(played)))

@@ -108,6 +108,18 @@ def test_all_missing_facts_are_named_at_once(tmp_path, target):
         render(tmp_path, target, workdir="data")
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_run_whose_folder_a_container_would_lose_is_refused(tmp_path, target):
+    with pytest.raises(ValueError, match=r"out \(/scratch/run\) is not inside workdir=/data"):
+        render(tmp_path / "a", target, out="/scratch/run")
+    with pytest.raises(ValueError, match=r"out \(\.\./run\) is not inside"):
+        render(tmp_path / "a", target, out="../run")
+    assert not (tmp_path / "a").exists()
+    render(tmp_path / "b", target, out="/data/runs/x")
+    with pytest.warns(UserWarning, match=r"model \(/models/x\).*the image has to hold it"):
+        launch(config(model="/models/x"), 1, 8, target, tmp_path / "c", site=SITE[target])
+
+
 def test_facts_are_read_from_words():
     assert named_values(["image=a:b=c", "volume=d"]) == {"image": "a:b=c", "volume": "d"}
     for words in (["image"], ["=a"], ["image="], ["image=a", "image=b"]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, leave, quoted
 
 if TYPE_CHECKING:
     from ultralong.launch.rehearse import Rehearsal
@@ -94,7 +94,7 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
         print(f"{wrote} Next: build the image (the head of {out / 'Containerfile'} says how). Then, in {out}:")
         print(f"  {HOW[scheduler].removeprefix('In this folder: ')}")
     else:
-        print(f"{wrote} Next: read the variables at the top of {files[0]}, then {files[0]} --dry-run")
+        print(f"{wrote} Next: read the variables at the top of {files[0]}, then {quoted(files[0])} --dry-run")
 
 
 @takes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,11 @@ IN_A_SENTENCE = re.compile(f"(){HIDDEN}")
 def is_main() -> bool:
     """True on the process that prints and writes: the first under torchrun, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a shell takes it, for commands that are printed to be copied."""
+    return shlex.quote(str(path))
 
 
 def leave(path: Path | None, value: Any) -> None:

@@ -99,7 +99,8 @@ def rehearse(
         What was found. The run is whole: every step once in its log.
 
     Raises:
-        ValueError: No such host, fewer than two, a step too late to lose anything, or a folder that holds a run.
+        ValueError: No such host, fewer than two, a step too late to lose anything, a folder that holds a run, or a run
+            that cannot start there.
         RuntimeError: The run did not come back, or its log has a gap; the message says where the hosts' logs are.
     """
     place, config = Path(folder).resolve(), saving(config)
@@ -116,6 +117,7 @@ def rehearse(
     launch(config, hosts, 1, "torchrun", place / "scripts")
     stage = _Hosts(place, free_port(), time.monotonic(), say or (lambda text: None))
     found = Rehearsal(config.steps, lose, events=stage.events)
+    stage.check()
     try:
         for host in range(hosts):
             stage.start(host, "started")
@@ -155,17 +157,39 @@ class _Hosts:
         self.events.append(event)
         self.say(f"{event.seconds:6.1f} s  host {host} {what}")
 
-    def start(self, host: int, what: str) -> None:
-        """Start the exported script as one host, at the head of a session of its own."""
-        facts = {
+    def facts(self, host: int) -> dict[str, str]:
+        """This machine's facts, as the exported script asks for those of a site."""
+        return {
             "PATH": os.environ.get("PATH", ""), "HOME": str(self.folder), "PYTHON": sys.executable,
             "WORKDIR": str(self.folder), "NODE_RANK": str(host), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port), "LOCAL_ADDR": "127.0.0.1", "NCCL_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1", "RESTART_DELAY": "1",
         }  # fmt: skip
+
+    def check(self) -> None:
+        """Refuse a run that cannot start: hosts would try it some times each, minutes in all, before they say so.
+
+        Raises:
+            ValueError: What the exported script's --dry-run found.
+        """
+        command = [self.folder / "scripts" / "run.sh", "--dry-run"]
+        done = subprocess.run(command, env=self.facts(0), capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).splitlines()
+            wrong = [line.removeprefix("WRONG ") for line in lines if line.startswith("WRONG ")] or lines[-1:]
+            raise ValueError(
+                f"The run cannot start in {self.folder}, to which the config's paths are relative. {' '.join(wrong)}"
+            )
+
+    def start(self, host: int, what: str) -> None:
+        """Start the exported script as one host, at the head of a session of its own."""
         with open(self.folder / f"host-{host}.log", "ab") as log:
             self.processes[host] = subprocess.Popen(
-                [self.folder / "scripts" / "run.sh"], env=facts, stdout=log, stderr=log, start_new_session=True
+                [self.folder / "scripts" / "run.sh"],
+                env=self.facts(host),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.note(host, what)
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
@@ -71,6 +72,9 @@ def launch(
     if problem := process_problem(config, nodes * gpus_per_node):
         raise ValueError(problem)
     facts = _facts(scheduler, nodes, site or {})
+    if scheduler in MANIFEST_FILES:
+        rows = {f"data[{number}].rows": source.rows for number, source in enumerate(config.data)}
+        _check_inside(config.out, {"model": config.model, **rows}, facts["workdir"])
     folder, config = Path(out), saving(config)
     there = [name for name in FILES[scheduler] if (folder / name).exists()]
     if there and not overwrite:
@@ -151,6 +155,35 @@ def _facts(scheduler: str, nodes: int, site: Mapping[str, str]) -> dict[str, str
             f"{', '.join(MANIFEST_FILES)}."
         )
     return {}
+
+
+def _check_inside(out: str, others: Mapping[str, str], workdir: str) -> None:
+    """Refuse a run's folder beside the volume, which is lost with the container; warn of other paths there.
+
+    Args:
+        out: The run's folder.
+        others: What the run reads, by the config's keys: an image may hold it.
+        workdir: Where the volume is mounted.
+
+    Raises:
+        ValueError: The run's folder is outside of it.
+    """
+    place = os.path.normpath(workdir)
+
+    def outside(path: str) -> bool:
+        return os.path.commonpath([place, os.path.normpath(os.path.join(place, path))]) != place
+
+    if outside(out):
+        raise ValueError(
+            f"out ({out}) is not inside workdir={workdir}, where the volume is mounted: checkpoints and model would be "
+            "lost with the container. Give a path inside it, such as --set out=runs/NAME, or mount the volume higher up."
+        )
+    if beside := [f"{key} ({path})" for key, path in others.items() if outside(path)]:
+        warnings.warn(
+            f"{', '.join(beside)}: not inside workdir={workdir}, where the volume is mounted, so the image has to hold "
+            "it.",
+            stacklevel=4,
+        )
 
 
 def _piece(name: str) -> str:
