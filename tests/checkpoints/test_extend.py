@@ -382,6 +382,15 @@ def test_window_layers_keep_their_rope(tmp_path, kind, base):
     assert (again.old_window, again.factor) == (8192, 8.0)
 
 
+def test_a_source_without_a_tokenizer_is_told(tmp_path):
+    source = make(tmp_path / "source")
+    assert not any("tokenizer" in note for note in extend(source, 4096, tmp_path / "with", quiet=True).notes)
+    for path in source.glob("token*"):
+        path.unlink()
+    report = extend(source, 4096, tmp_path / "without", quiet=True)
+    assert any("has no tokenizer: copy the model's own" in note for note in report.notes)
+
+
 def test_an_output_in_use_is_refused_and_an_empty_one_taken(tmp_path, llama):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackedRows, PackSettings, RowStream, pack, resolve_separators
@@ -254,6 +256,9 @@ def test_nonsense_settings_are_refused(wrong, message):
 def test_joints_the_tokenizer_lacks_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="gives no token"):
         resolve_separators(PackSettings(8, separator=""), tiny_tokenizer)
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), name_or_path="my-model")
+    with pytest.raises(ValueError, match="my-model gives no token for any text: it holds no tokenizer"):
+        resolve_separators(PackSettings(8), empty)
     other = pickle.loads(pickle.dumps(tiny_tokenizer))  # noqa: S301 - our own object
     other.bos_token = None
     with pytest.raises(ValueError, match="BOS None"):

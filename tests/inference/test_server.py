@@ -155,7 +155,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(running, engine):
         ({"logprobs": 3}, openai.BadRequestError, "logprobs"),
         ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty"),
         ({"stop": [""]}, openai.BadRequestError, "stop"),
-        ({"extra_body": {"guided_json": {}}}, openai.BadRequestError, "guided_json"),
+        ({"extra_body": {"guided_json": {}}}, openai.BadRequestError, "guided_json: this server does not support it"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(running, change, error, words):

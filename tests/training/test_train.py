@@ -118,9 +118,10 @@ def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsy
         main(words)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert (numbers["steps"], numbers["tokens"], numbers["model"]) == (6, 6 * 2 * 128, f"{config.out}/model")
+    window = json.loads(Path(config.out, "model", "config.json").read_text())["max_position_embeddings"]
     assert capsys.readouterr().out == (
         f"{config.out}/model: 6 steps, 1,536 tokens, loss {numbers['loss']:.4f}. "
-        f"Next: ultralong eval needle {config.out}/model --lengths 4096 8192\n"
+        f"Next: ultralong eval needle {config.out}/model --lengths {window // 4} {window}\n"
     )
     assert curve(config) == pytest.approx(curve(one), rel=2e-5)
 

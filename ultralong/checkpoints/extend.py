@@ -35,6 +35,8 @@ from ultralong.utils.files import read_json_object, write_json
 from ultralong.utils.units import parse_tokens
 
 REPORT = "extend.json"
+# How the names of tokenizers' files begin.
+TOKENIZERS = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken", "tiktoken")
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,11 @@ def _write(
     check_class_weights(folder, config)
     check_links(folder, weights)
     notes = caveats(config, scaling, to)
-    if not (folder / "tokenizer_config.json").is_file():
+    if not any(name.startswith(TOKENIZERS) for name in companions):
+        notes += (
+            "The source has no tokenizer: copy the model's own beside the weights before rows are packed with it.",
+        )
+    elif not (folder / "tokenizer_config.json").is_file():
         notes += ("The source has no tokenizer_config.json, so no tokenizer limit was set.",)
     made: list[ExtendReport] = []
 

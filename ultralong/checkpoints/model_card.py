@@ -77,7 +77,7 @@ def model_card(report: ExtendReport, licence: dict[str, Any], cache_per_token: i
     parts += [
         _opening(report, cache_per_token),
         _terms(report, licence),
-        f"Made by ultralong {__version__}; `extend.json` beside this card holds the same facts for programs.\n",
+        f"Made by ultralong {__version__}; `extend.json` of the extended checkpoint holds these facts for programs.\n",
     ]
     return "\n".join(parts)
 
@@ -122,7 +122,7 @@ def _rule(report: ExtendReport) -> str:
     pairs = report.pairs
     counts = (
         f"Of {sum(pairs.values())} rotary pairs, {pairs['untouched']} keep their speed, {pairs['scaled']} are "
-        f"slowed down by the whole factor and {pairs['ramp']} lie in between."
+        f"slowed down by the whole factor and {pairs['ramp']} {'lies' if pairs['ramp'] == 1 else 'lie'} in between."
     )
     rule = "The window grows by its base alone."
     if report.factor_by_rule:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ultralong.cli.shared import quoted
+
 
 def start(folder: Positional[Path], /, *, notebooks: tuple[str, ...] = ()) -> None:
     """Copy the notebooks into a folder of your own, where your answers are kept.
@@ -24,7 +26,7 @@ def start(folder: Positional[Path], /, *, notebooks: tuple[str, ...] = ()) -> No
 
     copied = copy(folder, notebooks)
     print(f"{folder}: {len(copied)} notebooks copied" + (", the others were there already" if not copied else ""))
-    print(f"Next: jupyter lab {folder}    (then: ultralong course check {folder})")
+    print(f"Next: jupyter lab {quoted(folder)}    (then: ultralong course check {quoted(folder)})")
 
 
 def check(folder: Positional[Path] = Path("."), /) -> None:
@@ -41,9 +43,10 @@ def check(folder: Positional[Path] = Path("."), /) -> None:
     width = max(len(row.notebook) for row in rows)
     for row in rows:
         bar = "#" * row.solved + "." * (row.exercises - row.solved)
-        print(f"{row.notebook:{width}}  {bar:8} {row.solved} of {row.exercises}, {row.wrong} wrong tries")
-    left = [name for row in rows for name in row.open]
-    print(f"Next: {left[0]}" if left else "All exercises are solved.")
+        tries = "try" if row.wrong == 1 else "tries"
+        print(f"{row.notebook:{width}}  {bar:8} {row.solved} of {row.exercises}, {row.wrong} wrong {tries}")
+    left = [(name, row.notebook) for row in rows for name in row.open]
+    print(f"Next: {left[0][0]}, in {left[0][1]}.ipynb" if left else "All exercises are solved.")
 
 
 def site(

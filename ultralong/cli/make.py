@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, is_main, leave
+from ultralong.cli.shared import Json, is_main, leave, quoted
 from ultralong.utils.processes import ChildFailed, without_collections
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ def extend(work: partial[ExtendReport], *, json: Json = None) -> None:
         return
     print(
         f"{out}: window {report.old_window:,} -> {report.new_window:,} tokens ({report.method}, factor "
-        f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {out} --length {report.new_window} --out rows"
+        f"{report.factor:g}). Next: ultralong pack RECIPE --tokenizer {quoted(out)} --length {report.new_window} "
+        "--out rows"
     )
+    for note in report.notes:
+        print(f"note: {note}")
 
 
 @takes(work=Group("ultralong.api.make:pack", positional=("recipe",), names={"changes": "set"}))
@@ -112,16 +115,24 @@ def _tell(result: TrainResult, json: Path | None) -> None:
     import dataclasses
     import math
 
+    from transformers import AutoConfig
+
+    from ultralong.rope import declared_window
     from ultralong.training.adapters.config import is_adapter
 
     loss = None if math.isnan(result.loss) else result.loss  # where no step was left to do
     leave(json, {**dataclasses.asdict(result), "loss": loss})
     if is_main():
-        adapter = f"ultralong merge {result.model} --out MERGED"
-        model = f"ultralong eval needle {result.model} --lengths 4096 8192"
+        if is_adapter(result.model):
+            next_ = f"ultralong merge {quoted(result.model)} --out MERGED"
+        else:
+            # The whole window, for which it was trained, and a quarter, for whether short prompts still do.
+            window = declared_window(AutoConfig.from_pretrained(result.model).get_text_config())
+            lengths = f" --lengths {window // 4} {window}" if window else ""
+            next_ = f"ultralong eval needle {quoted(result.model)}{lengths}"
         print(
             f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
-            f"{'none' if loss is None else f'{loss:.4f}'}. Next: {adapter if is_adapter(result.model) else model}"
+            f"{'none' if loss is None else f'{loss:.4f}'}. Next: {next_}"
         )
 
 

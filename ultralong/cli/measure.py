@@ -161,7 +161,7 @@ def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json 
     Example: ultralong eval compare runs/before runs/after
 
     Args:
-        first: Folder that eval answer wrote for one model.
+        first: Folder that eval run or eval answer wrote for one model.
         second: The same for the other.
         json: Write the differences as JSON to this file.
     """

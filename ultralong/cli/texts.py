@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, leave, quoted
 
 if TYPE_CHECKING:
     from ultralong.data.chat.endpoint import Endpoint
@@ -40,7 +40,7 @@ def decontaminate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
                 f"  {test}: {row['texts_hit']:,} texts overlap with {row['items_found']:,} of {row['items']:,} items "
                 f"({row['too_short']:,} more are too short to look for)"
             )
-    print(f"Next: ultralong pack {out / 'clean.jsonl'} ..., after a look at {out / 'contaminated.jsonl'}")
+    print(f"Next: ultralong pack {quoted(out / 'clean.jsonl')} ..., after a look at {out / 'contaminated.jsonl'}")
 
 
 @takes(

@@ -172,7 +172,7 @@ class _Hosts:
         Raises:
             ValueError: What the exported script's --dry-run found.
         """
-        command = [self.folder / "scripts" / "run.sh", "--dry-run"]
+        command = [str(self.folder / "scripts" / "run.sh"), "--dry-run"]
         done = subprocess.run(command, env=self.facts(0), capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stdout + done.stderr).splitlines()

@@ -176,7 +176,7 @@ def _check_inside(out: str, others: Mapping[str, str], workdir: str) -> None:
     if outside(out):
         raise ValueError(
             f"out ({out}) is not inside workdir={workdir}, where the volume is mounted: checkpoints and model would be "
-            "lost with the container. Give a path inside it, such as --set out=runs/NAME, or mount the volume higher up."
+            "lost with the container. Give a path inside it, such as --set out=runs/NAME, or mount the volume above it."
         )
     if beside := [f"{key} ({path})" for key, path in others.items() if outside(path)]:
         warnings.warn(

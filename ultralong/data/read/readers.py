@@ -230,7 +230,8 @@ class RecordReader:
             elif self._whole:
                 yield where, row
             elif self.settings.field not in row:
-                self.skip(f"no field {self.settings.field!r}", where)
+                talk = "messages" in row or "conversations" in row
+                self.skip("holds a conversation" if talk else f"no field {self.settings.field!r}", where)
             else:
                 yield self._field(row, where, "field")
 

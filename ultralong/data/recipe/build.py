@@ -191,6 +191,8 @@ def _why_nothing(noted: dict[str, Any]) -> str:
     """Why a source gave no document: what was left out, with an example of each reason."""
     read = noted["read"]
     skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
+    if "holds a conversation" in read["skipped"]:
+        skipped[-1] += ". Conversations are read by a recipe with `kind: chat`: see data_recipes/README.md"
     return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
 
 

@@ -85,5 +85,10 @@ def resolve_separators(settings: PackSettings, tokenizer: PreTrainedTokenizerBas
         return Separators(before=(bos,), after=(eos,), padding=padding)
     between = tuple(tokenizer.encode(settings.separator, add_special_tokens=False))
     if not between:
+        if not tokenizer.encode("a b", add_special_tokens=False):  # transformers makes an empty one for some models
+            raise ValueError(
+                f"{tokenizer.name_or_path} gives no token for any text: it holds no tokenizer. Copy the files of the "
+                "model's own there, such as tokenizer.json and tokenizer_config.json."
+            )
         raise ValueError(f"the separator {settings.separator!r} gives no token. Choose another, or join none.")
     return Separators(between=between, padding=padding)

@@ -36,7 +36,7 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
         mean = Part(item["score"], item["n"], item["low"], item["high"])
         lines.append(
             f"{item['family']:20} {item['length']:>9,}  {item['score']:6.1f}  [{interval_text(mean)}]  "
-            f"{item['tasks']} tests, n {item['n']}"
+            f"{item['tasks']} {'test' if item['tasks'] == 1 else 'tests'}, n {item['n']}"
         )
     lines += capability_lines(summary["capabilities"], summary["areas"])
     if summary["effective"] is not None:

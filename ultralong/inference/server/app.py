@@ -94,6 +94,8 @@ def _add_refusals(app: FastAPI, worker: Worker) -> None:
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         place = place.encode("utf-8", "backslashreplace").decode()  # the name of a key may be no text
         text = f"{place or 'the request'}: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            text = f"{place}: this server does not support it. Leave it out."
         if not place and "json" not in request.headers.get("content-type", ""):  # as curl sends what it is told to post
             text = "the request: JSON is needed, sent with the header Content-Type: application/json"
         return await refused(request, Refused(400, text, "invalid_request", place or None))
