@@ -2,11 +2,17 @@
 
 import json
 import math
+import random
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from ultralong.data.rows.separators import PackSettings
+from ultralong.evaluation import tasks
 from ultralong.evaluation.measures.perplexity import position_edges
 from ultralong.evaluation.measures.result import Result, perplexity_result, read_measurements
 from ultralong.evaluation.report.table import position_lines
@@ -15,7 +21,9 @@ from ultralong.evaluation.runs.direct import grid_lengths
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.evaluation.tasks.haystack import read_haystack
+from ultralong.evaluation.tasks.samples import TASKS
 from ultralong.inference.load import load_model_and_tokenizer
+from ultralong.utils.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +136,29 @@ def test_the_whole_path_equals_the_plain_model(checkpoint):
 
 
 def test_lengths_beyond_the_window_warn(checkpoint):
-    with pytest.warns(UserWarning, match=r"beyond the model's window of 1,024"):
+    with pytest.warns(UserWarning, match=r"beyond the model's window of 1,024") as caught:
         measure_one("needle", checkpoint, lengths=(1100,), depths=(0.5,), samples=1, device="cpu")
+    assert sum("beyond the model's window" in str(warning.message) for warning in caught) == 1, "it is said once"
+
+
+def test_the_example_of_a_test_of_ones_own_runs(tmp_path, monkeypatch):
+    page = (Path(tasks.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "modules", sys.modules | {"example": ModuleType("example")})  # dataclass looks there
+    place: dict = {"__name__": "example"}
+    try:
+        exec(compile(example, "README.md", "exec"), place)
+        made = place["Rivers"]().build(random.Random(0), 50, 0)
+        assert made.outputs == (str(made.input.splitlines()[0].split().count("river")),)
+        assert (place["exact"](f" {made.outputs[0]} times", made.outputs), place["exact"]("", made.outputs)) == (
+            1.0,
+            0.0,
+        )
+    finally:
+        TASKS.pop("count_rivers", None)
+    report = read_json(tmp_path / "runs" / "own" / "report.json")
+    assert [(part["length"], part["n"]) for part in report["results"][0]["by_length"]] == [(256, 2), (512, 2)]
 
 
 def test_haystacks_come_from_files_and_folders(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ SIZES = (
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
 LARGEST_SIZE, LARGEST_HEAD = 2**40, 2**16  # far above any model's, and small enough to compute with
+# How the names of tokenizers' files begin.
+TOKENIZERS = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken", "tiktoken")
 MOST_LAYERS = 10_000  # a class is built layer by layer, also without memory: a damaged number would take for ever
 # Files beside config.json that hold an object, without which a tokenizer or a generation does not open.
 OBJECTS = (
@@ -115,6 +117,15 @@ def check_whole(model: str | os.PathLike[str]) -> None:
     if folder.is_dir():
         check_links(folder, weight_files(folder))
         check_companions(folder, companion_files(folder)[0])
+
+
+def tokenizer_notes(names: Sequence[str]) -> tuple[str, ...]:
+    """What a user should know of a checkpoint's tokenizer, from the names of its files."""
+    if not any(name.startswith(TOKENIZERS) for name in names):
+        return ("The source has no tokenizer: copy the model's own beside the weights before rows are packed with it.",)
+    if "tokenizer_config.json" not in names:
+        return ("The source has no tokenizer_config.json, so no tokenizer limit was set.",)
+    return ()
 
 
 def check_companions(folder: Path, names: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers import __version__ as transformers_version
 
 from ultralong.checkpoints.class_table import check_class_table, check_class_weights, class_norms
-from ultralong.checkpoints.config import CONFIG_ERRORS, check_companions, load_config, one_line
+from ultralong.checkpoints.config import CONFIG_ERRORS, check_companions, load_config, one_line, tokenizer_notes
 from ultralong.checkpoints.files import CARD, check_links, companion_files, locate, weight_files
 from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, read_licence
 from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries, explanation
@@ -35,8 +35,6 @@ from ultralong.utils.files import read_json_object, write_json
 from ultralong.utils.units import parse_tokens
 
 REPORT = "extend.json"
-# How the names of tokenizers' files begin.
-TOKENIZERS = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken", "tiktoken")
 
 
 @dataclass(frozen=True)
@@ -188,13 +186,7 @@ def _write(
     check_companions(folder, companions)
     check_class_weights(folder, config)
     check_links(folder, weights)
-    notes = caveats(config, scaling, to)
-    if not any(name.startswith(TOKENIZERS) for name in companions):
-        notes += (
-            "The source has no tokenizer: copy the model's own beside the weights before rows are packed with it.",
-        )
-    elif not (folder / "tokenizer_config.json").is_file():
-        notes += ("The source has no tokenizer_config.json, so no tokenizer limit was set.",)
+    notes = caveats(config, scaling, to) + tokenizer_notes(companions)
     made: list[ExtendReport] = []
 
     def card(temporary: Path) -> str:

@@ -40,7 +40,8 @@ def grid_axes(wanted: RunSettings, longest: int, window: int) -> tuple[list[int]
     """Lengths and depths of the needle map: those named, or evenly spaced ones."""
     lengths = grid_lengths(wanted.grid[0], longest)
     if wanted.needle_lengths:
-        lengths = within_window(wanted.needle_lengths, window, wanted.beyond_window)
+        told = set(wanted.needle_lengths) <= set(wanted.lengths)  # the run has warned of them
+        lengths = within_window(wanted.needle_lengths, window, wanted.beyond_window, quiet=told)
     if wanted.needle_depths:
         return lengths, [float(depth) for depth in wanted.needle_depths]
     return lengths, [float(depth) for depth in np.linspace(0, 1, wanted.grid[1])] if wanted.grid[1] > 1 else [0.5]

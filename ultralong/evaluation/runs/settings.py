@@ -159,8 +159,14 @@ def doubled_lengths(window: int) -> tuple[int, ...]:
     return tuple(lengths) or (window,)
 
 
-def within_window(lengths: Sequence[int], window: int, beyond: bool) -> list[int]:
+def within_window(lengths: Sequence[int], window: int, beyond: bool, quiet: bool = False) -> list[int]:
     """The lengths to ask at, in order; those beyond the model's window only if told to, and never without a warning.
+
+    Args:
+        lengths: Tokens.
+        window: The model's.
+        beyond: Ask beyond it, too.
+        quiet: The caller has warned of them already.
 
     Raises:
         ValueError: None is left.
@@ -171,12 +177,14 @@ def within_window(lengths: Sequence[int], window: int, beyond: bool) -> list[int
         return ordered
     said = f"{', '.join(f'{length:,}' for length in longer)} tokens are beyond the model's window of {window:,}"
     if beyond:
-        warnings.warn(f"{said}: expect it to fail there.", stacklevel=3)
+        if not quiet:
+            warnings.warn(f"{said}: expect it to fail there.", stacklevel=3)
         return ordered
     if len(longer) == len(ordered):
         raise ValueError(
             f"{said}. Ask at shorter lengths, extend the model first (ultralong extend), or measure how "
             "it fails there with --beyond-window."
         )
-    warnings.warn(f"{said} and are left out: --beyond-window asks there too.", stacklevel=3)
+    if not quiet:
+        warnings.warn(f"{said} and are left out: --beyond-window asks there too.", stacklevel=3)
     return [length for length in ordered if length <= window]
