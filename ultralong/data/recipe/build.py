@@ -18,7 +18,7 @@ from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.subsample import summary
 from ultralong.data.read.documents import ReadReport, SkipLog
 from ultralong.data.recipe.schema import Recipe, Source, load_recipe
-from ultralong.data.recipe.sources import SourceReader
+from ultralong.data.recipe.sources import SourceReader, why_nothing
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.packing import PackSettings, pack, resolve_separators
 from ultralong.data.select.decontaminate import OverlapLog, read_tests
@@ -178,22 +178,13 @@ def _pack_documents(
             deque(documents, maxlen=0)
             write_json(notes, {name: noted for source in opened for name, noted in source.notes().items()})
     if not store.tokens:
-        told = "; ".join(f"{name}: {_why_nothing(noted)}" for name, noted in read_json(notes).items())
+        told = "; ".join(f"{name}: {why_nothing(noted)}" for name, noted in read_json(notes).items())
         raise ValueError(f"nothing was read. {told}")
     with watch.stage("pack"):
         rows = pack(store, tokenizer, out, settings, quiet=quiet)
     none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
     tokens = store.manifest["sources"]
     return rows, {name: {**none, **tokens.get(name, {}), **noted} for name, noted in read_json(notes).items()}
-
-
-def _why_nothing(noted: dict[str, Any]) -> str:
-    """Why a source gave no document: what was left out, with an example of each reason."""
-    read = noted["read"]
-    skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
-    if "holds a conversation" in read["skipped"]:
-        skipped[-1] += ". Conversations are read by a recipe with `kind: chat`: see data_recipes/README.md"
-    return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
 
 
 def _pack_chat(

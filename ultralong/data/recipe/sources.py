@@ -287,3 +287,12 @@ def measured(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> float:
         with tokenizer_errors("the tokenizer fails at a text"):
             tokens += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
     return characters / tokens if tokens else FU_CHARACTERS_PER_TOKEN
+
+
+def why_nothing(noted: dict[str, Any]) -> str:
+    """Why a source gave no document: what was left out, with an example of each reason."""
+    read = noted["read"]
+    skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
+    if "holds a conversation" in read["skipped"]:
+        skipped.append("which a recipe of `kind: chat` reads (data_recipes/README.md)")
+    return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
