@@ -123,7 +123,7 @@ def test_a_killed_decontamination_leaves_nothing_of_two_runs(tmp_path, monkeypat
     ("name", "content", "reason"),
     [
         ("a.jsonl", b'{"body": "x"}\n', r"1 no field 'text' \(texts/a.jsonl:1\)|1 no field 'text'"),
-        ("a.jsonl", b'{"messages": []}\n', r"1 holds a conversation .*a recipe with `kind: chat`"),
+        ("a.jsonl", b'{"messages": []}\n', r"1 holds a conversation .*a recipe of `kind: chat`"),
         ("a.txt", b"\xff\xfe", "1 not UTF-8"),
         ("a.pdf", b"%PDF-1.4", r"a kind of file that is not read \(.*a PDF"),
         ("a.txt", b" ", "1 empty"),

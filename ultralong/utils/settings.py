@@ -154,14 +154,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
 
 def _groups_with(key: Any, hints: Mapping[str, Any]) -> list[str]:
     """Groups of a dataclass, by its type hints, that have a key of this name."""
-    found = []
-    for name, hint in hints.items():
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if any(
-            key == field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)
-        ):
-            found.append(name)
-    return found
+    groups = {name: dataclasses.fields(hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return [name for name, fields in groups.items() if any(key == field.name for field in fields)]
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
