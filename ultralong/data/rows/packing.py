@@ -238,7 +238,7 @@ def _pack(
     if not manifest["rows"]:
         raise ValueError(
             f"the {manifest['document_tokens']:,} tokens of {store.folder} do not fill one row of "
-            f"{settings.length:,}. Use a shorter row, more text, or tail pad."
+            f"{settings.length:,}. Use a shorter row, more text, or packing.tail=pad, which fills the last row up."
         )
     return manifest
 
