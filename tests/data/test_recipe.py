@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,11 @@ def test_finding_recipes(tmp_path, texts):
     with pytest.raises(ValueError, match=r"no recipe 'tny'.*tiny"):
         find_recipe("tny")
     assert load_recipe(texts).sources[0].path == str(texts)
+    changed = load_recipe(texts, ("seed=5", "packing.tail=pad"))
+    assert (changed.seed, changed.packing) == (5, {"tail": "pad"}), "a folder takes changes as a file does"
+    assert changed == replace(load_recipe(texts), seed=5, packing={"tail": "pad"})
+    with pytest.raises(ValueError, match=r"a recipe of .*unknown key 'sede'; did you mean 'seed'"):
+        load_recipe(texts, ("sede=5",))
     assert load_recipe(recipe_file(tmp_path), ("seed=5",)).seed == 5
 
 

@@ -23,7 +23,7 @@ from ultralong.data.select.clean import CLEANERS
 from ultralong.data.select.decontaminate import Decontaminate
 from ultralong.data.select.length_rule import LengthRule
 from ultralong.data.select.retrieval import Retrieval
-from ultralong.utils.settings import from_mapping, load
+from ultralong.utils.settings import from_mapping, load, override
 from ultralong.utils.units import check_seed
 from ultralong.utils.words import expand_home
 
@@ -245,16 +245,18 @@ def load_recipe(name: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -
 
     Args:
         name: A recipe's name, a YAML file, or a folder or file of texts.
-        overrides: `"key=value"` strings on top of a YAML file, such as `"seed=1"`.
+        overrides: `"key=value"` strings on top of it, such as `"seed=1"`.
 
     Raises:
         ValueError: There is nothing there, or the recipe is wrong; the message names file and key.
     """
     path = find_recipe(name)
     if path.suffix not in YAML_ENDINGS:
-        source = Source(name=path.stem, license="unknown", path=str(path.resolve()))
-        return Recipe(name=path.stem, description=f"The texts of {path.name}.", sources=(source,))
-    recipe = load(Recipe, path, overrides)
+        source = {"name": path.stem, "license": "unknown", "path": str(path.resolve())}
+        values = {"name": path.stem, "description": f"The texts of {path.name}.", "sources": [source]}
+        recipe = from_mapping(Recipe, override(values, overrides, Recipe), f"a recipe of {path}")
+    else:
+        recipe = load(Recipe, path, overrides)
     # A path in a recipe is meant from where the recipe lies, wherever the command is run.
     sources = tuple(
         replace(source, path=_resolved(path.parent, source.path)) if source.path else source

@@ -294,5 +294,5 @@ def why_nothing(noted: dict[str, Any]) -> str:
     read = noted["read"]
     skipped = [f"{count:,} {why} ({read['examples'][why][0]})" for why, count in read["skipped"].items()]
     if "holds a conversation" in read["skipped"]:
-        skipped.append("which a recipe of `kind: chat` reads (data_recipes/README.md)")
+        skipped.append("which a recipe of `kind: chat` reads (--set kind=chat; see data_recipes/README.md)")
     return ", ".join(skipped) or f"{read['documents']:,} documents were read, and none was taken"
