@@ -187,6 +187,12 @@ def test_ctrl_c_that_a_library_makes_an_error_of_its_own(made, said, capsys):
     with pytest.raises(SystemExit) as left:
         guarded("plan", work)
     assert (left.value.code, capsys.readouterr().err) == (130, "ultralong plan: stopped.\n")
+    with pytest.raises(SystemExit) as left:
+        guarded("plan", work, whole=True)
+    told = capsys.readouterr().err
+    assert left.value.code == 130
+    assert told.startswith("Traceback (most recent call last):\n")
+    assert told.endswith(f"{made.__name__}: Could not import module\nultralong plan: stopped.\n")
 
 
 def test_workers_hear_no_ctrl_c():

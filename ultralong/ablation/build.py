@@ -28,7 +28,7 @@ from ultralong.ablation.resolve import (
     pretrained_key,
     tuned_key,
 )
-from ultralong.ablation.train_run import train_run
+from ultralong.ablation.train_run import has_states, is_trained, remove_states, train_run
 from ultralong.checkpoints.config import load_config
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.merge import merge
@@ -270,11 +270,13 @@ class Builder:
         out = self.out / "runs" / run
 
         def make() -> None:
-            made = config(out)
-            self._say(f"{command} {made.steps:,} steps of {made.global_batch_size} x {made.length:,}: {run}")
-            train_run(made, processes, command, self.quiet)
+            if not is_trained(out):
+                made = config(out)
+                self._say(f"{command} {made.steps:,} steps of {made.global_batch_size} x {made.length:,}: {run}")
+                train_run(made, processes, command, self.quiet)
+            remove_states(out)
 
-        self._once(run, lambda: (out / "result.json").exists() and (out / "model").exists(), make)
+        self._once(run, lambda: is_trained(out) and not has_states(out), make)
         return out / "model"
 
     def _say(self, text: str) -> None:

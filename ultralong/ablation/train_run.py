@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ultralong.training.adapters.merge import merge_adapter
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
 from ultralong.utils import settings
+
+STATES = "checkpoints"
 
 
 def train_run(config: TrainConfig, processes: int | None, command: str, quiet: bool) -> None:
@@ -29,8 +32,14 @@ def train_run(config: TrainConfig, processes: int | None, command: str, quiet: b
     """
     out = Path(config.out)
     finished = (out / "result.json").exists()
+    removed = out.with_name(f".{out.name}.partial")
+    if removed.exists():
+        shutil.rmtree(removed)
     if finished and not (config.lora.on and (out / ADAPTER).exists()):
-        shutil.rmtree(out)  # its weights were deleted since: nothing to resume from
+        # Its weights were deleted since: nothing to resume from. It is moved first, as a training refuses a folder that
+        # has files and no config.yaml, which a stop while it is deleted would leave.
+        os.replace(out, removed)
+        shutil.rmtree(removed)
         finished = False
     if not finished:
         stopped = out.exists()  # a first start has nothing to resume from, and needs no note that says so
@@ -42,7 +51,22 @@ def train_run(config: TrainConfig, processes: int | None, command: str, quiet: b
             launch_local(file, processes, resume=stopped, quiet=quiet, command=command)
     if config.lora.on:
         merge_adapter([config.model, out / ADAPTER], out / "model")
-    # A finished run is never resumed, and its states take several times what its model does: dozens of runs fill a
-    # disk with them.
-    if (states := out / "checkpoints").exists():
-        shutil.rmtree(states)
+
+
+def is_trained(out: Path) -> bool:
+    """Whether a run has its result and its model."""
+    return (out / "result.json").exists() and (out / "model").exists()
+
+
+def has_states(out: Path) -> bool:
+    """Whether a run still has checkpoints, as one that is stopped just after it has its model."""
+    return (out / STATES).exists()
+
+
+def remove_states(out: Path) -> None:
+    """Delete a finished run's checkpoints.
+
+    It is never resumed, and its states take several times what its model does: dozens of runs fill a disk with them.
+    """
+    if has_states(out):
+        shutil.rmtree(out / STATES)

@@ -67,6 +67,8 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False, own: bool 
         sys.exit(failed.code)
     except Exception as error:  # noqa: BLE001 - told in full, and the exit code says it
         if came or _interrupted(error):
+            if whole:  # it may be an error of its own, as of what a command does when it is stopped
+                traceback.print_exc()
             _stopped(name)
         if whole or not mendable(error):
             sys.stderr.write(f"ultralong {name}: failed{_place()}\n{traceback.format_exc()}")

@@ -1,0 +1,63 @@
+"""A study that is stopped at moments that last no time: the same command goes on, and leaves nothing behind."""
+
+import shutil
+
+import pytest
+
+from tests.support.small_study import ARM, study_file
+from ultralong.ablation import ablate, load_study
+from ultralong.ablation import train_run as training
+
+
+@pytest.fixture
+def study(tmp_path, make_tiny_model, tiny_tokenizer):
+    """A study of a tiny model, one arm beside its base."""
+    make_tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts").mkdir()
+    for number in range(4):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"Chapter {number}. " + "It was a dark night. " * 100)
+    changes = {"model": str(tmp_path / "model"), "stages": [{"to": 384, "factor": 2}]}
+    changes["evaluation"] = {"tasks": ["needle"], "needle_lengths": [300], "grid_samples": 1}
+    return load_study(study_file(tmp_path, tmp_path / "texts", arms=(ARM,), **changes))
+
+
+def stopped_removing(monkeypatch, when, last):
+    """Have the first removal of such a folder stop before the last file, as a kill may."""
+    real = shutil.rmtree
+
+    def remove(folder, *arguments, **options):
+        if not when(folder):
+            return real(folder, *arguments, **options)
+        monkeypatch.setattr(training.shutil, "rmtree", real)
+        for file in [file for file in folder.rglob("*") if file.is_file() and file.name != last]:
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.shutil, "rmtree", remove)
+
+
+def test_states_go_where_a_run_was_stopped_after_its_model(study, tmp_path, monkeypatch):
+    stopped_removing(monkeypatch, lambda folder: folder.name == "checkpoints", "state.json")
+    with pytest.raises(KeyboardInterrupt):
+        ablate(study, tmp_path / "study", draw=False, quiet=True)
+    runs = tmp_path / "study" / "runs"
+    (base,) = runs.glob("trained-*/result.json")
+    assert (base.parent / "checkpoints").exists(), "it was stopped before it removed them"
+    found = base.read_bytes()
+    assert ablate(study, tmp_path / "study", draw=False, quiet=True)["missing"] == []
+    assert not list(runs.glob("*/checkpoints"))
+    assert base.read_bytes() == found, "a finished run was trained again"
+
+
+def test_a_run_that_is_stopped_while_it_is_deleted_is_trained_again(study, tmp_path, monkeypatch):
+    first = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    runs = tmp_path / "study" / "runs"
+    for folder in [*runs.glob("*/model"), *(tmp_path / "study" / "shared").glob("measured-*")]:
+        shutil.rmtree(folder)
+    stopped_removing(monkeypatch, lambda folder: "trained-" in folder.name, "log.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        ablate(study, tmp_path / "study", draw=False, quiet=True)
+    again = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert again["outcomes"] == first["outcomes"]
+    assert not list(runs.glob(".*")), "what was deleted in part is still there"
