@@ -138,3 +138,6 @@ def test_long_calls_are_not_padded(plans, monkeypatch):
     for tokens in range(200, longest, 517):
         assert padding(tokens) < max(torch_cuda.TILE, tokens / torch_cuda.STEPS)
     assert padding(4_096) == 0
+    # Of a batch all rows are copied: 2 GiB of rows of 129 tokens, which a kernel's index just holds, would be four.
+    assert [padding(9_000, 2), padding(129, 4_064)] == [0, 0]
+    assert padding(129, 64) == 256 - 129

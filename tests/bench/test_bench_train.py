@@ -175,6 +175,10 @@ def test_packed_rows_stand_beside_their_plan():
     assert packed_table([{"rows": [row]}])[2:] == [
         "| M | 131,072 | 32 masked documents | cuDNN | 3.30 (3.00) | 110.0% | 40.0% | 1.00 | 1.50 | 0.50 | 0.12 |"
     ]
+    lost = {name: row[name] for name in ("model", "tokens", "kernel")} | {"note": "CUDA out of memory"}
+    assert packed_table([{"rows": [lost, {**lost, "note": "rank 0 ended"}]}])[2:] == [
+        f"| M | 131,072 | whole | cuDNN | {said} | | | | | | |" for said in ("out of memory", "stopped")
+    ]
 
 
 def test_kernels_beside_each_other_are_counted_once():

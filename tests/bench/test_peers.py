@@ -184,6 +184,8 @@ def test_what_is_measured_can_be_named():
         train(TrainingCase(gpus=2), only=("ours",))
     with pytest.raises(ValueError, match="two GPUs or more"):
         train(TrainingCase(gpus=1), peers=True)
+    with pytest.raises(ValueError, match="--capped holds ultralong's processes alone"):
+        train(TrainingCase(gpus=2, gpu_memory=24.0, capped=True), peers=True, only=("trl-sft-cp",))
     assert all(name in train.__doc__ for name in (OURS, *PEERS)), "the help names each"
 
 

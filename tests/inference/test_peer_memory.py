@@ -179,6 +179,30 @@ def test_memory_is_made_once_and_again_for_more_sequences(tmp_path):
 
 
 @torch.inference_mode()
+def grow_in_vain(rank, world, folder):
+    """What a way asked for by name says when memory for two sequences can't be had, and to one sequence after it."""
+    memory, said = as_if_on_gpus(folder, rank), []
+    _, fused, _ = begin("symmetric")
+    memory.fault = "empty"
+    for rows in (2, 1):
+        ids = torch.randint(0, 64, (rows, 21), generator=torch.Generator().manual_seed(rows))
+        fused.release()
+        fused.prefill(ids, [30] * rows)
+        try:
+            fused.decode(ids[:, -1])
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_memory_that_cannot_grow_is_refused_by_all_and_stays_refused(tmp_path):
+    first, second = run_ranks(grow_in_vain, 2, str(tmp_path))
+    assert first == second
+    assert ["exchange: symmetric can't be set up" in said for said in first] == [True, True]
+    assert "it failed before: rank 1: no empty here" in first[1]
+
+
+@torch.inference_mode()
 def lose_one(rank, world, folder):
     as_if_on_gpus(folder, rank)
     _, fused, ids = begin("auto")

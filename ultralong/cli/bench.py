@@ -160,6 +160,8 @@ def train(
     if peers:
         if case.gpus < 2 or case.mix or case.edges(1):
             raise ValueError("--peers measures whole rows on two GPUs or more: leave out --mix and documents.")
+        if case.capped:
+            raise ValueError("--capped holds ultralong's processes alone: leave it out beside --peers.")
         names = wanted_peers(only)
     elif only or peer_limit is not None:
         raise ValueError("--only and --peer-limit go with --peers.")

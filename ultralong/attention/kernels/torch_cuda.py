@@ -27,7 +27,7 @@ NO_MASK, CAUSAL_BOTTOM_RIGHT = 0, 2  # its names for masks
 PLANS = 64  # lengths of causal calls for which cuDNN makes a plan each; later ones share plans
 STEPS = 32  # plans from a length to twice that length which they share
 TILE = 128  # queries of a block of cuDNN's: less padding than to its multiple spares nothing
-PADDED = 2**19  # H T of the longest call that is padded: the work of longer ones is worth a plan
+PADDED = 2**19  # B H T of the largest call that is padded: the work of larger ones is worth a plan
 
 
 def _require(operator: str, *names: str) -> None:
@@ -127,10 +127,10 @@ class TorchCudnn(Kernel):
 
     def _padding(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> int:
         """Tokens to be added to a call, so that it shares its plan with others."""
-        tokens, heads = q.shape[1], q.shape[2]
-        if not spec.causal or k.shape[1] != tokens or tokens * heads > PADDED:
+        rows, tokens, heads = q.shape[:3]
+        if not spec.causal or k.shape[1] != tokens or rows * tokens * heads > PADDED:
             return 0
-        kind = (q.shape[0], tokens, heads, *k.shape[2:])
+        kind = (rows, tokens, heads, *k.shape[2:])
         if kind in self._planned or len(self._planned) < PLANS:
             self._planned.add(kind)
             return 0

@@ -74,12 +74,17 @@ def packed_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         "|" + "---|" * 11,
     ]
     for row in rows:
+        cells = [row["model"], f"{row['tokens']:,}"]
+        cells += [f"{row['documents']} masked documents" if "documents" in row else "whole"]
+        cells += [KERNELS.get(row["kernel"], row["kernel"])]
+        if "seconds_per_step" not in row:
+            said = "out of memory" if "out of memory" in row["note"] else "stopped"
+            lines.append(f"| {' | '.join([*cells, said])} |" + " |" * 6)
+            continue
         kinds = row["kinds"]
         others = sum(kinds.values()) - kinds.get("attention", 0.0) - kinds.get("matrix products", 0.0)
         seconds = [kinds.get("attention", 0.0), kinds.get("matrix products", 0.0), others, row["idle_seconds"]]
-        cells = [row["model"], f"{row['tokens']:,}"]
-        cells += [f"{row['documents']} masked documents" if "documents" in row else "whole"]
-        cells += [KERNELS.get(row["kernel"], row["kernel"]), beside_plan(row, "seconds_per_step", 2)]
+        cells += [beside_plan(row, "seconds_per_step", 2)]
         cells += [f"{row['seconds_per_step'] / row['planned_seconds_per_step']:.1%}", f"{row['mfu_causal']:.1%}"]
         lines.append(f"| {' | '.join([*cells, *(f'{took:.2f}' for took in seconds)])} |")
     return lines if rows else []

@@ -160,7 +160,9 @@ class _Symmetric(Exchange):
     def place(self, layer: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """See `Exchange`. More sequences than before allocate, on all ranks together and outside of a CUDA graph."""
         count = shape.numel() + shape[:-1].numel()
-        if self._memory is not None and count > self._width:
+        if self._memory is None and self._otherwise is None:
+            self._reserve(count, device)  # it failed for more sequences: it is refused again, by all
+        elif self._memory is not None and count > self._width:
             self._reserve(count, device)
         if self._memory is None and self._otherwise is not None:
             return self._otherwise.place(layer, shape, dtype, device)
