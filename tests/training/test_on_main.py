@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,18 @@ class Demanding(Exception):
         super().__init__(f"{first} {second}")
 
 
+class Unsendable:
+    def __reduce__(self):
+        raise TypeError("stays here")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the main process finds, in the place of an error."""
+
+    value: object
+
+
 def raised_by_broken_json():
     json.loads("{")
 
@@ -38,11 +51,14 @@ ERRORS = {
     "one that can't be sent": (Demanding("bad", "news"), RuntimeError, "Demanding: bad news"),
     "Ctrl-C": (KeyboardInterrupt(), KeyboardInterrupt, ""),
     "a way out": (SystemExit(143), SystemExit, "143"),
+    "an answer that can't be sent": (Answer(Unsendable()), TypeError, "stays here"),
 }
 
 
 def met(rank: int, world: int, failure) -> tuple[type, str, list[str], float]:
     def work():
+        if isinstance(failure, Answer):
+            return failure.value
         if callable(failure):
             failure()
         raise failure

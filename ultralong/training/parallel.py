@@ -244,8 +244,9 @@ def on_main(work: Callable[[], T], accelerator: Accelerator) -> T:
     if accelerator.is_main_process:
         try:
             told[0] = work()
+            pickle.dumps(told[0])  # what can't be sent fails here, where the others are told of it
         except BaseException as error:  # noqa: BLE001 - raised below, a Ctrl-C too
-            own, told[1] = error, _sendable(error)
+            own, told = error, [None, _sendable(error)]
     try:
         dist.broadcast_object_list(told)
     except Exception:
