@@ -126,7 +126,8 @@ def write_samples(
     """Write samples of a test to a file, for a model that runs elsewhere.
 
     Args:
-        task: Name of the test, such as needle, niah_single_1, ruler_vt, babilong_style_qa2 or lveval_cmrc_mixup_16k.
+        task: Name of the test, such as needle, niah_single_1, ruler_vt, babilong_style_qa2 or lveval_cmrc_mixup_16k, or
+            the path of a file of questions (.jsonl).
         length: Most tokens of prompt and answer together.
         samples: Number of samples.
         tokenizer: Folder, hub id or miniature: the model whose tokenizer counts.
@@ -170,7 +171,7 @@ def answer(
 
     Args:
         model: Folder, hub id or miniature.
-        tasks: Names of tests.
+        tasks: Names of tests, and paths of files of questions (.jsonl).
         lengths: Tokens of prompt and answer together.
         out: Folder of answers and scores.
         samples: Samples of each test at each length.
@@ -193,7 +194,9 @@ def answer(
     place = find_checkpoint(model)
     with without_collections():
         from ultralong.evaluation.runs.commands import answer as work
+        from ultralong.evaluation.tasks.own.own_task import is_file, pinned
         from ultralong.inference.sharded_engine import with_model
 
+    tasks = [pinned(task) if is_file(task) else task for task in tasks]  # wrong lines are told before a model opens
     asked = partial(work, tasks, lengths, samples, seed, out, haystack, chunk, batch)
     return with_model(asked, place, gpus=gpus, kv=kv, chunk=chunk, device=device) or {}

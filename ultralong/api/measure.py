@@ -130,7 +130,7 @@ def evaluate(
 
     Args:
         model: Folder, hub id or miniature (the model that ships).
-        tasks: Tests and groups of tests, such as "needle,ruler".
+        tasks: Tests and groups of tests, such as "needle,ruler", and paths of files of questions (.jsonl).
         out: Folder of answers and report.
         before: Folder of a run of the earlier model, to compare with.
         device: `auto`, `cpu` or `cuda`.

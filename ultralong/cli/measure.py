@@ -87,7 +87,7 @@ def make_samples(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
     Tests are RULER's, InfiniteBench's, LV-Eval's, GraphWalks (graphwalks_bfs, graphwalks_parents), HELMET's json_kv,
     MRCR-style (mrcr_style_2needles, _4needles, _8needles), OOLONG-style (oolong_style_counting, _user, _timeline),
-    BABILong-style and non-literal questions, and needles.
+    BABILong-style and non-literal questions, needles, and the path of a .jsonl file of questions.
 
     Example: ultralong eval make ruler_vt --length 128k --samples 20 --tokenizer model --out vt.jsonl
 
@@ -112,7 +112,7 @@ def score(task: Positional[str], predictions: Positional[Path], /, *, json: Json
     Example: ultralong eval score ruler_vt answers.jsonl
 
     Args:
-        task: Name of the test.
+        task: Name of the test, or the path of its file of questions.
         predictions: File of JSON lines.
         json: Write the score as JSON to this file.
     """

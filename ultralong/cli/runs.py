@@ -35,13 +35,15 @@ def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None
     Tests are named with commas between them; groups are ruler, niah, infinitebench, infinitebench_synthetic,
     infinitebench_published, longbench (v2, Pro), lveval, lveval_16k to lveval_256k, babilong_style, nonliteral,
     reported (graphwalks, json_kv, mrcr_style and oolong_style, which can be named alone), needle (the map), perplexity,
-    longppl, loss and lm_eval (short benchmarks).
+    longppl, loss and lm_eval (short benchmarks). The path of a .jsonl file is a test of its questions, one a line:
+    question, answers, and where wanted context or context_file, id, category, all.
 
     Examples:
       ultralong eval run needle,ruler,babilong_style model --lengths 4k 32k 128k --samples 50 --out runs/model
       ultralong eval run lveval,infinitebench model --lengths 128k --data published --out runs/model
       ultralong eval run ruler model --lengths 1m --gpus 2 --out runs/long
       ultralong eval run reported model --lengths 4k 8k 16k 32k 64k --samples 20 --out runs/reported
+      ultralong eval run questions.jsonl model --lengths 4k 32k --samples 500 --out runs/own
 
     Args:
         wanted: What to measure.

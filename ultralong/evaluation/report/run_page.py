@@ -121,7 +121,7 @@ def _failures(result: Mapping[str, Any], side: Side) -> list[Section]:
         for item in part.details.get("wrong", ())[:1]
     ][: MOST_QUOTED // 4]
     rows = [
-        [f"{item['task']}, {item['length']:,}, sample {item['index']}", item["expected"], item["got"]]
+        [f"{item['task']}, {item['length']:,}, {_sample(item)}", item["expected"], item["got"]]
         for item in result["failures"]
     ]
     # A few of every test say more than many of one.
@@ -131,6 +131,11 @@ def _failures(result: Mapping[str, Any], side: Side) -> list[Section]:
         return []
     quoted = Table(("where", "expected", "answered"), rows, numbers=False)
     return [Section("What it got wrong", tables=[quoted], texts=["All answers are in the run's folder, one a line."])]
+
+
+def _sample(item: Mapping[str, Any]) -> str:
+    """Which sample went wrong: one of a file of questions by its id and words."""
+    return f"question {item['question']}" if "question" in item else f"sample {item['index']}"
 
 
 def _paper(result: Mapping[str, Any], side: Side) -> list[Table]:

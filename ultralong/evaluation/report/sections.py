@@ -12,6 +12,7 @@ from ultralong.evaluation.report.capabilities import MEAN_HEADS, capability_sect
 from ultralong.evaluation.report.page import Drawer, Drawn, model_label
 from ultralong.evaluation.report.parts import Section, Side, Table
 from ultralong.evaluation.tasks.groups import FAMILIES
+from ultralong.evaluation.tasks.own.own_task import is_own
 from ultralong.evaluation.tasks.samples import GENERATED
 
 MOST_BESIDE = 6  # lines of a figure that reads well at half the page's width
@@ -33,6 +34,7 @@ def section_list(sides: Sequence[Side], result: Mapping[str, Any], draw: Drawer)
         *capability_sections(sides, draw),
         *_families(sides, draw),
         *_published(sides),
+        *_own_questions(sides),
         *_depths(sides, draw),
         *_compared(result),
         *_perplexity(sides, draw),
@@ -112,7 +114,12 @@ def _means(sides: Sequence[Side], family: str, title: str = "") -> Table:
 
 
 def _published(sides: Sequence[Side]) -> list[Section]:
-    found = [(side, score) for side in sides for score in side.scores if score.task not in GENERATED]
+    found = [
+        (side, score)
+        for side in sides
+        for score in side.scores
+        if score.task not in GENERATED and not is_own(score.task)
+    ]
     if not found:
         return []
     rows = [
@@ -131,6 +138,19 @@ def _published(sides: Sequence[Side]) -> list[Section]:
     families = dict.fromkeys(FAMILIES.get(score.task, score.task) for _, score in found)
     means = [_means(sides, family, f"{family}: means") for family in families]
     return [Section("Published texts", tables=[Table(head, rows), *means])]
+
+
+def _own_questions(sides: Sequence[Side]) -> list[Section]:
+    """Scores of files of questions; a length holds other questions than the next, so that no curve joins them."""
+    rows = [
+        [f"{side.lead}{score.task}, {part.length:,}", f"{part.value:.1f}", interval_text(part), str(part.n)]
+        for side in sides
+        for score in side.scores
+        if is_own(score.task)
+        for part in score.by_length
+    ]
+    head = ("file, smallest length that holds the question", "score", "95% interval", "questions")
+    return [Section("Own questions", tables=[Table(head, rows)])] if rows else []
 
 
 def _depths(sides: Sequence[Side], draw: Drawer) -> list[Section]:

@@ -13,7 +13,9 @@ from typing import Any
 from ultralong.evaluation.measures.capability import capability_means, curve_areas
 from ultralong.evaluation.measures.result import Part, Result
 from ultralong.evaluation.measures.score import score_predictions
-from ultralong.evaluation.tasks.samples import TASKS, current_name, find_task
+from ultralong.evaluation.tasks.own.own_task import check_resumed
+from ultralong.evaluation.tasks.own.question_file import read_questions
+from ultralong.evaluation.tasks.samples import TASKS, current_name, find_task, is_task
 from ultralong.utils.files import read_jsonl
 from ultralong.utils.text_formats import json_value
 
@@ -64,7 +66,7 @@ def _check_samples(task: str, records: Sequence[Mapping[str, Any]]) -> None:
     seen: dict[tuple[Any, ...], int] = {}
     for number, record in enumerate(records, 1):
         named = record.get("task")
-        if isinstance(named, str) and current_name(named) in TASKS and current_name(named) != task:
+        if isinstance(named, str) and is_task(current_name(named)) and current_name(named) != task:
             raise ValueError(f"Record {number} is an answer to {current_name(named)}, and is not scored as {task}.")
         if isinstance(record.get("index"), int):
             sample = tuple(repr(record.get(key)) for key in ("index", "max_length", "seed", "outputs"))
@@ -110,9 +112,25 @@ def answer_files(folder: Path) -> dict[tuple[str, int], Path]:
     found = {}
     for path in sorted(folder.glob("*-*.jsonl")):
         match = ANSWERS.fullmatch(path.name)
-        if match is not None and current_name(match.group(1)) in TASKS:
+        if match is not None and is_task(current_name(match.group(1))):
             found[current_name(match.group(1)), int(match.group(2))] = path
     return found
+
+
+def check_own_answers(folder: Path, files: Mapping[str, Path], spans: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+    """See that a folder's answers to files of questions are of these files and lengths.
+
+    Args:
+        folder: Folder of a run.
+        files: The files by their tests' names.
+        spans: Each test's lengths, each with the one below it; a test left out has them not checked.
+
+    Raises:
+        ValueError: As for `own_task.check_resumed`.
+    """
+    for (task, _), path in answer_files(folder).items():
+        if task in files and (records := read_jsonl(path)):
+            check_resumed(path, records[0], read_questions(files[task]).digest, spans.get(task, ()))
 
 
 def task_results(held: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> list[Result]:
@@ -127,7 +145,8 @@ def task_results(held: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) ->
         ValueError: As for `score_predictions`.
     """
     results = []
-    for task in sorted({task for task, _ in held}, key=list(TASKS).index):
+    places = {name: place for place, name in enumerate(TASKS)}  # own questions have none, and come last
+    for task in sorted({task for task, _ in held}, key=lambda task: (places.get(task, len(places)), task)):
         lengths = {length: records for (name, length), records in sorted(held.items()) if name == task}
         scored = score_predictions(task, [record for records in lengths.values() for record in records])
         by_length = tuple(_noted(part, lengths[part.length or 0]) for part in scored.by_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from ultralong.data.chat.transport import check_address
 from ultralong.evaluation.measures.lm_eval import find_benchmarks
 from ultralong.evaluation.report.page import missing_for_figures
+from ultralong.evaluation.runs.answer_files import check_own_answers
 from ultralong.evaluation.runs.results import SETTINGS_FILE
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.evaluation.tasks.groups import SPECIAL, find_questions
+from ultralong.evaluation.tasks.own import own_task as own
 from ultralong.evaluation.tasks.samples import PUBLISHED, TASKS, check_task
 from ultralong.inference.vllm_engine import require_vllm
 from ultralong.utils import settings
@@ -66,6 +68,32 @@ def check_same_run(wanted: RunSettings, out: Path) -> None:
             )
 
 
+def check_own_files(names: Sequence[str], out: Path) -> None:
+    """See that files of questions are those that a run's folder holds settings of and answers to.
+
+    Args:
+        names: What `groups.expand` gives.
+        out: Folder of the run.
+
+    Raises:
+        ValueError: A file has changed since.
+    """
+    files = own.files_of(names)
+    if files and (out / SETTINGS_FILE).exists():
+        there = settings.load(RunSettings, out / SETTINGS_FILE)
+        for word in filter(own.is_file, there.tasks):
+            if own.own_task(word).name in files and word.partition(own.PIN)[1]:
+                own.pinned(f"{files[own.own_task(word).name]}{own.PIN}{word.partition(own.PIN)[2]}")
+    check_own_answers(out, files, {})
+
+
+def _tell_unasked(name: str, counts: Mapping[int, int], samples: int) -> None:
+    """A file of questions is not to be asked in part without a word."""
+    if (most := max(counts.values())) > samples:
+        told = ", ".join(f"{count} at {length:,}" for length, count in counts.items() if count > samples)
+        warnings.warn(f"{name} holds more questions than are asked ({told}): --samples {most} asks all.", stacklevel=4)
+
+
 def plan_pairs(
     names: Sequence[str],
     lengths: Sequence[int],
@@ -86,7 +114,14 @@ def plan_pairs(
     questions: dict[str, Path] = {}
     skipped: dict[str, str] = {}
     data = None if wanted.data is None else Path(wanted.data)
-    for name in (name for name in names if name not in SPECIAL):
+    for name, path in own.files_of(names).items():
+        counts, too_long = own.lay_out(path, tokenizer, lengths, wanted.chat)
+        skipped |= {f"{name}, question {number}": reason for number, reason in too_long.items()}
+        if any(counts.values()):
+            pairs += [(name, length) for length in counts]
+            questions[name] = path
+        _tell_unasked(name, counts, wanted.samples)
+    for name in (name for name in names if name not in SPECIAL and not own.is_file(name)):
         chosen = [max(lengths)] if name in PUBLISHED else sorted(lengths)
         reasons: dict[int, str] = {}
         for place, length in enumerate(chosen):

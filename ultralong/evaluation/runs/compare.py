@@ -45,7 +45,7 @@ def compare_answers(
         if not pairs or any(_identity(before) != _identity(after) for before, after in pairs):
             raise ValueError(
                 f"{task} at {length:,} has other samples in {first} than in {second}: use the same seed and the same "
-                "tokenizer."
+                "tokenizer, and for a file of questions the same file and lengths."
             )
         scores = [[100 * grade for grade in grades(task, list(records))] for records in zip(*pairs, strict=True)]
         difference = paired_difference(*scores, seed=seed)
@@ -70,4 +70,6 @@ def compare_answers(
 
 def _identity(record: Mapping[str, Any]) -> list[Any]:
     """What makes two samples the same one."""
-    return [current_name(record["task"]), record["seed"], record["max_length"], record["index"], *record["outputs"]]
+    own = record.get("questions_sha256"), record.get("above")  # of a file of questions
+    named = current_name(record["task"]), record["seed"], record["max_length"], record["index"]
+    return [*named, *own, *record["outputs"]]

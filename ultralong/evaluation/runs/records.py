@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.evaluation.measures.result import Result, write_measurements
 from ultralong.evaluation.measures.score import mean_by_length
-from ultralong.evaluation.runs.answer_files import answers_path, done_already, task_results
-from ultralong.evaluation.runs.sample_prefetch import SamplePrefetch
+from ultralong.evaluation.runs.answer_files import answers_path, check_own_answers, done_already, task_results
+from ultralong.evaluation.runs.sample_prefetch import SamplePrefetch, length_below
+from ultralong.evaluation.tasks.own import own_task as own
+from ultralong.evaluation.tasks.own.question_file import read_questions
 from ultralong.evaluation.tasks.samples import find_task, make_samples, prompt_ids
 from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.utils.files import append_jsonl, file_lock, locked, make_folder
@@ -60,10 +62,13 @@ def write_samples(
     """
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, found {samples}.")
+    questions = own.path_of(task) if own.is_file(task) else questions
     task, out = find_task(task).name, Path(out)
     busy = f"Another process is writing to {out}: wait for it, end it, or give another --out."
     with file_lock(make_folder(out.parent) / f".{out.name}.lock", busy, remove=True):
         there = done_already(out, task, length, seed)
+        if there and own.is_own(task) and questions is not None:
+            own.check_resumed(out, there[0], read_questions(Path(questions)).digest)
         lengths = [record["length"] for record in there]
         source = there[-1]["source"] if there else ""
         missing = max(0, samples - len(there))
@@ -122,7 +127,7 @@ def answer_tasks(
     Args:
         model: A causal language model; it is put into eval mode.
         tokenizer: Its tokenizer.
-        tasks: Names of tests.
+        tasks: Names of tests, or paths of files of questions.
         lengths: Tokens of prompt and answer together.
         samples: Samples of each test at each length.
         seed: Seed of the samples.
@@ -143,6 +148,10 @@ def answer_tasks(
         ValueError: As for `make_samples`; or the folder holds another run.
     """
     pairs = [(find_task(task).name, int(length)) for length in lengths for task in tasks]
+    files = own.files_of(tasks)
+    for path in files.values():
+        own.check_fits(path, tokenizer, max(lengths), chat)
+    questions = {**(questions or {}), **files}
     engine = LocalEngine(model, tokenizer, chunk, batch) if engine is None else engine
     with locked(out):
         results = answer_pairs(
@@ -174,6 +183,9 @@ def answer_pairs(
     is put there; without, it stops the run. The caller holds the folder (`locked`).
     """
     out = Path(out)
+    files = {task: Path(path) for task, path in (questions or {}).items() if own.is_own(task)}
+    spans = {task: [(length_below(pairs, pair), pair[1]) for pair in pairs if pair[0] == task] for task in files}
+    check_own_answers(out, files, spans)
     held = {
         (task, length): done_already(answers_path(out, task, length), task, length, seed)[:samples]
         for task, length in pairs

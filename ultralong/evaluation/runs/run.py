@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ultralong.evaluation.runs.checks import check_needs, check_same_run, plan_pairs
+from ultralong.evaluation.runs.checks import check_needs, check_own_files, check_same_run, plan_pairs
 from ultralong.evaluation.runs.direct import grid_axes, measure_benchmarks, measure_grid, measure_rows
 from ultralong.evaluation.runs.records import answer_pairs
 from ultralong.evaluation.runs.results import SETTINGS_FILE, write_results
@@ -70,6 +70,7 @@ def run(
     """
     names = expand(wanted.tasks)
     check_needs(names, wanted)
+    check_own_files(names, Path(out))
     if opened is None and wanted.shared:
         return with_model(
             partial(_run_opened, wanted, out, before, draw, quiet),

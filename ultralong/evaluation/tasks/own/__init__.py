@@ -1,0 +1,1 @@
+"""Tests that are files of your own questions."""
