@@ -117,7 +117,8 @@ def test_the_page_quotes_a_question_as_text(file, model, tmp_path, small_picture
     assert [part["n"] for part in result["results"][0]["by_length"]] == [2, 1]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Own questions" in page
-    assert "question who: Who wrote &lt;script&gt;alert(1)&lt;/script&gt;?" in page
+    assert ", who</th>" in page
+    assert ">Who wrote &lt;script&gt;alert(1)&lt;/script&gt;?</td>" in page
     assert SCRIPT not in page
     again = evaluate(
         model, str(file), tmp_path / "after", lengths=LENGTHS, chat=False, device="cpu", quiet=True,

@@ -121,21 +121,28 @@ def _failures(result: Mapping[str, Any], side: Side) -> list[Section]:
         for item in part.details.get("wrong", ())[:1]
     ][: MOST_QUOTED // 4]
     rows = [
-        [f"{item['task']}, {item['length']:,}, {_sample(item)}", item["expected"], item["got"]]
+        [f"{item['task']}, {item['length']:,}, sample {item['index']}", item["expected"], item["got"]]
         for item in result["failures"]
+        if "asked" not in item
     ]
-    # A few of every test say more than many of one.
-    step = max(1, len(rows) // MOST_QUOTED)
-    rows = wrong + rows[::step][:MOST_QUOTED]
-    if not rows:
+    own = [
+        [f"{item['task']}, {item['length']:,}, {item['id'][:40]}", item["asked"], item["expected"], item["got"]]
+        for item in result["failures"]
+        if "asked" in item
+    ]
+    quoted = [
+        Table(("where", "expected", "answered"), wrong + _some(rows), numbers=False),
+        Table(("where", "asked", "expected", "answered"), _some(own), numbers=False),
+    ]
+    tables = [table for table in quoted if table.rows]
+    if not tables:
         return []
-    quoted = Table(("where", "expected", "answered"), rows, numbers=False)
-    return [Section("What it got wrong", tables=[quoted], texts=["All answers are in the run's folder, one a line."])]
+    return [Section("What it got wrong", tables=tables, texts=["All answers are in the run's folder, one a line."])]
 
 
-def _sample(item: Mapping[str, Any]) -> str:
-    """Which sample went wrong: one of a file of questions by its id and words."""
-    return f"question {item['question']}" if "question" in item else f"sample {item['index']}"
+def _some(rows: list[list[str]]) -> list[list[str]]:
+    """As many as are quoted: a few of every test say more than many of one."""
+    return rows[:: max(1, len(rows) // MOST_QUOTED)][:MOST_QUOTED]
 
 
 def _paper(result: Mapping[str, Any], side: Side) -> list[Table]:

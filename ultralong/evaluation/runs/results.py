@@ -236,7 +236,7 @@ def _failures(task: str, length: int, records: Sequence[Mapping[str, Any]]) -> l
             "depth": record.get("depth"),
             "expected": quote(" | ".join(record["outputs"])),
             "got": quote(record["prediction"]),
-            **({"question": quote(f"{record['id']}: {record['question']}")} if "questions_sha256" in record else {}),
+            **({"id": record["id"], "asked": quote(record["question"])} if "questions_sha256" in record else {}),
         }
         for record in wrong
     ]
