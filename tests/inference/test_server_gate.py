@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ultralong import miniature
-from ultralong.inference.server import connections, gate, requests
+from ultralong.inference.server import app, connections, gate, requests
 from ultralong.inference.server.serve import serve
 from ultralong.inference.server.settings import ServeSettings
 
@@ -187,3 +187,95 @@ def test_a_key_that_no_client_can_send_is_refused_and_not_shown(monkeypatch, key
     with pytest.raises(ValueError, match="SERVE_KEY holds") as error:
         ServeSettings("model", key_variable="SERVE_KEY").key()
     assert key.strip() == "" or key not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict.fromkeys(
+            ("temperature", "top_p", "n", "stream", "stop", "seed", "presence_penalty", "logit_bias", "suffix")
+        ),
+        {"logprobs": False, "logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
+        {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+        {"prompt": ["x"]},
+        {"prompt": [[5, 6]]},
+    ],
+)
+def test_what_asks_for_nothing_is_no_fault(port, changes):
+    """Clients send all options that they know, at null or at what they are by default."""
+    status, said = ask(port, request(**changes))
+    assert status == 200, said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"logprobs": 0}, "logprobs: this server does not support it"),  # which asks for those of the answer
+        ({"top_k": 20}, "top_k: this server does not support it"),
+        ({"tool_choice": "required"}, "tool_choice: this server"),
+        ({"prompt": [[1], [2]]}, "prompt: One prompt a request is taken"),
+        ({"prompt": {}}, "prompt: Input should be a valid string"),
+        ({"stop": 5}, "stop: Input should be a valid string"),
+    ],
+)
+def test_what_asks_for_something_else_is_refused_by_its_name(port, changes, words):
+    status, said = ask(port, request(**changes))
+    assert (status, words in said.decode()) == (400, True), said
+
+
+def chat(*messages: object) -> bytes:
+    return json.dumps({"model": "mini", "messages": messages, "max_tokens": 2, "temperature": 0}).encode()
+
+
+def test_a_turn_that_a_server_gave_can_be_given_back(port):
+    given = {"role": "assistant", "content": "A king.", "refusal": None, "tool_calls": [], "audio": None}
+    asked = {"role": "user", "content": [{"type": "text", "text": "Who?"}]}
+    status, said = ask(port, chat(asked, given, {**asked, "name": None}), route="chat/completions")
+    assert status == 200, said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "data:,"}}], "messages.0.content.0.type: Input should be 'text'"),
+        (None, "messages.0.content: Field required"),
+        (5, "messages.0.content: Input should be a valid list"),
+        ("\ud800", "messages.0.content.0.text: half of a surrogate pair"),
+    ],
+)
+def test_a_message_that_is_no_text_is_named(port, content, words):
+    status, said = ask(port, chat({"role": "user", "content": content}), route="chat/completions")
+    assert (status, words in said.decode()) == (400, True), said
+
+
+def test_a_body_that_is_no_json_says_where(port):
+    assert b"the request is no JSON: " in ask(port, b"{no")[1]
+
+
+@pytest.mark.parametrize(("name", "status"), [("mini", 200), ("none/such", 404)])
+def test_a_model_is_found_by_its_name(port, name, status):
+    found, said = send(port, f"GET /v1/models/{name} HTTP/1.1\nHost: localhost\nConnection: close\n")
+    assert (found, name.encode() in said) == (status, True)
+
+
+def counts(port: int) -> dict[str, float]:
+    lines = send(port, "GET /metrics HTTP/1.1\nHost: localhost\nConnection: close\n")[1].decode().splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("ultralong_")}
+
+
+def test_an_answer_whose_client_is_gone_is_left_though_its_tokens_come_fast(port, monkeypatch):
+    """It was computed to its end: the client was looked for where no token came for half a second."""
+    monkeypatch.setattr(app, "ASK_AGAIN", 0.05)
+    cancelled = 'ultralong_requests_total{outcome="cancelled",route="completions"}'
+    before, body = counts(port), request(max_tokens=500, prompt="Once upon a time")
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        line.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        time.sleep(0.1)
+    for _ in range(200):
+        if (after := counts(port)).get(cancelled, 0) > before.get(cancelled, 0):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the answer was not left")
+    assert after["ultralong_new_tokens_total"] - before["ultralong_new_tokens_total"] < 450

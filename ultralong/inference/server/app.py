@@ -6,7 +6,8 @@ import asyncio
 import copy
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -43,7 +44,7 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
 
     async def respond(body: ChatRequest | CompletionRequest, request: Request, route: str) -> Response:
         if body.model != name:
-            raise Refused(404, f"This server has the model {name!r}, not {body.model!r}.", "model_not_found", "model")
+            raise _other_model(name, body.model)
         async with encoding:  # long texts take seconds; others are heard
             prompt = await asyncio.to_thread(body.prompt, tokenizer, worker.limit)
         most = body.most or max(1, min(answer_tokens, worker.limit - len(prompt)))
@@ -69,6 +70,11 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
         model = {"id": name, "object": "model", "created": started, "owned_by": "ultralong"}
         return {"object": "list", "data": [{**model, "max_model_len": worker.limit}]}
 
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> JSONResponse:
+        found = [each for each in (await models())["data"] if each["id"] == model_id]
+        return JSONResponse(found[0]) if found else JSONResponse(error_body(_other_model(name, model_id)), 404)
+
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok" if worker.alive else "stopping"}, 200 if worker.alive else 503)
@@ -78,6 +84,10 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
         return Response(worker.metrics.page(), media_type=worker.metrics.content_type)
 
     return app
+
+
+def _other_model(name: str, asked: str) -> Refused:
+    return Refused(404, f"This server has the model {name!r}, not {asked!r}.", "model_not_found", "model")
 
 
 def _add_refusals(app: FastAPI, worker: Worker) -> None:
@@ -91,11 +101,12 @@ def _add_refusals(app: FastAPI, worker: Worker) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        place = place.encode("utf-8", "backslashreplace").decode()  # the name of a key may be no text
-        text = f"{place or 'the request'}: {first['msg']}"
+        place = _place(first)
+        text = f"{place or 'the request'}: {first['msg'].removeprefix('Value error, ')}"
         if first["type"] == "extra_forbidden":
             text = f"{place}: this server does not support it. Leave it out."
+        if first["type"] == "json_invalid":
+            text = f"the request is no JSON: {first['ctx']['error']}, behind character {first['loc'][-1]}"
         if not place and "json" not in request.headers.get("content-type", ""):  # as curl sends what it is told to post
             text = "the request: JSON is needed, sent with the header Content-Type: application/json"
         return await refused(request, Refused(400, text, "invalid_request", place or None))
@@ -105,9 +116,21 @@ def _add_refusals(app: FastAPI, worker: Worker) -> None:
         text = str(error.detail)
         if error.status_code in (404, 405):
             routes = [route for route in app.routes if isinstance(route, APIRoute)]
-            known = ", ".join(f"{method} {route.path}" for route in routes for method in sorted(route.methods or ()))
+            known = ", ".join(
+                f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ())
+            )
             text = f"{request.method} {request.url.path[:200]} is not served here. These are: {known}."
         return JSONResponse(error_body(Refused(error.status_code, text, "invalid_request")), error.status_code)
+
+
+def _place(error: Mapping[str, Any]) -> str:
+    """Where in a request something is wrong, in the request's own words."""
+    parts = [str(part) for part in error["loc"] if part != "body"]
+    if error["type"] == "json_invalid":
+        return ""
+    if error["type"] != "extra_forbidden":  # where several types are taken, pydantic adds which of them it tried
+        parts = list(takewhile(lambda part: part.isidentifier() or part.isdigit(), parts))
+    return ".".join(parts).encode("utf-8", "backslashreplace").decode()  # the name of a key may be no text
 
 
 async def _next(ticket: Ticket, request: Request) -> Piece:
@@ -126,9 +149,14 @@ async def _next(ticket: Ticket, request: Request) -> Piece:
 
 async def _whole(ticket: Ticket, request: Request) -> tuple[str, Piece]:
     """The whole text, and the last piece."""
-    text = ""
+    text, looked = "", time.monotonic()
     while True:
         piece = await _next(ticket, request)
+        if time.monotonic() - looked > ASK_AGAIN:  # pieces that come fast leave no time to look in `_next`
+            looked = time.monotonic()
+            if await request.is_disconnected():
+                ticket.cancelled.set()
+                raise Refused(499, "The client has gone.", "client_gone")
         if piece.error is not None:
             raise piece.error
         text += piece.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from jinja2 import TemplateError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
@@ -14,6 +14,23 @@ from ultralong.utils.chat_template import conversation_ids, render_chat
 
 MOST_STOPS = 16
 LONGEST_STOP = 1024  # characters; what the model has said is compared with every beginning of each
+# Options that this server lacks, at the values at which they ask for nothing: many clients send all that they know.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    # Of vLLM's and SGLang's own.
+    "top_k": (0, -1),
+    "min_p": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    # Of a turn that a server gave.
+    "tool_calls": ([],),
+    "annotations": ([],),
+}
 
 
 def _whole(text: str) -> str:
@@ -25,43 +42,56 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]  # JSON can spell what no text holds
 
 
-class Part(BaseModel):
-    """A part of a message; text is the only kind."""
+def _asks(key: str, value: Any) -> bool:
+    """Whether an option asks for something; a whole number is no truth value, though Python says 0 == False."""
+    return value is not None and all(type(value) is not type(one) or value != one for one in NEUTRAL.get(key, ()))
 
+
+class _Given(BaseModel):
+    # What this server does not know is refused: an option without effect would give another answer than was asked for.
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_neutral(cls, given: Any) -> Any:
+        """What was given without null, which OpenAI takes for what is left out, and what asks for nothing."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if _asks(key, value)}
+
+
+class Part(_Given):
+    """A part of a message; text is the only kind."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class Message(_Given):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Annotated[list[Part], BeforeValidator(_parts)]
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """The turn as chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Given):
     """Options of a streamed answer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class _Request(BaseModel):
-    # What this server does not know is refused: an option without effect would give another answer than was asked for.
-    model_config = ConfigDict(extra="forbid")
-
+class _Request(_Given):
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -139,10 +169,19 @@ class ChatRequest(_Request):
         return self.max_completion_tokens or self.max_tokens
 
 
+def _only(prompt: Any) -> Any:
+    """The one prompt of a list of prompts."""
+    if isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt):
+        if len(prompt) > 1:
+            raise ValueError("One prompt a request is taken; send the others by themselves.")
+        return prompt[0]
+    return prompt
+
+
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt_: Text | list[int] | list[Text] = Field(alias="prompt")
+    prompt_: Annotated[Text | list[int], BeforeValidator(_only)] = Field(alias="prompt")
     echo: Literal[False] = False
     best_of: Literal[1] = 1
 
@@ -154,16 +193,11 @@ class CompletionRequest(_Request):
             most: Not needed here.
 
         Raises:
-            Refused: Several prompts, or ids that the model does not have.
+            Refused: Ids that the model does not have.
         """
-        given = self.prompt_
-        if isinstance(given, list) and given and isinstance(given[0], str):
-            if len(given) > 1:
-                raise Refused(400, "One prompt a request is taken; send the others by themselves.", "invalid_prompt")
-            given = given[0]
-        if isinstance(given, str):
-            return _ids(tokenizer, given)
-        ids = [int(token) for token in given]
+        ids = self.prompt_
+        if isinstance(ids, str):
+            return _ids(tokenizer, ids)
         if wrong := [token for token in ids if not 0 <= token < len(tokenizer)]:
             raise Refused(400, f"The model has no token {wrong[0]}; its ids end at {len(tokenizer) - 1}.", "bad_token")
         return ids
