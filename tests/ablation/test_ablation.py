@@ -76,7 +76,7 @@ def test_a_setting_at_its_default_changes_no_key():
 
 def test_studies_that_ship_are_whole():
     names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
-    smollm2 = ["smollm2-135m-32k", "smollm2-135m-64k", "smollm2-135m-64k-searched"]
+    smollm2 = [f"smollm2-135m-{window}" for window in ("32k", "64k", "64k-longer", "64k-searched")]
     assert names == ["miniature", "qwen25-coder-1.5b-128k", *smollm2, "tinyllama-1.1b-16k"]
     for name in names:
         assert len(load_study(name).designs()) > 3

@@ -199,10 +199,25 @@ def test_a_row_asks_only_for_what_it_has_told_where_its_end_drops_the_rest(tmp_p
     assert unseen("drop") == 0
 
 
-def test_the_recipe_for_rows_of_131072_cuts_no_question_off_from_its_fact():
-    recipe = load_recipe("gutenberg-sotu-retrieval-128k")
-    settings = next(source.retrieval for source in recipe.sources if source.retrieval)
-    assert recipe.row_settings(131_072).row_end == "drop"
+def test_the_recipe_for_rows_of_73728_asks_as_far_as_the_longest_prompt_of_65536_does():
+    sources = load_recipe("gutenberg-sotu-retrieval-72k").sources
+    every = [source.retrieval for source in sources if source.retrieval and source.retrieval.reach]
+    assert len({settings.draw for settings in every}) == len(every) > 1, "no fact twice"
+    text = (TEXT * 8)[: every[0].longest]
+    made = [every[0].with_facts(text, random.Random(seed)) for seed in range(3)]
+    told = [(piece, *item) for piece in made for item in facts_of(piece).items()]
+    apart = [piece.find(asked) - facts[0][0] for piece, asked, facts in told if asked in piece]
+    assert len(apart) > 300
+    assert min(apart) > 0
+    far = sum(one > 0.8 * len(made[0]) for one in apart) / len(apart)
+    assert 0.15 < far < 0.25, "58,000 of 73,728 tokens are 79% of a row"
+
+
+@pytest.mark.parametrize(("size", "tokens"), [("72k", 73_728), ("128k", 131_072)])
+def test_the_recipes_for_long_rows_cut_no_question_off_from_its_fact(size, tokens):
+    recipe = load_recipe(f"gutenberg-sotu-retrieval-{size}")
+    settings = [source.retrieval for source in recipe.sources if source.retrieval][-1]
+    assert recipe.row_settings(tokens).row_end == "drop"
     assert settings.inside == 1, "what stands at the end of a piece is dropped with it"
 
 
