@@ -1,5 +1,8 @@
 """The one cost model: what layouts are chosen with, and what the planner takes seconds from."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +24,24 @@ def test_the_planners_machine_is_the_one_that_layouts_are_chosen_for():
     forward, backward = machine.attention_rates("flash4", 128, 131_072)
     both = 3.5 / (1 / forward + 2.5 / backward)
     assert pytest.approx(both, rel=0.05) == H200.attention
+
+
+def test_attentions_rates_are_those_of_the_files_they_name():
+    """One GPU, whole rows: FLOP of the causal half, 2.5 times as many backward as forward."""
+    root = Path(__file__).resolve().parents[2]
+    rates = json.loads((root / "ultralong/planner/machines/h200.json").read_text())["rates"]["attention"]
+    named = [rate for rate in rates if "recorded_in" in rate]
+    assert {(rate["kernel"], rate["tokens"]) for rate in named} >= {("flash4", 8192), ("flash4", 131_072)}
+    for rate in named:
+        recorded = json.loads((root / rate["recorded_in"]).read_text())
+        wanted, options = ("single", rate["kernel"], rate["tokens"], False), recorded["options"]
+        (row,) = (
+            row for row in recorded["results"] if (row["name"], row["kernel"], row["tokens"], row["packed"]) == wanted
+        )
+        assert options["head_size"] == rate["head_size"]
+        forward = 2 * rate["tokens"] ** 2 * options["heads"] * options["head_size"]
+        assert rate["forward_tflops"] == pytest.approx(forward / row["forward_ms"] / 1e9, abs=0.06)
+        assert rate["backward_tflops"] == pytest.approx(2.5 * forward / row["backward_ms"] / 1e9, abs=0.06)
 
 
 class Counting(Reference):
