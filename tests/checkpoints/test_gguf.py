@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ultralong import cli
+from ultralong.api.make import export_gguf as api_export
 from ultralong.checkpoints.gguf import export_gguf, reading_options
 from ultralong.rope.scaling import RopeScaling
 
@@ -27,6 +28,9 @@ if rope["rope_type"] == "yarn":
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(config.get("wrong_factor", rope["factor"]))
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+if rope["rope_type"] == "linear":
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(rope["factor"])
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.close()
@@ -57,6 +61,30 @@ def test_a_checkpoint_is_written_with_what_reads_it(place, capsys):
     assert gguf.GGUFReader(place / "m.gguf").get_field("llama.rope.scaling.factor").contents() == 8.0
     with pytest.raises(ValueError, match="is there already"):
         export_gguf(place / "model", place / "m.gguf", place / "llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("rope", "declared", "window"),
+    [
+        ({"factor": 16.0}, 256, 512),  # a factor that is larger than the window needs
+        ({"rope_type": "linear", "factor": 8.0, "original_max_position_embeddings": None, "beta_fast": None}, 32, 256),
+    ],
+)
+def test_a_file_declares_what_the_config_does_and_the_command_the_whole_window(place, rope, declared, window):
+    """The converter copies max_position_embeddings, so such files were taken for wrong ones."""
+    path = place / "model" / "config.json"
+    config = json.loads(path.read_text())
+    entry = {key: value for key, value in (config["rope_parameters"] | rope).items() if value is not None}
+    original = {"original_max_position_embeddings": 32} if entry["rope_type"] == "linear" else {}
+    change(place, rope_parameters=entry, max_position_embeddings=declared, **original)
+    made = export_gguf(place / "model", place / "m.gguf", place / "llama.cpp")
+    assert gguf.GGUFReader(place / "m.gguf").get_field("llama.context_length").contents() == declared
+    assert made.window == window
+
+
+def test_the_miniature_is_found_by_its_name(place):
+    made = api_export("miniature", place / "m.gguf", place / "llama.cpp")
+    assert made.window == 512
 
 
 @pytest.mark.parametrize(

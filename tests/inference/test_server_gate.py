@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from ultralong import miniature
+from ultralong import extend, miniature
 from ultralong.inference.server import app, connections, gate, requests
-from ultralong.inference.server.serve import serve
+from ultralong.inference.server.serve import check_window, serve
 from ultralong.inference.server.settings import ServeSettings
 
 
@@ -279,3 +279,14 @@ def test_an_answer_whose_client_is_gone_is_left_though_its_tokens_come_fast(port
     else:
         pytest.fail("the answer was not left")
     assert after["ultralong_new_tokens_total"] - before["ultralong_new_tokens_total"] < 450
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "window"), [(2048, {"method": "linear"}, 2048), (1024, {"factor": 4.0}, 2048)]
+)
+def test_the_window_is_what_the_scaling_reaches(tmp_path, to, options, window):
+    """max_position_embeddings of a linear scaling is the old window: no more than that was served."""
+    extend("miniature", to=to, out=tmp_path / "model", quiet=True, **options)
+    check_window(ServeSettings(str(tmp_path / "model"), max_tokens=window))
+    with pytest.raises(ValueError, match=f"the model's window is {window:,}"):
+        check_window(ServeSettings(str(tmp_path / "model"), max_tokens=window + 1))

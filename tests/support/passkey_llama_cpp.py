@@ -2,7 +2,7 @@
 
 Three steps, as llama-cpp-python need not be installed where transformers is; `read` needs nothing of ultralong:
 
-    ultralong export gguf MODEL --out FILE --llama-cpp SOURCES --dtype f32        # says which options the file needs
+    ultralong export gguf MODEL FILE --llama-cpp SOURCES --dtype f32        # says which options the file needs
     python tests/support/passkey_llama_cpp.py ask MODEL --length 12288 --samples 2 --out asked.json
     python tests/support/passkey_llama_cpp.py read FILE asked.json --out right.json --beta-fast 4 --beta-slow 1
     python tests/support/passkey_llama_cpp.py read FILE asked.json --out wrong.json          # without those options

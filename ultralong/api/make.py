@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ultralong.api.names import Changes, File, Named, StrPath, Words, as_overrides
-from ultralong.utils.hub import find_checkpoint, unless_miniature
+from ultralong.utils.hub import find_checkpoint, local_folder, unless_miniature
 from ultralong.utils.processes import without_collections
 from ultralong.utils.units import Tokens
 
@@ -131,7 +131,7 @@ def pack(
 
 
 def export_gguf(
-    checkpoint: StrPath,
+    checkpoint: Named,
     out: File,
     llama_cpp: StrPath | None = None,
     dtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
@@ -139,7 +139,7 @@ def export_gguf(
     """Write a checkpoint as one GGUF file for llama.cpp, by llama.cpp's own converter.
 
     Args:
-        checkpoint: Checkpoint folder with safetensors weights.
+        checkpoint: Checkpoint folder with safetensors weights, or miniature.
         out: The file to write.
         llama_cpp: Folder of llama.cpp's sources.
         dtype: Type of the weights in the file; auto keeps the checkpoint's.
@@ -153,7 +153,7 @@ def export_gguf(
     """
     from ultralong.checkpoints.gguf import export_gguf as run
 
-    return run(checkpoint, out, llama_cpp, dtype)
+    return run(local_folder(checkpoint), out, llama_cpp, dtype)
 
 
 def merge(

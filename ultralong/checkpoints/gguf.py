@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.checkpoints.config import load_config
-from ultralong.rope.config import declared_window, from_config
+from ultralong.rope.config import declared_window, from_config, reader
 from ultralong.rope.frequencies import attention_factor
 from ultralong.rope.scaling import RopeScaling
 from ultralong.utils.extras import require
@@ -39,7 +39,8 @@ class GgufExport:
     Attributes:
         file: The file.
         architecture: Its name in llama.cpp.
-        window: Tokens it declares.
+        window: Tokens that the model can read; a linear scaling and a larger factor reach beyond those that the file
+            declares.
         options: What llama.cpp's programs (llama-cli, llama-server) need on their command line besides the file, as the
             file cannot say it.
     """
@@ -91,7 +92,9 @@ def export_gguf(
         raise ValueError("The converter needs sentencepiece, which is not installed: pip install sentencepiece")
     with atomic_path(file) as temporary:
         _convert([sys.executable, str(script), str(folder), "--outfile", str(temporary), "--outtype", dtype])
-        architecture = _compare(gguf.GGUFReader(temporary), scaling, declared_window(config))
+        # The file copies this entry; a factor may reach further than the window needs.
+        declared = int(reader(config)("max_position_embeddings"))
+        architecture = _compare(gguf.GGUFReader(temporary), scaling, declared)
     return GgufExport(str(file), architecture, declared_window(config), options)
 
 
@@ -136,14 +139,17 @@ def _convert(words: list[str]) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ValueError(f"llama.cpp's converter failed: {said[-1].strip() if said else f'code {done.returncode}'}.")
+        text = f"llama.cpp's converter failed: {said[-1].strip() if said else f'code {done.returncode}'}."
+        if "pre-tokenizer was not recognized" in text:
+            text += " It knows the tokenizers of published models, and takes none that it does not know."
+        raise ValueError(text)
 
 
-def _compare(reader: Any, scaling: RopeScaling, window: int) -> str:
+def _compare(file: Any, scaling: RopeScaling, window: int) -> str:
     """Compare what a file says of window and RoPE with the config; returns its architecture."""
 
     def read(key: str) -> Any:
-        field = reader.get_field(key)
+        field = file.get_field(key)
         return None if field is None else field.contents()
 
     name = read("general.architecture")
@@ -157,7 +163,7 @@ def _compare(reader: Any, scaling: RopeScaling, window: int) -> str:
         for key, value in expected.items()
         if not _same(found := read(f"{name}.{key}"), value)
     ]
-    if scaling.method == "llama3" and not any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+    if scaling.method == "llama3" and not any(tensor.name == "rope_freqs.weight" for tensor in file.tensors):
         wrong.append("the factors of llama3 (rope_freqs.weight) are missing")
     if wrong:
         raise ValueError(f"The converter's file differs from the config: {'; '.join(wrong)}. Take a newer llama.cpp.")

@@ -175,9 +175,10 @@ def caveats(config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
             "of the whole window for short texts too, llama.cpp converts none: choose yarn or llama3 to serve there."
         )
     if kind in SERVED_BY_FACTOR and reach > to:
+        offered = f"{to:,} unless told otherwise" if kind == "yarn" else f"up to {reach:,}"
         notes.append(
-            f"The factor of {scaling.factor:g} is larger than the window needs: vLLM will offer {reach:,} "
-            "tokens, and transformers warns about it once."
+            f"The factor of {scaling.factor:g} is larger than the window needs, and reaches {reach:,} tokens: vLLM "
+            f"offers {offered}, and transformers warns about it once."
         )
     if old.method not in ("default", scaling.method):
         notes.append(f"The {old.method} scaling that the weights were trained with is replaced by {scaling.method}.")

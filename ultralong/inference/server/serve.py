@@ -19,6 +19,7 @@ from ultralong.inference.server.metrics import Metrics
 from ultralong.inference.server.settings import ServeSettings
 from ultralong.inference.server.worker import Worker
 from ultralong.inference.sharded_engine import with_model
+from ultralong.rope.config import declared_window
 from ultralong.utils.extras import require
 from ultralong.utils.hub import local_folder
 
@@ -124,7 +125,7 @@ def listening(settings: ServeSettings) -> socket.socket:
 def short_batch(engine: RunnerEngine, settings: ServeSettings) -> ContinuousBatch | None:
     """Rows for short requests, as many as were asked for and as a tenth of a GPU's free memory holds; None for none."""
     rows, model = settings.batch, engine.model
-    tokens = min(settings.batch_tokens, int(model.config.get_text_config().max_position_embeddings))
+    tokens = min(settings.batch_tokens, declared_window(model.config.get_text_config()))
     if not isinstance(engine, LocalEngine):
         return None
     if model.device.type == "cuda":
@@ -181,7 +182,7 @@ def most_tokens(engine: RunnerEngine, settings: ServeSettings, taken: int = 0) -
 
 def _check_tokens(settings: ServeSettings, config: PreTrainedConfig) -> int:
     """The window of a model with a config, which must hold what is asked for."""
-    window = int(config.get_text_config().max_position_embeddings)
+    window = declared_window(config.get_text_config())
     if settings.max_tokens is not None and settings.max_tokens > window:
         raise ValueError(
             f"max_tokens is {settings.max_tokens:,}, and the model's window is {window:,}: extend it first "
