@@ -17,6 +17,7 @@ from ultralong.evaluation.measures.lm_eval import (
     read_score,
 )
 from ultralong.evaluation.measures.lm_eval_data import MATH_SUBJECTS, from_package, local_folder
+from ultralong.utils.files import read_jsonl
 
 
 def options(words):
@@ -39,6 +40,10 @@ def test_each_benchmark_is_asked_as_the_paper_asks(tmp_path):
     plain = command_for(BENCHMARKS["MMLU"], "model", tmp_path, device="cuda", chat=False, limit=3)
     assert "--apply_chat_template" not in plain
     assert (options(plain)["--limit"], options(plain)["--batch_size"]) == ("3", "auto")
+    together = command_for(BENCHMARKS["MMLU"], "model", tmp_path, device="cpu", chat=False, batch=96)
+    assert options(together)["--batch_size"] == "96"
+    assert lines["MMLU"]["--batch_size"] == "1"
+    assert all("--log_samples" in line for line in lines.values())
     assert plain[:4] == [sys.executable, "-m", "lm_eval", "run"]
 
 
@@ -65,6 +70,12 @@ def results(folder, values, counts):
             }
         )
     )
+
+
+def logged(number, score, metric="acc_norm", filtered="none", **more):
+    """A line of lm-eval's log of samples, without what is not read."""
+    sample = {"doc_id": number, "doc_hash": f"d{number}", "prompt_hash": f"p{number}", "filter": filtered}
+    return {**sample, "target": "0", "resps": [[["-3.5", "False"]], [["-4.0", "True"]]], metric: float(score), **more}
 
 
 def test_scores_are_joined_by_numbers_of_samples(tmp_path):
@@ -102,6 +113,10 @@ def test_what_ran_is_not_run_again_and_what_failed_is_named(tmp_path, monkeypatc
             {"piqa": {"acc_norm,none": 0.25, "acc_norm_stderr,none": 0.1}},
             {"piqa": 8},
         )
+        log = [logged(number, number < 2, metric="acc_norm") for number in range(8)]
+        (Path(options(words)["--output_path"]) / "model" / "samples_piqa_2026-11-30T10-00-00.1.jsonl").write_text(
+            "".join(json.dumps(sample) + "\n" for sample in log)
+        )
         return None
 
     monkeypatch.setattr(standard, "_call", call)
@@ -114,6 +129,7 @@ def test_what_ran_is_not_run_again_and_what_failed_is_named(tmp_path, monkeypatc
         assert skipped["HellaSwag"] == "no such data"
         assert "--run-code" in skipped["HumanEval"], "nobody's programs run unasked"
         assert len(ran) == count, "PIQA ran once, HellaSwag was tried again"
+        assert [item["score"] for item in read_jsonl(tmp_path / "out" / "PIQA.jsonl")] == [1.0] * 2 + [0.0] * 6
     assert ran[0] == ("piqa", (tmp_path / "data").absolute(), True)
 
 
@@ -236,6 +252,10 @@ def test_lm_eval_runs_a_task_of_local_data(tmp_path, make_tiny_model, tiny_token
     )
     assert skipped == {}
     assert (row.n, row.details["lm_eval"]) == (6, ["piqa"])
+    outcomes = read_jsonl(tmp_path / "out" / "PIQA.jsonl")
+    assert [(item["task"], item["index"]) for item in outcomes] == [("piqa", number) for number in range(6)]
+    assert 100 * sum(item["score"] for item in outcomes) / 6 == pytest.approx(row.value)
+    assert len({item["doc"] for item in outcomes} | {item["prompt"] for item in outcomes}) == 12
     # A model that knows nothing prefers one of the two endings whatever is asked: half of the labels.
     assert 0 <= row.value <= 100
     assert row.value * 6 / 100 == pytest.approx(round(row.value * 6 / 100))

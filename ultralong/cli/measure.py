@@ -156,7 +156,7 @@ def answer(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
 
 def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json = None) -> None:
-    """Compare two models on the same samples: differences test by test, with intervals.
+    """Compare two models on the same samples: differences by test or short benchmark, with intervals.
 
     Example: ultralong eval compare runs/before runs/after
 
@@ -171,8 +171,9 @@ def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json 
     rows = compare_answers(first, second)
     leave(json, rows)
     for row in rows:
+        length = "" if row["length"] is None else f"{row['length']:,}"
         change = interval_text(Part(row["difference"], row["n"], row["low"], row["high"]), "{:+.1f}")
         print(
-            f"{row['task']:24} {row['length']:>9,}  {row['first']:6.1f} -> {row['second']:6.1f}  "
+            f"{row['task']:24} {length:>9}  {row['first']:6.1f} -> {row['second']:6.1f}  "
             f"{row['difference']:+.1f}  [{change}]  n {row['n']}"
         )

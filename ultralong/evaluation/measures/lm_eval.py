@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.evaluation.measures.lm_eval_data import MATH_SUBJECTS, local_folder
+from ultralong.evaluation.measures.lm_eval_samples import read_outcomes
 from ultralong.evaluation.measures.result import Result, benchmark_result
 from ultralong.utils.extras import require
-from ultralong.utils.files import read_json, write_json
+from ultralong.utils.files import read_json, write_json, write_text
 from ultralong.utils.progress import progress
 
 LAST_LINES = 3
@@ -88,6 +89,7 @@ def command_for(
     *,
     device: str,
     chat: bool,
+    batch: int | None = None,
     limit: int | None = None,
     include: Path | None = None,
 ) -> list[str]:
@@ -99,6 +101,7 @@ def command_for(
         out: Folder for lm-eval's results.
         device: cpu or cuda.
         chat: Whether the tokenizer has a chat template.
+        batch: Samples to ask together; None takes one on a CPU, and what lm-eval finds by trying on a GPU.
         limit: Samples of each of its tasks; None takes all.
         include: Folder of further lm-eval tasks.
     """
@@ -117,9 +120,10 @@ def command_for(
         "--device",
         device,
         "--batch_size",
-        "1" if device == "cpu" else "auto",
+        str(batch) if batch is not None else "1" if device == "cpu" else "auto",
         "--output_path",
         str(out),
+        "--log_samples",
     ]
     if benchmark.shots is not None:
         words += ["--num_fewshot", str(benchmark.shots)]
@@ -153,6 +157,7 @@ def measure_lm_eval(
     data: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     chat: bool = True,
+    batch: int | None = None,
     limit: int | None = None,
     run_code: bool = False,
     include: Path | None = None,
@@ -162,12 +167,13 @@ def measure_lm_eval(
 
     Args:
         model: Folder or hub id.
-        out: Folder for one JSON file a benchmark.
+        out: Folder for the score and the outcomes of the samples of each benchmark, `NAME.json` and `NAME.jsonl`.
         names: Benchmarks, as in `BENCHMARKS`; all for none.
         data: Folder with copies of the data under the hub's names, `package` for those that a package registry has, or
             None for the hub.
         device: cpu or cuda.
         chat: Whether the tokenizer has a chat template.
+        batch: As for `command_for`.
         limit: Samples of each task; None takes all.
         run_code: HumanEval runs programs that the model wrote, on this machine, without a sandbox: only if True.
         include: Folder of further lm-eval tasks.
@@ -195,12 +201,17 @@ def measure_lm_eval(
             continue
         if not kept.exists():
             with tempfile.TemporaryDirectory() as scratch:
-                words = command_for(item, named, Path(scratch), device=device, chat=chat, limit=limit, include=include)
+                words = command_for(
+                    item, named, Path(scratch), device=device, chat=chat, batch=batch, limit=limit, include=include
+                )
                 reason = _call(words, folder or Path(scratch), offline=folder is not None)
                 if reason is not None:
                     skipped[item.name] = reason
                     continue
-                write_json(kept, read_score(item, Path(scratch)))
+                score = read_score(item, Path(scratch))
+                outcomes = read_outcomes(item.tasks, item.metric, Path(scratch))
+                write_text(kept.with_suffix(".jsonl"), "".join(f"{json.dumps(outcome)}\n" for outcome in outcomes))
+                write_json(kept, score)  # last, as it says that the benchmark is done
         results.append(benchmark_result(read_json(kept)))
     return results, skipped
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ultralong.evaluation.measures.intervals import wilson
+from ultralong.evaluation.measures.intervals import wilson, wilson_of_mean
 from ultralong.utils.files import read_json, write_json
 
 PER_CENT = "per cent"
@@ -228,13 +228,18 @@ def position_bins(result: Result) -> list[dict[str, Any]]:
 
 
 def benchmark_result(score: Mapping[str, Any]) -> Result:
-    """A benchmark of lm-eval as a result; the interval is a normal one from lm-eval's standard error.
+    """A benchmark of lm-eval as a result; the interval is a normal one from lm-eval's standard error, or Wilson's.
+
+    Samples that are all alike have a standard error of 0, which would claim certainty: Wilson's interval serves there.
 
     Args:
         score: As `lm_eval.read_score` gives it.
     """
     value, stderr = score["score"], score["stderr"]
-    ends = (None, None) if stderr is None else (value - TWO_SIDED_95 * stderr, value + TWO_SIDED_95 * stderr)
-    low, high = (None if end is None else min(100.0, max(0.0, end)) for end in ends)
+    low, high = None, None
+    if stderr == 0:
+        low, high = (100 * end for end in wilson_of_mean(value / 100, score["n"]))
+    elif stderr is not None:
+        low, high = max(0.0, value - TWO_SIDED_95 * stderr), min(100.0, value + TWO_SIDED_95 * stderr)
     details = {"stderr": stderr, "lm_eval": list(score["lm_eval"])}
     return Result(score["task"], score["metric"], value, score["n"], PER_CENT, "samples", low, high, details=details)

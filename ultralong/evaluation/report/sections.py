@@ -182,7 +182,7 @@ def _compared(result: Mapping[str, Any]) -> list[Section]:
         return [Section("Before and after", texts=[result["not_compared"]])]
     rows = [
         [
-            f"{row['task']}, {row['length']:,}",
+            row["task"] if row["length"] is None else f"{row['task']}, {row['length']:,}",
             f"{row['first']:.1f}",
             f"{row['second']:.1f}",
             f"{row['difference']:+.1f}",
@@ -191,7 +191,7 @@ def _compared(result: Mapping[str, Any]) -> list[Section]:
         ]
         for row in result["compared"]
     ]
-    head = ("test, length", "before", "after", "difference", "95% interval", "same samples")
+    head = ("test, length, or benchmark", "before", "after", "difference", "95% interval", "same samples")
     return [Section("Before and after, sample by sample", tables=[Table(head, rows)])]
 
 

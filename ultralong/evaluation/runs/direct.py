@@ -20,12 +20,15 @@ from ultralong.evaluation.measures.result import Result, perplexity_result, writ
 from ultralong.evaluation.measures.row_loss import open_for_loss, row_loss
 from ultralong.evaluation.runs.settings import RunSettings, within_window
 from ultralong.evaluation.tasks.needle import prepare_haystack
+from ultralong.inference.batched import batch_that_fits
 from ultralong.inference.engines import Engine
 from ultralong.inference.load import load_model
 from ultralong.utils.files import append_jsonl, read_jsonl, write_json
 from ultralong.utils.progress import progress
 
 CONTROL = 1024  # the needle map's first column, where the published one has the length 0
+LONGEST_BENCHMARK = 8192  # tokens of a benchmark's prompt, worked examples included, and its answer
+MOST_BENCHMARK = 64  # samples together, as lm-eval's own limit has it
 TOGETHER = 4096  # tokens of the longest prompts of which several depths are asked in one pass
 
 
@@ -201,9 +204,20 @@ def measure_benchmarks(
         data=wanted.data,
         device="cuda" if model is None else model.device.type,
         chat=bool(tokenizer.chat_template) if wanted.chat is None else wanted.chat,
+        batch=_benchmark_batch(wanted, model),
         limit=wanted.limit,
         run_code=wanted.run_code,
         quiet=quiet,
     )
     found = {"results": [result.to_dict() for result in results], "skipped": skipped, "version": lm_eval_version()}
     write_json(out / "lm_eval.json", found)
+
+
+def _benchmark_batch(wanted: RunSettings, model: PreTrainedModel | None) -> int | None:
+    """Samples of a benchmark to ask together; None leaves it to lm-eval.
+
+    lm-eval tries out texts as long as the model's window before it generates: with a long one only one fits.
+    """
+    if wanted.batch is not None or model is None or model.device.type == "cpu":
+        return wanted.batch
+    return min(MOST_BENCHMARK, batch_that_fits(model, LONGEST_BENCHMARK, None))

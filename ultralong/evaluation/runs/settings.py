@@ -60,8 +60,9 @@ class RunSettings:
         gpus: GPUs that share a prompt (each holds the whole model and its part of the cache), or that vllm splits the
             model over.
         kv_dtype: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
-        batch: Short prompts to answer together; by default as many as fit on a GPU, one on a CPU. With 1 a GPU decodes
-            by the fused step, where there is one for the model: faster for long prompts.
+        batch: Short prompts, or samples of lm_eval, to answer together; by default as many as fit on a GPU (64 at most
+            of lm_eval), one on a CPU. With 1 a GPU decodes by the fused step, where there is one for the model: faster
+            for long prompts.
         workers: Processes that make samples ahead of the model; 0 makes them as they are asked.
     """
 
