@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from ultralong.bench.tables import attention_table, training_table
 from ultralong.bench.training.case import TrainingCase
 from ultralong.bench.training.peers import measure as peers
 from ultralong.bench.training.peers.alst import engine_settings
-from ultralong.bench.training.peers.measure import OURS, PEERS, measure_peer, wanted_peers
+from ultralong.bench.training.peers.measure import OURS, PEERS, measure_peer, rows_of, wanted_peers
 from ultralong.bench.training.peers.titan import job_settings, llama_settings
 from ultralong.bench.training.peers.trl_sft import sft_settings, sft_train
 from ultralong.bench.training.ranks import failure, start_ranks
-from ultralong.bench.training.work import prepare_training, random_model
+from ultralong.bench.training.work import WARM, prepare_training, random_model
 from ultralong.cli.bench import train
 from ultralong.planner.shapes import model_config
 from ultralong.utils.files import read_json, write_json
@@ -125,7 +126,8 @@ def test_deepspeeds_training_runs_or_says_what_is_missing(case, tmp_path, monkey
         assert row["note"] == "deepspeed is not installed (pip install deepspeed)"
         return
     assert row["versions"]["deepspeed"] == importlib.metadata.version("deepspeed")
-    assert len(row["steps"]) == 2
+    assert len(row["steps"]) == (2 if "offload" in name else 3)
+    assert row["seconds_per_step"] >= row["steps"][-1], "the slower process counts"
     assert row["peak_host_gib"] > 0
     assert row["losses"][0] == pytest.approx(loss_of_one_process(case.model), rel=2e-3), "in bfloat16"
 
@@ -141,19 +143,41 @@ def test_a_refusal_is_a_row_with_the_peers_own_message_and_the_steps_before_it(c
     asked = []
 
     def refuse(gpus, module, *words, limit):
-        asked.append((gpus, words[0], words[2:4], limit))
+        asked.append((gpus, words[0], words[3], limit))
         for rank in range(gpus):
             done = {"times": [2.5], "losses": [6.2], "peaks": {"peak_gpu_gib": (130 + rank) << 30}}
-            write_json(Path(words[-1]) / f"rank-{rank}.json", done)
+            write_json(Path(words[2]) / f"rank-{rank}.json", done)
         return {"note": failure(said), "messages": said}
 
     monkeypatch.setattr(peers, "start_ranks", refuse)
     row = measure_peer("torch-cp-cudnn", case, tmp_path, limit=60.0)
-    assert asked == [(2, "torch-cp-cudnn", ("256", "2"), 60.0)]
+    assert asked == [(2, "torch-cp-cudnn", "256,256,256", 60.0)]
     assert row["note"] == said.removeprefix("[rank1]: ")
     assert (row["steps"], row["peak_gpu_gib"]) == ([2.5], 131.0)
     assert "seconds_per_step" not in row
     assert training_table([{"rows": [row]}])[2:] == ["| model | 2 | 256 | torch-cp-cudnn | out of memory | | | | |"]
+
+
+def test_short_rows_come_first_and_a_whole_one_where_a_length_is_compiled_or_pinned():
+    case = TrainingCase("M", 262144, gpus=2, steps=2)
+    assert rows_of("deepspeed-alst", case) == (WARM, WARM, 262144, 262144)
+    assert rows_of("torchtitan-cp", case) == rows_of("deepspeed-alst-offload", case) == (262144,) * 3
+    warmed = replace(case, warm_steps=1)
+    assert rows_of("trl-sft-cp", warmed) == (WARM, WARM, 262144, 262144, 262144)
+    assert rows_of("torchtitan-cp", warmed) == (262144,) * 3
+
+
+def test_the_measured_steps_count_and_an_error_in_ending_is_none(case, tmp_path, monkeypatch):
+    def ended_badly(gpus, module, *words, limit):
+        for rank in range(gpus):
+            done = {"times": [9.0, 8.0, 2.5 + rank], "losses": [6.2] * 3, "peaks": {"peak_host_gib": 1 << 30}}
+            write_json(Path(words[2]) / f"rank-{rank}.json", done)
+        return {"note": "exit code 1", "messages": "terminate called without an active exception"}
+
+    monkeypatch.setattr(peers, "start_ranks", ended_badly)
+    row = measure_peer("torch-cp-flash", case, tmp_path)
+    assert (row["seconds_per_step"], row["steps"], row["warm_up_tokens"]) == (3.5, [9.0, 8.0, 2.5], 256)
+    assert "note" not in row
 
 
 def test_torchruns_own_error_is_not_taken_for_a_peers():

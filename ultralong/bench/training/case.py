@@ -65,7 +65,8 @@ class TrainingCase:
         document_lengths: Rows of documents of these tokens that don't see each other, in this order and over and over
             to the row's end: those of a real packed row, for example. Instead of `documents`.
         warm_steps: Steps over the measured rows before the measured steps, besides the two short ones: their shapes'
-            kernels are compiled there.
+            kernels are compiled there. A peer takes the same ones before its own, but one at least, and no short ones,
+            where what it compiles or pins is for one length.
         mix: Rows of several lengths in each step instead of one row, as LENGTH:ROWS, such as 8k:38 128k:1 256k:1. Rows
             of up to 8k hold short conversations, longer ones are one text.
         sharing: With `mix`: each row by as many GPUs as it needs (dynamic), or every row by all of them (fixed).

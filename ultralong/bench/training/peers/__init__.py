@@ -17,9 +17,14 @@ index, make an archive beside one (for that machine's Python and platform; torch
         --only-binary :all: --no-deps PACKAGES
     for wheel in wheels/*.whl; do unzip -qo "$wheel" -d site; done; tar czf site.tar.gz site
 
-Unpack it there: `PYTHONPATH=site ultralong bench train ...`. PACKAGES are a peer's own and what they need
-(`pip install --dry-run` lists them). DeepSpeed comes as source, pure Python unless its operators are asked for:
-`pip wheel --no-deps --no-build-isolation --wheel-dir wheels deepspeed`, with torch installed. NeMo Automodel 0.7.0 is
-not among the peers: its packed context parallelism needs transformer-engine, whose part for torch has no wheel and is
-built with nvcc and cuDNN's headers.
+Unpack it there: `PYTHONPATH=site ultralong bench train ...`. PACKAGES are a peer's own and what they need (`pip
+install --dry-run` lists them): beside torch, transformers, accelerate, pyarrow (24 or later) and this project's own
+they were trl, datasets, dill, multiprocess, torchtitan==0.2.2, torchdata, tomli, deepspeed, hjson, pydantic,
+pydantic-core, annotated-types and typing-inspection, 31 MB in all, for torch 2.11 on Python 3.12 in November 2026.
+DeepSpeed comes as source, pure Python unless its operators are asked for: `pip wheel --no-deps --no-build-isolation
+--wheel-dir wheels deepspeed`, with torch installed. NeMo Automodel 0.7.0 is not among the peers: its packed context
+parallelism needs transformer-engine, whose part for torch has no wheel and is built with nvcc and cuDNN's headers.
+
+A peer's steps come behind two on a short row, as the trainer's own do; ALST with offload and torchtitan, which pin or
+compile for one length, behind one on a whole row.
 """

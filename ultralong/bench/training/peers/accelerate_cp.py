@@ -23,15 +23,15 @@ def context_parallel(world: int) -> Any:
     return ParallelismConfig(cp_size=world, cp_handler=TorchContextParallelConfig(cp_comm_strategy="allgather"))
 
 
-def accelerate_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]:
+def accelerate_step(model_folder: str) -> Callable[[Tensor], float]:
     """One training step, made in a process of torchrun with a GPU.
 
     Args:
         model_folder: Folder of the model's config.
-        tokens: Length of a row; a multiple of twice the processes.
 
     Returns:
-        A function from a row's ids (1, T), the same in every process, to the loss of this process's share.
+        A function from a row's ids (1, T), the same in every process, T a multiple of twice the processes, to the loss
+        of this process's share.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
@@ -51,7 +51,7 @@ def accelerate_step(model_folder: str, tokens: int) -> Callable[[Tensor], float]
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 
     def step(ids: Tensor) -> float:
-        labels, positions = ids.roll(-1, 1), torch.arange(tokens, device=accelerator.device)[None]
+        labels, positions = ids.roll(-1, 1), torch.arange(ids.shape[1], device=accelerator.device)[None]
         with accelerator.maybe_context_parallel(
             buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1], no_restore_buffers={ids, labels, positions}
         ):

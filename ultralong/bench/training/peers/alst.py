@@ -51,7 +51,7 @@ def alst_step(
 
     Args:
         model_folder: Folder of the model's config.
-        tokens: Length of a row; a multiple of the processes.
+        tokens: Length of the longest row; every row's is a multiple of the processes.
         offload: The hidden states that checkpointing keeps wait in host memory.
         offload_optimizer: AdamW and its states in host memory.
 
@@ -73,8 +73,6 @@ def alst_step(
         core_attn_implementation="sdpa",
         sequence_parallel_size=world,
         micro_batch_size=1,
-        seq_length=tokens,
-        seq_length_is_variable=False,
     )
     model = random_model(model_folder, device, "sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -86,10 +84,11 @@ def alst_step(
         config=engine_settings(world, offload_optimizer),
     )
     waiting = _offloading() if offload else nullcontext()
-    share = slice(rank * (tokens // world), (rank + 1) * (tokens // world))
 
     def step(ids: Tensor) -> float:
-        positions = torch.arange(tokens, device=ids.device)[None, share]
+        local = ids.shape[1] // world
+        share = slice(rank * local, (rank + 1) * local)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None, share]
         with waiting:
             hidden = engine.module.get_decoder()(input_ids=ids[:, share], position_ids=positions, use_cache=False)
             loss = _tiled_loss(engine.module, hidden.last_hidden_state, ids.roll(-1, 1)[:, share])

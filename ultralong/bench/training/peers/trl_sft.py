@@ -47,6 +47,7 @@ def sft_settings(out: str, tokens: int, steps: int, layer: str, world: int, cuda
         "max_length": tokens,
         "packing": False,
         "max_steps": steps,
+        "train_sampling_strategy": "sequential",  # short rows first
         "per_device_train_batch_size": 1,
         "gradient_checkpointing": False,
         "learning_rate": 3e-5,

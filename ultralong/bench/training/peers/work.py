@@ -1,4 +1,4 @@
-"""The processes of a peer: `python -m ultralong.bench.training.peers.work NAME MODEL TOKENS STEPS FOLDER`."""
+"""The processes of a peer: `python -m ultralong.bench.training.peers.work NAME MODEL FOLDER LENGTHS`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,21 +19,20 @@ from ultralong.utils.files import write_json
 Steps = Callable[[Tensor], float]
 
 
-def work(name: str, model_folder: str, tokens: int, steps: int, place: Path) -> None:
-    """Train some steps; after each, write the seconds and losses so far and the peaks of memory in bytes.
+def work(name: str, model_folder: str, place: Path, lengths: Sequence[int]) -> None:
+    """Train a step on each row; after each, write the seconds and losses so far and the peaks of memory in bytes.
 
     Args:
         name: The peer.
         model_folder: Folder of the model's config and tokenizer.
-        tokens: Length of a row.
-        steps: How many.
         place: Folder of `rank-N.json`, and of what the peer writes itself.
+        lengths: Tokens of each row; the peer is set up for the last one's.
     """
     cuda, rank = torch.cuda.is_available(), os.environ["RANK"]
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, 256, (1, tokens), generator=generator) for _ in range(steps)]
+    rows, tokens = [torch.randint(0, 256, (1, length), generator=generator) for length in lengths], lengths[-1]
     times: list[float] = []
     losses: list[float] = []
 
@@ -50,15 +49,18 @@ def work(name: str, model_folder: str, tokens: int, steps: int, place: Path) -> 
             from ultralong.bench.training.peers.trl_sft import sft_train
 
             sft_train(model_folder, tokens, rows, str(place / "run"), done)
-            return
-        step = _step(name, model_folder, tokens, rows, str(place / "run"))
-        for row in rows:
-            ids = row.to("cuda" if cuda else "cpu")
-            begin = time.perf_counter()
-            loss = step(ids)  # a number read back: the device is done with the passes
-            if cuda:
-                torch.cuda.synchronize()
-            done(time.perf_counter() - begin, loss)
+        else:
+            step = _step(name, model_folder, tokens, rows, str(place / "run"))
+            for row in rows:
+                ids = row.to("cuda" if cuda else "cpu")
+                begin = time.perf_counter()
+                loss = step(ids)  # a number read back: the device is done with the passes
+                if cuda:
+                    torch.cuda.synchronize()
+                done(time.perf_counter() - begin, loss)
+    if torch.distributed.is_initialized():  # a rank that leaves first may end the other's connection with an error
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _attention(name: str) -> AbstractContextManager[None]:
@@ -80,8 +82,8 @@ def _step(name: str, model_folder: str, tokens: int, rows: list[Tensor], out: st
         return titan_step(model_folder, tokens, rows, out)
     from ultralong.bench.training.peers.accelerate_cp import accelerate_step
 
-    return accelerate_step(model_folder, tokens)
+    return accelerate_step(model_folder)
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    work(sys.argv[1], sys.argv[2], Path(sys.argv[3]), [int(word) for word in sys.argv[4].split(",")])
