@@ -453,7 +453,8 @@ print(f"ok: the plan had said {best['planned_seconds_per_step']:.0f} s a step be
 # 3. Copy one of the folders: `scp -r made/12/launch/slurm CLUSTER:`.
 # 4. There, in that folder, export what the script asks for. It stops and names each fact that is not set.
 # 5. `bash submit.sh --dry-run`, or `bash run.sh --dry-run` without Slurm: all lines must say `ok`.
-# 6. The same without `--dry-run`; `run.sh` on every host. A manifest goes to `sky launch` or `kubectl apply -f`.
+# 6. The same without `--dry-run`; `run.sh` on every host. A manifest goes to `sky launch` or
+#    `kubectl apply --server-side -f`.
 
 # %%
 for path in sorted((out / "launch").rglob("*")):

@@ -336,3 +336,39 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(run, tmp_
     assert found["differences"] == []
     assert found["survivors"] == 0
     assert found["counts"]["killed"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "changes", "said"),
+    [
+        (860.0, {"save_every": 25}, "a step takes 860 s, and a run that is told to stop has 240 s"),
+        (860.0, {"save_every": 25}, "up to the last 25 steps would be lost"),
+        (860.0, {"save_every": 0}, "up to all steps would be lost"),
+        (860.0, {"save_every": 1, "async_checkpoints": True}, ""),
+        (100.0, {"save_every": 25}, ""),
+    ],
+)
+def test_a_step_that_is_longer_than_a_stop_waits_is_told(run, seconds, changes, said, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr("torch.__version__", "2.13.0")
+    real = loop.training_step
+    monkeypatch.setattr(loop, "time", Clock(seconds))
+    monkeypatch.setattr(loop, "training_step", lambda *given: (real(*given), loop.time.tick())[0])
+    train(replace(run, **changes, steps=3), quiet=True)
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("a step takes") == bool(said)
+
+
+class Clock:
+    """`time` of a module, in which a step takes some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._now = seconds, 0.0
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    def tick(self) -> None:
+        self._now += self._seconds
