@@ -466,8 +466,9 @@ subprocess.run(["bash", "-n", script], check=True)
 print("ok: refused by name; the metrics say what the answers said; the server has stopped")
 
 # %% [markdown]
-# A long prompt is answered alone, and others wait; short ones are answered together, on one GPU. That is a server for few
-# users with long prompts, or for an evaluation. For many users take one of the next section, which batch at any length.
+# A long prompt is answered alone, and others wait; short ones are answered together, on one GPU. That is a server for
+# few users with long prompts, or for an evaluation. For many users take one of the next section, which batch at any
+# length.
 #
 # ## What other programs read
 #
