@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ultralong import miniature
 from ultralong.checkpoints.config import check_whole
 from ultralong.checkpoints.extend import extend
-from ultralong.data.recipe.sources import measured
+from ultralong.data.recipe.rate import measured
 from ultralong.data.tokens.encoding import load_tokenizer as load_local
 from ultralong.data.tokens.encoding import make_encoder, tokenizer_fingerprint
 from ultralong.utils import hub

@@ -79,7 +79,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Sft:
-    """SFT on short conversations, after the last stage.
+    """SFT on conversations, short or as long as the window, after the last stage.
 
     Attributes:
         rows: What conversations are packed from: a recipe of kind chat. They get the chat template of the model before.

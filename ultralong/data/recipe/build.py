@@ -196,7 +196,7 @@ def _pack_chat(
     quiet: bool,
     watch: Stopwatch,
 ) -> tuple[PackedRows, dict[str, dict[str, Any]]]:
-    talks = (talk for source in opened for talk in source.conversations())
+    talks = (talk for source in opened for talk in source.conversations(tokenizer))
     report, provenance = opened[0].report, _provenance(recipe, opened)
     with watch.stage("pack"):
         rows = pack_chat(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ultralong.data.chat.pack import ChatSettings
+from ultralong.data.chat.retrieval_chat import RetrievalChat
 from ultralong.data.chat.subsample import Subsample
 from ultralong.data.read.conversations import PairFields, Style
 from ultralong.data.read.datasets import Dataset
@@ -66,6 +67,7 @@ class Source:
         clean: What is taken out of every text: "gutenberg" (licence notices), "rfc" (page headers and footers).
         max_characters: A longer document is cut, at a line's end, into several.
         retrieval: Its documents become practice in finding: invented facts inside them, asked for at the end.
+        retrieval_chat: With kind chat: its documents become conversations about long texts, with facts to find in them.
         budget: Take about this many tokens of it and no more (of each subset, with `subsets`).
         share: Instead of a budget: this share of the recipe's `tokens`.
         subsets: The source is a stream of several sources, each with a share of its own.
@@ -89,6 +91,7 @@ class Source:
     clean: tuple[str, ...] = ()
     max_characters: int | None = None
     retrieval: Retrieval | None = None
+    retrieval_chat: RetrievalChat | None = None
     budget: int | None = None
     share: float | None = None
     subsets: Subsets | None = None
@@ -164,7 +167,12 @@ class Recipe:
             )
         practice = [source.name for source in self.sources if source.retrieval is not None]
         if self.kind == "chat" and practice:
-            raise ValueError(f"retrieval: it is for documents; {', '.join(practice)} is of conversations.")
+            raise ValueError(
+                f"retrieval: it is for documents; {', '.join(practice)} is of conversations (retrieval_chat)."
+            )
+        talks = [source.name for source in self.sources if source.retrieval_chat is not None]
+        if self.kind == "documents" and talks:
+            raise ValueError(f"retrieval_chat: it is for kind chat; {', '.join(talks)} is of documents (retrieval).")
         if self.kind == "documents" and self.subsample is not None:
             raise ValueError(
                 "subsample: it is for conversations; documents are with_token_limit by their sources' budgets."

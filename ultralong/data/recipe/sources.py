@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,17 @@ from ultralong.data.read.datasets import dataset_rows
 from ultralong.data.read.documents import Document, ReadReport
 from ultralong.data.read.fetch import describe, unpack
 from ultralong.data.read.listing import readable
-from ultralong.data.read.messages import check_messages, from_first_question
+from ultralong.data.read.messages import Message, check_messages, from_first_question
 from ultralong.data.read.readers import RecordReader, list_files
+from ultralong.data.recipe.rate import MEASURED_TEXTS, conversation_tokens, measured
 from ultralong.data.recipe.schema import Recipe, Source
 from ultralong.data.select.clean import CLEANERS, cut
 from ultralong.data.select.decontaminate import OverlapFilter, OverlapLog, read_tests
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts, sample, sample_subsets, uniform
 from ultralong.data.select.overlap import NgramIndex
-from ultralong.utils.hub import tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MEASURED_TEXTS = 128
-MEASURED_CHARACTERS = 1 << 12  # of each, from its middle
 
 
 class SourceReader:
@@ -140,15 +138,18 @@ class SourceReader:
         self.characters_per_token = measured((document.text for document in first), tokenizer)
         return itertools.chain(first, texts)
 
-    def conversations(self) -> Iterator[Conversation]:
+    def conversations(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Conversation]:
         """The well-formed conversations, with the source's rule for system messages applied; the rest is counted.
 
         A budget is met within one conversation, by characters (3.68 a token where the source does not say).
 
+        Args:
+            tokenizer: Measures the conversations that are made here (`retrieval_chat`); without it, by characters too.
+
         Raises:
-            ValueError: A malformed record under `strict`.
+            ValueError: A malformed record under `strict`, or a text that makes no conversation of the wanted length.
         """
-        talks = self._conversations()
+        talks = self._conversations() if self.source.retrieval_chat is None else self._made(tokenizer)
         budget, rate = self.budgets[self.source.name], self.source.characters_per_token or FU_CHARACTERS_PER_TOKEN
         left = math.inf if budget is None else budget * rate
         for talk in talks if self.filter is None else self.filter.conversations(talks):
@@ -183,6 +184,16 @@ class SourceReader:
                 messages = [message for message in messages if message["role"] != "system"]
                 messages = [*([{"role": "system", "content": source.system}] if source.system else []), *messages]
             yield Conversation(reader.unique(id), messages, source.name, source.license, source.category)
+
+    def _made(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Conversation]:
+        """Conversations about the source's documents."""
+        source = self.source
+        assert source.retrieval_chat is not None
+        system: list[Message] = [{"role": "system", "content": source.system}] if source.system else []
+        rate = source.characters_per_token or FU_CHARACTERS_PER_TOKEN
+        measure = partial(conversation_tokens, tokenizer=tokenizer, system=system, characters_per_token=rate)
+        made = source.retrieval_chat.conversations(self.texts, self.recipe.seed, measure, source.name, source.category)
+        return (replace(talk, messages=system + talk.messages) for talk in made)
 
     def notes(self) -> dict[str, dict[str, Any]]:
         """What a report says of the source, or of each of its subsets, besides its tokens."""
@@ -275,18 +286,6 @@ def _record_of(row: dict[str, Any], field: str) -> Any:
     if not isinstance(row[field], list):
         return row[field]
     return {**{key: value for key, value in row.items() if key not in (field, *LISTS)}, "messages": row[field]}
-
-
-def measured(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Characters per token over a piece from the middle of each text; Fu et al.'s 3.68 where there is nothing."""
-    characters = tokens = 0
-    for text in texts:
-        start = max(0, len(text) - MEASURED_CHARACTERS) // 2
-        piece = text[start : start + MEASURED_CHARACTERS]
-        characters += len(piece)
-        with tokenizer_errors("the tokenizer fails at a text"):
-            tokens += len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-    return characters / tokens if tokens else FU_CHARACTERS_PER_TOKEN
 
 
 def why_nothing(noted: dict[str, Any]) -> str:

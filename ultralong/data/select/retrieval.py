@@ -151,7 +151,7 @@ class Retrieval:
             start, number = 0, 1
             while len(document.text) - start >= self.shortest:
                 wanted = int(self.shortest * (self.longest / self.shortest) ** draw.random())
-                end = _line_end(document.text, start, min(start + wanted, len(document.text)))
+                end = line_end(document.text, start, min(start + wanted, len(document.text)))
                 if draw.random() < self.keep:
                     piece = self.with_facts(document.text[start:end], draw)
                     yield replace(document, id=f"{document.id}?{number}", text=piece)
@@ -256,6 +256,6 @@ def _line_starts(text: str) -> list[int]:
     return [match.end() for match in re.finditer("\n", text)] or [0]
 
 
-def _line_end(text: str, start: int, end: int) -> int:
+def line_end(text: str, start: int, end: int) -> int:
     """The last line end in `start..end`, or `end` where the text ends there or holds none."""
     return end if end == len(text) else text.rfind("\n", start, end) + 1 or end
