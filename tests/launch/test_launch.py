@@ -247,10 +247,16 @@ def test_slurm_options_take_their_values_after_an_equals_sign():
                     assert "=" in option or option in ("--noheader", "--test-only"), option
 
 
-@pytest.mark.parametrize(("nodes", "advice"), [(32, "parallel.context_parallel_size=256"), (4, "global_batch_size=4")])
-def test_a_preset_on_any_number_of_hosts_starts_or_says_which_setting_does(tmp_path, nodes, advice):
+@pytest.mark.parametrize(
+    ("nodes", "advice", "more"),
+    [
+        (32, "parallel.context_parallel_size=256", ": more GPUs share a row"),
+        (4, "global_batch_size=4", " (4 times the tokens in as many steps: lower steps)"),
+    ],
+)
+def test_a_preset_on_any_number_of_hosts_starts_or_says_which_setting_does(tmp_path, nodes, advice, more):
     wanted = settings.load(TrainConfig, preset("llama31-8b-1m"))
-    with pytest.raises(ValueError, match=f"--set {advice}"):
+    with pytest.raises(ValueError, match=re.escape(f"--set {advice}{more}")):
         launch(wanted, nodes, 8, "slurm", tmp_path / "refused")
     launch(settings.load(TrainConfig, preset("llama31-8b-1m"), [advice]), nodes, 8, "slurm", tmp_path / "scripts")
 

@@ -26,7 +26,10 @@ def process_problem(config: TrainConfig, world: int) -> str | None:
         return _dynamic_problem(config) if config.parallel.dynamic else None
     key, what, value = found
     size, rows = config.parallel.shared_by, "global_batch_size"
-    advice = f"--set {_words(_fitting(config, world, {key: value}))}"
+    changes = _fitting(config, world, {key: value})
+    advice = f"--set {_words(changes)}"
+    if (times := changes.get(rows, 0) / config.global_batch_size) >= 2:  # a preset's steps count on its batch
+        advice += f" ({times:g} times the tokens in as many steps: lower steps)"
     larger = (
         _fitting(config, world, {SHARED_BY: shared})
         for shared in range(size + 1, world + 1)
