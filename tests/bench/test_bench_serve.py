@@ -50,6 +50,7 @@ def test_the_table_holds_what_was_recorded():
     row = {"model": "m", "tokens": 2**20, "gpus": 2, "kv": "fp8", "seconds_to_first_token": 250.0, "tflops": 606.4}
     row |= {"of_kernel": 0.912, "tokens_per_second_after": 21.25, "again_seconds_to_first_token": 0.8}
     assert serve_table([{"rows": [row]}])[2:] == ["| m | 1,048,576 | 2 | fp8 | 250.0 | 606 | 91% | 21.2 | 0.80 s |"]
+    assert "| not known |" in serve_table([{"rows": [row | {"of_kernel": 1.16}]}])[2]
     assert serve_table([]) == []
 
 
