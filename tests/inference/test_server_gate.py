@@ -6,12 +6,16 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from ultralong import extend, miniature
+from ultralong.inference.batched import cache_bytes
 from ultralong.inference.server import app, connections, gate, requests
-from ultralong.inference.server.serve import check_window, serve
+from ultralong.inference.server.serve import check_window, most_tokens, serve
 from ultralong.inference.server.settings import ServeSettings
 
 
@@ -290,3 +294,28 @@ def test_the_window_is_what_the_scaling_reaches(tmp_path, to, options, window):
     check_window(ServeSettings(str(tmp_path / "model"), max_tokens=window))
     with pytest.raises(ValueError, match=f"the model's window is {window:,}"):
         check_window(ServeSettings(str(tmp_path / "model"), max_tokens=window + 1))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "kv", "asked", "expected"),
+    [
+        (1, "auto", None, 800),
+        (2, "auto", None, 1600),
+        (1, "fp8", None, 1600),
+        (2, "fp8", None, 2048),
+        (1, "auto", 801, 0),
+    ],
+)
+def test_a_gpu_takes_what_its_free_memory_holds(tmp_path, gpus, kv, asked, expected, monkeypatch):
+    """Keys and values get 80% of what is free; they are shared over GPUs, and half as large in fp8."""
+    extend("miniature", to=2048, out=tmp_path / "model", quiet=True)
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    model = SimpleNamespace(config=config, device=torch.device("cuda"), dtype=torch.bfloat16)
+    free = 1000 * cache_bytes(model)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 2 * free))
+    wanted = ServeSettings(str(tmp_path / "model"), gpus=gpus, kv=kv, max_tokens=asked)
+    if expected:
+        assert most_tokens(SimpleNamespace(model=model), wanted) == expected
+        return
+    with pytest.raises(ValueError, match=r"holds keys and values of about 800: use more --gpus, --kv fp8, or lower it"):
+        most_tokens(SimpleNamespace(model=model), wanted)
