@@ -21,7 +21,7 @@ def emulated(ranks, size, batch=2):
     lses = torch.randn(ranks, *shape[:-1], generator=draw)
     lses *= 10.0 ** torch.randint(-1, 2, shape[:-1], generator=draw)
     lses[torch.rand(lses.shape, generator=draw) < 0.1] = -float("inf")
-    lses[-1, 1] = -float("inf")
+    lses[-1, -1] = -float("inf")
     lses[:, 0, 5] = -float("inf")
     outs = torch.randn(ranks, *shape, generator=draw).where(lses[..., None] > -float("inf"), 0.0)
     return torch.cat([outs.flatten(1), lses.flatten(1)], 1), shape
