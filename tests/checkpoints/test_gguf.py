@@ -1,5 +1,9 @@
-"""GGUF export around a stand-in for llama.cpp's converter: refusals, comparison, and what llama.cpp is told."""
+"""GGUF export around a stand-in for llama.cpp's converter: refusals, comparison, and what llama.cpp is told.
 
+Also what is read of a GGUF file beside transformers' own reader: its special tokens.
+"""
+
+import copy
 import json
 import shutil
 
@@ -8,6 +12,7 @@ import pytest
 from ultralong import cli
 from ultralong.api.make import export_gguf as api_export
 from ultralong.checkpoints.gguf import export_gguf, reading_options
+from ultralong.demo.models import name_special_tokens
 from ultralong.rope.scaling import RopeScaling
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
@@ -144,3 +149,21 @@ def test_options_are_what_the_file_cannot_say(scaling, options):
 def test_a_rope_that_llama_cpp_cannot_apply_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         reading_options(RopeScaling(**(YARN | changes)))
+
+
+def test_special_tokens_are_those_that_the_file_names(tmp_path, tiny_tokenizer):
+    """transformers 5.17 reads SmolLM2's file with BOS as EOS and without padding: documents would end with a BOS."""
+    eos, end = (tiny_tokenizer.convert_tokens_to_ids(token) for token in (tiny_tokenizer.eos_token, "<|end|>"))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_bos_token_id(tiny_tokenizer.bos_token_id)
+    writer.add_eos_token_id(eos)
+    writer.add_pad_token_id(end)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read = copy.deepcopy(tiny_tokenizer)
+    read.eos_token = read.bos_token
+    name_special_tokens(read, tmp_path / "model.gguf")
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (tiny_tokenizer.bos_token_id, eos, end)
+    assert read.unk_token is tiny_tokenizer.unk_token
+    assert len(read) == len(tiny_tokenizer)

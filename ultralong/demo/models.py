@@ -103,4 +103,26 @@ def dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    return model, AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    name_special_tokens(tokenizer, file)
+    return model, tokenizer
+
+
+def name_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Give a tokenizer the special tokens that its GGUF file names.
+
+    transformers 5.17 takes EOS to be BOS and knows no padding token (SmolLM2's file); 5.23 reads all as written.
+
+    Args:
+        tokenizer: What was read from the file; changed in place.
+        file: The GGUF file.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for kind in ("bos", "eos", "unknown", "padding"):
+        if field := reader.get_field(f"tokenizer.ggml.{kind}_token_id"):
+            name = {"unknown": "unk", "padding": "pad"}.get(kind, kind)
+            token = tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0]))
+            if getattr(tokenizer, f"{name}_token") != token:
+                setattr(tokenizer, f"{name}_token", token)
