@@ -5,6 +5,7 @@ causal mask, so that a wrong order, name, shape or missing transposition gives a
 """
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -600,6 +601,7 @@ CLASSES = {
 def kernel(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if request.param in STAND_INS:
+        monkeypatch.setattr(flash_attn_4, "kept_kernels", nullcontext)
         for module in (flash_attn, flash_attn_4):
             monkeypatch.setattr(module, "import_package", lambda *_: STAND_INS[request.param])
     else:

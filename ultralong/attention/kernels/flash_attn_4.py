@@ -16,6 +16,7 @@ from torch import Tensor
 from ultralong.attention.kernels import flash_attn_4_hooks as hooks
 from ultralong.attention.kernels.base import PartialKVGrad
 from ultralong.attention.kernels.flash_attn import FlashAttn, import_package, parameters, to_varlen, with_batch
+from ultralong.attention.kernels.kept_kernels import kept_kernels
 from ultralong.attention.lse_merge import accumulation_dtype
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
 
@@ -35,7 +36,8 @@ class FlashAttn4(FlashAttn):
     capability = (9, 0)
 
     def __init__(self) -> None:
-        module = import_package(self.name, "flash_attn.cute.interface")
+        with kept_kernels():
+            module = import_package(self.name, "flash_attn.cute.interface")
         self._forward, self._takes_tiles = module._flash_attn_fwd, "tile_mn" in parameters(module._flash_attn_fwd)
         # The package's own backward function, and the one for calls whose queries see some more keys.
         self._backwards = [module._flash_attn_bwd, hooks.with_tiles(module._flash_attn_bwd)]
