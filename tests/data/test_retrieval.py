@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -68,6 +70,22 @@ def test_every_question_is_answered_by_what_stands_before_it(pieces):
     assert asked > 200
     assert several > 20
     assert chained > 10
+
+
+def test_keys_have_as_many_values_as_wanted(pieces):
+    texts = [Document("book", TEXT)]
+    for settings, made, wanted in ((SETTINGS, pieces, (2, 4)), (replace(SETTINGS, values=(5, 8)), None, (5, 8))):
+        counts = Counter()
+        for piece in made or list(settings.documents(texts, seed=3)):
+            keys = Counter(match["key"] for match in pattern(SEVERAL.fact).finditer(piece.text))
+            counts.update(keys.values())
+        assert (min(counts), max(counts)) == wanted
+
+
+def test_recipes_of_before_make_the_same_pieces():
+    """A setting that is new must not move the draws of those that were packed without it."""
+    made = Retrieval(spacing=800).with_facts(TEXT, random.Random(5))
+    assert hashlib.sha256(made.encode()).hexdigest()[:16] == "a7c293835f8d048f"
 
 
 def test_what_is_told_again_stands_behind_its_fact_and_agrees(pieces):
@@ -226,6 +244,8 @@ def test_the_recipes_for_long_rows_cut_no_question_off_from_its_fact(size, token
     [
         ({"shortest": 10}, "shortest"),
         ({"reach": 0}, "reach"),
+        ({"values": (1, 4)}, "values must rise from 2"),
+        ({"values": (5, 4)}, "values must rise from 2"),
         ({"longest": 2000}, "longest"),
         ({"spacing": 10}, "spacing"),
         ({"asked": 1.5}, "asked"),

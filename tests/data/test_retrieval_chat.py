@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import pkgutil
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +135,34 @@ def test_every_answer_is_what_the_text_tells(talks):
     assert kinds["copied False"] > 20
 
 
+def test_keys_have_as_many_values_as_wanted_and_answers_may_be_numbered_lists(talks):
+    longer = replace(SETTINGS, near=0.0, several=0.5, values=(3, 8), numbered=0.5)
+    made = [talk.messages for talk in longer.conversations(lambda: TEXTS, 3, measure, "long", "general")]
+    counts: Counter[int] = Counter()
+    numbered = 0
+    for talk in made:
+        for asked, answer in zip(talk[::2], talk[1::2], strict=True):
+            if not (found := pattern(SEVERAL.question).search(asked["content"])):
+                continue
+            values = of_key(talk, SEVERAL, found["key"])
+            counts[len(values)] += 1
+            if answer["content"].startswith("1. "):
+                assert answer["content"].splitlines() == [f"{n}. {value}" for n, value in enumerate(values, 1)]
+                assert asked["content"].endswith("Name each."), "nothing else is asked for"
+                numbered += 1
+            else:
+                assert re.search(".*".join(rf"\b{value}\b" for value in values), answer["content"])
+    assert counts.keys() == set(range(3, 9))
+    assert 0.35 < numbered / counts.total() < 0.65
+    assert not any(message["content"].startswith("1. ") for talk in talks for message in talk), "not unless asked for"
+
+
+def test_recipes_of_before_make_the_same_conversations():
+    """A setting that is new must not move the draws of those that were packed without it."""
+    made = SETTINGS.conversation(TEXT[:60_000], random.Random(5))
+    assert hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16] == "49cd356a25c65f6b"
+
+
 def test_conversations_fill_their_tokens_and_are_of_as_many_turns_as_wanted(talks):
     assert len(talks) > 8
     for talk in talks:
@@ -248,6 +279,9 @@ def test_no_wording_shares_four_words_with_a_test():
         ({"spacing": (10, 300)}, "spacing must rise from 100"),
         ({"tokens": 3000}, "tokens must be 400 for each of up to 24 questions, which is 9,600"),
         ({"near": -0.1}, "near is a share"),
+        ({"numbered": 1.5}, "numbered is a share"),
+        ({"values": (1, 4)}, "values must rise from 2"),
+        ({"values": (5, 4)}, "values must rise from 2"),
         ({"near": 0.8, "joint": 0.4}, "must not exceed 1 together"),
         ({"count": 0}, "count must be 1 or more"),
     ],
@@ -310,6 +344,15 @@ def test_the_recipe_for_rows_of_131072_fills_them():
     }
     assert {package.name for package in long.packages} < books
     assert long.packages[0].exclude == ("*/shakespeare-*.txt",), "tests are asked in the plays"
+
+
+def test_the_recipe_of_longer_lists_is_the_same_otherwise():
+    plain, lists = (load_recipe(name) for name in ("retrieval-chat-128k", "retrieval-chat-lists-128k"))
+    (long, short), (of_lists, other) = plain.sources, lists.sources
+    assert short == other
+    assert of_lists.retrieval_chat == replace(long.retrieval_chat, values=(2, 8), numbered=0.5)
+    assert replace(of_lists, retrieval_chat=long.retrieval_chat) == long
+    assert replace(lists, name=plain.name, description=plain.description, sources=plain.sources) == plain
 
 
 def test_facts_draw_every_kind():

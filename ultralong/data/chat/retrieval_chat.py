@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ultralong.data.chat.retrieval_facts import KINDS, SINGLE, Asked, Facts, Names
+from ultralong.data.chat.retrieval_facts import KINDS, SINGLE, Asked, Facts, Names, numbered
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import Document
 from ultralong.data.read.messages import Message
@@ -56,7 +56,9 @@ class RetrievalChat:
             that are not asked for are there to be mistaken for those that are.
         near: Share of the questions about a key that stands among 4 to 16 keys of almost the same name.
         joint: Share that asks for two to four keys at once.
-        several: Share about a key with two to five values.
+        several: Share about a key with several values.
+        values: Fewest and most values of such a key.
+        numbered: Share of their answers that are numbered lists, one value a line.
         chained: Share about chains of two to five places.
         counted: Share about what has to be counted over the whole text.
         copied: Share that asks to copy the sentence that follows another one; less where the text has hardly any.
@@ -81,6 +83,8 @@ class RetrievalChat:
     flowing: float = 0.5
     bare: float = 0.5
     count: int | None = None
+    values: tuple[int, int] = (2, 5)
+    numbered: float = 0.0
 
     def __post_init__(self) -> None:
         least, most = self.questions
@@ -90,13 +94,15 @@ class RetrievalChat:
             raise ValueError(f"retrieval_chat: count must be 1 or more, found {self.count}.")
         if not 100 <= self.spacing[0] <= self.spacing[1]:
             raise ValueError(f"retrieval_chat: spacing must rise from 100 characters or more, found {self.spacing}.")
+        if not 2 <= self.values[0] <= self.values[1]:
+            raise ValueError(f"retrieval_chat: values must rise from 2 or more, found {self.values}.")
         # A question with its answer and what the text tells for it takes some 100 tokens, one that counts 400.
         if self.tokens < 400 * most:
             raise ValueError(
                 f"retrieval_chat: tokens must be 400 for each of up to {most} questions, which is {400 * most:,}, "
                 f"or more, found {self.tokens:,}."
             )
-        for key in ("near", "joint", "several", "chained", "counted", "copied", "ahead", "flowing", "bare"):
+        for key in (*self._shares(), "ahead", "flowing", "bare", "numbered"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"retrieval_chat: {key} is a share and must lie in 0..1, found {getattr(self, key)}.")
         if (total := sum(self._shares().values())) > 1 + 1e-9:
@@ -195,7 +201,7 @@ class RetrievalChat:
             draw: Decides everything; pieces that differ a little in length get the same facts.
         """
         wordings = tuple(draw.sample(SINGLE, draw.randint(2, len(SINGLE))))
-        facts = Facts(draw, wordings, Names(draw))
+        facts = Facts(draw, wordings, Names(draw), self.values)
         shares = self._shares()
         kinds = draw.choices(
             [*shares, "single"], [*shares.values(), max(0.0, 1 - sum(shares.values()))], k=draw.randint(*self.questions)
@@ -224,6 +230,10 @@ class RetrievalChat:
         for number, one in enumerate(questions):
             bare = one.kind != "copied" and draw.random() < self.bare
             how = "" if one.kind == "copied" else draw.choice(ALONE if bare else WHOLE)
+            answer = one.bare if bare else one.full
+            # No draw at the default, so that rows of recipes without it stay the same.
+            if one.kind == "several" and self.numbered and draw.random() < self.numbered:
+                how, answer = "", numbered(one.bare.split(", "))
             question = f"{one.question} {how}".rstrip()
             if number == 0:
                 before = [draw.choice(OPENINGS)]
@@ -231,7 +241,7 @@ class RetrievalChat:
                 question = draw.choice(BEHIND).format(question=question)
                 question = "\n\n".join(part for part in (*before, text, question) if part)
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": one.bare if bare else one.full})
+            messages.append({"role": "assistant", "content": answer})
         return messages
 
 

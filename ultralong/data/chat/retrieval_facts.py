@@ -100,12 +100,14 @@ class Facts:
         draw: Decides everything.
         wordings: Of its facts of one value.
         names: Of its places.
+        values: Fewest and most of a key that has several.
         numbers: Those given so far.
     """
 
     draw: random.Random
     wordings: tuple[Wording, ...]
     names: Names
+    values: tuple[int, int] = (2, 5)
     numbers: set[str] = field(default_factory=set)
 
     def ask(self, kind: str) -> Asked:
@@ -144,8 +146,8 @@ class Facts:
         return Asked("joint", question, ", ".join(part.bare for part in parts), " ".join(told), self._mixed(told))
 
     def several(self) -> Asked:
-        """Two to five values of one key."""
-        key, values = self.names.new(), self._numbers(self.draw.randint(2, 5))
+        """Several values of one key."""
+        key, values = self.names.new(), self._numbers(self.draw.randint(*self.values))
         told = tuple(SEVERAL.fact.format(key=key, value=value) for value in values)
         full = f"The boats that are moored at {key} have the sails {listed(values)}."
         return Asked("several", SEVERAL.question.format(key=key), ", ".join(values), full, told)
@@ -212,6 +214,11 @@ KINDS: dict[str, Callable[[Facts], Asked]] = {
     "chained": Facts.chained,
     "counted": Facts.counted,
 }
+
+
+def numbered(items: list[str]) -> str:
+    """Items as a numbered list, one a line."""
+    return "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
 
 
 def listed(items: list[str]) -> str:

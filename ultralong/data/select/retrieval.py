@@ -98,7 +98,8 @@ class Retrieval:
         asked: Share of the facts of one value that are asked for; the others are told again further on.
         inside: Share of the questions that stand at a random line behind their facts, the rest stands at the end. A
             packed row may end inside a piece, and cuts the questions at its end off from what they ask for.
-        several: Share of the keys that have two to four values, all asked for in one question.
+        several: Share of the keys that have several values, all asked for in one question.
+        values: Fewest and most values of such a key.
         chained: Share of the keys whose value leads to another key, two to four in a chain.
         reach: Most characters of the text between a fact and what comes back to it, drawn evenly from 0. None draws two
             lines of the piece: short distances are then the most frequent, and hardly any is as long as the piece.
@@ -116,6 +117,7 @@ class Retrieval:
     chained: float = 0.1
     reach: int | None = None
     draw: int = 0
+    values: tuple[int, int] = (2, 4)
 
     def __post_init__(self) -> None:
         if not 1_000 <= self.shortest <= self.longest:
@@ -125,6 +127,8 @@ class Retrieval:
             )
         if not 200 <= self.spacing <= self.shortest:
             raise ValueError(f"retrieval: spacing must lie in 200..shortest ({self.shortest}), found {self.spacing}.")
+        if not 2 <= self.values[0] <= self.values[1]:
+            raise ValueError(f"retrieval: values must rise from 2 or more, found {self.values}.")
         if self.reach is not None and self.reach < 1:
             raise ValueError(f"retrieval: reach must be 1 character or more, found {self.reach}.")
         for key in ("keep", "asked", "inside", "several", "chained"):
@@ -204,7 +208,7 @@ class Retrieval:
         while sum(len(sentences) for sentences, _ in made) < count:
             kind, key = draw.random(), next(names)
             if kind < self.several:
-                values = [str(value) for value in draw.sample(range(100, 10_000), draw.randint(2, 4))]
+                values = [str(value) for value in draw.sample(range(100, 10_000), draw.randint(*self.values))]
                 sentences = [SEVERAL.fact.format(key=key, value=value) for value in values]
                 made.append((sentences, (SEVERAL.question.format(key=key), ", ".join(values))))
             elif kind < self.several + self.chained:
