@@ -120,12 +120,12 @@ def test_a_capped_case_is_planned_for_its_memory_and_says_so(tmp_path, make_tiny
     monkeypatch.setattr(measure, "plan", plan)
     case = TrainingCase(str(tmp_path / "tiny"), 96, steps=1, gpu_memory=1.5, capped=True)
     row = measure_training(case, machine, tmp_path / "made")
-    assert (asked, planned, row["capped_gpu_gib"]) == ([("warm=0", "cap=1.5")], [1.5], 1.5)
+    assert (asked, planned, row["capped_gpu_gib"]) == ([("warm=1", "cap=1.5")], [1.5], 1.5)
     free = measure_training(replace(case, capped=False), machine, tmp_path / "made")
     assert asked[1] == ("warm=0",)
     assert "capped_gpu_gib" not in free
     lines = capped_table([{"rows": [row]}])
-    assert lines[2:] == ["| tiny | all | 1.5 GiB | 96 | out of memory | | |"]
+    assert lines[2:] == ["| tiny | all | 1.5 GiB | 96 | out of memory | | | |"]
 
 
 CAPPED = {
@@ -154,8 +154,11 @@ def test_a_capped_row_says_whose_memory_and_whose_seconds_it_has():
     said = measured_line(CAPPED)
     assert "held to 24 GiB of the GPU, took 23.8: the memory is such a card's, the seconds are this GPU's" in said
     assert capped_table([{"rows": [CAPPED]}])[2:] == [
-        "| M | LoRA, rank 16 | 24 GiB | 24,576 | 23.8 (23.4) | 14.0 (14.9) | 4.0 (3.8) on NVIDIA H200 |"
+        "| M | LoRA, rank 16 | 24 GiB | 24,576 | 23.8 (23.4) | 21.5 + 1.2 | 14.0 (14.9) | 4.0 (3.8) on NVIDIA H200 |"
     ]
+    assert "took 24.4: the memory is 0.40 more, by what the driver came to hold" in measured_line(
+        CAPPED | {"reserved_gpu_gib": 23.1, "context_gpu_gib": 1.3}
+    )
     assert "ours, LoRA of rank 16, held to 24 GiB" in training_table([{"rows": [CAPPED]}])[2]
     assert capped_table([]) == packed_table([]) == []
 

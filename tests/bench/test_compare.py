@@ -9,7 +9,7 @@ from test_env import ROOT
 
 from ultralong.bench.compare import HIGHER_IS_BETTER, LOWER_IS_BETTER, case_name, compare, compare_measured
 from ultralong.bench.results import Facts, append_row, facts_of, read_measured, read_rows, rows_of, write_rows
-from ultralong.bench.tables import training_table
+from ultralong.bench.tables import measured_table, training_table
 from ultralong.cli import main
 from ultralong.utils.environment import commit
 
@@ -134,6 +134,17 @@ def test_who_measured_is_read_from_the_row_or_the_head():
     assert str(facts_of(head, {})) == "version not recorded, torch 2.11.0, cpu, P, 2026-01-01"
     row = {"gpu": "H200", "date": "2026-02-02", "versions": {"ultralong": "0.4.0", "ultralong-commit": "abc"}}
     assert facts_of({"machine": "some hosts"}, row) == Facts("H200", "0.4.0", "abc", "", "2026-02-02")
+
+
+def test_the_table_of_who_measured_names_peers_with_their_versions():
+    ours = {"gpu": "H200", "date": "2026-02-02", "versions": {"ultralong": "0.4.0", "torch": "2.11.0"}}
+    older = ours | {"peer": "torch-cp-flash"}
+    alst = ours | {"peer": "deepspeed-alst-offload", "versions": ours["versions"] | {"deepspeed": "0.19.8"}}
+    assert measured_table([{"file": "a.json", "rows": [alst, ours, older, ours]}])[2:] == [
+        "| a.json | 0.4.0 |  | 2.11.0 |  | H200 | 2026-02-02 |",
+        "| a.json | 0.4.0 |  | 2.11.0 | deepspeed-alst-offload, deepspeed 0.19.8 | H200 | 2026-02-02 |",
+        "| a.json | 0.4.0 |  | 2.11.0 | torch-cp-flash, accelerate of a version not recorded | H200 | 2026-02-02 |",
+    ]
 
 
 def test_a_folder_is_all_of_its_rows_and_the_latest_of_a_case_counts(tmp_path, capsys):

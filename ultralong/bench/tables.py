@@ -6,7 +6,7 @@ A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end --
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from ultralong.bench.training.tables import (
 from ultralong.utils.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]  # of a clone
+# How the names of training's peers begin, and the package that is measured.
+PEER_PACKAGES = {"torch-cp": "accelerate", "trl": "trl", "deepspeed": "deepspeed", "torchtitan": "torchtitan"}
 SCHEMES = ("single", "ulysses", "gathered", "ring")
 # Peers, and the column of the scheme that they use.
 PEERS = {
@@ -205,18 +207,25 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
 
 
 def measured_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Who measured what the other tables show: version and commit of this library, torch, hardware and date.
+    """Who measured what the other tables show: version and commit of this library, torch, peers, hardware and date.
 
     Args:
-        recorded: Result files, each with its name as `file`; one line for each file and version of it.
+        recorded: Result files, each with its name as `file`; one line for each file, version of it and peer in it.
     """
-    lines = ["| file | ultralong | commit | torch | hardware | date |", "|---|---|---|---|---|---|"]
+    lines = ["| file | ultralong | commit | torch | peer | hardware | date |", "|---|---|---|---|---|---|---|"]
     for file in recorded:
-        found = {facts_of(file, row): None for row in rows_of(file)}
-        for facts in sorted(found, key=lambda each: (each.date, each.version, each.commit)):
-            cells = [facts.version or "not recorded", facts.commit, facts.torch, facts.hardware, facts.date]
+        found = {(facts_of(file, row), _peer(row)): None for row in rows_of(file)}
+        for facts, peer in sorted(found, key=lambda each: (each[0].date, each[0].version, each[0].commit, each[1])):
+            cells = [facts.version or "not recorded", facts.commit, facts.torch, peer, facts.hardware, facts.date]
             lines.append(f"| {file['file']} | {' | '.join(cells)} |")
     return lines
+
+
+def _peer(row: Mapping[str, Any]) -> str:
+    """A peer's name with its package's version, which the oldest rows lack; "" for a row of ours."""
+    name = row.get("peer", "")
+    package = next((package for begin, package in PEER_PACKAGES.items() if name.startswith(begin)), None)
+    return name and f"{name}, {package} {row['versions'].get(package, 'of a version not recorded')}"
 
 
 # Plans are made from other files' measurements, and errors depend on no machine.

@@ -56,7 +56,8 @@ class TrainingCase:
         fit: Let the planner choose what is kept, offloaded and recomputed.
         gpu_memory: With `fit` or `capped`: GiB of one GPU; by default the machine's.
         capped: Hold each process to `gpu_memory` of its GPU, CUDA's context included. Whether a row fits is then what a
-            card of that size would say; the seconds are this GPU's.
+            card of that size would say; the seconds are this GPU's. One warm step comes before at least: the driver
+            holds more once the kernels of these rows are loaded.
         host_memory: With `fit`: GiB of host memory for one process; without it nothing is offloaded.
         steps: Measured steps; two on a short row come before.
         profile: Profile one more step; the row then has the time of its kernels, by kind and by name.
@@ -141,6 +142,11 @@ class TrainingCase:
     def shared_by(self) -> int:
         """GPUs that share a row, at most."""
         return self.gpus if self.degree is None or self.sharing == "dynamic" else self.degree
+
+    @property
+    def warming(self) -> int:
+        """Steps over the measured rows that come before: one at least where the memory is capped."""
+        return max(self.warm_steps, int(self.capped))
 
     @property
     def name(self) -> str:

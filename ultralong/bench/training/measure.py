@@ -185,7 +185,7 @@ def _planned(config: TrainConfig, case: TrainingCase, machine: str, shape: Shape
 def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> dict[str, Any]:
     """Start the processes, wait, and read what they left."""
     words = [*(["profile"] if case.profile else []), *(["one-row-passes"] if case.sharing == "fixed" else [])]
-    words += [f"warm={case.warm_steps}", *([f"cap={case.gpu_memory}"] if case.capped else [])]
+    words += [f"warm={case.warming}", *([f"cap={case.gpu_memory}"] if case.capped else [])]
     if failed := start_ranks(case.gpus, "ultralong.bench.training.work", str(run), made["short"], *words):
         return failed
     log = read_jsonl(run / "log.jsonl")
@@ -203,7 +203,7 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
         "loss": log[-1]["loss"],
         "grad_norm": log[-1]["grad_norm"],
         "warm_up_tokens": WARM,
-        **({"warm_steps": case.warm_steps} if case.warm_steps else {}),
+        **({"warm_steps": case.warming} if case.warming else {}),
         **{key: log[-1][key] for key in ("passes", "rows_by_degree") if key in log[-1]},
         **{key: round(seconds, 4) for key, seconds in profile.items()},
         **({"kinds": by_kind(kernels), "kernels": kernels[:SHOWN]} if case.profile else {}),

@@ -101,21 +101,27 @@ def capped_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     """
     rows = [row for file in recorded for row in rows_of(file)]
     lines = [
-        "| model | trained | held to | tokens | GiB of it | GiB, host | seconds a step |",
-        "|---|---|---|---|---|---|---|",
+        "| model | trained | held to | tokens | GiB taken | tensors + driver | GiB, host | seconds a step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         trained = f"LoRA, {row['lora'].partition(',')[0]}" if "lora" in row else "all"
         before = f"| {row['model']} | {trained} | {row['capped_gpu_gib']:g} GiB | {row['tokens']:,} | "
         if "seconds_per_step" not in row:
-            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | |")
+            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | |")
             continue
-        took = row["reserved_gpu_gib"] + row["context_gpu_gib"]
         lines.append(
-            f"{before}{took:.1f} ({row['planned_total_gpu_gib']:.1f}) | {beside_plan(row, 'peak_host_gib')} | "
+            f"{before}{_taken(row)[0]:.1f} ({row['planned_total_gpu_gib']:.1f}) | {row['peak_gpu_gib']:.1f} + "
+            f"{row['context_gpu_gib']:.1f} | {beside_plan(row, 'peak_host_gib')} | "
             f"{beside_plan(row, 'seconds_per_step')} on {row['gpu']} |"
         )
     return lines if rows else []
+
+
+def _taken(row: dict[str, Any]) -> tuple[float, float]:
+    """GiB of the GPU that a capped row took in all, and how many that is beyond its cap."""
+    took = row["reserved_gpu_gib"] + row["context_gpu_gib"]
+    return took, took - row["capped_gpu_gib"]
 
 
 def measured_line(row: dict[str, Any]) -> str:
@@ -135,11 +141,10 @@ def measured_line(row: dict[str, Any]) -> str:
     if "planned_seconds_per_step" in row:
         text += f"; planned {row['planned_seconds_per_step']:.1f} s, {row['planned_peak_gpu_gib']:.1f} GiB"
     if "capped_gpu_gib" in row:
-        took = row["reserved_gpu_gib"] + row["context_gpu_gib"]
-        text += (
-            f"; held to {row['capped_gpu_gib']:g} GiB of the GPU, took {took:.1f}: the memory is such a card's, "
-            "the seconds are this GPU's"
-        )
+        took, beyond = _taken(row)
+        text += f"; held to {row['capped_gpu_gib']:g} GiB of the GPU, took {took:.1f}: "
+        memory = f"{beyond:.2f} more, by what the driver came to hold in the step" if beyond > 0 else "such a card's"
+        text += f"the memory is {memory}, the seconds are this GPU's"
     if "of_kernel" in row:
         text += (
             f"; {row['passes']} passes, rows by degree {row['rows_by_degree']}, {row['of_kernel']:.0%} of the rate of "
