@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import train_over
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,6 +30,7 @@ from ultralong.training.batches import RowOrder
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
 from ultralong.training.memory.offload import HostBufferPool
+from ultralong.training.run_folder import RunFolder
 from ultralong.utils.files import read_jsonl
 
 TEXT = "the keeper of the light wrote in his log that no ship had passed and the tide came in at dawn"
@@ -104,10 +106,16 @@ def one(mixture, tmp_path_factory):
     return found
 
 
-def over(one, folder, processes, **parallel):
+def first_gradients(config, place):
+    """Each parameter's gradient in the first step, as AdamW's first moment holds it: a tenth, clipped."""
+    dcp_to_torch_save(RunFolder(Path(config.out)).checkpoint(1), place)
+    return {name: state["exp_avg"] for name, state in torch.load(place)["optimizer"]["state"].items()}
+
+
+def over(one, folder, processes, save_every=0, **parallel):
     """The same run over several processes."""
     wanted = replace(one.parallel, **({"context_parallel_size": processes, "fsdp_shard_degree": processes} | parallel))
-    many = replace(one, out=str(folder / "many"), parallel=wanted, save_every=0)
+    many = replace(one, out=str(folder / "many"), parallel=wanted, save_every=save_every)
     train_over(many, processes)
     return many
 
@@ -119,6 +127,13 @@ def assert_same(many, one):
     assert curve(many, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=2e-4)
     for ours, theirs in zip(curve(many, "loss_by_position"), curve(one, "loss_by_position"), strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def assert_same_gradients(many, one, folder):
+    ours, right = (first_gradients(config, folder / "states.pt") for config in (many, one))
+    assert len(ours) == len(right) == len(list(AutoModelForCausalLM.from_pretrained(one.model).parameters()))
+    for name, gradient in right.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() > 0, name
 
 
 def test_a_step_of_mixed_rows_is_what_each_row_gives_by_itself(one):
@@ -139,8 +154,9 @@ def test_a_step_of_mixed_rows_is_what_each_row_gives_by_itself(one):
     ids=["2 gathered", "2 x 2 of 4"],
 )
 def test_several_processes_make_the_same_steps(one, tmp_path, processes, parallel):
-    many = over(one, tmp_path, processes, **parallel)
+    many = over(one, tmp_path, processes, save_every=1, **parallel)
     assert_same(many, one)
+    assert_same_gradients(many, one, tmp_path)
     degrees = curve(many, "rows_by_degree")
     assert all(sum(step.values()) == ROWS for step in degrees)
     if "scheme" in parallel:
@@ -167,15 +183,17 @@ def test_every_scheme_makes_the_same_steps_on_2_to_8_processes(mixture, tmp_path
         pytest.skip("4 heads")
     rng = random.Random(f"{split} {scheme}")
     memory = rng.choice([MemoryConfig(), OFFLOADED])
-    alone = run_of(mixture, tmp_path / "one", seed=rng.randrange(99), global_batch_size=rng.randrange(1, 12))
+    seed, rows = rng.randrange(99), rng.randrange(1, 12)
+    alone = run_of(mixture, tmp_path / "one", seed=seed, global_batch_size=rows, save_every=1, keep=9)
     train(alone, quiet=True)
     most = rng.randrange(-(-LENGTHS["long"] // size), 700)
     alone = replace(alone, memory=memory)
     many = over(
         alone, tmp_path, processes, context_parallel_size=size, fsdp_shard_degree=shard, scheme=scheme,
-        max_tokens_per_rank=most,
+        max_tokens_per_rank=most, save_every=1,
     )  # fmt: skip
     assert_same(many, alone)
+    assert_same_gradients(many, alone, tmp_path)
 
 
 OFFLOADED = MemoryConfig(
