@@ -161,7 +161,7 @@ def test_a_server_says_how_gpus_exchange(checkpoint, monkeypatch):
         raise Asked
 
     monkeypatch.setattr("ultralong.inference.sharded_engine.ShardedRunner", runner)
-    for given, wanted in (({}, "direct"), ({"exchange": "auto"}, "auto")):
+    for given, wanted in (({}, "auto"), ({"exchange": "direct"}, "direct")):
         with pytest.raises(Asked):
             serve(ServeSettings(str(checkpoint), port=0, kv="fp8", device="cpu", **given))
         assert asked.pop() == wanted

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ultralong.utils.units import Tokens
 
 # As `ultralong.inference.decode_step.exchange`, which needs torch.
-WAYS = ("auto", "direct", "gather", "symmetric", "symmetric_fused")
+WAYS = ("auto", "direct", "gather", "symmetric")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class DecodeBench:
             million tokens; only the sharded cache is measured then.
         kv: Types of the sharded cache's keys and values to measure, of `bf16` and `fp8`.
         exchange: Ways in which the fused step's GPUs join their attention, of `direct` (each sends to each), `gather`
-            (NCCL's all-gather), `symmetric` (each reads the others' memory), `symmetric_fused` (an experiment: the
-            barrier is in the kernel that reads) and `auto` (`symmetric` where GPUs allow it, else `direct`; rows say
-            which).
+            (NCCL's all-gather), `symmetric` (each reads the others' memory) and `auto`, the default everywhere
+            (`symmetric` where GPUs allow it, else `direct`; rows say which).
         fused_only: Leave out the step by the model's own code, which takes ten times as long.
         waiting: Measure every way of the sharded cache a first time with steps that are started when the host has
             read their token, not before.
@@ -45,7 +44,7 @@ class DecodeBench:
     chunk: Tokens | None = None
     filled: bool = False
     kv: tuple[str, ...] = ("bf16", "fp8")
-    exchange: tuple[str, ...] = ("direct",)
+    exchange: tuple[str, ...] = ("auto",)
     fused_only: bool = False
     waiting: bool = False
 

@@ -65,7 +65,7 @@ class ShardedEngine(RunnerEngine):
         kv: str = "auto",
         chunk: int | None = None,
         quiet: bool = False,
-        exchange: str = "direct",
+        exchange: str = "auto",
     ) -> None:
         super().__init__(model, tokenizer)
         self.group, self.ranks = group, 1 if group is None else dist.get_world_size(group)
@@ -142,7 +142,7 @@ def with_model(
     chunk: int | None = None,
     device: str = "auto",
     quiet: bool = False,
-    exchange: str = "direct",
+    exchange: str = "auto",
 ) -> Any:
     """Open a model on one or several GPUs and let `work(model, tokenizer, engine)` ask it.
 
@@ -234,7 +234,7 @@ def work_together(
     kv: str = "auto",
     chunk: int | None = None,
     quiet: bool = False,
-    exchange: str = "direct",
+    exchange: str = "auto",
 ) -> Any:
     """Let `work(model, tokenizer, engine)` ask an open model on the first process; the others read along until it ends.
 

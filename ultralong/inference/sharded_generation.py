@@ -64,7 +64,7 @@ class ShardedRunner(CachedRunner):
         kernel: str = "auto",
         quiet: bool = False,
         fused: bool = True,
-        exchange: str = "direct",
+        exchange: str = "auto",
         ahead: bool = True,
     ) -> None:
         ranks = 1 if group is None else dist.get_world_size(group)

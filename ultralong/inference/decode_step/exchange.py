@@ -17,7 +17,7 @@ from torch import Tensor
 from ultralong.attention.collectives import Group, all_gather
 from ultralong.inference.decode_step.peer_memory import PeerMemory, Unavailable, share
 
-WAYS = ("auto", "direct", "gather", "symmetric", "symmetric_fused")
+WAYS = ("auto", "direct", "gather", "symmetric")
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,8 @@ def make_exchange(way: str, group: Group, layers: int, operations: Any, part: in
 
     Args:
         way: `direct` sends to each rank, `gather` takes the backend's all-gather, and `symmetric` reads the others'
-            memory where a kernel needs it (torch's symmetric memory: GPUs of one host, two layers or more).
-            `symmetric_fused` does so behind a barrier within that kernel, an experiment. `auto` is `symmetric` where
-            all ranks can have it, else `direct`; on GPUs the log says which.
+            memory where a kernel needs it (torch's symmetric memory: GPUs of one host, two layers or more). `auto` is
+            `symmetric` where all ranks can have it, else `direct`; on GPUs the log says which.
         group: The ranks.
         layers: Of the model.
         operations: `kernels` or `plain`.
@@ -42,13 +41,13 @@ def make_exchange(way: str, group: Group, layers: int, operations: Any, part: in
     if way not in WAYS:
         raise ValueError(f"exchange takes {', '.join(WAYS)}, found {way!r}")
     able = layers > 1 and hasattr(operations, "merge_at")
-    if way.startswith("symmetric") and not able:
-        raise ValueError(f"exchange: {way} is for GPUs and models of two layers or more")
+    if way == "symmetric" and not able:
+        raise ValueError("exchange: symmetric is for GPUs and models of two layers or more")
     direct = _Collected(group, operations, direct=way != "gather")
     if way in ("direct", "gather") or not able:
         return direct
     otherwise = direct if way == "auto" else None
-    return _Symmetric(group, operations, layers, part, device, way == "symmetric_fused", otherwise)
+    return _Symmetric(group, operations, layers, part, device, otherwise)
 
 
 class Exchange(ABC):
@@ -110,7 +109,6 @@ class _Symmetric(Exchange):
         layers: Of the model.
         part: See `make_exchange`.
         device: Of this rank.
-        fused: The barrier is within the merging kernel.
         otherwise: What is done where ranks can't share memory; None raises.
 
     Raises:
@@ -118,17 +116,9 @@ class _Symmetric(Exchange):
     """
 
     def __init__(
-        self,
-        group: Group,
-        operations: Any,
-        layers: int,
-        part: int,
-        device: torch.device,
-        fused: bool,
-        otherwise: Exchange | None,
+        self, group: Group, operations: Any, layers: int, part: int, device: torch.device, otherwise: Exchange | None
     ) -> None:
-        self._group, self._do, self._layers, self._fused, self._otherwise = group, operations, layers, fused, otherwise
-        self._name = "symmetric_fused" if fused else "symmetric"
+        self._group, self._do, self._layers, self._otherwise = group, operations, layers, otherwise
         self._memory: PeerMemory | None = None
         self._reserve(part, device)
 
@@ -137,25 +127,23 @@ class _Symmetric(Exchange):
         """See `Exchange`."""
         if self._memory is None and self._otherwise is not None:
             return self._otherwise.way
-        return self._name
+        return "symmetric"
 
     def _reserve(self, width: int, device: torch.device) -> None:
-        """Have memory for so many elements of a layer, and behind all layers P numbers each for `merge_signalled`."""
-        ranks = dist.get_world_size(self._group)
+        """Have memory for so many elements of a layer."""
         speaks, self._memory = dist.get_rank(self._group) == 0, None
         try:
-            self._memory = share(self._layers * (width + ranks), device, self._group)
+            self._memory = share(self._layers * width, device, self._group)
         except Unavailable as error:
             if self._otherwise is None:
-                raise ValueError(f"exchange: {self._name} can't be set up ({error})") from error
+                raise ValueError(f"exchange: symmetric can't be set up ({error})") from error
             if speaks:
                 log.info("decoding steps send attention to each GPU (exchange direct): %s", error)
             return
         if speaks:
-            log.info("decoding steps read attention from each GPU's memory (exchange %s)", self._name)
+            log.info("decoding steps read attention from each GPU's memory (exchange symmetric)")
         self._width = width
-        self._held = self._memory.own[: self._layers * width].view(self._layers, width)
-        self._steps = torch.zeros(self._layers, dtype=torch.int32, device=device)
+        self._held = self._memory.own.view(self._layers, width)
 
     def place(self, layer: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """See `Exchange`. More sequences than before allocate, on all ranks together and outside of a CUDA graph."""
@@ -176,14 +164,8 @@ class _Symmetric(Exchange):
         if memory is None:
             assert self._otherwise is not None
             return self._otherwise.joined(dtype)
-        out: Tensor
-        if self._fused and self._do.fits_at_once(self._shape, memory.own.device):
-            rank, flags = dist.get_rank(self._group), self._layers * self._width
-            where = self._layer, self._width, flags, self._steps
-            out = self._do.merge_signalled(memory.pointers, rank, *where, self._shape, dtype)
-            return out
         memory.barrier()
-        out = self._do.merge_at(memory.pointers, self._layer * self._width, self._shape, dtype)
+        out: Tensor = self._do.merge_at(memory.pointers, self._layer * self._width, self._shape, dtype)
         return out
 
 

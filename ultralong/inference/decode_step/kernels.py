@@ -16,13 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ultralong.inference.decode_step.fp8_split import split_fp8
-from ultralong.inference.decode_step.peer_merge import fits_at_once, merge_at, merge_gathered, merge_signalled
+from ultralong.inference.decode_step.peer_merge import merge_at, merge_gathered
 from ultralong.inference.kv_cache import LayerBuffer
 
-__all__ = [
-    "add_norm", "attend", "fits_at_once", "merge", "merge_at", "merge_gathered", "merge_signalled", "rotate_and_store",
-    "silu_times",
-]  # fmt: skip
+__all__ = ["add_norm", "attend", "merge", "merge_at", "merge_gathered", "rotate_and_store", "silu_times"]
 LOG2_E = 1.4426950408889634
 
 

@@ -26,7 +26,7 @@ def _start_of(parts_at, part, start, stride, PEERS: tl.constexpr):
 
 
 @triton.jit
-def _join_parts(
+def _join(
     parts_at, out_at, start, stride, rows,
     D: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, PEERS: tl.constexpr,
 ):  # fmt: skip
@@ -51,37 +51,6 @@ def _join_parts(
     tl.store(out_at + row * D + dims, out.to(out_at.dtype.element_ty))
 
 
-@triton.jit
-def _join(
-    parts_at, out_at, start, stride, rows,
-    D: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, PEERS: tl.constexpr,
-):  # fmt: skip
-    _join_parts(parts_at, out_at, start, stride, rows, D, PARTS, WIDTH, PEERS)
-
-
-@triton.jit
-def _join_signalled(
-    parts_at, out_at, steps_at, layer, width, flags, rows,
-    D: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, LAYERS: tl.constexpr,
-):  # fmt: skip
-    # No program of this kernel writes this layer's number: that of the layer after it does, when this one has ended.
-    step = tl.load(steps_at + layer) + 1
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        before = steps_at + (layer + LAYERS - 1) % LAYERS
-        tl.store(before, tl.load(before) + 1)
-        # Kernels before this one wrote this rank's part, and read the last step's: a release makes both come first.
-        for part in tl.static_range(PARTS):
-            if part != RANK:
-                flag = tl.load(parts_at + part).to(tl.pointer_type(tl.int32)) + flags + layer * PARTS + RANK
-                tl.atomic_xchg(flag, step, sem="release", scope="sys")
-    own = tl.load(parts_at + RANK).to(tl.pointer_type(tl.int32)) + flags + layer * PARTS
-    for part in tl.static_range(PARTS):
-        if part != RANK:
-            while tl.atomic_add(own + part, 0, sem="acquire", scope="sys") < step:
-                pass
-    _join_parts(parts_at, out_at, layer * width, 0, rows, D, PARTS, WIDTH, True)
-
-
 def merge_at(pointers: Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Join parts that lie in the memory of several GPUs, as (B, H, D) of a type.
 
@@ -103,43 +72,6 @@ def merge_gathered(parts: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tens
         dtype: Of the result.
     """
     return _launch(parts, 0, parts.stride(0), shape, dtype, peers=False)
-
-
-def merge_signalled(
-    pointers: Tensor, rank: int, layer: int, width: int, flags: int, steps: Tensor, shape: torch.Size,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`merge_at` that waits for the others' parts itself, in place of a barrier before it.
-
-    The first program tells every other rank the number of its step, and all wait until the others have told it. Numbers
-    only rise, so nothing is set back. Ranks' layers come in the same order, two or more of them, in one stream.
-
-    Args:
-        pointers: As for `merge_at`.
-        rank: This one.
-        layer: Whose parts are joined.
-        width: Elements of a layer's part, with those that are not used.
-        flags: Elements before the numbers that were told, 32-bit integers (layers, P) that were zero at first.
-        steps: (layers,) this rank's numbers, in int32.
-        shape: (B, H, D), which `fits_at_once`.
-        dtype: Of the result.
-    """
-    out = torch.empty(shape, dtype=dtype, device=pointers.device)
-    rows, size, grain = shape[:-1].numel(), shape[-1], _grain(shape)
-    _join_signalled[(rows, size // grain)](
-        pointers, out, steps, layer, width, flags, rows, size, len(pointers), grain, rank, len(steps),
-        num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
-
-
-def fits_at_once(shape: torch.Size, device: torch.device) -> bool:
-    """Whether all programs that join (B, H, D) are on the GPU at a time, where no one that waits keeps the first out.
-
-    One warp with the most registers there are takes an eighth of a multiprocessor's.
-    """
-    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return shape.numel() // _grain(shape) <= 8 * processors
 
 
 def _grain(shape: torch.Size) -> int:

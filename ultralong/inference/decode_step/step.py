@@ -62,7 +62,7 @@ def is_fast(model: PreTrainedModel) -> bool:
 
 
 def fast_step(
-    model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "direct"
+    model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "auto"
 ) -> DecodeStep | None:
     """The step by Triton kernels, where model, device and packages allow it; exchange as in `make_exchange`."""
     if not is_fast(model):
@@ -98,7 +98,7 @@ class DecodeStep:
         cache: KvCache,
         group: Group | None,
         operations: ModuleType = plain,
-        exchange: str = "direct",
+        exchange: str = "auto",
     ) -> None:
         self.model, self.cache, self._do = model, cache, operations
         self._exchange: Exchange | None = None

@@ -26,7 +26,7 @@ class ServeSettings:
         kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.
         exchange: How several GPUs join their attention of a new token: direct (each sends to each), gather (NCCL's
             all-gather), symmetric (each reads the others' memory, the fastest, on GPUs of one host), or auto, which is
-            symmetric where all of them can, else direct.
+            symmetric where all of them can, else direct; the log says which.
         chunk: Tokens of one prefill pass, after each of which a cancelled request ends; by default 16,384, or 65,536 a
             GPU with `gpus` or `kv`.
         max_tokens: Most tokens of a prompt and its answer; by default the model's window, or what the GPU's memory
@@ -47,7 +47,7 @@ class ServeSettings:
     key_variable: str | None = None
     gpus: int = 1
     kv: str = "auto"
-    exchange: str = "direct"
+    exchange: str = "auto"
     chunk: Tokens | None = None
     max_tokens: Tokens | None = None
     batch: int = 16
