@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ultralong import check, miniature
 from ultralong.bench.checkpoints.config_sweep import bench_configs, sweep
 from ultralong.bench.checkpoints.readers import compared, unnamed
-from ultralong.bench.checkpoints.tables import configs_table, readers_table
+from ultralong.bench.checkpoints.tables import configs_table, lines_table, readers_table
 from ultralong.checkpoints.config import rope_entries
 from ultralong.checkpoints.extend import extend
 from ultralong.checkpoints.readers import VERSIONS_4, knows
@@ -233,3 +233,16 @@ def test_a_class_of_version_4_is_judged_by_what_it_reads_itself(tmp_path, kind, 
     assert [found[version] for version in VERSIONS_4] == said
     strict = said[-1] == "right" and kind in ("phi3", "olmo")
     assert ("type" in read_json(folder / "config.json")["rope_scaling"]) == strict
+
+
+def test_lines_to_type_stand_in_a_table_with_the_window_that_a_program_offers():
+    def row(kind, program, typed, window):
+        return {"kind": kind, "program": program, "version": "1", "typed": typed, "window": window}
+
+    rows = [row("a", "p", "open FOLDER --long", 512), row("b", "p", "open FOLDER", 2048), row("c", "q", "x", None)]
+    rows += [row("c", "p", "open FOLDER", 2048), row("a", "q", "run FOLDER", 2048)]
+    assert lines_table([{"rows": rows}])[2:] == [
+        "| p 1 | `open FOLDER` | 2,048 | the other 2 |",
+        "| p 1 | `open FOLDER --long` | 512 | a |",
+        "| q 1 | `run FOLDER` | 2,048 | the other 1 |",
+    ]

@@ -177,7 +177,9 @@ def test_files_that_are_there_are_not_replaced_silently(tmp_path):
     assert settings.load(TrainConfig, tmp_path / "config.yaml").out == "other"
 
 
-@pytest.mark.parametrize(("steps", "asked", "saved"), [(1000, 0, 50), (7, 0, 1), (1000, 1000, 1000), (1000, 3, 3)])
+@pytest.mark.parametrize(
+    ("steps", "asked", "saved"), [(9, 0, "auto"), (9, "auto", "auto"), (1000, 1000, 1000), (1000, 3, 3)]
+)
 def test_a_launched_run_saves_at_intervals(tmp_path, steps, asked, saved):
     launch(config(steps=steps, save_every=asked), 1, 8, "torchrun", tmp_path)
     assert settings.load(TrainConfig, tmp_path / "config.yaml").save_every == saved

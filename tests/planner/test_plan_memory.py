@@ -43,6 +43,46 @@ def test_presets_fit_where_they_say(name):
     assert config.steps * config.global_batch_size * tokens == pytest.approx(1e9, rel=0.02) or "135m" in name
 
 
+@pytest.mark.parametrize("name", sorted(PLANNED))
+def test_presets_with_steps_longer_than_a_stop_waits_save_each(name):
+    """In the background, which the host's memory holds and which takes less than a hundredth of the time."""
+    gpus, tokens, shape = PLANNED[name]
+    config = settings.load(TrainConfig, preset(name), [f"model={shape}"])
+    made = plan(config, gpus, tokens=tokens, host_memory=128)
+    long = made.seconds_per_step > 30
+    assert long == (name != "smollm2-135m-64k")
+    assert (config.save_every == 1) == config.async_checkpoints == long
+    (waited,) = (line for line in made.lines if line.name.startswith("waiting for"))
+    assert f"{config.steps // config.save_every:,} checkpoints" in waited.name
+    assert not waited.counts
+    hours = next(line.value for line in made.lines if line.name == "time")
+    assert hours == pytest.approx(config.steps * made.seconds_per_step / 3600 + waited.value)
+    assert waited.value < hours / (100 if long else 50)
+
+
+def test_saves_that_training_waits_for_are_planned():
+    """Llama-3.1-8B with states in 8 bits: as recorded, 45 GiB, 39 s where the run waits and 1.6 s where it does not."""
+    gpus, tokens, shape = PLANNED["llama31-8b-1m-2gpu"]
+
+    def planned(*changes):
+        config = settings.load(TrainConfig, preset("llama31-8b-1m-2gpu"), [f"model={shape}", *changes])
+        lines = {line.name: line.value for line in plan(config, gpus, tokens=tokens).lines if line.place == "run"}
+        ((number, seconds, hours),) = (
+            (name.split()[2], float(name.split()[4]), value) for name, value in lines.items() if "waiting" in name
+        )
+        assert hours == pytest.approx(int(number) * seconds / 3600, rel=0.05)
+        return int(number), seconds, lines[f"disk for {config.keep + 1} checkpoints"]
+
+    assert planned() == (954, 1.6, pytest.approx(3 * 45.113, rel=1e-3))
+    number, seconds, disk = planned("async_checkpoints=false", "keep=1")
+    assert (number, disk) == (954, pytest.approx(2 * 45.113, rel=1e-3))
+    assert 39 < seconds < 42
+    assert planned("save_every=auto")[0] == 954
+    assert planned("save_every=auto", "async_checkpoints=false")[0] == 954, "less than a twentieth"
+    assert planned("save_every=auto", "async_checkpoints=false", "optimizer.state_precision=float32")[0] == 477
+    assert planned("save_every=0")[0] == 1
+
+
 @pytest.mark.parametrize("row", SHARDED, ids=[f"{row['model']}, {row['tokens']}, {row['gpus']}" for row in SHARDED])
 def test_measured_runs_are_planned_within_a_tenth(row, monkeypatch):
     """Runs on one and two H200s, sharded, their layers written out: memory and time as they were measured."""

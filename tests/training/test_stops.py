@@ -10,18 +10,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forked import train_over
 from kill_trials import kill_trials
 from safetensors.torch import load_file
 from tiny_run import make_run
 from torch import equal
 
 from ultralong.cli import main
-from ultralong.training import loop
-from ultralong.training.config import DataSource
+from ultralong.training import loop, save_pace
+from ultralong.training.config import DataSource, ParallelConfig
 from ultralong.training.loop import train
 from ultralong.training.preflight import preflight
+from ultralong.training.run_folder import RunFolder
+from ultralong.training.save_pace import SavePace
 from ultralong.utils import settings
 from ultralong.utils.files import is_locked, locked, read_json, read_jsonl, write_json
 
@@ -342,23 +346,102 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(run, tmp_
     ("seconds", "changes", "said"),
     [
         (860.0, {"save_every": 25}, "a step takes 860 s, and a run that is told to stop has 240 s"),
-        (860.0, {"save_every": 25}, "up to the last 25 steps would be lost"),
-        (860.0, {"save_every": 0}, "up to all steps would be lost"),
+        (860.0, {"save_every": 25}, "Up to the last 25 steps would be lost"),
+        (860.0, {"save_every": 0}, "Up to all steps would be lost"),
+        (860.0, {"save_every": "auto"}, "So each step is saved, unless saves would take more than 5% of the time"),
         (860.0, {"save_every": 1, "async_checkpoints": True}, ""),
         (100.0, {"save_every": 25}, ""),
+        (100.0, {"save_every": "auto"}, ""),
     ],
 )
 def test_a_step_that_is_longer_than_a_stop_waits_is_told(run, seconds, changes, said, monkeypatch, capsys):
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
+    as_if_torchrun_waited(240, seconds, monkeypatch)
+    train(replace(run, **changes, steps=3), quiet=True)
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("a step takes") == bool(said)
+
+
+def as_if_torchrun_waited(patience: int, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run under torchrun that gives its ranks so long to end, with steps of so many seconds by its clock."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(patience))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr("torch.__version__", "2.13.0")
     real = loop.training_step
     monkeypatch.setattr(loop, "time", Clock(seconds))
     monkeypatch.setattr(loop, "training_step", lambda *given: (real(*given), loop.time.tick())[0])
-    train(replace(run, **changes, steps=3), quiet=True)
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("a step takes") == bool(said)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("seconds", "saved"), [(860.0, range(1, 25)), (100.0, range(2, 25, 2))])
+def test_auto_saves_each_step_that_a_stop_would_kill(run, seconds, saved, background, monkeypatch):
+    run = replace(run, steps=24, save_every="auto", keep=24, async_checkpoints=background)
+    with monkeypatch.context() as patch:
+        as_if_torchrun_waited(240, seconds, patch)
+        train(run, quiet=True)
+    assert [step for step, _ in RunFolder(Path("run")).checkpoints()] == list(saved)
+
+
+def test_a_run_killed_in_a_long_step_loses_this_step_alone(run, monkeypatch):
+    """Nothing of the step under way is there, all before it is; at most `keep` checkpoints and the next are on disk."""
+    run = replace(run, steps=8, save_every="auto", keep=1, async_checkpoints=True)
+    train(replace(run, out="alone", async_checkpoints=False), quiet=True)
+    with monkeypatch.context() as patch:
+        as_if_torchrun_waited(240, 860.0, patch)
+        real = loop.training_step
+
+        def killed(state, step):
+            assert len(RunFolder(Path("run")).checkpoints()) <= 2
+            if step == 5:
+                raise KeyboardInterrupt
+            return real(state, step)
+
+        patch.setattr(loop, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, quiet=True)
+    assert [step for step, _ in RunFolder(Path("run")).checkpoints()] == [5]
+    train(run, resume=True, quiet=True)
+    weights, expected = (load_file(f"{out}/model/model.safetensors") for out in ("run", "alone"))
+    assert all(equal(weights[name], expected[name]) for name in expected)
+    assert [record["step"] for record in read_jsonl("run/log.jsonl")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_two_processes_save_the_same_steps(run, background, monkeypatch):
+    """Every process asks by its own clock; in each step one of them takes too long for a stop, and both save."""
+    slow = range(3, 20, 4)
+    real = save_pace.SavePace.due
+
+    def as_seen(self, step, seconds):
+        mine = step in slow and self._processes.accelerator.process_index == step // 4 % 2
+        return real(self, step, 860.0 if mine else 1.0)
+
+    monkeypatch.setattr(save_pace, "patience", lambda: 240.0)
+    monkeypatch.setattr(save_pace.SavePace, "due", as_seen)
+    parallel = ParallelConfig(context_parallel_size=2)
+    run = replace(run, steps=100, save_every="auto", keep=100, async_checkpoints=background, parallel=parallel)
+    train_over(run, 2)
+    saved = [step for step, _ in RunFolder(Path("run")).checkpoints()]
+    assert saved == sorted({*slow, *range(5, 101, 5)})
+
+
+def test_long_steps_are_not_saved_where_saves_take_too_much(run, monkeypatch):
+    """A save of 80 s, steps of 300 s: after the first one, each sixth step, 1,800 s and more of training."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr("torch.__version__", "2.13.0")
+    pace = SavePace(replace(run, steps=1000, save_every="auto"), SimpleNamespace(largest=lambda *numbers: [*numbers]))
+    saved = []
+    for step in range(1, 20):
+        if pace.due(step, 300.0):
+            saved.append(step)
+            pace.saved(80.0)
+    assert saved == [1, 7, 13, 19]
+    other = SavePace(replace(run, steps=1000, save_every="auto"), SimpleNamespace(largest=lambda *_: [300.0, 0.0]))
+    assert other.due(1, 3.0), "another process took so long"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    alone = SavePace(replace(run, steps=1000, save_every="auto"), SimpleNamespace())
+    assert [step for step in range(1, 201) if alone.due(step, 300.0)] == [50, 100, 150, 200], "nobody kills it"
 
 
 class Clock:

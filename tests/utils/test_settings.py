@@ -99,6 +99,14 @@ def test_an_unknown_preset_lists_the_known_ones():
         preset("no-such-preset")
 
 
+def test_a_demos_file_is_no_run_and_says_so():
+    with pytest.raises(ValueError, match=r"'demo-miniature' is what `ultralong demo --model miniature` does, not one"):
+        preset("demo-miniature")
+    with pytest.raises(ValueError, match=r"Presets: llama31-8b-1m, .*, tinyllama-1\.1b-16k\.$"):
+        preset("demo-miniature")
+    assert preset("demo-miniature", demos=True).name == "demo-miniature.yaml"
+
+
 def test_keys_of_the_version_before_are_read_with_a_note(capsys):
     old = {
         "model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "rows_per_step": 4, "rows_at_once": 2,

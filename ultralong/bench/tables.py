@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong.bench.checkpoints.tables import configs_table, faults_table, readers_table
+from ultralong.bench.checkpoints.tables import configs_table, faults_table, lines_table, readers_table
 from ultralong.bench.results import KERNELS, facts_of, rows_of
 from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.bench.training.longest_rows import longest_table
@@ -197,6 +197,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
     "serve": (("serve_1m_*.json",), serve_table),
     "saves": (("saves_*.json",), saves_table),
     "readers": (("readers.json",), readers_table),
+    "lines": (("readers.json",), lines_table),
     "configs": (("config_sweep.json",), configs_table),
     "families": (("families_cpu.json",), families_table),
     "refused": (("families_cpu.json",), refused_table),

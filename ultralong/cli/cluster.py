@@ -81,13 +81,17 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     """
     from ultralong.api import load_config
     from ultralong.launch.manifests import HOW
+    from ultralong.training.save_pace import steps_between
 
     asked, out, scheduler = work.keywords, work.keywords["out"], work.keywords["scheduler"]
     files = work()
     leave(json, {"files": [str(file) for file in files]})
     if not load_config(asked["config"], asked["changes"]).save_every:
-        every = load_config(out / "config.yaml").save_every
-        print(f"A checkpoint every {every} steps, so that a stop loses no more; --set save_every=N for another number.")
+        every = steps_between(load_config(out / "config.yaml"))
+        print(
+            f"A checkpoint every {every} steps, and after each step that is longer than a stop waits (save_every: "
+            "auto), so that a stop loses no more; --set save_every=N for another number."
+        )
     _tell_sharing(load_config(out / "config.yaml"), asked["nodes"], asked["gpus_per_node"])
     wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."
     if scheduler in HOW:

@@ -91,4 +91,4 @@ def load(model: str, changes: Sequence[str] = ()) -> DemoConfig:
     Raises:
         ValueError: There are no such settings, or a change does not fit.
     """
-    return settings.load(DemoConfig, preset(model if Path(model).is_file() else f"demo-{model}"), changes)
+    return settings.load(DemoConfig, preset(model if Path(model).is_file() else f"demo-{model}", demos=True), changes)

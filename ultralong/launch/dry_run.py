@@ -9,15 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ultralong.training.config import TrainConfig
+from ultralong.training.config import STATE_BYTES, TrainConfig
 from ultralong.training.preflight import Finding, preflight
 from ultralong.training.run_folder import RunFolder
+from ultralong.training.save_pace import steps_between
 from ultralong.training.sharing import kept
 from ultralong.utils.files import read_json_object
 from ultralong.utils.units import GIB
 
-# A checkpoint holds what AdamW needs: float32 parameters and two float32 states.
-CHECKPOINT_BYTES_A_PARAMETER = 12
 # The top package of each kernel that has one of its own, and how it comes here.
 KERNEL_PACKAGES = {
     "flash4": ("flash_attn", "pip install 'ultralong[flash4]'"),
@@ -119,7 +118,7 @@ def _disk(config: TrainConfig) -> str:
     stored = _bytes_a_weight(_model_config(Path(config.model)))
     parameters = sum(path.stat().st_size for path in weights if path.is_file()) / stored
     # One more than is kept, as the newest is whole before the oldest goes; and the exported model.
-    needed = (config.keep + 1) * parameters * CHECKPOINT_BYTES_A_PARAMETER + parameters * stored
+    needed = (config.keep + 1) * parameters * (4 + STATE_BYTES[config.optimizer.state_precision]) + parameters * stored
     there = Path(config.out).absolute()
     while not there.exists():
         there = there.parent
@@ -139,6 +138,7 @@ def _bytes_a_weight(settings: dict[str, Any]) -> int:
 
 def _resume(config: TrainConfig) -> str:
     if not config.save_every:
-        return "save_every is 0: a run that is stopped starts anew; set save_every to lose fewer steps"
-    saves = max(1, config.steps // config.save_every)
-    return f"a stop loses at most {config.save_every} of {config.steps} steps ({saves} checkpoints)"
+        return "save_every is 0: a run that is stopped starts anew; set save_every=auto to lose fewer steps"
+    every = steps_between(config)
+    saves, more = max(1, config.steps // every), " or more" if config.save_every == "auto" else ""
+    return f"a stop loses at most {every} of {config.steps} steps ({saves} checkpoints{more})"

@@ -20,6 +20,7 @@ from typing import Any
 
 from ultralong.launch.render import launch, saving
 from ultralong.training.config import TrainConfig
+from ultralong.training.save_pace import steps_between
 from ultralong.utils.local_ranks import free_port
 
 POLL = 0.05  # seconds between two looks at the run's log
@@ -104,12 +105,13 @@ def rehearse(
         RuntimeError: The run did not come back, or its log has a gap; the message says where the hosts' logs are.
     """
     place, config = Path(folder).resolve(), saving(config)
-    at_step = at_step or config.save_every + 1
+    first = steps_between(config)
+    at_step = at_step or first + 1
     if hosts < 2 or not 0 <= lose < hosts:
         raise ValueError(f"A rehearsal needs two hosts or more, and one of them to lose; found {hosts} and {lose}.")
-    if not config.save_every <= at_step < config.steps:
+    if not first <= at_step < config.steps:
         raise ValueError(
-            f"The host would be lost at step {at_step}: choose one from {config.save_every} (the first checkpoint) to "
+            f"The host would be lost at step {at_step}: choose one from {first} (the first checkpoint) to "
             f"{config.steps - 1}."
         )
     if _log(place, config).exists():

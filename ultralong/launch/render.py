@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -31,7 +30,6 @@ FILES = {
 SCHEDULERS = tuple(FILES)
 FILES |= {target: (file, "run.sh", "config.yaml", "Containerfile") for target, file in MANIFEST_FILES.items()}
 RESUME = "After a stop, start it again: it resumes from the newest checkpoint."
-SAVES = 20  # checkpoints of a run whose config does not say how many
 
 
 def launch(
@@ -47,7 +45,7 @@ def launch(
 
     Args:
         config: The run. Relative paths in it are relative to the folder that the site names in WORKDIR. With
-            `save_every` 0 the scripts' config saves at about 20 points of the run (see `saving`).
+            `save_every` 0 the scripts' config has auto (see `saving`).
         nodes: Hosts.
         gpus_per_node: Processes a host, one a GPU.
         scheduler: "torchrun" (run.sh on each host), "slurm" (submit.sh, which submits job.sbatch, which starts run.sh
@@ -112,12 +110,11 @@ def launch(
 def saving(config: TrainConfig) -> TrainConfig:
     """The config with checkpoints at intervals: a run that a scheduler may stop must not start anew each time.
 
-    Where `save_every` is 0 it becomes a twentieth of the steps; a run that should save only at its end sets it to its
-    number of steps.
+    Where `save_every` is 0 it becomes auto; a run that should save only at its end sets it to its number of steps.
     """
     if config.save_every:
         return config
-    return replace(config, save_every=max(1, math.ceil(config.steps / SAVES)))
+    return replace(config, save_every="auto")
 
 
 def _write_job(folder: Path, what: str, values: Mapping[str, int | str]) -> None:

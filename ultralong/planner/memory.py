@@ -15,6 +15,7 @@ from ultralong.planner.live_activations import LiveActivations, live_in_backward
 from ultralong.planner.report import PlanLine
 from ultralong.planner.workload import FLOAT, Workload
 from ultralong.training.adapters.four_bits import BYTES
+from ultralong.training.config import STATE_BYTES
 from ultralong.utils.environment import GIB
 
 # Seen on H200s with torch 2.11, CUDA 13: what the driver holds for a process, its kernels and libraries, and what NCCL
@@ -27,8 +28,6 @@ FRAGMENTATION = 0.03
 # beside the optimizer's states.
 HOST_BYTES = 3.5 * GIB
 SAVED_BYTES = 6
-# Both of AdamW's states of a parameter; in 8 bits each has a float32 scale for 256 of them.
-STATE_BYTES = {"float32": 8.0, "8bit": 2 * (1 + 4 / 256)}
 IN_FLIGHT = 2  # offloaded tensors that are on the device all the same: one on its way, one in use
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ultralong.data.rows.short_contexts import short_contexts
@@ -9,13 +11,20 @@ from ultralong.planner.report import PlanLine
 from ultralong.planner.traces.attention import PassTrace
 from ultralong.planner.workload import FLOAT, Workload
 from ultralong.training.adapters.four_bits import BYTES
+from ultralong.training.config import STATE_BYTES
+from ultralong.training.save_pace import DEAREST, steps_between
 from ultralong.training.step import SHORT_TOKENS
+from ultralong.utils.units import GIB
 
 # What the tiled loss moves beside its products: each logit for the log-sum-exp (read twice) and for the gradient (read,
 # and written in two bytes), and for each tile the head's gradient, float32, which the tile's own is added to.
 LOSS_BYTES_A_LOGIT = 14
 LOSS_BYTES_A_WEIGHT = 12
 LOSS_OPERATIONS = 12  # of a tile
+# Recorded on two H200s, 22.6 GiB of each process (notebooks/results/saves_2gpu_h200.json): bytes/s of the disk that all
+# is hashed and written with, 39 s, and of one process's copy to the host, with what it slows steps beside it, 1.57 s.
+WRITTEN, COPIED = 1.24e9, 15.4e9
+SHORTEST_STOP = 30.0  # seconds that torchrun of torch 2.11 gives its processes, whatever the launch scripts ask for
 
 
 def step_time(workload: Workload) -> list[PlanLine]:
@@ -194,14 +203,34 @@ def _copied_states(workload: Workload) -> float:
     return workload.passes * (gathers * (cast + taken_apart) * every + (size + FLOAT) * parameters.trained)
 
 
+def checkpoint_costs(workload: Workload, seconds: float) -> tuple[int, float, float]:
+    """A run's checkpoints: how many, the seconds that training waits for each, and the bytes of each.
+
+    In the background it waits for the copy to the host alone. With `save_every: auto` steps longer than the shortest
+    stop are saved each, where that takes no more than a twentieth of the time.
+    """
+    config = workload.config
+    size = (FLOAT + STATE_BYTES[config.optimizer.state_precision]) * workload.parameters.trained
+    copied = size / (workload.shard or 1) / min(workload.machine.link, COPIED)
+    each = copied if config.async_checkpoints else copied + size / WRITTEN
+    between = steps_between(config) or config.steps
+    if config.save_every == "auto" and seconds > SHORTEST_STOP:
+        between = min(between, math.ceil(each / DEAREST / seconds) or 1)
+    return math.ceil(config.steps / between), each, size
+
+
 def run_totals(workload: Workload, seconds: float, price: float | None) -> list[PlanLine]:
     """The whole run: hours, GPU-hours and, with a price for a GPU-hour, its cost."""
     config, basis = workload.config, workload.machine.basis
-    hours = seconds * config.steps / 3600
+    saves, each, size = checkpoint_costs(workload, seconds)
+    waited = f"waiting for {saves:,} checkpoints, {each:,.1f} s each"
+    hours = (seconds * config.steps + saves * each) / 3600
     of_step = workload.step_tokens
     lines = [
         PlanLine("run", "tokens", config.steps * of_step / 1e6, "estimated", "million"),
         PlanLine("run", "time", hours, basis, "h"),
+        PlanLine("run", waited, saves * each / 3600, "estimated", "h", False),
+        PlanLine("run", f"disk for {config.keep + 1} checkpoints", (config.keep + 1) * size / GIB, "estimated", "GiB"),
         PlanLine("run", "GPU time", hours * workload.gpus, basis, "GPU-hours"),
         PlanLine("run", "tokens per second per GPU", of_step / seconds / workload.gpus, basis, "tokens/s"),
     ]

@@ -23,6 +23,8 @@ from ultralong.utils.words import expand_home
 # anchor. Short contexts are of other shapes, and have no anchor before them.
 CLASHES = {"compile": ("skip_positions_to", "long_ce", "anchor", "lora"), "anchor": ("long_ce", "skip_positions_to")}
 PRESETS = Path(__file__).parents[1] / "presets"
+# Both of AdamW's states of a parameter; in 8 bits each has a float32 scale for 256 of them.
+STATE_BYTES = {"float32": 8.0, "8bit": 2 * (1 + 4 / 256)}
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class TrainConfig:
         dtype: Type of the parameters that the forward pass computes in. float32 computes in float32; bfloat16 keeps
             float32 master parameters and computes under autocast.
         compile: Compile the model with torch.compile (single process).
-        save_every: Steps between checkpoints; 0 keeps only the last.
+        save_every: Steps between checkpoints; 0 keeps only the last. auto: a twentieth of the steps, and each step
+            that is longer than a stop waits (see `ultralong.training.save_pace`).
         keep: Newest checkpoints kept on disk.
         async_checkpoints: Write checkpoints from a copy in host memory, held over the run, while training goes on.
         optimizer: See `OptimizerConfig`.
@@ -201,7 +204,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
-    save_every: int = 0
+    save_every: int | Literal["auto"] = 0
     keep: int = 2
     async_checkpoints: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -226,7 +229,7 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
         for name in ("save_every", "seed", "loss_spike_threshold"):
-            if not 0 <= (value := getattr(self, name)) < SEEDS:
+            if (value := getattr(self, name)) != "auto" and not 0 <= value < SEEDS:
                 raise ValueError(f"{name} must be 0 or more and below 2**32, found {value}.")
         on = {"compile": self.compile, "anchor": self.anchor, "long_ce": self.long_ce.weight_cap, "lora": self.lora.on}
         on["skip_positions_to"] = self.skip_positions_to is not None
@@ -237,16 +240,21 @@ class TrainConfig:
             raise ValueError(f"global_batch_size ({rows}) must be a multiple of micro_batch_size ({micro}).")
 
 
-def preset(name: str | os.PathLike[str]) -> Path:
+def preset(name: str | os.PathLike[str], demos: bool = False) -> Path:
     """The settings file of a preset's name, or the file that `name` is the path of.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: There is neither, or it is a demo's and `demos` is off.
     """
     if (path := Path(name).expanduser()).is_file():
         return path
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml") if demos or not path.stem.startswith("demo-"))
+    if str(name).startswith("demo-") and not demos:
+        raise ValueError(
+            f"{str(name)!r} is what `ultralong demo --model {str(name).removeprefix('demo-')}` does, not one training "
+            f"run. Presets: {', '.join(known)}."
+        )
     if (found := PRESETS / f"{name}.yaml").is_file():
         return found
-    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     hint = "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(str(name), known, n=1))
     raise ValueError(f"{str(name)!r} is neither a settings file nor a preset. {hint}Presets: {', '.join(known)}.")

@@ -6,7 +6,6 @@ What a step does is in `step`; here is what surrounds the steps: the folder, res
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import time
@@ -16,9 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate.utils import set_seed
-from torch.distributed import is_torchelastic_launched
 
 from ultralong.checkpoints.saving.background import BackgroundSaver, background_saver
 from ultralong.training import TrainResult, checkpoint, sharing
@@ -30,6 +27,7 @@ from ultralong.training.model import export, load_model
 from ultralong.training.parallel import SPARE, Processes, grouped, launched, on_main
 from ultralong.training.preflight import check_start
 from ultralong.training.run_folder import RunFolder, stop_recorded
+from ultralong.training.save_pace import SavePace
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
 from ultralong.training.watch.loss_spikes import RECENT
 from ultralong.training.watch.trackers import scalars
@@ -39,7 +37,6 @@ from ultralong.utils.progress import progress
 
 FREE_SOME = "free some space, or set `keep` lower, then run again with --resume"
 LOCK_SECONDS = 2.0  # a check of the folder holds its lock for a moment
-PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun gives its ranks to end, from torch 2.12 on
 
 
 def train(
@@ -197,7 +194,7 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
     Raises:
         SystemExit: With 128 and the signal's number, as if the signal had ended the process.
     """
-    config, saved = run.config, first
+    config, saved, pace = run.config, first, SavePace(run.config, run.processes)
     hidden = quiet or not run.processes.is_main
     with progress(total=config.steps, initial=first, desc="train", unit="step", quiet=hidden) as bar:
         for step in range(first, config.steps):
@@ -205,13 +202,15 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
             if background is not None and step == first:  # which has made the optimizer's states
                 background.reserve(checkpoint.states_to_save(run.model, run.optimizer))
             if step == first + 1 and run.processes.is_main:  # the first one may compile
-                _say_what_a_stop_loses(config, record["seconds"])
+                pace.tell(record["seconds"])
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
             bar.update()
-            stop = _asked(run, came, background)
-            if stop or step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+            stop, due = _asked(run, came, background), pace.due(step + 1, record["seconds"])
+            if stop or due:
                 run.watch.position.at("saving a checkpoint", patience=4)  # disks may be slow
+                begin = time.perf_counter()
                 _save(run, step + 1, background, wait=bool(stop) or step + 1 == config.steps)
+                pace.saved(time.perf_counter() - begin)
                 saved = step + 1
                 stop = stop or _asked(run, came, background)  # one that came while this was saved needs no other step
             if stop and saved < config.steps:
@@ -220,19 +219,6 @@ def _steps(run: Run, first: int, quiet: bool, came: list[int], background: Backg
                         background.wait()
                 _leave(run, stop, saved)
     assert saved == config.steps or first == config.steps
-
-
-def _say_what_a_stop_loses(config: TrainConfig, seconds: float) -> None:
-    """Say where a step takes longer than ranks have that are told to stop: they are killed in it and save nothing."""
-    patience = 30.0 if torch.__version__.startswith("2.11.") else float(os.environ.get(PATIENCE) or 30.0)
-    if is_torchelastic_launched() and seconds > patience and config.save_every != 1:
-        lost = f"the last {config.save_every} steps" if config.save_every else "all steps"
-        print(
-            f"note: a step takes {seconds:,.0f} s, and a run that is told to stop has {patience:,.0f} s: it would not "
-            f"end its step, and up to {lost} would be lost. Save each in the background (save_every=1 "
-            "async_checkpoints=true), and only the step under way is.",
-            file=sys.stderr,
-        )
 
 
 def _save(run: Run, step: int, background: BackgroundSaver | None, wait: bool) -> None:

@@ -135,7 +135,8 @@ def bench_readers(
 
     Returns:
         Rows of `kind`, `program`, `version`, `read` ("right", "wrong", "refused", or None where the program did not
-        run), `differs` (what is wrong, or the error), `check` (its verdict) and `remarks` (what it says).
+        run), `differs` (what is wrong, or the error), and of `check` its verdict (`check`), `remarks`, the `window`
+        that the program offers and what is `typed`.
     """
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,7 +167,9 @@ def _with_check(
     for one in readings.readings:
         same = [row for row in rows if (row["kind"], row["program"]) == (kind, one.program)]
         mine = [row for row in same if row["version"].startswith(one.version)]
-        said = {"check": one.verdict, "remarks": [text.replace(folder, "FOLDER") for text in one.remarks]}
+        said: dict[str, Any] = {"check": one.verdict}
+        said["remarks"] = [text.replace(folder, "FOLDER") for text in one.remarks]
+        said |= {"window": one.window, "typed": one.typed.replace(folder, "FOLDER")}
         if mine:
             mine[0].update(said)
             if mine[0].pop("offered", one.window) != one.window:

@@ -35,6 +35,30 @@ def readers_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def lines_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """What `ultralong check` says to type for each program, and the window that it offers by itself.
+
+    Args:
+        recorded: What `ultralong bench readers --json` wrote.
+
+    Returns:
+        Lines of a Markdown table: a program's line for most checkpoints first, then those of the others, by name.
+        Checkpoints that a program refuses are left out.
+    """
+    rows = [row for file in recorded for row in rows_of(file) if row["window"] is not None]
+    lines = ["| program | to type | its window | checkpoints |", "|---|---|---|---|"]
+    for program in dict.fromkeys((row["program"], row["version"]) for row in rows):
+        kinds: dict[tuple[str, int], list[str]] = {}
+        for row in rows:
+            if (row["program"], row["version"]) == program:
+                kinds.setdefault((row["typed"], row["window"]), []).append(row["kind"])
+        ordered = sorted(kinds.items(), key=lambda each: -len(each[1]))
+        for number, ((typed, window), names) in enumerate(ordered):
+            named = "; ".join(names) if number else f"the other {len(names)}"
+            lines.append(f"| {' '.join(program)} | `{typed}` | {window:,} | {named} |")
+    return lines
+
+
 def _cell(row: Mapping[str, Any]) -> str:
     if row["read"] is None:
         return f"({row['check']})"
