@@ -183,6 +183,22 @@ def test_models_health_and_metrics(running):
     assert float(counts["ultralong_waiting_requests"]) == 0
 
 
+def test_a_request_at_work_is_counted_as_running(running):
+    def at_work():
+        page = running.get("/metrics")[1]
+        (count,) = (line for line in page.splitlines() if line.startswith("ultralong_running_requests "))
+        return float(count.split()[1])
+
+    assert at_work() == 0
+    with running.client().completions.create(model="mini", prompt="The tide", max_tokens=300, stream=True) as answer:
+        next(iter(answer))
+        assert at_work() == 1
+    until = time.monotonic() + 20
+    while at_work():
+        assert time.monotonic() < until, "a request that was left still counts"
+        time.sleep(0.05)
+
+
 def resident() -> float:
     """MiB of memory that this process, and so the server in it, has."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

@@ -61,9 +61,7 @@ def is_fast(model: PreTrainedModel) -> bool:
     return model.model.layers[0].self_attn.head_dim in HEAD_SIZES
 
 
-def fast_step(
-    model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "auto"
-) -> DecodeStep | None:
+def fast_step(model: PreTrainedModel, cache: KvCache, group: Group | None, exchange: str = "auto") -> DecodeStep | None:
     """The step by Triton kernels, where model, device and packages allow it; exchange as in `make_exchange`."""
     if not is_fast(model):
         return None

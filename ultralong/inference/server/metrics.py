@@ -35,10 +35,12 @@ class Metrics:
         self._new = client.Counter("new_tokens", "Tokens of answers.", **named)
         self._busy = client.Counter("busy_seconds", "Seconds of reading and answering.", **named)
         self._waiting = client.Gauge("waiting_requests", "Requests that wait.", **named)
+        self._running = client.Gauge("running_requests", "Requests that are being read or answered.", **named)
 
-    def watch(self, waiting: Callable[[], int]) -> None:
-        """Take the number of waiting requests from a function."""
+    def watch(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+        """Take the numbers of waiting requests and of those at work from functions."""
         self._waiting.set_function(waiting)
+        self._running.set_function(running)
 
     def count(self, prompt: int, reused: int, new: int, seconds: float) -> None:
         """Count the tokens and seconds of one request."""

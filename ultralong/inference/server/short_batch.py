@@ -42,6 +42,15 @@ class ShortBatch:
         self._batch, self._engine, self._metrics, self._stopping = batch, engine, metrics, stopping
         self._rows: dict[int, BatchRow] = {}
 
+    @property
+    def running(self) -> int:
+        """Requests that have a row; any thread may ask."""
+        return len(self._rows)
+
+    def release(self) -> None:
+        """Free what the batch holds."""
+        self._batch.release()
+
     def serve(self, take: Callable[[int], list[Ticket]]) -> None:
         """Answer until no ticket is left.
 

@@ -49,7 +49,11 @@ class Worker:
         self._queue: queue.Queue[Ticket | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name="ultralong-serve", daemon=True)
         self._stopping = threading.Event()
-        metrics.watch(lambda: self._queue.qsize() + len(self._next))
+        self._alone, self._group = 0, None if batch is None else ShortBatch(batch, engine, metrics, self._stopping)
+        metrics.watch(
+            lambda: self._queue.qsize() + len(self._next),
+            lambda: self._alone + (0 if self._group is None else self._group.running),
+        )
 
     @property
     def alive(self) -> bool:
@@ -100,10 +104,12 @@ class Worker:
             if ticket is None:
                 continue
             self._next.appendleft(ticket)
-            if self._batch is not None and len(self._short(2)) == 2:
-                self._serve_together(self._batch)
+            if self._group is not None and len(self._short(2)) == 2:
+                self._serve_together(self._group)
             else:
+                self._alone = 1
                 self._serve(self._next.popleft())
+                self._alone = 0
         while self._next or not self._queue.empty():
             if (left := self._next.popleft() if self._next else self._queue.get_nowait()) is not None:
                 left.put(Piece(error=Refused(503, "The server is stopping.", "server_stopping")))
@@ -117,9 +123,8 @@ class Worker:
         short = takewhile(lambda ticket: ticket.job.tokens <= fits, self._next)
         return list(islice(short, most))
 
-    def _serve_together(self, batch: ContinuousBatch) -> None:
+    def _serve_together(self, group: ShortBatch) -> None:
         """Answer short jobs together, and those that come meanwhile, until a long one is next or none is left."""
-        group = ShortBatch(batch, self.engine, self.metrics, self._stopping)
 
         def take(most: int) -> list[Ticket]:
             tickets = self._short(most)
@@ -134,7 +139,7 @@ class Worker:
             memory = isinstance(error, torch.OutOfMemoryError)
             text = "The memory did not hold these requests." if memory else "The server failed; see its log."
             group.fail(Refused(503 if memory else 500, text, "out_of_memory" if memory else "server_error"))
-            batch.release()
+            group.release()
 
     def _serve(self, ticket: Ticket) -> None:
         outcome = "error"
