@@ -171,6 +171,19 @@ def test_conversations_fill_their_tokens_and_are_of_as_many_turns_as_wanted(talk
         assert [message["role"] for message in talk] == ["user", "assistant"] * (len(talk) // 2)
 
 
+@pytest.mark.parametrize("lines", [1, 30], ids=["one line a book", "a paragraph a line"])
+def test_texts_of_long_lines_fill_conversations_too(lines):
+    """Another place to cut than a line's end is needed where there are few."""
+    short = RetrievalChat(9600, questions=(8, 16))
+    plain = " ".join(TEXT[:90_000].split())
+    step = -(-len(plain) // lines)
+    text = "\n".join(plain[at : at + step] for at in range(0, len(plain), step))
+    books = [Document(f"book-{i}", text, "book", "CC0-1.0") for i in range(4)]
+    made = [talk.messages for talk in short.conversations(lambda: books, 3, measure, "long", "general")]
+    assert len(made) > 7
+    assert all(0.98 * 9600 < measure(talk) <= 9600 for talk in made), [measure(talk) for talk in made]
+
+
 def test_facts_asked_for_stand_at_every_depth(talks):
     depths = []
     for talk in talks:
@@ -248,6 +261,14 @@ def test_a_count_takes_the_texts_again_with_other_facts():
     close = RetrievalChat(24_000, spacing=(100, 100))
     with pytest.raises(ValueError, match="facts at 100 characters"):  # at a token a character they alone are too long
         list(close.conversations(lambda: TEXTS, 0, lambda talk: 4 * measure(talk), "long", "general"))
+
+
+def test_texts_that_fill_one_conversation_are_taken_again_where_a_skip_leaves_too_little():
+    few = RetrievalChat(9600, questions=(8, 16), count=8)
+    book = [Document("book", TEXT[:42_000], "book", "CC0-1.0")]
+    made = list(few.conversations(lambda: book, 0, measure, "long", "general"))
+    assert len(made) == 8
+    assert len({talk.messages[0]["content"] for talk in made}) == 8
 
 
 def grams(text: str, words: int) -> set[tuple[str, ...]]:

@@ -21,7 +21,7 @@ from ultralong.data.chat.retrieval_facts import KINDS, SINGLE, Asked, Facts, Nam
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import Document
 from ultralong.data.read.messages import Message
-from ultralong.data.select.retrieval import line_end
+from ultralong.data.select.retrieval import cut_near
 
 CHARACTERS = 4  # a token, nominally: how many facts a text gets does not depend on where it is cut
 CLOSE, LEAST, TRIES = 0.001, 0.95, 12  # the text is cut elsewhere until a conversation is so close below its tokens
@@ -138,7 +138,7 @@ class RetrievalChat:
         made = 0
         for turn in itertools.count():
             before = made
-            for messages, license in self._once(read(), f"retrieval chat {seed} {name} {turn}", turn, measure):
+            for messages, license in self._turn(read, f"retrieval chat {seed} {name} {turn}", turn, measure):
                 made += 1
                 yield Conversation(f"{name}/{made}", messages, name, license, category)
                 if made == self.count:
@@ -148,12 +148,22 @@ class RetrievalChat:
             if self.count is None:
                 return
 
-    def _once(
-        self, texts: Iterable[Document], key: str, turn: int, measure: Callable[[list[Message]], int]
+    def _turn(
+        self, read: Callable[[], Iterable[Document]], key: str, turn: int, measure: Callable[[list[Message]], int]
     ) -> Iterator[tuple[list[Message], str]]:
-        """Conversations that take each text once, and the licence of what they end with."""
-        # Another turn does not cut the texts where the one before did.
-        skip = int(_draw(key).random() * self.tokens * CHARACTERS) if turn else 0
+        """As `_once`. Another turn does not cut the texts where the one before did, if they are long enough for it."""
+        made = False
+        for skip in (int(_draw(key).random() * self.tokens * CHARACTERS), 0) if turn else (0,):
+            for talk in self._once(read(), key, skip, measure):
+                made = True
+                yield talk
+            if made:
+                return
+
+    def _once(
+        self, texts: Iterable[Document], key: str, skip: int, measure: Callable[[list[Message]], int]
+    ) -> Iterator[tuple[list[Message], str]]:
+        """Conversations that take each text once, but for what is skipped, and the licence of what they end with."""
         number, left, license = 0, "", ""
         for document in itertools.chain(texts, [None]):
             if document is not None:
@@ -174,7 +184,7 @@ class RetrievalChat:
         best: tuple[int, list[Message], int] | None = None
         wanted, size, slope, before = self.tokens * (1 - CLOSE / 2), self.tokens * 3, 1 / CHARACTERS, (0, 0)
         for attempt in range(TRIES):
-            size = line_end(text, 0, min(size, len(text)))
+            size = cut_near(text, size)
             messages = self.conversation(text[:size], _draw(key))
             length = measure(messages)
             if length <= self.tokens and (best is None or length > best[0]):
@@ -189,7 +199,7 @@ class RetrievalChat:
         if best is None or best[0] < LEAST * self.tokens:
             raise ValueError(
                 f"retrieval_chat: no text makes a conversation of {self.tokens:,} tokens; facts at {self.spacing[0]} "
-                "characters from each other may leave no room for it."
+                f"characters from each other, or up to {self.values[1]} values of a key, may leave no room for it."
             )
         return best[1], best[2]
 

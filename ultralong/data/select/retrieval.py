@@ -26,6 +26,7 @@ _ENDINGS = "Bridge Court Dale Field Gate Grove Heath Hill Lane Mill Moor Quay Re
 _THINGS = "anchor barrel candle drum engine flute globe hammer kettle lantern mirror organ plough rope"
 SYLLABLES, ENDINGS, THINGS = _SYLLABLES.split(), _ENDINGS.split(), _THINGS.split()
 Asked = tuple[str, str]  # a question and its answer
+FAR = 0.01  # of a text's size: a line end so far before it is not taken
 
 
 @dataclass(frozen=True)
@@ -263,3 +264,13 @@ def _line_starts(text: str) -> list[int]:
 def line_end(text: str, start: int, end: int) -> int:
     """The last line end in `start..end`, or `end` where the text ends there or holds none."""
     return end if end == len(text) else text.rfind("\n", start, end) + 1 or end
+
+
+def cut_near(text: str, size: int) -> int:
+    """Where to cut off about `size` characters: at the last line end before, or at a space where that is far away.
+
+    Paragraphs or whole books may be on one line each.
+    """
+    size = min(size, len(text))
+    end = line_end(text, 0, size)
+    return end if size - end <= FAR * size else text.rfind(" ", end, size) + 1 or size
