@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import pkgutil
 import random
@@ -22,7 +23,7 @@ from ultralong.data.recipe.build import pack_recipe
 from ultralong.data.recipe.schema import load_recipe
 from ultralong.data.recipe.sources import SourceReader
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.select.retrieval import HANDED, SEVERAL
+from ultralong.data.select.retrieval import ENDINGS, HANDED, SEVERAL, SYLLABLES
 from ultralong.evaluation import tasks
 from ultralong.evaluation.measures import needle
 
@@ -374,6 +375,26 @@ def test_the_recipe_of_longer_lists_is_the_same_otherwise():
     assert of_lists.retrieval_chat == replace(long.retrieval_chat, values=(2, 8), numbered=0.5)
     assert replace(of_lists, retrieval_chat=long.retrieval_chat) == long
     assert replace(lists, name=plain.name, description=plain.description, sources=plain.sources) == plain
+
+
+class FewDraws(random.Random):
+    """Draws that end, where a loop would not."""
+
+    left = 10_000
+
+    def choice(self, of):
+        self.left -= 1
+        assert self.left, "no name is found"
+        return super().choice(of)
+
+
+def test_names_do_not_run_out():
+    """A text of four million tokens can hold more facts than there are names of three syllables."""
+    words = ["".join(word) for size in (2, 3) for word in itertools.product(SYLLABLES, repeat=size)]
+    taken = {f"{word.capitalize()} {ending}" for word in words for ending in ENDINGS}
+    assert len(taken) == 126_000
+    names = Names(FewDraws(0), set(taken))
+    assert len({names.new() for _ in range(50)} - taken) == 50
 
 
 def test_facts_draw_every_kind():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ultralong.data.select.retrieval import ENDINGS, HANDED, SEVERAL, SYLLABLES, THINGS, WORDINGS, Wording
+from ultralong.data.select.retrieval import ENDINGS, HANDED, SEVERAL, THINGS, WORDINGS, Wording, invented
 
 VOWELS, CONSONANTS = "aeiou", "bdfgklmnprstvw"
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -67,10 +67,10 @@ class Names:
 
     def new(self) -> str:
         """A name."""
-        while True:
-            word = "".join(self.draw.choice(SYLLABLES) for _ in range(self.draw.randint(2, 3))).capitalize()
-            if self._add(name := f"{word} {self.draw.choice(ENDINGS)}"):
-                return name
+        attempt = 0
+        while not self._add(name := invented(self.draw, attempt)):
+            attempt += 1
+        return name
 
     def near(self, name: str) -> str:
         """A name that differs from another by one letter or by its second word."""

@@ -26,6 +26,7 @@ _ENDINGS = "Bridge Court Dale Field Gate Grove Heath Hill Lane Mill Moor Quay Re
 _THINGS = "anchor barrel candle drum engine flute globe hammer kettle lantern mirror organ plough rope"
 SYLLABLES, ENDINGS, THINGS = _SYLLABLES.split(), _ENDINGS.split(), _THINGS.split()
 Asked = tuple[str, str]  # a question and its answer
+LONGER_AFTER = 20  # attempts at a name that is not taken yet
 FAR = 0.01  # of a text's size: a line end so far before it is not taken
 
 
@@ -235,12 +236,24 @@ class Retrieval:
 def _names(draw: random.Random) -> Iterator[str]:
     """Invented names, none twice."""
     seen: set[str] = set()
+    attempt = 0
     while True:
-        name = "".join(draw.choice(SYLLABLES) for _ in range(draw.randint(2, 3))).capitalize()
-        name = f"{name} {draw.choice(ENDINGS)}"
-        if name not in seen:
+        if (name := invented(draw, attempt)) not in seen:
             seen.add(name)
             yield name
+            attempt = 0
+        else:
+            attempt += 1
+
+
+def invented(draw: random.Random, attempt: int) -> str:
+    """An invented name; a longer one after many attempts.
+
+    There are 126,000 of two and three syllables, which a text of four million tokens may use up.
+    """
+    syllables = draw.randint(2, 3) + attempt // LONGER_AFTER
+    word = "".join(draw.choice(SYLLABLES) for _ in range(syllables)).capitalize()
+    return f"{word} {draw.choice(ENDINGS)}"
 
 
 def _exam(questions: list[Asked], draw: random.Random) -> str:
