@@ -83,8 +83,7 @@ disable_progress_bar()
 GIB = 2**30
 out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-07-"))
 out.mkdir(parents=True, exist_ok=True)
-changes = {"parallel.context_parallel_size": GPUS, "parallel.fsdp_shard_degree": GPUS, "length": TOKENS,
-           "parallel.head_chunks": 8}  # as it was measured
+changes = {"parallel.context_parallel_size": GPUS, "parallel.fsdp_shard_degree": GPUS, "length": TOKENS}
 config = load_config("llama31-8b-1m-2gpu", changes)
 model, _ = planned_model(config.model, config.base_model)
 job = Workload(config, model, shape_of(model), load_machine(MACHINE), TOKENS, GPUS)
@@ -356,7 +355,7 @@ for name, each in rungs.items():
     assert abs(sum(bars[name].values()) - whole) < 1e-6, f"{name}: a line is missing from the bar"
 fits = [name for name, bar in bars.items() if sum(bar.values()) <= there]
 if (TOKENS, GPUS, MACHINE) == (1048576, 2, "h200"):
-    assert fits == ["+ few inputs"], "another plan fits than the measured run's"
+    assert fits == ["+ few inputs"], "another plan fits than the preset's"
 again = seconds["checkpointing"] - seconds["+ few inputs"]
 print(f"ok: fits: {', '.join(fits) or 'nothing'}; attention outputs save {again:,.0f} s of each step")
 
@@ -591,7 +590,7 @@ print(f"{gpu:.1f} of {there:.1f} GiB on each GPU, {host:.0f} of {HOST_GIB:.0f} G
 assert load_config(out / "run.yaml") == fitted, "the trainer reads another config than was written"
 if (TOKENS, GPUS, MACHINE) == (1048576, 2, "h200"):
     assert gpu <= there, "what was chosen does not fit"
-    assert step <= seconds["+ few inputs"] * 1.01, "the measured run is faster than what was chosen"
+    assert step <= seconds["+ few inputs"] * 1.01, "the preset is faster than what was chosen"
 print("ok: the trainer reads run.yaml" if gpu <= there else "No plan fits: take more GPUs, or a shorter row.")
 
 # %% [markdown]
