@@ -218,6 +218,8 @@ def test_what_asks_for_nothing_is_no_fault(port, changes):
         ({"top_k": 20}, "top_k: this server does not support it"),
         ({"tool_choice": "required"}, "tool_choice: this server"),
         ({"prompt": [[1], [2]]}, "prompt: One prompt a request is taken"),
+        ({"prompt": [True]}, "prompt: A list holds one prompt, or the token ids"),
+        ({"prompt": [[5, 1.5]]}, "prompt: A list holds one prompt, or the token ids"),
         ({"prompt": {}}, "prompt: Input should be a valid string"),
         ({"stop": 5}, "stop: Input should be a valid string"),
     ],

@@ -174,7 +174,9 @@ def _only(prompt: Any) -> Any:
     if isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt):
         if len(prompt) > 1:
             raise ValueError("One prompt a request is taken; send the others by themselves.")
-        return prompt[0]
+        prompt = prompt[0]
+    if isinstance(prompt, list) and any(type(one) is not int for one in prompt):  # true would be taken for 1
+        raise ValueError("A list holds one prompt, or the token ids of one, which are whole numbers.")
     return prompt
 
 
