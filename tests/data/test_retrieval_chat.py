@@ -185,6 +185,21 @@ def test_texts_of_long_lines_fill_conversations_too(lines):
     assert all(0.98 * 9600 < measure(talk) <= 9600 for talk in made), [measure(talk) for talk in made]
 
 
+def test_texts_of_uneven_density_fill_conversations_too():
+    """Prose, tables of spaces and lines of signs: one character makes a twelfth of a token or a whole one."""
+    draw, short = random.Random(0), RetrievalChat(16_000, questions=(8, 16))
+    kinds = (TEXT[:4000], f"{' ' * 40}x\n" * 90, "{}[];,." * 400, "A line without an end " * 150)
+    texts = ["\n".join(draw.choice(kinds)[: draw.randrange(200, 4000)] for _ in range(80)) for _ in range(6)]
+    books = [Document(f"book-{i}", text, "book", "CC0-1.0") for i, text in enumerate(texts)]
+
+    def tokens(messages):
+        return sum(len(re.findall(r"\w{1,4}|[^\w\s]|\s{8}", message["content"])) for message in messages)
+
+    made = [talk.messages for talk in short.conversations(lambda: books, 3, tokens, "long", "general")]
+    assert len(made) > 7
+    assert all(0.95 * 16_000 < tokens(talk) <= 16_000 for talk in made)
+
+
 def test_facts_asked_for_stand_at_every_depth(talks):
     depths = []
     for talk in talks:

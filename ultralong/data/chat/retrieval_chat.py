@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ultralong.data.chat.retrieval_facts import KINDS, SINGLE, Asked, Facts, Names, numbered
+from ultralong.data.chat.size_search import SizeSearch
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import Document
 from ultralong.data.read.messages import Message
@@ -182,9 +183,9 @@ class RetrievalChat:
         None where the whole text is too short.
         """
         best: tuple[int, list[Message], int] | None = None
-        wanted, size, slope, before = self.tokens * (1 - CLOSE / 2), self.tokens * 3, 1 / CHARACTERS, (0, 0)
-        for attempt in range(TRIES):
-            size = cut_near(text, size)
+        size, search = self.tokens * 3, SizeSearch(self.tokens * (1 - CLOSE / 2), 1 / CHARACTERS)
+        for _ in range(TRIES):
+            size = cut_near(text, size, search.low)
             messages = self.conversation(text[:size], _draw(key))
             length = measure(messages)
             if length <= self.tokens and (best is None or length > best[0]):
@@ -193,9 +194,7 @@ class RetrievalChat:
                 return best[1], best[2]
             if size == len(text) and length < self.tokens:
                 return None
-            if attempt and size != before[0]:
-                slope = min(4.0, max(0.05, (length - before[1]) / (size - before[0])))
-            before, size = (size, length), max(1, size + int((wanted - length) / slope))
+            size = search.after(size, length)
         if best is None or best[0] < LEAST * self.tokens:
             raise ValueError(
                 f"retrieval_chat: no text makes a conversation of {self.tokens:,} tokens; facts at {self.spacing[0]} "

@@ -279,11 +279,14 @@ def line_end(text: str, start: int, end: int) -> int:
     return end if end == len(text) else text.rfind("\n", start, end) + 1 or end
 
 
-def cut_near(text: str, size: int) -> int:
-    """Where to cut off about `size` characters: at the last line end before, or at a space where that is far away.
+def cut_near(text: str, size: int, above: int = 0) -> int:
+    """Where to cut off about `size` characters: at the last line end before, or a space, and there where both are far.
 
-    Paragraphs or whole books may be on one line each.
+    Paragraphs or whole books may be on one line each. A line end or a space at `above` or before it is not taken.
     """
     size = min(size, len(text))
-    end = line_end(text, 0, size)
-    return end if size - end <= FAR * size else text.rfind(" ", end, size) + 1 or size
+    if size < len(text):
+        for end in (text.rfind(mark, 0, size) + 1 for mark in "\n "):
+            if above < end and size - end <= FAR * size:
+                return end
+    return size
