@@ -260,6 +260,15 @@ def test_a_text_without_sentences_is_asked_for_facts_alone():
     assert {solved(talk, message["content"].rpartition("\n\n")[2])[0] for message in talk[::2]} == {"single"}
 
 
+def test_what_is_copied_is_a_sentence_and_no_data():
+    """Six words of a thousand signs each would be most of what is learned."""
+    line = "The table of day {i} says {data} and no more. It was kept dry until spring. "
+    text = "".join(line.format(i=i, data="0x4f," * 400) for i in range(60))
+    bare = RetrievalChat(24_000, questions=(8, 8), copied=1.0, near=0, joint=0, several=0, chained=0, counted=0)
+    talk = bare.conversation(text, random.Random(0))
+    assert max(len(message["content"]) for message in talk[1:]) < 1500
+
+
 def test_a_count_takes_the_texts_again_with_other_facts():
     few = RetrievalChat(24_000, count=15)
     first = list(few.conversations(lambda: TEXTS, 0, measure, "long", "general"))

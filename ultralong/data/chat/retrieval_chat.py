@@ -43,7 +43,7 @@ COPY = (
 )
 # A full stop behind a title or an initial ends no sentence.
 END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?][\"']?\s+(?=[\"']?[A-Z])")
-WORDS = (6, 40)  # of a sentence to be copied, and of the one before it
+WORDS, LONGEST = (6, 40), 640  # of a sentence to be copied and of the one before it; characters: data has no words
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _copies(text: str, count: int, draw: random.Random) -> list[tuple[tuple[int,
         for place in (int(draw.random() * (len(ends) - 2)) for _ in range(50)):
             start, middle, end = ends[place : place + 3]
             cue, answer = (" ".join(text[a:b].split()) for a, b in ((start, middle), (middle, end)))
-            fits = all(WORDS[0] <= len(part.split()) <= WORDS[1] for part in (cue, answer))
+            fits = all(WORDS[0] <= len(p.split()) <= WORDS[1] and len(p) <= LONGEST for p in (cue, answer))
             free = all(end <= a or b <= start for (a, b), _ in found)
             if fits and free and "\n\n" not in text[start:end].rstrip() and plain.count(cue) == 1:
                 found.append(((start, end), Asked("copied", draw.choice(COPY).format(cue=cue), "", answer, ())))
