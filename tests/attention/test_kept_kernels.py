@@ -91,6 +91,22 @@ def test_without_a_safe_folder_kernels_are_compiled_anew_and_the_folders_are_nam
         assert mode(folder) == bits  # of whom it is, and what is in it, is for the user to see
 
 
+def test_a_user_without_a_home_on_a_disk_that_cannot_be_written(machine, monkeypatch, caplog):
+    """As in a container: nothing is made in the working folder, and the import goes on."""
+
+    def none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what Python gives without HOME and user
+    monkeypatch.setattr(kept_kernels.tempfile, "gettempdir", none)
+    monkeypatch.chdir(machine)
+    assert seen() == {}
+    assert list(machine.iterdir()) == []
+    assert "neither HOME nor XDG_CACHE_HOME" in caplog.text
+    assert "No usable temporary directory" in caplog.text
+
+
 def test_a_folder_of_another_user_is_refused(machine, monkeypatch):
     (machine / "ours").mkdir(mode=0o700)
     own = os.lstat(machine / "ours")

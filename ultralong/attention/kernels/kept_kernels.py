@@ -55,9 +55,9 @@ def _words() -> tuple[Mapping[str, str], str]:
     reasons = []
     # Not every kernel's key names the GPU that it was compiled for, so each kind has a folder of its own.
     kind = "flash-attn-4-sm{}{}".format(*torch.cuda.get_device_capability())
-    for base, own in bases():
+    for base in (cache_base, temporary_base):
         try:
-            folder = own_folder(base, own, kind)
+            folder = own_folder(*base(), kind)
         except OSError as error:
             reasons.append(str(error))
         else:
@@ -65,10 +65,25 @@ def _words() -> tuple[Mapping[str, str], str]:
     return {}, f"flash-attn 4 compiles its kernels anew in each process: {'; '.join(reasons)}"
 
 
-def bases() -> tuple[tuple[Path, str], ...]:
-    """Folders to make one in, with its name: this user's cache, then the folder for temporary files."""
+def cache_base() -> tuple[Path, str]:
+    """This user's cache, and the name of a folder in it.
+
+    Raises:
+        FileNotFoundError: The user has no home, as one without a name in a container.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return (cache, "ultralong"), (Path(tempfile.gettempdir()), f"ultralong-{os.getuid()}")
+    if not cache.is_absolute():  # "~" stays where there is no home, and would be made in the working folder
+        raise FileNotFoundError(f"{cache} is no absolute path: neither HOME nor XDG_CACHE_HOME says where to keep them")
+    return cache, "ultralong"
+
+
+def temporary_base() -> tuple[Path, str]:
+    """The folder for temporary files, and the name of a folder in it.
+
+    Raises:
+        FileNotFoundError: There is none that can be written.
+    """
+    return Path(tempfile.gettempdir()), f"ultralong-{os.getuid()}"
 
 
 def own_folder(base: Path, *names: str) -> Path:
