@@ -159,3 +159,34 @@ def test_batches_of_benchmarks_are_those_of_their_own_prompts(monkeypatch):
     assert direct._benchmark_batch(wanted, SimpleNamespace(device=torch.device("cpu"))) is None
     assert direct._benchmark_batch(wanted, None) is None
     assert direct._benchmark_batch(RunSettings("model", ("lm_eval",), batch=200), gpu) == 200
+
+
+def test_a_gpu_is_lm_evals_once_nothing_else_needs_the_model(tmp_path, monkeypatch):
+    """A model of more than half of a GPU would not fit there twice; one that the caller opened stays where it is."""
+
+    class OnGpu(torch.nn.Linear):
+        """Says that it is on a GPU until it is moved."""
+
+        device = torch.device("cuda", 0)
+
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(device=self.device)])
+
+        def to(self, place):
+            self.device = torch.device(place)
+
+    seen = []
+
+    def measured(*words, device, batch, **more):
+        seen.append((device, batch, model.device.type))
+        return [], {}
+
+    monkeypatch.setattr(direct, "measure_lm_eval", measured)
+    monkeypatch.setattr(direct, "lm_eval_version", lambda: "0")
+    monkeypatch.setattr(direct, "batch_that_fits", lambda *words: 9)
+    for release in (False, True):
+        model = OnGpu(1, 1)
+        direct.measure_benchmarks(
+            RunSettings("model", ("lm_eval",)), model, SimpleNamespace(chat_template=None), tmp_path, release=release
+        )
+    assert seen == [("cuda", 9, "cuda"), ("cuda", 9, "cpu")]

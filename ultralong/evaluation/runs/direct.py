@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,6 +183,7 @@ def measure_benchmarks(
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     quiet: bool = False,
+    release: bool = False,
 ) -> None:
     """lm-eval's short benchmarks into the run's folder; those of version 0.3 are found where it kept them.
 
@@ -191,26 +193,42 @@ def measure_benchmarks(
         tokenizer: Says whether there is a chat template.
         out: Folder of the run.
         quiet: True draws no progress bar.
+        release: Move the model off its GPU first, for good: lm-eval loads it again, in a process of its own.
 
     Raises:
         ImportError: lm-eval is not installed.
         ValueError: As for `measure_lm_eval`.
     """
     former = out / "standard"
+    device, batch = "cuda" if model is None else model.device.type, _benchmark_batch(wanted, model)
+    if release and model is not None:
+        off_gpu(model)
     results, skipped = measure_lm_eval(
         wanted.model,
         former if former.is_dir() else out / "lm_eval",
         names=wanted.benchmarks,
         data=wanted.data,
-        device="cuda" if model is None else model.device.type,
+        device=device,
         chat=bool(tokenizer.chat_template) if wanted.chat is None else wanted.chat,
-        batch=_benchmark_batch(wanted, model),
+        batch=batch,
         limit=wanted.limit,
         run_code=wanted.run_code,
         quiet=quiet,
     )
     found = {"results": [result.to_dict() for result in results], "skipped": skipped, "version": lm_eval_version()}
     write_json(out / "lm_eval.json", found)
+
+
+def off_gpu(model: PreTrainedModel) -> None:
+    """Move a model that is on one GPU to host memory, and give back what it and runners of it held there.
+
+    Graphs of a runner that are still in use would read the weights where they were.
+    """
+    places = {parameter.device for parameter in model.parameters()}
+    if len(places) == 1 and places != {torch.device("cpu")}:
+        model.to("cpu")  # type: ignore[arg-type]  # wrapped by transformers without its types
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _benchmark_batch(wanted: RunSettings, model: PreTrainedModel | None) -> int | None:

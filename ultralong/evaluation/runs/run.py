@@ -109,7 +109,9 @@ def run(
         if model is not None:
             measure_rows(names, model, wanted, window, out, device, quiet)
         if "lm_eval" in names:
-            measure_benchmarks(wanted, model, tokenizer, out, quiet)
+            if opened is None:
+                engine = None  # with its cache and its graphs
+            measure_benchmarks(wanted, model, tokenizer, out, quiet, release=opened is None)
         return write_results(out, before, draw=draw)
 
 
