@@ -23,6 +23,9 @@ STAMP := $(VENV)/.installed
 # Modules stay compiled, also where the environment says otherwise, as in many containers: hundreds of processes import.
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+# A test that hangs fails and is named, and the others go on. Where it hangs in C, and no signal is looked at, its process
+# ends a minute later and says where each of its threads stood.
+LIMITS := --timeout=900 -o faulthandler_timeout=960 -o faulthandler_exit_on_timeout=true
 
 # On Linux PyPI's torch is the CUDA build, gigabytes that a machine without a GPU has no use for. The CPU build has the
 # same version with a local suffix, which pip prefers and the step after this one keeps. uv knows where that build is;
@@ -75,16 +78,16 @@ demo: setup  ## Run the whole recipe in miniature; the result is runs/demo/repor
 	"$(BIN)/ultralong" demo $(ARGS)
 
 test: setup lint  ## Lint, then run the tests and one notebook; soak and papermill run the others
-	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m "not soak and not browser and (canary or not notebooks)" $(ARGS)
+	$(TEST_ENV) "$(BIN)/python" -m pytest $(LIMITS) -n $(JOBS) --dist worksteal -m "not soak and not browser and (canary or not notebooks)" $(ARGS)
 
 soak: setup  ## Run the tests that repeat others for longer: runs killed again and again, more shapes, more processes
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m soak $(ARGS)
 
 papermill: setup  ## Execute every notebook as a test: its checks, its bounds, its rules; nothing is written
-	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m notebooks $(ARGS)
+	$(TEST_ENV) "$(BIN)/python" -m pytest $(LIMITS) -n $(JOBS) --dist worksteal -m notebooks $(ARGS)
 
 browser: playwright  ## Open the course in a browser: JupyterLab, and the site; pictures in build/browser/
-	$(TEST_ENV) "$(BIN)/python" -m pytest -n 0 tests/course/test_browser.py -m browser $(ARGS)
+	$(TEST_ENV) "$(BIN)/python" -m pytest $(LIMITS) -n 0 tests/course/test_browser.py -m browser $(ARGS)
 
 # Chromium of this machine, where CHROMIUM names it or the path has it; otherwise playwright downloads its own once.
 playwright: setup
@@ -127,7 +130,7 @@ integrations: setup  ## Manifests, trackers and the job by SkyPilot's, Kubeflow'
 	build/integrations/bin/python -m pip install --quiet --disable-pip-version-check kubeflow-trainer-api skypilot tensorboard wandb
 	"$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(build/integrations/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
-	$(TEST_ENV) PYTHONPATH="$(CURDIR)" build/integrations/bin/python -m pytest -n 0 -rs \
+	$(TEST_ENV) PYTHONPATH="$(CURDIR)" build/integrations/bin/python -m pytest $(LIMITS) -n 0 -rs \
 	  tests/launch/test_manifests.py tests/launch/test_slurm.py tests/training/test_watch.py -k "not hang and not slow_rank"
 
 lint: setup  ## Check style, formatting, types and shell scripts

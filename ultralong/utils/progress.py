@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
+from tqdm.std import tqdm as every_tqdm
 
 SECONDS_BETWEEN_LINES_IN_A_LOG = 15.0
+
+
+def _take_own_lock() -> None:
+    """Give every kind of bar a lock of this process, which has just been forked.
+
+    tqdm's lock is one for a process and all its forks, and each bar takes it, a quiet one too. A fork that is killed
+    with it in hand (a rank, as the host runs out of memory) would leave all the others waiting for ever, and so would a
+    thread that had it while this process was forked, which has no such thread.
+    """
+    lock = threading.RLock()
+    kinds: list[Any] = [every_tqdm]
+    for kind in kinds:
+        if kind is every_tqdm or "_lock" in vars(kind):  # of tqdm and of other packages: others inherit
+            kind.set_lock(lock)
+        kinds += kind.__subclasses__()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_take_own_lock)
 
 
 def progress(

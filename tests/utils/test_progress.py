@@ -1,0 +1,65 @@
+"""Progress bars in processes that were forked: one that is killed, or a thread that is not there, stops no other."""
+
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+from tqdm.auto import tqdm
+
+from ultralong.utils.progress import progress
+
+FORK = multiprocessing.get_context("fork")
+SECONDS = 6  # for what takes none, and without the lock of its own would take for ever
+
+
+class Kept(tqdm):
+    """A bar of another package, which took a lock for itself."""
+
+    _lock = tqdm.get_lock()
+
+
+def draw(done, kind=progress):
+    for _ in kind(range(3), disable=True) if kind is Kept else kind(range(3), quiet=True):
+        pass
+    done.set()
+
+
+def killed_while_it_draws(kind):
+    kind.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", [tqdm, Kept])
+def test_a_process_that_is_killed_while_it_draws_leaves_the_others_free(kind):
+    killed = FORK.Process(target=killed_while_it_draws, args=(kind,))
+    killed.start()
+    killed.join(SECONDS)
+    assert killed.exitcode == -signal.SIGKILL
+    done = threading.Event()
+    threading.Thread(target=draw, args=(done, progress if kind is tqdm else Kept), daemon=True).start()
+    assert done.wait(SECONDS), "this process waits for the one that was killed"
+
+
+@pytest.mark.parametrize("kind", [tqdm, Kept])
+def test_a_process_forked_while_a_thread_draws_draws_too(kind):
+    taken, may_leave, done = threading.Event(), threading.Event(), FORK.Event()
+
+    def hold():
+        with kind.get_lock():
+            taken.set()
+            may_leave.wait()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    taken.wait()
+    forked = FORK.Process(target=draw, args=(done, progress if kind is tqdm else Kept), daemon=True)
+    forked.start()
+    try:
+        assert done.wait(SECONDS), "the forked process waits for a thread that it does not have"
+    finally:
+        forked.kill()
+        forked.join()
+        may_leave.set()
+        thread.join()
