@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 import torch
@@ -116,6 +117,21 @@ def test_a_cancelled_request_makes_room_and_the_others_go_on(engine, ids, monkey
     assert [found[at] for at in (1, 2, 4)] == [alone(engine, jobs[at]) for at in (1, 2, 4)]
     assert 'outcome="cancelled",route="completions"} 2.0' in metrics.page().decode()
     assert batch.free == [0, 1]
+
+
+def test_a_row_without_numbers_is_told_and_the_others_go_on(engine, ids, monkeypatch):
+    """Its largest score would be an answer like any other, and a draw from it an error for the whole batch."""
+    jobs = [Job(tuple(ids[start : start + 9]), 6, Sampling(float(start == 1), seed=1)) for start in range(3)]
+    step = ContinuousBatch.step
+
+    def breaks(self, tokens):
+        return {row: scores * (math.nan if row == 1 else 1) for row, scores in step(self, tokens).items()}
+
+    monkeypatch.setattr(ContinuousBatch, "step", breaks)
+    batch = ContinuousBatch(engine.model, 3, ROOM)
+    found, _ = answered(engine, jobs, batch)
+    assert found == [alone(engine, jobs[0]), "server_error", alone(engine, jobs[2])]
+    assert batch.free == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("kind", "code"), [(RuntimeError, "server_error"), (torch.OutOfMemoryError, "out_of_memory")])

@@ -21,6 +21,7 @@ from ultralong.inference.runner import Runner
 
 FinishReason = Literal["stop", "length"]
 NOT_A_NUMBER = "The model's logits are not numbers (NaN): a weight is NaN or infinite, or its type overflows."
+SMALLEST = torch.finfo(torch.float32).tiny
 ABANDONED = -1  # in the place of a token: the first rank has stopped decoding
 
 
@@ -69,11 +70,17 @@ class Sampler:
                 self._random.seed()
             else:
                 self._random.manual_seed(self.sampling.seed)
-        probabilities = (logits.float() / self.sampling.temperature).softmax(-1)
+        scores = logits.float()
+        # Relative to the best one: over a small temperature, scores as they are would be infinite, and their difference
+        # no number. A temperature below float32's normal numbers would be 0.
+        scores = (scores - scores.amax(-1, keepdim=True)) / max(self.sampling.temperature, SMALLEST)
+        probabilities = scores.softmax(-1)
         if self.sampling.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
-            # A token stays while those before it have not reached top_p, so the most likely one always does.
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.sampling.top_p, 0.0)
+            # A token stays while those before it have not reached top_p.
+            beyond = ordered.cumsum(-1) - ordered >= self.sampling.top_p
+            beyond[:, 0] = False  # though top_p may be 0 in float32
+            ordered = ordered.masked_fill(beyond, 0.0)
             probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
         return torch.multinomial(probabilities, 1, generator=self._random)[:, 0]
 

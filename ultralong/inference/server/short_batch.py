@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ultralong.inference.continuous import ContinuousBatch
-from ultralong.inference.decoding import Sampler
+from ultralong.inference.decoding import NOT_A_NUMBER, Sampler
 from ultralong.inference.engines import RunnerEngine
 from ultralong.inference.server.metrics import Metrics
 from ultralong.inference.server.tickets import Answering, Piece, Refused, Ticket
@@ -88,9 +88,14 @@ class ShortBatch:
 
     def _choose(self, logits: dict[int, Tensor]) -> None:
         """Choose each row's next token from logits (V,), and end those that end with it."""
-        best = torch.stack(list(logits.values())).argmax(-1).tolist()
-        for (row, scores), likely in zip(logits.items(), best, strict=True):
+        stacked = torch.stack(list(logits.values()))
+        found = torch.stack([stacked.argmax(-1), stacked.isnan().any(-1)]).tolist()  # one wait for the GPU
+        for (row, scores), likely, broken in zip(logits.items(), *found, strict=True):
             each = self._rows[row]
+            if broken:
+                each.answering.ticket.put(Piece(error=Refused(500, NOT_A_NUMBER, "server_error")))
+                self._end(row, "error")
+                continue
             job = each.answering.ticket.job
             each.token = likely if job.sampling.temperature == 0 else int(each.sampler(scores[None]))
             if each.token in self._engine.stop:

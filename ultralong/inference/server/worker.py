@@ -20,6 +20,7 @@ from itertools import islice, takewhile
 import torch
 
 from ultralong.inference.continuous import ContinuousBatch
+from ultralong.inference.decoding import NOT_A_NUMBER
 from ultralong.inference.engines import RunnerEngine
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.server.metrics import Metrics
@@ -154,7 +155,10 @@ class Worker:
             self._end_if_shared()
             self.engine.release()
         except ValueError as error:  # what the runner refuses about this prompt
-            ticket.put(Piece(error=Refused(400, str(error), "invalid_request")))
+            fault = str(error) == NOT_A_NUMBER  # the model's, not the prompt's
+            ticket.put(
+                Piece(error=Refused(500 if fault else 400, str(error), "server_error" if fault else "invalid_request"))
+            )
         except Exception:
             LOG.exception("a request failed")
             ticket.put(Piece(error=Refused(500, "The server failed on this request; see its log.", "server_error")))
