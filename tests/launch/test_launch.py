@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -587,6 +588,19 @@ def test_a_run_on_two_hosts_survives_the_loss_of_one(tmp_path, tiny_model, tiny_
     assert written == {"node-0", "node-1"}
     with pytest.raises(ValueError, match="holds a run already"):
         rehearse(run, tmp_path)
+
+
+def test_nobody_takes_the_meeting_place_of_a_rehearsal_before_its_hosts_do(tmp_path, python, monkeypatch):
+    """Hosts that find it taken start again and again; the check before takes seconds."""
+    monkeypatch.setattr(rehearsal, "sys", SimpleNamespace(executable=python))
+
+    def start(self, host, what):
+        with socket.socket() as other:
+            other.bind(("", self.port))
+
+    monkeypatch.setattr(_Hosts, "start", start)
+    with pytest.raises(OSError, match="in use"):
+        rehearse(sample_run(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize(

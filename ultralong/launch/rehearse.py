@@ -21,7 +21,7 @@ from typing import Any
 from ultralong.launch.render import launch, saving
 from ultralong.training.config import TrainConfig
 from ultralong.training.save_pace import steps_between
-from ultralong.utils.local_ranks import free_port
+from ultralong.utils.local_ranks import held_port
 
 POLL = 0.05  # seconds between two looks at the run's log
 
@@ -117,21 +117,14 @@ def rehearse(
     if _log(place, config).exists():
         raise ValueError(f"{place / config.out} holds a run already. Choose another folder.")
     launch(config, hosts, 1, "torchrun", place / "scripts")
-    stage = _Hosts(place, free_port(), time.monotonic(), say or (lambda text: None))
-    found = Rehearsal(config.steps, lose, events=stage.events)
-    stage.check()
-    try:
-        for host in range(hosts):
-            stage.start(host, "started")
-        stage.wait(lambda: _last_step(place, config) >= at_step, timeout)
-        stage.kill(lose)
-        found.before, found.saved = _records(place, config), _newest(place, config)
-        if found.before[-1]["step"] >= config.steps:
-            raise RuntimeError(f"The run ended before host {lose} was lost: give it more than {config.steps} steps.")
-        stage.start(lose, "started again")
-        stage.wait(lambda: stage.all_ended(), timeout)
-    finally:
-        stage.end()
+    with held_port() as port:  # as host 0 takes it seconds from now, and again where it is the one that is lost
+        stage = _Hosts(place, port, time.monotonic(), say or (lambda text: None))
+        found = Rehearsal(config.steps, lose, events=stage.events)
+        stage.check()
+        try:
+            _lose(stage, config, found, hosts, at_step, timeout)
+        finally:
+            stage.end()
     found.after, found.seconds = _records(place, config), round(time.monotonic() - stage.begun, 1)
     found.logs = [(place / f"host-{host}.log").read_text(errors="replace") for host in range(hosts)]
     codes = [process.returncode for _, process in sorted(stage.processes.items())]
@@ -141,6 +134,19 @@ def rehearse(
             f"Read {place / 'host-0.log'} and its neighbours."
         )
     return found
+
+
+def _lose(stage: _Hosts, config: TrainConfig, found: Rehearsal, hosts: int, at_step: int, timeout: float) -> None:
+    """Start every host, kill one at a step and start it again, and wait until all have ended."""
+    for host in range(hosts):
+        stage.start(host, "started")
+    stage.wait(lambda: _last_step(stage.folder, config) >= at_step, timeout)
+    stage.kill(found.lost)
+    found.before, found.saved = _records(stage.folder, config), _newest(stage.folder, config)
+    if found.before[-1]["step"] >= config.steps:
+        raise RuntimeError(f"The run ended before host {found.lost} was lost: give it more than {config.steps} steps.")
+    stage.start(found.lost, "started again")
+    stage.wait(stage.all_ended, timeout)
 
 
 @dataclass

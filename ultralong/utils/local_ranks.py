@@ -9,12 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import queue
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from ultralong.utils.processes import end_with_parent, start_method
 
+HEAD = 8  # bytes before an answer that say how many it has
 GRACE = 3.0  # seconds that ranks get to report after the first failure, or after their collectives have timed out
 
 
@@ -31,11 +32,24 @@ class RankFailed(RuntimeError):
     """A rank raised an error, died, or did not end in time; the message holds its traceback."""
 
 
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A TCP port of this machine to listen on while this is open; the system gives it to nobody who asks for any port.
+
+    A port that is only free now is another process's by chance when it is used, seconds later: all who ask for any get
+    one of the same few thousand.
+    """
+    with socket.socket() as holder:
+        # Bound, and not listening: a server that asks for this very port with SO_REUSEADDR gets it, as torch's store.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
+
+
 def free_port() -> int:
-    """A TCP port on this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port on this machine that nobody listens on now; see `held_port`."""
+    with held_port() as port:
+        return port
 
 
 def nccl_options() -> Any:
@@ -71,20 +85,17 @@ def run_ranks(
     context: Any = multiprocessing.get_context(method)
     if method == "spawn" and not hasattr(sys.modules["__main__"], "__file__"):
         work, arguments = _ByValue(work, arguments), ()
-    results = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(
-            target=_rank,
-            args=(os.getpid(), work, rank, world, port, device, timeout, results, arguments),
-            daemon=True,
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes: list[Any] = []
+    answers: list[_Answer] = []
     try:
-        found = _collect(processes, results, world, timeout)
+        with held_port() as port:
+            for rank in range(world):
+                answers.append(_Answer(context))
+                given = (os.getpid(), work, rank, world, port, device, timeout, answers[rank].writer, arguments)
+                processes.append(context.Process(target=_rank, args=given, daemon=True))
+                processes[rank].start()
+                answers[rank].writer.close()  # or the ranks that follow would hold it too
+            found = _collect(processes, answers, timeout)
         for process in processes:
             process.join(GRACE)  # they part at a barrier: to the others one that is ended there has died
         return found
@@ -96,7 +107,40 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
-        results.close()
+        for answer in answers:
+            answer.reader.close()
+
+
+class _Answer:
+    """What one rank sends at its end, through a pipe of its own, read as it comes.
+
+    Ranks that share a queue share its lock: one that is killed within its answer, as the host runs out of memory, would
+    leave the others waiting for that, and this process for the rest.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self.reader, self.writer = context.Pipe(duplex=False)
+        os.set_blocking(self.reader.fileno(), False)
+        self._read, self.ended = bytearray(), False
+
+    def whole(self) -> bytes | None:
+        """The answer, where all of it is there."""
+        try:
+            while not self.ended:
+                piece = os.read(self.reader.fileno(), 1 << 20)
+                self._read += piece
+                self.ended = not piece
+        except BlockingIOError:
+            pass
+        size = int.from_bytes(self._read[:HEAD], "little")
+        return bytes(self._read[HEAD:]) if len(self._read) == HEAD + size > HEAD else None
+
+
+def _send(writer: Any, answer: bytes) -> None:
+    rest = memoryview(len(answer).to_bytes(HEAD, "little") + answer)
+    while rest:
+        rest = rest[os.write(writer.fileno(), rest) :]
+    writer.close()
 
 
 class _ByValue:
@@ -125,14 +169,13 @@ def _rank(
     port: int,
     device: str,
     timeout: float,
-    results: Any,
+    writer: Any,
     arguments: tuple[Any, ...],
 ) -> None:
     """What each process runs."""
     end_with_parent(parent)
     torch.set_num_threads(1)
     failed = False
-    value: bytes | str
     try:
         if device == "cuda":
             torch.cuda.set_device(rank)
@@ -146,44 +189,41 @@ def _rank(
             device_id=own,
             pg_options=nccl_options() if own else None,
         )
-        # As plain bytes: the queue itself would send a tensor as a handle, which dies with this process.
-        value = pickle.dumps(work(rank, world, *arguments))
+        # As plain bytes: multiprocessing would send a tensor as a handle, which dies with this process.
+        answer = pickle.dumps((failed, work(rank, world, *arguments)))
     except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        failed, value = True, traceback.format_exc()
-    results.put((rank, failed, value))
-    results.close()
-    results.join_thread()
+        failed = True
+        answer = pickle.dumps((failed, traceback.format_exc()))
+    _send(writer, answer)
     if dist.is_initialized() and not failed:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _collect(processes: list[Any], results: Any, world: int, timeout: float) -> list[Any]:
+def _collect(processes: list[Any], answers: list[_Answer], timeout: float) -> list[Any]:
     """Wait for every rank's result; stop at the first failure, after a moment for the others to report theirs."""
     deadline = time.monotonic() + timeout + GRACE
     done: dict[int, Any] = {}
     errors: dict[int, str] = {}
-    while len(done) + len(errors) < world:
-        try:
-            rank, failed, value = results.get(timeout=0.05)
-            if not failed:
-                done[rank] = pickle.loads(value)  # noqa: S301 - written by our own child
-            else:
-                errors[rank] = value
-                deadline = min(deadline, time.monotonic() + GRACE)
-            continue
-        except queue.Empty:
-            pass
-        missing = [r for r in range(world) if r not in done and r not in errors]
-        dead = [r for r in missing if processes[r].exitcode is not None]
-        if dead and results.empty():
-            errors |= {r: f"process ended with exit code {processes[r].exitcode} and no result" for r in dead}
+    missing = [*range(len(processes))]
+    while missing:
+        known = len(errors)
+        ended = [rank for rank in missing if processes[rank].exitcode is not None]  # all they sent can be read now
+        for rank in missing:
+            if (answer := answers[rank].whole()) is not None:
+                failed, value = pickle.loads(answer)  # noqa: S301 - written by our own child
+                (errors if failed else done)[rank] = value
+            elif rank in ended:
+                errors[rank] = f"process ended with exit code {processes[rank].exitcode} and no result"
+        missing = [rank for rank in missing if rank not in done and rank not in errors]
+        if len(errors) > known:
             deadline = min(deadline, time.monotonic() + GRACE)
-        elif time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             errors |= dict.fromkeys(missing, "did not finish in time")
-        else:
-            wait([processes[r].sentinel for r in missing], timeout=0.01)
+            break
+        open_pipes = [answers[rank].reader for rank in missing if not answers[rank].ended]
+        wait([*open_pipes, *(processes[rank].sentinel for rank in missing)], timeout=0.05)
     if errors:
         text = "\n".join(f"--- rank {rank} ---\n{message}" for rank, message in sorted(errors.items()))
-        raise RankFailed(f"{len(errors)} of {world} ranks failed:\n{text}")
-    return [done[rank] for rank in range(world)]
+        raise RankFailed(f"{len(errors)} of {len(processes)} ranks failed:\n{text}")
+    return [done[rank] for rank in range(len(processes))]
