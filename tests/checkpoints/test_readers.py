@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from test_env import ROOT
 from tiny_run import make_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ultralong import miniature
 from ultralong.bench.checkpoints.readers import bench_readers, unnamed
@@ -66,6 +66,13 @@ def base(tmp_path_factory):
     return folder
 
 
+def savable(folder, **options):
+    """A model without the folder's generation config, which transformers 5.17 loads and refuses to save."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.generation_config = GenerationConfig()
+    return model
+
+
 @pytest.fixture(scope="module")
 def folders(base, tmp_path_factory):
     """Every kind of checkpoint that is written, by its name."""
@@ -73,15 +80,16 @@ def folders(base, tmp_path_factory):
     for method in ("llama3", "yarn", "linear", "ntk"):
         extend(base, 1024, here / method, method, quiet=True)
     tokenizer = AutoTokenizer.from_pretrained(here / "llama3")
-    config = make_run(here, AutoModelForCausalLM.from_pretrained(here / "llama3"), tokenizer)
+    config = make_run(here, savable(here / "llama3"), tokenizer)
     for name in ("llama3", "yarn"):
         data = (DataSource(str(here / "rows")),)
         run = replace(config, model=str(here / name), out=str(here / f"run-{name}"), data=data, steps=1)
         train(run, quiet=True)
         shutil.copytree(here / f"run-{name}" / "model", here / f"trained-{name}")
     found = {name: here / name for name in ("llama3", "yarn", "linear", "ntk", "trained-llama3", "trained-yarn")}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    found["demo"] = _save(model, AutoTokenizer.from_pretrained(base), "Made by a test.", here / "demo")
+    found["demo"] = _save(
+        savable(base, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(base), "Made by a test.", here / "demo"
+    )
     build._untrained(AutoTokenizer.from_pretrained(base), here / "miniature")
     return found | {"miniature": here / "miniature"}
 

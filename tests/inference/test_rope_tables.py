@@ -1,10 +1,11 @@
 """RoPE that follows the length of a text: every way of reading gives what one pass over the whole text gives.
 
 The reference has no cache: each token comes from a pass of a new model over all tokens before it. Phi-3's `generate`,
-which reads anew where its frequencies change, is a second one.
+which reads anew where its frequencies change, is a second one where transformers does so rightly.
 """
 
 import copy
+import inspect
 from functools import cache
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PhimoeConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Phi3ForCausalLM, PhimoeConfig, Qwen2Config
 
 from ultralong.attention import make_attention_context
 from ultralong.evaluation.measures.perplexity import token_losses
@@ -152,10 +153,14 @@ def beginning(kind, tokens, new):
 
 
 def test_phi3_says_what_transformers_says():
-    prompt = ids(60)
-    expected = build("phi3, longrope").generate(prompt, max_new_tokens=12, do_sample=False)[:, 60:].tolist()
+    prompt, expected = ids(60), reference("phi3, longrope", 60, 12)[0]
     for runner in runners(build("phi3, longrope")).values():
-        assert said(runner, prompt, 12) == expected
+        assert said(runner, prompt, 12) == [expected]
+    # Where an answer crosses the old window `generate` reads the prompt again; 5.17 and 5.18 then gave the model the
+    # last token alone, and other answers than the model without a cache gives.
+    if "next_sequence_length" in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation):
+        model = build("phi3, longrope")
+        assert model.generate(prompt, max_new_tokens=12, do_sample=False)[0, 60:].tolist() == expected
 
 
 @every
