@@ -8,8 +8,8 @@
 # measurements of a real model, made on a GPU.
 #
 # Why care? Because the steps cost differently. Rescaling takes a second and no data. Training an 8B model on a billion
-# long tokens takes hundreds of GPU-hours. Who does not know which step earned the result cannot say what to do next:
-# more data, another factor, or nothing at all.
+# long tokens takes hundreds of GPU-hours. If you do not know which step made the difference, you cannot say what to do
+# next: more data, another factor, or nothing at all.
 #
 # ### At a glance
 #
@@ -215,7 +215,7 @@ figures.show(figures.loss_curve(curves, "Training loss"),
 
 # %% [markdown]
 # **What you should see.** Two short, noisy lines. Each step reads one row, and rows differ more than the model changes
-# in a step. A loss curve of a few steps says little; what counts is measured on text that was kept apart.
+# in a step. A loss curve of a few steps says little; what counts is measured on text that was held out.
 #
 # [Perplexity](https://huggingface.co/docs/transformers/perplexity) is that measurement: the exponential of the mean
 # loss a token. A perplexity of 30 means that the model is as unsure as if it chose among 30 equally likely words. It is

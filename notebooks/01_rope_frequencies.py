@@ -23,7 +23,7 @@
 # * compute the wavelength of a pair, and say how base and head size set it;
 # * show that an attention score depends on the distance of two tokens, not on where they are;
 # * count the pairs that never complete a turn in training, and say what they meet beyond the window;
-# * say how far 32-bit angles carry.
+# * say up to which position 32-bit angles are exact enough.
 #
 # **Needs:** sine, cosine, a logarithmic axis. **Before this:** [00_quickstart](00_quickstart.ipynb). **After this:**
 # [02_yarn](02_yarn.ipynb).
@@ -243,7 +243,8 @@ check("01.never", my_never)
 # %% [markdown]
 # The recipe's way: leave the fast pairs alone, divide the frequency of the slow ones by `target / window`, and blend in
 # between. Then position 1,048,576 rotates a slow pair as far as position 8,192 did before. The price: two tokens that
-# stood 128 apart now look to a slow pair as neighbours did. That is what continued training is for.
+# stood 128 apart now look to a slow pair as neighbours did. That is what continued training is for. (In the code this
+# method is `llama3`, after Llama 3.1, which came with it; [02](02_yarn.ipynb) shows how it relates to YaRN.)
 
 # %% tags=["check"]
 recipe = RopeScaling("llama3", HEAD_DIM, BASE, TARGET / WINDOW, WINDOW)
@@ -276,7 +277,7 @@ bases = {"10k": 1e4, "100k": 1e5, "500k": 5e5, "1M": 1e6, "10M": 1e7, "100M": 1e
 play([figures.wavelengths({"wavelength": wavelengths(table(HEAD_DIM, base)).tolist()}, marks={"window": WINDOW},
                           longest=1e9, height=320) for base in bases.values()], [f"base {name}" for name in bases],
      "Frames with growing base: the line starts at the same place and gets steeper, so fewer pairs lie below it.",
-     stills=[0, 2, 5])
+     stills=[0, 5])
 
 # %%
 windows = (512, 2048, 8192, 32_768, 131_072, 1_048_576)

@@ -403,6 +403,8 @@ at_end = [measure(replace(stretched, attention_factor=value))[-1]["perplexity"] 
 figure = figures.lines({"YaRN": (tried, at_end)}, f"Perplexity in the last bin of {STRETCH} windows",
                        x="attention factor", y="perplexity", markers=True)
 figure.add_vline(x=own, line={"dash": "dash", "width": 1.5, "color": "#7f7f7f"})
+figure.add_annotation(x=own, yref="paper", y=1, text=f"the formula, {own:.2f}", showarrow=False, xanchor="left",
+                      xshift=6, font={"size": 11})
 figures.show(figure, f"Perplexity at the end falls steeply from a factor of 0.9 to a flat floor, on which the "
                      f"formula's {own:.2f} stands, and then rises slowly.")
 

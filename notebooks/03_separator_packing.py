@@ -240,7 +240,7 @@ begin = int(np.argmax(np.convolve(parts, np.ones(8), "valid")))  # the eight row
 some = [rows[number] for number in range(begin, begin + 8)]
 names = [[tokens.describe(int(document))["id"].rpartition("/")[2] for document in row.document_ids] for row in some]
 figures.show(
-    figures.packed_row([row.boundaries for row in some], f"Eight rows in order, from row {begin}", names=names),
+    figures.packed_row([row.boundaries for row in some], "Eight rows in order", names=names, first=begin),
     "Eight full rows, each cut into documents of very different lengths; long documents run on from row to row.")
 
 # %% [markdown]

@@ -227,8 +227,8 @@ check("04.keep", my_keep)
 # [one study](https://arxiv.org/abs/2305.16264) found that up to four rounds over the same data cost little, and more
 # rounds much.
 #
-# A document's fate comes from a digest of the seed and its id, from nothing else. So it is the same in any order, for
-# any number of tasks, after any interruption. Everything below rests on that.
+# How often a document is taken follows from a digest of the seed and its id, and from nothing else. It is the same in
+# any order, for any number of tasks, after any interruption. Everything below rests on that.
 
 # %%
 from ultralong.course.exercises.foundations.nb04_checks import BROKEN, harbour_stats
@@ -244,8 +244,8 @@ check("04.recipe", my_recipe)
 # ## Clean first
 #
 # Printed pages carry lines that are no text: footer, form feed, header. They cut sentences in two. `clean: [rfc]` takes
-# them out and joins what a page break cut, `clean: [gutenberg]` a publisher's notices. Each row below is a page of one
-# help page, each cell a line.
+# them out and joins what a page break cut, `clean: [gutenberg]` a publisher's notices. In the picture each row is
+# a printed page of one help text and each cell is a line: grey is text, orange is a header or footer, which is removed.
 
 # %%
 longest = max(topics, key=lambda name: len(topics[name]))
@@ -255,7 +255,7 @@ wide = max(map(len, pages))
 
 
 def kind(line, page):
-    """0 for text, 1 for the furniture of a page, nothing for an empty line."""
+    """0 for text, 1 for a header or footer, nothing for an empty line."""
     return None if not line.strip() else int("[Page " in line or (page > 0 and line.startswith("RFC 9999")))
 
 
@@ -271,16 +271,17 @@ figures.show(picture.update_yaxes(autorange="reversed", showgrid=False).update_x
 # %% tags=["check"]
 for name, text in topics.items():
     assert words_of(strip_rfc(paged(text))) == words_of(text), f"cleaning {name} lost or left a word"
-furniture = sum(cell == 1 for row in cells for cell in row)
-assert furniture == 2 * (len(pages) - 1), "a page break has a footer and a header"
-print(f"ok: {furniture} lines of furniture in {len(pages)} pages; all {len(topics)} help pages come back word by word")
+headers = sum(cell == 1 for row in cells for cell in row)
+assert headers == 2 * (len(pages) - 1), "a page break has a footer and a header"
+print(f"ok: {headers} headers and footers in {len(pages)} pages; all {len(topics)} help pages come back word by word")
 
 # %% [markdown]
 # ## Is a test in there?
 #
 # A model that has read the test is measured on its memory. GPT-3's rule, since then the usual one: a text and a test
 # item overlap when they share 13 words in a row, in lower case, without punctuation. Items of 8 to 12 words have to
-# occur as a whole; shorter ones would match ordinary speech. Below, one item is planted in seven ways.
+# occur as a whole; shorter ones would match ordinary speech. Below, one item is planted in seven ways; each
+# row is one of them, and the words that the rule finds are orange.
 
 # %%
 # 24 words of an item stand in a document, but the thirteenth was replaced. Is it found?
@@ -479,7 +480,7 @@ print(f"ok: {same} files, the same to the last byte")
 # **What you should see.** Blue shards stay blue. The second process reads all documents again, compares a digest of
 # them with each shard's record, and tokenises from the first missing one. Had a text changed in between, it would
 # refuse: half a corpus of one version and half of another is worse than none. This works only because the documents
-# come in the same order with the same fates.
+# come in the same order and are taken equally often.
 #
 # The command for all this is `ultralong data build`, with 16 million tokens a shard. It also writes `report.json`.
 
@@ -663,7 +664,7 @@ print(f"recorded sources that were compared with a test: {kept_out} of {len(reco
 # ## Recap
 #
 # * Few long documents hold most tokens; the length rule removes many documents and few tokens.
-# * A document's fate is a digest of seed and id. That makes order, tasks and interruptions harmless.
+# * A digest of seed and id decides how often a document is taken. So order, tasks and interruptions do not matter.
 # * Clean first, compare second. 13 words in a row find copies, not rewordings.
 # * A shard counts when its record is there; a killed build ends in the same bytes.
 # * Read the report before you train: by source, by length, by licence.

@@ -293,8 +293,9 @@ check("05.backward", my_backward)
 # ## The kernel on this machine
 #
 # The library takes the fastest kernel that is present and right for the call. On a CPU that is PyTorch's blocked one.
-# `ultralong env` lists what a machine has. The cell compares its output with the full matrix in float64, in two types,
-# and times it. The rate counts only the pairs that a causal mask leaves, as every rate in this course does.
+# `available_kernels`, printed above, lists what a machine has. The cell compares its output with the full matrix in
+# float64, in two types, and times it. The rate counts only the pairs that a causal mask leaves, as every rate in this
+# course does.
 
 # %%
 heads, kv_heads, size = 4, 2, 64

@@ -295,8 +295,8 @@ print(f"ok: equal gradients, {saving:.1f} times less memory, and attention compu
 
 # %% [markdown]
 # **What you should see.** A mountain, then a staircase, then a low line. The last frame costs about what the one before
-# it does, although each layer's attention output is kept: it is as large as the layer's input, and it saves the dearest
-# operation of the step.
+# it does, although each layer's attention output is kept: it is as large as the layer's input, and it saves the most
+# expensive operation of the step.
 #
 # ## The same at a million tokens
 #
@@ -365,8 +365,8 @@ print(f"ok: fits: {', '.join(fits) or 'nothing'}; attention outputs save {again:
 # GiB. Keeping all attention outputs then costs 130 GiB and saves 220 seconds of each step. Moving 28 of them to the
 # host gives the memory back, and costs no time, as you will see. What is left to cut are the inputs.
 #
-# How to read the ladder: each bar is one more decision than the bar above it, and its parts are what is in memory at
-# the step's highest moment. The right question at each rung is "what is largest now?", not "what could I save?".
+# How to read the ladder: each bar has one more decision than the bar on its left, and its parts are what is in memory
+# at the step's highest moment. The right question at each rung is "what is largest now?", not "what could I save?".
 #
 # An input is cheap to make again, once the attention output of the layer below is at hand: its output projection and
 # its feed-forward layer are matrix products alone. So only every third input is kept, at a cost of six seconds a step.
@@ -375,7 +375,7 @@ print(f"ok: fits: {', '.join(fits) or 'nothing'}; attention outputs save {again:
 #
 # In the backward pass layers come in reverse order. When a layer's turn comes, its input and its attention output must
 # be on the GPU; what comes later may still be away. Gradients grow while inputs shrink, so the worst moment need not be
-# the first. The planner looks at each.
+# the first. The planner looks at each. The slider says every how many layers an input is kept.
 
 # %%
 def waiting(every):
@@ -481,7 +481,7 @@ figures.show(figure.update_layout(showlegend=True),
 off = sorted(planned_ / measured_ - 1 for planned_, measured_ in pairs)
 close = sum(abs(each) < 0.03 for each in off)
 assert close >= len(off) / 2, "half of the plans are more than 3% off"
-assert off[0] > -0.03, "a plan was too low by more than 3%: that run could have failed for want of memory"
+assert off[0] > -0.03, "a plan was too low by more than 3%: that run could have run out of memory"
 print(f"ok: {close} of {len(off)} plans within 3%; too low by {-off[0]:.1%} at most, too high by {off[-1]:.0%}")
 
 # %% [markdown]
@@ -613,7 +613,8 @@ print("ok: the trainer reads run.yaml" if gpu <= there else "No plan fits: take 
 #
 # * States are 16 bytes a parameter, or 10 with 8-bit AdamW, shared out by FSDP. They do not depend on the row.
 # * Logits and feed-forward layers are computed in tiles, so they stop growing with the row.
-# * Checkpointing keeps inputs. Keep the attention outputs too, on the host if need be: they save the dearest work.
+# * Checkpointing keeps inputs. Keep the attention outputs too, on the host if need be: they save the most
+#   expensive work.
 # * The number of ranks and an interruption do not change what is learnt, as losses are summed and divided once.
 #
 # **Go on reading:** the library's [tiled loss](../ultralong/training/loss.py),

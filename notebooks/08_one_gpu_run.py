@@ -75,7 +75,7 @@ print(f"{demo['title']}, {demo['environment']['gpu 0']}, {demo['environment']['d
 # %% [markdown]
 # ## Plan first
 #
-# A plan costs seconds, a run that ends for want of memory costs an evening. The planner follows one step of the
+# A plan costs seconds, a run that ends out of memory costs an evening. The planner follows one step of the
 # trainer's code on fake tensors, and turns the work into seconds by rates that were measured on an H200. The preset is
 # [smollm2-135m-64k](../ultralong/presets/smollm2-135m-64k.yaml). Three rows of this model were measured, with attention
 # computed again in the backward pass; the plans below are of the same settings.
@@ -144,7 +144,7 @@ check("08.step", my_step_seconds)
 # The paper trains its 8B model at 3e-5. A model of 135M takes 1e-4 here, the miniature 3e-4: smaller models take larger
 # ones. Before a long run, try a few. These four curves are the miniature's, on the same rows in the same order. Rows
 # differ much in how hard they are, so the *untrained* model's loss on the same row is taken off: below zero is better
-# than not training at all.
+# than not training at all. Thin lines are single steps, thick ones a running mean.
 
 # %%
 trials = json.loads((results / "learning_rates_miniature.json").read_text())
@@ -159,10 +159,12 @@ def against_untrained(name):
 
 
 near = {letter: against_untrained(letter) for letter in letters if letter != "B"}
-figure = figures.loss_curve(near, "Loss minus the untrained model's, three of four", smoothing=0.6)
+difference = "difference of losses (nats per token)"
+figure = figures.loss_curve(near, "Loss minus the untrained model's, three of four", y=difference, smoothing=0.6)
 figures.show(figure, "Three curves of loss differences over 24 steps: A falls below zero, C stays close to zero, D "
              "jumps up and stays there.")
-figures.show(figures.loss_curve({letter: against_untrained(letter) for letter in letters}, "All four", smoothing=0.6),
+everyone = near | {"B": against_untrained("B")}  # B last: the others keep their colours
+figures.show(figures.loss_curve(everyone, "All four", y=difference, smoothing=0.6),
              "The same with curve B, which rises by eight nats and stays there, so that the others look flat.")
 
 # %% tags=["check"]
@@ -227,7 +229,7 @@ print(f"ok: {STEPS} steps, resumed after {kept}: the same losses and the same {l
 # %% [markdown]
 # "Resumed" is easily said. A run that starts again with the weights alone looks fine: its loss goes on falling. But it
 # is another run. Its optimizer has forgotten its means, its warm-up starts again, its rows come in another order, and
-# some are read twice. Whoever then compares two runs compares interruptions as well. So the test is hard: the same
+# some are read twice. A comparison of two such runs compares their interruptions as well. So the test is hard: the same
 # losses to the last digit, and the same bytes of weights.
 #
 # A run is resumed to the bit because its checkpoint holds every state that the loop reads. Which states are those?
@@ -378,7 +380,7 @@ print(f"ok: the plan of this config fits one {better.machine}: {better.total('gp
 # * A step has a part that grows with the tokens and one that grows with their square.
 # * Judge a learning rate against the untrained model on the same rows.
 # * A resumed run ends with the same bits, or something was not saved.
-# * Credit each stage with what it did: rescaling mended perplexity, training found the needles.
+# * Credit each stage with what it did: rescaling repaired perplexity, training found the needles.
 #
 # **Go on reading:** the library's [trainer](../ultralong/training/loop.py) and [demo](../ultralong/demo/stages.py);
 # [ProLong](https://arxiv.org/abs/2410.02660) on training long models well.

@@ -4,8 +4,8 @@
 # Pretraining on long rows teaches a model to use its window. It also makes it worse at conversations: books have no
 # questions in them. So the recipe ends with a short stage of *supervised fine-tuning* (SFT) on conversations. One thing
 # about it is surprising: none of them is longer than 8,192 tokens, although the window is a million. Does the model
-# forget the window that was so dear? Here you make labels, pack conversations, train on them, and then judge recorded
-# results of a real model, without saying more than they show.
+# forget the window that was so expensive? Here you make labels, pack conversations, train on them, and then judge
+# recorded results of a real model, without saying more than they show.
 #
 # ### At a glance
 #
@@ -22,7 +22,7 @@
 # * say which tokens of a conversation are learned, and check it on any chat template;
 # * pack conversations so that they do not see each other, and prove it;
 # * tell a mean over targets from a mean over examples;
-# * keep answers apart, measure them before and after, and say what follows.
+# * hold answers out, measure them before and after, and say what follows.
 #
 # **Needs:** a chat model; what a label is. **Before this:** [08_one_gpu_run](08_one_gpu_run.ipynb) and
 # [03_separator_packing](03_separator_packing.ipynb). Terms: [SFT](https://arxiv.org/abs/2203.02155),
@@ -157,7 +157,7 @@ check("09.labels", my_labels)
 # 3](03_separator_packing.ipynb) explains; conversations are. Each has positions from zero, and sees itself only.
 #
 # The conversations here are made: invented facts in a passage of random words, asked for one by one. They fit the old
-# window, so what the model can do beyond it can't come from practice. Some are kept apart before training, and whatever
+# window, so what the model can do beyond it can't come from practice. Some are held out before training, and whatever
 # shares 13 words in a row with those is left out. That is stricter than it sounds: two conversations about one passage
 # overlap although their questions differ, and a model that saw the passage in training would have a head start.
 
@@ -177,7 +177,7 @@ figures.show(figures.packed_row([row.boundaries for row in some], "Conversations
                                 "row may be padding"),
              "Six rows as bars of 512 tokens. Each is nearly filled by two whole conversations; slivers at the end are "
              "padding.")
-print(f"{len(talks)} made, {len(parts.heldout)} kept apart, {parts.overlapping} overlap with those; "
+print(f"{len(talks)} made, {len(parts.heldout)} held out, {parts.overlapping} overlap with those; "
       + ", ".join(f"{len(packed)} rows of {name}" for name, packed in rows.items()))
 
 # %%
@@ -226,7 +226,7 @@ token_mean = before.mean
 example_mean = sum(s / n for s, n in packed) / len(packed)
 figure = figures.lines({"over targets": ([0, max(points["a conversation"][0])], [token_mean] * 2),
                         "over examples": ([0, max(points["a conversation"][0])], [example_mean] * 2)},
-                       "Loss of answers kept apart, before SFT", x="targets of the conversation", y="nats per target")
+                       "Loss of held-out answers, before SFT", x="targets of the conversation", y="nats per target")
 figure.add_scatter(x=points["a conversation"][0], y=points["a conversation"][1], mode="markers", name="a conversation",
                    marker={"size": 8, "color": figures.PALETTE[2]})
 figures.show(figure.update_layout(showlegend=True),
@@ -280,9 +280,9 @@ figures.show(figures.loss_curve({"SFT": [(r["step"], r["loss"]) for r in log]}, 
              "A loss curve of a few steps of SFT that falls from its start, with some noise.")
 
 # %% tags=["check"]
-assert change["high"] < 0 or STEPS < 8, "no conversation kept apart became more probable"
+assert change["high"] < 0 or STEPS < 8, "no held-out conversation became more probable"
 assert beyond["after"]["n"] == beyond["before"]["n"] == 6
-print(f"ok: kept apart {change['change']:+.3f} nats ({change['low']:+.3f} to {change['high']:+.3f}), better in "
+print(f"ok: held-out answers {change['change']:+.3f} nats ({change['low']:+.3f} to {change['high']:+.3f}), better in "
       f"{change['better']:.0%}")
 print(f"needles at {WINDOW * 3 // 4} tokens: " + ", ".join(
     f"{name} {cell['value']:.0f}% of {cell['n']} ({cell['low']:.0f} to {cell['high']:.0f})"
@@ -300,7 +300,7 @@ print(f"needles at {WINDOW * 3 // 4} tokens: " + ", ".join(
 # ## The same on a real model
 #
 # SmolLM2-135M, extended to 32,768 tokens and pretrained for 40 steps, learned from 23,475 real instructions, none
-# longer than its old window of 8,192. 400 were kept apart. Recorded on one H200.
+# longer than its old window of 8,192. 400 were held out. Recorded on one H200.
 
 # %%
 # Needles beyond the old window, of 120, after SFT on short conversations?
@@ -310,7 +310,7 @@ predict("09.window", ["clearly fewer", "no difference that can be told", "clearl
 stages = {"base": "as it came", "pretrained": "before SFT", "tuned": "after SFT"}
 answers = {stages[name]: tuple(each[key] for key in ("loss", "low", "high"))
            for name, each in recorded["answer_loss"].items()}
-figures.show(forest(answers, "Loss of 400 answers kept apart", x="nats per target, 95% interval"),
+figures.show(forest(answers, "Loss of 400 held-out answers", x="nats per target, 95% interval"),
              "Three intervals of loss that overlap: 2.06 as it came, 2.14 before SFT, 1.99 after it.")
 found = {f"{where}, {stages[name]}": each[where] for where in ("within", "beyond")
          for name, each in recorded["needles"].items()}
@@ -424,7 +424,7 @@ print(f"ok: sft.yaml reads back; the tuned model keeps its window of {extension.
 # ## What this does not show
 #
 # * A lower loss is not a better answer. Nobody read the answers, and no judge compared them.
-# * The answers kept apart are of the same source. Of other kinds of questions nothing is known.
+# * The held-out answers are of the same source. Of other kinds of questions nothing is known.
 # * 120 needles tell 45 from 60 per cent, not from 50. A small loss of the window would not be seen.
 # * The made conversations are easy: the answer's words stand in the question.
 # * One seed, one model of 135 million parameters.

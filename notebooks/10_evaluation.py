@@ -280,7 +280,7 @@ widths = {}
 for share in (0.5, 0.8, 1.0):
     ends = [wilson(round(share * n), n) for n in counts]
     widths[f"{share:.0%} right"] = (counts, [100 * (high - low) for low, high in ends])
-figures.show(figures.lines(widths, "Width of Wilson's 95% interval", x="samples", y="per cent points", log_x=True,
+figures.show(figures.lines(widths, "Width of Wilson's 95% interval", x="samples", y="percentage points", log_x=True,
                            markers=True),
              "Three falling curves over the number of samples on a log axis: some fifty points wide at 10 samples, "
              "under ten at 500.")
@@ -307,8 +307,8 @@ check("10.match_part", my_match_part)
 # ## Better, or luck?
 #
 # Two models answer the *same* samples. Some samples are hard for both: their question is clumsy, their needle stands
-# badly. Subtracting sample by sample takes that out. Below, two made-up readers whose scores hang together as those of
-# two checkpoints of one model do.
+# badly. Subtracting sample by sample takes that out. Below, two made-up readers whose scores are correlated like those
+# of two checkpoints of one model do.
 #
 # The standard error of a difference of two separate means adds both variances. Of paired differences only that part
 # counts in which the two readers disagree. So pairing never needs other data, only that both models are asked the same
@@ -323,7 +323,7 @@ _, apart = paired_as_apart(first, second)
 compared = {"same samples": (same.mean, same.low, same.high),
             "other samples for each": (same.mean, same.mean - 1.96 * apart, same.mean + 1.96 * apart)}
 figures.show(forest({name: tuple(100 * x for x in row) for name, row in compared.items()},
-                    "The second reader minus the first, 100 samples", x="per cent points", zero=0.0),
+                    "The second reader minus the first, 100 samples", x="percentage points", zero=0.0),
              "Two intervals around the same difference: on the same samples it is narrow, with other samples for each "
              "model it is about twice as wide.")
 
@@ -408,7 +408,7 @@ same_prompts = json.loads((results / "ruler_same_prompts.json").read_text())
 rows = {row["task"]: (row["difference"], row["difference"] - 2 * row["se_of_difference"],
                       row["difference"] + 2 * row["se_of_difference"]) for row in against["rows"]}
 title = f"Ours minus lm-eval's, 4,096 tokens, {against['machine']['device']}, {against['machine']['date']}"
-figures.show(forest(rows, title, x="per cent points, two standard errors", zero=0.0),
+figures.show(forest(rows, title, x="percentage points, two standard errors", zero=0.0),
              "Differences of eleven tests with two standard errors. Nine hold zero; common words is lower and coded "
              "words higher here, as the prompts differ.")
 

@@ -296,7 +296,7 @@ for verdict in real["verdicts"]:
           f"({verdict['refuted_if'].replace(' beyond the old window: difference', '')})")
 shown = {arm: found for arm, found in to_base[NEEDLES].items() if arm != "linear"}
 figures.show(forest(intervals(shown), "SmolLM2-135M, needles: against the base arm, three seeds",
-                    x="per cent points, 95% interval over seeds and samples", zero=0.0),
+                    x="percentage points, 95% interval over seeds and samples", zero=0.0),
              "Needles of thirteen arms against the base: searched factors, skipped positions for as many seconds, the "
              "ramp by rotations and the anchor lie above zero, NTK just below it; the other eight hold zero.")
 

@@ -275,8 +275,8 @@ check("12.repair", my_repaired)
 # ## The rehearsal
 #
 # A training run over many GPUs moves in step: every rank waits for all others at every layer. So one lost host stops
-# all of them. What can be had is a short stop: notice it, hold the place, take the host or another one back, load the
-# newest checkpoint, go on. Each link of that chain can be missing, and usually it is found out at night.
+# all of them. The best you can get is a short stop: notice it, hold the place, take the host or another one back, load
+# the newest checkpoint, go on. Each link of that chain can be missing, and usually it is found out at night.
 #
 # Now two hosts. Each is the exported script with facts of its own; they meet at a port of this machine. Ranks of both
 # share every row, so neither can go on alone. After the first checkpoint one host is killed: every process of it, at
@@ -284,7 +284,7 @@ check("12.repair", my_repaired)
 # `ultralong launch rehearse --out DIR`.
 
 # %%
-# A host dies after step 16; step 15 was saved. What does the other host do?
+# A host dies soon after a checkpoint was saved. What does the other host do?
 predict("12.other", ["it goes on alone", "it ends with an error", "it waits, then both resume"], guess=None)
 
 # %%
@@ -351,12 +351,15 @@ print(f"ok: {show.seconds:.0f} s in all, {moments[-1].seconds - moments[2].secon
 # %% [markdown]
 # **What you should see.** Much of the time is starting up, twice: programs, models, the meeting of hosts. On a cluster
 # it is the same in minutes. So a lost host costs the steps since the last checkpoint *and* a start.
+#
+# When a run stops at night, you do not know which host was lost: you have only what each of them wrote.
 
 # %%
 for host, log in enumerate(show.logs):
-    said = [line for line in log.splitlines() if f"host {host}:" in line or "closed by peer" in line]
-    print(f"host {host}: {len(log.splitlines())} lines; of errors and attempts: {len(said)}")
-    print("\n".join(f"   {line.split('] ')[-1][:110]}" for line in said[:2]))
+    said = [line for line in log.splitlines() if "by peer" in line or "PeerLost:" in line]
+    print(f"host {host} wrote {len(log.splitlines())} lines, {len(said)} of them about a lost connection")
+    for line in said[:2]:
+        print("   " + line.removeprefix("[default0]:").split("] ")[-1][:100])
 
 
 # %%

@@ -426,7 +426,7 @@ assert asked[0][2]["prompt_tokens"] > report.old_window, "the prompt fits the ol
 assert asked[0][2]["prompt_tokens_details"]["cached_tokens"] == 0
 reused = asked[1][2]["prompt_tokens_details"]["cached_tokens"] / asked[1][2]["prompt_tokens"]
 assert reused > 0.9, "a document that was read is read again"
-# On a GPU, in 16 bits, what is read after a kept beginning is rounded otherwise than what is read at once.
+# On a GPU, in 16 bits, what is read after a kept beginning is rounded differently from what is read at once.
 assert asked[2][1] == asked[0][1] or DEVICE != "cpu", "the same greedy question gave two answers"
 for *_, usage, count in asked:
     assert count > usage["completion_tokens"] / 2, "the answer did not come piece by piece"
@@ -599,8 +599,8 @@ sizes = [2**power for power in range(13, 22)]
 curves = {"estimated from the H200's rates": (sizes, [cost(reading(n)) * 2**20 / n for n in sizes]),
           "matrix products alone": (sizes, [cost(prefill_flops(shape, n)[1] / h200.matmul_rate(shape.hidden))
                                                    * 2**20 / n for n in sizes])}
-figure = figures.lines(curves, f"Cost of reading a million tokens, {PRICE:g} a GPU-hour", x="tokens of each prompt",
-                       y="cost", log_x=True, log_y=True)
+figure = figures.lines(curves, f"Cost of reading a million tokens, at {PRICE:g} a GPU-hour", x="tokens of each prompt",
+                       y="cost (currency of PRICE)", log_x=True, log_y=True)
 if RECORDED:
     figure.add_scatter(x=[LONG], y=[cost(one["seconds"]) * 2**20 / LONG], mode="markers", name="recorded",
                        marker={"size": 11, "color": figures.PALETTE[2], "symbol": "diamond"})

@@ -73,7 +73,7 @@ def test_build_stats_and_show_by_command(recipe, tmp_path, tiny_tokenizer, capsy
     cli.main(["data", "stats", str(tmp_path / "rows"), "--picture", str(tmp_path / "p.png")])
     shown = capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert "short: left out 1 not UTF-8" in shown
+    assert "short: left out: not UTF-8" in shown
     cli.main(
         [
             "data",

@@ -122,6 +122,16 @@ def test_a_models_name_is_planned_as_a_run_that_shares_one_row():
         run_of_model("some/hub-id", 1)
 
 
+def test_a_planned_model_takes_no_folder_of_the_users_for_its_own(tmp_path, monkeypatch):
+    """Folders named `run` and `rows` are what the examples make: a plan was refused, or made for those rows."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "rows"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    made = str(plan(run_of_model(str(MINIATURE), 1), 1))
+    assert "Planned for rows of the model's window; --tokens N plans others." in made
+
+
 def test_what_travels_of_sharded_parameters_is_counted():
     """Every expert is gathered twice in two bytes and its gradient summed in four, however few tokens pass it."""
     name, machine = "Qwen/Qwen3-30B-A3B", load_machine("h200")
@@ -222,7 +232,7 @@ def test_each_line_says_whether_it_was_measured(tmp_path, tiny_model, tiny_token
     assert made.tokens == LENGTH, "the packed rows say how long they are"
     assert {line.basis for line in made.lines if line.place == "step"} == {"measured"}
     for line in made.lines:
-        assert str(line).rstrip().endswith(("measured", "estimated"))
+        assert str(line).rstrip().endswith(("measured rates", "estimated"))
         assert str(line) in str(made)
     said = json.loads(json.dumps(made.to_dict()))
     assert said["planned_total_gpu_gib"] == pytest.approx(

@@ -25,7 +25,7 @@ def row_loss(
 
     Args:
         model: Folder, hub id or miniature.
-        rows: Folder of packed rows; for SFT, of conversations that were kept apart from training.
+        rows: Folder of packed rows; for SFT, of conversations that were held out of training.
         before: Another model to compare with.
         max_rows: Read only this many rows.
         micro_batch_size: Rows of one forward pass.

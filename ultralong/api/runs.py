@@ -61,8 +61,8 @@ def plan(
     True
 
     Args:
-        config: Name of a preset, a YAML file, or a model: then of a run that shares one row and the parameters over all
-            GPUs.
+        config: Name of a preset, a YAML file, or a model. A model is planned as a run whose GPUs all share one row and
+            the parameters.
         gpus: GPUs of the run; by default as many as share one row or the parameters, whichever is more.
         changes: Changes of the config, with dots for groups, such as parallel.context_parallel_size=8.
         machine: The GPU: h200, h100, a100, or a file that ultralong bench rates made on yours.

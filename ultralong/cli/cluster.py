@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def plan(work: partial[Plan], *, json: Json = None) -> None:
     """Estimate memory, time, GPU-hours and cost of a run before anything starts.
 
-    Each line says measured or estimated. Needs no GPU and reads no weights. Where a run does not fit, it says what to
-    change, with the figure that would result, and exits with 1. Where the config leaves to the planner how rows are
-    shared (auto), it says what is taken and why.
+    Each line says whether it rests on measured rates or is estimated. Needs no GPU and reads no weights. Where a run
+    does not fit, the plan says what to change, with the figure that would result, and exits with 1. Where the config
+    leaves to the planner how rows are shared (auto), the plan says what it chose and why.
 
     Examples:
       ultralong plan run.yaml --gpus 8 --gpu-memory 80 --price 2.5

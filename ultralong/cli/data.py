@@ -48,7 +48,7 @@ def build(work: partial[PackReport], *, json: Json = None) -> None:
 def stats(work: partial[dict[str, Any]], *, picture: Path | None = None, json: Json = None) -> None:
     """Count documents and tokens by length, before and after sampling, for every source.
 
-    A folder of finished rows answers at once. A recipe is read and sampled without being tokenised, so its lengths are
+    A folder of finished rows is read at once. A recipe is read and sampled without being tokenised, so its lengths are
     estimated from characters.
 
     Example: ultralong data stats gutenberg-sotu --picture lengths.png

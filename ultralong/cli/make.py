@@ -131,7 +131,7 @@ def _tell(result: TrainResult, json: Path | None) -> None:
             lengths = f" --lengths {window // 4} {window}" if window else ""
             next_ = f"ultralong eval needle {quoted(result.model)}{lengths}"
         print(
-            f"{result.model}: {result.steps:,} steps, {result.tokens:,} tokens, loss "
+            f"{result.model}: {result.steps:,} step{'s' * (result.steps != 1)}, {result.tokens:,} tokens, loss "
             f"{'none' if loss is None else f'{loss:.4f}'}. Next: {next_}"
         )
 

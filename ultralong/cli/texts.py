@@ -74,7 +74,7 @@ def refine(
         wanted: What is asked, and for how much.
         out: Folder to write: refined.jsonl and report.json.
         instruction: A text file in place of the built-in instruction.
-        limit: Only the first conversations.
+        limit: Refine only this many conversations, from the first on.
         cache: Where fetched packages are kept.
         quiet: No progress bars.
         json: Write the report as JSON to this file.

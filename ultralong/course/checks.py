@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import html
 import inspect
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
@@ -90,9 +91,10 @@ def check(name: str, answer: Any = None) -> None:
             raise NotTried
         said = task.check(tried)
     except NotTried:
+        print(f"{name}: not tried yet. {task.title}, about {task.minutes} minutes.")
+        print(textwrap.fill(_asked(task.task, answer), 110))
         print(
-            f"{name}: not tried yet. {task.title}, about {task.minutes} minutes. "
-            f"Stuck? from ultralong.course import hint; hint({name!r})"
+            f"Write your answer in this cell and run it again. Stuck? from ultralong.course import hint; hint({name!r})"
         )
         return
     except AssertionError as error:
@@ -102,12 +104,19 @@ def check(name: str, answer: Any = None) -> None:
         said = "what your function gave" if given is None else f"{_short(given)}{_kind(given)}"  # None: on another rank
         raise _wrong(
             name,
-            f"The check cannot use {said}: {type(error).__name__}: {error}. What is asked for: {task.task}",
+            f"The check cannot use {said}: {type(error).__name__}: {error}. "
+            f"What is asked for: {_asked(task.task, answer)}",
         ) from error
     record = _progress()
     record.solved.setdefault(name, datetime.date.today().isoformat())
     record.save()
     print(f"ok {name}: {said}")
+
+
+def _asked(task: str, answer: Any) -> str:
+    """What an exercise asks for, with the function's name as the learner's cell has it."""
+    named = getattr(answer, "__name__", "")
+    return re.sub(r"(?<=^Write `)\w+(?=\()", named, task) if named.isidentifier() else task
 
 
 def _wrong(name: str, message: str) -> NotYet:
@@ -127,7 +136,9 @@ def hint(name: str) -> None:
     task = exercise(name)
     at = _HINTS_SHOWN.get(name, 0)
     if at >= len(task.hints):
-        print(f"{name}: that were all hints. A solution: from ultralong.course import solution; solution({name!r})")
+        print(
+            f"{name}: these were all the hints. A solution: from ultralong.course import solution; solution({name!r})"
+        )
         return
     _HINTS_SHOWN[name] = at + 1
     print(f"{name}, hint {at + 1} of {len(task.hints)}: {task.hints[at]}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def packed_row(
-    rows: Sequence[Sequence[int]], title: str = "", *, names: Sequence[Sequence[str]] | None = None
+    rows: Sequence[Sequence[int]], title: str = "", *, names: Sequence[Sequence[str]] | None = None, first: int = 1
 ) -> Figure:
     """Packed rows as bars: each block is one document, or the part of it that fell into this row.
 
@@ -21,6 +21,7 @@ def packed_row(
         rows: For each row its document boundaries, cumulative token counts from 0 to the row's length.
         title: Title of the figure.
         names: For each row the name of each block, shown on hover; None numbers them.
+        first: Number of the first row.
 
     Raises:
         ValueError: Boundaries that do not start at 0 or that fall.
@@ -36,7 +37,7 @@ def packed_row(
         figure.add_trace(
             bar(
                 orientation="h",
-                y=[f"row {index + 1}"] * len(lengths),
+                y=[f"row {first + index}"] * len(lengths),
                 x=lengths,
                 base=cuts[:-1],
                 width=0.7,

@@ -58,7 +58,7 @@ def work_of_ranks(pairs: Sequence[float], title: str = "", *, most: float | None
         graph_objects().Bar(x=[str(rank) for rank in range(len(pairs))], y=list(pairs), marker={"color": PALETTE[0]})
     )
     figure.update_xaxes(type="category")
-    figure.update_yaxes(range=[0, 1.08 * (most or max(pairs) or 1)])
+    figure.update_yaxes(range=[0, 1.08 * (most or max(pairs) or 1)], title_standoff=14)
     figure.update_layout(showlegend=False)
     return figure
 

@@ -45,7 +45,8 @@ def new_figure(title: str = "", x: str = "", y: str = "", *, height: int = 380, 
     """
     # Made with all its settings at once: plotly takes ten times longer to change the same ones of a figure.
     axes = {"xaxis": _axis() | {"title": {"text": x, "font": {"size": 13}}}}
-    axes["yaxis"] = _axis() | {"title": {"text": y, "font": {"size": 13}}}
+    # The left margin grows with long tick labels, so that they do not run into the title.
+    axes["yaxis"] = _axis() | {"automargin": True, "title": {"text": y, "font": {"size": 13}}}
     return graph_objects().Figure(layout=_layout(title, height, width) | axes)
 
 
@@ -57,7 +58,7 @@ def style(figure: Figure, *, title: str = "", height: int = 380, width: int | No
     """
     figure.update_layout(**_layout(title, height, width))
     figure.update_xaxes(**_axis(), title_font_size=13)
-    figure.update_yaxes(**_axis(), title_font_size=13)
+    figure.update_yaxes(**_axis(), automargin=True, title_font_size=13)
     return figure
 
 

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def loss_curve(
-    runs: Mapping[str, Sequence[tuple[float, float]]], title: str = "", *, x: str = "step", smoothing: float = 0.0
+    runs: Mapping[str, Sequence[tuple[float, float]]],
+    title: str = "",
+    *,
+    x: str = "step",
+    y: str = "loss (nats per token)",
+    smoothing: float = 0.0,
 ) -> Figure:
     """Training loss, one line a run.
 
@@ -22,6 +27,7 @@ def loss_curve(
         runs: Name of the run to its (step or tokens, loss in nats per token) pairs, in order.
         title: Title of the figure.
         x: What the first number of each pair is.
+        y: Title of the vertical axis, with its unit.
         smoothing: Weight in [0, 1) of the past in an exponential mean, corrected for its start; above 0 the raw
             values stay visible as a faint line.
 
@@ -30,7 +36,7 @@ def loss_curve(
     """
     if not 0.0 <= smoothing < 1.0:
         raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}.")
-    figure = new_figure(title, x, "loss (nats per token)", height=340)
+    figure = new_figure(title, x, y, height=340)
     scatter = graph_objects().Scatter
     for index, (name, points) in enumerate(runs.items()):
         colour = PALETTE[index % len(PALETTE)]
@@ -58,6 +64,8 @@ def loss_curve(
             )
         )
     figure.update_layout(showlegend=True)
+    if x == "step" and max((len(points) for points in runs.values()), default=0) <= 12:
+        figure.update_xaxes(dtick=1)  # there is no step 1.5
     return figure
 
 

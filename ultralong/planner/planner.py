@@ -11,6 +11,7 @@ from ultralong.planner.growth import Growth
 from ultralong.planner.machine import Machine, load_machine
 from ultralong.planner.memory import gpu_memory as gpu_lines
 from ultralong.planner.memory import host_memory as host_lines
+from ultralong.planner.models.run import NOWHERE
 from ultralong.planner.report import Plan
 from ultralong.planner.rows import PlannedRows
 from ultralong.planner.shapes import check_countable, planned_model, shape_of
@@ -96,10 +97,7 @@ def plan(
         mfu=_useful_flops(workload) / seconds / gpus / machine.peak,
         longest=growth.longest(budget),
         advice=(*gpu_advice(workload, budget, growth), *host_advice(lines, host)),
-        assumed=""
-        if known
-        else f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
-        "For others pack them first, or pass --tokens N.",
+        assumed="" if known else _assumed(config),
         attention=_attention(workload, rows),
         sharing="" if decision is None else decision.reason,
     )
@@ -114,6 +112,15 @@ def planned_workload(config: TrainConfig, gpus: int, machine: Machine, tokens: i
     model, _ = planned_model(config.model, config.base_model)
     check_countable(model)
     return Workload(config, model, shape_of(model), machine, tokens, gpus)
+
+
+def _assumed(config: TrainConfig) -> str:
+    if config.data[0].rows.startswith(NOWHERE):
+        return "Planned for rows of the model's window; --tokens N plans others."
+    return (
+        f"No packed rows in {config.data[0].rows}: planned for rows of the model's window. "
+        "For others pack them first, or pass --tokens N."
+    )
 
 
 def _fewest_gpus(config: TrainConfig) -> int:

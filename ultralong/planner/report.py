@@ -39,7 +39,8 @@ class PlanLine:
         """One line of a table."""
         value, unit = (self.value / GIB, "GiB") if self.unit == "bytes" else (self.value, self.unit)
         name = self.name if self.counts else f"  of which {self.name}"
-        return f"  {name:60}{value:12,.2f} {unit:12}{self.basis}"
+        basis = "measured rates" if self.basis == "measured" else self.basis
+        return f"  {name:60}{value:12,.2f} {unit:12}{basis}"
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class Plan:
         parts += ["", f"memory: {{{chosen}}}"]
         parts += [
             "",
-            "measured: with rates measured on such a GPU; estimated: counted, or scaled by datasheets",
+            "measured rates: computed from rates measured on such a GPU; estimated: counted, or scaled by datasheets",
             f"Longest row that fits: {self.longest:,} tokens",
         ]
-        parts += ["", "It does not fit:", *(f"* {text}" for text in self.advice)] if self.advice else ["It fits."]
+        parts += ["", "It does not fit:", *(f"* {text}" for text in self.advice)] if self.advice else ["This run fits."]
         return "\n".join(parts)

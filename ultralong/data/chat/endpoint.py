@@ -51,7 +51,7 @@ class Endpoint:
         model: The model's name at the endpoint.
         key_variable: Environment variable that holds the key; without it no key is sent.
         temperature: 0 asks for the likeliest answer.
-        max_tokens: An answer's longest length.
+        max_tokens: Most tokens of an answer.
         options: More fields of the request, such as `{"top_p": 0.9}`.
         timeout: Seconds to wait for the server to say anything.
         deadline: Seconds for a whole request, also where its answer arrives in many pieces.

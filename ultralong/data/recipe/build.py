@@ -74,7 +74,8 @@ class PackReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.rows:,} rows of {self.length:,} tokens ({self.tokens:,} tokens) in {self.folder}"]
+        rows = "1 row" if self.rows == 1 else f"{self.rows:,} rows"
+        lines = [f"{rows} of {self.length:,} tokens ({self.tokens:,} tokens) in {self.folder}"]
         for name, source in self.sources.items():
             if "read" in source:
                 skipped = sum(source["read"]["skipped"].values())

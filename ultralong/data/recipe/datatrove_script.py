@@ -38,7 +38,7 @@ class DatatroveSettings:
         cache: Where fetched packages are kept, which every task sees.
         filters: Filters, in this order: language (as fastText identifies it), quality and repetition (Gopher's rules).
         language: The language that the filters and the word splitting are for, as datatrove names it (ISO 639-3).
-        language_code: What the identifying model calls that language; by default ISO 639-1's name for it.
+        language_code: The language's name in the model that identifies languages; by default ISO 639-1's name for it.
         language_model: A fastText model's file that identifies languages, which every task sees; without it the tasks
             download `lid.176.bin` (126 MB) from where fastText publishes it.
         dedup: Duplicates to leave out, in this order: exact (equal to the last character), minhash (nearly equal).

@@ -115,7 +115,9 @@ def format_table(stats: Mapping[str, Any]) -> str:
     for name, facts in stats["sources"].items():
         skipped = facts.get("read", {}).get("skipped", {})
         if skipped:
-            lines.append(f"{name}: left out " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()))
+            lines.append(
+                f"{name}: left out: " + ", ".join(f"{reason} ({count:,})" for reason, count in skipped.items())
+            )
     return "\n".join(lines)
 
 

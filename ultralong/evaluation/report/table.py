@@ -41,7 +41,9 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     lines += capability_lines(summary["capabilities"], summary["areas"])
     if summary["effective"] is not None:
         reached, bar = summary["effective"]["length"], summary["effective"]["bar"]
-        lines.append(f"effective length (RULER, {bar}): {f'{reached:,}' if reached else 'none'}")
+        lines.append(
+            f"effective length (longest with a RULER score of {bar} or more): {f'{reached:,}' if reached else 'none'}"
+        )
     return lines
 
 

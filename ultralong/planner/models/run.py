@@ -11,6 +11,7 @@ from ultralong.training.config import DataSource, MemoryConfig, ParallelConfig, 
 from ultralong.training.memory.activation_memory import check_tiled_layers
 
 TILE = 32768  # tokens: large enough that tiles cost no time
+NOWHERE = ".ultralong-plan"  # so that no folder of the user's is taken for its rows, or for an earlier run
 
 
 def is_model(asked: TrainConfig | str | os.PathLike[str]) -> bool:
@@ -36,7 +37,7 @@ def run_of_model(model: str, gpus: int) -> TrainConfig:
         gpus: How many.
 
     Raises:
-        ValueError: There is no such model to be had.
+        ValueError: There is no such model.
     """
     shape, tile = model_config(model), TILE
     try:
@@ -45,8 +46,8 @@ def run_of_model(model: str, gpus: int) -> TrainConfig:
         tile = 0
     return TrainConfig(
         model=model,
-        out="run",
-        data=(DataSource("rows"),),
+        out=f"{NOWHERE}/run",
+        data=(DataSource(f"{NOWHERE}/rows"),),
         steps=1,
         memory=MemoryConfig(activation_checkpointing=True, layer_tile=tile),
         parallel=ParallelConfig(context_parallel_size=gpus, fsdp_shard_degree=gpus),

@@ -110,7 +110,8 @@ EXERCISES = (
         name="00.gain",
         title="Which step did what",
         task=(
-            "Write `gains(found, of)`: needles found 'before', 'rescaled' and 'trained', of so many, to the share that "
+            "Write `gains(found, of)`: `found` says how many needles were found 'before', 'rescaled' and "
+            "'trained'; `of` needles were asked each time. Return a dict: the share of all needles that "
             "'rescaling' and 'training' each added."
         ),
         check=_check_gain,
@@ -138,7 +139,10 @@ EXERCISES = (
     Exercise(
         name="00.factor",
         title="The smallest factor",
-        task="Write `smallest_factor(window, longest)`: the smallest whole factor whose window holds `longest` tokens.",
+        task=(
+            "Write `smallest_factor(window, longest)`: return the smallest whole factor for which `factor * "
+            "window` tokens hold a prompt of `longest` tokens."
+        ),
         check=_check_factor,
         solution=smallest_factor,
         mistakes=(
@@ -153,7 +157,7 @@ EXERCISES = (
     Exercise(
         name="00.wilson",
         title="What 2 of 2 says",
-        task="Write `wilson(right, of)`: Wilson's 95% interval of a share, (low, high).",
+        task=("Write `wilson(right, of)`: return Wilson's 95% interval of the share right / of, as (low, high)."),
         check=_check_wilson,
         solution=wilson,
         mistakes=(

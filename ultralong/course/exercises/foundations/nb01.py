@@ -168,7 +168,9 @@ EXERCISES = (
     Exercise(
         name="01.wavelength",
         title="Tokens for one turn",
-        task="Write `wavelength(pair, head_dim, base)`: tokens for one full turn of a pair, a float.",
+        task=(
+            "Write `wavelength(pair, head_dim, base)`: return how many tokens one full turn of a pair takes, a float."
+        ),
         check=_check_wavelength,
         solution=wavelength,
         mistakes=(
@@ -188,7 +190,9 @@ EXERCISES = (
     Exercise(
         name="01.never",
         title="Pairs that never turn",
-        task="Write `never_turning(head_dim, base, window)`: how many pairs never complete a turn in the window.",
+        task=(
+            "Write `never_turning(head_dim, base, window)`: return how many pairs never complete a turn in the window."
+        ),
         check=_check_never,
         solution=never_turning,
         mistakes=(
@@ -219,9 +223,8 @@ EXERCISES = (
         name="01.pairing",
         title="Rotate a head as transformers does",
         task=(
-            "Write `rotate(vector, angles)`: a head of D numbers, (D,), and one angle in radians for each pair, "
-            "(D/2,), "
-            "to the rotated head, (D,)."
+            "Write `rotate(vector, angles)`: given a head of D numbers, (D,), and one angle in radians for "
+            "each pair, (D/2,), return the rotated head, (D,), with the pairs that transformers uses."
         ),
         check=_check_pairing,
         solution=rotate_half_split,

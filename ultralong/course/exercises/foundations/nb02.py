@@ -171,9 +171,8 @@ EXERCISES = (
         name="02.ramp",
         title="Which share of a pair's frequency is kept",
         task=(
-            "Write `ramp(turns, alpha, beta)`: turns that each pair makes in the window, a float64 tensor, to "
-            "the share "
-            "of its frequency that is kept, 0 to 1."
+            "Write `ramp(turns, alpha, beta)`: `turns` says how often each pair turns in the window, a "
+            "float64 tensor. Return the share of its frequency that each pair keeps, from 0 to 1."
         ),
         check=_check_ramp,
         solution=ramp,
@@ -195,9 +194,8 @@ EXERCISES = (
         name="02.yarn",
         title="The recipe's table",
         task=(
-            "Write `yarn(factor, alpha, beta)`: the scaled inverse frequencies of Llama 3 (head size 128, base "
-            "500,000, "
-            "pretraining window 8,192), radians a token, (64,), float64."
+            "Write `yarn(factor, alpha, beta)`: return the scaled inverse frequencies of Llama 3 (head size "
+            "128, base 500,000, pretraining window 8,192) in radians a token, (64,), float64."
         ),
         check=_check_yarn,
         solution=yarn,
@@ -234,7 +232,10 @@ EXERCISES = (
     Exercise(
         name="02.temperature",
         title="What YaRN's temperature does to a score",
-        task="Write `temperature(factor)`: by what YaRN's own attention factor multiplies a score of query and key.",
+        task=(
+            "Write `temperature(factor)`: return the number by which YaRN's own attention factor multiplies "
+            "a score of query and key."
+        ),
         check=_check_temperature,
         solution=temperature,
         mistakes=(

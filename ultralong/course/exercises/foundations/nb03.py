@@ -131,8 +131,9 @@ EXERCISES = (
         name="03.pack",
         title="Pack documents into rows",
         task=(
-            "Write `pack(documents, separator, length)`: lists of token ids and the separator's ids to rows "
-            "(inputs, targets) of `length` ids each. What does not fill a row with its targets is dropped."
+            "Write `pack(documents, separator, length)`: given the documents' token ids (a list of lists) "
+            "and the separator's ids, return rows (inputs, targets) of `length` ids each. Drop the end of "
+            "the stream that does not fill a row and its targets."
         ),
         check=_check_pack,
         solution=pack,

@@ -31,8 +31,9 @@ EXERCISES = (
         name="05.merge",
         title="Join two partial softmaxes",
         task=(
-            "Write `merge(out, lse, other, other_lse)`: two partial results over different keys, out (Q, D) and "
-            "log-sum-exp (Q,), to the result over all of them, (out, lse)."
+            "Write `merge(out, lse, other, other_lse)`: given two partial results over different keys, each "
+            "with an output (Q, D) and a log-sum-exp (Q,), return the result over all of the keys, (out, "
+            "lse)."
         ),
         check=check_merge,
         solution=merge,

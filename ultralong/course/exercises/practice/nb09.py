@@ -138,10 +138,10 @@ WHY_NOT = {
     "B": "54 and 57 of 120 have 95% intervals of 36-54% and 39-56%: no difference can be told.",
     "C": "No difference found is not no difference: these numbers allow a loss of ten points as well.",
     "E": "-0.144 is in nats per token of the answer, not in right answers: nobody judged whether one is right.",
-    "F": "The answers kept apart come from the same source; of other kinds nothing was measured.",
+    "F": "The held-out answers come from the same source; of other kinds nothing was measured.",
 }
 WHY_SO = {
-    "A": "The interval of the change, -0.154 to -0.134, lies far from zero, over 400 conversations kept apart.",
+    "A": "The interval of the change, -0.154 to -0.134, lies far from zero, over 400 held-out conversations.",
     "D": "The difference is +2.5 points with an interval of about -10 to +15: a fall of 20 lies outside.",
 }
 
@@ -207,7 +207,7 @@ EXERCISES = (
         name="09.claims",
         title="What may be said of two results",
         task=(
-            "SFT changed the loss of answers kept apart by -0.144 nats (-0.154 to -0.134), and needles beyond the "
+            "SFT changed the loss of held-out answers by -0.144 nats (-0.154 to -0.134), and needles beyond the "
             "old window from 54 to 57 of 120. Give the set of letters of `CLAIMS` that follow."
         ),
         check=check_claims,
