@@ -13,13 +13,21 @@ from ultralong.bench.tables import measured_table, training_table
 from ultralong.cli import main
 from ultralong.utils.environment import commit
 
-RECORDED = [
-    *sorted((ROOT / "notebooks" / "results").glob("attention_*.json")),
-    *sorted((ROOT / "notebooks" / "results").glob("prefill_*.json")),
-    *sorted((ROOT / "notebooks" / "results").glob("training_*.json")),
-    ROOT / "notebooks" / "results" / "samples_1m.json",
-    ROOT / "ultralong" / "planner" / "machines" / "h200.json",
-]
+RESULTS = ROOT / "notebooks" / "results"
+# Files of rows that are no measurement of speed or memory.
+OTHER = ("config_sweep", "families_cpu", "faults", "kills_async_saves", "manifests", "many_keys_miniature")
+OTHER += ("passkey_llama_cpp", "plans_longest_rows", "readers", "ruler_against_lm_eval")
+
+
+def holds_rows(path) -> bool:
+    try:
+        return bool(read_rows(path))
+    except ValueError:
+        return False
+
+
+RECORDED = [path for path in sorted(RESULTS.glob("*.json")) if holds_rows(path) and path.stem not in OTHER]
+RECORDED.append(ROOT / "ultralong" / "planner" / "machines" / "h200.json")
 
 
 def worsened(row: dict, value: str, by: float) -> dict:
@@ -57,7 +65,40 @@ def test_different_cases_of_a_recorded_file_have_different_names(path):
         if compared(row):
             before = told_apart.setdefault(case_name(row), row)
             same = {key for key in row if key not in measured and row[key] == before.get(key)}
-            assert {"model", "tokens", "task", "kernel", "rate", "packed", "gpus"} & row.keys() <= same
+            telling = {"model", "tokens", "task", "kernel", "rate", "packed", "gpus", "lora", "notebook", "exchange"}
+            assert telling & row.keys() <= same
+
+
+def test_a_slower_server_checkpoint_or_kernel_is_seen():
+    """One row each of a file that the command once passed over."""
+    for name, value in (
+        ("serve_1m_2gpu", "seconds_to_first_token"),
+        ("serve_1m_2gpu", "tokens_per_second_after"),
+        ("saves_2gpu_h200", "cost_seconds"),
+        ("decode_kernel_h200", "ms"),
+        ("fp8_forward_h200", "fp8_tflops"),
+        ("kept_kernels_h200", "seconds"),
+        ("course_05_h200", "seconds"),
+    ):
+        row = read_rows(RESULTS / f"{name}.json")[-1]
+        assert [change.value for change in compare([row], [worsened(row, value, 0.04)], 0.03).regressions] == [value]
+
+
+def test_adapters_are_not_the_whole_model():
+    row = read_rows(RESULTS / "models_lora_h200.json")[0]
+    assert case_name(row) != case_name({**row, "lora": ""})
+
+
+def test_rows_without_a_case_or_numbers_take_no_part():
+    rows = [{"tokens": 8, "seconds": 1.0}, {"what": "a fault", "seconds": 2.0}, {"tokens": 9, "note": "out of memory"}]
+    after = [rows[0], {"what": "another", "seconds": 9.0}, {"tokens": 9, "seconds": 3.0}, {"kind": "no numbers"}]
+    found = compare(rows, after, 0.03)
+    assert (found.regressions, found.missing, found.new) == ((), (), ("tokens 9",))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_files_hold_nothing_to_compare(name):
+    assert not any(map(compared, read_rows(RESULTS / f"{name}.json")))
 
 
 def test_a_case_that_ran_out_of_memory_is_a_regression():
@@ -108,7 +149,7 @@ def test_rows_with_old_names_are_the_same_cases():
 
 
 def test_what_has_nothing_in_common_is_an_error():
-    with pytest.raises(ValueError, match="no case in common"):
+    with pytest.raises(ValueError, match="no case with numbers in common"):
         compare([{"tokens": 1, "seconds": 1.0}], [{"tokens": 2, "seconds": 1.0}], 0.03)
     with pytest.raises(ValueError, match="tolerance"):
         compare([], [], -1.0)

@@ -4,6 +4,7 @@ Rows of the two files belong together when everything that describes the case is
 kernel, memory settings and so on. Where a file measured a case twice, the later row counts. A value that got worse by
 more than the tolerance is a regression; so is a case that had numbers and now has only a note, such as out of memory.
 Rows of different hardware are not compared, but named. Either may be a folder, as `notebooks/results`: all of its rows.
+Rows without numbers of speed or memory, as of a table of faults, take no part.
 """
 
 from __future__ import annotations
@@ -19,34 +20,21 @@ from ultralong.training.config import MemoryConfig
 
 # What describes a case, in the order of its printed name.
 CASE = (
-    *("rate", "task", "peer", "name", "model", "layers", "kernel", "dtype", "head_size", "size", "bytes"),
-    *(
-        "tokens",
-        "length",
-        "packed",
-        "documents",
-        "mix",
-        "sharing",
-        "degree",
-        "gpus",
-        "ranks",
-        "sharded",
-        "state_precision",
-        "head_chunks",
-        "memory",
-        "kv",
-        "chunk",
-        "batch",
-        "new_tokens",
-    ),
+    *("rate", "task", "peer", "name", "model", "layers", "lora", "kernel", "kind", "dtype", "head_size", "size"),
+    *("bytes", "tokens", "length", "packed", "documents", "mix", "sharing", "degree", "gpus", "ranks", "sharded"),
+    *("state_precision", "head_chunks", "memory", "kv", "chunk", "batch", "new_tokens", "prompt", "exchange"),
     *("begun", "checkpoint_layers", "trained", "gpu_memory_gib", "host_memory_gib", "capped_gpu_gib"),
+    *("fp8", "heads", "queries", "keys", "block", "warps", "programs", "kept", "notebook", "requests"),
 )
 HIGHER_IS_BETTER = frozenset(
-    ("tflops", "forward_tflops", "backward_tflops", "gbps", "tokens_per_second", "tokens_per_second_per_gpu")
+    ("tflops", "forward_tflops", "backward_tflops", "fp8_tflops", "flash4_tflops", "gbps", "gbs")
+    + ("tokens_per_second", "tokens_per_second_per_gpu", "tokens_per_second_after", "again_tokens_per_second_after")
 )
 LOWER_IS_BETTER = frozenset(
-    ("forward_ms", "backward_ms", "seconds", "seconds_per_step", "decode_seconds_per_token", "seconds_per_parameter")
-    + ("prefill_seconds", "cpu_seconds", "peak_gib", "cache_gib", "peak_gpu_gib", "peak_host_gib", "pinned_host_gib")
+    ("ms", "forward_ms", "backward_ms", "seconds", "seconds_per_step", "decode_seconds_per_token")
+    + ("seconds_per_parameter", "prefill_seconds", "cpu_seconds", "seconds_to_first_token", "import_seconds")
+    + ("again_seconds_to_first_token", "copy_seconds", "cost_seconds")
+    + ("peak_gib", "cache_gib", "peak_gpu_gib", "peak_host_gib", "pinned_host_gib")
 )
 SHOWN = 10  # cases that were not measured again: of a folder of results they are most
 RENAMED = {"stages": "head_chunks", "states": "state_precision"}  # columns of rows recorded before 0.4
@@ -90,7 +78,7 @@ class Comparison:
     Attributes:
         changes: Every value that a case of the first file has, the worst first.
         missing: Cases of the first file only.
-        new: Cases of the second file only.
+        new: Cases of the second file only, and those that had no number in the first, such as out of memory.
         tolerance: The share from which on a worse value counts as a regression.
         elsewhere: Cases of both that were measured on different hardware, with the two names.
         measured: Who measured the compared cases, before and after; where several did, all of them.
@@ -178,10 +166,13 @@ def compare_measured(
     if tolerance < 0:
         raise ValueError(f"tolerance must be 0 or more, found {tolerance}")
     first, second = ({case_name(row): (row, facts) for row, facts in rows} for rows in (before, after))
+    first = {case: measured for case, measured in first.items() if case and _values(measured[0])}
+    second = {case: measured for case, measured in second.items() if case in first or (case and _values(measured[0]))}
     common = [case for case in first if case in second]
     if not common:
         raise ValueError(
-            "the files have no case in common: they must hold the same measurement of the same model, length and GPUs"
+            "the files have no case with numbers in common: they must hold the same measurement of the same model, "
+            "length and GPUs"
         )
     hardware = {case: (first[case][1].hardware, second[case][1].hardware) for case in common}
     alike = [case for case, (one, other) in hardware.items() if one == other or not (one and other)]
@@ -211,15 +202,18 @@ def case_name(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {row[key]}" for key in CASE if row.get(key) not in (None, ""))
 
 
+def _values(row: Row) -> dict[str, float]:
+    """What of a row is compared: no rounded nothing, of which no share can be said."""
+    known = HIGHER_IS_BETTER | LOWER_IS_BETTER
+    numbers = {key: value for key, value in row.items() if key in known and isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if value > 0 and not isinstance(value, bool)}
+
+
 def _changes(case: str, before: Row, after: Row) -> Iterable[Change]:
-    for value, old in before.items():
-        higher = value in HIGHER_IS_BETTER
-        if not higher and value not in LOWER_IS_BETTER:
-            continue
-        if isinstance(old, bool) or not isinstance(old, int | float) or old <= 0:
-            continue  # not measured here, or a rounded nothing: no share of it can be said
+    for value, old in _values(before).items():
         new = after.get(value)
         if not isinstance(new, int | float):
-            yield Change(case, value, float(old), None, float("inf"))
+            yield Change(case, value, old, None, float("inf"))
         else:
-            yield Change(case, value, float(old), float(new), (old - new if higher else new - old) / old)
+            better = value in HIGHER_IS_BETTER
+            yield Change(case, value, old, float(new), (old - new if better else new - old) / old)

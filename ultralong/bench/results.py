@@ -90,7 +90,7 @@ class Facts:
 def facts_of(recorded: Mapping[str, Any], row: Mapping[str, Any]) -> Facts:
     """Who measured a row: the row says it, or the head of its file."""
     said = recorded.get("machine")
-    machine: Mapping[str, Any] = said if isinstance(said, dict) else {}
+    machine: Mapping[str, Any] = said if isinstance(said, dict) else {"device": said}  # one name in words
     versions = row.get("versions") or machine.get("packages") or {}
     hardware = str(row.get("gpu") or machine.get("device") or "")
     if hardware == "cpu":

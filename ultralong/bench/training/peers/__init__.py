@@ -22,8 +22,13 @@ install --dry-run` lists them): beside torch, transformers, accelerate, pyarrow 
 they were trl, datasets, dill, multiprocess, torchtitan==0.2.2, torchdata, tomli, deepspeed, hjson, pydantic,
 pydantic-core, annotated-types and typing-inspection, 31 MB in all, for torch 2.11 on Python 3.12 in November 2026.
 DeepSpeed comes as source, pure Python unless its operators are asked for: `pip wheel --no-deps --no-build-isolation
---wheel-dir wheels deepspeed`, with torch installed. NeMo Automodel 0.7.0 is not among the peers: its packed context
-parallelism needs transformer-engine, whose part for torch has no wheel and is built with nvcc and cuDNN's headers.
+--wheel-dir wheels deepspeed`, with torch installed. On 2026-11-30 the newest releases were trl 1.16.0, accelerate
+1.15.0, deepspeed 0.19.8 and torchtitan 0.3.0.
+
+NeMo Automodel 0.7.0 is not among the peers. It installs beside torch 2.11 (with transformers 5.18.0, which it pins),
+but its packed context parallelism needs Transformer Engine 2.19 or later, whose library asks cuBLAS for
+`cublasLtGroupedMatrixLayoutInit_internal`: the cuBLAS that torch 2.11 pins has it not. What was tried, and its
+messages: `peers_not_run` in notebooks/results/training_sharded_h200.json.
 
 A peer's steps come behind two on a short row, as the trainer's own do; ALST with offload and torchtitan, which pin or
 compile for one length, behind one on a whole row.
