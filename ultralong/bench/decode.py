@@ -62,11 +62,13 @@ def bench_decode(options: DecodeBench, path: Path | None = None) -> list[Row]:
         One row for each way; see `_row`.
 
     Raises:
-        ValueError: No such model, or fewer GPUs than asked for.
+        ValueError: No such model, fewer GPUs than asked for, or no fused step where nothing else is measured.
         ultralong.utils.local_ranks.RankFailed: A process failed.
     """
     model_config(options.model)  # says what is wrong here, not in another process
-    return over_gpus(_measure_all, options.gpus, options, path)
+    if not (rows := over_gpus(_measure_all, options.gpus, options, path)):
+        raise ValueError("the fused step needs a CUDA GPU and a model that it knows: leave out --fused-only")
+    return rows
 
 
 @dataclass
