@@ -144,9 +144,14 @@ class ForkedPlanner:
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self) -> int | None:
-        self._process.join()
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("the planner's process", timeout or 0.0)
         return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 @contextmanager

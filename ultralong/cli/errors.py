@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ultralong.cli.shared import shown
-from ultralong.utils.processes import ChildFailed
+from ultralong.utils.processes import ChildFailed, WorkerKilled
 
 # What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.
 MENDABLE = {
@@ -36,7 +36,7 @@ def mendable(error: BaseException) -> bool:
         return error.name is None  # a sentence of ours or of a library, not a module that Python did not find
     if isinstance(error, OSError):
         return error.errno in MENDABLE and not isinstance(error, ConnectionError | TimeoutError)
-    return isinstance(error, ValueError | FloatingPointError | MemoryError)
+    return isinstance(error, ValueError | FloatingPointError | MemoryError | WorkerKilled)
 
 
 def guarded(name: str, work: Callable[[], None], whole: bool = False, own: bool = False) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
+LOOK = 0.5  # seconds between two looks at whether a process lives
 
 
 def end_with_parent(parent: int | None = None, how: signal.Signals = signal.SIGKILL) -> None:
@@ -79,14 +83,78 @@ class WorkerPool(ProcessPoolExecutor):
     def __init__(self, workers: int, prepare: Callable[..., None] | None = None, *given: Any) -> None:
         # Not forked: this process may hold a GPU, or a tokenizer's threads, which a fork could not use or let go.
         super().__init__(workers, get_context("spawn"), _prepare_worker, (os.getpid(), prepare, given))
+        self._watched = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As of any executor. Processes are started here, and keep what signals were blocked."""
+        """As of any executor; see `result_of`. Processes are started here, and keep what signals were blocked."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return super().submit(fn, *args, **kwargs)
+            future = super().submit(fn, *args, **kwargs)
+            if not self._watched:
+                both: Any = (self._processes, self._result_queue)  # which Python's own class gives no name to
+                threading.Thread(target=_end_together, args=both, daemon=True).start()
+                self._watched = True
+            return future
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class WorkerKilled(RuntimeError):
+    """A process of a pool was killed; the message says what to do."""
+
+
+def result_of(future: Future[Any]) -> Any:
+    """What a `WorkerPool` computed.
+
+    Raises:
+        WorkerKilled: One of its processes was killed.
+        Exception: What the work raised.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise WorkerKilled(
+            "a worker process was killed, often because the host ran out of memory. Run the same again, with fewer "
+            "workers if it was the memory."
+        ) from error
+
+
+def _end_together(processes: dict[int, Any], results: Any) -> None:
+    """End all processes of a pool when one was killed.
+
+    One that is killed while it sends leaves the pool waiting for the rest, and the others for their turn: all of them
+    hold the same pipe open, and so does this process. When they are gone it ends, and the pool says that it is broken.
+    """
+    alive = [*processes.values()]
+    while alive:
+        time.sleep(LOOK)
+        if any(process.exitcode for process in [*processes.values()]):
+            for process in [*processes.values()]:
+                process.kill()
+            for process in [*processes.values()]:
+                process.join()
+            results._writer.close()
+            return
+        alive = [process for process in [*processes.values()] if process.exitcode is None]
+
+
+def answer_of(child: Any, seconds: float = float("inf")) -> Any:
+    """A line that another process writes; empty where it has ended, or taken so long, without one.
+
+    The pipe's end does not say that it has ended: a process that was forked meanwhile may hold it open.
+
+    Args:
+        child: A `Popen` with a pipe for its output, of which every line was read.
+        seconds: That it may take.
+    """
+    until = time.monotonic() + seconds
+    while os.name == "posix":  # elsewhere there are no forks, and pipes can't be waited for
+        lives = child.poll() is None  # before the look: what it wrote till it ended is there then
+        if select.select([child.stdout], [], [], LOOK if lives else 0)[0]:
+            break
+        if not lives or time.monotonic() > until:
+            return ""
+    return child.stdout.readline()
 
 
 def _prepare_worker(parent: int, prepare: Callable[..., None] | None, given: tuple[Any, ...]) -> None:

@@ -18,7 +18,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ultralong.utils.processes import answer_of
+
 CHILD = Path(__file__).with_name("template_child.py")
+START = 120.0  # seconds for imports, also on a busy machine
 LONGEST = 10.0  # seconds that a template may take
 SLOWEST = 1_000_000  # and for each so many characters of the conversation, one more
 LARGEST = 2**30  # bytes that its process may grow by meanwhile
@@ -44,13 +47,13 @@ class _Renderer:
             try:
                 child.stdin.write(line)
                 child.stdin.flush()
-                answer = child.stdout.readline()
+                answer = answer_of(child, request["seconds"] + START)
             except BrokenPipeError:
                 answer = b""
             except BaseException:  # a Ctrl-C between question and answer: the answer would be taken for the next one
                 self.stop()
                 raise
-            if answer.endswith(b"\n"):
+            with contextlib.suppress(ValueError):  # none, or one that was cut
                 found: dict[str, Any] = json.loads(answer)
                 return found
             self.stop()

@@ -25,7 +25,7 @@ from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, t
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
 from ultralong.utils.files import locked
-from ultralong.utils.processes import WorkerPool
+from ultralong.utils.processes import WorkerPool, result_of
 from ultralong.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _encoded(
 
     def oldest() -> tuple[list[Document], list[np.ndarray]]:
         documents, places, future = pending.popleft()
-        encoded = future.result()
+        encoded = result_of(future)
         return documents, [encoded[place] for place in places]
 
     for batch in batches:

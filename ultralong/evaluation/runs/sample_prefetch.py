@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.tasks.samples import make_samples
-from ultralong.utils.processes import WorkerPool
+from ultralong.utils.processes import WorkerPool, result_of
 
 Pair = tuple[str, int]
 
@@ -72,7 +72,7 @@ class SamplePrefetch:
         for pair in pairs:
             try:
                 if pair in self._futures:
-                    yield from _checked(self._futures.pop(pair).result())
+                    yield from _checked(result_of(self._futures.pop(pair)))
                 elif pair in self._wanted:
                     yield from self._make(pair, *self._wanted[pair])
             except ValueError as error:

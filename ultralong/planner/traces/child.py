@@ -7,6 +7,7 @@ this process still imports and counts the model, and ends with it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -19,11 +20,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultralong.utils.processes import without_collections
+from ultralong.utils.processes import answer_of, without_collections
 
 if TYPE_CHECKING:
     from ultralong.planner.traces.attention import AttentionTrace, AttentionWorkload
 
+PATIENCE = 5.0  # seconds for its end
 _running: list[subprocess.Popen[str]] = []
 
 
@@ -53,8 +55,13 @@ def stop() -> None:
     """End the process, if it runs."""
     for process in _running:
         if process.stdin is not None and process.stdout is not None:
-            process.stdin.close()
-            process.wait()
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and a question was not sent
+                process.stdin.close()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:  # a process that was forked from this one holds the pipe open, too
+                process.kill()
+                process.wait()
             process.stdout.close()
     _running.clear()
 
@@ -80,12 +87,13 @@ def attention_trace(workload: AttentionWorkload) -> AttentionTrace:
     try:
         process.stdin.write(json.dumps(asdict(workload)) + "\n")
         process.stdin.flush()
-        answer = process.stdout.readline()
+        answer = answer_of(process)
     except BrokenPipeError:
         answer = ""
     if not answer:
-        process.stdin.close()
-        raise RuntimeError(f"the planner's process for shared rows ended with exit code {process.wait()}")
+        code = process.poll()
+        stop()
+        raise RuntimeError(f"the planner's process for shared rows ended with exit code {code}")
     return _parsed(json.loads(answer))
 
 
