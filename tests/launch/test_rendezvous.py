@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from datetime import timedelta
 from importlib import resources
 
@@ -23,8 +24,11 @@ def host(server, patience: float) -> DynamicRendezvousHandler:
     )
 
 
-def meet(*hosts: DynamicRendezvousHandler) -> list:
-    """What each host finds in the next round: its place and the store of the ranks, or the error."""
+def meet(*hosts: DynamicRendezvousHandler, between=lambda: None) -> list:
+    """What each host finds in the next round: its place and the store of the ranks, or the error.
+
+    They join in this order, with `between` before the second one.
+    """
     found: list = [None] * len(hosts)
 
     def join(number: int) -> None:
@@ -33,16 +37,30 @@ def meet(*hosts: DynamicRendezvousHandler) -> list:
         except RuntimeError as error:  # what a store raises
             found[number] = error
 
-    threads = [threading.Thread(target=join, args=(number,)) for number in range(len(hosts))]
-    for thread in threads:
-        thread.start()
+    threads = [threading.Thread(target=join, args=(number,), daemon=True) for number in range(len(hosts))]
+    threads[0].start()
+    between()
+    threads[1].start()
     for thread in threads:
         thread.join()
     return found
 
 
-@pytest.mark.parametrize("lost", [1, 0])
-def test_a_host_that_comes_back_is_told_the_store_of_the_round(monkeypatch, lost):
+def state_of(host: DynamicRendezvousHandler):
+    return host._state_holder.state
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("lost", "order"), [(1, "together"), (0, "together"), (1, "back before the other notices"), (1, "back late")]
+)
+def test_a_host_that_comes_back_is_told_the_store_of_the_round(monkeypatch, lost, order):
     value = re.search(rf'^  export {SWITCH}="\$\{{{SWITCH}:-(\d)\}}"$', SETTINGS, re.MULTILINE)
     assert value, "the scripts leave the switch as torch has it"
     monkeypatch.setenv(SWITCH, value[1])
@@ -51,7 +69,13 @@ def test_a_host_that_comes_back_is_told_the_store_of_the_round(monkeypatch, lost
     first = meet(*hosts)
     hosts[lost]._stop_heartbeats()  # all that the others learn of a host that lost its power
     hosts[lost] = host(server, 60)
-    second = meet(*hosts)
+    stayed, back = hosts[1 - lost], hosts[lost]
+    if order == "back before the other notices":  # into a round that is whole: it may wait there only
+        second = meet(back, stayed, between=lambda: wait_for(lambda: state_of(back).redundancy_list))
+    elif order == "back late":  # the one that stayed has begun the next round alone
+        second = meet(stayed, back, between=lambda: wait_for(lambda: state_of(stayed).round == 1))
+    else:
+        second = meet(*hosts)
     for found in (first, second):
         assert {each.rank for each in found} == {0, 1}
         assert found[0].bootstrap_store_info == found[1].bootstrap_store_info, "the ranks would meet in two places"
