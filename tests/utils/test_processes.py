@@ -9,6 +9,8 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+import pytest
+
 from ultralong.cli.errors import mendable
 from ultralong.planner.traces import child
 from ultralong.utils import template_renderer
@@ -44,6 +46,8 @@ def test_a_worker_that_is_killed_within_its_answer_breaks_its_pool():
     assert not asks.is_alive(), "the pool waits for the rest of an answer"
     assert isinstance(caught[0], WorkerKilled)
     assert mendable(caught[0])  # a command says it in one line
+    with pytest.raises(WorkerKilled, match="a worker process was killed"):
+        pool.submit(len, "ab")
     pool.shutdown()
 
 

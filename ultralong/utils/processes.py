@@ -86,7 +86,11 @@ class WorkerPool(ProcessPoolExecutor):
         self._watched = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As of any executor; see `result_of`. Processes are started here, and keep what signals were blocked."""
+        """As of any executor; see `result_of`. Processes are started here, and keep what signals were blocked.
+
+        Raises:
+            WorkerKilled: One of its processes was killed.
+        """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             future = super().submit(fn, *args, **kwargs)
@@ -95,12 +99,20 @@ class WorkerPool(ProcessPoolExecutor):
                 threading.Thread(target=_end_together, args=both, daemon=True).start()
                 self._watched = True
             return future
+        except BrokenProcessPool as error:
+            raise WorkerKilled from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerKilled(RuntimeError):
     """A process of a pool was killed; the message says what to do."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a worker process was killed, often because the host ran out of memory. Run the same again, with fewer "
+            "workers if it was the memory."
+        )
 
 
 def result_of(future: Future[Any]) -> Any:
@@ -113,10 +125,7 @@ def result_of(future: Future[Any]) -> Any:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise WorkerKilled(
-            "a worker process was killed, often because the host ran out of memory. Run the same again, with fewer "
-            "workers if it was the memory."
-        ) from error
+        raise WorkerKilled from error
 
 
 def _end_together(processes: dict[int, Any], results: Any) -> None:
