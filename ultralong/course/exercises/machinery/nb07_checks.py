@@ -57,6 +57,7 @@ def check_states(answer: Any) -> str:
         adam = STATE_BYTES["8bit" if eight_bit else "float32"]
         right = parameters * (8 + adam) / gpus
         say = f"{parameters:,} parameters over {gpus} GPUs{', 8-bit states' if eight_bit else ''}: "
+        assert found > right / 2**9, say + f"you give {found:g}. Give bytes, not GB or GiB."
         assert gpus == 1 or not math.isclose(found, right * gpus), (
             say + f"{found / GIB:.3f} GiB is all of them. FSDP shards all three: each GPU has 1/{gpus}."
         )

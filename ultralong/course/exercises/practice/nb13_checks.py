@@ -78,6 +78,7 @@ def check_kv_bytes(answer: Any) -> str:
             f"{layers} layers, {heads} query heads, {kv_heads} kv heads of {head_dim}, {tokens} tokens in {kv}: you "
             f"find {found} bytes, and the library's cache takes {right}."
         )
+        assert found == 0 or found > right / 2**9, f"{what} Give bytes, not KiB or GiB."
         for wrong, says in SAYS_OF_BYTES:
             assert found == right or found != wrong(*sizes), f"{what} {says}"
         assert found == right, f"{what} 2 x layers x kv heads x tokens x bytes of a vector."
