@@ -210,7 +210,7 @@ demo.tuned()
 stages["tuned"] = demo.measure("tuned")
 logs = {name: read_jsonl(out / name / "log.jsonl") for name in ("pretraining", "tuning")}
 curves = {name: [(record["step"], record["loss"]) for record in log] for name, log in logs.items()}
-figures.show(figures.loss_curve(curves, "Training loss"),
+figures.show(figures.loss_curve(curves, "Training loss").update_xaxes(dtick=max(1, STEPS // 4)),
              "Loss of continued pretraining and of SFT, step by step: short and noisy.")
 
 # %% [markdown]

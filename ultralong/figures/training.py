@@ -64,8 +64,6 @@ def loss_curve(
             )
         )
     figure.update_layout(showlegend=True)
-    if x == "step" and max((len(points) for points in runs.values()), default=0) <= 12:
-        figure.update_xaxes(dtick=1)  # there is no step 1.5
     return figure
 
 
