@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ultralong.ablation.study import load_study
 from ultralong.data.chat import retrieval_facts, synthetic_qa
 from ultralong.data.chat.retrieval_chat import AHEAD, ALONE, BEHIND, COPY, OPENINGS, WHOLE, RetrievalChat
 from ultralong.data.chat.retrieval_facts import DEBT, LOAD, NUMBERS, SINGLE, Facts, Names
@@ -399,6 +400,18 @@ def test_the_recipe_of_longer_lists_is_the_same_otherwise():
     assert of_lists.retrieval_chat == replace(long.retrieval_chat, values=(2, 8), numbered=0.5)
     assert replace(of_lists, retrieval_chat=long.retrieval_chat) == long
     assert replace(lists, name=plain.name, description=plain.description, sources=plain.sources) == plain
+
+
+def test_the_recipe_for_rows_of_73728_has_its_row_and_nothing_else_but_more_questions():
+    plain, shorter = (load_recipe(name) for name in ("retrieval-chat-128k", "retrieval-chat-72k"))
+    (long, _), (of_shorter, _) = plain.sources, shorter.sources
+    assert of_shorter.retrieval_chat.tokens == shorter.row_settings(73_728).length == 73_728
+    assert of_shorter.retrieval_chat.questions == (48, 96)
+    assert replace(of_shorter, retrieval_chat=long.retrieval_chat) == long
+    (arm,) = (arm for arm in load_study("smollm2-135m-64k-longer").arms if arm.name == "chat-answers")
+    steps = arm.changes["sft"]["training"]["steps"]
+    short = 3  # rows of short conversations, as they were packed with SmolLM2's tokenizer
+    assert of_shorter.retrieval_chat.count + short == steps, "a step for each row"
 
 
 class FewDraws(random.Random):
