@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import re
 import resource
 import signal
@@ -30,7 +31,7 @@ from ultralong.inference.engines import LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.openai_engine import OpenAIEngine
 from ultralong.inference.runner import Interrupted
-from ultralong.inference.server import worker
+from ultralong.inference.server import app, worker
 from ultralong.inference.server.serve import serve
 from ultralong.inference.server.settings import ServeSettings
 from ultralong.inference.server.text_stream import TextStream
@@ -303,6 +304,7 @@ def test_a_key_a_full_queue_and_a_large_body(monkeypatch):
         ({"host": "0.0.0.0"}, "--key-variable"),
         ({"kv": "int4"}, "auto or fp8"),
         ({"queue": 0}, "queue must be 1"),
+        ({"grace": -1}, "grace must be 0"),
         ({"port": 70000}, "port must be"),
     ],
 )
@@ -353,6 +355,66 @@ def leave_and_ask(rank: int, world: int) -> tuple | None:
     (answer,) = engine.answer([prompt], [4])
     engine.close()
     return answer.tokens, answer.reused
+
+
+def slow(monkeypatch, seconds: float) -> None:
+    """Prompts take some time to be read, as long ones do."""
+    stream = LocalEngine.stream
+
+    def waits(self, *arguments, **options):
+        time.sleep(seconds)
+        return stream(self, *arguments, **options)
+
+    monkeypatch.setattr(LocalEngine, "stream", waits)
+
+
+def test_a_stream_is_never_silent_for_long(running, engine, monkeypatch):
+    """A million tokens are read in minutes, and proxies end what is silent for one."""
+    slow(monkeypatch, 0.6)
+    monkeypatch.setattr(app, "QUIET", 0.1)
+    body = {"model": "mini", "prompt": [7, 8, 9], "max_tokens": 4, "temperature": 0, "stream": True}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)) as line:
+        line.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = line.getresponse()
+        said = answer.read().decode()
+    assert answer.getheader("X-Accel-Buffering") == "no"
+    assert said.count("\n\n: the prompt waits or is being read\n\n") >= 2
+    chunks = list(running.client().completions.create(**body))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected(engine, [7, 8, 9], 4).text
+
+
+def test_who_waits_is_told_that_the_server_stops(monkeypatch):
+    """Their connections were closed without a word."""
+    slow(monkeypatch, 1.5)
+    monkeypatch.setattr(app, "QUIET", 0.1)
+    served = Running(name="mini", grace=0, batch=1)
+
+    async def crowd() -> list[object]:
+        base = f"http://127.0.0.1:{served.port}/v1"
+        async with openai.AsyncOpenAI(base_url=base, api_key="none", max_retries=0) as client:
+
+            async def streamed():
+                stream = await client.completions.create(model="mini", prompt="Once", stream=True)
+                return [chunk async for chunk in stream]
+
+            asked = [client.completions.create(model="mini", prompt="Once") for _ in range(2)]
+            tasks = [asyncio.ensure_future(each) for each in (*asked, streamed())]
+            await asyncio.sleep(0.5)
+            served.server.should_exit = True
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = asyncio.run(crowd())
+    served.stop()
+    assert all(isinstance(one, openai.APIError) and "server is stopping" in str(one) for one in found), found
+    assert [getattr(one, "status_code", None) for one in found] == [503, 503, None]  # a stream had begun
+
+
+def test_an_answer_may_end_while_the_server_stops(monkeypatch):
+    slow(monkeypatch, 1.0)
+    served = Running(name="mini", grace=20)
+    threading.Timer(0.5, lambda: setattr(served.server, "should_exit", True)).start()
+    assert served.client().completions.create(model="mini", prompt="Once", max_tokens=2).usage.completion_tokens
+    served.stop()
 
 
 def test_two_ranks_leave_a_prompt_together(engine):

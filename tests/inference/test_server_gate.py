@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoConfig
@@ -222,6 +223,12 @@ def test_what_asks_for_nothing_is_no_fault(port, changes):
         ({"prompt": [[5, 1.5]]}, "prompt: A list holds one prompt, or the token ids"),
         ({"prompt": {}}, "prompt: Input should be a valid string"),
         ({"stop": 5}, "stop: Input should be a valid string"),
+        ({"max_tokens": True}, "max_tokens: Input should be a number"),  # which Python takes for 1
+        ({"temperature": "0"}, "temperature: Input should be a number"),
+        ({"n": True}, "n: Input should be a number"),
+        ({"stream": "yes"}, "stream: Input should be true or false"),
+        ({"store": 0}, "store: Input should be true or false"),
+        ({"echo": True}, "echo: a prompt is not given back, with its log probabilities or without"),
     ],
 )
 def test_what_asks_for_something_else_is_refused_by_its_name(port, changes, words):
@@ -254,8 +261,99 @@ def test_a_message_that_is_no_text_is_named(port, content, words):
     assert (status, words in said.decode()) == (400, True), said
 
 
-def test_a_body_that_is_no_json_says_where(port):
-    assert b"the request is no JSON: " in ask(port, b"{no")[1]
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{no", b"the request is no JSON: "),
+        (b'{"model": "\xff"}', b"can't be read as JSON in UTF-8"),
+        (b"", b"its body is empty"),
+    ],
+)
+def test_a_body_that_is_no_json_says_why(port, body, words):
+    status, said = ask(port, body)
+    assert (status, words in said) == (400, True), said
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "words"),
+    [
+        ("HEAD /health", 200, b"content-length"),  # as load balancers ask
+        ("PUT /v1/completions", 405, b"allow: POST"),
+        ("POST /v1/completions/", 404, b"not served here"),  # no redirect to a name that a proxy does not have
+    ],
+)
+def test_methods_and_paths_beside_those_of_clients(port, line, status, words):
+    found, said = send(port, f"{line} HTTP/1.1\nHost: localhost\nConnection: close\n")
+    assert (found, words in said) == (status, True), said
+
+
+def described(port: int) -> dict:
+    return json.loads(send(port, "GET /openapi.json HTTP/1.0\n")[1].partition(b"\r\n\r\n")[2])
+
+
+def valid(page: dict, name: str, content: object) -> bool:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": page["components"]}
+    return jsonschema.Draft202012Validator(schema).is_valid(content)
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_the_description_says_what_is_taken_and_what_comes(port, route):
+    """FastAPI's own had no answers, no refusals but one that is never sent, and refused null."""
+    page, name = described(port), "ChatRequest" if "chat" in route else "CompletionRequest"
+    text = {"messages": [{"role": "user", "content": "x"}]} if "chat" in route else {"prompt": "x"}
+    taken = json.loads(request()) | text
+    if "chat" in route:
+        del taken["prompt"]
+    changes: list[dict[str, object]] = [
+        {}, {"seed": None, "stop": None, "n": None, "of_another_server": None}, {"stop": ["a", "b"]}, {"top_k": -1},
+        {"logprobs": False, "tools": [], "response_format": {"type": "text"}}, {"seed": 5, "temperature": 1.5},
+        {"model": "other"}, {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": True}, {"temperature": 3},
+        {"top_p": 0}, {"n": 2}, {"stream": 1}, {"store": 0}, {"logprobs": True}, {"tools": [{}]}, {"seed": 2**70},
+        {"unknown": 1}, {"messages": []}, {"prompt": ""}, {"prompt": []}, {"prompt": ["a", "b"]}, {"prompt": [["a"]]},
+        *([] if "chat" in route else [{"prompt": [5]}, {"prompt": [[5, 6]]}, {"prompt": ["a"]}]),
+    ]  # fmt: skip
+    codes = page["paths"][f"/v1/{route}"]["post"]["responses"]
+    for change in changes:
+        body = taken | change
+        status, said = ask(port, json.dumps(body).encode(), route=route)
+        assert valid(page, name, body) == (status == 200), (change, said)
+        answer = codes[str(status)]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert valid(page, answer, json.loads(said.partition(b"\r\n\r\n")[2])), said
+    assert codes.keys() == {"200", "400", "403", "404", "408", "413", "429", "500", "503"}
+
+
+def test_large_bodies_have_a_limit_together(port, monkeypatch):
+    monkeypatch.setattr(gate, "LARGEST_BODIES", 0)
+    assert ask(port, request(stop=["x"]))[0] == 200, "small ones are always taken"
+    monkeypatch.setattr(gate, "SMALL_BODY", 64)
+    status, said = ask(port, request(user="x" * 64))
+    assert (status, b"server_busy" in said) == (503, True), said
+    monkeypatch.setattr(gate, "LARGEST_BODIES", 1)
+    assert ask(port, request(user="x" * 64))[0] == 200, "what has ended counts no more"
+
+
+def test_the_longest_silent_connection_makes_room(port, monkeypatch):
+    """Where all files of the process were taken, nobody was answered, and the log grew by a megabyte a second."""
+    monkeypatch.setattr(connections.Connection, "most", 3)
+    lines = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3)]
+    try:
+        for line in lines:  # in the order in which they were made
+            line.sendall(b"GET /health HT")
+        assert ask(port, request())[0] == 200
+        assert lines[0].recv(1) == b"", "the first one was closed"
+        lines[2].sendall(b"TP/1.1\r\nHost: localhost\r\n\r\n")
+        assert lines[2].recv(12) == b"HTTP/1.1 200"
+    finally:
+        for line in lines:
+            line.close()
+
+
+def test_half_of_the_files_are_for_connections(monkeypatch):
+    asked = []
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda kind: (256, 4096))
+    monkeypatch.setattr(connections.resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    assert connections.claim_files() == (2048, 128)
+    assert asked == [(4096, 4096)]
 
 
 @pytest.mark.parametrize(("name", "status"), [("mini", 200), ("none/such", 404)])

@@ -1,22 +1,59 @@
-"""Connections to the server, which have some time to say what they want and are closed then."""
+"""Connections to the server: how long each may be silent, and how many there are."""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS = 30.0  # for a request's first line and headers
+MOST_FILES = 65536  # that are asked of the system; a connection is one
+
+
+def claim_files() -> tuple[int, int]:
+    """Let this process open as many files as it may.
+
+    Returns:
+        The most connections to hold: half of those files, as others wait to be accepted and the model needs some; and
+        how many may wait, which asyncio accepts at once.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    files = MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return files // 2, max(1, min(128, files // 16))
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which ends where a client sends its headers a byte at a time to keep the socket."""
+    """uvicorn's connection, which ends where a client sends its headers a byte at a time to keep the socket.
+
+    Attributes:
+        most: Connections; one more takes the place of the one that has been silent for the longest time.
+    """
+
+    most = MOST_FILES
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there."""
         super().connection_made(transport)
         self._waits_since = self.loop.time()
-        self.loop.call_later(SECONDS, self._look)
+        self._timer = self.loop.call_later(SECONDS, self._look)
+        if len(self.connections) > self.most:  # where files run out, nobody is answered, and each try is logged
+            silent = [each for each in self.connections if isinstance(each, Connection) and each.silent]
+            min(silent, key=lambda each: each._waits_since).transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, or was left."""
+        self._timer.cancel()  # it holds the connection
+        super().connection_lost(exc)
+
+    @property
+    def silent(self) -> bool:
+        """Whether no request is being answered, and the connection is open."""
+        return not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete)
 
     def on_response_complete(self) -> None:
         """A request was answered, and the next one may come."""
@@ -27,9 +64,8 @@ class Connection(H11Protocol):
         """Close it where no request has come since; look again later otherwise."""
         if self.transport.is_closing():
             return
-        answering = self.cycle is not None and not self.cycle.response_complete
         left = SECONDS - (self.loop.time() - self._waits_since)
-        if not answering and left <= 0:
+        if self.silent and left <= 0:
             self.transport.close()
         else:
-            self.loop.call_later(max(left, 0.0) or SECONDS, self._look)
+            self._timer = self.loop.call_later(max(left, 0.0) or SECONDS, self._look)

@@ -16,6 +16,8 @@ from ultralong.data.chat.transport import is_this_machine
 from ultralong.inference.server.tickets import Refused
 
 BODY_SECONDS = 120.0  # for the whole of a request's body
+SMALL_BODY = 2**20  # bytes that are always taken
+LARGEST_BODIES = 8  # whose bytes are held at the same time
 OPEN_ROUTES = ("/health",)  # for whoever watches the process, without a key
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
@@ -49,6 +51,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
         self._app, self._key, self._most = app, key, most
+        self._held = 0  # bytes of all bodies whose requests are under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -81,9 +84,10 @@ class Gate:
                 refused = Refused(408, f"A request's body has {BODY_SECONDS:g} s to come.", "request_timeout")
                 raise refused from None
             whole = whole or not message.get("more_body", False)
-            read += len(message.get("body", b""))
-            if read > self._most:  # a body sent in pieces says no length
-                refused = self._too_large()
+            new = len(message.get("body", b""))
+            read, self._held = read + new, self._held + new
+            refused = self._over(read)
+            if refused is not None:
                 raise refused
             return message
 
@@ -91,9 +95,20 @@ class Gate:
             if refused is None:  # otherwise what the routes make of it, as they know no reason
                 await send(message)
 
-        await self._app(scope, counted, answered)
+        try:
+            await self._app(scope, counted, answered)
+        finally:
+            self._held -= read
         if refused is not None:
             await self._refuse(refused, scope, receive, send)
+
+    def _over(self, read: int) -> Refused | None:
+        """Why no more is read of a body, of which so many bytes have come."""
+        if read > self._most:  # a body sent in pieces says no length
+            return self._too_large()
+        if read > SMALL_BODY and self._held > LARGEST_BODIES * self._most:
+            return Refused(503, "Too many large requests are under way. Try again later.", "server_busy")
+        return None
 
     def _too_large(self) -> Refused:
         return Refused(413, f"A request may have {self._most:,} bytes (--body-mib).", "request_too_large")

@@ -39,7 +39,29 @@ def _whole(text: str) -> str:
     return text
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str):  # which pydantic would take for a number
+        raise ValueError("Input should be a number")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("Input should be true or false")
+    return value
+
+
+def _no_echo(value: Any) -> Any:
+    if value is not False:
+        raise ValueError("a prompt is not given back, with its log probabilities or without: no loglikelihood here")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]  # JSON can spell what no text holds
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_number)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
 
 
 def _asks(key: str, value: Any) -> bool:
@@ -47,9 +69,20 @@ def _asks(key: str, value: Any) -> bool:
     return value is not None and all(type(value) is not type(one) or value != one for one in NEUTRAL.get(key, ()))
 
 
+def _with_neutral(schema: dict[str, Any]) -> None:
+    """Say in a model's schema that null is taken for what may be left out, and what asks for nothing."""
+    for key, found in schema["properties"].items():
+        if key not in schema.get("required", ()):
+            schema["properties"][key] = {"anyOf": [found, {"type": "null"}]}
+    neutral = {key: {"enum": [*values, None]} for key, values in NEUTRAL.items()}
+    schema["properties"] = {**neutral, **schema["properties"]}
+    # Everything else that is null is left out, too.
+    schema["additionalProperties"] = {"type": "null"}
+
+
 class _Given(BaseModel):
     # What this server does not know is refused: an option without effect would give another answer than was asked for.
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_with_neutral)
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +108,7 @@ class Message(_Given):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts)]
+    content: Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
@@ -87,26 +120,28 @@ class Message(_Given):
 class StreamOptions(_Given):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: Flag = False
+    include_obfuscation: Flag = False
 
 
 class _Request(_Given):
     model: str
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Text] | None = None
-    stream: bool = False
+    temperature: Number = Field(1.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    seed: Seed | None = None
+    stop: Text | list[Text] | None = Field(
+        None, description=f"Up to {MOST_STOPS} strings of 1 to {LONGEST_STOP:,} characters."
+    )
+    stream: Flag = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    n: Literal[1] = 1
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
+    max_tokens: Positive | None = None
+    n: Annotated[Literal[1], BeforeValidator(_number)] = 1
+    presence_penalty: Annotated[Literal[0], BeforeValidator(_number)] = 0
+    frequency_penalty: Annotated[Literal[0], BeforeValidator(_number)] = 0
     # Read by nobody here, and without an effect on the answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False], BeforeValidator(_flag)] | None = None
 
     @property
     def with_usage(self) -> bool:
@@ -131,7 +166,7 @@ class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Positive | None = None
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
         """Token ids of the conversation under the tokenizer's chat template, the next turn opened.
@@ -180,12 +215,20 @@ def _only(prompt: Any) -> Any:
     return prompt
 
 
+Prompt = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[int], Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
+    | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=1)]
+)
+
+
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt_: Annotated[Text | list[int], BeforeValidator(_only)] = Field(alias="prompt")
-    echo: Literal[False] = False
-    best_of: Literal[1] = 1
+    prompt_: Annotated[Text | list[int], BeforeValidator(_only, json_schema_input_type=Prompt)] = Field(alias="prompt")
+    echo: Annotated[Literal[False], BeforeValidator(_no_echo)] = False
+    best_of: Annotated[Literal[1], BeforeValidator(_number)] = 1
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
         """Token ids of the prompt; those that were given as they are.

@@ -72,7 +72,8 @@ class Serving:
         import uvicorn
 
         from ultralong.inference.server.app import make_app
-        from ultralong.inference.server.connections import Connection
+        from ultralong.inference.server.connections import Connection, claim_files
+        from ultralong.inference.server.stopping import Server
 
         settings = self._settings
         if engine is None:
@@ -89,8 +90,9 @@ class Serving:
             answer_tokens=settings.answer_tokens,
             body_bytes=settings.body_mib * 2**20,
         )
-        config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
+        Connection.most, backlog = claim_files()
+        config = uvicorn.Config(app, http=Connection, log_level="warning", backlog=backlog)
+        server = Server(config, worker, settings.grace)
         worker.start()
         try:
             with listening(settings) as listener:

@@ -36,6 +36,8 @@ class ServeSettings:
         batch_tokens: Most tokens of a short request and its answer.
         answer_tokens: Most tokens of an answer, where a request does not say.
         queue: Requests that may wait; one more is refused.
+        grace: Seconds that answers have to end when the server is told to stop (SIGTERM, Ctrl-C); what has not ended
+            then, or waits, is refused with status 503.
         body_mib: Largest request in MiB.
         device: auto, cpu or cuda.
     """
@@ -54,6 +56,7 @@ class ServeSettings:
     batch_tokens: Tokens = 4096
     answer_tokens: Tokens = 1024
     queue: int = 64
+    grace: int = 5
     body_mib: int = 64
     device: str = "auto"
 
@@ -67,6 +70,8 @@ class ServeSettings:
         for field in ("gpus", "batch", "batch_tokens", "answer_tokens", "queue", "body_mib"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")
+        if self.grace < 0:
+            raise ValueError(f"grace must be 0 or more, found {self.grace}.")
         for field in ("chunk", "max_tokens"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, found {getattr(self, field)}.")

@@ -66,11 +66,15 @@ class Worker:
         self._thread.start()
 
     def stop(self, timeout: float = 30.0) -> None:
+        """Answer nothing more, see `refuse`, and wait for the thread."""
+        self.refuse()
+        self._thread.join(timeout)
+
+    def refuse(self) -> None:
         """Answer nothing more: the job at work is left at its next token or chunk, those that wait are told."""
         self._stopping.set()
         with contextlib.suppress(queue.Full):  # the thread does not wait for jobs then
             self._queue.put_nowait(None)
-        self._thread.join(timeout)
 
     def submit(self, job: Job) -> Ticket:
         """Put a job behind those that wait; called in an event loop.
