@@ -278,6 +278,8 @@ def test_a_key_a_full_queue_and_a_large_body(monkeypatch):
             served.client("wrong").models.list()
         assert served.get("/metrics")[0] == 401
         assert served.get("/health")[0] == 200
+        assert served.get("/v1/models", authorization="bearer secret")[0] == 200
+        assert served.get("/v1/models", authorization="Basic secret")[0] == 401
         client = served.client("secret")
         with pytest.raises(openai.APIStatusError, match="1,048,576 bytes") as found:
             client.completions.create(model="mini", prompt="x" * 2**20, max_tokens=1)

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from ultralong import extend, miniature
 from ultralong.inference.batched import cache_bytes
 from ultralong.inference.server import app, connections, gate, requests
 from ultralong.inference.server.serve import check_window, most_tokens, serve
 from ultralong.inference.server.settings import ServeSettings
+from ultralong.inference.server.tickets import Refused
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,32 @@ def test_a_conversation_of_control_tokens_alone_is_left_when_it_is_too_long(port
     began = time.process_time()
     status, said = ask(port, json.dumps(talk).encode(), route="chat/completions")
     assert status == 400
-    assert b"more than" in said
+    assert b"this server takes" in said
     assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_of_a_text_that_is_too_long_by_far_only_the_beginning_is_encoded(port, route):
+    """60 MiB of it took minutes, while the prompts of all others waited."""
+    body = (
+        {"messages": [{"role": "user", "content": "word " * 9999}]} if "chat" in route else {"prompt": "word " * 9999}
+    )
+    kind = requests.ChatRequest if "chat" in route else requests.CompletionRequest
+    tokenizer, read = AutoTokenizer.from_pretrained(miniature.path()), []
+    encode = type(tokenizer).__call__
+
+    class Watched(type(tokenizer)):
+        def __call__(self, text, *arguments, **options):
+            read.append(len(text))
+            return encode(self, text, *arguments, **options)
+
+    tokenizer.__class__ = Watched
+    with pytest.raises(Refused, match="this server takes 512") as error:
+        kind(model="mini", **body).prompt(tokenizer, 512)
+    assert error.value.code == "context_length_exceeded"
+    assert sum(read) <= requests.CHARACTERS * 512
+    # Long tokens: the beginning is short enough, and so is the whole.
+    assert kind(model="mini", **json.loads(json.dumps(body).replace("word ", "  "))).prompt(tokenizer, 10_500)
 
 
 @pytest.mark.parametrize(

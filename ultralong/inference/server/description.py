@@ -128,7 +128,7 @@ def _refused(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 def answers(route: str) -> dict[str, Any]:
     """What FastAPI is told about a route that answers prompts: "chat/completions" or "completions"."""
-    answer = {
+    answer: dict[str, Any] = {
         "model": ChatAnswer if route.startswith("chat") else TextAnswer,
         "description": "The answer; with `stream`, server-sent events, a chunk each, and `data: [DONE]` at the end.",
         "content": {"text/event-stream": {}},

@@ -59,7 +59,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        given = given.strip() if scheme.lower() == b"bearer" else b""  # a scheme's letters may be small
         if self._key and scope["path"] not in OPEN_ROUTES and not hmac.compare_digest(given, self._key.encode()):
             await self._refuse(
                 Refused(401, "The API key is missing or wrong.", "invalid_api_key"), scope, receive, send

@@ -13,6 +13,8 @@ from ultralong.inference.server.tickets import Job, Refused
 from ultralong.utils.chat_template import conversation_ids, render_chat
 
 MOST_STOPS = 16
+CHARACTERS = 8  # of a token; few texts have more
+CUT = 64  # tokens that a text may have less than its beginning, which is cut anywhere
 LONGEST_STOP = 1024  # characters; what the model has said is compared with every beginning of each
 # Options that this server lacks, at the values at which they ask for nothing: many clients send all that they know.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,8 +36,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def _whole(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("half of a surrogate pair is no character")
+    try:
+        text.encode()  # a loop over the letters of a long text keeps all others waiting
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no character") from None
     return text
 
 
@@ -184,6 +188,7 @@ class ChatRequest(_Request):
         if not tokenizer.chat_template:
             raise Refused(400, "The model's tokenizer has no chat template: use /v1/completions.", "no_chat_template")
         turns = [message.plain() for message in self.messages]
+        check_beginning(tokenizer, "".join(turn["content"] for turn in turns), most, "messages")
 
         def render(messages: list[dict[str, str]]) -> str:
             return render_chat(tokenizer, messages, add_generation_prompt=True)
@@ -206,11 +211,11 @@ class ChatRequest(_Request):
 
 def _only(prompt: Any) -> Any:
     """The one prompt of a list of prompts."""
-    if isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt):
+    if isinstance(prompt, list) and not {str, list}.isdisjoint(map(type, prompt)):
         if len(prompt) > 1:
             raise ValueError("One prompt a request is taken; send the others by themselves.")
         prompt = prompt[0]
-    if isinstance(prompt, list) and any(type(one) is not int for one in prompt):  # true would be taken for 1
+    if isinstance(prompt, list) and not {int}.issuperset(map(type, prompt)):  # true would be taken for 1
         raise ValueError("A list holds one prompt, or the token ids of one, which are whole numbers.")
     return prompt
 
@@ -235,16 +240,18 @@ class CompletionRequest(_Request):
 
         Args:
             tokenizer: Encodes it.
-            most: Not needed here.
+            most: Tokens that the server takes.
 
         Raises:
-            Refused: Ids that the model does not have.
+            Refused: Ids that the model does not have, or a text that is too long by far.
         """
         ids = self.prompt_
         if isinstance(ids, str):
+            check_beginning(tokenizer, ids, most, "prompt")
             return _ids(tokenizer, ids)
-        if wrong := [token for token in ids if not 0 <= token < len(tokenizer)]:
-            raise Refused(400, f"The model has no token {wrong[0]}; its ids end at {len(tokenizer) - 1}.", "bad_token")
+        known = len(tokenizer)
+        if wrong := [token for token in ids if not 0 <= token < known]:
+            raise Refused(400, f"The model has no token {wrong[0]}; its ids end at {known - 1}.", "bad_token")
         return ids
 
     @property
@@ -253,6 +260,26 @@ class CompletionRequest(_Request):
         return self.max_tokens
 
 
+def check_beginning(tokenizer: PreTrainedTokenizerBase, text: str, most: int, parameter: str) -> None:
+    """Refuse a text whose beginning alone has too many tokens: to encode all of it may take minutes, and others wait.
+
+    Args:
+        tokenizer: Encodes.
+        text: Of a prompt, without what a template adds.
+        most: Tokens that the server takes.
+        parameter: Where the text stands in the request.
+
+    Raises:
+        Refused: It is too long.
+    """
+    read = CHARACTERS * most
+    while read < len(text):
+        if len(_ids(tokenizer, text[:read])) > most + CUT:
+            words = f"The text alone has too many tokens: this server takes {most:,}. Shorten it."
+            raise Refused(400, words, "context_length_exceeded", parameter)
+        read *= 2
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    found: Any = tokenizer(text)["input_ids"]
+    found: Any = tokenizer(text, verbose=False)["input_ids"]
     return list(found)
