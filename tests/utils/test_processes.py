@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
 
 import pytest
@@ -48,6 +49,26 @@ def test_a_worker_that_is_killed_within_its_answer_breaks_its_pool():
     assert mendable(caught[0])  # a command says it in one line
     with pytest.raises(WorkerKilled, match="a worker process was killed"):
         pool.submit(len, "ab")
+    pool.shutdown()
+
+
+def test_a_worker_that_is_killed_before_it_reads_what_it_is_given_breaks_its_pool(monkeypatch):
+    resource_tracker.ensure_running()
+    monkeypatch.setattr(util, "spawnv_passfds", lambda *_: os.posix_spawnp("false", ["false"], os.environ))
+    pool = WorkerPool(1, print, bytes(1 << 20))
+    caught: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            result_of(pool.submit(len, "ab"))
+        except Exception as error:  # noqa: BLE001 - looked at below
+            caught.append(error)
+
+    asks = threading.Thread(target=ask, daemon=True)
+    asks.start()
+    asks.join(60)
+    assert not asks.is_alive(), "the pool writes to a process that is gone"
+    assert isinstance(caught[0], WorkerKilled)
     pool.shutdown()
 
 

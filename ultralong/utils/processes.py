@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import pickle
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any
 
@@ -82,7 +85,14 @@ class WorkerPool(ProcessPoolExecutor):
 
     def __init__(self, workers: int, prepare: Callable[..., None] | None = None, *given: Any) -> None:
         # Not forked: this process may hold a GPU, or a tokenizer's threads, which a fork could not use or let go.
-        super().__init__(workers, get_context("spawn"), _prepare_worker, (os.getpid(), prepare, given))
+        # In a file: what a process is started with goes through a pipe that this one holds open too, so that it would
+        # wait for ever to write more than a pipe holds to one that was killed before it read.
+        number, name = tempfile.mkstemp(prefix="ultralong-")
+        weakref.finalize(self, _remove, os.getpid(), name)
+        with open(number, "wb") as file:
+            pickle.dump(given, file)
+        starts = (os.getpid(), prepare, name)
+        super().__init__(workers, get_context("spawn"), _prepare_worker, starts)
         self._watched = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -166,10 +176,17 @@ def answer_of(child: Any, seconds: float = float("inf")) -> Any:
     return child.stdout.readline()
 
 
-def _prepare_worker(parent: int, prepare: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+def _remove(owner: int, name: str) -> None:
+    if os.getpid() == owner:  # and no fork of it
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _prepare_worker(parent: int, prepare: Callable[..., None] | None, given: str) -> None:
     end_with_parent(parent)
     if prepare is not None:
-        prepare(*given)
+        with open(given, "rb") as file:
+            prepare(*pickle.load(file))  # noqa: S301 - of the process that started this one
 
 
 class ChildFailed(RuntimeError):
