@@ -334,6 +334,7 @@ def test_the_description_says_what_is_taken_and_what_comes(port, route):
         {"logprobs": False, "tools": [], "response_format": {"type": "text"}}, {"seed": 5, "temperature": 1.5},
         {"model": "other"}, {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": True}, {"temperature": 3},
         {"top_p": 0}, {"n": 2}, {"stream": 1}, {"store": 0}, {"logprobs": True}, {"tools": [{}]}, {"seed": 2**70},
+        {"stop": ""}, {"stop": [""]}, {"stop": ["a" * 1025]}, {"stop": ["a"] * 17}, {"stop": []}, {"stop": "a"},
         {"unknown": 1}, {"messages": []}, {"prompt": ""}, {"prompt": []}, {"prompt": ["a", "b"]}, {"prompt": [["a"]]},
         *([] if "chat" in route else [{"prompt": [5]}, {"prompt": [[5, 6]]}, {"prompt": ["a"]}]),
     ]  # fmt: skip

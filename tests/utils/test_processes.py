@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -93,6 +94,24 @@ def test_an_answer_has_a_limit_and_one_before_the_end_is_read():
     with subprocess.Popen(["echo", "one"], stdout=subprocess.PIPE) as done:
         done.wait()
         assert answer_of(done) == b"one\n"
+
+
+def test_an_answer_is_read_where_more_files_are_open_than_select_takes():
+    """As in a server with a thousand connections."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2048, before[0]) if before[0] >= 0 else before[0], before[1]))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while held[-1] < 1100:
+            held.append(os.dup(held[0]))
+        with subprocess.Popen(["echo", "one"], stdout=subprocess.PIPE) as done:
+            assert done.stdout is not None
+            assert done.stdout.fileno() > 1024
+            assert answer_of(done) == b"one\n"
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_the_planners_process_is_ended_though_a_fork_holds_its_questions_open(monkeypatch):

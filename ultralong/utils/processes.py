@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import pickle
-import select
 import signal
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
@@ -169,7 +169,7 @@ def answer_of(child: Any, seconds: float = float("inf")) -> Any:
     until = time.monotonic() + seconds
     while os.name == "posix":  # elsewhere there are no forks, and pipes can't be waited for
         lives = child.poll() is None  # before the look: what it wrote till it ended is there then
-        if select.select([child.stdout], [], [], LOOK if lives else 0)[0]:
+        if wait([child.stdout], LOOK if lives else 0):
             break
         if not lives or time.monotonic() > until:
             return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from jinja2 import TemplateError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
@@ -66,6 +66,9 @@ Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_number)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_number)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
+_stop = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+_stops = {"type": "array", "items": _stop, "maxItems": MOST_STOPS}
+Stop = Annotated[Text, WithJsonSchema(_stop)] | Annotated[list[Text], WithJsonSchema(_stops)]  # see `stops`
 
 
 def _asks(key: str, value: Any) -> bool:
@@ -133,9 +136,7 @@ class _Request(_Given):
     temperature: Number = Field(1.0, ge=0, le=2)
     top_p: Number = Field(1.0, gt=0, le=1)
     seed: Seed | None = None
-    stop: Text | list[Text] | None = Field(
-        None, description=f"Up to {MOST_STOPS} strings of 1 to {LONGEST_STOP:,} characters."
-    )
+    stop: Stop | None = Field(None, description=f"Up to {MOST_STOPS} strings of 1 to {LONGEST_STOP:,} characters.")
     stream: Flag = False
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
