@@ -8,14 +8,13 @@ import os
 import pickle
 import signal
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from typing import Any
@@ -85,13 +84,7 @@ class WorkerPool(ProcessPoolExecutor):
 
     def __init__(self, workers: int, prepare: Callable[..., None] | None = None, *given: Any) -> None:
         # Not forked: this process may hold a GPU, or a tokenizer's threads, which a fork could not use or let go.
-        # In a file: what a process is started with goes through a pipe that this one holds open too, so that it would
-        # wait for ever to write more than a pipe holds to one that was killed before it read.
-        number, name = tempfile.mkstemp(prefix="ultralong-")
-        weakref.finalize(self, _remove, os.getpid(), name)
-        with open(number, "wb") as file:
-            pickle.dump(given, file)
-        starts = (os.getpid(), prepare, name)
+        starts: Any = (os.getpid(), prepare, _Kept(given) if sys.platform == "linux" else given)
         super().__init__(workers, get_context("spawn"), _prepare_worker, starts)
         self._watched = False
 
@@ -176,17 +169,33 @@ def answer_of(child: Any, seconds: float = float("inf")) -> Any:
     return child.stdout.readline()
 
 
-def _remove(owner: int, name: str) -> None:
-    if os.getpid() == owner:  # and no fork of it
-        with suppress(FileNotFoundError):
-            os.unlink(name)
+class _Kept:
+    """Values for processes that this one starts, in a file of memory, which is gone when this one is, however it ends.
+
+    What a process is started with goes through a pipe that this one holds open too: it would wait for ever to write
+    more than a pipe holds to one that was killed before it read.
+    """
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        number = os.memfd_create("ultralong")
+        with open(number, "wb", closefd=False) as file:
+            pickle.dump(values, file)
+        self.name = f"/proc/{os.getpid()}/fd/{number}"
+        weakref.finalize(self, os.close, number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _read_kept, (self.name,)
 
 
-def _prepare_worker(parent: int, prepare: Callable[..., None] | None, given: str) -> None:
+def _read_kept(name: str) -> Any:
+    with open(name, "rb") as file:
+        return pickle.load(file)  # noqa: S301 - of the process that started this one
+
+
+def _prepare_worker(parent: int, prepare: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
     end_with_parent(parent)
     if prepare is not None:
-        with open(given, "rb") as file:
-            prepare(*pickle.load(file))  # noqa: S301 - of the process that started this one
+        prepare(*given)
 
 
 class ChildFailed(RuntimeError):
