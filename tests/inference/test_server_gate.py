@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import jsonschema
@@ -366,7 +367,8 @@ def test_the_longest_silent_connection_makes_room(port, monkeypatch):
         for line in lines:  # in the order in which they were made
             line.sendall(b"GET /health HT")
         assert ask(port, request())[0] == 200
-        assert lines[0].recv(1) == b"", "the first one was closed"
+        with suppress(ConnectionResetError):  # where the server had not read what was sent
+            assert lines[0].recv(1) == b"", "the first one was to be closed"
         lines[2].sendall(b"TP/1.1\r\nHost: localhost\r\n\r\n")
         assert lines[2].recv(12) == b"HTTP/1.1 200"
     finally:
