@@ -54,6 +54,18 @@ def soon(monkeypatch):
     monkeypatch.setattr(template_renderer, "LONGEST", 0.3)
 
 
+def test_a_template_ends_though_who_asks_ignores_the_timer_s_signal(tiny_tokenizer, monkeypatch, soon):
+    """Which a process that is started inherits."""
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", LOOPS[0])
+    template_renderer._renderer.stop()
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        with pytest.raises(ValueError, match=r"did not end within 0.3 s"):
+            apply_chat_template(tiny_tokenizer, TALK)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("template", LOOPS)
 def test_a_template_that_runs_on_is_refused(tiny_tokenizer, monkeypatch, soon, template):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)

@@ -72,6 +72,7 @@ def main() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for who asks
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # who asks may ignore it, or handle it and have forked this process
     own = _own_bytes() if sys.platform == "linux" else None
     while (child := os.fork()) != 0:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
