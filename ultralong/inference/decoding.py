@@ -20,9 +20,18 @@ from torch import Tensor
 from ultralong.inference.runner import Runner
 
 FinishReason = Literal["stop", "length"]
-NOT_A_NUMBER = "The model's logits are not numbers (NaN): a weight is NaN or infinite, or its type overflows."
 SMALLEST = torch.finfo(torch.float32).tiny
 ABANDONED = -1  # in the place of a token: the first rank has stopped decoding
+
+
+class NotANumber(ValueError):
+    """A model's logits are NaN, whatever the prompt."""
+
+    def __init__(
+        self,
+        message: str = "The model's logits are not numbers (NaN): a weight is NaN or infinite, or its type overflows.",
+    ) -> None:
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ def decode(
         ValueError: The logits are not numbers, of which the largest would be an answer like any other.
     """
     if logits.isnan().any():
-        raise ValueError(NOT_A_NUMBER)
+        raise NotANumber
     going, steps = [True] * len(budgets), max(budgets)
     ahead = runner if isinstance(runner, RunsAhead) and runner.ahead and len(budgets) == 1 else None
     for step in range(steps):

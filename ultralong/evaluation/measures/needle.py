@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.tasks.haystack import Haystack
 from ultralong.evaluation.tasks.needle import NeedleFormat, NeedleSample, make_needle, prepare_haystack
-from ultralong.inference.decoding import NOT_A_NUMBER
+from ultralong.inference.decoding import NotANumber
 from ultralong.inference.engines import Engine, LocalEngine
 from ultralong.inference.generate import prefill
 from ultralong.utils.progress import progress
@@ -175,7 +175,7 @@ def answer_forward(
     # The last token predicts nothing that is asked for.
     logits = prefill(model, whole[:, :-1], keep=longest, chunk=chunk)  # (B, A, V)
     if logits.isnan().any():
-        raise ValueError(NOT_A_NUMBER)
+        raise NotANumber
     guesses = logits.argmax(-1)  # (B, A)
     judged = []
     for row, needle in enumerate(needles):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
-from ultralong.inference.decoding import NOT_A_NUMBER
+from ultralong.inference.decoding import NotANumber
 from ultralong.inference.generate import hidden_states
 from ultralong.utils.progress import progress
 
@@ -38,7 +38,7 @@ def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     probe = torch.arange(1, 5, device=model.device)[None]  # not 0: often padding, whose embedding is 0
     whole = model(input_ids=probe, use_cache=False).logits
     if whole.isnan().any():
-        raise ValueError(NOT_A_NUMBER)
+        raise NotANumber
     parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(

@@ -183,9 +183,8 @@ class Waiting:
                 except TimeoutError:
                     if watched:
                         await self._look()
-                    if (
-                        not self._worker.alive and self.ticket.pieces.empty()
-                    ):  # the thread tells those that wait only after its chunk
+                    # The worker's own refusal comes only when its chunk is done.
+                    if not self._worker.alive and self.ticket.pieces.empty():
                         return Piece(error=Refused(503, "The server is stopping.", "server_stopping"))
                     if time.monotonic() >= until:
                         return None

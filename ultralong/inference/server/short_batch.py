@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ultralong.inference.continuous import ContinuousBatch
-from ultralong.inference.decoding import NOT_A_NUMBER, Sampler
+from ultralong.inference.decoding import NotANumber, Sampler
 from ultralong.inference.engines import RunnerEngine
 from ultralong.inference.server.metrics import Metrics
 from ultralong.inference.server.tickets import Answering, Piece, Refused, Ticket
@@ -93,7 +93,7 @@ class ShortBatch:
         for (row, scores), likely, broken in zip(logits.items(), *found, strict=True):
             each = self._rows[row]
             if broken:
-                each.answering.ticket.put(Piece(error=Refused(500, NOT_A_NUMBER, "server_error")))
+                each.answering.ticket.put(Piece(error=Refused(500, str(NotANumber()), "server_error")))
                 self._end(row, "error")
                 continue
             job = each.answering.ticket.job

@@ -20,7 +20,7 @@ from itertools import islice, takewhile
 import torch
 
 from ultralong.inference.continuous import ContinuousBatch
-from ultralong.inference.decoding import NOT_A_NUMBER
+from ultralong.inference.decoding import NotANumber
 from ultralong.inference.engines import RunnerEngine
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.server.metrics import Metrics
@@ -158,11 +158,10 @@ class Worker:
             ticket.put(Piece(error=Refused(503, text, "out_of_memory")))
             self._end_if_shared()
             self.engine.release()
+        except NotANumber as error:  # the model's fault, not the prompt's
+            ticket.put(Piece(error=Refused(500, str(error), "server_error")))
         except ValueError as error:  # what the runner refuses about this prompt
-            fault = str(error) == NOT_A_NUMBER  # the model's, not the prompt's
-            ticket.put(
-                Piece(error=Refused(500 if fault else 400, str(error), "server_error" if fault else "invalid_request"))
-            )
+            ticket.put(Piece(error=Refused(400, str(error), "invalid_request")))
         except Exception:
             LOG.exception("a request failed")
             ticket.put(Piece(error=Refused(500, "The server failed on this request; see its log.", "server_error")))
