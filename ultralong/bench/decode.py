@@ -36,6 +36,7 @@ from ultralong import attention
 from ultralong.bench.decode_options import DecodeBench
 from ultralong.bench.results import write_rows
 from ultralong.bench.timing import clear, make_model, now, over_gpus, peak_gib, random_ids, slowest
+from ultralong.checkpoints.config import head_size
 from ultralong.inference.batched import BatchedRunner
 from ultralong.inference.decoding import Sampler, Step, decode
 from ultralong.inference.generate import stream
@@ -225,7 +226,7 @@ def _traffic(way: Way, model: PreTrainedModel, ids: Tensor, timed: Timed | None,
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     weights -= 0 if head.weight is embedding else embedding.numel() * embedding.element_size()
     config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(config)
     each = size + 2 if way.kv == "fp8" else size * embedding.element_size()
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * each * -(-ids.numel() // way.gpus)
     rate = (weights + cache) / slowest(timed.step, ids.device)

@@ -251,3 +251,15 @@ def weights_dtype(folder: Path) -> torch.dtype | None:
                     first, end = entry["data_offsets"]
                     sizes[DTYPES[entry["dtype"]]] += end - first
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+def head_counts(config: PreTrainedConfig) -> tuple[int, int]:
+    """Query heads and kv heads of a layer."""
+    text = config.get_text_config()
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Size D of one attention head."""
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ultralong import __version__
+from ultralong.checkpoints.config import head_counts, head_size
 from ultralong.utils.text_formats import read_yaml
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ def cache_bytes_per_token(config: Any) -> int | None:
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
     if not layers or not heads or getattr(config, "kv_lora_rank", None):
         return None
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * 2 * layers * kv_heads * size
+    return 2 * 2 * layers * head_counts(config)[1] * head_size(config)
 
 
 def model_card(report: ExtendReport, licence: dict[str, Any], cache_per_token: int | None) -> str:

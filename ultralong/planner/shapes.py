@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ultralong.attention.register import WITHOUT_STATE
-from ultralong.checkpoints.config import load_config
+from ultralong.checkpoints.config import head_counts, head_size, load_config
 from ultralong.planner.models.known import KNOWN
 from ultralong.training.throughput import layer_windows, mean_pairs, query_key_pairs, step_flops, used_share
 from ultralong.utils.hub import local_folder
@@ -116,12 +116,13 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     share = used_share(model)
     used = sum(parameter.numel() * share.get(id(parameter), 1) for parameter in model.parameters())
+    heads, kv_heads = head_counts(text)
     return Shape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_size(text),
         vocabulary=head.shape[0],
         parameters=parameters,
         multiplied=round(used if head is embedding else used - embedding.numel()),

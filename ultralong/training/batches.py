@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultralong.data.rows.packed_rows import PackedRow, PackedRows
+from ultralong.data.rows.packed_rows import IGNORE, PackedRow, PackedRows
 from ultralong.data.rows.permutation import permuted
 from ultralong.data.rows.row_checks import check_rows, check_skipping
 from ultralong.data.rows.step_packs import step_packs
@@ -190,7 +190,7 @@ class RowOrder:
         if not places:
             ids = torch.zeros((1, EMPTY), dtype=torch.int64)
             edges = torch.tensor([0, EMPTY], dtype=torch.int32)
-            return Batch(ids, ids - 100, ids, edges, places, ((EMPTY, EMPTY),))
+            return Batch(ids, torch.full_like(ids, IGNORE), ids, edges, places, ((EMPTY, EMPTY),))
         rows = [self.folders[place.source][place.row] for place in places]
         documents = [self.documents(place) for place in places]
         kept = tuple((edges[-1], len(row.input_ids)) for row, edges in zip(rows, documents, strict=True))

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ultralong.attention.context import AttentionContext
+from ultralong.data.rows.packed_rows import IGNORE
 from ultralong.rope.tables import RopeTables
 from ultralong.training.memory.logits import aligned_head, by_logits, logits_of, normalise, product
-
-IGNORE = -100  # the label that torch's cross entropy leaves out
 
 
 def tiled_cross_entropy(

@@ -79,12 +79,6 @@ def check_class(place: Path, folders: Sequence[PackedRows], config: TrainConfig)
         check_layers(model, ranks, apart)
 
 
-def head_counts(config: PreTrainedConfig) -> tuple[int, int]:
-    """Query heads and kv heads of a layer."""
-    text = config.get_text_config()
-    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-
-
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only; its states in float32, or in 8 bits by torchao.
 

@@ -14,7 +14,7 @@ from accelerate.tracking import get_available_trackers
 
 from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_scheme
 from ultralong.attention.kernels import KERNELS, get_kernel
-from ultralong.checkpoints.config import check_whole, load_config
+from ultralong.checkpoints.config import check_whole, head_counts, load_config
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows
 from ultralong.data.tokens.encoding import check_same_tokenizer
@@ -23,7 +23,7 @@ from ultralong.training.adapters.four_bits import to_nf4
 from ultralong.training.adapters.lora import check_lora
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory.activation_memory import check_tiled_layers
-from ultralong.training.model import adamw_8bit, check_anchor, check_class, check_window, head_counts
+from ultralong.training.model import adamw_8bit, check_anchor, check_class, check_window
 from ultralong.training.process_checks import process_problem
 from ultralong.training.run_folder import RunFolder
 from ultralong.training.watch.trackers import check_trackers

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from ultralong.attention import make_attention_context
 from ultralong.attention.collectives import waiting
+from ultralong.checkpoints.config import head_counts
+from ultralong.data.rows.packed_rows import IGNORE
 from ultralong.data.rows.row_checks import anchor_token
 from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
 from ultralong.rope.tables import text_lengths
@@ -28,7 +30,7 @@ from ultralong.training.batches import Batch, RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.loss import LanguageModelLoss
 from ultralong.training.memory.activation_memory import ActivationMemory, decoder_layers
-from ultralong.training.model import head_counts, make_optimizer, set_lr
+from ultralong.training.model import make_optimizer, set_lr
 from ultralong.training.parallel import Processes, full_tensor, shard_parameters
 from ultralong.training.run_folder import RunFolder
 from ultralong.training.throughput import Throughput
@@ -125,7 +127,7 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
     batches, tokens = _step_batches(run, step)
     run.watch.position.at("counting targets")
     targets = torch.tensor(
-        float(sum((batch.labels != -100).sum() for batch in batches)), device=processes.accelerator.device
+        float(sum((batch.labels != IGNORE).sum() for batch in batches)), device=processes.accelerator.device
     )
     seen = torch.tensor(
         sum(run.throughput.pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
@@ -216,8 +218,8 @@ def _forward(run: Run, batch: Batch, shared_by: list[int]) -> tuple[Tensor, Tens
         positions = tensors["position_ids"]
         last = positions[:, -1:].expand_as(positions)
         tensors["text_lengths"] = last + 1 if batch.skips else text_lengths(positions)
-        padding = {"input_ids": 0, "labels": -100, "position_ids": 0, "bucket": 0, "text_lengths": 1, "short_losses": 0}
-        tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
+        padding = {"labels": IGNORE, "text_lengths": 1}  # 0 for all others
+        tensors = {name: context.shard(tensor, dim=1, pad=padding.get(name, 0)) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
         if run.dynamic and batch.places:
             shared_by += context.row_degrees([kept for kept, _ in batch.rows])
@@ -225,7 +227,7 @@ def _forward(run: Run, batch: Batch, shared_by: list[int]) -> tuple[Tensor, Tens
         extra["weight_cap"] = run.config.long_ce.weight_cap
     bucket, labels = tensors.pop("bucket"), tensors["labels"]
     total, losses = run.model(**tensors, **extra)
-    return total, losses.double().flatten(), bucket.flatten(), (labels != -100).double().flatten()
+    return total, losses.double().flatten(), bucket.flatten(), (labels != IGNORE).double().flatten()
 
 
 @torch.no_grad()
@@ -246,13 +248,13 @@ def _short_losses(run: Run, batch: Batch) -> Tensor:
     found = torch.zeros(2, *labels.shape, device=device)  # losses, and whether there is one
     for number in range(int(passes)):
         if number >= len(mine):
-            _read_short(run, model, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -100))
+            _read_short(run, model, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE))
             continue
         ids, wanted = (
             torch.stack([x[context.row, context.start : context.end] for context in mine[number]])
             for x in (batch.input_ids, batch.labels)
         )
-        wanted = wanted.where(torch.arange(ids.shape[1]) >= mine[number][0].first - mine[number][0].start, -100)
+        wanted = wanted.where(torch.arange(ids.shape[1]) >= mine[number][0].first - mine[number][0].start, IGNORE)
         for context, losses in zip(mine[number], _read_short(run, model, ids, wanted), strict=True):
             found[0, context.row, context.first : context.end] = losses[context.first - context.start :]
             found[1, context.row, context.first : context.end] = 1

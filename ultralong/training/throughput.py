@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ultralong.checkpoints.config import head_size
 from ultralong.utils.units import GIB
 
 # Dense bfloat16 FLOP/s of the vendors' datasheets, by a part of the device's name; the first that fits counts.
@@ -121,12 +122,11 @@ class Throughput:
         tied = model.get_output_embeddings().weight is embedding.weight
         looked_up = set() if tied else {id(parameter) for parameter in embedding.parameters()}
         used = [parameter for parameter in model.parameters() if id(parameter) not in looked_up]
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         share = used_share(model)
         return cls(
             sum(x.numel() * share.get(id(x), 1) * (1 if x.requires_grad else FROZEN_SHARE) for x in used),
             text.num_hidden_layers,
-            text.num_attention_heads * size,
+            text.num_attention_heads * head_size(text),
             device,
             processes,
             layer_windows(text),

@@ -26,8 +26,13 @@ from ultralong.attention.kernels.base import (
     partials_at,
 )
 from ultralong.attention.kernels.fallbacks import attention_forward
+from ultralong.attention.kernels.flash_attn import FlashAttn2, FlashAttn3
+from ultralong.attention.kernels.flash_attn_4 import FlashAttn4
+from ultralong.attention.kernels.fp8 import Fp8Forward
+from ultralong.attention.kernels.fp8_blocks import vendor_kernel
 from ultralong.attention.kernels.reference import Reference
 from ultralong.attention.kernels.torch_cpu import TorchCpu
+from ultralong.attention.kernels.torch_cuda import TorchCudnn, TorchEfficient, TorchFlash
 from ultralong.attention.spec import AttentionSpec
 
 __all__ = [
@@ -52,63 +57,23 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def _flash4() -> Kernel:
-    from ultralong.attention.kernels.flash_attn_4 import FlashAttn4
-
-    return FlashAttn4()
-
-
 def _flash4_fp8() -> Kernel:
-    from ultralong.attention.kernels.fp8 import Fp8Forward
-    from ultralong.attention.kernels.fp8_blocks import vendor_kernel
-
     return Fp8Forward(get_kernel("flash4"), vendor_kernel())
 
 
-def _flash3() -> Kernel:
-    from ultralong.attention.kernels.flash_attn import FlashAttn3
-
-    return FlashAttn3()
-
-
-def _flash2() -> Kernel:
-    from ultralong.attention.kernels.flash_attn import FlashAttn2
-
-    return FlashAttn2()
-
-
-def _cudnn() -> Kernel:
-    from ultralong.attention.kernels.torch_cuda import TorchCudnn
-
-    return TorchCudnn()
-
-
-def _flash(device: str) -> Kernel:
-    if device == "cpu":
-        return TorchCpu()
-    from ultralong.attention.kernels.torch_cuda import TorchFlash
-
-    return TorchFlash()
-
-
-def _efficient() -> Kernel:
-    from ultralong.attention.kernels.torch_cuda import TorchEfficient
-
-    return TorchEfficient()
-
-
-# From fastest to slowest, the approximate one last; `auto` takes the first exact one that is present and can compute
-# the call.
-KERNELS: tuple[str, ...] = ("flash4", "flash3", "cudnn", "flash2", "flash", "efficient", "reference", "flash4_fp8")
+# By name from fastest to slowest, the approximate one last; `auto` takes the first exact one that is present and can
+# compute the call.
 _MAKERS: dict[str, Callable[[], Kernel]] = {
-    "flash4": _flash4,
-    "flash4_fp8": _flash4_fp8,
-    "flash3": _flash3,
-    "flash2": _flash2,
-    "cudnn": _cudnn,
-    "efficient": _efficient,
+    "flash4": FlashAttn4,
+    "flash3": FlashAttn3,
+    "cudnn": TorchCudnn,
+    "flash2": FlashAttn2,
+    "flash": TorchFlash,
+    "efficient": TorchEfficient,
     "reference": Reference,
+    "flash4_fp8": _flash4_fp8,
 }
+KERNELS: tuple[str, ...] = tuple(_MAKERS)
 
 
 @cache
@@ -125,7 +90,7 @@ def get_kernel(name: str, device: str = "cuda") -> Kernel:
     """
     if name not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(('auto', *KERNELS))}; found {name!r}")
-    return _flash(device) if name == "flash" else _MAKERS[name]()
+    return TorchCpu() if (name, device) == ("flash", "cpu") else _MAKERS[name]()
 
 
 def available_kernels(device: str) -> dict[str, Kernel]:

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from ultralong.attention import make_attention_context
 from ultralong.attention.collectives import Group
+from ultralong.checkpoints.config import head_counts
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.data.rows.short_contexts import equal_lengths, short_contexts
 from ultralong.evaluation.measures.perplexity import token_losses
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.model import head_counts
 from ultralong.utils.progress import progress
 
 TOGETHER = 16384  # tokens of short contexts that are read in one pass

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ultralong.data.rows.packed_rows import IGNORE
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.inference.decoding import NotANumber
 from ultralong.inference.generate import hidden_states
 from ultralong.utils.progress import progress
 
-IGNORED = -100
 WAYS = ("row", "document")  # what positions are counted from
 FIRST_BIN = 256
 TILE_LOGITS = 1 << 25  # logits of one tile: 128 MiB in float32
@@ -52,7 +52,7 @@ def _tile_losses(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
     """Losses (N,) of hidden states (N, d) against labels (N,), a tile of logits at a time; 0 where ignored."""
     losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
     tile = max(1, TILE_LOGITS // head.weight.shape[0])
-    for part in (labels != IGNORED).nonzero().squeeze(1).split(tile):  # of answers alone, few tokens of a text
+    for part in (labels != IGNORE).nonzero().squeeze(1).split(tile):  # of answers alone, few tokens of a text
         logits = head(hidden[part]).float()  # (tile, V)
         losses[part] = nn.functional.cross_entropy(logits, labels[part], reduction="none")
     return losses
@@ -194,7 +194,7 @@ def perplexity_by_positions(
         losses = token_losses(model, *tensors, chunk=chunk)[0].double().cpu().numpy()
         for way, by in enumerate(ways):
             bins = np.searchsorted(borders, _positions(len(inputs), boundaries, by), side="right") - 1
-            used = (labels != IGNORED) & (bins >= 0) & (bins < len(borders) - 1)
+            used = (labels != IGNORE) & (bins >= 0) & (bins < len(borders) - 1)
             sums[way, index] = np.bincount(bins[used], losses[used], minlength=len(borders) - 1)
             counts[way, index] = np.bincount(bins[used], minlength=len(borders) - 1)
     return {

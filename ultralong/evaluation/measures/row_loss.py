@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ultralong import attention
 from ultralong.attention.register import check_layers
+from ultralong.checkpoints.config import head_counts
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.evaluation.measures.result import Part, Result
@@ -27,7 +28,6 @@ from ultralong.inference.load import load_model
 from ultralong.rope.tables import text_lengths
 from ultralong.training.batches import Batch, collate
 from ultralong.training.loss import LanguageModelLoss
-from ultralong.training.model import head_counts
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.progress import progress
 
@@ -213,8 +213,8 @@ def _losses(model: PreTrainedModel, loss: LanguageModelLoss, batch: Batch, kerne
             batch.input_ids.shape[1], kernel=kernel, boundaries=batch.boundaries, heads=heads, kv_heads=kv_heads
         )
         tensors["text_lengths"] = text_lengths(tensors["position_ids"])
-        padding = {"input_ids": 0, "labels": IGNORE, "position_ids": 0, "text_lengths": 1}
-        tensors = {name: context.shard(tensor, dim=1, pad=padding[name]) for name, tensor in tensors.items()}
+        padding = {"labels": IGNORE, "text_lengths": 1}  # 0 for all others
+        tensors = {name: context.shard(tensor, dim=1, pad=padding.get(name, 0)) for name, tensor in tensors.items()}
         extra = {"attention_context": context}
     _, losses = loss(**tensors, **extra)
     return losses.flatten()[:tokens].double().cpu().numpy()

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ultralong.attention import make_attention_context
-from ultralong.training.loss import IGNORE
+from ultralong.checkpoints.config import head_counts
+from ultralong.data.rows.packed_rows import IGNORE
 from ultralong.training.parallel import sequence_groups
 
 FOLLOW_LENGTH = {"dynamic", "longrope"}  # their tables depend on the length of the whole row, not of the part
@@ -57,8 +58,7 @@ class ContextParallelCollator:
                 f"rope_type {min(followed)!r} follows the length of a text, of which a process sees a part: train with "
                 "`ultralong train`, or extend the model with method yarn, linear, ntk or llama3."
             )
-        self.heads: int = text.num_attention_heads
-        self.kv_heads: int = getattr(text, "num_key_value_heads", None) or self.heads
+        self.heads, self.kv_heads = head_counts(config)
         self.context_parallel_size = context_parallel_size
         self._options = (scheme, kernel, head_chunks)
         self._group: dist.ProcessGroup | None = None

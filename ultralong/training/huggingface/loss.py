@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ultralong.training.loss import IGNORE, LanguageModelLoss
+from ultralong.data.rows.packed_rows import IGNORE
+from ultralong.training.loss import LanguageModelLoss
 
 
 def tile_loss(model: PreTrainedModel, tile: int = 2048) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ultralong.checkpoints.config import head_size
 from ultralong.training.config import MemoryConfig
 from ultralong.training.memory.activation_store import AttentionStore, CheckpointInputOffload, LayerInputStore
 from ultralong.training.memory.layers import FAMILIES, KNOWN, CustomBackwardLayers
@@ -85,8 +86,7 @@ class ActivationMemory:
                 _checkpoint(layers, self.input_store)
         self._offloaded = {"out": on_host, "input": offloaded}
         text = model.config.get_text_config()
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._heads, self._hidden = (text.num_attention_heads, size), text.hidden_size
+        self._heads, self._hidden = (text.num_attention_heads, head_size(text)), text.hidden_size
 
     def reserve(self, batch: int, tokens: int, dtype: torch.dtype, residual: torch.dtype, device: torch.device) -> None:
         """Allocate the host buffers that a step will use, so that no step waits for them; existing ones stay.

@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
+from ultralong.checkpoints.config import head_size
+
 RELEASE = "0.2.2"  # the last one that imports with torch 2.11; the next has other settings
 NAME = "llama3-of-the-bench"
 
@@ -29,7 +31,7 @@ def llama_settings(config: Any) -> dict[str, Any]:
     Raises:
         ValueError: The model is no Llama, or its head size is not the hidden size over the heads.
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_size(config)
     if config.model_type != "llama" or head * config.num_attention_heads != config.hidden_size:
         raise ValueError(f"torchtitan-cp trains Llama's shapes, found {config.model_type} with heads of {head}.")
     return {
