@@ -14,7 +14,7 @@ from reported_solver import REPORTED_SOLVERS
 
 from ultralong.evaluation.measures.score import grades, score_predictions
 from ultralong.evaluation.tasks import babilong_style as facts
-from ultralong.evaluation.tasks import nonliteral
+from ultralong.evaluation.tasks import nonliteral, texts
 from ultralong.evaluation.tasks.ruler import NIAH, counting, niah, questions
 from ultralong.evaluation.tasks.samples import GENERATED, find_task, make_samples, prompt_ids
 from ultralong.evaluation.tasks.texts import Essays, WordPairs, made_up_words
@@ -86,8 +86,7 @@ SAMPLES = 12
 def make(monkeypatch, tokenizer, squad, hotpot):
     """`make_samples` with word lists and essays made here, so that no test needs a network."""
     monkeypatch.setattr(niah, "word_pairs", lambda: PAIRS)
-    for room in (niah, facts, nonliteral):
-        monkeypatch.setattr(room, "essays", essays)
+    monkeypatch.setattr(texts, "essays", essays)
     monkeypatch.setattr(counting, "common_words", lambda: tuple(WORDS[:2500]))
 
     def run(task, length=LENGTH, samples=1, seed=0, **options):

@@ -24,7 +24,7 @@ from functools import partial
 from itertools import pairwise
 
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
-from ultralong.evaluation.tasks.texts import Essays, essays
+from ultralong.evaluation.tasks.texts import Essays, running_text
 
 # fmt: off
 PEOPLE = (
@@ -273,7 +273,7 @@ def only_named(
 
 def prepare(name: str, setting: Setting) -> StoryBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    text = essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
+    text = running_text(setting.haystack)
     return StoryBuilder(text, STORIES[name])
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import random
-import uuid
 from dataclasses import dataclass
 from functools import partial
 
 from ultralong.evaluation.tasks.haystack import NOISE_LINE
 from ultralong.evaluation.tasks.scoring import correct_prefix, first_integer, first_number, last_integer, whole_word
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
+from ultralong.evaluation.tasks.texts import draw_uuid
 
 PLACES = 59  # where the published passkeys stand: 0, 90, ..., 5220 of 5220 lines
 KEY_PLACES = 500
@@ -83,7 +83,7 @@ class PairsBuilder:
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """The pair asked for moves through the object with the sample's number, from the first to the last."""
-        pairs = {_uuid(draw): _uuid(draw) for _ in range(size)}
+        pairs = {draw_uuid(draw): draw_uuid(draw) for _ in range(size)}
         place = index % KEY_PLACES * size // KEY_PLACES
         key, value = list(pairs.items())[place]
         message = (
@@ -91,10 +91,6 @@ class PairsBuilder:
             f'{json.dumps(pairs)}\n\n\nKey: "{key}"\nThe value associated with the specified key is: '
         )
         return Draft(message, "", (value,), (message.index(f'"{key}"'),), place / max(size - 1, 1))
-
-
-def _uuid(draw: random.Random) -> str:
-    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from functools import partial
 from ultralong.evaluation.tasks.babilong_style import PEOPLE, PeopleInText
 from ultralong.evaluation.tasks.needle import GOLDEN
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
-from ultralong.evaluation.tasks.texts import Essays, essays
+from ultralong.evaluation.tasks.texts import running_text
 
 # (what the text says, what the question asks): {name} is the answer.
 WORLD = (
@@ -98,7 +98,7 @@ def name_alone(answer: str, references: Sequence[str]) -> float:
 
 def prepare(name: str, setting: Setting) -> NonliteralBuilder:
     """The builder of one test, over the caller's documents or the essays."""
-    text = essays() if setting.haystack is None else Essays(setting.haystack, "documents given")
+    text = running_text(setting.haystack)
     return NonliteralBuilder(text, TABLES[name])
 
 

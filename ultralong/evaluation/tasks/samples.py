@@ -120,19 +120,15 @@ def make_samples(
     check_seed(seed)
     if samples < 1:
         raise ValueError(f"At least one sample must be asked for, got {samples}.")
-    check_seed(seed)
-    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions, above)
-    if isinstance(builder, Reader):
-        for index in range(first, min(first + samples, len(builder))):
-            yield _read_one(found, setting, builder, measure, seed, index)
+    maker = _Maker(task, tokenizer, length, chat, haystack, questions, above)
+    prompts = maker.prompts
+    if isinstance(prompts, Reader):
+        for index in range(first, min(first + samples, len(prompts))):
+            yield maker.read(prompts, seed, index)
         return
-    line = learn_line(
-        lambda size: measure.tokens(builder.build(random.Random(f"{found.seed_name} probe"), size, 0)),
-        builder.smallest,
-        builder.probe,
-    )
+    line = learn_line(lambda size: maker.probe(prompts, size), prompts.smallest, prompts.probe)
     for index in range(first, first + samples):
-        yield _make_one(found, setting, builder, measure, line, seed, index)
+        yield maker.build(prompts, line, seed, index)
 
 
 def check_task(
@@ -161,106 +157,92 @@ def check_task(
     Raises:
         ValueError: As for `make_samples`.
     """
-    found, setting, builder, measure = _open(task, tokenizer, length, chat, haystack, questions)
-    if isinstance(builder, Reader):
-        for index in range(min(samples, len(builder))):
-            builder.draft(seed, index)
-        _read_one(found, setting, builder, measure, seed, 0)
-    else:
-        shortest = measure.tokens(builder.build(random.Random(f"{found.seed_name} probe"), builder.smallest, 0))
-        if shortest > length:
-            raise ValueError(
-                f"{length:,} tokens are too few: the shortest prompt of this test takes "
-                f"{shortest:,}. Ask at a longer length."
-            )
+    maker = _Maker(task, tokenizer, length, chat, haystack, questions)
+    prompts = maker.prompts
+    if isinstance(prompts, Reader):
+        for index in range(min(samples, len(prompts))):
+            prompts.draft(seed, index)
+        maker.read(prompts, seed, 0)
+    elif (shortest := maker.probe(prompts, prompts.smallest)) > length:
+        raise ValueError(
+            f"{length:,} tokens are too few: the shortest prompt of this test takes {shortest:,}. Ask at a longer "
+            "length."
+        )
 
 
-def _open(
-    task: str,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    chat: bool | None,
-    haystack: Sequence[str] | None,
-    questions: str | os.PathLike[str] | None,
-    above: int | None = None,
-) -> tuple[Task, Setting, Builder | Reader, _Measure]:
-    found = find_task(task)
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
-    place = None if questions is None else Path(questions)
-    setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack, place, above)
-    return found, setting, found.prepare(setting), _Measure(setting, found.max_new_tokens)
+class _Maker:
+    """One test under one setting: frames, measures and records its prompts."""
 
+    def __init__(
+        self,
+        task: str,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        chat: bool | None,
+        haystack: Sequence[str] | None,
+        questions: str | os.PathLike[str] | None,
+        above: int | None = None,
+    ) -> None:
+        self.task = find_task(task)
+        if chat is None:
+            chat = bool(tokenizer.chat_template)
+        place = None if questions is None else Path(questions)
+        self.setting = Setting(tokenizer, length, make_frame(tokenizer, chat), chat, haystack, place, above)
+        self.prompts = self.task.prepare(self.setting)
 
-class _Measure:
-    """Counts tokens of framed prompts and finds places in them."""
+    def probe(self, builder: Builder, size: int) -> int:
+        """Tokens of a prompt of a size, and of its answer."""
+        return self._tokens(builder.build(random.Random(f"{self.task.seed_name} probe"), size, 0))
 
-    def __init__(self, setting: Setting, max_new_tokens: int) -> None:
-        self.setting, self.max_new_tokens = setting, max_new_tokens
+    def build(self, builder: Builder, line: Line, seed: int, index: int) -> dict[str, Any]:
+        """The record of a sample that is made as long as the setting allows."""
 
-    def encode(self, draft: Draft) -> EncodedPrompt:
-        """The framed prompt, encoded."""
+        def make(size: int) -> tuple[tuple[Draft, EncodedPrompt], int]:
+            draw = random.Random(f"{self.task.seed_name} {self.setting.length} {seed} {index}")
+            draft = builder.build(draw, size, index)
+            encoded = self._encode(draft)
+            return (draft, encoded), len(encoded.ids) + self._budget(draft)
+
+        draft, encoded = fit(make, self.setting.length, builder.smallest, line).made
+        return self._record(builder.source, seed, index, draft, encoded)
+
+    def read(self, reader: Reader, seed: int, index: int) -> dict[str, Any]:
+        """The record of a published sample; where it is too long, its middle is cut out."""
+        whole = reader.draft(seed, index)
+        draft, lost = truncate_middle(self.setting.tokenizer, whole, self.setting.length, self._tokens)
+        return {**self._record(reader.source, seed, index, draft, self._encode(draft)), "cut": lost}
+
+    def _encode(self, draft: Draft) -> EncodedPrompt:
         return encode_prompt(self.setting.tokenizer, self.setting.frame, draft.input, draft.answer_prefix)
 
-    def budget(self, draft: Draft) -> int:
+    def _budget(self, draft: Draft) -> int:
         """Tokens to answer in."""
-        return self.max_new_tokens if draft.max_new_tokens is None else draft.max_new_tokens
+        return self.task.max_new_tokens if draft.max_new_tokens is None else draft.max_new_tokens
 
-    def tokens(self, draft: Draft, encoded: EncodedPrompt | None = None) -> int:
-        """Tokens of prompt and answer."""
-        return len((self.encode(draft) if encoded is None else encoded).ids) + self.budget(draft)
+    def _tokens(self, draft: Draft) -> int:
+        """Tokens of the framed prompt and the answer."""
+        return len(self._encode(draft).ids) + self._budget(draft)
 
-
-def _make_one(
-    task: Task, setting: Setting, builder: Builder, measure: _Measure, line: Line, seed: int, index: int
-) -> dict[str, Any]:
-    def make(size: int) -> tuple[tuple[Draft, EncodedPrompt], int]:
-        draft = builder.build(random.Random(f"{task.seed_name} {setting.length} {seed} {index}"), size, index)
-        encoded = measure.encode(draft)
-        return (draft, encoded), measure.tokens(draft, encoded)
-
-    fitted = fit(make, setting.length, builder.smallest, line)
-    draft, encoded = fitted.made
-    return _record(task, setting, builder.source, measure, seed, index, draft, encoded)
-
-
-def _read_one(task: Task, setting: Setting, reader: Reader, measure: _Measure, seed: int, index: int) -> dict[str, Any]:
-    whole = reader.draft(seed, index)
-    draft, lost = truncate_middle(setting.tokenizer, whole, setting.length, measure.tokens)
-    record = _record(task, setting, reader.source, measure, seed, index, draft, measure.encode(draft))
-    return {**record, "cut": lost}
-
-
-def _record(
-    task: Task,
-    setting: Setting,
-    source: str,
-    measure: _Measure,
-    seed: int,
-    index: int,
-    draft: Draft,
-    encoded: EncodedPrompt,
-) -> dict[str, Any]:
-    positions = [encoded.token_at(character) for character in draft.gold]
-    depth = draft.depth
-    if depth is None and draft.gold:
-        depth = float(np.mean(draft.gold)) / len(draft.input)
-    return {
-        "task": task.name,
-        "index": index,
-        "seed": seed,
-        "max_length": setting.length,
-        "input": draft.input,
-        "answer_prefix": draft.answer_prefix,
-        "outputs": list(draft.outputs),
-        "length": measure.tokens(draft, encoded),
-        "max_new_tokens": measure.budget(draft),
-        "chat": setting.chat,
-        "source": source,
-        "positions": positions,
-        "depth": depth,
-        **draft.extra,
-    }
+    def _record(self, source: str, seed: int, index: int, draft: Draft, encoded: EncodedPrompt) -> dict[str, Any]:
+        depth = draft.depth
+        if depth is None and draft.gold:
+            depth = float(np.mean(draft.gold)) / len(draft.input)
+        return {
+            "task": self.task.name,
+            "index": index,
+            "seed": seed,
+            "max_length": self.setting.length,
+            "input": draft.input,
+            "answer_prefix": draft.answer_prefix,
+            "outputs": list(draft.outputs),
+            "length": len(encoded.ids) + self._budget(draft),
+            "max_new_tokens": self._budget(draft),
+            "chat": self.setting.chat,
+            "source": source,
+            "positions": [encoded.token_at(character) for character in draft.gold],
+            "depth": depth,
+            **draft.extra,
+        }
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> list[int]:

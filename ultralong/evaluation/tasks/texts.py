@@ -6,9 +6,11 @@ What is published with a benchmark is used where it can be had; every sample say
 from __future__ import annotations
 
 import functools
+import random
 import re
+import uuid
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +146,11 @@ def made_up_words(count: int) -> list[str]:
     return [SYLLABLES[n // size**2] + SYLLABLES[n // size % size] + SYLLABLES[n % size] for n in numbers]
 
 
+def draw_uuid(draw: random.Random) -> str:
+    """A UUID, as tests of keys and values take them."""
+    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+
+
 @functools.cache
 def essays() -> Essays:
     """49 of Paul Graham's essays, RULER's haystack; fetched once into the cache.
@@ -200,3 +207,8 @@ class Essays:
         taken = self._sentences * laps + self._sentences[:whole]
         left = rest - (self._ends[whole - 1] if whole else 0)
         return taken + [" ".join(self._sentences[whole].split(" ")[:left])] if left else taken
+
+
+def running_text(given: Sequence[str] | None) -> Essays:
+    """The caller's documents as running text; None takes the essays."""
+    return essays() if given is None else Essays(given, "documents given")

@@ -23,7 +23,7 @@ from typing import Any
 
 from ultralong.data.read.fetch import DEFAULT_CACHE
 from ultralong.evaluation.tasks.published.longbench_scores import PRO_MARKS, PRO_SCORES, pro_score, v2_score
-from ultralong.evaluation.tasks.published.reader import Rows, draw_order, fill
+from ultralong.evaluation.tasks.published.reader import LETTERS, Rows, draw_order, fill, from_hub
 from ultralong.evaluation.tasks.task import Draft, Reader, Setting, Task
 from ultralong.utils.files import atomic_path
 from ultralong.utils.text_formats import json_value
@@ -38,7 +38,6 @@ V2_CUE = "\n\nThe correct answer is ("
 V2_TOKENS = 128  # the official code's, for answers without reasoning
 PRO_TOKENS = 1024  # the official setting's for models that do not think
 LANGUAGES = {"en": "English", "zh": "Chinese"}
-LETTERS = "ABCD"
 
 
 def find_rows(benchmark: str, given: Path | None) -> Path:
@@ -53,7 +52,7 @@ def find_rows(benchmark: str, given: Path | None) -> Path:
     """
     name = FILES[benchmark]
     if given is None:
-        path = _from_hub(benchmark)
+        path = from_hub(HUBS[benchmark], name, benchmark)
     elif given.is_file():
         path = given
     else:
@@ -63,20 +62,6 @@ def find_rows(benchmark: str, given: Path | None) -> Path:
         if path == given:
             raise ValueError(f"{given} holds no {' and no '.join(names)}: put {name} of {HUBS[benchmark]} there.")
     return path if path.suffix == ".jsonl" else _as_lines(path)
-
-
-def _from_hub(benchmark: str) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(HUBS[benchmark], FILES[benchmark], repo_type="dataset"))
-    # The hub's own errors are OSError and ValueError by turns.
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{benchmark} is published data that is neither on this machine nor to be fetched from the hub "
-            f"({type(error).__name__}). Fetch {FILES[benchmark]} of the data set {HUBS[benchmark]} elsewhere, put it "
-            "into a folder, and name that with --questions (or --data)."
-        ) from error
 
 
 def _as_lines(path: Path) -> Path:

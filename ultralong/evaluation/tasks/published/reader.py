@@ -77,7 +77,8 @@ def find_file(benchmark: str, name: str, archive: str | None, given: Path | None
         ValueError: It is not there, or neither in the hub's cache nor to be fetched.
     """
     if given is None:
-        return _from_hub(benchmark, name, archive)
+        fetched = from_hub(HUBS[benchmark], archive or f"{name}.jsonl", name)
+        return fetched if archive is None else _unzipped(fetched, name)
     if given.is_file() and given.suffix != ".zip":
         return given
     folder = given.parent if given.is_file() else given
@@ -89,20 +90,28 @@ def find_file(benchmark: str, name: str, archive: str | None, given: Path | None
     raise ValueError(f"{given} holds no {wanted}: put it there, from the hub's data set {HUBS[benchmark]}.")
 
 
-def _from_hub(benchmark: str, name: str, archive: str | None) -> Path:
+def from_hub(hub: str, file: str, name: str) -> Path:
+    """A file of a data set on the hub, from its cache where it is there.
+
+    Args:
+        hub: The data set.
+        file: Its file.
+        name: What the reader asked for.
+
+    Raises:
+        ValueError: It is neither in the cache nor to be fetched.
+    """
     import huggingface_hub
 
-    wanted = archive or f"{name}.jsonl"
     try:
-        found = Path(huggingface_hub.hf_hub_download(HUBS[benchmark], wanted, repo_type="dataset"))
+        return Path(huggingface_hub.hf_hub_download(hub, file, repo_type="dataset"))
     # The hub's own errors are sometimes OSError, sometimes ValueError.
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is published data that is neither on this machine nor to be fetched from the hub "
-            f"({type(error).__name__}). Fetch {wanted} of the data set {HUBS[benchmark]} elsewhere, put "
-            "it into a folder, and name that with --questions (or --data)."
+            f"({type(error).__name__}). Fetch {file} of the data set {hub} elsewhere, put it into a folder, and name "
+            "that with --questions (or --data)."
         ) from error
-    return found if archive is None else _unzipped(found, name)
 
 
 def _unzipped(archive: Path, name: str) -> Path:

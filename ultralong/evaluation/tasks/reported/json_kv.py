@@ -8,12 +8,12 @@ retrieval differs: no examples, 500 depths, and the value must be a word of its 
 from __future__ import annotations
 
 import random
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ultralong.evaluation.tasks.published.scores import english_words
 from ultralong.evaluation.tasks.task import Draft, Setting, Task
+from ultralong.evaluation.tasks.texts import draw_uuid
 
 TASK = "{pairs}\n\nThe JSON object above maps keys to values. Give the value of the last key.\n\n{examples}Key: {key}"
 PREFIX = "\nCorresponding value:"
@@ -32,7 +32,7 @@ class ObjectBuilder:
 
     def build(self, draw: random.Random, size: int, index: int) -> Draft:
         """An object of `size` pairs; the depths of the pair asked for are taken in turn."""
-        pairs = {_uuid(draw): _uuid(draw) for _ in range(size)}
+        pairs = {draw_uuid(draw): draw_uuid(draw) for _ in range(size)}
         keys = list(pairs)
         place = index % DEPTHS * (size - 1) // (DEPTHS - 1)
         shown = draw.sample([other for other in range(size) if other != place], SHOTS)
@@ -46,10 +46,6 @@ class ObjectBuilder:
             (message.index(f'"{keys[place]}"'),),
             place / (size - 1),
         )
-
-
-def _uuid(draw: random.Random) -> str:
-    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
 
 
 def substring_exact_match(answer: str, references: Sequence[str]) -> float:

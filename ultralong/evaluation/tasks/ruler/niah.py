@@ -6,12 +6,11 @@ The order of draws is NVIDIA's, so that the same seed and size give the same byt
 from __future__ import annotations
 
 import random
-import uuid
 from dataclasses import dataclass, field
 
 from ultralong.evaluation.tasks.haystack import NOISE_LINE
 from ultralong.evaluation.tasks.task import Draft, Setting
-from ultralong.evaluation.tasks.texts import Essays, essays, word_pairs
+from ultralong.evaluation.tasks.texts import Essays, draw_uuid, running_text, word_pairs
 
 TASK = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
@@ -125,7 +124,7 @@ def prepare(kind: NiahKind, setting: Setting) -> NiahBuilder:
     """The builder of one kind, with the caller's running text in place of the essays when there is one."""
     if kind.haystack != "essay":
         return NiahBuilder(kind)
-    return NiahBuilder(kind, essays() if setting.haystack is None else Essays(setting.haystack, "documents given"))
+    return NiahBuilder(kind, running_text(setting.haystack))
 
 
 def _draw(draw: random.Random, kind: str) -> str:
@@ -133,7 +132,7 @@ def _draw(draw: random.Random, kind: str) -> str:
         return str(draw.randint(10**6, 10**7 - 1))
     if kind == "words":
         return draw.choice(word_pairs())
-    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+    return draw_uuid(draw)
 
 
 def _draw_new(draw: random.Random, kind: str, taken: list[str]) -> str:
