@@ -39,15 +39,32 @@ def alone(engine, job: Job) -> tuple[str, str]:
     return as_text(engine.tokenizer, found.tokens), found.finish_reason
 
 
-def answered(engine, jobs, batch, prepare=lambda tickets: None) -> tuple[list, Metrics]:
-    """What a worker says that finds all jobs waiting; for each its text and why it ended, or its error."""
+def answered(engine, jobs, batch, prepare=lambda tickets: None, later=None) -> tuple[list, Metrics]:
+    """What a worker says that finds all jobs waiting; for each its text and why it ended, or its error.
+
+    With `later` they wait behind the first one, which has so many tokens of its answer when they come.
+    """
 
     async def ask():
         metrics = Metrics()
         worker = Worker(engine, 4096, 100, metrics, batch)
         tickets = [Ticket(job, asyncio.get_running_loop()) for job in jobs]
-        for ticket in tickets:
-            worker._queue.put_nowait(ticket)  # as `submit` does, before the thread looks
+
+        def come(which):
+            for ticket in which:
+                worker._queue.put_nowait(ticket)  # as `submit` does, before the thread looks
+
+        come(tickets if later is None else tickets[:1])
+        if later is not None:
+            put, said = tickets[0].put, []
+
+            def counted(piece):
+                put(piece)
+                said.append(piece)
+                if len(said) == later:
+                    come(tickets[1:])
+
+            tickets[0].put = counted
         prepare(tickets)
         worker.start()
         found = [await whole(ticket) for ticket in tickets]
@@ -158,6 +175,95 @@ def test_short_requests_leave_what_a_long_one_has_read(engine, ids):
     answered(engine, [long, *short], ContinuousBatch(engine.model, 2, ROOM))
     alone(engine, Job((*ids, ids[0]), 2, Sampling()))
     assert engine.reused >= len(ids) - 1
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Rows of each step of a batch."""
+    found, step = [], ContinuousBatch.step
+
+    def counted(self, tokens):
+        found.append(sorted(tokens))
+        return step(self, tokens)
+
+    monkeypatch.setattr(ContinuousBatch, "step", counted)
+    return found
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.9, 3)], ids=["greedy", "sampled"])
+def test_a_request_that_is_answered_alone_is_joined_by_those_that_come(engine, ids, steps, sampling):
+    """They waited for its end. What it has read so far is neither read nor drawn again."""
+    first = Job(tuple(ids[:17]), 30, sampling)
+    jobs = [first, *(Job(tuple(ids[start : start + 9]), 6 + start, Sampling()) for start in range(3))]
+    batch = ContinuousBatch(engine.model, 3, ROOM)
+    engine.release()
+    found, metrics = answered(engine, jobs, batch, later=5)
+    assert (steps[0], steps[-1]) == ([0, 1, 2], [0])
+    assert len(steps) == 30 - 5, "the engine has decoded five tokens"
+    assert batch.free == [0, 1, 2]
+    page = metrics.page().decode()
+    assert f"ultralong_prompt_tokens_total {float(sum(len(job.prompt) for job in jobs))}" in page
+    assert f"ultralong_new_tokens_total {30 + 6 + 7 + 8.0}" in page
+    assert 'ultralong_requests_total{outcome="length",route="completions"} 4.0' in page
+    assert "ultralong_running_requests 0.0" in page
+    assert found == [alone(engine, job) for job in jobs]
+
+
+def test_what_the_batch_has_read_of_an_answer_is_kept_for_the_next_turn(engine, ids, steps):
+    first = Job(tuple(ids[:17]), 30, Sampling())
+    engine.release()
+    answered(engine, [first, Job(tuple(ids[:9]), 6, Sampling())], ContinuousBatch(engine.model, 3, ROOM), later=5)
+    assert steps
+    other = LocalEngine(engine.model, engine.tokenizer)
+    (answer,) = collect(other.stream(first.prompt, 30), 1)
+    turn = Job((*first.prompt, *answer.tokens, ids[0], ids[1]), 4, Sampling())
+    assert alone(engine, turn) == alone(other, turn)
+    assert engine.reused == 17 + 29, "all but the last token, which nobody has read"
+
+
+@pytest.mark.parametrize("later", [1, 29])
+def test_a_request_may_be_joined_at_its_first_token_and_just_before_its_last(engine, ids, steps, later):
+    jobs = [Job(tuple(ids[:17]), 30, Sampling()), Job(tuple(ids[3:9]), 4, Sampling())]
+    found, _ = answered(engine, jobs, ContinuousBatch(engine.model, 2, ROOM), later=later)
+    assert steps[0] == [0, 1]
+    assert found == [alone(engine, job) for job in jobs]
+
+
+def test_a_long_request_is_not_joined_and_a_short_one_not_by_a_long_one(engine, ids, steps):
+    long, short = Job(tuple(ids), 12, Sampling()), Job(tuple(ids[:9]), 12, Sampling())
+    batch = ContinuousBatch(engine.model, 3, ROOM)
+    for jobs in ([long, short], [short, long]):
+        found, _ = answered(engine, jobs, batch, later=3)
+        assert found == [alone(engine, job) for job in jobs]
+    assert not steps
+
+
+def test_a_joined_request_can_be_left_and_the_others_go_on(engine, ids, monkeypatch):
+    jobs, kept = [Job(tuple(ids[start : start + 9]), 20, Sampling()) for start in range(3)], []
+    step = ContinuousBatch.step
+
+    def leaves(self, tokens):
+        kept[0].cancelled.set()
+        return step(self, tokens)
+
+    monkeypatch.setattr(ContinuousBatch, "step", leaves)
+    batch = ContinuousBatch(engine.model, 3, ROOM)
+    found, metrics = answered(engine, jobs, batch, kept.extend, later=4)
+    assert found[1:] == [alone(engine, job) for job in jobs[1:]]
+    assert 'outcome="cancelled",route="completions"} 1.0' in metrics.page().decode()
+    assert batch.free == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("kind", "code"), [(RuntimeError, "server_error"), (torch.OutOfMemoryError, "out_of_memory")])
+def test_a_request_that_can_not_be_handed_over_is_told_and_the_next_is_answered(engine, ids, monkeypatch, kind, code):
+    def fails(self, row, store):
+        raise kind("for a test")
+
+    monkeypatch.setattr(ContinuousBatch, "adopt", fails)
+    jobs = [Job(tuple(ids[start : start + 9]), 12, Sampling()) for start in range(2)]
+    found, metrics = answered(engine, jobs, ContinuousBatch(engine.model, 3, ROOM), later=3)
+    assert found == [code, alone(engine, jobs[1])]
+    assert 'outcome="error",route="completions"} 1.0' in metrics.page().decode()
 
 
 def test_a_model_whose_frequencies_follow_the_length_is_refused(engine, monkeypatch):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ultralong.inference.decode_step.step import DecodeStep
 from ultralong.inference.decoding import GREEDY, Sampling, Step
 from ultralong.inference.generate import stream
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.local_runner import LocalRunner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import run_ranks
 

@@ -13,7 +13,7 @@ from ultralong.inference import engines
 from ultralong.inference.decoding import Sampling
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.generate import generate
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.local_runner import LocalRunner
 from ultralong.inference.sharded_engine import ShardedEngine
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.inference.stop_tokens import end_tokens

@@ -7,7 +7,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from ultralong.inference.decoding import Sampler, Sampling
 from ultralong.inference.generate import generate, prefill, stream
 from ultralong.inference.kv_cache import CacheLayer, make_cache
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.local_runner import LocalRunner
 
 
 def prompts(batch=2, tokens=40, seed=0):

@@ -6,7 +6,7 @@ from test_generate import plain_tokens, prompts, tokens
 from transformers import MistralConfig, MistralForCausalLM
 
 from ultralong.evaluation.runs.records import answer_tasks
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.local_runner import LocalRunner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.files import read_jsonl
 

@@ -19,7 +19,7 @@ from ultralong.attention import make_attention_context
 from ultralong.evaluation.measures.perplexity import token_losses
 from ultralong.inference.batched import BatchedRunner, batch_that_fits
 from ultralong.inference.generate import generate, prefill
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.local_runner import LocalRunner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.rope.tables import RopeTables, text_lengths
 from ultralong.training.loss import LanguageModelLoss

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ultralong.evaluation.measures.perplexity import token_losses
 from ultralong.inference.batched import BatchedRunner
 from ultralong.inference.generate import generate
-from ultralong.inference.runner import LocalRunner
+from ultralong.inference.local_runner import LocalRunner
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -40,7 +40,8 @@ from ultralong.checkpoints.config import head_size
 from ultralong.inference.batched import BatchedRunner
 from ultralong.inference.decoding import Sampler, Step, decode
 from ultralong.inference.generate import stream
-from ultralong.inference.runner import LocalRunner, Runner
+from ultralong.inference.local_runner import LocalRunner
+from ultralong.inference.runner import Runner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.planner.shapes import model_config
 from ultralong.utils.units import GIB

@@ -27,7 +27,8 @@ from ultralong.attention.kernels import choose_kernel
 from ultralong.attention.scheme import Local
 from ultralong.attention.spec import AttentionSpec, VarlenSegments
 from ultralong.inference.kv_cache import KvCache
-from ultralong.inference.runner import LocalRunner, Prompts
+from ultralong.inference.local_runner import LocalRunner
+from ultralong.inference.runner import Prompts
 from ultralong.inference.sharded_generation import check_model
 from ultralong.rope.tables import RopeTables
 

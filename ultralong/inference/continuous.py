@@ -1,6 +1,7 @@
 """Continuous batching: rows of one cache in which prompts begin and end at different times.
 
-B rows, b prompts, n tokens of a packed pass, V vocabulary. Arithmetic and limits are those of `batched`.
+B rows, b prompts, n tokens of a packed pass, T tokens of a sequence, t new ones, K kv heads, D head size, V vocabulary.
+Arithmetic and limits are those of `batched`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ultralong import attention
 from ultralong.inference.batched import BatchedAttention
+from ultralong.inference.kv_cache import KvCache
 from ultralong.inference.sharded_generation import check_model
 from ultralong.rope.tables import RopeTables
 
@@ -51,15 +53,38 @@ class ContinuousBatch:
     @torch.no_grad()
     def begin(self, prompts: Mapping[int, Sequence[int]]) -> Tensor:
         """Read prompts into free rows; logits (b, V) of each one's last token."""
-        if self._context is None:
-            self._context = BatchedAttention(self.rows, self.capacity, self.model.device)
-        lengths = [len(prompt) for prompt in prompts.values()]
-        positions = self._context.begin_prompts(list(prompts), lengths)
+        context, lengths = self._opened(), [len(prompt) for prompt in prompts.values()]
+        positions = context.begin_prompts(list(prompts), lengths)
         for row, length in zip(prompts, lengths, strict=True):
             self._held[row] = length
         ids = torch.tensor([[token for prompt in prompts.values() for token in prompt]], device=self.model.device)
         ends = torch.tensor(list(accumulate(lengths)), device=self.model.device) - 1
-        return self._logits(self._context, ids, positions, ends)[0]
+        return self._logits(context, ids, positions, ends)[0]
+
+    @torch.no_grad()
+    def adopt(self, row: int, store: KvCache) -> None:
+        """Copy a sequence that another has read into a free row, to go on with it here.
+
+        Args:
+            row: The row.
+            store: Keys and values of that one sequence, in the model's type, on one device.
+        """
+        context, held = self._opened(), store.length
+        positions = torch.arange(held, device=self.model.device)
+        rows = torch.full_like(positions, row)
+        for layer in store.layers:
+            keys, values = store.read(layer, slice(held))  # (1, T, K, D)
+            context.cache.scatter(layer, self.rows, rows, positions, keys[0], values[0])
+        context.lengths[row] = self._held[row] = held
+
+    @torch.no_grad()
+    def give_back(self, row: int, store: KvCache) -> None:
+        """Write what a row holds beyond a `store` that it was copied from behind that; whose owner counts it."""
+        assert self._context is not None, "adopt comes first"
+        new = slice(store.length, self._held[row])
+        for layer in store.layers if new.stop > new.start else ():
+            keys, values = self._context.cache.read(layer, new)  # (B, t, K, D)
+            store.write(layer, new.start, keys[row : row + 1], values[row : row + 1])
 
     @torch.no_grad()
     def step(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
@@ -85,6 +110,11 @@ class ContinuousBatch:
     def release(self) -> None:
         """Give the cache's memory back; all rows are free."""
         self._context, self._held = None, [0] * self.rows
+
+    def _opened(self) -> BatchedAttention:
+        if self._context is None:
+            self._context = BatchedAttention(self.rows, self.capacity, self.model.device)
+        return self._context
 
     def _logits(self, context: BatchedAttention, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
         with self._rope.at(self.capacity):

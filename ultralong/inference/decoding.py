@@ -94,6 +94,11 @@ class Sampler:
         return torch.multinomial(probabilities, 1, generator=self._random)[:, 0]
 
 
+def sampler_of(sampling: Sampling | Sampler) -> Sampler:
+    """A sampler as it is, or one of its own for a way of sampling."""
+    return sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+
+
 class Step(NamedTuple):
     """One step of all rows.
 

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.inference.batched import BatchedRunner, batch_that_fits
 from ultralong.inference.decode_step.step import is_fast
-from ultralong.inference.decoding import GREEDY, FinishReason, Generated, Sampling, Step, collect
+from ultralong.inference.decoding import GREEDY, FinishReason, Generated, Sampler, Sampling, Step, collect
 from ultralong.inference.generate import stream
-from ultralong.inference.runner import CachedRunner, LocalRunner
+from ultralong.inference.kv_cache import KvCache
+from ultralong.inference.local_runner import LocalRunner
+from ultralong.inference.runner import CachedRunner
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.inference.stop_tokens import stop_tokens
 
@@ -158,6 +160,16 @@ class RunnerEngine(ABC):
     def interrupted(self, asked: Callable[[], bool]) -> None:
         self._runner.interrupted = asked
 
+    @property
+    def store(self) -> KvCache | None:
+        """Keys and values of the answer under way, to go on with in a batch; None where it can't take them."""
+        return self._runner.store if isinstance(self._runner, LocalRunner) else None
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Count tokens of that answer that were read elsewhere, and whose keys and values are in `store` now."""
+        assert isinstance(self._runner, LocalRunner), "there is a store"
+        self._runner.extend(tokens)
+
     @abstractmethod
     def stream(
         self,
@@ -165,7 +177,7 @@ class RunnerEngine(ABC):
         max_new_tokens: int,
         *,
         capacity: int | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sampler = GREEDY,
         stop: Collection[int] | None = None,
     ) -> Iterator[Step]:
         """See `StreamingEngine`."""
@@ -232,7 +244,7 @@ class LocalEngine(RunnerEngine):
         max_new_tokens: int,
         *,
         capacity: int | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sampler = GREEDY,
         stop: Collection[int] | None = None,
     ) -> Iterator[Step]:
         """See `StreamingEngine`."""

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ultralong.attention.register import state_layers
-from ultralong.inference.decoding import GREEDY, Generated, Sampler, Sampling, Step, collect, decode
+from ultralong.inference.decoding import GREEDY, Generated, Sampler, Sampling, Step, collect, decode, sampler_of
 from ultralong.inference.kv_cache import make_cache
-from ultralong.inference.runner import Prompts, Runner, model_logits
+from ultralong.inference.local_runner import model_logits
+from ultralong.inference.runner import Prompts, Runner
 from ultralong.inference.stop_tokens import end_tokens
 from ultralong.rope.tables import RopeTables
 
@@ -43,7 +44,7 @@ def stream(
     prompts: Prompts,
     max_new_tokens: int | Sequence[int],
     *,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | Sampler = GREEDY,
     stop: Collection[int] | None = None,
 ) -> Iterator[Step]:
     """Answer prompts step by step: one more token of each with every step.
@@ -52,7 +53,7 @@ def stream(
         runner: Reads them. Every rank calls this with the same arguments and takes every step.
         prompts: Token ids, no padding; of one length where the runner reads one length.
         max_new_tokens: Most tokens to add, to all or to each.
-        sampling: How tokens are chosen.
+        sampling: How tokens are chosen, or what chooses them.
         stop: Ids that end an answer; None takes the model's own.
 
     Raises:
@@ -60,7 +61,7 @@ def stream(
     """
     budgets = check_budgets(max_new_tokens, len(prompts))
     stop = end_tokens(runner.model) if stop is None else stop
-    return decode(runner, runner.prefill(prompts, budgets), budgets, stop, Sampler(sampling))
+    return decode(runner, runner.prefill(prompts, budgets), budgets, stop, sampler_of(sampling))
 
 
 def generate(

@@ -5,14 +5,13 @@ B batch, T prompt tokens, V vocabulary.
 `CachedRunner` holds what does not depend on where keys and values are: prompts are read in chunks, and the tokens that
 a prompt begins with and the cache already holds are not read again. That is exact, since the states of a causal model
 do not depend on what follows, unless its RoPE follows the length of the text (longrope, dynamic): where the frequencies
-change, all is read again, as one pass over the whole text would do. `LocalRunner` serves any model of transformers on
-one device; `ShardedRunner` (`sharded_generation`) several GPUs and fp8; `BatchedRunner` (`batched`) many prompts of
-unequal lengths.
+change, all is read again, as one pass over the whole text would do. `LocalRunner` (`local_runner`) serves any model of
+transformers on one device; `ShardedRunner` (`sharded_generation`) several GPUs and fp8; `BatchedRunner` (`batched`)
+many prompts of unequal lengths.
 """
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -20,10 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from ultralong.attention.register import state_layers
-from ultralong.inference.kv_cache import ModelCache, make_cache
 from ultralong.rope.tables import RopeTables
 from ultralong.utils.progress import progress
 
@@ -244,57 +240,3 @@ def common_prefix(held: Tensor | None, ids: Tensor) -> int:
 def _cost(tokens: int) -> float:
     """What reading so many tokens costs, for the time that is left: matrix products, and attention to all before."""
     return tokens * (tokens + 2.0**17)
-
-
-class LocalRunner(CachedRunner):
-    """Any causal language model of transformers, called with a cache of its own kind.
-
-    Arguments are those of `CachedRunner`. Models with sliding windows or other special layers get transformers' own
-    cache, and read each prompt anew. Layers that carry a state (Mamba, linear attention) begin each pass with an empty
-    one in some of transformers' classes, so such a model reads a prompt at once, whatever `chunk` says.
-
-    Raises:
-        ValueError: As for `CachedRunner`, or the model's class takes no cache of this form and would forget the prompt.
-    """
-
-    _cache: Cache | None = None
-
-    def __init__(
-        self, model: PreTrainedModel, capacity: int | None = None, *, chunk: int | None = None, quiet: bool = True
-    ) -> None:
-        super().__init__(model, capacity, chunk=None if state_layers(model) else chunk, quiet=quiet)
-        if "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{type(model).__name__} takes no past_key_values: what it had read would be lost.")
-
-    def _reusable(self, ids: Tensor, common: int) -> int:
-        cache = self._cache
-        written = isinstance(cache, ModelCache) and cache.store.rows == len(ids)
-        return super()._reusable(ids, common) if written else 0
-
-    def _prepare(self, rows: int, keep: int, capacity: int) -> None:
-        cache = self._cache
-        fits = isinstance(cache, ModelCache) and capacity <= cache.store.capacity and cache.store.rows == rows
-        if not isinstance(cache, ModelCache) or not (keep or fits):
-            # The old buffers go before the new ones come: both would not fit beside a model at a million tokens.
-            self._cache = cache = None
-            self._cache = make_cache(self.model, max(capacity, self.capacity or 0))
-            return
-        cache.store.truncate(keep)
-        cache.store.reserve(max(capacity, self.capacity or 0))
-        cache.show(keep)
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        assert self._cache is not None
-        logits = model_logits(self.model, ids, self._cache, 1)[:, -1]
-        if isinstance(self._cache, ModelCache):
-            self._cache.store.append(ids.shape[1])
-        return logits
-
-    def _empty(self) -> None:
-        self._cache = None
-
-
-def model_logits(model: PreTrainedModel, ids: Tensor, cache: Cache | None, keep: int) -> Tensor:
-    """Logits (B, keep, V) of the last positions of ids (B, T), behind what a cache holds."""
-    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=ids, use_cache=cache is not None, past_key_values=cache, **options).logits[:, -keep:]

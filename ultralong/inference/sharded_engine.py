@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.attention.collectives import Group
-from ultralong.inference.decoding import GREEDY, Sampling, Step
+from ultralong.inference.decoding import GREEDY, Sampler, Sampling, Step
 from ultralong.inference.engines import Engine, RunnerEngine
 from ultralong.inference.generate import check_budgets, stream
 from ultralong.inference.load import load_model_and_tokenizer
@@ -36,7 +36,7 @@ class Question:
     prompt: tuple[int, ...] = ()
     max_new_tokens: int = 0
     capacity: int | None = None
-    sampling: Sampling = GREEDY
+    sampling: Sampling | Sampler = GREEDY
     stop: frozenset[int] = frozenset()
 
 
@@ -82,7 +82,7 @@ class ShardedEngine(RunnerEngine):
         max_new_tokens: int,
         *,
         capacity: int | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sampler = GREEDY,
         stop: Collection[int] | None = None,
     ) -> Iterator[Step]:
         """See `StreamingEngine`; on the first rank only, one prompt at a time."""

@@ -1,4 +1,8 @@
-"""Short requests answered together, each as it would be alone; one that comes meanwhile joins, one that ends leaves."""
+"""Short requests answered together, each as it would be alone; one that comes meanwhile joins, one that ends leaves.
+
+One that comes alone is answered by the engine, which keeps prompts. Where another comes, the engine's keys and values
+are copied to a row once, and what the row reads is copied back at its end.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ class BatchRow:
     answering: Answering
     sampler: Sampler
     token: int = -1  # to be read next
+    read: list[int] | None = None  # where the engine had begun the answer: tokens that the batch has read since
 
 
 class ShortBatch:
@@ -52,7 +57,7 @@ class ShortBatch:
         self._batch.release()
 
     def serve(self, take: Callable[[int], list[Ticket]]) -> None:
-        """Answer until no ticket is left.
+        """Answer until no row is taken.
 
         Args:
             take: Gives up to so many tickets that fit into a row, and none where another kind is next.
@@ -66,8 +71,21 @@ class ShortBatch:
                     self._end(row, "cancelled")
             if not self._rows:
                 return
-            self._choose(self._batch.step({row: each.token for row, each in self._rows.items()}))
+            logits = self._batch.step({row: each.token for row, each in self._rows.items()})
+            for each in self._rows.values():
+                if each.read is not None:
+                    each.read.append(each.token)
+            self._choose(logits)
             self._metrics.count(0, 0, 0, time.perf_counter() - began)
+            if not self._rows:
+                return  # one that has come now may be alone
+
+    def adopt(self, row: BatchRow) -> None:
+        """Go on with an answer that the engine has begun, and which is its last; all rows are free."""
+        store = self._engine.store
+        assert store is not None, "the engine's answers can be joined"
+        row.read, self._rows[0] = [], row
+        self._batch.adopt(0, store)
 
     def fail(self, error: Refused) -> None:
         """Tell all that are being answered."""
@@ -108,9 +126,13 @@ class ShortBatch:
 
     def _end(self, row: int, outcome: str) -> None:
         """Free a row, and count its request."""
-        answering = self._rows.pop(row).answering
+        each = self._rows.pop(row)
+        answering, store = each.answering, self._engine.store
+        if each.read is not None and store is not None and outcome != "error":  # so that the next turn need not read it
+            self._batch.give_back(row, store)
+            self._engine.extend(each.read)
         self._batch.end(row)
         if outcome == "cancelled" and self._stopping.is_set():
             answering.ticket.put(Piece(error=Refused(503, "The server is stopping.", "server_stopping")))
         self._metrics.requests.labels(answering.ticket.job.route, outcome).inc()
-        self._metrics.count(len(answering.ticket.job.prompt), 0, answering.count, 0.0)
+        self._metrics.count(len(answering.ticket.job.prompt), answering.reused, answering.count, 0.0)

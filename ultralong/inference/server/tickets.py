@@ -85,19 +85,21 @@ class Answering:
 
     Attributes:
         count: Tokens so far.
+        reused: Tokens of the prompt that had been read before.
     """
+
+    reused = 0
 
     def __init__(self, ticket: Ticket, tokenizer: PreTrainedTokenizerBase, metrics: Metrics) -> None:
         self.ticket, self.count, self._metrics = ticket, 0, metrics
         self._text, self._first = TextStream(tokenizer, ticket.job.stop), True
 
-    def take(self, token: int | None, ended: str | None, reused: int = 0) -> str | None:
+    def take(self, token: int | None, ended: str | None) -> str | None:
         """Take a token; why the answer ends with it, None where it goes on.
 
         Args:
             token: None where a stop token came.
             ended: Why the decoding ends, if it does.
-            reused: Tokens of the prompt that had been read before.
         """
         if self._first:
             self._metrics.first_token.observe(time.perf_counter() - self.ticket.since)
@@ -106,7 +108,7 @@ class Answering:
         piece = self._text.push(token) if token is not None else ""
         reason = "stop" if self._text.stopped else ended
         if reason:
-            self.ticket.put(Piece(piece + self._text.finish(), reason, self.count, reused))
+            self.ticket.put(Piece(piece + self._text.finish(), reason, self.count, self.reused))
         elif piece:
             self.ticket.put(Piece(piece))
         return reason

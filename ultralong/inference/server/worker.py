@@ -1,7 +1,7 @@
 """One thread that takes requests in the order in which they came, and can leave one at any time.
 
 A long prompt is read and answered alone, in a KV cache of its own; what its beginning shares with the one before is not
-read again. Short requests that wait behind each other are answered together (`short_batch`).
+read again. Short requests are answered together (`short_batch`), also with one that was begun alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from itertools import islice, takewhile
 import torch
 
 from ultralong.inference.continuous import ContinuousBatch
-from ultralong.inference.decoding import NotANumber
+from ultralong.inference.decoding import NotANumber, Sampler
 from ultralong.inference.engines import RunnerEngine
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.server.metrics import Metrics
-from ultralong.inference.server.short_batch import ShortBatch
+from ultralong.inference.server.short_batch import BatchRow, ShortBatch
 from ultralong.inference.server.tickets import Answering, Job, Piece, Refused, Ticket
 
 FAREWELL = 1.0  # seconds in which the last answer goes out
@@ -53,7 +53,7 @@ class Worker:
         self._alone, self._group = 0, None if batch is None else ShortBatch(batch, engine, metrics, self._stopping)
         metrics.watch(
             lambda: self._queue.qsize() + len(self._next),
-            lambda: self._alone + (0 if self._group is None else self._group.running),
+            lambda: max(self._alone, 0 if self._group is None else self._group.running),
         )
 
     @property
@@ -113,7 +113,9 @@ class Worker:
                 self._serve_together(self._group)
             else:
                 self._alone = 1
-                self._serve(self._next.popleft())
+                begun = self._serve(self._next.popleft())
+                if self._group is not None and begun is not None:
+                    self._serve_together(self._group, begun)
                 self._alone = 0
         while self._next or not self._queue.empty():
             if (left := self._next.popleft() if self._next else self._queue.get_nowait()) is not None:
@@ -128,8 +130,13 @@ class Worker:
         short = takewhile(lambda ticket: ticket.job.tokens <= fits, self._next)
         return list(islice(short, most))
 
-    def _serve_together(self, group: ShortBatch) -> None:
-        """Answer short jobs together, and those that come meanwhile, until a long one is next or none is left."""
+    def _serve_together(self, group: ShortBatch, begun: BatchRow | None = None) -> None:
+        """Answer short jobs together, and those that come meanwhile unless a long one is before them.
+
+        Args:
+            group: Answers.
+            begun: An answer that the engine has begun.
+        """
 
         def take(most: int) -> list[Ticket]:
             tickets = self._short(most)
@@ -138,6 +145,8 @@ class Worker:
             return tickets
 
         try:
+            if begun is not None:
+                group.adopt(begun)
             group.serve(take)
         except Exception as error:
             LOG.exception("a batch of requests failed")
@@ -146,10 +155,14 @@ class Worker:
             group.fail(Refused(503 if memory else 500, text, "out_of_memory" if memory else "server_error"))
             group.release()
 
-    def _serve(self, ticket: Ticket) -> None:
+    def _serve(self, ticket: Ticket) -> BatchRow | None:
+        """Answer a job alone; what there is of it where others come that it can be answered with."""
         outcome = "error"
         try:
-            outcome = "cancelled" if ticket.cancelled.is_set() else self._answer(ticket)
+            found = "cancelled" if ticket.cancelled.is_set() else self._answer(ticket)
+            if isinstance(found, BatchRow):
+                return found
+            outcome = found
         except Interrupted:
             outcome = "cancelled"
         except torch.OutOfMemoryError:
@@ -169,6 +182,7 @@ class Worker:
         if outcome == "cancelled" and self._stopping.is_set():
             ticket.put(Piece(error=Refused(503, "The server is stopping.", "server_stopping")))
         self.metrics.requests.labels(ticket.job.route, outcome).inc()
+        return None
 
     def _end_if_shared(self) -> None:
         """End the process where others share its prompts: they wait in a collective that this one has left."""
@@ -177,22 +191,35 @@ class Worker:
             time.sleep(FAREWELL)
             os._exit(1)
 
-    def _answer(self, ticket: Ticket) -> str:
-        """Answer a job, piece by piece; how it ended."""
+    def _answer(self, ticket: Ticket) -> str | BatchRow:
+        """Answer a job, piece by piece; how it ended, or what there is of it where others come that can join it."""
         job, answering = ticket.job, Answering(ticket, self.engine.tokenizer, self.metrics)
         self.engine.interrupted = lambda: ticket.cancelled.is_set() or self._stopping.is_set()
-        reason, began = None, time.perf_counter()
-        steps = iter(self.engine.stream(job.prompt, job.max_new_tokens, sampling=job.sampling))
+        reason, begun, began, sampler = None, None, time.perf_counter(), Sampler(job.sampling)
+        steps = iter(self.engine.stream(job.prompt, job.max_new_tokens, sampling=sampler))
         try:
             for (token,), (ended,) in steps:
-                reason = answering.take(token, ended, self.engine.reused)
+                answering.reused = self.engine.reused
+                reason = answering.take(token, ended)
                 if reason or self.engine.interrupted():
+                    break
+                if self._joined(job):
+                    assert token is not None, "the answer goes on"
+                    begun = BatchRow(answering, sampler, token)
                     break
         finally:
             _close(steps)
-            seconds = time.perf_counter() - began
-            self.metrics.count(len(job.prompt), self.engine.reused, answering.count, seconds)
-        return reason or "cancelled"
+            self.metrics.count(0, 0, 0, time.perf_counter() - began)
+            if begun is None:
+                self.metrics.count(len(job.prompt), self.engine.reused, answering.count, 0.0)
+        return begun or reason or "cancelled"
+
+    def _joined(self, job: Job) -> bool:
+        """Whether others come next that a job can be answered with."""
+        batch = self._batch
+        if batch is None or job.tokens > batch.capacity or self.engine.store is None:
+            return False
+        return bool(self._short(1))
 
 
 def _close(steps: Iterator[object]) -> None:
