@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,8 @@ from ultralong.utils.files import read_json, write_json
 PAIRS = 32  # of the miniature's heads
 
 
-def made(folder: Path, method: str, **options) -> Path:
-    extend(miniature.path(), 2048, folder, method, quiet=True, **options)
+def made(folder: Path, method: str, source: Path | None = None, **options) -> Path:
+    extend(source or miniature.path(), 2048, folder, method, quiet=True, **options)
     return folder
 
 
@@ -61,6 +64,30 @@ CASES = [
 @pytest.mark.parametrize(("method", "options", "wrong"), CASES, ids=[f"{m} {o}" for m, o, _ in CASES])
 def test_who_reads_another_table(tmp_path, method, options, wrong):
     assert only_wrong(made(tmp_path / "out", method, **options)) == wrong
+
+
+def test_what_to_type_names_a_folder_as_shells_and_python_take_it(tmp_path):
+    folder = made(tmp_path / 'my "models" WINDOW \u00e9', "yarn")
+    for program in ("vLLM", "SGLang"):
+        typed = next(one.typed for one in check(folder).readings if one.program == program)
+        assert str(folder) in shlex.split(typed)
+    for one in check(folder).readings:
+        if one.program == "transformers":
+            (call,) = (node for node in ast.walk(ast.parse(one.typed)) if isinstance(node, ast.Call))
+            assert ast.literal_eval(call.args[0]) == str(folder)
+
+
+def test_a_tokenizer_that_transformers_5_wrote_is_one_of_version_4_in_the_copy(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(miniature.path(), source)
+    file = source / "tokenizer_config.json"
+    for kind in ("Qwen2Tokenizer", "TokenizersBackend"):
+        write_json(file, read_json(file) | {"tokenizer_class": kind, "extra_special_tokens": ["<x>"]})
+        copy = made(tmp_path / kind, "yarn", source=source)
+        written = read_json(copy / "tokenizer_config.json")
+        assert written["additional_special_tokens"] == ["<x>"]
+        assert "extra_special_tokens" not in written
+        assert "refused" not in {one.verdict for one in check(copy).readings}
 
 
 def test_what_is_said_of_it_and_what_to_type(tmp_path):

@@ -181,7 +181,7 @@ def test_documents_of_a_recipe(tests, tmp_path, tiny_tokenizer, action):
     again = pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
     assert again.sources == report.sources
     (tmp_path / "math.jsonl").write_text(json.dumps({"question": QUESTION + " And why?"}) + "\n")
-    with pytest.raises(ValueError, match="provenance was"):
+    with pytest.raises(ValueError, match=r"provenance\."):
         pack_recipe(path, tiny_tokenizer, 256, tmp_path / "rows", quiet=True)
 
 

@@ -102,6 +102,9 @@ def test_a_changed_recipe_is_still_noticed_in_a_folder_of_0_3(tmp_path, tiny_tok
     pack_recipe(documents(tmp_path, False), tiny_tokenizer, 64, folder, quiet=True)
     as_version_0_3_left_it(folder)
     other = load_recipe(documents(tmp_path, False), ("length_rule.long_copies=2",))
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="made with other settings: ") as caught:
         pack_recipe(other, tiny_tokenizer, 64, folder, quiet=True)
+    told = str(caught.value).partition("settings: ")[2]
+    assert "provenance.recipe.length_rule" in told, "what differs"
+    assert len(told) < 400, "and not what is the same"
     assert TokenStore(folder / "tokens").tokens

@@ -136,7 +136,7 @@ def test_with_provenance_a_finished_store_is_not_read_again(tiny_tokenizer, tmp_
 
     tokenize_corpus(corpus(), tiny_tokenizer, tmp_path, provenance={"recipe": "a"}, quiet=True)
     tokenize_corpus(unreadable(), tiny_tokenizer, tmp_path, provenance={"recipe": "a"}, quiet=True)
-    with pytest.raises(ValueError, match="provenance was"):
+    with pytest.raises(ValueError, match=r"provenance\.recipe was 'a', now 'b'"):
         tokenize_corpus(unreadable(), tiny_tokenizer, tmp_path, provenance={"recipe": "b"}, quiet=True)
 
 

@@ -15,7 +15,7 @@ from ultralong.data.rows.separators import PackSettings
 from ultralong.evaluation import tasks
 from ultralong.evaluation.measures.perplexity import position_edges
 from ultralong.evaluation.measures.result import Result, perplexity_result, read_measurements
-from ultralong.evaluation.report.table import position_lines
+from ultralong.evaluation.report.table import position_lines, table_lines
 from ultralong.evaluation.runs.commands import measure_one
 from ultralong.evaluation.runs.direct import grid_lengths
 from ultralong.evaluation.runs.run import run
@@ -90,6 +90,17 @@ def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
         "          0 to         256       9.27  (3.30 to 25.80)",
         "        256 to         512       8.00  (n = 1 row)",
     ]
+    alone = perplexity_result(bins[1:], "row")
+    assert position_lines(alone, "m")[0] == "perplexity of m by position in the row", "no interval is there"
+    summary = {"settings": {"model": "m"}, "families": [], "capabilities": [], "areas": [], "effective": None}
+    both = [alone, perplexity_result(bins[1:], "document")]
+    lines = table_lines(summary | {"results": [result.to_dict() for result in both]})
+    assert lines[1:] == [
+        "        256 to         512       8.00  (n = 1 row)",
+        "  by distance from the document's start it is the same: each row is one document",
+    ]
+    both[1] = perplexity_result(bins[:1], "document")
+    assert len(table_lines(summary | {"results": [result.to_dict() for result in both]})) == 4
 
 
 def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):

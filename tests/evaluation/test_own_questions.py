@@ -99,6 +99,8 @@ def test_each_question_is_asked_whole_at_the_smallest_length_that_holds_it(
     (word,) = settings.load(RunSettings, tmp_path / "run" / "run.yaml").tasks
     assert word == f"{file}@sha256:{read_questions(file).digest}"
     assert compare_answers(tmp_path / "run", tmp_path / "run")[0]["difference"] == 0
+    with pytest.raises(ValueError, match=r"There is no folder .*rum: give the --out of"):
+        compare_answers(tmp_path / "run", tmp_path / "rum")
 
 
 def test_prompts_stand_in_the_chat_template_which_counts(file, tiny_tokenizer):

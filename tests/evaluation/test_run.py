@@ -220,6 +220,8 @@ def test_groups_name_every_test_once():
     assert (len(GROUPS["ruler"]), len(GROUPS["infinitebench"]), len(GROUPS["lveval_64k"])) == (13, 12, 11)
     assert expand(["ruler_vt", "niah, ruler_vt"])[:2] == ["ruler_vt", "niah_single_1"]
     assert set(FAMILIES) == set(TASKS) - {"needle"}
+    with pytest.raises(ValueError, match=r"no test 'vt'; did you mean ruler_vt\?"):
+        expand(("vt",))
     with pytest.raises(ValueError, match=r"no test 'rular'; did you mean ruler.*Groups: ruler, niah"):
         expand(["rular"])
     with pytest.raises(ValueError, match="No test was named"):

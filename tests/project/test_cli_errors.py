@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import socket
@@ -19,10 +20,11 @@ from tiny_run import make_run
 from ultralong import cli, miniature
 from ultralong.cli.errors import guarded
 from ultralong.cli.make import demo
+from ultralong.cli.shared import resumable
 from ultralong.evaluation.tasks.samples import RENAMED
 from ultralong.training.config import ParallelConfig
 from ultralong.utils import processes, settings
-from ultralong.utils.processes import ChildFailed, without_collections
+from ultralong.utils.processes import ChildFailed, WorkerKilled, without_collections
 
 FORMER = next(iter(RENAMED))  # a test by the name that version 0.3 gave it
 
@@ -124,6 +126,33 @@ def test_a_demo_that_was_stopped_says_how_it_resumes(monkeypatch, capsys, tmp_pa
     with pytest.raises(type(error)):
         demo(out=tmp_path / "demo")
     assert f"the same command again resumes it in {tmp_path / 'demo'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), WorkerKilled(), ChildFailed("stopped", 143)])
+def test_what_was_stopped_or_killed_says_how_it_resumes_and_an_error_does_not(capsys, error):
+    with pytest.raises(type(error)), resumable("runs/eval"):
+        raise error
+    assert capsys.readouterr().err == "note: the same command again resumes it in runs/eval where it stopped.\n"
+    with pytest.raises(ValueError, match=r"^wrong$"), resumable("runs/eval"):
+        raise ValueError("wrong")
+    assert capsys.readouterr().err == ""
+
+
+def test_what_transformers_says_of_every_scaling_is_left_out_and_nothing_else(caplog):
+    """Its loggers hand nothing on while a command runs under pytest, so the loggers themselves are asked."""
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    said = ["The explicitly set RoPE scaling factor (4.0) does not match", "`rope_parameters`'s factor must be a float"]
+
+    def work():
+        shown.extend(text for text in said if logger.filter(record(text)))
+
+    def record(text):
+        return logging.LogRecord(logger.name, logging.WARNING, __file__, 1, text, (), None)
+
+    shown = []
+    guarded("extend", work)
+    assert shown == said[1:]
+    assert all(logger.filter(record(text)) for text in said), "it ends with the command"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from ultralong.utils.local_ranks import RankFailed, held_port, run_ranks
+from ultralong.cli.errors import mendable
+from ultralong.utils.local_ranks import RankFailed, RankKilled, held_port, run_ranks
 
 LARGE = 1 << 22  # bytes of an answer that a pipe does not hold
 
@@ -29,9 +30,11 @@ def killed_within_its_answer(rank, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_that_is_killed_within_its_answer_keeps_nobody_waiting(world):
     begun = time.monotonic()
-    with pytest.raises(RankFailed, match=r"--- rank 1 ---\nprocess ended with exit code -9 and no result"):
+    with pytest.raises(RankKilled, match=rf"^rank 1 of {world} was killed \(process \d+, SIGKILL\)[^\n]*$") as caught:
         run_ranks(killed_within_its_answer, world, timeout=100)
     assert time.monotonic() - begun < 60
+    assert mendable(caught.value), "a command says it in one line"
+    assert "--- rank 1 ---\nprocess ended with exit code -9 and no result" in str(caught.value.__cause__)
 
 
 def stopped(rank, world):

@@ -1,4 +1,4 @@
-"""Progress bars in processes that were forked: one that is killed, or a thread that is not there, stops no other."""
+"""Progress bars in a log, of other libraries, and in processes that were forked: one that is killed stops no other."""
 
 import multiprocessing
 import os
@@ -7,8 +7,10 @@ import threading
 
 import pytest
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from ultralong.utils.progress import progress
+from ultralong.utils import progress as module
+from ultralong.utils.progress import hidden_bars, library_bars, progress
 
 FORK = multiprocessing.get_context("fork")
 SECONDS = 6  # for what takes none, and without the lock of its own would take for ever
@@ -63,3 +65,28 @@ def test_a_process_forked_while_a_thread_draws_draws_too(kind):
         forked.join()
         may_leave.set()
         thread.join()
+
+
+def drawn(capsys, kind):
+    for _ in kind(range(3), desc="Loading weights"):
+        pass
+    return capsys.readouterr().err
+
+
+def test_a_log_gets_no_bar_of_what_takes_a_moment(capsys, monkeypatch):
+    assert drawn(capsys, progress) == ""
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES_IN_A_LOG", 0.0)
+    assert "3/3" in drawn(capsys, progress)
+
+
+def test_bars_of_transformers_are_ours_and_hidden_where_ours_are(capsys, monkeypatch):
+    assert "Loading weights: 100%" in drawn(capsys, logging.tqdm), "by itself it draws in a log too"
+    with library_bars():
+        assert drawn(capsys, logging.tqdm) == ""
+        monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES_IN_A_LOG", 0.0)
+        assert "loading weights: 100%" in drawn(capsys, logging.tqdm)
+        with hidden_bars(False):
+            assert drawn(capsys, logging.tqdm)
+        with hidden_bars():
+            assert drawn(capsys, logging.tqdm) == drawn(capsys, progress) == ""
+    assert "Loading weights: 100%" in drawn(capsys, logging.tqdm)

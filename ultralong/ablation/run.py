@@ -19,6 +19,7 @@ from ultralong.ablation.study import BASE_ARM, Study
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import make_folder, write_json
+from ultralong.utils.progress import hidden_bars
 
 
 def ablate(
@@ -69,6 +70,7 @@ def ablate(
             if state.has(arm, seed):
                 continue
             with ExitStack() as held:
+                held.enter_context(hidden_bars(quiet))
                 try:
                     held.enter_context(builder.alone(f"{arm}-seed-{seed}", patience))
                 except ValueError:

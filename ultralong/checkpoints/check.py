@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,11 +144,7 @@ class _Folder:
         dtype, problem = self._dtype(old)
         remarks += [problem] if problem else []
         short = offered < self.window and self.meant.method != "longrope"
-        typed = (
-            (rule.typed + rule.raised if short else rule.typed)
-            .replace("FOLDER", str(self.folder))
-            .replace("WINDOW", str(self.window))
-        )
+        typed = self._typed(rule.typed + rule.raised if short else rule.typed)
         typed += "".join(f" {advice[5:-1]}" for _, advice in found if advice.startswith("Pass --yarn"))
         verdict = "right" if self._right(table) else "wrong"
         if verdict == "wrong" and not found:
@@ -155,7 +153,7 @@ class _Folder:
 
     def by_transformers_5(self) -> Reading:
         """What the installed transformers reads: the model class itself is asked."""
-        typed = f'AutoModelForCausalLM.from_pretrained("{self.folder}")'
+        typed = self._typed("AutoModelForCausalLM.from_pretrained(FOLDER)")
         try:
             found = class_table(load_config(self.folder))
         except CONFIG_ERRORS as error:
@@ -183,8 +181,13 @@ class _Folder:
         return same_table(table, table_of(self.meant), (short, self.window))
 
     def _refused(self, program: str, version: str, why: str, typed: str) -> Reading:
-        typed = typed.replace("FOLDER", str(self.folder)).replace("WINDOW", str(self.window))
-        return Reading(program, version, "refused", None, "", "", (_capital(why),), typed)
+        return Reading(program, version, "refused", None, "", "", (_capital(why),), self._typed(typed))
+
+    def _typed(self, form: str) -> str:
+        """What to type, with the folder as Python or a shell takes it."""
+        text = str(self.folder)
+        folder = json.dumps(text, ensure_ascii=False) if "from_pretrained" in form else shlex.quote(text)
+        return form.replace("WINDOW", str(self.window)).replace("FOLDER", folder)
 
     def _tokenizer(self, version: str | None, program: str) -> tuple[str, list[str], bool]:
         """Class of the tokenizer, remarks, and whether a version of transformers 4 opens it (None is version 5)."""

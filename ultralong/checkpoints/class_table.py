@@ -26,6 +26,7 @@ from ultralong.checkpoints.config import CONFIG_ERRORS, one_line
 from ultralong.checkpoints.files import header, weight_files
 from ultralong.rope import RopeScaling, inverse_frequencies
 from ultralong.rope.config import FULL
+from ultralong.utils.progress import library_bars
 
 # Of what lies in the files and is none of a class's: tables that older releases stored, and scales of 8-bit caches.
 NO_WEIGHT = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|attn\.bias$|attention\.bias$|_scale$")
@@ -55,14 +56,15 @@ def open_model(
             scales, or its class has an attention of its own. Other errors are transformers'.
     """
     try:
-        both: Any = AutoModelForCausalLM.from_pretrained(  # the model and what was found, by output_loading_info
-            model,
-            dtype=dtype,
-            attn_implementation=attention,
-            device_map=device,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below, where transformers raises an error of many lines
-        )
+        with library_bars():
+            both: Any = AutoModelForCausalLM.from_pretrained(  # the model and what was found, by output_loading_info
+                model,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=device,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, where transformers raises an error of many lines
+            )
     except KeyError as error:
         if error.args != (attention,):
             raise

@@ -230,8 +230,8 @@ def tokenizer_for_readers(entries: Mapping[str, Any], template: str | None = Non
     if made.get("tokenizer_class") == "TokenizersBackend":
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
         made.pop("backend", None)
-        if isinstance(made.get("extra_special_tokens"), list):
-            made["additional_special_tokens"] = made.pop("extra_special_tokens")
+    if isinstance(made.get("extra_special_tokens"), list):  # a mapping of names in version 4
+        made["additional_special_tokens"] = made.pop("extra_special_tokens")
     if template is not None:
         made.setdefault("chat_template", template)
     return made

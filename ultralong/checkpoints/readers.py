@@ -238,7 +238,7 @@ def _by_sglang(entries: Mapping[str, Any], window: int, meant: RopeScaling) -> i
     return declared if named else int(declared * float(scaling.get("factor") or 1.0))
 
 
-OPEN_4 = 'AutoModelForCausalLM.from_pretrained("FOLDER", torch_dtype="auto")'
+OPEN_4 = 'AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype="auto")'
 RULES = (
     *(Rule("transformers", version, _transformers_4(version), _declared, OPEN_4) for version in VERSIONS_4),
     Rule(

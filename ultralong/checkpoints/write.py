@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ultralong.checkpoints.config import check_companions, config_for_readers, tokenizer_for_readers, weights_dtype
 from ultralong.checkpoints.files import CARD, check_links, check_space, companion_files, copy_file, weight_files
 from ultralong.utils.files import file_lock, read_json_object, write_text
-from ultralong.utils.progress import progress
+from ultralong.utils.progress import library_bars, progress
 
 EDITED = ("config.json", "tokenizer_config.json", "generation_config.json")
 
@@ -155,7 +155,8 @@ def save_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) ->
         # transformers refuses to save some generation configs that it loads; the source's file is copied anyway.
         kept, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            model.save_pretrained(apart, state_dict=dict(weights))
+            with library_bars():
+                model.save_pretrained(apart, state_dict=dict(weights))
         finally:
             model.generation_config = kept
         for name in weight_files(apart):

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import tyro
 
@@ -70,4 +71,11 @@ def _run(arguments: Sequence[str] | None) -> None:
         print(help_text(name, command))
         sys.exit(0)
     options = tyro.cli(parser_of(command), prog=f"ultralong {name}", args=rest, description=explanation(command))
-    guarded(name, lambda: call(command, options), whole=options.traceback, own=arguments is None)
+    with _no_bars() if getattr(options, "quiet", False) else nullcontext():
+        guarded(name, lambda: call(command, options), whole=options.traceback, own=arguments is None)
+
+
+def _no_bars() -> AbstractContextManager[None]:
+    from ultralong.utils.progress import hidden_bars
+
+    return hidden_bars()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, leave, resumable
 
 if TYPE_CHECKING:
     from ultralong.data.recipe.build import PackReport
@@ -36,7 +36,8 @@ def build(work: partial[PackReport], *, json: Json = None) -> None:
     from ultralong.data.recipe import stats
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    report = work()
+    with resumable(work.keywords["out"]):
+        report = work()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     leave(json, {**report.to_dict(), "peak_memory_bytes": peak, "of_it_before_reading_bytes": before})
     print(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ultralong.cli.shared import shown
-from ultralong.utils.processes import ChildFailed, WorkerKilled
+from ultralong.utils.processes import ChildFailed, Killed
 
 # What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.
 MENDABLE = {
@@ -30,13 +31,17 @@ MENDABLE = {
 }  # fmt: skip
 
 
+# Of a factor that is not the ratio of two windows, and of a longrope without one: both are as they should be.
+OF_EVERY_SCALING = ("The explicitly set RoPE scaling factor", "This model config has set a `rope_parameters")
+
+
 def mendable(error: BaseException) -> bool:
     """Whether a user can act on the error's message alone: wrong values, missing packages, files that are not there."""
     if isinstance(error, ImportError):
         return error.name is None  # a sentence of ours or of a library, not a module that Python did not find
     if isinstance(error, OSError):
         return error.errno in MENDABLE and not isinstance(error, ConnectionError | TimeoutError)
-    return isinstance(error, ValueError | FloatingPointError | MemoryError | WorkerKilled)
+    return isinstance(error, ValueError | FloatingPointError | MemoryError | Killed)
 
 
 def guarded(name: str, work: Callable[[], None], whole: bool = False, own: bool = False) -> None:
@@ -117,7 +122,10 @@ def _interrupted(error: BaseException) -> bool:
 
 @contextmanager
 def _plain_warnings(name: str) -> Iterator[None]:
-    """Warnings of this package as one line each, without the place and the line of source that Python adds."""
+    """Warnings of this package as one line each, without the place and the line of source that Python adds.
+
+    What transformers says of a scaling whenever it opens a config is left out: `ultralong check` says what it reads.
+    """
     package, usual = str(Path(__file__).parents[1]), warnings.formatwarning
 
     def plain(
@@ -128,10 +136,17 @@ def _plain_warnings(name: str) -> Iterator[None]:
         return f"ultralong {name}: warning: {shown(' '.join(str(message).split()))}\n"
 
     warnings.formatwarning = plain
+    rope = logging.getLogger("transformers.modeling_rope_utils")
+    rope.addFilter(_tells_more)
     try:
         yield
     finally:
         warnings.formatwarning = usual
+        rope.removeFilter(_tells_more)
+
+
+def _tells_more(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(OF_EVERY_SCALING)
 
 
 def _sentence(error: BaseException) -> str:

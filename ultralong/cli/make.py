@@ -7,14 +7,13 @@ gets with their values (`takes`), and what it has beside them. Modules are impor
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, is_main, leave, quoted
-from ultralong.utils.processes import ChildFailed, without_collections
+from ultralong.cli.shared import Json, is_main, leave, quoted, resumable
+from ultralong.utils.processes import without_collections
 
 if TYPE_CHECKING:
     from ultralong.checkpoints.extend import ExtendReport
@@ -65,7 +64,8 @@ def pack(work: partial[PackReport], *, json: Json = None) -> None:
         work: The function, with what is packed and how.
         json: Write the report as JSON to this file.
     """
-    report = work()
+    with resumable(work.keywords["out"]):
+        report = work()
     leave(json, report.to_dict())
     print(report)
 
@@ -162,11 +162,8 @@ def demo(
         from ultralong.demo import load, run
 
     changes = (*set, *(() if seed is None else (f"seed={seed}",)))
-    try:
+    with resumable(out):
         report = run(load(model, changes), out)
-    except (KeyboardInterrupt, SystemExit, ChildFailed):
-        print(f"note: the same command again resumes it in {out} where it stopped.", file=sys.stderr)
-        raise
     leave(json, report)
     print(f"Open {out / 'report.html'} in a browser. The model is in {report['checkpoint']}.")
 

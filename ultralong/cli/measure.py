@@ -9,7 +9,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, leave, resumable
 
 
 @takes(work=Group("ultralong.api.measure:needle", positional=("model",)))
@@ -146,7 +146,8 @@ def answer(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """
     from ultralong.evaluation.measures.result import Result, interval_text
 
-    result = work()
+    with resumable(work.keywords["out"]):
+        result = work()
     if not result:  # one of torchrun's other processes
         return
     leave(json, result)

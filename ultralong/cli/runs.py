@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, leave, resumable
 from ultralong.utils.hub import find_checkpoint
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def run(wanted: RunSettings, work: partial[dict[str, Any]], *, json: Json = None
     from ultralong.evaluation.runs.run import run as measure
 
     wanted = replace(wanted, model=find_checkpoint(wanted.model))
-    result = measure(wanted, **work.keywords, draw=False)
+    with resumable(work.keywords["out"]):
+        result = measure(wanted, **work.keywords, draw=False)
     if result is None:  # one of torchrun's other processes
         return
     leave(json, result)
@@ -127,7 +129,9 @@ def ablate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     from ultralong.ablation.page import table_lines
     from ultralong.ablation.price import price_lines
 
-    found, page = work(), f"{work.keywords['out']}/report.html"
+    with resumable(work.keywords["out"]) if not work.keywords["dry_run"] else nullcontext():
+        found = work()
+    page = f"{work.keywords['out']}/report.html"
     leave(json, found)
     print("\n".join(price_lines(found) if work.keywords["dry_run"] else [*table_lines(found), page]))
 
@@ -166,7 +170,8 @@ def search(
     from ultralong.search.run import write as write_best
 
     wanted = replace(wanted, model=find_checkpoint(wanted.model))
-    found = work(wanted, out, device=device, quiet=quiet)
+    with resumable(out):
+        found = work(wanted, out, device=device, quiet=quiet)
     leave(json, found)
     print("\n".join(table_lines(found)))
     if write is None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TextIO
 from tyro.conf import arg
 
 from ultralong.utils.files import write_json
+from ultralong.utils.processes import ChildFailed, Killed
 from ultralong.utils.words import covered, secrets_of
 
 Json = Annotated[Path | None, arg(metavar="FILE")]
@@ -46,6 +47,21 @@ def leave(path: Path | None, value: Any) -> None:
     """Write the numbers of a command where they were asked for."""
     if path is not None and is_main():
         write_json(path, value)
+
+
+@contextmanager
+def resumable(out: Path | str) -> Iterator[None]:
+    """Say how to resume what was stopped or killed meanwhile, for commands that do so when they are typed again.
+
+    Args:
+        out: Folder in which the same command finds what is done.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ChildFailed, Killed):
+        if is_main():
+            print(f"note: the same command again resumes it in {out} where it stopped.", file=sys.stderr)
+        raise
 
 
 def shown(text: str, pattern: re.Pattern[str] = IN_A_SENTENCE) -> str:

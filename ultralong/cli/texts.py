@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave, quoted
+from ultralong.cli.shared import Json, leave, quoted, resumable
 
 if TYPE_CHECKING:
     from ultralong.data.chat.endpoint import Endpoint
@@ -89,9 +89,10 @@ def refine(
     settings = replace(wanted, endpoint=endpoint)
     if instruction is not None:
         settings = replace(settings, instruction=instruction.read_text(encoding="utf-8"))
-    report = run(
-        islice(read_conversations(load_recipe(recipe), cache=cache, quiet=quiet), limit), out, settings, quiet=quiet
-    )
+    with resumable(out):
+        report = run(
+            islice(read_conversations(load_recipe(recipe), cache=cache, quiet=quiet), limit), out, settings, quiet=quiet
+        )
     leave(json, report.to_dict())
     print(report)
     print(f"{out / 'refined.jsonl'}: a recipe reads it with kind chat and read: {{field: messages, id_field: id}}")

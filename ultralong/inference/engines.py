@@ -43,7 +43,7 @@ class Answer:
 
 def as_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Tokens of one answer as text, special tokens left out."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class Engine(Protocol):

@@ -24,6 +24,7 @@ from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import nccl_options, run_ranks
+from ultralong.utils.progress import hidden_bars
 
 WEEK = 7 * 24 * 3600.0  # seconds that other ranks wait for the first one's next question
 Work = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Engine | None], Any]
@@ -218,7 +219,8 @@ def _open_and_work(
     """One rank's part. What a user did wrong is returned, not raised."""
     try:
         where = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        loaded, tokenizer = load_model_and_tokenizer(model, where)
+        with hidden_bars(quiet):
+            loaded, tokenizer = load_model_and_tokenizer(model, where)
     except (ValueError, ImportError) as error:
         return error
     return work_together(work, loaded, tokenizer, rank, world, kv=kv, chunk=chunk, quiet=quiet, exchange=exchange)

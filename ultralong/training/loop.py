@@ -33,7 +33,7 @@ from ultralong.training.watch.loss_spikes import RECENT
 from ultralong.training.watch.trackers import scalars
 from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
 from ultralong.utils.processes import stop_asked
-from ultralong.utils.progress import progress
+from ultralong.utils.progress import hidden_bars, progress
 
 FREE_SOME = "free some space, or set `keep` lower, then run again with --resume"
 LOCK_SECONDS = 2.0  # a check of the folder holds its lock for a moment
@@ -73,7 +73,7 @@ def train(
                 _say_finished(folder, config)
             loss = math.nan if result["loss"] is None else result["loss"]
             return TrainResult(result["model"], result["steps"], result["tokens"], loss, time.perf_counter() - start)
-        with _held(folder, processes):
+        with _held(folder, processes), hidden_bars(quiet):
             return _train(config, folder, processes, resume, quiet, start, decision)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -22,14 +23,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ultralong.utils.processes import end_with_parent, start_method
+from ultralong.utils.processes import Killed, end_with_parent, start_method
 
 HEAD = 8  # bytes before an answer that say how many it has
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 GRACE = 3.0  # seconds that ranks get to report after the first failure, or after their collectives have timed out
 
 
 class RankFailed(RuntimeError):
     """A rank raised an error, died, or did not end in time; the message holds its traceback."""
+
+
+class RankKilled(RankFailed, Killed):
+    """A rank was killed from outside; the message is one line, and its cause is what every rank said."""
 
 
 @contextmanager
@@ -76,6 +82,7 @@ def run_ranks(
 
     Raises:
         RankFailed: A rank raised, died or was not done in time. The others are ended.
+        RankKilled: One was killed, as the system does where memory runs out.
         ValueError: More ranks than GPUs, or a function of a notebook cell where ranks are spawned and cloudpickle is
             missing.
     """
@@ -205,6 +212,7 @@ def _collect(processes: list[Any], answers: list[_Answer], timeout: float) -> li
     deadline = time.monotonic() + timeout + GRACE
     done: dict[int, Any] = {}
     errors: dict[int, str] = {}
+    gone: set[int] = set()  # by themselves
     missing = [*range(len(processes))]
     while missing:
         known = len(errors)
@@ -214,6 +222,7 @@ def _collect(processes: list[Any], answers: list[_Answer], timeout: float) -> li
                 failed, value = pickle.loads(answer)  # noqa: S301 - written by our own child
                 (errors if failed else done)[rank] = value
             elif rank in ended:
+                gone.add(rank)
                 errors[rank] = f"process ended with exit code {processes[rank].exitcode} and no result"
         missing = [rank for rank in missing if rank not in done and rank not in errors]
         if len(errors) > known:
@@ -225,5 +234,14 @@ def _collect(processes: list[Any], answers: list[_Answer], timeout: float) -> li
         wait([*open_pipes, *(processes[rank].sentinel for rank in missing)], timeout=0.05)
     if errors:
         text = "\n".join(f"--- rank {rank} ---\n{message}" for rank, message in sorted(errors.items()))
-        raise RankFailed(f"{len(errors)} of {len(processes)} ranks failed:\n{text}")
+        failed = RankFailed(f"{len(errors)} of {len(processes)} ranks failed:\n{text}")
+        killed = [rank for rank in range(len(processes)) if rank in gone and processes[rank].exitcode in KILLED]
+        if not killed:
+            raise failed
+        # What the others say is of the connection that broke.
+        one, by = processes[killed[0]], signal.Signals(-processes[killed[0]].exitcode).name
+        raise RankKilled(
+            f"rank {killed[0]} of {len(processes)} was killed (process {one.pid}, {by}), often because the host ran "
+            "out of memory. Run the same again, and ask for less if it was the memory."
+        ) from failed
     return [done[rank] for rank in range(len(processes))]

@@ -108,8 +108,12 @@ class WorkerPool(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class WorkerKilled(RuntimeError):
-    """A process of a pool was killed; the message says what to do."""
+class Killed(RuntimeError):
+    """A process that worked for this one was killed from outside; the message says what to do."""
+
+
+class WorkerKilled(Killed):
+    """A process of a pool was killed."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -1,4 +1,7 @@
-"""One progress bar for the whole project, so that long steps look the same and logs stay readable; and a stopwatch."""
+"""One progress bar for the whole project, so that long steps look the same and logs stay readable; and a stopwatch.
+
+Bars of transformers are drawn as ours while `library_bars` is open.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as every_tqdm
 
 SECONDS_BETWEEN_LINES_IN_A_LOG = 15.0
+
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 def _take_own_lock() -> None:
@@ -46,8 +52,8 @@ def progress(
 ) -> tqdm:
     """A tqdm bar on standard error.
 
-    On a terminal it redraws a few times a second; in a log file or a CI job it prints a line every 15 s, so that a
-    long run shows life without flooding the log.
+    On a terminal it redraws a few times a second; in a log file or a CI job it prints a line every 15 s, and none for
+    what takes less, so that a long run shows life without flooding the log.
 
     Args:
         iterable: What to walk over, or None to call `.update()` by hand.
@@ -59,17 +65,45 @@ def progress(
     """
     in_notebook = "ipykernel" in sys.modules
     interactive = sys.stderr.isatty() or in_notebook
+    options.setdefault("leave", interactive and not in_notebook)
     return tqdm(
         iterable,
         total=total,
         desc=desc,
         unit=unit,
-        disable=quiet,
-        leave=interactive and not in_notebook,
+        disable=quiet or _hidden.get(),
         mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
+        delay=0.0 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
         dynamic_ncols=interactive,
         **options,
     )
+
+
+@contextmanager
+def hidden_bars(hidden: bool = True) -> Iterator[None]:
+    """No bar at all meanwhile, of what is called from here either; nothing changes where `hidden` is False."""
+    before = _hidden.set(hidden or _hidden.get())
+    try:
+        yield
+    finally:
+        _hidden.reset(before)
+
+
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Draw what transformers shows meanwhile (loading and saving weights) as our bars, of the first process alone."""
+    import torch.distributed as dist
+    from transformers.utils import logging
+
+    def ours(factory: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> tqdm:
+        return progress(*given, **options | {"desc": str(options.get("desc") or "").lower(), "leave": False})
+
+    with hidden_bars(dist.is_initialized() and dist.get_rank() > 0):
+        before = logging.set_tqdm_hook(ours)
+        try:
+            yield
+        finally:
+            logging.set_tqdm_hook(before)
 
 
 class Stopwatch:

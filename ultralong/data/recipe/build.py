@@ -78,10 +78,10 @@ class PackReport:
         lines = [f"{rows} of {self.length:,} tokens ({self.tokens:,} tokens) in {self.folder}"]
         for name, source in self.sources.items():
             if "read" in source:
-                skipped = sum(source["read"]["skipped"].values())
+                skipped = ", ".join(f"{count:,} {reason}" for reason, count in source["read"]["skipped"].items())
                 lines.append(
                     f"  {name}: {source['documents']:,} documents, {source['tokens']:,} tokens"
-                    + (f", {skipped:,} skipped (see report.json)" if skipped else "")
+                    + (f"; left out: {skipped} (see left_out.jsonl)" if skipped else "")
                 )
         if self.subsampled:
             lines.append(f"  taken: {summary(self.subsampled)}")

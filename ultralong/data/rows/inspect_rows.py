@@ -6,6 +6,7 @@ T tokens per row, N segments (documents or parts of one) in it.
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -162,12 +163,17 @@ def _segment(
         document,
         start,
         end,
-        tokenizer.decode(shown.tolist()),
-        "" if text.size <= 2 * edge else tokenizer.decode(text[-edge:].tolist()),
-        tokenizer.decode(between) if closed else "",
+        _text(tokenizer, shown),
+        "" if text.size <= 2 * edge else _text(tokenizer, text[-edge:]),
+        _text(tokenizer, between) if closed else "",
         int((row.labels[start:end] != IGNORE).sum()),
         facts,
     )
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    # Some tokenizers ask for spaces to be taken out before punctuation: not what stands there.
+    return str(tokenizer.decode([int(token) for token in ids], clean_up_tokenization_spaces=False))
 
 
 def _around(row: PackedRow, cut: int, width: int, tokenizer: Any, reach: int = 3) -> list[tuple[int, str, str, int]]:
@@ -176,8 +182,8 @@ def _around(row: PackedRow, cut: int, width: int, tokenizer: Any, reach: int = 3
     return [
         (
             place,
-            tokenizer.decode([int(row.input_ids[place])]),
-            "-" if row.labels[place] == IGNORE else tokenizer.decode([int(row.labels[place])]),
+            _text(tokenizer, [row.input_ids[place]]),
+            "-" if row.labels[place] == IGNORE else _text(tokenizer, [row.labels[place]]),
             int(row.position_ids[place]),
         )
         for place in places

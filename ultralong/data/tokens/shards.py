@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ NEW_KEYS = frozenset({"date"})
 ENDINGS = ("json", "bin", "offsets.npy", "documents.jsonl", "npy", "segments.npy", "targets.npy")
 RECORD = re.compile(r"[a-z]+-\d{5,}\.json")
 BESIDE = ("settings.json", "manifest.json", "sources.json", "report.json", "recipe.yaml")
+
+
+MOST_TOLD, MOST_CHARACTERS = 4, 80  # of what differs: how many values, and of each how much
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -179,10 +182,37 @@ class ShardFolder:
         keys = {*found, *self.settings} - {*ignore} - (NEW_KEYS - found.keys())
         changed = sorted(key for key in keys if found.get(key) != self.settings.get(key))
         if changed:
-            lines = "; ".join(f"{key} was {found.get(key)!r}, now {self.settings.get(key)!r}" for key in changed)
-            raise ValueError(
-                f"{self.folder} was made with other settings ({lines}). Choose another folder, or delete it."
+            told = list(
+                dict.fromkeys(line for key in changed for line in changes(key, found.get(key), self.settings.get(key)))
             )
+            more = f"; and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+            raise ValueError(
+                f"{self.folder} was made with other settings: {'; '.join(told[:MOST_TOLD])}{more}. Choose another "
+                "folder, or delete it."
+            )
+
+
+def changes(name: str, before: Any, now: Any) -> Iterator[str]:
+    """What differs between two records of settings, down to the single values.
+
+    Args:
+        name: What both are called.
+        before: The one.
+        now: The other.
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in (*before, *(key for key in now if key not in before)):
+            yield from changes(f"{name}.{key}", before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for place, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from changes(f"{name}[{place}]", one, other)
+    elif before != now:
+        yield f"{name} was {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def verify(folder: str | os.PathLike[str]) -> int:

@@ -180,7 +180,9 @@ def answer_forward(
     judged = []
     for row, needle in enumerate(needles):
         ids = guesses[row, longest - len(needle.answer_ids) :].tolist()
-        judged.append((ids == list(needle.answer_ids), str(tokenizer.decode(ids)).strip()))
+        judged.append(
+            (ids == list(needle.answer_ids), str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip())
+        )
     return judged
 
 

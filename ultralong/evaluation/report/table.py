@@ -23,7 +23,13 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     """
     model = summary["settings"]["model"]
     lines: list[str] = []
+    rows: Sequence[Part] | None = None
     for result in (Result.from_dict(values) for values in summary["results"]):
+        if result.metric == "perplexity_by_row":
+            rows = result.by_position
+        elif result.metric == "perplexity_by_document" and result.by_position == rows:
+            lines.append("  by distance from the document's start it is the same: each row is one document")
+            continue
         if result.task == "needle":
             lines += needle_lines(result, model)
         elif result.metric == "longppl":
@@ -119,7 +125,8 @@ def _found(part: Part | None) -> str:
 def position_lines(result: Result, model: str) -> list[str]:
     """Perplexity or loss by position, with intervals."""
     form = "{:.4f}" if result.metric == "loss" else "{:.2f}"
-    lines = [POSITIONS[result.metric].format(model) + " (95% interval)"]
+    known = result.low is not None or any(part.low is not None for part in result.by_position)
+    lines = [POSITIONS[result.metric].format(model) + (" (95% interval)" if known else "")]
     if result.metric == "loss":
         lines.append(
             f"{'all':>26}  {result.value:9.4f}  ({interval_text(result, form)}), {result.n:,} targets of "

@@ -35,10 +35,13 @@ def compare_answers(
         first; the ends are None below two samples).
 
     Raises:
-        ValueError: Nothing in common, or files of the same name whose samples differ.
+        ValueError: A folder is not there, nothing is in common, or files of the same name whose samples differ.
     """
     check_seed(seed)
     first, second = Path(first), Path(second)
+    for folder in (first, second):
+        if not folder.is_dir():
+            raise ValueError(f"There is no folder {folder}: give the --out of `ultralong eval run`.")
     compared = [*_compare_tests(first, second, seed), *_compare_benchmarks(first, second, seed)]
     if not compared:
         raise ValueError(

@@ -35,6 +35,7 @@ from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import locked, write_json
 from ultralong.utils.hub import load_tokenizer
+from ultralong.utils.progress import hidden_bars
 
 
 def run(
@@ -84,7 +85,8 @@ def run(
     out = Path(out)
     check_same_run(wanted, out)
     texts = read_haystack(wanted.haystack)
-    model, tokenizer = opened or _open(wanted, device)
+    with hidden_bars(quiet):
+        model, tokenizer = opened or _open(wanted, device)
     config = AutoConfig.from_pretrained(wanted.model) if model is None else model.config
     window = declared_window(config.get_text_config())
     lengths = within_window(wanted.lengths or doubled_lengths(window), window, wanted.beyond_window)

@@ -65,7 +65,7 @@ def find_task(name: str) -> Task:
     if own.is_file(name) or (own.is_own(name) and name not in TASKS):
         return own.own_task(name)
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
+        near = [task for task in TASKS if task.endswith(f"_{name}")] or difflib.get_close_matches(name, TASKS, n=1)
         known = ", ".join(task for task in TASKS if task not in LVEVAL_TASKS)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(

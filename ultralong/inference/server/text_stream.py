@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from ultralong.inference.engines import as_text
+
 BROKEN = "\ufffd"  # what a decoder writes for a character whose bytes have not all come
 
 
@@ -51,7 +53,7 @@ class TextStream:
         return piece + rest
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
+        return as_text(self._tokenizer, self._tokens[start:end])
 
     def _certain(self, piece: str) -> str:
         """What of the text held back and the new piece can be no part of a stop string."""
