@@ -88,8 +88,8 @@ def test_peers_stand_in_the_column_of_their_scheme():
         for name in ("torch-cp-cudnn", "ring-flash-attn-zigzag")
     ]
     assert attention_table([{"options": {"lengths": [4096]}, "results": results}])[2:] == [
-        "| 4,096 | whole | torch context_parallel, cuDNN | | | 5 | |",
-        "| 4,096 | whole | ring-flash-attn on torch's flash-attn 2 | | | | 5 |",
+        "| 4,096 | whole | torch context_parallel, cuDNN |  |  | 5 |  |",
+        "| 4,096 | whole | ring-flash-attn on torch's flash-attn 2 |  |  |  | 5 |",
     ]
 
 
@@ -155,7 +155,7 @@ def test_a_refusal_is_a_row_with_the_peers_own_message_and_the_steps_before_it(c
     assert row["note"] == said.removeprefix("[rank1]: ")
     assert (row["steps"], row["peak_gpu_gib"]) == ([2.5], 131.0)
     assert "seconds_per_step" not in row
-    assert training_table([{"rows": [row]}])[2:] == ["| model | 2 | 256 | torch-cp-cudnn | out of memory | | | | |"]
+    assert training_table([{"rows": [row]}])[2:] == ["| model | 2 | 256 | torch-cp-cudnn | out of memory |  |  |  |  |"]
 
 
 def test_short_rows_come_first_and_a_whole_one_where_a_length_is_compiled_or_pinned():

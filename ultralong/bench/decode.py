@@ -35,7 +35,7 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 from ultralong import attention
 from ultralong.bench.decode_options import DecodeBench
 from ultralong.bench.results import write_rows
-from ultralong.bench.timing import clear, make_model, now, over_gpus, peak_gib, random_ids, slowest
+from ultralong.bench.timing import clear, cut_config, make_model, now, over_gpus, peak_gib, random_ids, slowest
 from ultralong.checkpoints.config import head_size
 from ultralong.inference.batched import BatchedRunner
 from ultralong.inference.decoding import Sampler, Step, decode
@@ -98,13 +98,10 @@ class Way:
 
 
 def _measure_all(rank: int, world: int, device: str, options: DecodeBench, path: Path | None) -> list[Row]:
-    config = model_config(options.model)
-    whole = config.get_text_config().num_hidden_layers
-    layers = config.get_text_config().num_hidden_layers = options.layers or whole
+    config, about = cut_config(options.model, options.layers)
     config.max_position_embeddings = max(options.longest, WARM_TOKENS + WARM_STEPS)
     model = make_model(config, device)
     model.generation_config.eos_token_id = None  # every answer has its whole length
-    name = Path(options.model).name + ("" if layers == whole else f", cut to {layers} of {whole} layers")
     rows: list[Row] = []
     copied = copy_rate(model.device)
     work = [(1, tokens) for tokens in options.lengths] + ([(options.batch, options.batch_tokens)] * bool(options.batch))
@@ -119,7 +116,7 @@ def _measure_all(rank: int, world: int, device: str, options: DecodeBench, path:
             if options.waiting and way.name.endswith(AHEAD):
                 row |= _same(timed, waited, "same_as_waiting")
             waited = timed
-            rows.append({"model": name, "layers": layers, "of_layers": whole, **row})
+            rows.append(about | row)
             if rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
                 if path is not None:

@@ -27,7 +27,7 @@ from ultralong.attention.kernels import attention_forward, choose_kernel
 from ultralong.attention.spec import AttentionSpec
 from ultralong.bench.prefill_options import PrefillBench
 from ultralong.bench.results import write_rows
-from ultralong.bench.timing import clear, make_model, now, over_gpus, peak_gib, random_ids, slowest
+from ultralong.bench.timing import clear, cut_config, make_model, now, over_gpus, peak_gib, random_ids, slowest
 from ultralong.inference.generate import prefill
 from ultralong.inference.runner import Runner
 from ultralong.inference.sharded_generation import ShardedRunner
@@ -60,17 +60,14 @@ def bench_prefill(options: PrefillBench, path: Path | None = None) -> list[dict[
 
 
 def _measure_all(rank: int, world: int, device: str, options: PrefillBench, path: Path | None) -> list[dict[str, Any]]:
-    config = model_config(options.model)
-    whole = config.get_text_config().num_hidden_layers
-    if options.layers is not None:
-        config.num_hidden_layers = options.layers
+    config, about = cut_config(options.model, options.layers)
     config.max_position_embeddings = max(*options.lengths, WARM) + DECODED
     model, shape = make_model(config, device), shape_of(config)
     rows: list[dict[str, Any]] = []
     for tokens in options.lengths:
         measured = _read(model, options, tokens, world, rank)
         rate = kernel_rate(options.kernel, tokens, shape, world, model)
-        rows.append(_row(options, shape, whole, tokens, world, measured, rate))
+        rows.append({**about, **_row(options, shape, tokens, world, measured, rate)})
         if rank == 0:
             print(json.dumps(rows[-1]), flush=True)
             if path is not None:
@@ -153,16 +150,12 @@ def prefill_flops(shape: Shape, tokens: int) -> tuple[float, float]:
 
 
 def _row(
-    options: PrefillBench, shape: Shape, whole: int, tokens: int, world: int, measured: dict[str, float], rate: float
+    options: PrefillBench, shape: Shape, tokens: int, world: int, measured: dict[str, float], rate: float
 ) -> dict[str, Any]:
     """What one length gave; rates in TF/s per GPU, memory of the GPU that needs most."""
     attended, multiplied = prefill_flops(shape, tokens)
     achieved = (attended + multiplied) / world / measured["seconds"]
-    cut = "" if shape.layers == whole else f", cut to {shape.layers} of {whole} layers"
     return {
-        "model": Path(options.model).name + cut,
-        "layers": shape.layers,
-        "of_layers": whole,
         "tokens": tokens,
         "gpus": world,
         "kv": options.kv,

@@ -8,7 +8,7 @@ and `rows`, one for each case. Two older forms are read as well: attention files
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,23 @@ def rows_of(recorded: Mapping[str, Any]) -> list[Row]:
     if isinstance(recorded.get("rates"), dict):
         return [{"rate": name, **row} for name, rows in recorded["rates"].items() for row in rows]
     raise ValueError(f"no rows were found; the file has {', '.join(recorded) or 'nothing'}")
+
+
+def all_rows(recorded: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows of result files, one file's after the other's."""
+    return [row for file in recorded for row in rows_of(file)]
+
+
+def markdown(head: str, rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table; none without rows.
+
+    Args:
+        head: Names of the columns, such as `model | GPUs | tokens`.
+        rows: Cells of each row; those that a row lacks at its end are empty.
+    """
+    columns = head.count("|") + 1
+    lines = [f"| {' | '.join([*map(str, cells), *[''] * (columns - len(cells))])} |" for cells in rows]
+    return [f"| {head} |", "|---" * columns + "|", *lines] if lines else []
 
 
 @dataclass(frozen=True)

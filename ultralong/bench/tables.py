@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralong.bench.checkpoints.tables import configs_table, faults_table, lines_table, readers_table
-from ultralong.bench.results import KERNELS, facts_of, rows_of
+from ultralong.bench.results import KERNELS, Row, all_rows, facts_of, markdown, rows_of
 from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.bench.training.longest_rows import longest_table
 from ultralong.bench.training.tables import (
@@ -47,22 +47,21 @@ def attention_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; lengths rise, whole rows before packed ones. What two files measured is the later's.
     """
-    results = [row for file in recorded for row in rows_of(file) if row["tflops"] is not None]
+    results = [row for row in all_rows(recorded) if row["tflops"] is not None]
     lengths = sorted({length for file in recorded for length in file["options"]["lengths"]})
-    lines = ["| tokens | rows | kernel | one GPU | Ulysses | gathered | ring |", "|---|---|---|---|---|---|---|"]
+    cells: list[list[str]] = []
     for length in lengths:
         for packed in (False, True):
             here = [r for r in results if r["tokens"] == length and r["packed"] == packed]
             for kernel in dict.fromkeys(r["kernel"] for r in here if r["name"] in SCHEMES):
                 rates = {r["name"]: r for r in here if r["kernel"] == kernel}
-                cells = [_cell(rates.get(name)) for name in SCHEMES]
-                rows = "packed" if packed else "whole"
-                lines.append(f"| {length:,} | {rows} | {KERNELS.get(kernel, kernel)} | {' | '.join(cells)} |")
+                before = [f"{length:,}", "packed" if packed else "whole", KERNELS.get(kernel, kernel)]
+                cells.append([*before, *(_cell(rates.get(name)) for name in SCHEMES)])
             for peer in (r for r in here if r["name"] in PEERS):
                 name, column = PEERS[peer["name"]]
-                rate = "".join(f" {peer['tflops']:.0f} |" if scheme == column else " |" for scheme in SCHEMES)
-                lines.append(f"| {length:,} | whole | {name.format(**peer)} |{rate}")
-    return lines
+                rate = [f"{peer['tflops']:.0f}" if scheme == column else "" for scheme in SCHEMES]
+                cells.append([f"{length:,}", "whole", name.format(**peer), *rate])
+    return markdown("tokens | rows | kernel | one GPU | Ulysses | gathered | ring", cells)
 
 
 def _cell(result: dict[str, Any] | None) -> str:
@@ -81,16 +80,15 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = sorted((row for file in recorded for row in rows_of(file)), key=lambda row: (row["tokens"], row["gpus"]))
-    lines = [
-        "| model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {row['kv']} | {row['seconds']:.1f} | "
-        f"{row['tflops']:.0f} | {100 * row['of_kernel']:.0f}% | {row['peak_gib']:.1f} |"
-        for row in rows
-    ]
+
+    def cells(row: Row) -> list[str]:
+        what = [row["model"], row["gpus"], f"{row['tokens']:,}", row["kv"]]
+        took = [f"{row['seconds']:.1f}", f"{row['tflops']:.0f}", f"{100 * row['of_kernel']:.0f}%"]
+        return [*what, *took, f"{row['peak_gib']:.1f}"]
+
+    rows = sorted(all_rows(recorded), key=lambda row: (row["tokens"], row["gpus"]))
+    head = "model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU"
+    return markdown(head, map(cells, rows))
 
 
 SHARES = {"of_copy": ".0%", "of_transformers": ".2f"}  # of a decoding row, and how they are written
@@ -105,23 +103,21 @@ def decode_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; batches and lengths rise, transformers stands first.
     """
-    rows = sorted((row for file in recorded for row in rows_of(file)), key=lambda row: (row["batch"], row["tokens"]))
-    lines = [
-        "| model | prompts | tokens of each | by | GPUs | cache | tokens/s | ms a step | of a copy's rate |"
-        " of transformers' | GiB of a GPU |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        before = (
-            f"| {row['model']} | {row['batch']} | {row['tokens']:,} | {row['name']} | {row['gpus']} | {row['kv']} | "
-        )
+
+    def cells(row: Row) -> list[str]:
+        what = [row["model"], row["batch"], f"{row['tokens']:,}", row["name"], row["gpus"], row["kv"]]
         if "note" in row:
-            lines.append(before + f"{row['note']} | | | | |")
-            continue
+            return [*what, row["note"]]
         shares = [format(row[key], spec) if key in row else "" for key, spec in SHARES.items()]
-        cells = [f"{row['tokens_per_second']:,.1f}", f"{1000 * row['decode_seconds_per_token']:.1f}", *shares]
-        lines.append(f"{before}{' | '.join(cells)} | {row['peak_gib']:.1f} |")
-    return lines
+        rates = [f"{row['tokens_per_second']:,.1f}", f"{1000 * row['decode_seconds_per_token']:.1f}"]
+        return [*what, *rates, *shares, f"{row['peak_gib']:.1f}"]
+
+    rows = sorted(all_rows(recorded), key=lambda row: (row["batch"], row["tokens"]))
+    head = (
+        "model | prompts | tokens of each | by | GPUs | cache | tokens/s | ms a step | of a copy's rate | "
+        "of transformers' | GiB of a GPU"
+    )
+    return markdown(head, map(cells, rows))
 
 
 def plans_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -133,21 +129,19 @@ def plans_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; steps of later versions of the trainer first.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
-    rows.sort(key=lambda row: (row["trainer"], row["model"], row["gpus"], row["tokens"]))
-    rows.sort(key=lambda row: str(row["trainer"]), reverse=True)
-    lines = [
-        "| model | GPUs | tokens | trainer | GiB, GPU | plan of 0.3 | plan now | seconds | plan of 0.3 | plan now |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [row["model"], str(row["gpus"]), f"{row['tokens']:,}", row["trainer"]]
+
+    def cells(row: Row) -> list[str]:
+        cells = [row["model"], row["gpus"], f"{row['tokens']:,}", row["trainer"]]
         for key, digits in (("peak_gpu_gib", 1), ("seconds_per_step", 2)):
             cells.append(f"{row[key]:.{digits}f}")
             for by in (row.get("plan_0_3"), row["plan_now"]):  # 0.3 has no plan of what it could not train
                 cells.append(f"{by[key]:.{digits}f} ({100 * (by[key] / row[key] - 1):+.1f}%)" if by else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        return cells
+
+    rows = sorted(all_rows(recorded), key=lambda row: (row["model"], row["gpus"], row["tokens"]))
+    rows.sort(key=lambda row: str(row["trainer"]), reverse=True)
+    head = "model | GPUs | tokens | trainer | GiB, GPU | plan of 0.3 | plan now | seconds | plan of 0.3 | plan now"
+    return markdown(head, map(cells, rows))
 
 
 def host_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -159,16 +153,15 @@ def host_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; none where nothing was recorded.
     """
-    rows = [row for file in recorded for row in rows_of(file) if row["tflops"] is not None and row["ranks"] > 1]
-    if not rows:
-        return []
+
+    def cells(row: Row) -> list[str]:
+        what = [row["ranks"], f"{row['tokens']:,}", "packed" if row["packed"] else "whole"]
+        what += [KERNELS.get(row["kernel"], row["kernel"]), row["name"]]
+        return [*what, f"{row['tflops']:.0f}", "" if row["of_one"] is None else format(row["of_one"], ".1%")]
+
+    rows = [row for row in all_rows(recorded) if row["tflops"] is not None and row["ranks"] > 1]
     rows.sort(key=lambda row: (row["ranks"], row["tokens"], row["packed"], row["kernel"]))
-    lines = ["| GPUs | tokens | rows | kernel | scheme | TF/s per GPU | of one GPU |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        cells: list[str] = [str(row["ranks"]), f"{row['tokens']:,}", "packed" if row["packed"] else "whole"]
-        cells += [str(KERNELS.get(row["kernel"], row["kernel"])), row["name"], f"{row['tflops']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} | {'' if row['of_one'] is None else format(row['of_one'], '.1%')} |")
-    return lines
+    return markdown("GPUs | tokens | rows | kernel | scheme | TF/s per GPU | of one GPU", map(cells, rows))
 
 
 # Name of a table: the recorded files it is made from (in notebooks/results), and how.
@@ -213,13 +206,13 @@ def measured_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Args:
         recorded: Result files, each with its name as `file`; one line for each file, version of it and peer in it.
     """
-    lines = ["| file | ultralong | commit | torch | peer | hardware | date |", "|---|---|---|---|---|---|---|"]
+    cells = []
     for file in recorded:
         found = {(facts_of(file, row), _peer(row)): None for row in rows_of(file)}
         for facts, peer in sorted(found, key=lambda each: (each[0].date, each[0].version, each[0].commit, each[1])):
-            cells = [facts.version or "not recorded", facts.commit, facts.torch, peer, facts.hardware, facts.date]
-            lines.append(f"| {file['file']} | {' | '.join(cells)} |")
-    return lines
+            version = facts.version or "not recorded"
+            cells.append([file["file"], version, facts.commit, facts.torch, peer, facts.hardware, facts.date])
+    return markdown("file | ultralong | commit | torch | peer | hardware | date", cells)
 
 
 def _peer(row: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""What the benches of inference share: a model with random weights, the clock, and memory."""
+"""What the benches share: a model's first layers with random weights, the clock, and memory."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +14,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ultralong import attention
+from ultralong.planner.shapes import model_config
 from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.units import GIB
 
 T = TypeVar("T")
+
+
+def cut_config(model: str, layers: int | None) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config of a model with its first layers only, and what rows say of it; None keeps all layers."""
+    config = model_config(model)
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    if layers is not None:
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = kinds[:layers]
+        text.num_hidden_layers = layers
+    kept = text.num_hidden_layers
+    name = Path(model).name + ("" if kept == whole else f", cut to {kept} of {whole} layers")
+    return config, {"model": name, "layers": kept, "of_layers": whole}
 
 
 def make_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:

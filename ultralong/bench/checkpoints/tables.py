@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ultralong.bench.results import rows_of
+from ultralong.bench.results import all_rows, markdown
 
 MEANING = {
     "equal": "the model class computes the table that is meant, and the window is the one asked for",
@@ -26,13 +26,12 @@ def readers_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
+    rows = all_rows(recorded)
     programs = list(dict.fromkeys((row["program"], row["version"]) for row in rows))
     cells = {(row["kind"], row["program"], row["version"]): _cell(row) for row in rows}
-    lines = [f"| checkpoint | {' | '.join(' '.join(one) for one in programs)} |", "|---" * (len(programs) + 1) + "|"]
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        lines.append(f"| {kind} | {' | '.join(cells.get((kind, *one), '') for one in programs)} |")
-    return lines
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    lines = ([kind, *(cells.get((kind, *one), "") for one in programs)] for kind in kinds)
+    return markdown(" | ".join(["checkpoint", *(" ".join(one) for one in programs)]), lines)
 
 
 def lines_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -45,8 +44,8 @@ def lines_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         Lines of a Markdown table: a program's line for most checkpoints first, then those of the others, by name.
         Checkpoints that a program refuses are left out.
     """
-    rows = [row for file in recorded for row in rows_of(file) if row["window"] is not None]
-    lines = ["| program | to type | its window | checkpoints |", "|---|---|---|---|"]
+    rows = [row for row in all_rows(recorded) if row["window"] is not None]
+    lines = []
     for program in dict.fromkeys((row["program"], row["version"]) for row in rows):
         kinds: dict[tuple[str, int], list[str]] = {}
         for row in rows:
@@ -55,8 +54,8 @@ def lines_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         ordered = sorted(kinds.items(), key=lambda each: -len(each[1]))
         for number, ((typed, window), names) in enumerate(ordered):
             named = "; ".join(names) if number else f"the other {len(names)}"
-            lines.append(f"| {' '.join(program)} | `{typed}` | {window:,} | {named} |")
-    return lines
+            lines.append([" ".join(program), f"`{typed}`", f"{window:,}", named])
+    return markdown("program | to type | its window | checkpoints", lines)
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -76,15 +75,15 @@ def configs_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
+    rows = all_rows(recorded)
     cases: Counter[str] = Counter()
     for row in rows:
         cases.update(row["counts"])
-    lines = ["| result | cases | architectures with one | meaning |", "|---|---|---|---|"]
+    lines = []
     for result, meaning in MEANING.items():
         types = sum(result in row["counts"] for row in rows)
-        lines.append(f"| {result} | {cases[result]:,} | {types} of {len(rows)} | {meaning} |")
-    return lines
+        lines.append([result, f"{cases[result]:,}", f"{types} of {len(rows)}", meaning])
+    return markdown("result | cases | architectures with one | meaning", lines)
 
 
 def faults_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -96,11 +95,11 @@ def faults_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    lines = ["| input | command | 0.3.0 | now |", "|---|---|---|---|"]
-    for row in (row for file in recorded for row in rows_of(file)):
+    lines = []
+    for row in all_rows(recorded):
         seen = [row.get(f"{when}_seen", "not run") for when in ("before", "after")]
         cells = [text.replace("|", "/").replace("<", "&lt;") for text in seen]
         marks = [f"**{row[when]}**: " if row.get(when) == "fault" else "" for when in ("before", "after")]
         before, after = (mark + cell for mark, cell in zip(marks, cells, strict=True))
-        lines.append(f"| {row['input'].replace('<', '&lt;')} | `{row['command']}` | {before} | {after} |")
-    return lines
+        lines.append([row["input"].replace("<", "&lt;"), f"`{row['command']}`", before, after])
+    return markdown("input | command | 0.3.0 | now", lines)

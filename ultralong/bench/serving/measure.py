@@ -30,7 +30,7 @@ from ultralong.bench.prefill import RULE, kernel_rate, prefill_flops
 from ultralong.bench.results import write_rows
 from ultralong.bench.serving.client import FOLLOWING, WARM_ANSWER
 from ultralong.bench.serving.options import ServeBench
-from ultralong.bench.timing import clear, make_model, over_gpus
+from ultralong.bench.timing import clear, cut_config, make_model, over_gpus
 from ultralong.inference.server.serve import CHUNK as SINGLE_CHUNK
 from ultralong.inference.server.serve import Serving
 from ultralong.inference.server.settings import ServeSettings
@@ -75,10 +75,7 @@ def bench_serve(options: ServeBench, path: Path | None = None) -> dict[str, Any]
 
 def _serve(rank: int, world: int, device: str, options: ServeBench) -> Any:
     """One process's part; the first one's row, or the error by which a user's mistake is told."""
-    config = model_config(options.model)
-    whole = config.get_text_config().num_hidden_layers
-    if options.layers is not None:
-        config.num_hidden_layers = options.layers
+    config, about = cut_config(options.model, options.layers)
     chunk = options.chunk or (SINGLE_CHUNK if world == 1 and options.kv == "bf16" else CHUNK * world)
     warm = min(options.tokens, chunk + BEYOND)
     config.max_position_embeddings = max(options.tokens + FOLLOWING + options.new_tokens, warm + WARM_ANSWER)
@@ -94,7 +91,7 @@ def _serve(rank: int, world: int, device: str, options: ServeBench) -> Any:
     said = work_together(asking, model, word_tokenizer(vocabulary), rank, world, kv=kv, chunk=chunk, quiet=True)
     if rank or isinstance(said, Exception):
         return said
-    return _row(options, shape, whole, chunk, said, rate)
+    return {**about, **_row(options, shape, chunk, said, rate)}
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -142,18 +139,12 @@ class _Asking:
             server.should_exit = True
 
 
-def _row(
-    options: ServeBench, shape: Shape, whole: int, chunk: int, said: dict[str, Any], rate: float
-) -> dict[str, Any]:
+def _row(options: ServeBench, shape: Shape, chunk: int, said: dict[str, Any], rate: float) -> dict[str, Any]:
     """What the prompt took as the client saw it; rates in TF/s per GPU, memory of the first GPU."""
     asked, again = said["asked"], said["again_with_the_prompt_kept"]
     attended, multiplied = prefill_flops(shape, options.tokens)
     achieved = (attended + multiplied) / options.gpus / asked["seconds_to_first_token"]
-    cut = "" if shape.layers == whole else f", cut to {shape.layers} of {whole} layers"
     return {
-        "model": Path(options.model).name + cut,
-        "layers": shape.layers,
-        "of_layers": whole,
         "tokens": options.tokens,
         "gpus": options.gpus,
         "kv": options.kv,

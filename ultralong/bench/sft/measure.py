@@ -11,16 +11,18 @@ prompts; perplexity of held-out texts. Every stage stays on disk, so an interrup
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ultralong.bench.results import markdown
 from ultralong.bench.sft.rows import PreparedDemo
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.measures.row_loss import RowLoss, loss_change, open_for_loss, row_loss
+from ultralong.evaluation.report.report import count_needles
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import read_json, read_jsonl, write_json
 from ultralong.utils.settings import to_mapping
@@ -107,25 +109,16 @@ def found(cells: list[dict[str, Any]], window: int) -> dict[str, dict[str, float
     Returns:
         `within` and `beyond`, each with `correct`, `n`, `low` and `high`; one without cells is left out.
     """
-    result = {}
-    for name, chosen in (
-        ("within", [c for c in cells if c["length"] <= window]),
-        ("beyond", [c for c in cells if c["length"] > window]),
-    ):
-        if chosen:
-            correct, n = sum(cell["correct"] for cell in chosen), sum(cell["n"] for cell in chosen)
-            low, high = wilson(correct, n)
-            result[name] = {"correct": correct, "n": n, "low": low, "high": high}
-    return result
+    counted = {"within": count_needles(cells, 0, window), "beyond": count_needles(cells, window, sys.maxsize)}
+    return {
+        name: {key: count[key] for key in ("correct", "n", "low", "high")} for name, count in counted.items() if count
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """What was measured, as lines of a Markdown table and a sentence."""
     window = result["base_window"]
-    lines = [
-        f"| model | answer loss (95%) | needles to {window:,} | needles beyond | perplexity, first and last bin |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, title in MODELS.items():
         loss = result["answer_loss"][name]
         cells = [title, f"{loss['loss']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})"]
@@ -136,18 +129,17 @@ def table(result: dict[str, Any]) -> list[str]:
                 for key in ("within", "beyond")
             ]
             cells.append(f"{bins[0]['perplexity']:.2f}, {bins[-1]['perplexity']:.2f}")
-        else:
-            cells += [""] * 3
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     change, answers = result["answer_loss_change_by_sft"], result["rows"]["conversations"]["answers"]
     tuning = result["training"]["tuning"]
-    lines += [
+    head = f"model | answer loss (95%) | needles to {window:,} | needles beyond | perplexity, first and last bin"
+    return [
+        *markdown(head, rows),
         "",
         f"SFT changed the loss on {answers['documents']:,} answers kept apart by {change['change']:+.4f} "
         f"nats per target ({change['low']:+.4f} to {change['high']:+.4f}); it fell for {change['better']:.0%} of "
         f"them. {tuning['steps']} steps, {tuning['tokens']:,} tokens, {tuning['seconds']} s of steps.",
     ]
-    return lines
 
 
 def _log(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralong.bench.results import rows_of, write_rows
+from ultralong.bench.results import all_rows, markdown, write_rows
 from ultralong.planner.autotune import longest_row
 from ultralong.planner.machine import load_machine
 from ultralong.planner.memory import gpu_total, host_memory
@@ -104,16 +104,12 @@ def longest_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
+    rows = all_rows(recorded)
     cards = sorted({row["gpu_memory_gib"] for row in rows})
-    lines = [
-        "| model | trained | " + " | ".join(f"{card:g} GiB" for card in cards) + " |",
-        "|---" * (2 + len(cards)) + "|",
-    ]
+    lines = []
     for model, trained in dict.fromkeys((row["model"], row["trained"]) for row in rows):
         tokens = {
             r["gpu_memory_gib"]: r["planned_tokens"] for r in rows if (r["model"], r["trained"]) == (model, trained)
         }
-        cells = [f"{tokens[card]:,}" if tokens.get(card) else "none" for card in cards]
-        lines.append(f"| {model} | {trained} | {' | '.join(cells)} |")
-    return lines
+        lines.append([model, trained, *(f"{tokens[card]:,}" if tokens.get(card) else "none" for card in cards)])
+    return markdown(" | ".join(["model", "trained", *(f"{card:g} GiB" for card in cards)]), lines)

@@ -20,13 +20,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ultralong.bench.timing import cut_config
 from ultralong.bench.training.case import RowCount, TrainingCase, parse_mix
 from ultralong.bench.training.mix import kernel_seconds, seed_of, useful_flops
 from ultralong.bench.training.ranks import start_ranks
-from ultralong.bench.training.work import WARM, cut_short, prepare_training
+from ultralong.bench.training.work import WARM, prepare_training
 from ultralong.planner import plan
 from ultralong.planner.machine import load_machine
-from ultralong.planner.shapes import Shape, check_countable, model_config, planned_model, shape_of
+from ultralong.planner.shapes import Shape, check_countable, planned_model, shape_of
 from ultralong.planner.sharing.priced import Asked, one_row_passes
 from ultralong.planner.trained import planned_parameters
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -116,7 +117,7 @@ def facts_beside() -> dict[str, Any]:
 
 def case_config(case: TrainingCase) -> Any:
     """The config of a case's model."""
-    return cut_short(model_config(case.model), case.layers)
+    return cut_config(case.model, case.layers)[0]
 
 
 @contextmanager

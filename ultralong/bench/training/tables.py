@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultralong import __version__
-from ultralong.bench.results import KERNELS, rows_of
+from ultralong.bench.results import KERNELS, Row, all_rows, markdown
 
 SCHEMES = {"ring": "ring", "ulysses": "Ulysses", "gathered": "gathered keys"}
 
@@ -20,23 +20,24 @@ def training_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table; models, GPUs and lengths rise.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
-    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
-    lines = [
-        "| model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        before = f"| {row['model']} | {row['gpus']} | {row['tokens']:,} | {_trainer(row)} | "
+
+    def cells(row: Row) -> list[str]:
+        what = [row["model"], row["gpus"], f"{row['tokens']:,}", _trainer(row)]
         if "seconds_per_step" not in row:
-            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | | |")
-            continue
+            return [*what, _stopped(row)]
+        rates = [f"{row['tokens_per_second_per_gpu']:,.0f}", f"{100 * row['mfu_causal']:.1f}%"]
         host = f"{row['peak_host_gib']:.0f}" if "peak_host_gib" in row else ""
-        lines.append(
-            f"{before}{beside_plan(row, 'seconds_per_step')} | {row['tokens_per_second_per_gpu']:,.0f} | "
-            f"{100 * row['mfu_causal']:.1f}% | {beside_plan(row, 'peak_gpu_gib')} | {host} |"
-        )
-    return lines
+        return [*what, beside_plan(row, "seconds_per_step"), *rates, beside_plan(row, "peak_gpu_gib"), host]
+
+    rows = all_rows(recorded)
+    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"], "peer" in row, _trainer(row)))
+    head = "model | GPUs | tokens | trainer | seconds a step | tokens/s per GPU | MFU | GiB, GPU | GiB, host"
+    return markdown(head, map(cells, rows))
+
+
+def _stopped(row: Row) -> str:
+    """Why a row has no times, in a cell."""
+    return "out of memory" if "out of memory" in row["note"] else "stopped"
 
 
 def _trainer(row: dict[str, Any]) -> str:
@@ -67,27 +68,25 @@ def packed_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
-    lines = [
-        "| model | tokens | rows | kernel | seconds a step | of the plan | MFU | "
-        "attention | matrix products | others | idle |",
-        "|" + "---|" * 11,
-    ]
-    for row in rows:
+
+    def cells(row: Row) -> list[str]:
         cells = [row["model"], f"{row['tokens']:,}"]
         cells += [f"{row['documents']} masked documents" if "documents" in row else "whole"]
         cells += [KERNELS.get(row["kernel"], row["kernel"])]
         if "seconds_per_step" not in row:
-            said = "out of memory" if "out of memory" in row["note"] else "stopped"
-            lines.append(f"| {' | '.join([*cells, said])} |" + " |" * 6)
-            continue
+            return [*cells, _stopped(row)]
         kinds = row["kinds"]
         others = sum(kinds.values()) - kinds.get("attention", 0.0) - kinds.get("matrix products", 0.0)
         seconds = [kinds.get("attention", 0.0), kinds.get("matrix products", 0.0), others, row["idle_seconds"]]
         cells += [beside_plan(row, "seconds_per_step", 2)]
         cells += [f"{row['seconds_per_step'] / row['planned_seconds_per_step']:.1%}", f"{row['mfu_causal']:.1%}"]
-        lines.append(f"| {' | '.join([*cells, *(f'{took:.2f}' for took in seconds)])} |")
-    return lines if rows else []
+        return [*cells, *(f"{took:.2f}" for took in seconds)]
+
+    head = (
+        "model | tokens | rows | kernel | seconds a step | of the plan | MFU | attention | matrix products | others | "
+        "idle"
+    )
+    return markdown(head, map(cells, all_rows(recorded)))
 
 
 def capped_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -99,23 +98,19 @@ def capped_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
-    lines = [
-        "| model | trained | held to | tokens | GiB taken | tensors + driver | GiB, host | seconds a step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+
+    def cells(row: Row) -> list[str]:
         trained = f"LoRA, {row['lora'].partition(',')[0]}" if "lora" in row else "all"
-        before = f"| {row['model']} | {trained} | {row['capped_gpu_gib']:g} GiB | {row['tokens']:,} | "
+        what = [row["model"], trained, f"{row['capped_gpu_gib']:g} GiB", f"{row['tokens']:,}"]
         if "seconds_per_step" not in row:
-            lines.append(before + ("out of memory" if "out of memory" in row["note"] else "stopped") + " | | | |")
-            continue
-        lines.append(
-            f"{before}{_taken(row)[0]:.1f} ({row['planned_total_gpu_gib']:.1f}) | {row['peak_gpu_gib']:.1f} + "
-            f"{row['context_gpu_gib']:.1f} | {beside_plan(row, 'peak_host_gib')} | "
-            f"{beside_plan(row, 'seconds_per_step')} on {row['gpu']} |"
-        )
-    return lines if rows else []
+            return [*what, _stopped(row)]
+        taken = f"{_taken(row)[0]:.1f} ({row['planned_total_gpu_gib']:.1f})"
+        parts = f"{row['peak_gpu_gib']:.1f} + {row['context_gpu_gib']:.1f}"
+        seconds = f"{beside_plan(row, 'seconds_per_step')} on {row['gpu']}"
+        return [*what, taken, parts, beside_plan(row, "peak_host_gib"), seconds]
+
+    head = "model | trained | held to | tokens | GiB taken | tensors + driver | GiB, host | seconds a step"
+    return markdown(head, map(cells, all_rows(recorded)))
 
 
 def _taken(row: dict[str, Any]) -> tuple[float, float]:
@@ -168,14 +163,14 @@ def families_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    rows = [row for file in recorded for row in rows_of(file)]
-    found = {(row["family"], row["scheme"]): row for row in rows}
-    lines = [f"| family | {' | '.join(SCHEMES.values())} |", f"|---|{'---|' * len(SCHEMES)}"]
-    for family in dict.fromkeys(row["family"] for row in rows):
-        cells = (found[family, scheme] for scheme in SCHEMES)
-        errors = [f"{row['float64_gradient']:.0e}, {row['float32_fsdp_gradient']:.0e}" for row in cells]
-        lines.append(f"| {family} | {' | '.join(errors)} |")
-    return lines
+    rows = all_rows(recorded)
+    errors = {
+        (row["family"], row["scheme"]): f"{row['float64_gradient']:.0e}, {row['float32_fsdp_gradient']:.0e}"
+        for row in rows
+    }
+    families = dict.fromkeys(row["family"] for row in rows)
+    cells = ([family, *(errors[family, scheme] for scheme in SCHEMES)] for family in families)
+    return markdown(" | ".join(["family", *SCHEMES.values()]), cells)
 
 
 def refused_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -188,7 +183,7 @@ def refused_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
         Lines of a Markdown table.
     """
     messages = {name: said for file in recorded for name, said in file["refused"].items()}
-    return ["| model | what is said |", "|---|---|", *(f"| {name} | {said} |" for name, said in messages.items())]
+    return markdown("model | what is said", list(messages.items()))
 
 
 def curves_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
@@ -202,18 +197,16 @@ def curves_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     """
     runs = {heading: run for file in recorded for heading, run in file["runs"].items()}
     lengths = sorted({cell["length"] for run in runs.values() for cell in run["capabilities"]})
-    lines = [
-        f"| run | capability | samples | {' | '.join(f'{n:,}' for n in lengths)} | area under the curve |",
-        f"|---|---|---|{'---|' * len(lengths)}---|",
-    ]
+    lines = []
     for heading, run in runs.items():
         areas = {area["capability"]: area for area in run["areas"]}
         for capability in dict.fromkeys(cell["capability"] for cell in run["capabilities"]):
             cells = {cell["length"]: cell for cell in run["capabilities"] if cell["capability"] == capability}
-            scores = " | ".join(_score(cells.get(length)) for length in lengths)
+            scores = [_score(cells.get(length)) for length in lengths]
             samples = sum(cell["n"] for cell in cells.values())
-            lines.append(f"| {heading} | {capability} | {samples} | {scores} | {_score(areas.get(capability))} |")
-    return lines
+            lines.append([heading, capability, samples, *scores, _score(areas.get(capability))])
+    head = ["run", "capability", "samples", *(f"{length:,}" for length in lengths), "area under the curve"]
+    return markdown(" | ".join(head), lines)
 
 
 def _score(cell: dict[str, Any] | None) -> str:

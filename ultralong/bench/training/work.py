@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ultralong.attention.kernels import flash_attn_4_hooks
 from ultralong.bench.attention.measure import documents as spread_documents
+from ultralong.bench.timing import cut_config
 from ultralong.bench.training.mix import SHORT, OneRowPasses, conversations
 from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.miniature.tokenizer import train_tokenizer
-from ultralong.planner.shapes import model_config
 from ultralong.training.adapters.lora import add_adapters
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
@@ -96,19 +95,10 @@ def _name_of(edges: tuple[int, ...]) -> str:
 
 
 def _make_model(folder: Path, model: str, layers: int | None) -> None:
-    config = cut_short(model_config(model), layers)
+    config, _ = cut_config(model, layers)
     config.max_position_embeddings = WINDOW
     train_tokenizer(["a b c"], WINDOW).save_pretrained(folder)
     config.save_pretrained(folder)
-
-
-def cut_short(config: Any, layers: int | None) -> Any:
-    """A model's config with its first layers only, changed in place; None keeps all."""
-    if layers is not None:
-        if kinds := getattr(config, "layer_types", None):
-            config.layer_types = kinds[:layers]
-        config.num_hidden_layers = layers
-    return config
 
 
 def _make_rows(folder: Path, model: Path, length: int, chats: bool, edges: tuple[int, ...]) -> None:
