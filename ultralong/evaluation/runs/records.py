@@ -224,7 +224,7 @@ def _fill(
             for record in _answered(engine, tokenizer, prefetch.of(together), length):
                 append_jsonl(answers_path(out, record["task"], length), record)
                 held[record["task"], length].append(record)
-                bar.set_postfix_str(f"{record['task']} {length:,}")
+                bar.set_postfix_str(f"{record['task']} {length:,}", refresh=False)
                 bar.update(length)
             bar.update(length * sum(samples - len(held[pair]) for pair in together))
         return prefetch.failed
