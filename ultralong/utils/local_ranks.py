@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -233,15 +233,20 @@ def _collect(processes: list[Any], answers: list[_Answer], timeout: float) -> li
         open_pipes = [answers[rank].reader for rank in missing if not answers[rank].ended]
         wait([*open_pipes, *(processes[rank].sentinel for rank in missing)], timeout=0.05)
     if errors:
-        text = "\n".join(f"--- rank {rank} ---\n{message}" for rank, message in sorted(errors.items()))
-        failed = RankFailed(f"{len(errors)} of {len(processes)} ranks failed:\n{text}")
-        killed = [rank for rank in range(len(processes)) if rank in gone and processes[rank].exitcode in KILLED]
-        if not killed:
-            raise failed
-        # What the others say is of the connection that broke.
-        one, by = processes[killed[0]], signal.Signals(-processes[killed[0]].exitcode).name
-        raise RankKilled(
-            f"rank {killed[0]} of {len(processes)} was killed (process {one.pid}, {by}), often because the host ran "
-            "out of memory. Run the same again, and ask for less if it was the memory."
-        ) from failed
+        _fail(processes, errors, gone)
     return [done[rank] for rank in range(len(processes))]
+
+
+def _fail(processes: list[Any], errors: dict[int, str], gone: set[int]) -> NoReturn:
+    """Raise what ranks failed by: where one of those that are gone was killed, that."""
+    text = "\n".join(f"--- rank {rank} ---\n{message}" for rank, message in sorted(errors.items()))
+    failed = RankFailed(f"{len(errors)} of {len(processes)} ranks failed:\n{text}")
+    killed = next((rank for rank in sorted(gone) if processes[rank].exitcode in KILLED), None)
+    if killed is None:
+        raise failed
+    # What the others say is of the connection that broke.
+    one = processes[killed]
+    raise RankKilled(
+        f"rank {killed} of {len(processes)} was killed (process {one.pid}, {signal.Signals(-one.exitcode).name}), "
+        "often because the host ran out of memory. Run the same again, and ask for less if it was the memory."
+    ) from failed

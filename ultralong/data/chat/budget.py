@@ -18,7 +18,6 @@ class Budget:
     Attributes:
         prompt: Tokens of prompts used.
         answer: Tokens of answers used.
-        exhausted: True once something was refused.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class Budget:
         self.most_tokens, self.most_money = tokens, money
         self.prices = (prompt_price, answer_price)
         self.prompt, self.answer = spent
-        self.exhausted = False
         self._aside = [0, 0]
         self._lock = threading.Lock()
 
@@ -53,7 +51,6 @@ class Budget:
             most = (self.prompt + self._aside[0] + prompt, self.answer + self._aside[1] + answer)
             over = self.most_tokens is not None and sum(most) > self.most_tokens
             over |= self.most_money is not None and self._price(*most) > self.most_money
-            self.exhausted |= over
             if over:
                 return False
             self._aside[0] += prompt

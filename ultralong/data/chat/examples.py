@@ -172,14 +172,14 @@ def _digest(examples: list[Example]) -> str:
 
 def _count(examples: list[Example], lengths: dict[str, LengthCounts], report: ReadReport) -> dict[str, dict[str, Any]]:
     """What was taken of each source; the report counts it too."""
-    sources: dict[str, dict[str, Any]] = {}
+    names = sorted({*lengths, *(example.conversation.source for example in examples)})
+    counted = ("documents", "tokens", "target_tokens", "characters")
+    sources: dict[str, dict[str, Any]] = {name: {**dict.fromkeys(counted, 0), "licenses": {}} for name in names}
     for example in examples:
         talk, tokens = example.conversation, int(example.ids.size)
         report.documents += 1
         report.characters += talk.characters
-        row = sources.setdefault(
-            talk.source, {"documents": 0, "tokens": 0, "target_tokens": 0, "characters": 0, "licenses": {}}
-        )
+        row = sources[talk.source]
         row["documents"] += 1
         row["tokens"] += tokens
         row["target_tokens"] += int(example.mask[1:].sum())
@@ -189,6 +189,5 @@ def _count(examples: list[Example], lengths: dict[str, LengthCounts], report: Re
         if counts is not None:
             counts.add(talk.characters / FU_CHARACTERS_PER_TOKEN, 1, read=0)
     for name, counts in lengths.items():
-        sources.setdefault(name, {"documents": 0, "tokens": 0, "target_tokens": 0, "characters": 0, "licenses": {}})
         sources[name]["lengths"] = counts.as_json()
-    return dict(sorted(sources.items()))
+    return sources

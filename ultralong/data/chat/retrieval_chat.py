@@ -22,7 +22,7 @@ from ultralong.data.chat.size_search import SizeSearch
 from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import Document
 from ultralong.data.read.messages import Message
-from ultralong.data.select.retrieval import cut_near
+from ultralong.data.select.retrieval import cut_near, insert
 
 CHARACTERS = 4  # a token, nominally: how many facts a text gets does not depend on where it is cut
 CLOSE, LEAST, TRIES = 0.001, 0.95, 12  # the text is cut elsewhere until a conversation is so close below its tokens
@@ -286,14 +286,9 @@ def _with_facts(
     starts = [match.end() for match in (END if flowing else re.compile("\n")).finditer(text)] or [0]
     starts = [place for place in starts if not any(a < place < b for a, b in kept)] or [0]
     behind = " " if flowing else "\n"
-    inserted: list[tuple[int, int, str]] = []
-    for number, (sentences, wanted) in enumerate(zip(told, depths, strict=True)):
+    inserted: list[tuple[int, str]] = []
+    for sentences, wanted in zip(told, depths, strict=True):
         for sentence, depth in zip(sentences, wanted, strict=True):
             place = min(bisect_left(starts, math.floor(depth * len(text))), len(starts) - 1)
-            inserted.append((starts[place], number, sentence))
-    inserted.sort(key=lambda item: item[:2])
-    parts, last = [], 0
-    for place, _, sentence in inserted:
-        parts += [text[last:place], sentence, behind]
-        last = place
-    return "".join([*parts, text[last:]])
+            inserted.append((starts[place], sentence))
+    return "".join(insert(text, inserted, behind))

@@ -86,6 +86,11 @@ class UniqueIds:
         return f"{id}~{self._times[id] + 1}"
 
 
+def nothing_taken() -> dict[str, Any]:
+    """What is counted of a source, before anything of it is taken."""
+    return {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
+
+
 @dataclass
 class ReadReport:
     """Counts what was read and what was left out, with a few examples of each reason.

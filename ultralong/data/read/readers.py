@@ -272,11 +272,15 @@ class RecordReader:
 
     def _field(self, row: dict[str, Any], where: str, kind: str) -> tuple[str, Any]:
         """(id, text) of a record that has passed the check for its fields, or must pass it now."""
-        settings = self.settings
+        field = self.settings.field
         if kind == "column":
-            self._check_columns(list(row), [settings.field], where)
-        named = row.get(settings.id_field) if settings.id_field else None
-        return (where if named is None else str(named)), row[settings.field]
+            self._check_columns(list(row), [field], where)
+        return self.id_of(row, where), row[field]
+
+    def id_of(self, row: dict[str, Any], where: str) -> str:
+        """A record's id: what its field for that holds, or else its place."""
+        named = row.get(self.settings.id_field) if self.settings.id_field else None
+        return where if named is None else str(named)
 
     @staticmethod
     def _check_columns(found: list[str], wanted: list[str], where: str) -> None:

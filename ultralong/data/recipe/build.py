@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultralong.data.chat.pack import ChatSettings, pack_chat
 from ultralong.data.chat.subsample import summary
-from ultralong.data.read.documents import ReadReport, SkipLog
+from ultralong.data.read.documents import ReadReport, SkipLog, nothing_taken
 from ultralong.data.recipe.schema import Recipe, Source, load_recipe
 from ultralong.data.recipe.sources import SourceReader, why_nothing
 from ultralong.data.rows.packed_rows import PackedRows
@@ -183,9 +183,8 @@ def _pack_documents(
         raise ValueError(f"nothing was read. {told}")
     with watch.stage("pack"):
         rows = pack(store, tokenizer, out, settings, quiet=quiet)
-    none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
-    tokens = store.manifest["sources"]
-    return rows, {name: {**none, **tokens.get(name, {}), **noted} for name, noted in read_json(notes).items()}
+    taken, noted = store.manifest["sources"], read_json(notes)
+    return rows, {name: {**nothing_taken(), **taken.get(name, {}), **noted[name]} for name in noted}
 
 
 def _pack_chat(

@@ -34,14 +34,10 @@ class Step:
         base: Folder of the run, which every task sees.
         tokenizer: Folder of the tokenizer.
         cache: Where fetched packages are kept, which every task sees.
-        overrides: `key=value` changes of the recipe.
     """
 
-    def __init__(
-        self, recipe: str, base: str, tokenizer: str, cache: str | None = None, overrides: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, recipe: str, base: str, tokenizer: str, cache: str | None = None) -> None:
         self.recipe_file, self.base, self.tokenizer, self.cache = recipe, Path(base), tokenizer, cache
-        self.overrides = overrides
 
     def recipe(self) -> Recipe:
         """The recipe.
@@ -49,7 +45,7 @@ class Step:
         Raises:
             ValueError: It is of conversations, which are few: pack them on one machine.
         """
-        recipe = load_recipe(self.recipe_file, self.overrides)
+        recipe = load_recipe(self.recipe_file)
         if recipe.kind != "documents":
             raise ValueError(f"recipe {recipe.name} is of {recipe.kind}: it is packed on one machine.")
         return recipe

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ultralong.data.read.documents import nothing_taken
 from ultralong.data.recipe.build import PackReport, make_report
 from ultralong.data.recipe.schema import load_recipe
 from ultralong.data.rows.packing import PackSettings, pack
@@ -56,10 +57,9 @@ def pack_merged(
         for path in sorted((base / "read" / name).glob("*.json")):
             reads[path.stem] = add_numbers(reads[path.stem], read_json(path)) if path.stem in reads else read_json(path)
     noted = read_json(store.folder / "sources.json")
-    none = {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}}
     sources = {
         name: {
-            **none,
+            **nothing_taken(),
             "license": licenses[name],
             **store.manifest["sources"].get(name, {}),
             **noted.get(name, {}),

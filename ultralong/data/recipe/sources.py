@@ -162,8 +162,7 @@ class SourceReader:
         source, settings = self.source, self.source.read
         reader = RecordReader(settings, self.report)
         for where, row in self._rows(reader):
-            named = row.get(settings.id_field) if settings.id_field else None
-            id = readable(f"{source.name}/{where if named is None else named}")
+            id = readable(f"{source.name}/{reader.id_of(row, where)}")
             # The default field's name is for documents; conversations are found by their shape.
             if settings.field != "text" and settings.field not in row:
                 reader.skip(f"no field {settings.field!r}", id)
@@ -253,15 +252,16 @@ class SourceReader:
             elif settings.field not in row:
                 reader.skip(f"no field {settings.field!r}", where)
             else:
-                named = row.get(settings.id_field) if settings.id_field else None
-                record = (where if named is None else str(named), row[settings.field])
-                yield from reader.checked([record], name, license)
+                yield from reader.checked([(reader.id_of(row, where), row[settings.field])], name, license)
+
+    def _cleaned(self, text: str) -> str:
+        for name in self.source.clean:
+            text = CLEANERS[name](text)
+        return text
 
     def _clean(self, documents: Iterable[Document]) -> Iterator[Document]:
         for document in documents:
-            text = document.text
-            for name in self.source.clean:
-                text = CLEANERS[name](text)
+            text = self._cleaned(document.text)
             if text.strip():
                 yield replace(document, text=text)
             else:
@@ -275,10 +275,7 @@ class SourceReader:
         for number in range(count):
             documents = reader.documents([files[number * len(files) // count]], self.source.name, "")
             for document in itertools.islice(documents, MEASURED_TEXTS // count):
-                text = document.text
-                for name in self.source.clean:
-                    text = CLEANERS[name](text)
-                yield text
+                yield self._cleaned(document.text)
 
 
 def _record_of(row: dict[str, Any], field: str) -> Any:

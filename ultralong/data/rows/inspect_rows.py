@@ -6,7 +6,7 @@ T tokens per row, N segments (documents or parts of one) in it.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = (36, 33)  # ANSI cyan and yellow by turns, as neighbours must differ and any number of documents may come
 HTML_COLOURS = ("#D6EAF5", "#F9E3D2")
 SEPARATOR_STYLE = "1;97;45"
+REACH = 3  # tokens shown at either side of a boundary
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     return str(tokenizer.decode([int(token) for token in ids], clean_up_tokenization_spaces=False))
 
 
-def _around(row: PackedRow, cut: int, width: int, tokenizer: Any, reach: int = 3) -> list[tuple[int, str, str, int]]:
-    """The tokens around a boundary: `reach` before the separator of `width` tokens, and `reach` after it."""
-    places = range(max(0, cut - width - reach), min(row.input_ids.size, cut + reach))
+def _around(row: PackedRow, cut: int, width: int, tokenizer: Any) -> list[tuple[int, str, str, int]]:
+    """The tokens around a boundary: `REACH` before the separator of `width` tokens, and as many after it."""
+    places = range(max(0, cut - width - REACH), min(row.input_ids.size, cut + REACH))
     return [
         (
             place,
@@ -198,16 +199,15 @@ def as_text(view: RowView, *, colour: bool = False, most: int) -> str:
         colour: True paints documents in two colours by turns and the separator in a third (ANSI codes).
         most: Segments shown at either end of the row; those between are counted.
     """
-    checks, segments = view.checks, _counted(len(view.segments), "segment")
+    checks, segments = view.checks, _counted(view.segments)
     lines = [
         f"row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels "
         f"({checks['labels_that_are_the_next_input']:,} of them the next input, {checks['masked_labels']:,} "
         f"masked), {checks['boundaries_with_separator']:,} of {checks['boundaries']:,} boundaries with a separator"
     ]
-    for number, segment in enumerate(view.segments):
-        if len(view.segments) > 2 * most and most <= number < len(view.segments) - most:
-            if number == most:
-                lines.append(f"  ... {len(view.segments) - 2 * most:,} more segments ...")
+    for number, segment in _shown(view.segments, most):
+        if segment is None:
+            lines.append(f"  ... {len(view.segments) - 2 * most:,} more segments ...")
             continue
         lines.append(
             f"[{segment.start:,} .. {segment.end:,}) {segment.name}: {segment.end - segment.start:,} tokens, "
@@ -233,16 +233,15 @@ def as_text(view: RowView, *, colour: bool = False, most: int) -> str:
 
 def as_html(view: RowView, *, most: int) -> str:
     """A view for a notebook: a table with a line for each segment, as pages keep tables when they strip styles."""
-    checks, segments = view.checks, _counted(len(view.segments), "segment")
+    checks, segments = view.checks, _counted(view.segments)
     parts = [
         f"<p>Row {view.row}: {view.length:,} tokens, {segments}, {checks['labels']:,} labels, "
         f"{checks['boundaries_with_separator']:,} of {checks['boundaries']:,} boundaries with a separator.</p>",
         "<table><tr><th>tokens</th><th>document</th><th>text</th></tr>",
     ]
-    for number, segment in enumerate(view.segments):
-        if len(view.segments) > 2 * most and most <= number < len(view.segments) - most:
-            if number == most:
-                parts.append(f"<tr><td></td><td>{len(view.segments) - 2 * most:,} more</td><td></td></tr>")
+    for number, segment in _shown(view.segments, most):
+        if segment is None:
+            parts.append(f"<tr><td></td><td>{len(view.segments) - 2 * most:,} more</td><td></td></tr>")
             continue
         text = html.escape(segment.head) + (" [...] " + html.escape(segment.tail) if segment.tail else "")
         mark = f'<b style="background:#CC79A7">{html.escape(segment.separator)}</b>' if segment.separator else ""
@@ -258,5 +257,14 @@ def _paint(text: str, code: str, colour: bool) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colour and text else text
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def _counted(segments: list[Segment]) -> str:
+    return f"{len(segments):,} segment" + ("" if len(segments) == 1 else "s")
+
+
+def _shown(segments: list[Segment], most: int) -> Iterator[tuple[int, Segment | None]]:
+    """Numbers and segments at either end, `most` of each, and None in the place of those between."""
+    for number, segment in enumerate(segments):
+        if not most <= number < len(segments) - most:
+            yield number, segment
+        elif number == most:
+            yield number, None

@@ -84,11 +84,14 @@ def cut(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
             continue
         start, number = 0, 1
         while start < len(document.text):
-            end = min(start + limit, len(document.text))
-            if end < len(document.text):
-                end = document.text.rfind("\n", start, end) + 1 or end
+            end = line_end(document.text, start, min(start + limit, len(document.text)))
             yield replace(document, id=f"{document.id}@{number}", text=document.text[start:end])
             start, number = end, number + 1
+
+
+def line_end(text: str, start: int, end: int) -> int:
+    """The last line end in `start..end`, or `end` where the text ends there or holds none."""
+    return end if end == len(text) else text.rfind("\n", start, end) + 1 or end
 
 
 CLEANERS: dict[str, Callable[[str], str]] = {

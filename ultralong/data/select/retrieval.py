@@ -18,8 +18,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 
 from ultralong.data.read.documents import Document
+from ultralong.data.select.clean import line_end
 
 _SYLLABLES = "bal cor dun fen gar hol kel lam mor nar oss pel quin ral sten tol ul ver wick yar"
 _ENDINGS = "Bridge Court Dale Field Gate Grove Heath Hill Lane Mill Moor Quay Reach Row Yard"
@@ -179,19 +181,13 @@ class Retrieval:
             elif question is not None:
                 at_end.append(question)
         places = _line_starts(text)
-        inserted: list[tuple[int, int, str]] = []
-        for number, sentences in enumerate(told):
+        inserted: list[tuple[int, str]] = []
+        for sentences in told:
             # In the order they are told: what comes back to a fact stands behind it.
-            chosen = self._places(places, len(sentences), draw)
-            inserted += [(place, number, sentence) for place, sentence in zip(chosen, sentences, strict=True)]
-        inserted.sort(key=lambda item: item[0])
-        parts, last = [], 0
-        for place, _, sentence in inserted:
-            parts += [text[last:place], sentence, "\n"]
-            last = place
-        parts.append(text[last:].rstrip())
+            inserted += zip(self._places(places, len(sentences), draw), sentences, strict=True)
+        told_text, rest = insert(text, inserted, "\n")
         draw.shuffle(at_end)
-        return "".join(parts) + _exam(at_end, draw) + "\n"
+        return told_text + rest.rstrip() + _exam(at_end, draw) + "\n"
 
     def _places(self, starts: Sequence[int], count: int, draw: random.Random) -> list[int]:
         """Where the `count` sentences of a fact stand, in order, of the places where a line starts."""
@@ -269,14 +265,21 @@ def _exam(questions: list[Asked], draw: random.Random) -> str:
     return "\n\n" + "\n".join(f'"{question}"\n"{answer}."' for question, answer in questions)
 
 
+def insert(text: str, sentences: Iterable[tuple[int, str]], behind: str) -> tuple[str, str]:
+    """A text with sentences at their places, `behind` each of them, up to the last one; and what is left of the text.
+
+    Sentences of one place stand in the order given.
+    """
+    parts, last = [], 0
+    for place, sentence in sorted(sentences, key=itemgetter(0)):
+        parts += [text[last:place], sentence, behind]
+        last = place
+    return "".join(parts), text[last:]
+
+
 def _line_starts(text: str) -> list[int]:
     """Where a sentence of its own may be put: behind each line break, and at the start where there is none."""
     return [match.end() for match in re.finditer("\n", text)] or [0]
-
-
-def line_end(text: str, start: int, end: int) -> int:
-    """The last line end in `start..end`, or `end` where the text ends there or holds none."""
-    return end if end == len(text) else text.rfind("\n", start, end) + 1 or end
 
 
 def cut_near(text: str, size: int, above: int = 0) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ultralong.data.read.documents import Document
+from ultralong.data.read.documents import Document, nothing_taken
 from ultralong.data.tokens.encoding import Encoder, make_encoder, token_dtype, tokenizer_fingerprint, vocabulary_of
 from ultralong.data.tokens.shards import ShardFolder
 from ultralong.data.tokens.store import FORMAT, TokenStore
@@ -155,7 +155,7 @@ class _ShardWriter:
         )
         self.tokens += ids.size
         self.offsets.append(self.tokens)
-        row = self.sources.setdefault(document.source, {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}})
+        row = self.sources.setdefault(document.source, nothing_taken())
         row["documents"] += 1
         row["tokens"] += ids.size
         row["characters"] += len(document.text)
@@ -279,7 +279,7 @@ def manifest_totals(settings: dict[str, Any], records: list[dict[str, Any]]) -> 
     sources: dict[str, dict[str, Any]] = {}
     for record in records:
         for name, row in record["sources"].items():
-            total = sources.setdefault(name, {"documents": 0, "tokens": 0, "characters": 0, "licenses": {}})
+            total = sources.setdefault(name, nothing_taken())
             for key in ("documents", "tokens", "characters"):
                 total[key] += row[key]
             for license, tokens in row["licenses"].items():

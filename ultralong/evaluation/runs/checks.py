@@ -113,7 +113,6 @@ def plan_pairs(
     pairs: list[tuple[str, int]] = []
     questions: dict[str, Path] = {}
     skipped: dict[str, str] = {}
-    data = None if wanted.data is None else Path(wanted.data)
     for name, path in own.files_of(names).items():
         counts, too_long = own.lay_out(path, tokenizer, lengths, wanted.chat)
         skipped |= {f"{name}, question {number}": reason for number, reason in too_long.items()}
@@ -123,27 +122,39 @@ def plan_pairs(
         _tell_unasked(name, counts, wanted.samples)
     for name in (name for name in names if name not in SPECIAL and not own.is_file(name)):
         chosen = [max(lengths)] if name in PUBLISHED else sorted(lengths)
-        reasons: dict[int, str] = {}
-        for place, length in enumerate(chosen):
-            try:
-                if TASKS[name].needs:
-                    require(TASKS[name].needs, "eval")
-                found = find_questions(name, data)
-                asked: dict[str, Any] = {"samples": wanted.samples, "seed": wanted.seed}
-                check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found, **asked)
-            except (ValueError, ImportError) as error:
-                reasons[length] = str(error)
-                continue
-            # What can be made at one length can be made at all longer ones.
-            pairs += [(name, longer) for longer in chosen[place:]]
-            questions |= {} if found is None else {name: found}
-            break
-        if len(reasons) == len(chosen):
-            skipped[name] = reasons[chosen[-1]]
-        else:
+        possible, found, reasons = _possible(name, chosen, tokenizer, wanted, texts)
+        pairs += [(name, length) for length in possible]
+        questions |= {} if found is None else {name: found}
+        if possible:
             skipped |= {f"{name} at {length:,}": reason for length, reason in reasons.items()}
+        else:
+            skipped[name] = reasons[chosen[-1]]
     if skipped and not wanted.skip_missing:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         raise ValueError(f"Some tests cannot be made: {told}{more}. --skip-missing leaves them out and runs the rest.")
     return sorted(pairs, key=lambda pair: pair[1]), questions, skipped
+
+
+def _possible(
+    name: str,
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: RunSettings,
+    texts: Sequence[str] | None,
+) -> tuple[Sequence[int], Path | None, dict[int, str]]:
+    """Of rising lengths those at which a test can be made, its questions, and the reason at each shorter one."""
+    reasons: dict[int, str] = {}
+    for place, length in enumerate(lengths):
+        try:
+            if TASKS[name].needs:
+                require(TASKS[name].needs, "eval")
+            found = find_questions(name, None if wanted.data is None else Path(wanted.data))
+            asked: dict[str, Any] = {"samples": wanted.samples, "seed": wanted.seed}
+            check_task(name, tokenizer, length, chat=wanted.chat, haystack=texts, questions=found, **asked)
+        except (ValueError, ImportError) as error:
+            reasons[length] = str(error)
+        else:
+            # What can be made at one length can be made at all longer ones.
+            return lengths[place:], found, reasons
+    return (), None, reasons
