@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,28 @@ def test_documents_are_of_the_lengths_given_over_and_over(tmp_path, make_tiny_mo
     assert [PackedRows(made)[number].boundaries.tolist() for number in (0, 1)] == [[0, 40, 47, 87, 94, 96]] * 2
     assert "note" not in row, row
     assert (row["documents"], row["warm_steps"], len(row["steps"])) == (5, 1, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_is_stopped_after_its_last_step_has_measured(
+    tmp_path, make_tiny_model, python, monkeypatch, machine, steps
+):
+    monkeypatch.setattr(ranks, "sys", SimpleNamespace(executable=python))
+    make_tiny_model().save_pretrained(tmp_path / "tiny")
+
+    def stopped(gpus, module, run, *words):
+        assert ranks.start_ranks(gpus, module, run, *words) == {}
+        log = Path(run, "log.jsonl")
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:steps]))
+        return {"note": "exit code -15", "messages": "ended by a signal"}
+
+    monkeypatch.setattr(measure, "start_ranks", stopped)
+    row = measure_training(TrainingCase(str(tmp_path / "tiny"), 96, steps=2), machine, tmp_path / "made")
+    if steps == 2:
+        assert (row["ended"], len(row["steps"]), "note" in row) == ("exit code -15", 2, False)
+        assert row["seconds_per_step"] > 0 < row["peak_host_gib"]
+    else:  # one of two steps is no measurement
+        assert (row["note"], "steps" in row, "seconds_per_step" in row) == ("exit code -15", False, False)
 
 
 @pytest.mark.parametrize("wrong", [{"document_lengths": (0,)}, {"documents": 2, "document_lengths": (3,)}])

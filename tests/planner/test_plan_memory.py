@@ -23,6 +23,7 @@ from ultralong.utils.files import read_json
 
 RESULTS = Path(__file__).resolve().parents[2] / "notebooks" / "results"
 SHARDED = [row for row in read_json(RESULTS / "training_sharded_h200.json")["rows"] if "peer" not in row]
+SHARDED += read_json(RESULTS / "training_1gpu_h200.json")["rows"]
 SHARDED += read_json(RESULTS / "redesign_h200.json")["training"]["after"]
 
 PLANNED = {  # what the presets' comments promise: GPUs, tokens, shape

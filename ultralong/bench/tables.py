@@ -171,7 +171,10 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
         attention_table,
     ),
     # A star stands for files that need not be there: hosts are measured when one is to be had.
-    "training": (("training_sharded_h200.json", "host_*_train_*.json", "models_*.json"), training_table),
+    "training": (
+        ("training_sharded_h200.json", "training_1gpu_h200.json", "host_*_train_*.json", "models_*.json"),
+        training_table,
+    ),
     "host": (("host_*_attention_*.json",), host_table),
     "plans": (("plans_h200.json",), plans_table),
     "longest": (("plans_longest_rows.json",), longest_table),

@@ -61,7 +61,8 @@ def measure_training(case: TrainingCase, machine: str, folder: Path | None = Non
         A row with `model`, `parameters`, `tokens`, `gpus`, `gpu`, `seconds_per_step` (the median),
         `tokens_per_second_per_gpu`, `mfu_causal`, `peak_gpu_gib`, `peak_host_gib`, the planner's of the same (of layers
         that it does not count, why not: `not_planned`), `memory`
-        (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message. With `profile`
+        (what waited where), `versions` and `date`; or, when the run stopped, `note` with its message, which of a run
+        that had taken and recorded every step stands under `ended` beside what it measured. With `profile`
         also `kernels`, what they took on the first GPU in one more step, `kinds`, the same by kind, and
         `profiled_seconds` and `idle_seconds`, that step and what the GPU did nothing of it.
     """
@@ -187,10 +188,13 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
     """Start the processes, wait, and read what they left."""
     words = [*(["profile"] if case.profile else []), *(["one-row-passes"] if case.sharing == "fixed" else [])]
     words += [f"warm={case.warming}", *([f"cap={case.gpu_memory}"] if case.capped else [])]
-    if failed := start_ranks(case.gpus, "ultralong.bench.training.work", str(run), made["short"], *words):
-        return failed
-    log = read_jsonl(run / "log.jsonl")
+    failed = start_ranks(case.gpus, "ultralong.bench.training.work", str(run), made["short"], *words)
+    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
     ranks = [read_json(path) for path in sorted(run.glob("rank-*.json"))]
+    profiled = not case.profile or (run / "kernels.json").exists()
+    # Giving back 100 GiB of host memory takes seconds: a process that is stopped in them has measured all the same.
+    if failed and not (profiled and len(log) == case.steps and len(ranks) == case.gpus):
+        return failed
     seconds = median(record["seconds"] for record in log)
     profile = read_json(run / "kernels.json") if case.profile else {}
     kernels = profile.pop("kernels", [])
@@ -201,6 +205,7 @@ def _run(case: TrainingCase, run: Path, made: dict[str, str], shape: Shape) -> d
         "mfu_causal": round(flops / seconds / case.gpus / DATASHEET_FLOPS, 4),
         **{key: round(max(rank[key] for rank in ranks) / GIB, 3) for key in ranks[0]},
         "steps": [record["seconds"] for record in log],
+        **({"ended": failed["note"]} if failed else {}),
         "loss": log[-1]["loss"],
         "grad_norm": log[-1]["grad_norm"],
         "warm_up_tokens": WARM,

@@ -208,9 +208,10 @@ def work(
             record = training_step(run, step)  # ends with numbers read back, so the device is done
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if processes.is_main:
-                append_jsonl(folder / "log.jsonl", {**record, "seconds": round(time.perf_counter() - begin, 4)})
+            seconds = round(time.perf_counter() - begin, 4)
             _leave_peaks(folder, run.memory.host_bytes)
+            if processes.is_main:  # last: a step in the log has its peaks beside it
+                append_jsonl(folder / "log.jsonl", {**record, "seconds": seconds})
         if profile:
             _leave_kernels(folder, run, config.steps - 1)
 
