@@ -168,8 +168,16 @@ def test_a_model_class_that_renames_a_type_is_refused_before_copying_and_told(tm
     monkeypatch.setattr(
         extend_module, "copy_weights", lambda *arguments: lambda folder: pytest.fail("copied before checking")
     )
-    assert_refused(source, 65_536, tmp_path / "out", "'yarn' scaling by config.*longrope.*Choose another method")
+    assert_refused(
+        source,
+        65_536,
+        tmp_path / "out",
+        "'yarn' scaling by config.*longrope.*Choose another method.*search MODEL --to 65536 --methods longrope",
+    )
     monkeypatch.undo()
+    notes = extend(source, 65_536, explain=True).notes
+    assert any(note.startswith("It can't be written: transformers") for note in notes)
+    assert not any("written" in note for note in extend(source, 65_536, explain=True, method="ntk").notes)
     extend(source, 65_536, tmp_path / "out", "longrope", quiet=True, **LONGROPE)
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert from_config(config) == RopeScaling("longrope", 64, 1e4, 16.0, 4096, **LONGROPE)

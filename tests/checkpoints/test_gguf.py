@@ -23,6 +23,7 @@ import json, sys
 import gguf
 folder, file = sys.argv[1], sys.argv[sys.argv.index("--outfile") + 1]
 config = json.load(open(f"{folder}/config.json"))
+assert not config.get("too_many_tokens")
 if config.get("fails"):
     sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
 rope = config["rope_parameters"]
@@ -97,6 +98,10 @@ def test_the_miniature_is_found_by_its_name(place):
     [
         ({"wrong_factor": 4.0}, r"rope.scaling.factor is 4.0, not 8.0.*newer llama.cpp"),
         ({"fails": True}, "converter failed: NotImplementedError: BPE pre-tokenizer was not recognized"),
+        (
+            {"too_many_tokens": True},
+            r'converter failed: AssertionError at assert not config.get\("too_many_tokens"\)\.$',
+        ),
         ({"auto_map": {"AutoConfig": "x.Y"}}, "names code of its own"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ultralong.data.chat.pack import ChatSettings, encode_chat, pack_chat
+from ultralong.data.chat.subsample import Subsample
+from ultralong.data.read.conversations import Conversation
 from ultralong.data.read.documents import ReadReport
 from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.utils.files import read_json
 
 # The shapes of the templates in the field, reduced to what matters here: where a turn ends, and what follows it.
 CHATML = (
@@ -86,6 +90,46 @@ def test_a_template_that_rewrites_history_is_refused(tiny_tokenizer):
         encode_chat(with_template(tiny_tokenizer, REWRITING), TALK)
     ids, mask = encode_chat(with_template(tiny_tokenizer, REWRITING), TALK[:3])
     assert learned(tiny_tokenizer, ids, mask) == ["think: Under the stone.<|end|>"]
+
+
+@pytest.mark.parametrize("template", [REWRITING, CHATML])
+def test_with_an_example_of_each_answer_a_rewriting_template_is_learned_as_used(tiny_tokenizer, tmp_path, template):
+    """Every example is what the model reads when it is asked for that answer, followed by the answer; nothing else."""
+    tokenizer, end = with_template(tiny_tokenizer, template), "<|end|>"
+    unlearned = [*TALK[:2], TALK[2] | {"train": False}, *TALK[3:]]
+    talks = [TALK, unlearned, TALK[:3]]
+    settings = ChatSettings(256, shuffle=False, each_answer=True)
+    rows = pack_chat(talks, tokenizer, tmp_path, settings, quiet=True)
+    found = []
+    for row in rows:
+        ids, places = row.input_ids, row.boundaries.tolist()
+        for document, start, stop in zip(row.document_ids.tolist(), places, places[1:], strict=False):
+            if document >= 0:
+                labels = row.labels[start : stop - 1]
+                found.append((document, tokenizer.decode(ids[start:stop]), tokenizer.decode(labels[labels >= 0])))
+    thought = "think: " if template == REWRITING else ""
+    expected = []
+    for number, places in enumerate([(2, 4), (4,), (2,)]):
+        for place in places:
+            asked = tokenizer.apply_chat_template(TALK[:place], tokenize=False, add_generation_prompt=True)
+            answer = f"{thought}{TALK[place]['content']}{end}"
+            expected.append((number, f"{asked}{answer}", answer))
+    assert sorted((number, text.strip(), answer) for number, text, answer in found) == sorted(expected)
+
+
+def test_each_answer_is_no_setting_of_rows_that_were_made_without_it(tiny_tokenizer, tmp_path):
+    pack_chat([TALK], tiny_tokenizer, tmp_path, ChatSettings(256), quiet=True)
+    assert "each_answer" not in read_json(tmp_path / "settings.json")
+    with pytest.raises(ValueError, match="each_answer was nothing, now True"):
+        pack_chat([TALK], tiny_tokenizer, tmp_path, ChatSettings(256, each_answer=True), quiet=True)
+
+
+def test_a_subsample_counts_conversations_and_takes_all_answers_of_each(tiny_tokenizer, tmp_path):
+    talks = [Conversation(str(number), TALK) for number in range(8)]
+    settings = ChatSettings(256, each_answer=True)
+    rows = pack_chat(talks, tiny_tokenizer, tmp_path, settings, subsample=Subsample(total=3), quiet=True)
+    taken = [document for row in rows for document in row.document_ids.tolist() if document >= 0]
+    assert sorted(Counter(taken).values()) == [2, 2, 2]
 
 
 def test_an_answer_that_merges_with_the_prompt_is_refused(tiny_tokenizer):
@@ -195,7 +239,7 @@ def test_with_provenance_finished_rows_are_not_made_again(tiny_tokenizer, tmp_pa
 
 
 def test_nothing_left_is_an_error(tiny_tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="no conversation could be used"):
+    with pytest.raises(ValueError, match=r"could be used: longer than 64 tokens \(1, such as conv.* 0 \("):
         pack_chat([talk(300)], tiny_tokenizer, tmp_path, ChatSettings(64), quiet=True)
 
 

@@ -399,6 +399,9 @@ def test_a_file_without_rates_is_refused(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"other\.json holds no rates"):
         load_machine(str(tmp_path / "other.json"))
+    (tmp_path / "other.yaml").write_text("name: mine\n")
+    with pytest.raises(ValueError, match=r"other\.yaml holds no rates: it is no JSON\. Measure .* bench rates --json"):
+        load_machine(tmp_path / "other.yaml")
     with pytest.raises(ValueError, match="'h9000' is neither a known machine"):
         load_machine("h9000")
 

@@ -6,9 +6,9 @@ The weights are copied file by file and never loaded, so memory stays flat at an
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from ultralong.rope import (
 from ultralong.rope import attention_factor as attention_factor_of
 from ultralong.rope.scaling import require
 from ultralong.utils.files import read_json_object, write_json
-from ultralong.utils.units import parse_tokens
+from ultralong.utils.units import target_window
 
 REPORT = "extend.json"
 
@@ -165,7 +165,7 @@ def extend(
             bytes=0,
             left_out=(),
             licence=None,
-            notes=caveats(config, scaling, to),
+            notes=(*caveats(config, scaling, to), *_obstacles(folder, config, scaling, to)),
             explanation=explanation(config, wish, scaling, class_norms(config)),
         )
     return _write(folder, out, config, scaling, to, facts, quiet)
@@ -216,21 +216,6 @@ def _write(
     return made[0]
 
 
-def target_window(text: str, window: int) -> int:
-    """Tokens of the window that a text asks for: "1048576", "1m", or "8x" for eight times `window`.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    times = re.fullmatch(r"(\d+(?:\.\d+)?)x", text.strip().lower())
-    if times is None:
-        return parse_tokens(text)
-    tokens = float(times[1]) * window
-    if tokens != int(tokens):
-        raise ValueError(f"{text} of a window of {window:,} tokens is {tokens:,} tokens: give a whole number.")
-    return int(tokens)
-
-
 def _changes(folder: Path, config: Any, scaling: RopeScaling, to: int) -> dict[str, dict[str, Any]]:
     """New entries of the three JSON files that know the window."""
     old = {window_of(config), config.max_position_embeddings}
@@ -248,6 +233,18 @@ def _raised(settings: dict[str, Any], old: set[int], to: int) -> dict[str, Any]:
     return {"max_length": to} if settings.get("max_length") in old else {}
 
 
+def _obstacles(folder: Path, config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
+    """Why a folder with this scaling would be refused, which an explanation says too."""
+    with TemporaryDirectory() as scratch:
+        entries = read_json_object(folder / "config.json") | _changes(folder, config, scaling, to)["config.json"]
+        write_json(Path(scratch) / "config.json", entries)
+        try:
+            _check_opens(Path(scratch), scaling, to)
+        except ValueError as error:
+            return (f"It can't be written: {error}",)
+    return ()
+
+
 def _check_opens(folder: Path, scaling: RopeScaling, to: int) -> None:
     """Read the new config as transformers does, and compare the table it leads to with the one that was meant."""
     trouble = f"transformers {transformers_version} can't give this model type a {scaling.method!r} scaling by config"
@@ -255,7 +252,9 @@ def _check_opens(folder: Path, scaling: RopeScaling, to: int) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         written = from_config(config)
     except CONFIG_ERRORS as error:  # Phi-3, for one, takes every yarn for a longrope
-        raise ValueError(f"{trouble} ({one_line(error)[:-1]}). Choose another method.") from error
+        said = one_line(error)
+        own = f" Its own longrope has factors to be found: ultralong search MODEL --to {to} --methods longrope."
+        raise ValueError(f"{trouble} ({said[:-1]}). Choose another method.{own * ('longrope' in said)}") from error
     for length in (None, to):
         meant, read = inverse_frequencies(scaling, length), inverse_frequencies(written, length)
         if not torch.equal(meant[0], read[0]) or meant[1] != read[1]:

@@ -139,7 +139,11 @@ def _convert(words: list[str]) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        text = f"llama.cpp's converter failed: {said[-1].strip() if said else f'code {done.returncode}'}."
+        last = said[-1].strip() if said else f"code {done.returncode}"
+        if ":" not in last and len(said) > 1:  # an error without words, as of an assert: its line says more
+            line = next((text.strip() for text in reversed(said[:-1]) if text.strip(" ^~")), "")
+            last = f"{last} at {line}"
+        text = f"llama.cpp's converter failed: {last}."
         if "pre-tokenizer was not recognized" in text:
             text += " It knows the tokenizers of published models, and takes none that it does not know."
         raise ValueError(text)

@@ -89,8 +89,8 @@ def launch(work: partial[list[Path]], *, json: Json = None) -> None:
     if not load_config(asked["config"], asked["changes"]).save_every:
         every = steps_between(load_config(out / "config.yaml"))
         print(
-            f"A checkpoint every {every} steps, and after each step that is longer than a stop waits (save_every: "
-            "auto), so that a stop loses no more; --set save_every=N for another number."
+            f"A checkpoint every {f'{every} steps' if every > 1 else 'step'}, and after each step that is longer than "
+            "a stop waits (save_every: auto), so that a stop loses no more; --set save_every=N for another number."
         )
     _tell_sharing(load_config(out / "config.yaml"), asked["nodes"], asked["gpus_per_node"])
     wrote = f"Wrote {', '.join(file.name for file in files)} to {out}."

@@ -7,6 +7,7 @@ gets with their values (`takes`), and what it has beside them. Modules are impor
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,5 +184,5 @@ def export_gguf(work: partial[GgufExport], *, json: Json = None) -> None:
     """
     made = work()
     leave(json, made.to_dict())
-    words = " ".join(["llama-server", "-m", made.file, "-c", str(made.window), *made.options])
+    words = shlex.join(["llama-server", "-m", made.file, "-c", str(made.window), *made.options])
     print(f"Wrote {made.file} ({made.architecture}, window {made.window:,}). To serve it: {words}")

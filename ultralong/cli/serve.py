@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ultralong.cli.options import Group, takes
-from ultralong.cli.shared import Json, leave
+from ultralong.cli.shared import Json, leave, quoted
 from ultralong.utils.hub import find_checkpoint
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def merge(work: partial[MergeReport], *, json: Json = None) -> None:
     report, out = work(), work.keywords["out"]
     leave(json, report.to_dict())
     print("\n".join([*report.notes, str(report)]))
-    print(f"Measure it like any model: ultralong eval needle {out}")
+    print(f"Measure it like any model: ultralong eval needle {quoted(out)}")
 
 
 @takes(wanted=Group("ultralong.inference.server.settings:ServeSettings", positional=("model",)))

@@ -17,6 +17,7 @@ from ultralong.utils.units import GIB
 
 # (relative speed of bfloat16 products, relative memory bandwidth, GiB of memory), from datasheets, over the H200's.
 SCALED = {"h100": (1.0, 3.35 / 4.8, 79.1), "a100": (312 / 989, 2.04 / 4.8, 79.1)}
+WRITE = "Measure this machine: ultralong bench rates --json FILE"
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,16 @@ def load_machine(name: str | os.PathLike[str]) -> Machine:
         path = Path(str(resources.files("ultralong.planner").joinpath("machines", f"{name}.json")))
     if not path.is_file():
         raise ValueError(
-            f"{name!r} is neither a known machine (h200, {', '.join(SCALED)}) nor a file of rates. "
-            "Measure this machine: ultralong bench rates --json FILE"
+            f"{name!r} is neither a known machine (h200, {', '.join(SCALED)}) nor a file of rates. {WRITE}"
         )
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no rates: it is no JSON. {WRITE}") from error
     try:
         return _parse(content["machine"], content["rates"])
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{path} holds no rates ({type(error).__name__}: {error}). Write it with: python -m "
-            "ultralong.bench.rates --json FILE"
-        ) from error
+        raise ValueError(f"{path} holds no rates ({type(error).__name__}: {error}). {WRITE}") from error
 
 
 def machine_here() -> Machine:

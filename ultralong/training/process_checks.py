@@ -47,8 +47,7 @@ def _misfit(config: TrainConfig, world: int) -> tuple[str, str, int] | None:
     have = f"this run has {world} process{'es' * (world > 1)}"
     if world % size:
         what = (
-            f"{SHARED_BY} is {size}, but {have}. Start a multiple of {size} (on this machine: ultralong train ... "
-            f"--processes {size}), or "
+            f"{SHARED_BY} is {size}, but {have}. Start a multiple of {size} (on this machine: --processes {size}), or "
         )
         return SHARED_BY, what, max(d for d in range(1, min(size, world) + 1) if world % d == 0)
     if degree is not None and world % degree:

@@ -38,6 +38,21 @@ def parse_tokens(text: str) -> int:
     return int(value)
 
 
+def target_window(text: str, window: int) -> int:
+    """Tokens of the window that a text asks for: "1048576", "1m", or "8x" for eight times `window`.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    times = re.fullmatch(r"(\d+(?:\.\d+)?)x", text.strip().lower())
+    if times is None:
+        return parse_tokens(text)
+    tokens = float(times[1]) * window
+    if tokens != int(tokens):
+        raise ValueError(f"{text} of a window of {window:,} tokens is {tokens:,} tokens: give a whole number.")
+    return int(tokens)
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that one of the generators behind it does not take: one range holds for all.
 

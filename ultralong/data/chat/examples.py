@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ultralong.data.chat.subsample import HashSample, Subsample
 from ultralong.data.chat.template import UnusableTemplate, encode_chat, turn_end
 from ultralong.data.read.conversations import Conversation, to_messages
 from ultralong.data.read.documents import ReadReport
-from ultralong.data.read.messages import Message, texts_of
+from ultralong.data.read.messages import TRAIN, Message, is_learned, texts_of
 from ultralong.data.select.length_rule import FU_CHARACTERS_PER_TOKEN, LengthCounts
 from ultralong.data.tokens.encoding import token_dtype, vocabulary_of
 from ultralong.utils.progress import progress
@@ -68,6 +68,7 @@ def encode_conversations(
     seed: int,
     subsample: Subsample | None = None,
     quiet: bool = False,
+    each_answer: bool = False,
 ) -> EncodedConversations:
     """Encode what can be encoded and choose among it.
 
@@ -79,11 +80,12 @@ def encode_conversations(
         seed: Decides on sub-sampling.
         subsample: How many are taken; None takes all.
         quiet: True shows no progress bar.
+        each_answer: True makes an example of every answer, see `ChatSettings`.
 
     Raises:
         ValueError: The tokenizer has no template, a category has no share, or nothing is left.
     """
-    chosen: HashSample[Example] | None = None if subsample is None else HashSample(subsample, seed)
+    chosen: HashSample[list[Example]] | None = None if subsample is None else HashSample(subsample, seed)
     lengths: dict[str, LengthCounts] = {}
     examples: list[Example] = []
     dtype = token_dtype(vocabulary_of(tokenizer))
@@ -101,20 +103,37 @@ def encode_conversations(
             # Ten million characters take minutes to render and to encode, and cannot fit: no token is that long.
             report.skip(f"longer than {limit} tokens by its characters alone", talk.id)
             continue
-        example = _encode(talk, number, tokenizer, limit, report, dtype)
-        if example is None:
+        parts = each_alone(talk) if each_answer else [talk]
+        made = [one for part in parts if (one := _encode(part, number, tokenizer, limit, report, dtype)) is not None]
+        if not made:
             continue
         if chosen is not None:
-            chosen.add(talk.id, talk.category, number, example)
+            chosen.add(talk.id, talk.category, number, made)
         else:
-            examples.append(example)
+            examples += made
     if chosen is not None:
-        examples = chosen.taken()
+        examples = [example for made in chosen.taken() for example in made]
     if not examples:
-        raise ValueError(f"no conversation could be used: {report}. Examples: {report.examples}")
+        why = "; ".join(
+            f"{reason} ({count:,}, such as {report.examples[reason][0]})" for reason, count in report.skipped.items()
+        )
+        raise ValueError(f"no conversation could be used: {why or 'there was none'}")
     return EncodedConversations(
         examples, _digest(examples), _count(examples, lengths, report), None if chosen is None else chosen.as_json()
     )
+
+
+def each_alone(talk: Conversation) -> list[Conversation]:
+    """A conversation for each answer that is to be learned: the turns up to it, of which it alone is learned."""
+    return [
+        replace(talk, messages=[*(_unlearned(turn) for turn in talk.messages[:place]), message])
+        for place, message in enumerate(talk.messages)
+        if is_learned(message)
+    ]
+
+
+def _unlearned(message: Message) -> Message:
+    return {**message, TRAIN: False} if message["role"] == "assistant" else message
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:

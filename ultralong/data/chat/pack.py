@@ -43,6 +43,9 @@ class ChatSettings:
         buffer_rows: Examples are fitted into rows a window of about this many rows' tokens at a time.
         shuffle: True takes the examples of a window's worth in a pseudo-random order.
         seed: Names that order; 0 or more and below 2**32.
+        each_answer: True makes an example of every answer, with the turns before it, as the model will see them. A
+            chat template that rewrites earlier turns needs it: Qwen 3's writes an empty thought into the last answer
+            alone. Turns before the last answer are then read, and counted, once for each answer.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {"window_rows": "buffer_rows"}
@@ -52,6 +55,7 @@ class ChatSettings:
     buffer_rows: int = 64
     shuffle: bool = True
     seed: int = 0
+    each_answer: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 2 or self.buffer_rows < 1:
@@ -104,7 +108,8 @@ def pack_chat(
     limit = settings.max_tokens or settings.length
     resolved = {
         "format": FORMAT,
-        **{key: value for key, value in vars(settings).items() if key != "max_tokens"},
+        **{key: value for key, value in vars(settings).items() if key not in ("max_tokens", "each_answer")},
+        **({"each_answer": True} if settings.each_answer else {}),  # without it, rows are those of earlier versions
         "max_tokens": limit,
         "mask_documents": True,
         "positions": "document",
@@ -120,7 +125,9 @@ def pack_chat(
         finished = ShardFolder(out, "rows", resolved, upgrade_provenance)
         if finished.manifest(ignore=("input_sha256",)) is not None:
             return PackedRows(out)
-    encoded = encode_conversations(conversations, tokenizer, limit, report, settings.seed, subsample, quiet)
+    encoded = encode_conversations(
+        conversations, tokenizer, limit, report, settings.seed, subsample, quiet, settings.each_answer
+    )
     folder = ShardFolder(out, "rows", {**resolved, "input_sha256": encoded.sha256}, upgrade_provenance)
     if folder.manifest() is None:
         with locked(folder.folder):

@@ -5,7 +5,8 @@ stops. Two exact ways to find it, and no guess:
 * A template with `{% generation %}` marks says so itself. Where its marks end before the turn does, its end is added.
 * Otherwise the conversation is rendered up to the assistant's turn with the generation prompt, which is what the model
   will see when it is used, and once more with the turn. Both have to be prefixes, token by token, of the whole
-  conversation; a template that rewrites earlier turns (some drop old reasoning) fails this and is refused.
+  conversation; a template that rewrites earlier turns (some drop old reasoning) fails this and is refused, but
+  for conversations of which the last answer alone is learned (`ChatSettings.each_answer`).
 
 What ends a turn is found out by rendering a short answer: it is what the template writes behind it. A template that
 writes nothing there cannot be used, for a model trained with it would not learn to stop.
@@ -239,7 +240,10 @@ def _why_not(tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: 
                 f"the chat template's generation prompt ends in {opened!r}, and the answer does not begin with it "
                 "(such a template is for answers with reasoning)"
             )
-    return "the chat template rewrites earlier turns (it needs generation marks, or single-turn examples)"
+    return (
+        "the chat template rewrites earlier turns (packing.each_answer: true makes an example of every answer, with "
+        "the turns before it)"
+    )
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Any:
