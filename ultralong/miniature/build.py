@@ -39,6 +39,8 @@ from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig,
 from ultralong.utils.files import write_text
 
 SEED = 20_251
+STEPS = 4000
+QUESTIONS = 40_000  # about passages
 ROPE_BASE = 10_000.0
 # Shares of the rows drawn. Answers are a fraction of a conversation's tokens, hence the many rows with questions.
 SHARES = {"text": 0.40, "chat": 0.15, "reading": 0.45}
@@ -66,7 +68,6 @@ def prepare_texts(
     documents: Sequence[Document],
     conversations: Sequence[list[Message]],
     out: str | os.PathLike[str],
-    questions: int = 40_000,
 ) -> Path:
     """Train the tokenizer, write the three kinds of rows and the untrained model.
 
@@ -74,7 +75,6 @@ def prepare_texts(
         documents: Prose to learn from; whatever is kept for evaluation must not be among it.
         conversations: Short conversations.
         out: Folder to work in; finished parts are kept when called again.
-        questions: How many questions about passages to make.
 
     Returns:
         `out`.
@@ -86,20 +86,20 @@ def prepare_texts(
     settings = ChatSettings(length=WINDOW, seed=SEED)
     pack_chat(conversations, tokenizer, out / "rows" / "chat", settings)
     texts = [document.text for document in documents]
-    made = synthetic_qa_conversations(texts, tokenizer, count=questions, max_tokens=WINDOW, seed=SEED)
+    made = synthetic_qa_conversations(texts, tokenizer, count=QUESTIONS, max_tokens=WINDOW, seed=SEED)
     pack_chat(made, tokenizer, out / "rows" / "reading", settings)
     _untrained(tokenizer, out / "untrained")
     return out
 
 
-def training(folder: str | os.PathLike[str], out: str | os.PathLike[str], steps: int = 4000) -> TrainConfig:
+def training(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> TrainConfig:
     """The run that trains the miniature from what `prepare_texts` left in `folder`: 65,536 tokens a step on one GPU."""
     folder = Path(folder)
     return TrainConfig(
         model=str(folder / "untrained"),
         out=str(out),
         data=tuple(DataSource(str(folder / "rows" / name), share) for name, share in SHARES.items()),
-        steps=steps,
+        steps=STEPS,
         global_batch_size=128,
         micro_batch_size=128,
         seed=SEED,

@@ -120,24 +120,28 @@ def _step_batches(run: Run, step: int) -> tuple[list[Batch], int]:
     return [order.batch(start + i, micro) for i in range(0, mine, micro)], rows * order.length
 
 
+def _targets_and_pairs(run: Run, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Targets of a whole step, and pairs of tokens of which one attends to the other."""
+    processes, pairs_of = run.processes, run.throughput.pairs
+    targets = float(sum((batch.labels != IGNORE).sum() for batch in batches))
+    if run.order.end_to_end:
+        pairs = sum(pairs_of(batch.input_ids.numel(), batch.boundaries) for batch in batches)
+    else:
+        pairs = sum(len(batch.places) for batch in batches) * pairs_of(run.order.length, None)
+    device = processes.accelerator.device
+    counts = (torch.tensor(targets, device=device), torch.tensor(pairs, dtype=torch.float64, device=device))
+    # Each row was counted by all processes that share it.
+    of_targets, of_pairs = (processes.all_reduce_sum(count) / processes.context_parallel_size for count in counts)
+    return of_targets, of_pairs
+
+
 def training_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns what the log keeps of it."""
     config, processes = run.config, run.processes
     run.watch.begin(step + 1)
     batches, tokens = _step_batches(run, step)
     run.watch.position.at("counting targets")
-    targets = torch.tensor(
-        float(sum((batch.labels != IGNORE).sum() for batch in batches)), device=processes.accelerator.device
-    )
-    seen = torch.tensor(
-        sum(run.throughput.pairs(batch.input_ids.numel(), batch.boundaries) for batch in batches)
-        if run.order.end_to_end
-        else sum(len(batch.places) for batch in batches) * run.throughput.pairs(run.order.length, None),
-        dtype=torch.float64,
-        device=processes.accelerator.device,
-    )
-    # Each row was counted by all processes that share it.
-    targets, seen = (processes.all_reduce_sum(count) / processes.context_parallel_size for count in (targets, seen))
+    targets, pairs = _targets_and_pairs(run, batches)
     scale = processes.accelerator.num_processes / targets.clamp(min=1)
     sums = torch.zeros(2, config.position_buckets, dtype=torch.float64, device=processes.accelerator.device)
     weighted = sums.new_zeros(())
@@ -170,7 +174,7 @@ def training_step(run: Run, step: int) -> dict[str, Any]:
         "grad_norm": round(norm, 6),
         "lr": float(run.optimizer.param_groups[0]["lr"]),
         "targets": int(targets),
-        "pairs": float(seen),
+        "pairs": float(pairs),
         **long_ce,
         "step_tokens": tokens,
         **(_degrees(run, len(batches), shared) if run.dynamic else {}),

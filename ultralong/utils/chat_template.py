@@ -88,22 +88,19 @@ def with_fixed_date(template: str) -> str:
     return f"{macro}{{%- endmacro %}}{{{{ '' }}}}{template}"
 
 
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str | None = None, **options: Any
-) -> str:
-    """A conversation's text under the tokenizer's template, or another one; what it says of the date is today's.
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A conversation's text under the tokenizer's template; what it says of the date is today's.
 
     Args:
         tokenizer: Has a chat template, and the control tokens that templates may ask for.
         messages: The conversation.
-        template: Instead of the tokenizer's own.
         **options: `add_generation_prompt`, and variables of the template.
 
     Raises:
         jinja2.TemplateError: The template refuses the conversation.
         ValueError: It takes too long or too much memory.
     """
-    template = tokenizer.get_chat_template() if template is None else template
+    template = tokenizer.get_chat_template()
     return render_template(template, messages, **{**tokenizer.special_tokens_map, **options})[0]
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -210,9 +210,12 @@ class ChildFailed(RuntimeError):
         self.code = code
 
 
+STOPS = ("SIGTERM", "SIGUSR1")  # signals that ask a process to stop
+
+
 @contextmanager
-def stop_asked(names: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> Iterator[list[int]]:
-    """Note signals that ask a process to stop, for a loop that looks between two of its rounds.
+def stop_asked() -> Iterator[list[int]]:
+    """Note SIGTERM and SIGUSR1, which ask a process to stop, for a loop that looks between two of its rounds.
 
     Signals that the caller handles or ignores stay as they are, and so do all outside of the main thread, where no
     handler can be set. A further signal changes nothing: a scheduler, torchrun's agent and a script may each send one
@@ -224,7 +227,7 @@ def stop_asked(names: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> Iterator[list[i
     """
     came: list[int] = []
     main = threading.current_thread() is threading.main_thread()
-    numbers = [signal.Signals[name] for name in names if main and hasattr(signal, name)]
+    numbers = [signal.Signals[name] for name in STOPS if main and hasattr(signal, name)]
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in changed:
         signal.signal(number, lambda number, frame: came.append(number))

@@ -29,19 +29,18 @@ def output_and_gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor]
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def exact_row(context: AttentionContext, row: Sequence[Tensor], heads_at_once: int = 1) -> list[Tensor]:
-    """Output and gradients of a whole row in float32 (float64 on a CPU), on this process alone.
+def exact_row(context: AttentionContext, row: Sequence[Tensor]) -> list[Tensor]:
+    """Output and gradients of a whole row in float32 (float64 on a CPU), on this process alone, one kv head at a time.
 
     Args:
         context: Whose row it is (its documents count, its ranks and kernel do not).
         row: q (B, T, H, D), k, v (B, T, K, D) and the output gradient (B, T, H, D).
-        heads_at_once: Kv heads computed together; fewer need less memory.
     """
     wide = torch.float64 if row[0].device.type == "cpu" else torch.float32
     group, parts = row[0].shape[2] // row[1].shape[2], []
     edges = None if context.boundaries is None else [edge for edge in context.boundaries if edge <= context.tokens]
-    for start in range(0, row[1].shape[2], heads_at_once):
-        kv = slice(start, start + heads_at_once)
+    for head in range(row[1].shape[2]):
+        kv = slice(head, head + 1)
         of_query = slice(kv.start * group, kv.stop * group)
         q, k, v, dout = (x[:, :, at].to(wide) for x, at in zip(row, (of_query, kv, kv, of_query)))
         whole = make_attention_context(context.tokens, boundaries=edges, heads=q.shape[2], kv_heads=k.shape[2])

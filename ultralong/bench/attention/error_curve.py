@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultralong.attention import make_attention_context
-from ultralong.bench.attention.accuracy import output_and_gradients
+from ultralong.bench.attention.accuracy import exact_row, relative_errors
 from ultralong.utils.local_ranks import run_ranks
 from ultralong.utils.progress import progress
 
@@ -72,12 +72,16 @@ def _measure(
 ) -> list[ErrorPoint]:
     """One rank's part: every type and scheme at this number of ranks."""
     points = []
+    group = dist.group.WORLD if world > 1 else None
+    alone = make_attention_context(tokens, heads=HEADS, kv_heads=KV_HEADS)
     for name in dtypes:
         rows = [_row(seed, tokens, getattr(torch, name)) for seed in range(seeds)]
-        exact = [_whole_row(row) for row in rows]
+        exact = [exact_row(alone, row) for row in rows]
         for scheme in schemes if world > 1 else ("single",):
-            errors = torch.stack([_errors(row, wanted, scheme) for row, wanted in zip(rows, exact)])
-            points.append(ErrorPoint(scheme, name, world, *errors.square().mean(0).sqrt().tolist()))
+            context = make_attention_context(tokens, group, scheme, heads=HEADS, kv_heads=KV_HEADS)
+            errors = [[*relative_errors(context, *row).values()] for row in zip(rows, exact)]
+            mean = torch.tensor(errors, dtype=torch.float64).square().mean(0).sqrt()
+            points.append(ErrorPoint(scheme, name, world, *mean.tolist()))
     return points
 
 
@@ -88,22 +92,6 @@ def _row(seed: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
         torch.randn(1, tokens, heads, HEAD_SIZE, generator=make).to(dtype)
         for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     ]
-
-
-def _whole_row(row: list[Tensor]) -> list[Tensor]:
-    """Output and gradients of one process in float64."""
-    *inputs, dout = (x.double() for x in row)
-    context = make_attention_context(dout.shape[1], kernel="reference", heads=HEADS, kv_heads=KV_HEADS)
-    return output_and_gradients(context.attend, inputs, dout)
-
-
-def _errors(row: list[Tensor], exact: list[Tensor], scheme: str) -> Tensor:
-    """Relative errors (4,) of output, dq, dk, dv."""
-    group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    context = make_attention_context(row[0].shape[1], group, scheme, heads=HEADS, kv_heads=KV_HEADS)
-    *inputs, dout = (context.shard(x) for x in row)
-    found = [context.unshard(x).double() for x in output_and_gradients(context.attend, inputs, dout)]
-    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)])
 
 
 def table(points: Sequence[ErrorPoint]) -> str:

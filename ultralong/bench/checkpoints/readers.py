@@ -48,9 +48,9 @@ def _longrope(out: Path, base: Path | None = None) -> None:
     extend(source, WINDOW, out, "longrope", short_factors=(1.0,) * pairs, long_factors=long, quiet=True)
 
 
-def _window_left(method: str, window: int, out: Path) -> None:
-    """A config whose max_position_embeddings was not raised with the scaling."""
-    _extend(method, {}, out)
+def _window_left(window: int, out: Path) -> None:
+    """A yarn config whose max_position_embeddings was not raised with the scaling."""
+    _extend("yarn", {}, out)
     write_json(out / "config.json", read_json(out / "config.json") | {"max_position_embeddings": window})
 
 
@@ -105,8 +105,8 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "qwen2, longrope": partial(_of_type, "qwen2", "longrope"),
     "mistral, longrope": partial(_of_type, "mistral", "longrope"),
     "olmo, linear": partial(_of_type, "olmo", "linear"),
-    "yarn, window left at the base's": partial(_window_left, "yarn", 512),
-    "yarn, window half-way": partial(_window_left, "yarn", 1024),
+    "yarn, window left at the base's": partial(_window_left, 512),
+    "yarn, window half-way": partial(_window_left, 1024),
     "qwen2, yarn": partial(_of_type, "qwen2", "yarn"),
     "qwen3, yarn": partial(_of_type, "qwen3", "yarn"),
     "mistral, yarn": partial(_of_type, "mistral", "yarn"),

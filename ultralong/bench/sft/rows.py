@@ -43,8 +43,6 @@ def prepare_rows(
     *,
     heldout: int,
     limit: int | None,
-    cache: str | os.PathLike[str] | None = None,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Make the rows.
 
@@ -54,8 +52,6 @@ def prepare_rows(
         out: Folder to write; finished parts of it are used as they are.
         heldout: Conversations kept apart.
         limit: About this many tokens of each source of documents at most; None takes all.
-        cache: Where fetched packages are kept.
-        quiet: No progress bars.
 
     Returns:
         The content of `rows.json`.
@@ -67,12 +63,12 @@ def prepare_rows(
     window = window_of(read_json(Path(base) / "config.json"))
     facts: dict[str, Any] = {"target": config.target, "seed": config.seed, "limit": limit}
     for name, recipe, most in (("documents", config.documents, limit), ("heldout", config.heldout, None)):
-        made = pack_recipe(recipe, tokenizer, config.target, out / name, limit=most, cache=cache, quiet=quiet)
+        made = pack_recipe(recipe, tokenizer, config.target, out / name, limit=most)
         shutil.rmtree(out / name / "tokens")  # twice the rows' size, and nothing reads it any more
         licenses = {source.name: source.license for source in load_recipe(recipe).sources}
         facts[name] = {"recipe": made.recipe, "rows": made.rows, "tokens": made.tokens, "licenses": licenses}
-    _write_haystack(config, out / "haystack.jsonl", cache)
-    facts |= _conversations(config, tokenizer, window, out, heldout, cache, quiet)
+    _write_haystack(config, out / "haystack.jsonl")
+    facts |= _conversations(config, tokenizer, window, out, heldout)
     write_json(out / "rows.json", facts)
     return facts
 
@@ -83,15 +79,13 @@ def _conversations(
     window: int,
     out: Path,
     heldout: int,
-    cache: str | os.PathLike[str] | None,
-    quiet: bool,
 ) -> dict[str, Any]:
     """Pack the conversations to train on and those kept apart; returns what `rows.json` says of them."""
     recipe = load_recipe(config.conversations)
     if recipe.kind != "chat":
         raise ValueError(f"conversations: recipe {recipe.name} is of {recipe.kind}, one of kind chat is needed.")
     report = ReadReport()
-    opened = [SourceReader(source, recipe, cache, quiet, report) for source in recipe.sources]
+    opened = [SourceReader(source, recipe, None, report=report) for source in recipe.sources]
     split = hold_out(itertools.chain.from_iterable(source.conversations() for source in opened), heldout, recipe.seed)
     settings = ChatSettings(length=window, max_tokens=min(MOST_TOKENS, window), seed=config.seed)
     facts: dict[str, Any] = {
@@ -100,16 +94,16 @@ def _conversations(
         "rule": f"{WORDS} words in a row, or a whole turn of {SHORTEST} or more",
     }
     for name, talks in (("training", split.training), ("answers", split.heldout)):
-        rows = pack_chat(talks, tokenizer, out / name, settings, report=report, quiet=quiet)
+        rows = pack_chat(talks, tokenizer, out / name, settings, report=report)
         keys = ("rows", "documents", "document_tokens", "target_tokens")
         facts[name] = {key: rows.manifest[key] for key in keys}
     return {"conversations": {"recipe": recipe.name, **facts, "skipped": report.as_json()["skipped"]}}
 
 
-def _write_haystack(config: DemoConfig, path: Path, cache: str | os.PathLike[str] | None) -> None:
+def _write_haystack(config: DemoConfig, path: Path) -> None:
     """Texts of held-out documents, a JSON line each, as many as a needle grid takes of them."""
     lines, left = [], CHARACTERS * HAYSTACK_WINDOWS * config.target
-    for document in read_documents(find_recipe(config.heldout), cache=cache, quiet=True):
+    for document in read_documents(find_recipe(config.heldout), quiet=True):
         lines.append(json.dumps({"text": document.text[:left]}) + "\n")
         left -= len(document.text)
         if left <= 0:
