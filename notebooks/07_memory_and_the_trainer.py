@@ -354,8 +354,13 @@ for name, each in rungs.items():
     whole = sum(line.value for line in gpu_memory(each) if line.counts) / GIB
     assert abs(sum(bars[name].values()) - whole) < 1e-6, f"{name}: a line is missing from the bar"
 fits = [name for name, bar in bars.items() if sum(bar.values()) <= there]
+whole = {name: sum(bar.values()) for name, bar in bars.items()}
+steps_by = {name: round(seconds[name] - seconds[before]) for before, name in zip(ladder, list(ladder)[1:])}
 if (TOKENS, GPUS, MACHINE) == (1048576, 2, "h200"):
     assert fits == ["+ few inputs"], "another plan fits than the preset's"
+    assert whole["all kept"] > 10 * max(size for name, size in whole.items() if name != "all kept")
+    assert round(whole["+ outputs"] - whole["+ tiles"], -1) == 130, "outputs cost something else than said below"
+    assert (round(steps_by["+ outputs"], -1), steps_by["+ few inputs"]) == (-220, 6), steps_by
 again = seconds["checkpointing"] - seconds["+ few inputs"]
 print(f"ok: fits: {', '.join(fits) or 'nothing'}; attention outputs save {again:,.0f} s of each step")
 

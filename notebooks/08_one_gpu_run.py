@@ -108,6 +108,11 @@ off = {tokens: plans[tokens].seconds_per_step / row["seconds_per_step"] - 1 for 
 memory_off = {tokens: plans[tokens].allocated / 2**30 / row["peak_gpu_gib"] - 1 for tokens, row in measured.items()}
 assert max(map(abs, off.values())) < 0.1, "a plan is more than 10% off in time"
 assert max(map(abs, memory_off.values())) < 0.15, "a plan is more than 15% off in memory"
+low = measured[16384]["peak_gpu_gib"] - plans[16384].allocated / 2**30
+grown = measured[131072]["seconds_per_step"] / measured[16384]["seconds_per_step"]
+fifth = 1 - better.seconds_per_step / plans[65536].seconds_per_step
+assert (round(grown), round(low, 1), round(fifth, 1)) == (27, 0.4, 0.2), (grown, low, fifth)
+assert 1.9 < (better.allocated - plans[65536].allocated) / 2**30 < 2.4, "kept outputs take something else than 2 GiB"
 reveal("08.step", "2 s", f"{measured[65536]['seconds_per_step']:.2f} s measured, {plans[65536].seconds_per_step:.2f} s "
        f"planned. With attention outputs kept it would be {better.seconds_per_step:.2f} s.")
 print("ok: time " + ", ".join(f"{x:+.1%}" for x in off.values()) + "; memory "
@@ -291,6 +296,7 @@ figures.show(figures.loss_curve(loss, "The pretraining itself", smoothing=0.7),
 # %% tags=["check"]
 final = {name: bins[-1]["perplexity"] for name, bins in curves.items()}
 assert final["before"] > 1000 > final["rescaled only"] > final["after training"]
+assert round(final["before"] / final["rescaled only"]) == 80, "the factor that the text names"
 print("ok: last 2,048 positions: " + ", ".join(f"{name} {value:,.1f}" for name, value in final.items()))
 
 # %% [markdown]

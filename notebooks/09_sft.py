@@ -12,7 +12,7 @@
 # | | |
 # |---|---|
 # | time on CPU | 40 s, two busy cores (measured November 2026) |
-# | reading and doing | 25 and 20 minutes |
+# | reading and doing | 25 and 25 minutes |
 # | memory | 1.2 GB |
 # | downloads, cost | none |
 # | one GPU adds | the same on a model of yours: `MODEL`, `DEVICE=cuda`, more `STEPS` |
@@ -130,6 +130,8 @@ assert drawn[2] == drawn[1] + 1, "the end is one label more"
 kept = recorded["rows"]["conversations"]["training"]
 share = kept["target_tokens"] / kept["document_tokens"]
 reveal("09.targets", "a half", f"{share:.0%} of {kept['document_tokens']:,} recorded tokens. Of a document all are.")
+assert (kept["documents"], round(3 * kept["documents"] / kept["rows"])) == (23475, 148), \
+    "what the text says of the rows"
 print(f"ok: {sum(mask)} of {len(ids)} tokens are learned here: {text!r}")
 
 
@@ -287,6 +289,11 @@ print(f"ok: held-out answers {change['change']:+.3f} nats ({change['low']:+.3f} 
 print(f"needles at {WINDOW * 3 // 4} tokens: " + ", ".join(
     f"{name} {cell['value']:.0f}% of {cell['n']} ({cell['low']:.0f} to {cell['high']:.0f})"
     for name, cell in beyond.items()))
+
+# %%
+my_changes = None  # {"global_batch_size": ..., ...}, as `--set` and `load_config` take them
+
+check("09.batch", my_changes)
 
 # %% [markdown]
 # **What you should see.** A loss that falls on conversations that were never trained on, with an interval far from

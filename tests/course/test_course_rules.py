@@ -69,6 +69,18 @@ def broken(source, notebook, number, expected):
         yield f"has {words} words; {WORDS[0]} to {WORDS[1]} explain enough and tire nobody"
 
 
+def test_the_overview_has_the_exercises_and_the_minutes_of_each_notebook():
+    text = (FOLDER / "README.md").read_text()
+    for path in SOURCES:
+        number, source = path.stem[:2], path.read_text()
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| [{path.stem}]("))
+        reading, doing, count = re.search(r"\| (\d+) \+ (\d+) min \|.*\| (\d+) \|", line).groups()
+        own = exercises(number)
+        assert int(count) == len(own), path.stem
+        assert abs(int(doing) - sum(task.minutes for task in own)) <= 8, path.stem
+        assert f"| reading and doing | {reading} and {doing} minutes |" in source, path.stem
+
+
 def pair(path):
     return read_source(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
 

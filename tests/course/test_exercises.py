@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,13 @@ from ultralong.course import checks, progress
 from ultralong.course.exercise import exercises
 
 ALL = exercises()
-DEAR = ("01.largest_position", "06.all_to_all", "06.ring", "10.solve")  # each try costs half a second or more
+DEAR = (
+    "00.settings",
+    "01.largest_position",
+    "06.all_to_all",
+    "06.ring",
+    "10.solve",
+)  # each try costs half a second or more
 MISTAKES = [(task, mistake) for task in ALL for mistake in task.mistakes]
 
 
@@ -58,6 +67,49 @@ def test_an_answer_of_another_kind_gets_a_hint_and_no_other_error(task):
         with pytest.raises(checks.NotYet) as error:
             course.check(task.name, answer)
         assert str(error.value).startswith(f"{task.name}: not yet. ")
+
+
+def right(name, change):
+    """A right answer in another form."""
+    return lambda *given: change(course.exercise(name).solution(*given))
+
+
+def packed_with_the_end_kept(documents, separator, length):
+    """As the notebook's own ten lines pack, whose last row has a target of -100 where the stream ends with it."""
+    stream = [token for number, ids in enumerate(documents) for token in (separator if number else []) + ids]
+    after = [*stream[1:], -100]
+    starts = range(0, len(stream) - length + 1, length)
+    return [(stream[at : at + length], after[at : at + length]) for at in starts]
+
+
+OTHER_FORMS = (
+    ("00.wilson", right("00.wilson", np.array)),
+    ("01.repair", {"rope_type": "yarn", "factor": 128.0, "original_max_position_embeddings": 8192}),
+    ("01.largest_position", 262144.0),
+    ("03.pack", packed_with_the_end_kept),
+    ("04.keep", right("04.keep", np.int64)),
+    ("05.flops", lambda lengths, heads, size: sum(3.5 * 4 * n * (n + 1) / 2 * heads * size for n in lengths)),
+    ("06.zigzag", lambda rank, ranks: [2 * ranks - 1 - rank, rank]),
+    ("09.batch", {"global_batch_size": 32, "steps": 468, "optimizer.lr": 5e-6}),
+    ("09.claims", "AD"),
+    ("09.means", right("09.means", torch.tensor)),
+    ("11.unfair", "c"),
+    ("12.dead", right("12.dead", np.int64)),
+    ("12.mesh", right("12.mesh", list)),
+    ("13.repair", {"max_position_embeddings": 2**20, "rope_type": "llama3", "factor": 128.0,
+                   "original_max_position_embeddings": 8192, "model_max_length": 2**20}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "answer"), OTHER_FORMS, ids=[name for name, _ in OTHER_FORMS])
+def test_a_right_answer_in_another_form_passes(name, answer, capsys):
+    course.check(name, answer)
+    assert capsys.readouterr().out.startswith(f"ok {name}: ")
+
+
+def test_a_function_where_a_value_is_asked_for_is_said():
+    with pytest.raises(checks.NotYet, match="Give a value, not a function"):
+        course.check("01.largest_position", lambda: 262144)
 
 
 def test_an_error_in_the_answer_is_told_with_its_call_and_without_frames():
@@ -115,6 +167,13 @@ def test_progress_is_kept_in_a_course_folder_and_nowhere_else(tmp_path, monkeypa
     (tmp_path / progress.FILE).write_text('{"other": 1}')
     with pytest.raises(ValueError, match="not a file of the course"):
         progress.load()
+
+
+def test_the_list_of_exercises_stays_a_function_when_they_are_loaded():
+    """Their package has the same name, and would take its place at the first check."""
+    code = "from ultralong import course; course.check('00.factor'); print(len(course.exercises('00')))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "4"
 
 
 def test_an_unknown_exercise_names_the_known_ones():

@@ -66,7 +66,7 @@ def test_the_overview_counts_solved_exercises(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     cli.main(["course", "check"])
     shown = capsys.readouterr().out
-    assert re.search(r"01_rope_frequencies +#\.\.\. +1 of 4", shown)
+    assert re.search(r"01_rope_frequencies +#\.\.\. +1 of 5", shown)
     assert "Next: 00.gain, in 00_quickstart.ipynb" in shown
     assert json.loads((tmp_path / "work" / progress.FILE).read_text())["solved"].keys() == {"01.wavelength"}
 
@@ -76,11 +76,12 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.loads, self.links, self.figures, self.images = [], [], [], []
+        self.loads, self.links, self.figures, self.images, self.ids = [], [], [], [], set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
+        self.ids.update(given[key] for key in ("id", "name") if given.get(key))
         if tag in ("script", "img", "link") and (found := given.get("src") or given.get("href")):
             self.loads.append(found)
         if tag == "a" and "href" in given:  # without one it is a place that others link to
@@ -112,9 +113,39 @@ def test_pages_load_nothing_from_elsewhere_and_link_to_each_other(built):
         assert all(
             load.startswith(("data:", "plotly.min.js", "pictures/", "architecture.svg")) for load in page.loads
         ), path.name
+        assert "|---" not in path.read_text(), f"{path.name}: a table that did not become one"
+
+
+def test_every_link_of_the_site_opens_at_its_place(built):
+    """Files and anchors, of the API's pages too: a private class that a member comes from has no place there."""
+    pages = {path.resolve(): Page(path.read_text(encoding="utf-8")) for path in built.rglob("*.html")}
+    for path, page in pages.items():
         for link in page.links:
-            if not re.match(r"https?:|#", link):
-                assert (built / link.partition("#")[0]).exists(), f"{path.name} links to {link}"
+            if re.match(r"(?!api/)[a-z]+:", link):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.is_file(), f"{path.name} links to {link}"
+            assert not anchor or target not in pages or anchor in pages[target].ids, f"{path.name} links to {link}"
+
+
+def test_every_readme_of_a_room_has_a_page(built):
+    """And the page is in the menu of all others; a link from one to another's file opens that one's page."""
+    sources = {source: name for name, _, source in reference.TOPICS}
+    there = {path.relative_to(reference.PACKAGE).as_posix() for path in reference.PACKAGE.rglob("README.md")}
+    assert set(sources) == there
+    front = Page((built / "index.html").read_text())
+    assert {f"{name}.html" for name in sources.values()} <= set(front.links)
+    assert not (built / "miniature.html").read_text().partition("<main>")[2].lstrip().startswith(("---", "<hr"))
+    assert "results.html#families" in Page((built / "memory.html").read_text()).links
+
+
+def test_a_table_of_many_columns_names_each_cell_for_a_narrow_screen():
+    text = site._markdown("| a | b | c | d | `e` |\n|---|---|---|---|---|\n| 1 | `x\\|y` | 3 | | 5 |\n")
+    assert '<div class="table many">' in text
+    assert re.findall(r'data-head="(\w)"', text) == list("abcde")
+    assert "<code>x|y</code>" in text
+    assert 'class="table"' in site._markdown("| a | b |\n|---|---|\n| 1 | 2 |\n")
 
 
 def test_pages_say_where_their_notebooks_run(built):

@@ -12,7 +12,11 @@ def test_a_strip_of_tokens_is_numbered_by_rank_where_numbers_fit():
     small = token_ownership({"contiguous": [0, 0, 1, 1], "zigzag": [0, 1, 1, 0]}, ranks=2)
     assert list(map(list, small.data[0].text)) == [["0", "0", "1", "1"], ["0", "1", "1", "0"]]
     large = token_ownership({f"head {h}": [h] * 100 for h in range(8)}, ranks=8)
-    assert large.data[0].text is None
+    assert [line.index(str(head)) for head, line in enumerate(large.data[0].text)] == [49] * 8, (
+        "one number in the middle"
+    )
+    halves = token_ownership({"a": [0] * 60 + [1] * 40, **{c: [2] * 100 for c in "bcd"}}, ranks=3).data[0].text[0]
+    assert [(at, text) for at, text in enumerate(halves) if text] == [(29, "0"), (79, "1")]
     assert large.data[0].zmax == 7
 
 

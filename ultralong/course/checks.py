@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ultralong.course import progress
 from ultralong.course.exercise import exercise
 
@@ -68,6 +70,8 @@ class Tried:
             ) from error
         if result is None or result is ...:
             raise NotTried
+        if isinstance(result, np.generic):  # a whole number of numpy's is one too
+            result = result.item()
         self.given = result
         return result
 
@@ -85,6 +89,8 @@ def check(name: str, answer: Any = None) -> None:
         NotYet: The answer is wrong; the message says what was found, what was expected and where to look.
     """
     task = exercise(name)
+    if callable(answer) and not callable(task.solution):
+        raise _wrong(name, f"Give a value, not a function. What is asked for: {task.task}")
     tried = Tried(answer) if callable(answer) else answer
     try:
         if answer is None or answer is ...:

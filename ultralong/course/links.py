@@ -35,8 +35,9 @@ def as_pages(page: str, modules: Container[str], others: dict[str, str]) -> str:
             return f'<a href="api/{module.replace(".", "/")}.html">{words}</a>'
         if notebook := NOTEBOOK.fullmatch(path):
             return f'<a href="{notebook[1]}.html{notebook[2] or ""}">{words}</a>'
-        if path in others:
-            return f'<a href="{others[path]}">{words}</a>'
+        file, hash_, anchor = path.partition("#")
+        if file in others:
+            return f'<a href="{others[file]}{hash_}{anchor}">{words}</a>'
         return f"{words} (<code>{path}</code>)"
 
     return ANCHOR.sub(one, page)

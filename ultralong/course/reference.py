@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import posixpath
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,7 @@ from ultralong.data.rows.short_contexts import LongCEConfig
 from ultralong.training.adapters.config import LoRAConfig
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.utils.extras import require
+from ultralong.utils.files import write_text
 
 PACKAGE = Path(ultralong.__file__).parent
 # Page, title, source. The sources stand in their rooms, where a reader of the folder finds them.
@@ -30,6 +33,8 @@ TOPICS = (
     ("tests", "Tests and capabilities", "evaluation/README.md"),
     ("trainers", "Hugging Face trainers", "training/huggingface/README.md"),
     ("formats", "File formats", "data/README.md"),
+    ("server", "The server and its clients", "inference/README.md"),
+    ("miniature", "The miniature", "miniature/model/README.md"),
 )
 CONFIG_PAGE = ("config", "Config keys")
 API_PAGE = "api/ultralong.html"
@@ -61,9 +66,16 @@ def topics() -> Iterator[tuple[str, str, str]]:
     """Name, title and Markdown of each topic page, the keys of the settings last."""
     for name, title, source in TOPICS:
         text = (PACKAGE / source).read_text(encoding="utf-8")
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # a model card's metadata
         # Sources are not part of a site; the API's pages are, and hold what links to them would show.
-        yield name, title, re.sub(r"\[([^\]]+)\]\([\w/]+\.py\)", r"\1", text)
+        text = re.sub(r"\[([^\]]+)\]\([\w/]+\.py\)", r"\1", text)
+        yield name, title, re.sub(r"\]\((\.\./[^)\s]+)\)", partial(_from_the_root, source), text)
     yield (*CONFIG_PAGE, config_keys())
+
+
+def _from_the_root(source: str, link: re.Match[str]) -> str:
+    """A link out of a topic's folder as a notebook would write it, which the site knows how to open."""
+    return f"](../{posixpath.normpath(posixpath.join('ultralong', posixpath.dirname(source), link[1]))})"
 
 
 def attributes(cls: type[Any]) -> dict[str, str]:
@@ -149,7 +161,13 @@ def write_api(folder: str | os.PathLike[str]) -> list[Path]:
             warnings.filterwarnings("ignore", message=text, category=UserWarning)
         left_out = [f"!{re.escape(name)}$" for name in _left_out()]
         pdoc.pdoc("ultralong", *documented_modules(), *left_out, output_directory=folder)
-    return sorted(folder.rglob("*.html"))
+    pages = sorted(folder.rglob("*.html"))
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        # Members that come from a private class are listed with links to it, and a private class has no place here.
+        if (opened := re.sub(r'<a href="#_[^"]*">(.*?)</a>', r"\1", text)) != text:
+            write_text(page, opened)
+    return pages
 
 
 def _resolve(module: ModuleType) -> None:

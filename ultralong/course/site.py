@@ -26,7 +26,13 @@ from ultralong.utils.files import atomic_path, write_text
 
 RESULTS = (("results", "What was measured", "README.md"), ("design", "Why it is built so", "design_measurements.md"))
 RECIPES_PAGE = ("recipes", "Data recipes")
-OTHER_PAGES = {"data_recipes/README.md": "recipes.html", "notebooks/README.md": "index.html"}
+OTHER_PAGES = {
+    "data_recipes/README.md": f"{RECIPES_PAGE[0]}.html",
+    "notebooks/README.md": "index.html",
+    **{f"notebooks/results/{file}": f"{name}.html" for name, _, file in RESULTS},
+    **{f"ultralong/{source}": f"{name}.html" for name, _, source in reference.TOPICS},
+}
+MOST_COLUMNS = 4  # of a table on a narrow screen; the rows of a wider one are shown as blocks, a cell a line
 EXERCISE = re.compile(r'^check\("(\d\d\.\w+)"', re.MULTILINE)
 PLOTLY = "application/vnd.plotly.v1+json"
 FENCE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
@@ -56,6 +62,23 @@ table { border-collapse: collapse; margin: 1em 0; }
 thead th:empty { padding: 0; border: 0; }
 td, th { border: 1px solid var(--line); padding: 4px 10px; text-align: left; vertical-align: top; }
 .wide { margin: 1em 0; overflow-x: auto; }
+/* A shadow at the side where more can be scrolled to: phones show no scroll bar. */
+.wide, .table, pre:not(.output) { --back: var(--page);
+  background: linear-gradient(to right, var(--back) 40%, transparent) 0 0 / 40px 100% no-repeat local,
+    linear-gradient(to left, var(--back) 40%, transparent) 100% 0 / 40px 100% no-repeat local,
+    linear-gradient(to right, #7f7f7f88, transparent) 0 0 / 12px 100% no-repeat scroll,
+    linear-gradient(to left, #7f7f7f88, transparent) 100% 0 / 12px 100% no-repeat scroll var(--back); }
+pre:not(.output) { --back: var(--code); }
+@media (max-width: 600px) {
+  .many thead { display: none; }
+  .many :is(table, tbody, tr, td) { display: block; }
+  .many tr { border-top: 2px solid var(--line); padding: 8px 0; }
+  .many td { border: 0; padding: 1px 0; text-align: left !important; }
+  .many td:empty { display: none; }
+  .many td::before { content: attr(data-head) ": "; color: var(--quiet); }
+  .many td:is(:first-child, [data-head=""])::before { content: none; }
+  .many td:first-child { font-weight: 600; }
+}
 .figure { min-width: 600px; }
 .figure.moving { min-width: 640px; } /* a narrow screen scrolls: below this labels would lie on each other */
 .figure img, img { max-width: 100%; height: auto; }
@@ -159,7 +182,21 @@ def _markdown(text: str) -> str:
     page = as_pages(page, set(reference.documented_modules()), OTHER_PAGES)
     # Names of files as links may break behind `_`: a table of them is else wider than a screen.
     page = re.sub(r">[\w.-]*_[\w.-]*</a>", lambda found: found[0].replace("_", "_<wbr>"), page)
-    return page.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    return re.sub(r"<table>.*?</table>", _table, page, flags=re.DOTALL)
+
+
+def _table(match: re.Match[str]) -> str:
+    """A table that scrolls by itself; each cell of one with many columns has its column's name for narrow screens."""
+    table = match[0].replace("\\|", "|")  # in code, where the Markdown of a table has to have it
+    heads = [re.sub(r"<[^>]+>", "", head) for head in re.findall(r"<th(?:\s[^>]*)?>(.*?)</th>", table, re.DOTALL)]
+    if len(heads) <= MOST_COLUMNS:
+        return f'<div class="table">{table}</div>'
+
+    def named(row: re.Match[str]) -> str:
+        each = iter(heads)
+        return re.sub(r"<td", lambda _: f'<td data-head="{next(each, "")}"', row[0])
+
+    return f'<div class="table many">{re.sub(r"<tr>.*?</tr>", named, table, flags=re.DOTALL)}</div>'
 
 
 def _recipes() -> str:

@@ -37,23 +37,29 @@ def stacked_bytes(
         height: Height in pixels.
     """
     figure = new_figure(title, x, unit, height=height)
+    names = list(bars)
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
     for index, part in enumerate(parts):
         figure.add_trace(
             graph_objects().Bar(
                 name=part,
-                x=list(bars),
+                x=list(range(len(names))),
                 y=[round(bar.get(part, 0.0), 4) for bar in bars.values()],
+                customdata=names,
                 marker={"color": PALETTE[index % len(PALETTE)]},
-                hovertemplate="%{y:,.4g} " + unit + "<extra>" + part + "</extra>",
+                hovertemplate="%{customdata}: %{y:,.4g} " + unit + "<extra>" + part + "</extra>",
             )
         )
     top = most or 1.08 * max(sum(bar.values()) for bar in bars.values())
     figure.update_layout(barmode="stack", showlegend=len(parts) > 1)
-    figure.update_xaxes(type="category")
-    if len(bars) > MOST_NAMED:
-        step = -(-len(bars) // MOST_NAMED)
-        figure.update_xaxes(tickvals=list(range(0, len(bars), step)), ticktext=list(bars)[::step])
+    # Places with names, not an axis of categories: there plotly takes the place 6 for the bar whose name is "6".
+    step = -(-len(names) // MOST_NAMED) if len(names) > MOST_NAMED else 1
+    figure.update_xaxes(
+        range=[-0.5, len(names) - 0.5],
+        tickvals=list(range(0, len(names), step)),
+        ticktext=names[::step],
+        showgrid=False,
+    )
     figure.update_yaxes(range=[0, max(top, 1.15 * (limit or 0.0))])
     if limit is not None:
         _mark_limit(figure, limit, limit_name)

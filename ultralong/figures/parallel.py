@@ -34,8 +34,8 @@ def token_ownership(layouts: Mapping[str, Sequence[int]], title: str = "", *, ra
             zmax=max(1, ranks - 1),
             colorscale=scale if ranks > 1 else [(0.0, PALETTE[0]), (1.0, PALETTE[0])],
             showscale=False,
-            text=[[str(rank) for rank in row] for row in rows] if few else None,
-            texttemplate="%{text}" if few else None,
+            text=[[str(rank) for rank in row] if few else _named_runs(row) for row in rows],
+            texttemplate="%{text}",
             xgap=1 if few else 0,
             ygap=6 if few else 2,
         )
@@ -43,6 +43,16 @@ def token_ownership(layouts: Mapping[str, Sequence[int]], title: str = "", *, ra
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(margin={"l": 30 + 8 * max(map(len, names))})
     return figure
+
+
+def _named_runs(row: Sequence[int]) -> list[str]:
+    """The rank in the middle of each run of its tokens, as colour alone does not tell ranks apart."""
+    named, start = [""] * len(row), 0
+    for end in range(1, len(row) + 1):
+        if end == len(row) or row[end] != row[start]:
+            named[(start + end - 1) // 2] = str(row[start])
+            start = end
+    return named
 
 
 def work_of_ranks(pairs: Sequence[float], title: str = "", *, most: float | None = None) -> Figure:

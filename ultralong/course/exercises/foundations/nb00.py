@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
+from ultralong import miniature
+from ultralong.checkpoints.extend import extend
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.evaluation.runs.commands import measure_one
 
 # Needles found of 80 by SmolLM2-135M-Instruct, window 8K to 64K (recorded: notebooks/results/demo_smollm2.json and the
 # rescaled-only run beside it). Stages: before, rescaled only, trained.
@@ -88,8 +93,9 @@ def _wald(right: int, of: int) -> tuple[float, float]:
 
 def _check_wilson(answer: Any) -> str:
     for right, of in ((2, 2), (60, 80), (0, 6)):
-        expected, found = wilson(right, of), answer(right, of)
-        assert isinstance(found, tuple) and len(found) == 2, f"Give (low, high), found {found!r}."
+        expected, given = wilson(right, of), answer(right, of)
+        assert hasattr(given, "__len__") and len(given) == 2, f"Give (low, high), found {given!r}."
+        found = tuple(float(end) for end in given)
         assert found[0] != found[1], (
             f"{right} of {of} gave an interval of no width: p (1 - p) / n is 0 there. Two of two is no proof of 100%; "
             "use Wilson's formula."
@@ -103,6 +109,51 @@ def _check_wilson(answer: Any) -> str:
         )
     low, high = wilson(2, 2)
     return f"2 of 2 says: between {low:.0%} and {high:.0%}. That is why grids are asked many times."
+
+
+# ---- 00.settings
+
+LONGER, WINDOW, ENOUGH = 2048, 512, 5  # tokens of the prompts, the miniature's window, needles of six
+
+
+def found_with(factor: float, beta: float) -> tuple[int, int]:
+    """Needles found and asked at 2,048 tokens by the miniature, rescaled with YaRN and not trained.
+
+    Raises:
+        ValueError: The window does not reach so far.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rescaled = Path(folder) / "rescaled"
+        extend(miniature.path(), to=LONGER, out=rescaled, factor=factor, beta=beta, quiet=True)
+        asked = measure_one(
+            "needle", rescaled, lengths=[LONGER], depths=[0.1, 0.5, 0.9], samples=2, seed=0, device="cpu"
+        )
+    cell = asked["results"][0]["by_length"][0]
+    return round(cell["value"] * cell["n"] / 100), cell["n"]
+
+
+def _check_settings(answer: Any) -> str:
+    assert isinstance(answer, dict) and set(answer) == {"factor", "beta"}, (
+        f"Give a dict with the keys 'factor' and 'beta'; found {answer!r}."
+    )
+    factor, beta = float(answer["factor"]), float(answer["beta"])
+    try:
+        found, asked = found_with(factor, beta)
+    except ValueError as error:
+        raise AssertionError(f"`extend` refuses it: {error}") from error
+    said = f"Asked just now: {found} of {asked} with factor {factor:g} and beta {beta:g}. "
+    ratio = LONGER / WINDOW
+    assert found >= ENOUGH or factor <= 4 * ratio, (
+        said + f"The slow pairs are slowed {factor:g} times, where {ratio:g} would reach {LONGER:,} tokens: far places "
+        "look alike to a model that was not trained on them."
+    )
+    assert found >= ENOUGH or factor > 1.5 * ratio, (
+        said
+        + f"{factor:g} x {WINDOW} tokens are just {LONGER:,}, and a model is weakest at the end of its window. Take "
+        "a larger factor, or slow fewer pairs down half-way: beta decides which."
+    )
+    assert found >= ENOUGH, said + "The factor is near; try another beta."
+    return f"{found} of {asked} needles at four windows, with no training."
 
 
 EXERCISES = (
@@ -153,6 +204,27 @@ EXERCISES = (
         hints=("window x factor has to hold the prompt.", "Round the quotient up."),
         difficulty="easy",
         minutes=3,
+    ),
+    Exercise(
+        name="00.settings",
+        title="Settings that work, without training",
+        task=(
+            "Give a dict {'factor': ..., 'beta': ...} for YaRN with which the miniature (window 512, not trained) "
+            "finds at least 5 of 6 needles at 2,048 tokens. The check asks it, which takes some seconds."
+        ),
+        check=_check_settings,
+        solution={"factor": 8, "beta": 16},
+        mistakes=(
+            Mistake("just enough, the recipe's beta", {"factor": 4, "beta": 4}, "weakest at the end of its window"),
+            Mistake("much more", {"factor": 32, "beta": 16}, "far places look alike"),
+            Mistake("too little", {"factor": 2, "beta": 16}, "`extend` refuses it"),
+            Mistake("a number", 8, "Give a dict with the keys"),
+        ),
+        hints=(
+            "Which factor is just enough for four windows? And which did the notebook take for three?",
+            "Twice the ratio of the windows, and a beta from the text above.",
+        ),
+        minutes=6,
     ),
     Exercise(
         name="00.wilson",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.course.exercises.foundations.configs import REPAIR
 from ultralong.rope import RopeScaling, inverse_frequencies
 from ultralong.rope import wavelengths as library_wavelengths
 
@@ -120,7 +121,8 @@ def _check_pairing(answer: Any) -> str:
     right, _ = apply_rotary_pos_emb(given, given, both.cos()[None, None], both.sin()[None, None])
     found = answer(vector.clone(), angles.clone())
     assert isinstance(found, torch.Tensor) and found.shape == vector.shape, (
-        f"The rotated head has the shape of the head, {tuple(vector.shape)}; yours is {getattr(found, 'shape', found)}."
+        f"Give the rotated head as a tensor of its shape, {tuple(vector.shape)}; yours is "
+        f"{type(found).__name__} {getattr(found, 'shape', found)}."
     )
     assert not torch.allclose(found, _rotate_interleaved(vector, angles)), (
         "You pair neighbours, numbers 2i and 2i + 1 (interleaved), as the original paper does. Llama's weights in "
@@ -243,7 +245,7 @@ EXERCISES = (
             Mistake("interleaved", _rotate_interleaved, "pair neighbours"),
             Mistake("backwards", _rotate_backwards, "turn backwards"),
             Mistake("sign", _rotate_swapped, "minus sign"),
-            Mistake("half the shape", lambda v, a: v[: len(a)] * a.cos(), "shape of the head"),
+            Mistake("half the shape", lambda v, a: v[: len(a)] * a.cos(), "tensor of its shape"),
         ),
         hints=(
             "Which two numbers of the head belong to pair i? Look at transformers' rotate_half.",
@@ -252,6 +254,7 @@ EXERCISES = (
         ),
         minutes=8,
     ),
+    REPAIR,
     Exercise(
         name="01.largest_position",
         title="How far float32 carries an angle",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.course.exercises.foundations.configs import CONFIG
 from ultralong.rope import RopeScaling, inverse_frequencies
 
 HEAD_DIM, BASE, WINDOW = 128, 500_000.0, 8_192
@@ -29,7 +30,8 @@ def _check_ramp(answer: Any) -> str:
     turns = torch.tensor([0.1, 1.0, 2.5, 4.0, 900.0], dtype=torch.float64)
     found = answer(turns, 1.0, 4.0)
     assert isinstance(found, torch.Tensor) and found.shape == turns.shape, (
-        f"One share for each pair: shape {tuple(turns.shape)}, yours is {getattr(found, 'shape', found)}."
+        f"One share for each pair, a tensor {tuple(turns.shape)}; yours is {type(found).__name__} "
+        f"{getattr(found, 'shape', found)}."
     )
     first, last = float(found[0]), float(found[-1])
     assert not (first == 1 and last == 0), (
@@ -85,8 +87,9 @@ def _check_yarn(answer: Any) -> str:
         right = inverse_frequencies(scaling, dtype=torch.float64)[0]
         found = answer(factor, 1.0, 4.0)
         assert isinstance(found, torch.Tensor) and found.shape == right.shape, (
-            f"Llama 3's head has 64 pairs; yours gives {getattr(found, 'shape', found)}."
+            f"Llama 3's head has 64 pairs, a tensor (64,); yours gives {getattr(found, 'shape', found)}."
         )
+        assert found.dtype == torch.float64, f"Give float64, yours is {found.dtype}: float32 hides small differences."
         slow, fast = float(_plain()[-1] / found[-1]), float(_plain()[0] / found[0])
         assert abs(fast - 1) < 1e-9, (
             f"Pair 0 turns thousands of times in the window and keeps its frequency; yours is {fast:.3g} times slower. "
@@ -229,6 +232,7 @@ EXERCISES = (
         hints=("factor x original_max_position_embeddings should be the window.", "Which window did pretraining have?"),
         minutes=6,
     ),
+    CONFIG,
     Exercise(
         name="02.temperature",
         title="What YaRN's temperature does to a score",

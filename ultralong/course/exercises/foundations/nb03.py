@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from ultralong import miniature
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.data.read.documents import Document
+from ultralong.data.rows.packing import PackSettings
+from ultralong.data.rows.packing import pack as pack_rows
+from ultralong.data.tokens.encoding import load_tokenizer
+from ultralong.data.tokens.tokenize import tokenize_corpus
 
-DOCUMENTS = [[11, 12, 13], [21, 22], [31, 32, 33, 34], [41]]
+# With the separators 15 ids: the last row is not full, whether or not one more id is asked for as its last target.
+DOCUMENTS = [[11, 12, 13], [21, 22], [31, 32, 33], [41]]
 SEPARATOR = [7, 8]
 LENGTH = 4
 
@@ -50,8 +59,8 @@ def _pack_overlapping(documents: list[list[int]], separator: list[int], length: 
 
 def _check_pack(answer: Any) -> str:
     right, found = pack(DOCUMENTS, SEPARATOR, LENGTH), answer([list(d) for d in DOCUMENTS], list(SEPARATOR), LENGTH)
-    assert isinstance(found, list) and all(len(row) == 2 for row in found), (
-        "Give a list of rows, each (inputs, targets)."
+    assert isinstance(found, list | tuple) and found and all(len(row) == 2 for row in found), (
+        f"Give a list of rows, each (inputs, targets); found {found!r}."
     )
     tokens = [token for inputs, _ in found for token in inputs]
     assert 7 in tokens and 8 in tokens, (
@@ -126,6 +135,46 @@ def _check_leak(answer: Any) -> str:
     return "with a mask the change ends with its document; without one it reaches every later token of the row."
 
 
+# ---- 03.settings
+
+ROW = 32
+LETTERS = [
+    Document(f"letter-{number}", f"{name} wrote: {'the lamp was lit and no ship had passed, ' * lines}and signed it.")
+    for number, (name, lines) in enumerate((("Anna", 1), ("Boris", 2), ("Clara", 1), ("David", 4), ("Emma", 1)))
+]
+SETTINGS = {"mask_documents": True, "row_end": "drop", "tail": "pad"}
+
+
+def _check_settings(answer: Any) -> str:
+    assert isinstance(answer, dict), f"Give a dict of settings and their values; found {answer!r}."
+    tokenizer = load_tokenizer(miniature.path())
+    with tempfile.TemporaryDirectory() as name:
+        store = tokenize_corpus(LETTERS, tokenizer, Path(name) / "tokens", quiet=True)
+        try:
+            settings = PackSettings(**{"length": ROW, "shuffle": False, **answer})
+            rows = pack_rows(store, tokenizer, Path(name) / "rows", settings, quiet=True)
+        except (TypeError, ValueError) as error:
+            raise AssertionError(f"`PackSettings` refuses it: {error}") from error
+        assert settings.length == ROW, f"Rows have {ROW} tokens here; the length was right."
+        packed = [rows[number] for number in range(len(rows))]
+        several = [row for row in packed if len(row.document_ids) > 1]
+        assert all((row.labels[row.boundaries[1:-1] - 1] == -100).all() for row in several), (
+            "A letter sees the one before it: its first word is the label of the other's end. `mask_documents` keeps "
+            "attention and labels inside."
+        )
+        begins = [row.input_ids[:2].tolist() for row in packed]
+        first = [store[int(row.document_ids[0])][:2].tolist() for row in packed]
+        other = [number for number, (a, b) in enumerate(zip(begins, first, strict=True)) if a != b]
+        assert not other or settings.join == "bos_eos", (
+            f"Row {other[0]} starts in the middle of a letter: it had begun in the row before. `row_end` says what "
+            "becomes of a letter that a row's end cuts."
+        )
+        assert settings.row_end == "drop", "Rows start in the middle of a letter; see `row_end`."
+        lost = rows.manifest["tail_dropped_tokens"]
+        assert not lost, f"The last row was not full, and its {lost} tokens are lost; see `tail`."
+    return f"{len(rows)} rows: each starts with a letter, none sees another, and the last one is padded."
+
+
 EXERCISES = (
     Exercise(
         name="03.pack",
@@ -178,6 +227,30 @@ EXERCISES = (
             ),
         ),
         hints=("A document of n tokens has 1 + 2 + ... + n pairs.", "The last document ends at `length`."),
+        difficulty="easy",
+        minutes=5,
+    ),
+    Exercise(
+        name="03.settings",
+        title="Other choices than the recipe's",
+        task=(
+            "Letters are to be packed so that none sees another, every row starts with the first word of a letter, and "
+            "the last row is kept though it is not full. Give a dict of the `PackSettings` to change (print "
+            "`PackSettings.__doc__`); the check packs `LETTERS` with them in rows of 32 tokens."
+        ),
+        check=_check_settings,
+        solution=SETTINGS,
+        mistakes=(
+            Mistake("the recipe", {}, "A letter sees the one before it"),
+            Mistake("mask alone", {"mask_documents": True}, "in the middle of a letter: it had begun"),
+            Mistake("tail lost", {"mask_documents": True, "row_end": "drop"}, "was not full"),
+            Mistake("another word", {**SETTINGS, "tail": "keep"}, "`PackSettings` refuses it"),
+            Mistake("another key", {"masked": True}, "unexpected keyword"),
+        ),
+        hints=(
+            "Three things are asked for, and each is one setting.",
+            "mask_documents, row_end, tail: the docstring says which values they have.",
+        ),
         difficulty="easy",
         minutes=5,
     ),

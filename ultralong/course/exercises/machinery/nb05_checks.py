@@ -244,5 +244,6 @@ def check_flops(answer: Any) -> str:
         )
         assert found != 2 * right, "Twice too many: under a causal mask half of the pairs are computed."
         assert found * 7 != 2 * right, "That is the forward pass; the backward pass makes five products instead of two."
-        assert found == right, f"Documents of {lengths} take {right:,} FLOPs, yours says {found:,}."
+        diagonal = 7 * sum(lengths) * 32 * 128  # of n (n + 1) / 2 pairs, counted exactly; n^2 / 2 is usual
+        assert found in (right, right + diagonal), f"Documents of {lengths} take {right:,} FLOPs, yours says {found:,}."
     return "a row of many documents is much less work than one document of its length."

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.training.config import TrainConfig, preset
+from ultralong.training.process_checks import process_problem
+from ultralong.utils import settings
 
 NOT_LEARNED = -100
 
@@ -112,8 +117,9 @@ SAYS_OF_MEANS = (
 def check_means(answer: Any) -> str:
     """Compare on one short and two longer answers."""
     examples = [([3.0, 1.0, 4.0], [0, 0, 1]), ([2.0, 1.0, 1.0, 0.5, 0.5], [0, 1, 1, 1, 1]), ([5.0, 2.0], [0, 1])]
-    found, right = answer(examples), means(examples)
-    assert isinstance(found, tuple | list) and len(found) == 2, f"Give two numbers; found {found!r}."
+    given, right = answer(examples), means(examples)
+    assert hasattr(given, "__len__") and len(given) == 2, f"Give two numbers; found {given!r}."
+    found = tuple(float(mean) for mean in given)
     for wrong, says in SAYS_OF_MEANS:
         same = all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, wrong(examples), strict=True))
         assert not same, f"{says} Yours: {found[0]:.3f} and {found[1]:.3f}."
@@ -155,6 +161,43 @@ def check_claims(answer: Any) -> str:
     for letter in sorted(HOLDS - given):
         raise AssertionError(f"{letter}, {CLAIMS[letter]!r}, can be said. {WHY_SO[letter]}")
     return "answers became likelier; of the window one can only say how much it did not lose."
+
+
+# ---- 09.batch
+
+PRESET, GPUS, EXAMPLES, EPOCHS = "llama31-8b-sft", 8, 128, 2
+REPORT = {"documents": 30_000, "rows": 7_500, "length": 8192}  # of rows that are not those of the paper
+CHANGES = {"global_batch_size": 32, "steps": 469}
+
+
+def check_batch(answer: Any) -> str:
+    """Load the preset with the changes, as `--set` would, and count examples, epochs and processes."""
+    assert isinstance(answer, dict), f"Give a dict of keys and values, as --set takes them; found {answer!r}."
+    plain = settings.load(TrainConfig, preset(PRESET))
+    try:
+        wanted = [f"{key}={json.dumps(value, default=str)}" for key, value in answer.items()]  # as --set has them
+        config = settings.load(TrainConfig, preset(PRESET), wanted)
+    except (ValueError, TypeError) as error:
+        said = re.sub(r"\S+/(\S+\.yaml)", r"\1", " ".join(str(error).split()))
+        raise AssertionError(f"The trainer refuses it: {said}") from error
+    problem = process_problem(config, GPUS)
+    assert problem is None, f"{GPUS} GPUs can't start it. The trainer says: {problem}"
+    rate, usual = config.optimizer.lr, plain.optimizer.lr
+    assert rate == usual, (
+        f"The learning rate is {rate:g}: as many examples a step as before ask for {usual:g}, as before."
+    )
+    held = REPORT["documents"] / REPORT["rows"]
+    examples = config.global_batch_size * held
+    assert math.isclose(examples, EXAMPLES), (
+        f"{config.global_batch_size} rows of {held:g} conversations are {examples:g} examples a step, not {EXAMPLES}."
+    )
+    epochs = config.steps * config.global_batch_size / REPORT["rows"]
+    assert math.isclose(epochs, EPOCHS, rel_tol=0.005), (
+        f"{config.steps} steps of {config.global_batch_size} rows read the {REPORT['rows']:,} rows {epochs:.2f} times, "
+        f"not {EPOCHS}."
+    )
+    assert config.length == plain.length, f"The rows have {plain.length:,} tokens: length was right."
+    return f"{examples:g} examples a step, {epochs:.2f} epochs in {config.steps} steps; {GPUS} GPUs start it."
 
 
 EXERCISES = (
@@ -201,6 +244,29 @@ EXERCISES = (
             "The first is the sum of the sums over the sum of the numbers.",
         ),
         difficulty="easy",
+        minutes=6,
+    ),
+    Exercise(
+        name="09.batch",
+        title="A preset for your own rows",
+        task=(
+            f"Your rows of 8,192 tokens hold 30,000 conversations in 7,500 rows. Give the changes of the preset "
+            f"{PRESET}, a dict as --set takes it, so that a step has the paper's 128 examples, the rows are read "
+            "twice, and 8 GPUs start it. The check loads the preset with them."
+        ),
+        check=check_batch,
+        solution=CHANGES,
+        mistakes=(
+            Mistake("as it is", {}, "64 examples a step, not 128"),
+            Mistake("rows for examples", {**CHANGES, "global_batch_size": 128}, "are 512 examples a step"),
+            Mistake("steps of before", {"global_batch_size": 32}, "2.05 times"),
+            Mistake("a larger rate too", {**CHANGES, "optimizer.lr": 1e-5}, "as before"),
+            Mistake("another key", {**CHANGES, "batch": 32}, "The trainer refuses it"),
+        ),
+        hints=(
+            "How many conversations does one row hold? The preset's first lines say what to do with it.",
+            "128 over that are the rows of a step; twice all rows over the rows of a step are the steps.",
+        ),
         minutes=6,
     ),
     Exercise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.course.exercises.practice.nb10_budget import BUDGET
 from ultralong.course.exercises.practice.nb10_checks import (
     check_match_part,
     check_paired,
@@ -131,4 +132,5 @@ EXERCISES = (
         ),
         minutes=6,
     ),
+    BUDGET,
 )

@@ -124,6 +124,7 @@ def tokens_of(design: Design) -> int:
 
 def check_unfair(answer: Any) -> str:
     """Say of a fair design why it is fair, and of the unfair one what it lacks."""
+    answer = answer.strip().upper() if isinstance(answer, str) else answer
     assert answer in DESIGNS, f"Give one of {', '.join(DESIGNS)}, found {answer!r}."
     base, found = tokens_of(design_of("base")), tokens_of(design_of(answer))
     assert answer != "A", (

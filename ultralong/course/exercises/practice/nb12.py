@@ -52,8 +52,10 @@ def _check_mesh(answer: Any) -> str:
     for hosts, gpus, tokens, most in ((4, 8, 2**22, 2**18), (6, 8, 2**21, 150_000), (2, 8, 2**20, 2**17)):
         right, found = mesh(hosts, gpus, tokens, most), answer(hosts, gpus, tokens, most)
         what = f"{hosts} hosts of {gpus} GPUs, rows of {tokens:,} tokens, at most {most:,} a GPU"
-        assert isinstance(found, tuple) and len(found) == 2, f"Give (context_parallel_size, rows of a step): {found!r}."
-        share, rows = found
+        assert isinstance(found, tuple | list) and len(found) == 2, (
+            f"Give (context_parallel_size, rows of a step): {found!r}."
+        )
+        share, rows = map(int, found)
         assert share * most >= tokens, (
             f"{what}: {share} GPUs for a row leave {tokens / share:,.0f} tokens on each. A row may reach over hosts."
         )

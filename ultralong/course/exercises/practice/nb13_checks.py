@@ -107,6 +107,8 @@ def _readings(entries: dict[str, Any]) -> Readings:
     rope = {key: entries[key] for key in ("rope_type", "factor", "original_max_position_embeddings")}
     if rope["rope_type"] == "yarn":
         rope |= {"beta_fast": 4.0, "beta_slow": 1.0}
+    if rope["rope_type"] == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config |= {"rope_parameters": {**rope, "rope_theta": 500000.0}, "rope_scaling": rope, "rope_theta": 500000.0}
     config["max_position_embeddings"] = entries["max_position_embeddings"]
     with tempfile.TemporaryDirectory() as folder:
