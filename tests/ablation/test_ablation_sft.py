@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from ultralong.checkpoints.config import load_config
 from ultralong.data.rows.packed_rows import PackedRows
 from ultralong.planner import plan
 from ultralong.rope import window_of
+from ultralong.training.config import TrainConfig, preset
 from ultralong.utils.files import read_jsonl
-from ultralong.utils.settings import save
+from ultralong.utils.settings import load, save
 
 PRETRAINED, TUNED = 2, 3  # steps
 
@@ -276,3 +278,13 @@ KEYS = {
 def test_keys_of_arms_that_were_run_stay(name):
     study, arm = name.split("/")
     assert final_key(load_study(study).designs()[arm], 0, "model") == KEYS[name]
+
+
+def test_the_preset_of_an_arm_that_ran_is_the_arm():
+    """Whoever runs the steps one by one trains with what was measured."""
+    (arm,) = (arm for arm in load_study("smollm2-135m-64k-longer").arms if arm.name == "chat-answers")
+    design = load_study("smollm2-135m-64k-longer").designs()[arm.name]
+    of_study = sft_config(design.sft, 0, Path("model"), Path("rows"), Path("out"))
+    by_hand = load(TrainConfig, preset("smollm2-135m-64k-answers"))
+    own = {name: getattr(by_hand, name) for name in ("model", "base_model", "data", "out", "keep")}
+    assert replace(of_study, **own) == by_hand
