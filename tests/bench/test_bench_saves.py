@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from ultralong.bench.results import append_row, last_row, read_rows
-from ultralong.bench.run_tables import saves_table
 from ultralong.bench.training import saves, saves_work
 from ultralong.bench.training.case import TrainingCase
-from ultralong.bench.training.saves_summary import line, summary, told
+from ultralong.bench.training.saves_summary import line, saves_table, summary, told
 from ultralong.training.config import MemoryConfig
 from ultralong.utils.files import append_jsonl
 from ultralong.utils.units import GIB

@@ -7,9 +7,9 @@ import pytest
 
 from ultralong import cli
 from ultralong.bench.prefill import prefill_flops
-from ultralong.bench.run_tables import serve_table
 from ultralong.bench.serving import measure
 from ultralong.bench.serving.options import ServeBench
+from ultralong.bench.tables import serve_table
 from ultralong.planner.shapes import model_config, shape_of
 
 pytest.importorskip("fastapi")

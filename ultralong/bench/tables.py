@@ -12,8 +12,8 @@ from typing import Any
 
 from ultralong.bench.checkpoints.tables import configs_table, faults_table, lines_table, readers_table
 from ultralong.bench.results import KERNELS, Row, all_rows, facts_of, markdown, rows_of
-from ultralong.bench.run_tables import saves_table, serve_table
 from ultralong.bench.training.longest_rows import longest_table
+from ultralong.bench.training.saves_summary import saves_table
 from ultralong.bench.training.tables import (
     capped_table,
     curves_table,
@@ -89,6 +89,30 @@ def prefill_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
     rows = sorted(all_rows(recorded), key=lambda row: (row["tokens"], row["gpus"]))
     head = "model | GPUs | tokens | cache | seconds | TF/s per GPU | of the kernel's | GiB of a GPU"
     return markdown(head, map(cells, rows))
+
+
+def serve_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """One long prompt through the server, asked by OpenAI's client.
+
+    Args:
+        recorded: What `ultralong bench serve --json` wrote.
+
+    Returns:
+        Lines of a Markdown table; none where nothing was recorded.
+    """
+
+    def cells(row: Row) -> list[str]:
+        cells = [row["model"], f"{row['tokens']:,}", row["gpus"], row["kv"]]
+        # A prompt that was read faster than its kernel alone says that the kernel's time was not its own.
+        of_kernel = "not known" if row["of_kernel"] > 1 else f"{row['of_kernel']:.0%}"
+        cells += [f"{row['seconds_to_first_token']:.1f}", f"{row['tflops']:.0f}", of_kernel]
+        return [*cells, f"{row['tokens_per_second_after']:.1f}", f"{row['again_seconds_to_first_token']:.2f} s"]
+
+    head = (
+        "model | prompt | GPUs | cache | seconds to the first token | TF/s per GPU | of the kernel's | "
+        "tokens/s after | first token again"
+    )
+    return markdown(head, map(cells, sorted(all_rows(recorded), key=lambda row: (row["tokens"], row["gpus"]))))
 
 
 SHARES = {"of_copy": ".0%", "of_transformers": ".2f"}  # of a decoding row, and how they are written

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from ultralong.bench.results import Row, all_rows, markdown
 from ultralong.utils.units import GIB
 
 Event = dict[str, Any]  # what was measured, its seconds, and of which save
@@ -139,3 +140,30 @@ def line(row: dict[str, Any]) -> str:
     if "waited_seconds" in row:
         said.append(f"waited for: {row['waited_seconds']:.3g} s")
     return "; ".join(said) + ("\n" + row["note"] if "note" in row else "")
+
+
+def saves_table(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """What a checkpoint that is written in the background takes from a step.
+
+    Args:
+        recorded: What `ultralong bench saves --json` wrote.
+
+    Returns:
+        Lines of a Markdown table; none where nothing was recorded.
+    """
+
+    def cells(row: Row) -> list[str]:
+        what = [row["model"], row["gpus"], f"{row['tokens']:,}", f"{row['seconds_per_step']:.2f}"]
+        size = f"{row['checkpoint_gib']:.1f}" if "checkpoint_gib" in row else ""
+        took = [f"{row['copy_seconds']:.2f} s", written_in(row), f"{row['cost_seconds']:.2f} s"]
+        of_other = f" ({row['cost_of_other_step']:.2%} of {row['other_step']:.0f} s)" if "other_step" in row else ""
+        waited = f"{row['waited_seconds']:.1f} s" if "waited_seconds" in row else ""
+        return [*what, size, *took, f"{row['cost_of_a_step']:.1%}{of_other}", waited]
+
+    rows = [row for row in all_rows(recorded) if "cost_seconds" in row]
+    rows.sort(key=lambda row: (row["model"], row["gpus"], row["tokens"]))
+    head = (
+        "model | GPUs | tokens | seconds a step | checkpoint, GiB | copied in | written in | takes | of a step | "
+        "waited for"
+    )
+    return markdown(head, map(cells, rows))
