@@ -132,6 +132,22 @@ def test_a_subsample_counts_conversations_and_takes_all_answers_of_each(tiny_tok
     assert sorted(Counter(taken).values()) == [2, 2, 2]
 
 
+def test_added_tokens_are_listed_once_and_again_when_there_are_more(tiny_tokenizer, monkeypatch):
+    tokenizer, asked = pickle.loads(pickle.dumps(tiny_tokenizer)), []  # noqa: S301 - our own object
+    every = type(tokenizer).added_tokens_decoder
+    monkeypatch.setattr(
+        type(tokenizer), "added_tokens_decoder", property(lambda self: asked.append(1) or every.fget(self))
+    )
+    for _ in range(3):
+        encode_chat(tokenizer, TALK)
+    assert len(asked) == 1, "of thousands of them a list takes longer than a conversation"
+    talk = [{"role": "user", "content": "Where is <|new|>?"}, TALK[2]]
+    encode_chat(tokenizer, talk)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
+    with pytest.raises(ValueError, match="control token"):
+        encode_chat(tokenizer, talk)
+
+
 def test_an_answer_that_merges_with_the_prompt_is_refused(tiny_tokenizer):
     """In ChatML the prompt ends in a line break; with one more at the answer's start, a tokenizer may join the two."""
     core = Tokenizer(models.BPE({"\n": 0, "\n\n": 1, "<unk>": 2, "a": 3}, [("\n", "\n")], unk_token="<unk>"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,13 @@ def test_empty_paths_of_rows_texts_and_runs():
     ):
         with pytest.raises(ValueError, match="is empty"):
             make()
+
+
+def test_a_name_in_utf8_is_none_to_blame_under_another_locale():
+    """Python takes ASCII for the encoding of names where its UTF-8 mode and the locale's coercion are off."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import sys; from ultralong.utils.words import odd_word; print(odd_word(sys.argv[1:]))"
+    for name, said in ((b"m\xc3\xa9", "word 1 is UTF-8, and this locale"), (b"m\xe9", "word 1 is no UTF-8")):
+        command = [sys.executable, "-c", code, name]
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert told.startswith(said)

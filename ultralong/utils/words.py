@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,8 +58,20 @@ def odd_word(words: Sequence[str]) -> str | None:
         try:
             word.encode("utf-8")
         except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            if encoding != "utf-8" and _is_utf8(word):
+                return f"word {number} is UTF-8, and this locale's encoding is {encoding}: set LC_ALL=C.UTF-8."
             return f"word {number} is no UTF-8: rename the file or folder, as its name is written into records."
     return None
+
+
+def _is_utf8(word: str) -> bool:
+    """Whether the bytes of a word that Python took from a command line are UTF-8."""
+    try:
+        os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def secrets_of(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:

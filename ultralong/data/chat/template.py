@@ -96,7 +96,22 @@ def _check_written(messages: list[Message], whole: str) -> None:
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Every token that the tokenizer reads as a control token when it meets its text."""
-    return tuple(sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}))
+    return _added(tokenizer, len(tokenizer))[0]
+
+
+@lru_cache(maxsize=16)
+def _added(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Texts of the control tokens; ids of all added tokens but those of white space, as some add line breaks.
+
+    A tokenizer makes its list anew whenever it is asked: of Gemma's 6,400 that takes longer than a conversation.
+
+    Args:
+        tokenizer: Has them.
+        size: Of its vocabulary, which grows when tokens are added.
+    """
+    added = tokenizer.added_tokens_decoder
+    control = tuple(sorted({what.content for what in added.values() if what.special}))
+    return control, frozenset(token for token, what in added.items() if what.content.strip())
 
 
 @lru_cache(maxsize=16)
@@ -133,8 +148,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
 
 
 def _controls(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Places of added tokens, without those that are white space: some tokenizers add line breaks."""
-    added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.content.strip()}
+    """Places of added tokens that are more than white space."""
+    added = _added(tokenizer, len(tokenizer))[1]
     return [place for place, token in enumerate(ids) if token in added]
 
 
