@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ultralong.utils.units import GIB
@@ -120,17 +120,7 @@ class Plan:
             **({"sharing": self.sharing} if self.sharing else {}),
             "fits": self.fits,
             "advice": list(self.advice),
-            "lines": [
-                {
-                    "place": line.place,
-                    "name": line.name,
-                    "value": line.value,
-                    "unit": line.unit,
-                    "basis": line.basis,
-                    "counts": line.counts,
-                }
-                for line in self.lines
-            ],
+            "lines": [asdict(line) for line in self.lines],
         }
 
     def __str__(self) -> str:

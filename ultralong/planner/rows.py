@@ -65,10 +65,13 @@ def planned_rows(sources: Sequence[DataSource]) -> PlannedRows | None:
     for source, folder in zip(sources, folders, strict=True):
         rows = PackedRows(folder) if (folder / "manifest.json").is_file() else first
         count = min(len(rows), max(1, round(SAMPLED * source.weight / total)))
-        # From the middle of equal parts: the last row, which may be padding for the most part, is one row of all.
-        for part in range(count):
-            found.append(tuple(rows[(2 * part + 1) * len(rows) // (2 * count)].boundaries.tolist()))
+        found += [tuple(rows[place].boundaries.tolist()) for place in middles(len(rows), count)]
     return PlannedRows(first.length, tuple(found))
+
+
+def middles(places: int, parts: int) -> list[int]:
+    """Of so many places the middle one of each of equal parts: the last row, mostly padding perhaps, is one of all."""
+    return [(2 * part + 1) * places // (2 * parts) for part in range(parts)]
 
 
 def planned_packs(config: TrainConfig, gpus: int, shape: Shape) -> PlannedRows | None:
@@ -83,17 +86,15 @@ def planned_packs(config: TrainConfig, gpus: int, shape: Shape) -> PlannedRows |
         return None
     order, size = RowOrder.of_run(config), config.parallel.shared_by
     rows, groups = config.global_batch_size, gpus // size
-    token_work = shape.multiplied / (2 * shape.layers * shape.heads * shape.head_dim)
     count, found = min(SAMPLED_STEPS, config.steps), list[tuple[int, ...]]()
     tokens = pairs = passes = longest = even = 0.0
-    for part in range(count):
-        step = (2 * part + 1) * config.steps // (2 * count)
-        packs = order.packs(step * rows, rows, groups, order.most_pack_tokens(config), token_work)
+    for step in middles(config.steps, count):
+        packs = order.packs(step * rows, rows, groups, order.most_pack_tokens(config), shape.token_work)
         tokens, pairs, passes = tokens + packs.tokens, pairs + packs.pairs, passes + len(packs.passes)
-        even += (packs.tokens * token_work + packs.pairs) / groups
+        even += (packs.tokens * shape.token_work + packs.pairs) / groups
         for each in packs.passes:
             edges = [order.boundaries(pack) for pack in each if pack]
-            longest += max(known[-1] * token_work + query_key_pairs(0, known) for known in edges)
+            longest += max(known[-1] * shape.token_work + query_key_pairs(0, known) for known in edges)
             found += edges
     most = max(edges[-1] for edges in found)
     means = PlannedPacks(tokens / count, pairs / count, passes / count, longest / even)

@@ -52,6 +52,11 @@ class Shape:
         pairs = mean_pairs(self.windows, tokens, None)
         return step_flops(self.multiplied, self.layers, self.heads * self.head_dim, tokens, pairs)
 
+    @property
+    def token_work(self) -> float:
+        """What a token costs beside attention, in query-key pairs, as in `ultralong.training.throughput`."""
+        return self.multiplied / (2 * self.layers * self.heads * self.head_dim)
+
     def window_share(self, tokens: int, rows: Sequence[Sequence[int]]) -> float:
         """Query-key pairs of a layer in the mean, over what they would be without sliding windows.
 

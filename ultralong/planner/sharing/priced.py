@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from ultralong.planner.autotune import autotune_memory
 from ultralong.planner.machine import Machine
 from ultralong.planner.memory import gpu_memory, gpu_total
-from ultralong.planner.rows import SAMPLED_STEPS, PlannedPacks, PlannedRows, planned_packs, planned_rows
+from ultralong.planner.rows import SAMPLED_STEPS, PlannedPacks, PlannedRows, middles, planned_packs, planned_rows
 from ultralong.planner.shapes import Shape
 from ultralong.planner.step_time import step_time
 from ultralong.planner.workload import Workload
@@ -125,20 +125,14 @@ def one_row_passes(asked: Asked) -> Price:
     kinds, waiting = _kinds(asked)
     passes, once, longest = 0.0, 0.0, None
     for kind in kinds:
-        workload = _fitted(
-            asked,
-            Workload(
-                config, asked.model, asked.shape, asked.machine, kind.length, asked.gpus, kind.documents, kind.packs
-            ),
-        )
+        known = (asked.model, asked.shape, asked.machine, kind.length, asked.gpus, kind.documents, kind.packs)
+        workload = _fitted(asked, Workload(config, *known))
         lines = step_time(workload)
         once = max(once, sum(line.value for line in lines if line.name in ONCE))
         passes += sum(line.value for line in lines if line.name not in ONCE)
         longest = workload if longest is None or gpu_total(workload) > gpu_total(longest) else longest
     assert longest is not None
-    tokens, pairs = (
-        sum(values) for values in zip(*((kind.packs.tokens, kind.packs.pairs) for kind in kinds), strict=True)
-    )
+    tokens, pairs = sum(kind.packs.tokens for kind in kinds), sum(kind.packs.pairs for kind in kinds)
     return _price(longest, passes * waiting + once, tokens, pairs)
 
 
@@ -158,19 +152,18 @@ def _kinds(asked: Asked) -> tuple[list[Kind], float]:
     """
     config, shape = asked.config, asked.shape
     order, groups = RowOrder.of_run(config), asked.gpus // config.parallel.shared_by
-    rows, token_work = config.global_batch_size, shape.multiplied / (2 * shape.layers * shape.heads * shape.head_dim)
+    rows = config.global_batch_size
     if rows % groups:
         raise ValueError(f"{rows} rows of a step are no multiple of {groups} groups.")
     steps, found = min(SAMPLED_STEPS, config.steps), dict[tuple[int, bool], list[tuple[int, ...]]]()
     longest = even = 0.0
-    for part in range(steps):
-        first = (2 * part + 1) * config.steps // (2 * steps) * rows
-        for each in _passes(order, first, rows, groups):
+    for step in middles(config.steps, steps):
+        for each in _passes(order, step * rows, rows, groups):
             work = []
             for place, edges in each:
                 folder = order.folders[place]
                 found.setdefault((folder.length, folder.mask_documents), []).append(edges)
-                work.append(edges[-1] * token_work + query_key_pairs(0, edges))
+                work.append(edges[-1] * shape.token_work + query_key_pairs(0, edges))
             longest, even = longest + max(work), even + sum(work) / groups
     return [_kind(edges, groups, steps) for _, edges in sorted(found.items())], longest / even
 
