@@ -272,7 +272,7 @@ print(f"ok: {seen['boundaries']} boundaries, each with its separator; {seen['lab
 # possible reason: a model has learned from them that what came before no longer matters.
 
 # %%
-toys = ["The tide came in at dawn.", "No ship had passed.", "The log was empty."]
+toys = ["The tide came in at dawn.", "No ship came.", "The log was full."]
 toy_store = tokenize_corpus([Document(f"toy{i}", text) for i, text in enumerate(toys)], tokenizer, folder / "toys",
                             quiet=True)
 
@@ -285,12 +285,11 @@ def toy_row(join: str, masked: bool = False):
 
 joins = {join: toy_row(join) for join in ("separator", "none", "bos_eos")}
 short = {"<|begin_of_text|>": "BOS", "<|end_of_text|>": "EOS"}
-lines = {join: [short.get(piece, piece) for piece in pieces(row.input_ids[:26])] for join, row in joins.items()}
-owners = {join: row.document_of_token()[:26].tolist() for join, row in joins.items()}
+lines = {join: [short.get(piece, piece) for piece in pieces(row.input_ids[:22])] for join, row in joins.items()}
+owners = {join: row.document_of_token()[:22].tolist() for join, row in joins.items()}
 lines = {join: [piece if owner >= 0 else "" for piece, owner in zip(line, owners[join])]
          for join, line in lines.items()}
-wide = figures.token_table(lines, owners, "Three documents, three ways to join them")
-figures.show(wide.update_layout(width=1100),
+figures.show(figures.token_table(lines, owners, "Three documents, three ways to join them"),
              "Three lines of tokens. separator: '<s' and '>' stand after the first and the second sentence. none: the "
              "sentences touch. bos_eos: each sentence stands between BOS and EOS.")
 
@@ -368,7 +367,7 @@ for name, row in (("no mask", joins["separator"]), ("masked", masked)):
             shown[f"{kind}, {name}"] = (text[:ends[-1]], owner[:ends[-1]].tolist())
 table = figures.token_table({key: text for key, (text, _) in shown.items()},
                             {key: owner for key, (_, owner) in shown.items()}, "Inputs, labels and positions")
-figures.show(table.update_layout(width=1100),
+figures.show(table,
              "Five lines of tokens. Labels are the inputs moved one place left. With the mask, the label under each "
              "separator's end is empty and positions start again at 0 with each sentence.")
 

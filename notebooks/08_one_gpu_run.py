@@ -143,6 +143,10 @@ def my_step_seconds(tokens, measured):  # measured: two lengths with their secon
 
 check("08.step", my_step_seconds)
 
+# %%
+my_run = ...  # a dict of changes, such as {"steps": ...}, of the preset planned above
+check("08.plan", my_run)
+
 # %% [markdown]
 # ## A learning rate, from its first steps
 #

@@ -416,7 +416,7 @@ gained = {outcome["name"]: {arm["arm"]: arm for arm in outcome["arms"]} for outc
 names = {"base": "rate 5e-6", "half-start": "average", "lr-2e-5": "rate 2e-5", "chat-retrieval": "chat"}
 changes = {name: {label: gained[name][arm]["by_training"] for arm, label in names.items()} for name in (BEYOND, tests)}
 figures.show(forest(intervals(changes[BEYOND]), "Perplexity by training: less is better",
-                    x="per cent of the perplexity, 95% interval", zero=0.0),
+                    x="per cent of the perplexity, 95% interval", zero=0.0, span=(-20, 0)),
              "Changes of perplexity by training in four arms: it falls by 19, 17, 9 and 1 per cent, with narrow "
              "intervals.")
 figures.show(forest(intervals(changes[tests]), "RULER by training: less is worse",

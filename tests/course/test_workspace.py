@@ -66,7 +66,7 @@ def test_the_overview_counts_solved_exercises(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     cli.main(["course", "check"])
     shown = capsys.readouterr().out
-    assert re.search(r"01_rope_frequencies +#\.\.\. +1 of 5", shown)
+    assert re.search(r"01_rope_frequencies +#\.\.\.\. +1 of 5", shown)
     assert "Next: 00.gain, in 00_quickstart.ipynb" in shown
     assert json.loads((tmp_path / "work" / progress.FILE).read_text())["solved"].keys() == {"01.wavelength"}
 

@@ -173,13 +173,20 @@ def write_api(folder: str | os.PathLike[str]) -> list[Path]:
 def _resolve(module: ModuleType) -> None:
     """Put in place what pdoc does not find: names that a package loads when they are asked for, types in a NamedTuple.
 
-    A NamedTuple's constructor says that it is of another module, where the names in its annotations mean nothing.
+    A NamedTuple's constructor says that it is of another module, where the names in its annotations mean nothing; so do
+    annotations that a dataclass has from one of another module.
     """
     for name in getattr(module, "__all__", ()):
         getattr(module, name)
     for cls in vars(module).values():
-        if isinstance(cls, type) and issubclass(cls, tuple) and cls.__module__ == module.__name__:
+        if not isinstance(cls, type) or cls.__module__ != module.__name__:
+            continue
+        if issubclass(cls, tuple):
             cls.__new__.__annotations__ = get_type_hints(cls)
+        elif any(dataclasses.is_dataclass(base) and base.__module__ != cls.__module__ for base in cls.__mro__[1:]):
+            hints = get_type_hints(cls)
+            given = cls.__init__.__annotations__
+            cls.__init__.__annotations__ = {name: hints.get(name, hint) for name, hint in given.items()}
 
 
 def documented_modules() -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ultralong.course.exercise import Exercise, Mistake
+from ultralong.course.exercises.presets import changed_preset
+from ultralong.planner.planner import plan
 
 # Seconds of a training step of SmolLM2-135M on one H200, from notebooks/results/training_h200.json.
 MEASURED = {16384: 0.257, 65536: 1.9663, 131072: 6.9167}
@@ -62,6 +64,40 @@ def check_step(answer: Any) -> str:
         assert off <= 0.25, say + "Solve a n + b n^2 for the two measured lengths."
         worst = max(worst, off)
     return f"within {worst:.0%} of what was measured, from two other lengths."
+
+
+# ---- 08.plan
+
+PRESET, TOKENS, HOUR, LOST = "smollm2-135m-64k", 130_000_000, 3600.0, 600.0  # seconds: of the run, between checkpoints
+CHANGES = {"steps": 2000, "save_every": 200}
+
+
+def check_plan(answer: Any) -> str:
+    """Ask the planner for the seconds of the changed preset's run, and count its tokens."""
+    plain, config = changed_preset(PRESET, {}), changed_preset(PRESET, answer)
+    assert config.length is not None and plain.length is not None
+    assert config.length >= plain.length, (
+        f"Rows of {config.length:,} tokens never show the model the far half of its window of {plain.length:,}."
+    )
+    made = plan(config, 1)
+    assert made.fits, f"It does not fit: {made.total('gpu') / 2**30:.0f} GiB on an H200."
+    step, seconds = made.seconds_per_step, config.steps * made.seconds_per_step
+    tokens = config.steps * config.global_batch_size * config.length
+    said = f"{config.steps:,} steps of {step:.2f} s, {seconds / 60:.0f} minutes by the plan. "
+    assert tokens >= TOKENS, (
+        said + f"They read {tokens / 1e6:.0f} million tokens, and {TOKENS / 1e6:.0f} are asked for."
+    )
+    assert seconds <= HOUR, (
+        said + "There are 60. A row of twice the tokens takes more than twice the time, and so does attention that is "
+        "computed again: what did you change that costs more than it gives?"
+    )
+    every = config.steps // 20 if config.save_every == "auto" else config.save_every or config.steps
+    assert every * step <= LOST, (
+        said
+        + f"A checkpoint every {every:,} steps: a machine that is lost takes {every * step / 60:.0f} minutes of work "
+        "with it. Ten are allowed."
+    )
+    return f"{tokens / 1e6:.0f} million tokens in {seconds / 60:.0f} minutes of one H200, as planned before it starts."
 
 
 # ---- 08.triage
@@ -171,6 +207,29 @@ EXERCISES = (
             "Divide both times by their tokens: s/n = a + b n is a straight line through two points.",
         ),
         minutes=8,
+    ),
+    Exercise(
+        name="08.plan",
+        title="A run that fits an hour",
+        task=(
+            f"You have one hour of one H200. Give the changes of the preset {PRESET}, a dict as --set takes it, so "
+            "that the run reads 130 million tokens or more in rows of at least 65,536 and saves at least every ten "
+            "minutes. The planner judges."
+        ),
+        check=check_plan,
+        solution=CHANGES,
+        mistakes=(
+            Mistake("as it is", {}, "They read 66 million tokens"),
+            Mistake("shorter rows", {"length": 32768, "steps": 4000}, "far half of its window"),
+            Mistake("longer rows", {"length": 131072, "steps": 1000, "save_every": 100}, "There are 60"),
+            Mistake("never saved", {"steps": 2000, "save_every": 0}, "Ten are allowed"),
+            Mistake("another key", {"tokens": 130_000_000}, "The trainer refuses it"),
+        ),
+        hints=(
+            "130 million over the tokens of a row are the steps. The plan above has the seconds of one.",
+            "Ten minutes over the seconds of a step are the most steps between two checkpoints.",
+        ),
+        minutes=6,
     ),
     Exercise(
         name="08.triage",

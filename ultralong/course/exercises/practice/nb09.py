@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ultralong.course.exercise import Exercise, Mistake
-from ultralong.training.config import TrainConfig, preset
+from ultralong.course.exercises.presets import changed_preset
 from ultralong.training.process_checks import process_problem
-from ultralong.utils import settings
 
 NOT_LEARNED = -100
 
@@ -172,14 +169,7 @@ CHANGES = {"global_batch_size": 32, "steps": 469}
 
 def check_batch(answer: Any) -> str:
     """Load the preset with the changes, as `--set` would, and count examples, epochs and processes."""
-    assert isinstance(answer, dict), f"Give a dict of keys and values, as --set takes them; found {answer!r}."
-    plain = settings.load(TrainConfig, preset(PRESET))
-    try:
-        wanted = [f"{key}={json.dumps(value, default=str)}" for key, value in answer.items()]  # as --set has them
-        config = settings.load(TrainConfig, preset(PRESET), wanted)
-    except (ValueError, TypeError) as error:
-        said = re.sub(r"\S+/(\S+\.yaml)", r"\1", " ".join(str(error).split()))
-        raise AssertionError(f"The trainer refuses it: {said}") from error
+    plain, config = changed_preset(PRESET, {}), changed_preset(PRESET, answer)
     problem = process_problem(config, GPUS)
     assert problem is None, f"{GPUS} GPUs can't start it. The trainer says: {problem}"
     rate, usual = config.optimizer.lr, plain.optimizer.lr
