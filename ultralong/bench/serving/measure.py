@@ -38,7 +38,6 @@ from ultralong.inference.sharded_engine import work_together
 from ultralong.inference.sharded_generation import CHUNK
 from ultralong.planner.shapes import Shape, model_config, shape_of
 from ultralong.utils.extras import require
-from ultralong.utils.local_ranks import free_port
 from ultralong.utils.units import GIB
 
 NAME = "bench"
@@ -105,15 +104,14 @@ class _Asking:
 
     def __init__(self, options: ServeBench, warm: int, chunk: int) -> None:
         self._options, self._warm, self._chunk = options, warm, chunk
-        self._port = free_port()
         self._asked: dict[str, Any] = {}
         self._done: subprocess.CompletedProcess[str] | None = None
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Any) -> dict[str, Any]:
         options = self._options
         kv = "fp8" if options.kv == "fp8" else "auto"
-        settings = ServeSettings(NAME, port=self._port, name=NAME, gpus=options.gpus, kv=kv, chunk=self._chunk)
-        self._asked = {"port": self._port, "model": NAME, "vocabulary": model.config.get_text_config().vocab_size}
+        settings = ServeSettings(NAME, port=0, name=NAME, gpus=options.gpus, kv=kv, chunk=self._chunk)
+        self._asked = {"model": NAME, "vocabulary": model.config.get_text_config().vocab_size}
         self._asked |= {"warm": self._warm, "tokens": options.tokens, "new_tokens": options.new_tokens}
         clear(model.device)
         Serving(settings, self._begin)(model, tokenizer, engine)
@@ -131,6 +129,9 @@ class _Asking:
         try:
             while not server.started and not server.should_exit:
                 time.sleep(0.02)
+            if not server.started:
+                return
+            self._asked["port"] = server.servers[0].sockets[0].getsockname()[1]  # the one that it took
             command = [sys.executable, "-m", "ultralong.bench.serving.client"]
             self._done = subprocess.run(
                 command, input=json.dumps(self._asked), stdout=subprocess.PIPE, text=True, check=False
