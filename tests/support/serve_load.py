@@ -111,6 +111,12 @@ def resident_mib(pid: int) -> float:
     return round(int(line) / 1024, 1)
 
 
+def peak_mib(pid: int) -> float:
+    """Largest resident memory that a process has had."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(line) / 1024
+
+
 def main() -> None:
     """Serve, load, and write what was seen."""
     parser = argparse.ArgumentParser(description=__doc__)

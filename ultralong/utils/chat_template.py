@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ultralong.utils.template_renderer import render_template
@@ -177,9 +178,7 @@ def conversation_ids(
     """
     pattern = control_tokens(tokenizer)
     spelled: list[str] = []
-    mark = "\u2402"
-    while any(mark in message["content"] for message in messages):
-        mark += "\u2403"
+    mark = f"\u2402{secrets.randbelow(10**18)}\u2403"  # which nobody can have spelled
 
     def set_aside(match: re.Match[str]) -> str:
         spelled.append(match[0])
@@ -187,13 +186,23 @@ def conversation_ids(
 
     if pattern is not None:
         messages = [{**message, "content": pattern.sub(set_aside, message["content"])} for message in messages]
-    # Every other piece is the number of what was set aside, also where a template says a message twice.
-    pieces = re.split(f"{mark}([0-9]+)\u2404", render(messages)) if spelled else [render(messages)]
     ids: list[int] = []
-    for number, piece in enumerate(pieces):
-        text, split = (spelled[int(piece)], True) if number % 2 else (piece, False)
+    for text, split in _pieces(render(messages), mark, spelled):
         found: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=split, verbose=False)
         ids += found["input_ids"]
         if most is not None and len(ids) > most:
             break
     return ids
+
+
+def _pieces(text: str, mark: str, spelled: list[str]) -> Iterator[tuple[str, bool]]:
+    """What stands between marks, and what was set aside for each, also where a template says a message twice.
+
+    One by one: to split a text at a million marks at once would hold all other threads.
+    """
+    last = 0
+    for match in re.finditer(f"{mark}([0-9]+)\u2404", text) if spelled else ():
+        yield text[last : match.start()], False
+        yield spelled[int(match[1])], True
+        last = match.end()
+    yield text[last:], False

@@ -7,16 +7,15 @@ import copy
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
-from itertools import takewhile
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from ultralong.inference.server.bodies import Bodies
 from ultralong.inference.server.description import Health, Model, ModelList, answers, describe, facts
 from ultralong.inference.server.gate import Gate, error_body
 from ultralong.inference.server.replies import Reply
@@ -44,6 +43,7 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
     # A tokenizer's settings change while it encodes, so it can't be shared with the worker's thread, nor used twice.
     tokenizer, encoding = copy.deepcopy(worker.engine.tokenizer), asyncio.Lock()
     _add_refusals(app, worker)
+    bodies = Bodies(worker.limit)
 
     async def respond(body: ChatRequest | CompletionRequest, request: Request, route: str) -> Response:
         if body.model != name:
@@ -62,12 +62,12 @@ def make_app(worker: Worker, name: str, *, key: str | None, answer_tokens: int, 
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     @app.post("/v1/chat/completions", **answers("chat/completions"))
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request, "chat/completions")
+    async def chat(request: Request) -> Response:
+        return await respond(await bodies.read(ChatRequest, request), request, "chat/completions")
 
     @app.post("/v1/completions", **answers("completions"))
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(body, request, "completions")
+    async def completions(request: Request) -> Response:
+        return await respond(await bodies.read(CompletionRequest, request), request, "completions")
 
     _add_facts(app, worker, name)
     describe(app, name, with_key=key is not None)
@@ -110,26 +110,9 @@ def _add_refusals(app: FastAPI, worker: Worker) -> None:
         worker.metrics.requests.labels(request.url.path.rpartition("/v1/")[2], "refused").inc()
         return JSONResponse(error_body(error), error.status)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = _place(first)
-        text = f"{place or 'the request'}: {first['msg'].removeprefix('Value error, ')}"
-        if first["type"] == "extra_forbidden":
-            text = f"{place}: this server does not support it. Leave it out."
-        if first["type"] == "json_invalid":
-            text = f"the request is no JSON: {first['ctx']['error']}, behind character {first['loc'][-1]}"
-        if not place and first["type"] == "missing":
-            text = "the request: its body is empty, and JSON is needed"
-        if not place and "json" not in request.headers.get("content-type", ""):  # as curl sends what it is told to post
-            text = "the request: JSON is needed, sent with the header Content-Type: application/json"
-        return await refused(request, Refused(400, text, "invalid_request", place or None))
-
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
         text = str(error.detail)
-        if error.status_code == 400:  # the framework's words for it name no reason
-            text = "the request: its body can't be read as JSON in UTF-8"
         if error.status_code in (404, 405):
             routes = [route for route in app.routes if isinstance(route, APIRoute)]
             known = ", ".join(
@@ -140,16 +123,6 @@ def _add_refusals(app: FastAPI, worker: Worker) -> None:
             text = f"{request.method} {request.url.path[:200]} is not served here. These are: {known}."
         body = error_body(Refused(error.status_code, text, "invalid_request"))
         return JSONResponse(body, error.status_code, error.headers)
-
-
-def _place(error: Mapping[str, Any]) -> str:
-    """Where in a request something is wrong, in the request's own words."""
-    parts = [str(part) for part in error["loc"] if part != "body"]
-    if error["type"] == "json_invalid":
-        return ""
-    if error["type"] != "extra_forbidden":  # where several types are taken, pydantic adds which of them it tried
-        parts = list(takewhile(lambda part: part.isidentifier() or part.isdigit(), parts))
-    return ".".join(parts).encode("utf-8", "backslashreplace").decode()  # the name of a key may be no text
 
 
 class Waiting:

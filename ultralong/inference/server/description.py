@@ -7,8 +7,13 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from ultralong.inference.server.requests import ChatRequest, CompletionRequest
 
 PATH = "/openapi.json"
+SCHEMAS = "#/components/schemas/"
+REQUESTS = (ChatRequest, CompletionRequest)
 # By status, those of the gate and of every route included.
 REFUSALS = {
     400: "The request is not understood, asks for what is not served, or has too many tokens.",
@@ -133,7 +138,9 @@ def answers(route: str) -> dict[str, Any]:
         "description": "The answer; with `stream`, server-sent events, a chunk each, and `data: [DONE]` at the end.",
         "content": {"text/event-stream": {}},
     }
-    return {"responses": {200: answer, **_refused(*REFUSALS)}}
+    asked = {"$ref": f"{SCHEMAS}{'Chat' if route.startswith('chat') else 'Completion'}Request"}
+    body = {"required": True, "content": {"application/json": {"schema": asked}}}
+    return {"responses": {200: answer, **_refused(*REFUSALS)}, "openapi_extra": {"requestBody": body}}
 
 
 def facts(model: type[BaseModel] | None, other: int | None = None) -> dict[str, Any]:
@@ -172,8 +179,10 @@ def describe(app: FastAPI, name: str, *, with_key: bool) -> None:
     schemas = page["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    for request in ("ChatRequest", "CompletionRequest"):
-        schemas[request]["properties"]["model"]["const"] = name
+    kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [(kind, "validation") for kind in REQUESTS]
+    schemas |= models_json_schema(kinds, ref_template=SCHEMAS + "{model}")[1]["$defs"]
+    for kind in REQUESTS:
+        schemas[kind.__name__]["properties"]["model"]["const"] = name
     if with_key:
         page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         page["security"] = [{"key": []}]

@@ -5,17 +5,35 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from jinja2 import TemplateError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from transformers import PreTrainedTokenizerBase
 
 from ultralong.inference.decoding import Sampling
+from ultralong.inference.server.fields import (
+    LONGEST_STOP,
+    MOST_STOPS,
+    Flag,
+    Ids,
+    Number,
+    Positive,
+    Seed,
+    Stop,
+    Text,
+    Texts,
+    flag,
+    number,
+)
 from ultralong.inference.server.tickets import Job, Refused
 from ultralong.utils.chat_template import conversation_ids, render_chat
 
-MOST_STOPS = 16
 CHARACTERS = 8  # of a token; few texts have more
 CUT = 64  # tokens that a text may have less than its beginning, which is cut anywhere
-LONGEST_STOP = 1024  # characters; what the model has said is compared with every beginning of each
 # Options that this server lacks, at the values at which they ask for nothing: many clients send all that they know.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
@@ -35,40 +53,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _whole(text: str) -> str:
-    try:
-        text.encode()  # a loop over the letters of a long text keeps all others waiting
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no character") from None
-    return text
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool | str):  # which pydantic would take for a number
-        raise ValueError("Input should be a number")
-    return value
-
-
-def _flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("Input should be true or false")
-    return value
-
-
 def _no_echo(value: Any) -> Any:
     if value is not False:
         raise ValueError("a prompt is not given back, with its log probabilities or without: no loglikelihood here")
     return value
-
-
-Text = Annotated[str, AfterValidator(_whole)]  # JSON can spell what no text holds
-Number = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_number)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_number)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-_stop = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
-_stops = {"type": "array", "items": _stop, "maxItems": MOST_STOPS}
-Stop = Annotated[Text, WithJsonSchema(_stop)] | Annotated[list[Text], WithJsonSchema(_stops)]  # see `stops`
 
 
 def _asks(key: str, value: Any) -> bool:
@@ -97,7 +85,12 @@ class _Given(BaseModel):
         """What was given without null, which OpenAI takes for what is left out, and what asks for nothing."""
         if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if _asks(key, value)}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        asked = {key: value for key, value in given.items() if _asks(key, value)}
+        unknown = [key for key in asked if key not in known]
+        for key in unknown[1:]:  # the first one is refused: millions of errors take minutes and gigabytes
+            del asked[key]
+        return asked
 
 
 class Part(_Given):
@@ -115,7 +108,9 @@ class Message(_Given):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+    content: Annotated[
+        list[Part], Field(fail_fast=True), BeforeValidator(_parts, json_schema_input_type=str | list[Part])
+    ]
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
@@ -140,13 +135,13 @@ class _Request(_Given):
     stream: Flag = False
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
-    n: Annotated[Literal[1], BeforeValidator(_number)] = 1
-    presence_penalty: Annotated[Literal[0], BeforeValidator(_number)] = 0
-    frequency_penalty: Annotated[Literal[0], BeforeValidator(_number)] = 0
+    n: Annotated[Literal[1], BeforeValidator(number)] = 1
+    presence_penalty: Annotated[Literal[0], BeforeValidator(number)] = 0
+    frequency_penalty: Annotated[Literal[0], BeforeValidator(number)] = 0
     # Read by nobody here, and without an effect on the answer.
     user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Annotated[Literal[False], BeforeValidator(_flag)] | None = None
+    metadata: Texts | None = None
+    store: Annotated[Literal[False], BeforeValidator(flag)] | None = None
 
     @property
     def with_usage(self) -> bool:
@@ -170,7 +165,7 @@ class _Request(_Given):
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: Positive | None = None
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
@@ -188,6 +183,8 @@ class ChatRequest(_Request):
         """
         if not tokenizer.chat_template:
             raise Refused(400, "The model's tokenizer has no chat template: use /v1/completions.", "no_chat_template")
+        if len(self.messages) > most:  # which a template would take long to write
+            raise _too_long(most)
         turns = [message.plain() for message in self.messages]
         check_beginning(tokenizer, "".join(turn["content"] for turn in turns), most, "messages")
 
@@ -200,14 +197,18 @@ class ChatRequest(_Request):
             text = f"The model's chat template refuses these messages: {error}"
             raise Refused(400, text, "invalid_messages", "messages") from error
         if len(ids) > most:
-            text = f"The conversation has more than {most:,} tokens, which is what this server takes. Shorten it."
-            raise Refused(400, text, "context_length_exceeded", "messages")
+            raise _too_long(most)
         return ids
 
     @property
     def most(self) -> int | None:
         """Most tokens of the answer, where the request says."""
         return self.max_completion_tokens or self.max_tokens
+
+
+def _too_long(most: int) -> Refused:
+    text = f"The conversation has more than {most:,} tokens, which is what this server takes. Shorten it."
+    return Refused(400, text, "context_length_exceeded", "messages")
 
 
 def _only(prompt: Any) -> Any:
@@ -232,9 +233,9 @@ Prompt = (
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt_: Annotated[Text | list[int], BeforeValidator(_only, json_schema_input_type=Prompt)] = Field(alias="prompt")
+    prompt_: Annotated[Text | Ids, BeforeValidator(_only, json_schema_input_type=Prompt)] = Field(alias="prompt")
     echo: Annotated[Literal[False], BeforeValidator(_no_echo)] = False
-    best_of: Annotated[Literal[1], BeforeValidator(_number)] = 1
+    best_of: Annotated[Literal[1], BeforeValidator(number)] = 1
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
         """Token ids of the prompt; those that were given as they are.
