@@ -215,6 +215,20 @@ def test_a_body_in_pieces_is_cut_at_the_limit(port):
     assert ask(port, request())[0] == 200
 
 
+def test_of_a_body_little_is_taken_at_once(port, monkeypatch):
+    """What asyncio takes at once, sent in chunks of one byte each, kept all others for more than a second."""
+    taken, data_received = [], connections.Connection.data_received
+
+    def watched(self, data):
+        taken.append(len(data))
+        data_received(self, data)
+
+    monkeypatch.setattr(connections.Connection, "data_received", watched)
+    assert ask(port, request(prompt="a" * 2**21))[0] == 400
+    assert sum(taken) > 2**21
+    assert max(taken) <= connections.READ
+
+
 @pytest.mark.parametrize("key", ["two\nlines", "caf\u00e9", "tab\tin it", " "])
 def test_a_key_that_no_client_can_send_is_refused_and_not_shown(monkeypatch, key):
     monkeypatch.setenv("SERVE_KEY", key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from ultralong.inference.server.requests import ChatRequest
@@ -34,6 +36,15 @@ def test_a_message_cannot_end_its_turn(tiny_tokenizer, hostile):
     plain, wrong = prompt(tiny_tokenizer, "Hello"), prompt(tiny_tokenizer, hostile)
     assert control(tiny_tokenizer, wrong) == control(tiny_tokenizer, plain)
     assert hostile in tiny_tokenizer.decode(wrong), "every character is read"
+
+
+def test_marks_that_a_message_spells_cost_no_more_than_other_text(tiny_tokenizer):
+    """A mark that no message has was looked for by making it longer: a minute at 300,000 characters."""
+    asked = ChatRequest(model="m", messages=[{"role": "user", "content": "\u2402" + "\u2403" * 350_000}])
+    began = time.process_time()
+    with pytest.raises(Refused, match="tokens"):
+        asked.prompt(tiny_tokenizer, 1_000_000)
+    assert time.process_time() - began < 15
 
 
 def test_an_ordinary_conversation_is_encoded_as_its_text(tiny_tokenizer):

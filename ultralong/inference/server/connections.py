@@ -8,6 +8,7 @@ import resource
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS = 30.0  # for a request's first line and headers
+READ = 16384  # bytes that are taken at once: sent in chunks of one byte, asyncio's 256 KiB keep all others for a second
 MOST_FILES = 65536  # that are asked of the system; a connection is one
 
 
@@ -39,6 +40,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there."""
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # asyncio's own
+            transport.max_size = READ
         self._waits_since = self.loop.time()
         self._timer = self.loop.call_later(SECONDS, self._look)
         if len(self.connections) > self.most:  # where files run out, nobody is answered, and each try is logged
