@@ -44,9 +44,7 @@ OPTIONAL = (
 )
 IN_THE_CLI = re.compile(r"^ultralong\.(cli(\.|$)|.*__main__$)")
 # The web application, which `serve` imports after it has asked for the extra.
-IN_THE_SERVER = re.compile(
-    r"ultralong\.inference\.server\.(app|bodies|connections|description|fields|gate|stopping|requests)"
-)
+IN_THE_SERVER = re.compile(r"ultralong\.inference\.server\.(app|bodies|connections|description|fields|gate|requests)")
 # Imported on a GPU, by `fast_step` alone.
 IN_TRITON = re.compile(r"ultralong\.inference\.decode_step\.(kernels|fp8_split|peer_merge)")
 SERVER = {"fastapi", "pydantic", "starlette", "uvicorn"}

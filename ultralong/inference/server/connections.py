@@ -1,15 +1,23 @@
-"""Connections to the server: how long each may be silent, and how many there are."""
+"""Connections to the server: how long each may be silent, how many there are, and how they end when it stops.
+
+Then answers have some time to end, and those that are at work or wait after it are told.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ultralong.inference.server.worker import Worker
 
 SECONDS = 30.0  # for a request's first line and headers
 READ = 16384  # bytes that are taken at once: sent in chunks of one byte, asyncio's 256 KiB keep all others for a second
 MOST_FILES = 65536  # that are asked of the system; a connection is one
+FAREWELL = 3  # seconds in which refusals go out
 
 
 def claim_files() -> tuple[int, int]:
@@ -72,3 +80,30 @@ class Connection(H11Protocol):
             self.transport.close()
         else:
             self._timer = self.loop.call_later(max(left, 0.0) or SECONDS, self._look)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which refuses what it can't answer any more before it closes connections.
+
+    Args:
+        config: uvicorn's.
+        worker: Answers.
+        grace: Seconds that answers have from the signal on.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, grace: int) -> None:
+        config.timeout_graceful_shutdown = grace + FAREWELL
+        super().__init__(config)
+        self._worker, self._grace = worker, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, wait, refuse, close."""
+        telling = asyncio.create_task(self._refuse_later())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            telling.cancel()
+
+    async def _refuse_later(self) -> None:
+        await asyncio.sleep(self._grace)
+        self._worker.refuse()

@@ -73,8 +73,7 @@ class Serving:
         import uvicorn
 
         from ultralong.inference.server.app import make_app
-        from ultralong.inference.server.connections import Connection, claim_files
-        from ultralong.inference.server.stopping import Server
+        from ultralong.inference.server.connections import Connection, Server, claim_files
 
         settings = self._settings
         if engine is None:
