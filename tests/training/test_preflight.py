@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ultralong import launch, planner
 from ultralong.cli import main
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.rows.row_checks import longest_position
+from ultralong.data.rows.row_checks import check_vocabulary, longest_position
 from ultralong.inference.load import load_model
 from ultralong.training.config import DataSource, MemoryConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from ultralong.training.loop import train
@@ -78,6 +78,8 @@ def other_tokenizer(run):
 def large_vocabulary(run):
     manifest = read_json("rows/manifest.json")
     edit("rows/manifest.json", tokenizer=manifest["tokenizer"] | {"vocabulary": 10**6})
+    ids = np.lib.format.open_memmap(Path("rows/rows-00000.npy"), mode="r+")
+    ids[-1, 5] = 9999
     return run
 
 
@@ -158,7 +160,7 @@ WRONG = {
     "an empty source": (lambda run: second(run, rows=0, shards=[]), "other holds no row"),
     "another length": (lambda run: replace(run, length=1024), "The config says length: 1024"),
     "a tokenizer": (other_tokenizer, "rows was made with another tokenizer"),
-    "a vocabulary": (large_vocabulary, "a vocabulary of 1000000 tokens"),
+    "a vocabulary": (large_vocabulary, "a vocabulary of 1000000 tokens and holds token 9999, the model has"),
     "positions": (many_positions, f"Rows have {LENGTH} tokens in rows, the model's window is {LENGTH // 2}"),
     "restarting positions": (one_long_document, f"Documents in rows have up to {LENGTH} tokens in other"),
     "a scheme": (parallel(scheme="ulises"), "scheme must be one of auto, single"),
@@ -238,6 +240,18 @@ def test_what_is_measured_has_all_its_weights(run):
         ValueError, match=r"the files lack model\.layers\.2\.input_layernorm\.weight and 8 more weights"
     ):
         load_model("model", "cpu")
+
+
+def test_a_tokenizer_that_knows_more_than_its_model_has_is_fine_where_no_row_holds_it(run):
+    """As Gemma 3's, which has a token of images: the rows decide."""
+    manifest = read_json("rows/manifest.json")
+    edit("rows/manifest.json", tokenizer=manifest["tokenizer"] | {"vocabulary": 10**6})
+    rows, size = PackedRows("rows"), AutoConfig.from_pretrained("model").vocab_size
+    check_vocabulary(rows, size)
+    top = max(int(row.labels.max()) for row in rows)
+    check_vocabulary(rows, top + 1)
+    with pytest.raises(ValueError, match=f"holds token {top}, the evaluator has {top}"):
+        check_vocabulary(rows, top, "evaluator")
 
 
 def test_nothing_is_written_by_a_refused_run(run, tmp_path):

@@ -16,7 +16,7 @@ from ultralong.attention.choose import RowSpec, choose_head_chunks, choose_schem
 from ultralong.attention.kernels import KERNELS, get_kernel
 from ultralong.checkpoints.config import check_whole, head_counts, load_config
 from ultralong.data.rows.packed_rows import PackedRows
-from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows
+from ultralong.data.rows.row_checks import check_long_ce, check_room, check_rows, check_vocabulary
 from ultralong.data.tokens.encoding import check_same_tokenizer
 from ultralong.rope import declared_window
 from ultralong.training.adapters.four_bits import to_nf4
@@ -186,12 +186,7 @@ class Preflight:
     def _vocabulary(self, model: Any, folders: list[PackedRows]) -> tuple[str, None]:
         size = model.get_text_config().vocab_size
         for rows in folders:
-            vocabulary = rows.manifest["tokenizer"]["vocabulary"]
-            if vocabulary > size:
-                raise ValueError(
-                    f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}. Pack "
-                    "the documents with the model's own tokenizer."
-                )
+            check_vocabulary(rows, size)
         place = Path(self.config.model).expanduser()
         if not (place / "tokenizer_config.json").is_file():
             return f"{size:,} tokens; the model has no tokenizer here to compare", None

@@ -115,6 +115,31 @@ def anchor_token(folders: Sequence[PackedRows], config: Any) -> int:
     return config.bos_token_id
 
 
+def check_vocabulary(rows: PackedRows, size: int, name: str = "model") -> None:
+    """Refuse rows with a token that a model does not have.
+
+    A tokenizer may know more than its model has, as Gemma 3's does a token of images: the rows are then read through.
+
+    Args:
+        rows: The rows.
+        size: Tokens that the model has an embedding of.
+        name: What the model is called.
+
+    Raises:
+        ValueError: There is such a token.
+    """
+    vocabulary = rows.manifest["tokenizer"]["vocabulary"]
+    if vocabulary <= size:
+        return
+    largest = (int(max(row.input_ids.max(), row.labels.max())) for row in map(rows.__getitem__, range(len(rows))))
+    found = next((token for token in largest if token >= size), None)
+    if found is not None:
+        raise ValueError(
+            f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens and holds token {found}, the {name} "
+            f"has {size}. Pack the documents with its own tokenizer."
+        )
+
+
 def check_long_ce(folders: Sequence[PackedRows], weights: LongCEConfig) -> str:
     """Refuse rows in which LongCE would weigh nothing; returns what it weighs.
 

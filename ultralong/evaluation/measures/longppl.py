@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ultralong.attention.collectives import Group
 from ultralong.data.rows.packed_rows import IGNORE, PackedRows
+from ultralong.data.rows.row_checks import check_vocabulary
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.evaluation.measures.key_tokens import By, KeyRule, Text, find_key_tokens, long_texts, read_long
 from ultralong.evaluation.measures.perplexity import position_edges
@@ -171,16 +172,10 @@ def longppl(
         ValueError: As for `long_texts` and `longppl_result`; or the rows are of another vocabulary than a model's.
     """
     rule = rule or KeyRule()
-    vocabulary = rows.manifest["tokenizer"]["vocabulary"]
     for name, reader in (("model", model), ("evaluator", evaluator)):
         if reader is None:
             continue
-        size = cast(nn.Embedding, reader.get_input_embeddings()).weight.shape[0]
-        if vocabulary > size:
-            raise ValueError(
-                f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the {name} has {size}: LongPPL "
-                "needs rows of its own tokenizer."
-            )
+        check_vocabulary(rows, cast(nn.Embedding, reader.get_input_embeddings()).weight.shape[0], name)
     texts = long_texts(rows, rule, by, most)
     chosen = model if evaluator is None else evaluator
     keys, losses = find_key_tokens(chosen, texts, rule, chunk=chunk, group=group, quiet=quiet)

@@ -22,6 +22,7 @@ from ultralong import attention
 from ultralong.attention.register import check_layers
 from ultralong.checkpoints.config import head_counts
 from ultralong.data.rows.packed_rows import IGNORE, PADDING, PackedRows
+from ultralong.data.rows.row_checks import check_vocabulary
 from ultralong.evaluation.measures.intervals import bootstrap_ratio
 from ultralong.evaluation.measures.result import Part, Result
 from ultralong.inference.load import load_model
@@ -171,13 +172,7 @@ def row_loss(
             f"At least one row, one row at once and one place are needed, found {count}, {micro_batch_size} "
             f"and {places}."
         )
-    vocabulary = rows.manifest["tokenizer"]["vocabulary"]
-    size = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if vocabulary > size:
-        raise ValueError(
-            f"{rows.folder} was tokenised with a vocabulary of {vocabulary} tokens, the model has {size}: "
-            "pack the rows with the model's own tokenizer."
-        )
+    check_vocabulary(rows, cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
     model.eval()
     loss, low = LanguageModelLoss(model, tile), dtype == "bfloat16" or (dtype == "auto" and model.device.type == "cuda")
     documents: list[tuple[float, float]] = []
