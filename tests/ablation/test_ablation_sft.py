@@ -271,6 +271,7 @@ KEYS = {
     "smollm2-135m-32k/base": "trained-7864e2641f435f53",
     "smollm2-135m-32k/two-steps": "trained-2adb112fc3bd5d69",
     "smollm2-135m-64k-searched/base": "trained-02f1943c7cdc6d1a",
+    "smollm2-135m-64k-longer/base": "trained-2fd4d3d72436a23a",
 }
 
 

@@ -354,6 +354,17 @@ def test_every_row_of_a_pass_comes_once_and_weights_are_kept(made):
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5
 
 
+def test_skipped_rows_are_those_that_a_run_before_has_read(made):
+    """With one source and with several, and beyond a pass."""
+    rows, masked, chat = (DataSource(str(made / name), 2.0) for name in ("rows", "masked", "chat"))
+    for sources in ((rows,), (masked, chat)):
+        whole = RowOrder(sources, seed=3, total=60)
+        rest = RowOrder(sources, seed=3, total=40, skipped=20)
+        assert [rest.place(index) for index in range(40)] == [whole.place(index) for index in range(20, 60)]
+        assert rest.batch(0, 2).places == whole.batch(20, 2).places
+    assert len({whole.place(index).source for index in range(60)}) == 2
+
+
 def test_mixing_masked_and_unmasked_rows_is_refused(made):
     with pytest.raises(ValueError, match="must share row length and document mask"):
         RowOrder((DataSource(str(made / "rows")), DataSource(str(made / "chat"))), seed=0, total=10)

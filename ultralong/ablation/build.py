@@ -148,6 +148,8 @@ class Builder:
         *earlier, link = stages
 
         def start() -> Path:
+            if earlier and earlier[-1].trained == link.extended:
+                return self._pretrained(design, seed, earlier)
             return self.extended(design, link.stage, link.extended, self._pretrained(design, seed, earlier))
 
         def config(out: Path) -> TrainConfig:

@@ -28,6 +28,10 @@ def training_config(design: Design, stage: Stage, seed: int, model: Path, rows: 
         ValueError: A key of `training` is unknown, of the wrong type, or the study's own.
     """
     values = _given("training", design.training, stage.steps)
+    if stage.training:
+        where = "stages.training"
+        _refuse(where, stage.training, ("preset", "steps"))  # the steps stand beside it
+        values = _changed(where, values, stage.training)
     return _config("training", values, seed, stage.length, model, rows, out)
 
 
@@ -46,14 +50,19 @@ def _given(
 ) -> dict[str, Any]:
     """The keys of a training config that a study gives: its preset's, or the defaults, with its changes."""
     given = dict(given)
-    _refuse(where, given, OWN_OF_TRAINING)
     name = given.pop("preset", None)
     values: Mapping[str, Any] = (
         defaults or {} if name is None else settings.to_mapping(settings.load(TrainConfig, preset(name)))
     )
-    changes = [f"{path}={json.dumps(value)}" for path, value in flat(given).items()]
-    found = settings.override(values, changes, TrainConfig)
+    found = _changed(where, values, given)
     return found if steps is None else {**found, "steps": steps}
+
+
+def _changed(where: str, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(where, changes, OWN_OF_TRAINING)
+    return settings.override(
+        values, [f"{key}={json.dumps(value)}" for key, value in flat(changes).items()], TrainConfig
+    )
 
 
 def _config(

@@ -40,17 +40,21 @@ class Scaling:
 class Stage:
     """One step of extension: rescale to a window, then train on rows of that window.
 
+    One of the window before it, and of its factor, rescales nothing: its training starts from the model trained there.
+
     Attributes:
         to: Tokens of the window.
         steps: Optimizer steps; None is the training's. 0 rescales and trains nothing.
         factor: Scaling factor; None is the window over the one of the unscaled pretraining.
         row: Tokens of a row to train on; None is the window. Shorter ones go with `training.skip_positions_to`.
+        training: Keys of a training config that differ from the arm's in this stage.
     """
 
     to: Tokens
     steps: int | None = None
     factor: float | None = None
     row: Tokens | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -138,9 +142,12 @@ class Design:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages must hold at least one window.")
-        windows = [stage.to for stage in self.stages]
-        if any(after <= before for before, after in itertools.pairwise(windows)):
-            raise ValueError(f"stages must rise from window to window, found {windows}.")
+        scaled = [(stage.to, stage.factor) for stage in self.stages]
+        if any(after[0] <= before[0] and after != before for before, after in itertools.pairwise(scaled)):
+            raise ValueError(
+                "stages must rise from window to window, or stay at one with its factor to train on there, found "
+                f"windows {[to for to, _ in scaled]} with factors {[factor for _, factor in scaled]}."
+            )
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"processes must be 1 or more, found {self.processes}.")
         _check_share(self.start_share)

@@ -32,9 +32,9 @@ class Link:
 
     Attributes:
         stage: The window.
-        extended: Key of the rescaled checkpoint.
+        extended: Key of the rescaled checkpoint; that of the run before where its window stays.
         rows: Key of the packed rows.
-        trained: Key of the run; that of the rescaled checkpoint where the stage has no steps.
+        trained: Key of the run; `extended` where the stage has no steps.
     """
 
     stage: Stage
@@ -69,12 +69,14 @@ def links(design: Design, seed: int, base: str) -> list[Link]:
         seed: Training seed.
         base: Key of the model before.
     """
-    found, before = [], base
+    found: list[Link] = []
+    before = base
     for stage in design.stages:
         trains = has_steps(design, stage)
         if not trains and stage is not design.stages[-1]:
             continue
-        extended = extension_key(before, stage, design.scaling)
+        further = bool(found) and found[-1].stage.to == stage.to  # trained there, so rescaled there
+        extended = before if further else extension_key(before, stage, design.scaling)
         rows, before = rows_key(design.rows, stage.length, base), extended
         if trains:
             config = training_config(design, stage, seed, Path("model"), Path("rows"), Path("out"))

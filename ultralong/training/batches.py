@@ -88,6 +88,7 @@ class RowOrder:
         length: Tokens that a row must have; None accepts any length.
         skip_to: Positions that rows are spread over (`skipped_positions`); None leaves them as they are.
         mixed: Rows of different lengths and masks are allowed; batches are then packs (`packs`).
+        skipped: Rows at the start of the order that are left out.
 
     Attributes:
         length: Tokens of a row, of the longest where they differ.
@@ -107,8 +108,9 @@ class RowOrder:
         length: int | None = None,
         skip_to: int | None = None,
         mixed: bool = False,
+        skipped: int = 0,
     ) -> None:
-        self.seed, self.skip_to = seed, skip_to
+        self.seed, self.skip_to, self.skipped = seed, skip_to, skipped
         self.anchor: int | None = None
         self.folders = [PackedRows(source.rows) for source in sources]
         check_rows(self.folders, length, mixed)
@@ -118,9 +120,10 @@ class RowOrder:
         if skip_to is not None:
             check_skipping(self.folders, skip_to)
         weights = np.array([source.weight for source in sources])
-        draws = np.random.default_rng(seed).choice(len(sources), size=total, p=weights / weights.sum())
-        self._source = draws  # (total,)
-        self._turn = np.zeros(total, dtype=np.int64)  # (total,) how often the source was drawn before
+        # More draws begin with the same ones, so the order does not depend on where a run begins or ends.
+        draws = np.random.default_rng(seed).choice(len(sources), size=skipped + total, p=weights / weights.sum())
+        self._source = draws  # (skipped + total,)
+        self._turn = np.zeros(len(draws), dtype=np.int64)  # (skipped + total,) how often the source was drawn before
         for number in range(len(sources)):
             chosen = draws == number
             self._turn[chosen] = np.arange(chosen.sum())
@@ -129,7 +132,7 @@ class RowOrder:
     def of_run(cls, config: TrainConfig) -> RowOrder:
         """The rows of a whole run."""
         rows, mixed = config.steps * config.global_batch_size, config.parallel.dynamic
-        return cls(config.data, config.seed, rows, config.length, config.skip_positions_to, mixed)
+        return cls(config.data, config.seed, rows, config.length, config.skip_positions_to, mixed, config.skip_rows)
 
     def content(self) -> list[str]:
         """What tells the rows of each source from any others: a hash of the sizes and hashes of their files."""
@@ -138,8 +141,8 @@ class RowOrder:
 
     def place(self, index: int) -> Place:
         """The run's row number `index`."""
-        source = int(self._source[index])
-        turn, size = int(self._turn[index]), len(self.folders[source])
+        source = int(self._source[self.skipped + index])
+        turn, size = int(self._turn[self.skipped + index]), len(self.folders[source])
         key = (self.seed * 1_000_003 + source) * 1_000_003 + turn // size
         return Place(source, int(permuted(np.array([turn % size]), size, key)[0]))
 
@@ -149,7 +152,8 @@ class RowOrder:
         batch = collate([self.folders[place.source][place.row] for place in places], places, self.mask_documents)
         if self.skip_to is None:
             return self._anchored(batch)
-        rows = [skipped_positions(self.length, self.skip_to, self.seed, first + number) for number in range(count)]
+        numbers = range(self.skipped + first, self.skipped + first + count)
+        rows = [skipped_positions(self.length, self.skip_to, self.seed, number) for number in numbers]
         return replace(batch, position_ids=torch.from_numpy(np.stack(rows)), skips=True)
 
     def documents(self, place: Place) -> tuple[int, ...]:
@@ -227,7 +231,7 @@ def skipped_positions(length: int, to: int, seed: int, index: int) -> np.ndarray
         length: T, tokens of the row.
         to: Positions are below this.
         seed: The run's.
-        index: The row's number in the run; with the seed it decides, so that a resumed run draws the same.
+        index: The row's number in the order; with the seed it decides, so that a resumed run draws the same.
 
     Returns:
         (T,) int64, rising.

@@ -177,6 +177,8 @@ class TrainConfig:
         trackers: Get the log's numbers too: accelerate's, such as wandb; prometheus writes `metrics.prom`.
         position_buckets: The log has the loss of this many equal stretches of the row, which shows a loss that
             falls only near its start.
+        skip_rows: Rows at the start of the order that are left out, as a run before with this seed has trained on them:
+            one that trains its model further then reads what that one has not.
         skip_positions_to: Skipped positions (PoSE, arXiv 2309.10400): each row is cut in two, and its second chunk
             stands at a later position, drawn for each row, below this one; so short rows train the distances of a
             longer window. None trains at the rows' own positions.
@@ -214,6 +216,7 @@ class TrainConfig:
     loss_spike_threshold: float = 3.0
     trackers: tuple[str, ...] = ()
     position_buckets: int = 8
+    skip_rows: int = 0
     skip_positions_to: Tokens | None = None
     long_ce: LongCEConfig = field(default_factory=LongCEConfig)
     anchor: bool = False
@@ -228,7 +231,7 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep", "position_buckets", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, found {value}.")
-        for name in ("save_every", "seed", "loss_spike_threshold"):
+        for name in ("save_every", "seed", "skip_rows", "loss_spike_threshold"):
             if (value := getattr(self, name)) != "auto" and not 0 <= value < SEEDS:
                 raise ValueError(f"{name} must be 0 or more and below 2**32, found {value}.")
         on = {"compile": self.compile, "anchor": self.anchor, "long_ce": self.long_ce.weight_cap, "lora": self.lora.on}
