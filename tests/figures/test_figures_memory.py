@@ -14,7 +14,10 @@ def test_parts_of_a_bar_are_stacked_and_a_missing_one_is_zero():
     assert {trace.name: list(trace.y) for trace in figure.data} == {"states": [3.0, 2.0], "inputs": [1.0, 0.0]}
     assert figure.layout.barmode == "stack"
     assert figure.layout.yaxis.range[1] > 10, "the limit is inside of the picture"
-    assert side_by_side([figure, figure], ["a", "b"]).layout.barmode == "stack"
+    both = side_by_side([figure, figure], ["a", "b"])
+    assert both.layout.barmode == "stack"
+    assert [note.text for note in both.layout.annotations].count("GPU") == 1, "one name, beside the last panel"
+    assert both.layout.margin.r >= figure.layout.margin.r > 24, "the limit's name beside the last panel is cut off"
 
 
 def test_of_many_bars_some_are_named_each_by_its_own_name():

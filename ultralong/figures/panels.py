@@ -63,6 +63,8 @@ def side_by_side(
     tallest = max(figure.layout.height or 380 for figure in figures)
     style(joined, title=title, height=height or tallest * rows)
     joined.update_layout(margin={"t": 84 if title else 48}, barmode=figures[0].layout.barmode)
+    # Room at the right for what stands beside the last panel, such as the name of a limit.
+    joined.update_layout(margin={"r": max(figure.layout.margin.r or 0 for figure in [*figures, joined])})
     # A note at the top edge of a panel (a marked window) needs the line that a panel's title would take.
     if any(figure.layout.annotations for figure in figures):
         joined.update_annotations(yshift=16)
@@ -99,7 +101,9 @@ def _copy_panel(
     for shape in figure.layout.shapes:
         joined.add_shape(_moved(shape, number))
     for annotation in figure.layout.annotations:
-        joined.add_annotation(_moved(annotation, number))
+        # What stands beside a panel, such as the name of a limit, has room beside the last one only.
+        if last or not (annotation.xref == "x domain" and annotation.xanchor == "left" and annotation.x >= 1):
+            joined.add_annotation(_moved(annotation, number))
 
 
 def _moved(item: Any, number: str) -> Any:
