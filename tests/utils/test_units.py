@@ -19,7 +19,7 @@ from ultralong.evaluation.tasks.samples import make_samples
 from ultralong.search.settings import SearchSettings
 from ultralong.training.config import DataSource, TrainConfig
 from ultralong.utils.hub import load_tokenizer
-from ultralong.utils.units import check_seed
+from ultralong.utils.units import check_seed, many
 
 TAKE_SEEDS = {
     "rows": lambda seed: PackSettings(64, seed=seed),
@@ -121,3 +121,8 @@ def test_a_name_that_reports_cannot_print(name):
     for given in ({"name": name, "sources": (source,)}, {"name": "r", "sources": (replace(source, name=name),)}):
         with pytest.raises(ValueError, match="a name is a text of one line"):
             Recipe(description="d", **given)
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 rows"), (1, "1 row"), (2048, "2,048 rows")])
+def test_one_thing_is_no_plural(count, said):
+    assert many(count, "row") == said

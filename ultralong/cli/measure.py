@@ -75,9 +75,10 @@ def loss(work: partial[dict[str, Any]], *, json: Json = None) -> None:
 
 def _loss_line(found: dict[str, Any]) -> str:
     from ultralong.evaluation.measures.result import Result, interval_text
+    from ultralong.utils.units import many
 
     result = Result.from_dict(found)
-    of = f"{result.n:,} targets of {result.details['documents']:,} documents"
+    of = f"{many(result.n, 'target')} of {many(result.details['documents'], 'document')}"
     return f"{result.value:.4f} [{interval_text(result, '{:.4f}')}] nats per target, {of}"
 
 

@@ -53,6 +53,11 @@ def target_window(text: str, window: int) -> int:
     return int(tokens)
 
 
+def many(count: int, thing: str) -> str:
+    """A number of things: "1 row", "2,048 rows"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that one of the generators behind it does not take: one range holds for all.
 

@@ -27,6 +27,7 @@ from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.utils.files import drop_partials, read_json, write_json
 from ultralong.utils.progress import Stopwatch
 from ultralong.utils.settings import from_mapping, save, to_mapping
+from ultralong.utils.units import many
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,13 +75,12 @@ class PackReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = "1 row" if self.rows == 1 else f"{self.rows:,} rows"
-        lines = [f"{rows} of {self.length:,} tokens ({self.tokens:,} tokens) in {self.folder}"]
+        lines = [f"{many(self.rows, 'row')} of {self.length:,} tokens ({self.tokens:,} tokens) in {self.folder}"]
         for name, source in self.sources.items():
             if "read" in source:
                 skipped = ", ".join(f"{count:,} {reason}" for reason, count in source["read"]["skipped"].items())
                 lines.append(
-                    f"  {name}: {source['documents']:,} documents, {source['tokens']:,} tokens"
+                    f"  {name}: {many(source['documents'], 'document')}, {many(source['tokens'], 'token')}"
                     + (f"; left out: {skipped} (see left_out.jsonl)" if skipped else "")
                 )
         if self.subsampled:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ultralong.evaluation.measures.result import Part, Result, interval_text
+from ultralong.utils.units import many
 
 MOST_CELLS = 12  # lengths and depths of a needle map that is printed whole
 POSITIONS = {
@@ -129,8 +130,8 @@ def position_lines(result: Result, model: str) -> list[str]:
     lines = [POSITIONS[result.metric].format(model) + (" (95% interval)" if known else "")]
     if result.metric == "loss":
         lines.append(
-            f"{'all':>26}  {result.value:9.4f}  ({interval_text(result, form)}), {result.n:,} targets of "
-            f"{result.details['documents']:,} documents"
+            f"{'all':>26}  {result.value:9.4f}  ({interval_text(result, form)}), {many(result.n, 'target')} of "
+            f"{many(result.details['documents'], 'document')}"
         )
     for part in result.by_position:
         ends = "" if result.metric == "loss" else f"  ({interval_text(part, form)})"
