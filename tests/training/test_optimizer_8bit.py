@@ -7,19 +7,22 @@ import importlib.util
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_parallel import assert_same_curves, run
 from test_train import config, curve, made, weights  # noqa: F401 - fixtures
 from torch import nn
+from torch._inductor import config as inductor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ultralong.launch.local import launch_local
 from ultralong.training.config import OptimizerConfig, ParallelConfig
 from ultralong.training.loop import train
-from ultralong.training.model import check_even_shards, make_optimizer, plain_tensor_states
+from ultralong.training.memory.states_8bit import adamw_8bit, check_even_shards, plain_tensor_states
+from ultralong.training.model import make_optimizer
 from ultralong.training.run_folder import RunFolder
 from ultralong.utils import settings
 from ultralong.utils.local_ranks import run_ranks
@@ -99,6 +102,30 @@ def test_plain_tensors_are_the_states_themselves(narrow):
     assert set(split["bias"]) == {"exp_avg", "exp_avg_sq", "step"}, "vectors keep float32"
     split["weight"]["exp_avg.scale"].zero_()
     assert named["weight"]["exp_avg"].dequantize().abs().max() == 0
+
+
+def test_no_kernel_of_an_update_is_timed(monkeypatch):
+    """To time one, torch's compiler may copy the largest matrix to the host's memory, three times in float32."""
+
+    class Base(torch.optim.SGD):
+        timed: list[bool]
+
+        def _new_buffer(self, p, signed):
+            return p
+
+        def step(self, closure=None):
+            self.timed.append(inductor.triton.autotune_pointwise)
+            return super().step(closure)
+
+    monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(AdamW8bit=Base))
+    monkeypatch.setattr(inductor.triton, "autotune_pointwise", True)
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = adamw_8bit()([parameter], lr=0.5)
+    optimizer.timed = []
+    parameter.grad = torch.ones(4)
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3.0
+    assert (optimizer.timed, inductor.triton.autotune_pointwise) == ([False], True)
+    assert parameter.tolist() == [0.5] * 4
 
 
 def test_a_missing_torchao_is_named(monkeypatch):

@@ -35,7 +35,7 @@ from ultralong.checkpoints.distributed import (
 from ultralong.checkpoints.saving.background import BackgroundSaver, Together, together
 from ultralong.checkpoints.saving.shards import ShardWriter
 from ultralong.training.adapters.lora import has_frozen, without_frozen
-from ultralong.training.model import plain_tensor_states
+from ultralong.training.memory.states_8bit import plain_tensor_states
 from ultralong.training.parallel import Processes
 from ultralong.training.run_folder import RunFolder
 from ultralong.utils.files import read_json

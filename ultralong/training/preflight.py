@@ -23,7 +23,8 @@ from ultralong.training.adapters.four_bits import to_nf4
 from ultralong.training.adapters.lora import check_lora
 from ultralong.training.config import TrainConfig
 from ultralong.training.memory.activation_memory import check_tiled_layers
-from ultralong.training.model import adamw_8bit, check_anchor, check_class, check_window
+from ultralong.training.memory.states_8bit import adamw_8bit
+from ultralong.training.model import check_anchor, check_class, check_window
 from ultralong.training.process_checks import process_problem
 from ultralong.training.run_folder import RunFolder
 from ultralong.training.watch.trackers import check_trackers
