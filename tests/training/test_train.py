@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,7 +79,14 @@ def curve(config, key="loss"):
     return [record[key] for record in read_jsonl(f"{config.out}/log.jsonl")]
 
 
-def test_learns_and_leaves_a_plain_checkpoint(config):
+@pytest.fixture
+def umask_022():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_learns_and_leaves_a_plain_checkpoint(config, umask_022):
     result = train(replace(config, steps=30, save_every=0), quiet=True)
     losses = curve(config)
     assert len(losses) == 30
@@ -91,6 +100,9 @@ def test_learns_and_leaves_a_plain_checkpoint(config):
     assert "CC0-1.0" in card
     assert "model.embed_tokens.weight" in weights(config)
     assert "lm_head.weight" not in weights(config)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in Path(config.out).rglob("*") if file.is_file()}
+    assert {"model.safetensors", "random-0.safetensors"} <= modes.keys()
+    assert set(modes.values()) == {0o644}, "others may read a run as the umask says: a colleague, or a server"
 
 
 # Whole rows are shared in the test below, and in that of twenty steps.

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ultralong.checkpoints.config import check_companions, config_for_readers, tokenizer_for_readers, weights_dtype
 from ultralong.checkpoints.files import CARD, check_links, check_space, companion_files, copy_file, weight_files
-from ultralong.utils.files import file_lock, read_json_object, write_text
+from ultralong.utils.files import atomic_path, file_lock, read_json_object, write_text
 from ultralong.utils.progress import library_bars, progress
 
 EDITED = ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -160,7 +160,8 @@ def save_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) ->
         finally:
             model.generation_config = kept
         for name in weight_files(apart):
-            os.replace(apart / name, folder / name)
+            with atomic_path(folder / name) as temporary:  # safetensors makes files that their owner alone may read
+                os.replace(apart / name, temporary)
         shutil.rmtree(apart)
 
     return save

@@ -38,7 +38,7 @@ from ultralong.training.adapters.lora import has_frozen, without_frozen
 from ultralong.training.memory.states_8bit import plain_tensor_states
 from ultralong.training.parallel import Processes
 from ultralong.training.run_folder import RunFolder
-from ultralong.utils.files import read_json
+from ultralong.utils.files import atomic_path, read_json
 
 ADVICE = "Remove that folder and run again with --resume: the checkpoint before it is used."
 
@@ -79,7 +79,8 @@ def save(
     random = _random_state()
 
     def own_files() -> None:
-        save_file(random, partial / f"random-{rank}.safetensors")
+        with atomic_path(partial / f"random-{rank}.safetensors") as temporary:  # by itself its owner's alone
+            save_file(random, temporary)
         hash_own_files(partial, rank, {name: file.sha256 for name, file in writer.files.items()})
 
     def publish() -> None:

@@ -18,7 +18,7 @@ from ultralong.training.batches import RowOrder
 from ultralong.training.config import TrainConfig
 from ultralong.training.model import training_section
 from ultralong.utils.extras import require
-from ultralong.utils.files import write_text
+from ultralong.utils.files import atomic_path, write_text
 
 ADAPTER = "adapter"  # the folder in a run's
 PREFIX = "base_model.model."  # of a tensor's name in the file: the model is inside peft's
@@ -50,7 +50,8 @@ def export_adapter(
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in found.items()}
 
     def fill(folder: Path) -> None:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with atomic_path(folder / "adapter_model.safetensors") as temporary:  # by itself its owner's alone
+            save_file(tensors, temporary, metadata={"format": "pt"})
         settings: Any = model.peft_config[NAME]
         settings.inference_mode = True
         settings.save_pretrained(folder)
