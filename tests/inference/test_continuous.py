@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from ultralong import miniature
+from ultralong.inference import engines, sharded_generation
 from ultralong.inference.continuous import ContinuousBatch
+from ultralong.inference.decode_step import plain
+from ultralong.inference.decode_step.step import DecodeStep
 from ultralong.inference.decoding import Sampling, collect
 from ultralong.inference.engines import LocalEngine, as_text
 from ultralong.inference.load import load_model_and_tokenizer
@@ -20,9 +23,20 @@ from ultralong.inference.server.worker import Worker
 ROOM = 48  # tokens of a short prompt and its answer
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return LocalEngine(*load_model_and_tokenizer(miniature.path(), "cpu"), chunk=64)
+@pytest.fixture(scope="module", params=["own code", "fused step"])
+def engine(request):
+    """An engine by the model's own code, and one by the fused step, here by its operations in torch."""
+    model, tokenizer = load_model_and_tokenizer(miniature.path(), "cpu")
+    fused = request.param == "fused step"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "is_fast", lambda model: True)
+        patch.setattr(
+            sharded_generation, "fast_step", lambda model, cache, group, way: DecodeStep(model, cache, group, plain)
+        )
+        made = LocalEngine(model, tokenizer, chunk=64, fused=fused)
+    yield made
+    if fused:
+        assert made._runner.step.checked, "each step but the first was the fused one"
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from ultralong import miniature
 from ultralong.attention import NAME
 from ultralong.evaluation.tasks.needle import make_needle
 from ultralong.inference.batched import BatchedRunner
+from ultralong.inference.continuous import ContinuousBatch
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.generate import generate, prefill
 from ultralong.inference.sharded_generation import ShardedRunner
@@ -90,3 +91,37 @@ def test_single_prompts_are_answered_by_the_fused_step_between_those_answered_to
     assert engine.max_batch(600) > len(prompts), "this gives the cache's memory back"
     assert [answer.tokens for answer in engine.answer(prompts, budgets, stop=())] == expected
     assert alone() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HAVE < 1, reason="needs a CUDA GPU")
+def test_an_answer_begun_by_the_fused_step_goes_on_in_a_batch_and_comes_back():
+    """As the server does where a second short request comes: keys and values are copied there and back."""
+    model, needles = opened()
+    engine = LocalEngine(model, AutoTokenizer.from_pretrained(miniature.path()), 96, fused=True)
+    batch, apart = ContinuousBatch(model, 3, 600), []
+    for needle in (needles[0], needles[4], needles[0]):
+        ids, answer = needle.input_ids.tolist(), list(needle.answer_ids)
+        steps = iter(engine.stream(ids, len(answer), stop=()))
+        said = [next(steps).tokens[0] for _ in range(3)]
+        steps.close()
+        assert engine._runner.step.checked
+        batch.adopt(0, engine.store)
+        others = dict(zip((1, 2), batch.begin({1: ids, 2: ids[:100]}).argmax(-1).tolist(), strict=True))
+        while len(said) < len(answer):
+            logits = batch.step({0: said[-1], **others})
+            plain = prefill(model, torch.tensor([ids + said], device="cuda"))[0, -1].float()
+            apart.append(float((logits[0].float() - plain).abs().mean() / plain.std()))
+            said.append(int(logits[0].argmax()))
+            others = {row: int(logits[row].argmax()) for row in (1, 2)}
+        assert said == answer
+        batch.give_back(0, engine.store)
+        engine.extend(said[2:-1])
+        for row in range(3):
+            batch.end(row)
+        turn = [*ids, *said, *ids[:5]]
+        (found,) = engine.answer([turn], [4], stop=())
+        assert engine.reused == len(ids) + len(said) - 1
+        (anew,) = LocalEngine(model, engine.tokenizer).answer([turn], [4], stop=())
+        assert found.tokens == anew.tokens
+    assert max(apart) < 0.05

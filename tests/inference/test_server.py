@@ -27,6 +27,9 @@ from ultralong import miniature, needle
 from ultralong.evaluation.measures.needle import needle_grid
 from ultralong.evaluation.runs.run import run
 from ultralong.evaluation.runs.settings import RunSettings
+from ultralong.inference import engines, sharded_generation
+from ultralong.inference.decode_step import plain
+from ultralong.inference.decode_step.step import DecodeStep
 from ultralong.inference.engines import LocalEngine
 from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.openai_engine import OpenAIEngine
@@ -103,6 +106,27 @@ def test_a_completion_is_the_engines_answer(running, engine):
         assert found.usage.prompt_tokens == len(ids)
         assert found.usage.completion_tokens == len(answer.tokens)
         assert found.usage.total_tokens == len(ids) + len(answer.tokens)
+
+
+def test_a_server_on_one_gpu_decodes_by_the_fused_step(engine, monkeypatch):
+    """The choice, and its answers: on a CPU, by the step's operations in torch."""
+    made, make = [], sharded_generation.fast_step
+    monkeypatch.setattr(engines, "is_fast", lambda model: True)
+
+    def step(model, cache, group, way):
+        assert make(model, cache, group, way) is None, "there is none for a CPU"
+        made.append(DecodeStep(model, cache, group, plain))
+        return made[-1]
+
+    monkeypatch.setattr(sharded_generation, "fast_step", step)
+    served = Running(name="mini", chunk=64)
+    try:
+        for prompt in ([7, 8, 9], [7, 8, 9, 10], [9] * 200):
+            found = served.client().completions.create(model="mini", prompt=prompt, max_tokens=6, temperature=0)
+            assert found.choices[0].text == expected(engine, prompt, 6).text
+    finally:
+        served.stop()
+    assert [each.checked for each in made] == [True]
 
 
 def test_a_chat_follows_the_template_whole_and_streamed(running, engine):

@@ -163,11 +163,10 @@ class RunnerEngine(ABC):
     @property
     def store(self) -> KvCache | None:
         """Keys and values of the answer under way, to go on with in a batch; None where it can't take them."""
-        return self._runner.store if isinstance(self._runner, LocalRunner) else None
+        return self._runner.store
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Count tokens of that answer that were read elsewhere, and whose keys and values are in `store` now."""
-        assert isinstance(self._runner, LocalRunner), "there is a store"
         self._runner.extend(tokens)
 
     @abstractmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -40,17 +39,15 @@ class LocalRunner(CachedRunner):
 
     @property
     def store(self) -> KvCache | None:
-        """Keys and values of the one sequence that was read last; None where there are several, or of another form."""
+        """See `CachedRunner`: None where there are several sequences, or a cache of another form."""
         cache = self._cache
         return cache.store if isinstance(cache, ModelCache) and cache.store.rows == 1 else None
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Count tokens that another has read behind that sequence and written to `store`."""
-        cache = self._cache
-        assert isinstance(cache, ModelCache), "there is a store"
-        cache.store.append(len(tokens))
-        cache.show(cache.store.length)
-        self._decoded += torch.tensor(tokens, device=self.model.device)[:, None].unbind()
+        """See `CachedRunner`."""
+        super().extend(tokens)
+        assert isinstance(self._cache, ModelCache), "there is a store"
+        self._cache.show(self._cache.store.length)
 
     def _reusable(self, ids: Tensor, common: int) -> int:
         cache = self._cache

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ultralong.inference.kv_cache import KvCache
 from ultralong.rope.tables import RopeTables
 from ultralong.utils.progress import progress
 
@@ -183,6 +184,18 @@ class CachedRunner(ABC):
             logits = self._forward(tokens[:, None])
         self._decoded.append(tokens)
         return logits
+
+    @property
+    def store(self) -> KvCache | None:
+        """Keys and values of the one sequence that was read last; None where another can't go on with them."""
+        return None
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Count tokens that another has read behind that sequence and written to `store`."""
+        store = self.store
+        assert store is not None, "what can't be shared is read by nobody else"
+        store.append(len(tokens))
+        self._decoded += torch.tensor(tokens, device=self.model.device)[:, None].unbind()
 
     def _is_interrupted(self) -> bool:
         """Whether to leave the prompt here; the same on every rank."""

@@ -80,6 +80,11 @@ class ShardedRunner(CachedRunner):
         self.ahead = ahead and self._rope.same(1, 2**40)
         self._owner = 0  # who has the last pass's last token
 
+    @property
+    def store(self) -> KvCache | None:
+        """See `CachedRunner`: None where other ranks hold a part, in fp8, or where there are several sequences."""
+        return self.cache if self.group is None and self.cache.kv == "auto" and self.cache.rows == 1 else None
+
     def agree(self, tokens: Tensor) -> Tensor:
         """See `Runner`."""
         if self.group is not None:

@@ -77,7 +77,7 @@ class Serving:
 
         settings = self._settings
         if engine is None:
-            engine = LocalEngine(model, tokenizer, chunk=settings.chunk or CHUNK)
+            engine = LocalEngine(model, tokenizer, chunk=settings.chunk or CHUNK, fused=True)
         batch = short_batch(engine, settings)
         limit = most_tokens(engine, settings, batch_bytes(batch))
         worker = Worker(engine, limit, settings.queue, Metrics(), batch)
