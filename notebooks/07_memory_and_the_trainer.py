@@ -458,13 +458,13 @@ print(f"ok: at {lengths[-1]:,} tokens a copy takes {copy[-1]:.2f} s beside {work
 # %% [markdown]
 # ## Planned against measured
 #
-# A plan is worth what its errors are. These are all the rows of our trainer that were measured on H200s, with what the
-# planner of the day had said before each run.
+# A plan is worth what its errors are. These are the rows of our trainer in three files of results, measured on H200s,
+# with what the planner of the day had said before each run.
 
 # %%
 results = Path("results")
-rows = [row for file in ("training_h200.json", "training_sharded_h200.json")
-        for row in json.loads((results / file).read_text())["rows"] if "planned_peak_gpu_gib" in row]
+files = [json.loads((results / f"training_{name}h200.json").read_text()) for name in ("", "sharded_", "1gpu_")]
+rows = [row for file in files for row in file["rows"] if "planned_peak_gpu_gib" in row]
 pairs = [(row["planned_peak_gpu_gib"], row["peak_gpu_gib"]) for row in rows]
 if DEVICE == "cuda":
     measured = out / "measured.json"
@@ -474,8 +474,9 @@ if DEVICE == "cuda":
     print(f"here: planned {mine['planned_peak_gpu_gib']:.2f}, measured {mine['peak_gpu_gib']:.2f} GiB")
     store(planned_here=mine["planned_peak_gpu_gib"], measured_here=mine["peak_gpu_gib"])
     pairs.append((mine["planned_peak_gpu_gib"], mine["peak_gpu_gib"]))
-figure = figures.lines({"exact": ([3, 150], [3, 150])}, "GiB of tensors on each GPU, 2026-11-22 to 26", x="planned",
-                       y="measured", log_x=True, log_y=True)
+days = [files[0]["machine"]["date"], max(row["date"] for row in rows if "date" in row)]
+figure = figures.lines({"exact": ([3, 150], [3, 150])}, f"GiB of tensors on each GPU, {days[0]} to {days[1][5:]}",
+                       x="planned", y="measured", log_x=True, log_y=True)
 figure.add_scatter(x=[p for p, _ in pairs], y=[m for _, m in pairs], mode="markers", name="a run",
                    marker={"size": 9, "color": figures.PALETTE[1]})
 figures.show(figure.update_layout(showlegend=True),
