@@ -90,8 +90,8 @@ def test_a_key_without_its_group_is_told_where_it_belongs():
         settings.from_mapping(Outer, {"name": "x", "rate": 2.0})
     with pytest.raises(ValueError, match=r"unknown key 'lr'; it belongs to optimizer"):
         settings.from_mapping(TrainConfig, {"model": "m", "out": "o", "data": [{"rows": "r"}], "steps": 1, "lr": 1e-5})
-    with pytest.raises(ValueError, match=r"unknown key 'rows'; known keys"):  # of a list's items, not of a group
-        settings.from_mapping(TrainConfig, {"model": "m", "out": "o", "rows": "r", "steps": 1})
+    with pytest.raises(ValueError, match=r"unknown key 'weight'; known keys"):  # of a list's items, not of a group
+        settings.from_mapping(TrainConfig, {"model": "m", "out": "o", "weight": 2.0, "steps": 1})
 
 
 def test_an_unknown_preset_lists_the_known_ones():
