@@ -219,8 +219,11 @@ def test_a_sound_run_passes(run):
 def test_all_four_refuse_the_same(run, what, capsys):
     make, expected = WRONG[what]
     wrong = make(run)
-    refusals = {"plan": said_by_plan(wrong), "trainer": said_by_trainer(wrong), "launch": said_by_launch(wrong)}
-    refusals["sft"] = said_by_sft(wrong, capsys)
+    refusals = {"trainer": said_by_trainer(wrong), "launch": said_by_launch(wrong), "sft": said_by_sft(wrong, capsys)}
+    if make in (foreign_folder, out_in_a_file):
+        planner.plan(wrong, 1)  # it writes nothing
+    else:
+        refusals["plan"] = said_by_plan(wrong)
     for caller, text in refusals.items():
         assert expected in " ".join(text.split()), f"{caller} said: {text}"
 
@@ -329,6 +332,10 @@ def test_a_run_in_its_folder_is_resumed_or_refused(run):
         check_start(run, 1)
     findings = {finding.name: finding.text for finding in preflight(run, 1, resume=True)}
     assert findings["folder"] == "run: resumes after step 4"
+    other = replace(run, steps=run.steps + 1)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        check_start(other, 1, resume=True)
+    planner.plan(other, 1)  # which writes nothing
 
 
 def test_a_model_extended_with_a_factor_is_taken_at_its_window(run):

@@ -62,7 +62,7 @@ class Preflight:
         world: Processes.
         resume: Whether a run in the folder may be resumed.
         answers: Rows have to be of conversations (SFT).
-        planned: Model and rows need not be there yet; what is there is checked.
+        planned: Model and rows need not be there yet, and what is there is checked; the run's folder is not looked at.
         device: "cuda" or "cpu" where the run is to start here: its kernel has to be installed. None checks the name.
         shape: Config of a model of the same heads, where the model is not there yet.
     """
@@ -95,7 +95,8 @@ class Preflight:
             self._check("window", lambda: check_window(model, folders, self.config))
             self._check("vocabulary", lambda: self._vocabulary(model, folders))
         self._check("attention", lambda: self._attention(self.shape or model, folders or []))
-        self._check("folder", self._folder)
+        if not self.planned:  # a plan writes nothing, whichever run is there
+            self._check("folder", self._folder)
         if self.config.trackers or self.config.optimizer.state_precision == "8bit" or self.config.lora.base == "nf4":
             self._check("packages", self._packages)
         return self.findings
@@ -262,7 +263,7 @@ def preflight(
         world: Processes.
         resume: Whether a run in the folder may be resumed.
         answers: Rows have to be of conversations (SFT).
-        planned: Model and rows need not be there yet; what is there is checked.
+        planned: Model and rows need not be there yet, and what is there is checked; the run's folder is not looked at.
         device: See `Preflight`.
         shape: See `Preflight`.
     """

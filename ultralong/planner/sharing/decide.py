@@ -89,7 +89,7 @@ def decide_sharing(
         fit: Give each way the memory plan under which it is fastest.
         resume: Whether a run in the folder may be resumed.
         answers: Rows have to be of conversations (SFT).
-        planned: Model and rows need not be there yet.
+        planned: Model and rows need not be there yet, and the run's folder is not looked at.
 
     Returns:
         The decision. It takes some seconds for each way, and no GPU.
