@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import forked_agents
 from tiny_run import make_run
 
-from ultralong import cli
+from ultralong import api, cli
 from ultralong.launch.runs import find_runs, resume_command, state_of, table
 from ultralong.training import loop
 from ultralong.training.loop import train
-from ultralong.utils.files import locked
+from ultralong.training.run_folder import started_on
+from ultralong.utils.files import locked, read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,41 @@ def test_the_command_resumes_that_run_wherever_it_is_seen_from(place, monkeypatc
     cli.main(command[1:])
     assert state_of(place / "it moved").state == "finished"
     assert state_of(place / "group" / "stopped").state == "interrupted"
+
+
+def test_a_run_of_several_processes_is_resumed_on_as_many(tmp_path, monkeypatch, capsys):
+    """By what it recorded when it stopped or, where it was killed, when it last saved."""
+    monkeypatch.chdir(tmp_path)
+    saved = tmp_path / "run" / "checkpoints" / "step-0000002"
+    saved.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("steps: 9\nout: run\n")
+    plain = "ultralong train run/config.yaml --resume"
+    assert resume_command(Path("run")) == plain, "nothing is recorded"
+    write_json(saved / "state.json", {"step": 2, "processes": 4})  # as 0.3 wrote it
+    assert resume_command(Path("run")) == f"{plain} --processes 4"
+    write_json(saved / "state.json", {"step": 2, "processes": 16, "hosts": 2})
+    cli.main(["runs"])
+    assert f"To resume one, on 2 hosts, by the scripts that started it (ultralong launch); on one: {plain}\n" in (
+        capsys.readouterr().out
+    )
+    write_json(tmp_path / "run" / "stopped.json", {"state": "failed", "reason": "", "processes": 2, "hosts": 1})
+    cli.main(["runs"])
+    assert f"To resume one: {plain} --processes 2\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("here", "hosts"), [(None, 1), ("4", 2), ("8", 1)])
+def test_hosts_are_told_by_torchruns_own_count(monkeypatch, here, hosts):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert started_on(8) == {"processes": 8, "hosts": hosts}
+
+
+def test_what_a_run_of_two_processes_records_is_read(tmp_path, monkeypatch, make_tiny_model, tiny_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path, make_tiny_model(), tiny_tokenizer, steps=2, save_every=1)
+    with forked_agents():
+        api.train(run, processes=2, quiet=True)
+    recorded = read_json(Path(run.out, "checkpoints", "step-0000002", "state.json"))
+    assert (recorded["processes"], recorded["hosts"]) == (2, 1)
+    assert resume_command(Path(run.out)).endswith(" --resume --processes 2")

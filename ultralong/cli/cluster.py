@@ -135,7 +135,8 @@ def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
     """List training runs: how far each is, how fast, and what stopped it.
 
     Reads the runs' own folders and writes nothing, so it works beside running ones, on any host that sees the files.
-    A run is running, finished, failed (with its error) or interrupted (told to stop, or killed).
+    A run is running, finished, failed (with its error) or interrupted (told to stop, or killed). The newest of those
+    that can be resumed is named with the command for it, on as many processes as it was on.
 
     Examples:
       ultralong runs
@@ -145,7 +146,7 @@ def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
         folder: A run's folder, or one that holds such folders at any depth; by default the current one.
         json: Write the list as JSON to this file.
     """
-    from ultralong.launch.runs import find_runs, resume_command, table
+    from ultralong.launch.runs import find_runs, resume_command, started_on, table
 
     found = find_runs(folder)
     leave(json, {"runs": [run.to_dict() for run in found]})
@@ -158,4 +159,7 @@ def runs(folder: Positional[Path] = Path("."), /, *, json: Json = None) -> None:
     print(table(found))
     waiting = [run for run in found if run.state in ("failed", "interrupted")]
     if waiting:
-        print(f"To resume one: {resume_command(Path(waiting[0].folder))}")
+        folder = Path(waiting[0].folder)
+        hosts = started_on(folder)[1]
+        many = f", on {hosts} hosts, by the scripts that started it (ultralong launch); on one" if hosts > 1 else ""
+        print(f"To resume one{many}: {resume_command(folder)}")

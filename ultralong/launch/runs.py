@@ -97,8 +97,29 @@ def state_of(folder: Path) -> RunState:
     )  # fmt: skip
 
 
+def started_on(folder: Path) -> tuple[int, int]:
+    """Processes and hosts that the run of a folder was last on, as it recorded when it stopped or last saved; or 1, 1.
+
+    A run that was killed before its first checkpoint has recorded neither, and one of 0.3 no hosts.
+    """
+    saved = RunFolder(folder).checkpoints()
+    told = (_recorded(saved[-1][1] / "state.json") if saved else {}) | _recorded(folder / STOPPED)
+    processes, hosts = (told.get(name) for name in ("processes", "hosts"))
+    return (processes if type(processes) is int else 1, hosts if type(hosts) is int else 1)
+
+
 def resume_command(folder: Path) -> str:
-    """The command, for the current folder, that resumes the run of a folder."""
+    """The command, for the current folder, that resumes the run of a folder.
+
+    On as many processes as it was on, where one host had them all; those of several hosts are not one command's to
+    start.
+    """
+    processes, hosts = started_on(folder)
+    command = _resume_command(folder)
+    return f"{command} --processes {processes}" if processes > 1 and hosts == 1 else command
+
+
+def _resume_command(folder: Path) -> str:
     config, here = RunFolder(folder).config, folder.resolve()
     said = _settings(config).get("out")
     out = said if isinstance(said, str) else ""

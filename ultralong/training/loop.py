@@ -93,7 +93,7 @@ def _train(
     if resume and step is None and processes.is_main:  # so that a slip in `out` is seen before hours have gone
         text = "holds no checkpoint to resume from: the run starts at its first step."
         print(f"note: {folder.path} {text}", file=sys.stderr)
-    with stop_recorded(folder):
+    with stop_recorded(folder, processes.accelerator.num_processes):
         return _train_in(config, folder, processes, order, resume, quiet, start)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -168,9 +169,19 @@ def check_same_rows(path: Path, rows: Sequence[str]) -> None:
         )
 
 
+def started_on(world: int) -> dict[str, int]:
+    """The processes and hosts of the run that this process is in, for the command that resumes it.
+
+    Args:
+        world: Processes of the run.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's; without it all are on this host
+    return {"processes": world, "hosts": world // int(here) if here.isdecimal() and int(here) else 1}
+
+
 @contextmanager
-def stop_recorded(folder: RunFolder) -> Iterator[None]:
-    """Record what stops the run, for `ultralong runs`: of several processes, what the first of them met."""
+def stop_recorded(folder: RunFolder, world: int) -> Iterator[None]:
+    """Record what stops the run of `world` processes, for `ultralong runs`: of them, what the first one met."""
     try:
         yield
     except BaseException as error:
@@ -182,5 +193,6 @@ def stop_recorded(folder: RunFolder) -> Iterator[None]:
             words = f"stopped by {signal.Signals(error.code - 128).name}"
         with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
             if folder.config.exists() and not (file := folder.path / STOPPED).exists():
-                write_json(file, {"state": "interrupted" if asked else "failed", "reason": words})
+                state = "interrupted" if asked else "failed"
+                write_json(file, {"state": state, "reason": words, **started_on(world)})
         raise
