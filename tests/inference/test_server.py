@@ -454,9 +454,9 @@ def test_the_command_serves_with_two_processes_and_ends_when_told(engine, tmp_pa
     command = [sys.executable, "-m", "ultralong", "serve", str(MODEL), "--gpus", "2", "--device", "cpu", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         line = process.stdout.readline()
-        found = re.search(r"Serving model at (http://127.0.0.1:\d+/v1)", line)
+        found = re.search(r"Serving miniature at (http://127.0.0.1:\d+/v1)", line)
         client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0)
-        answer = client.completions.create(model="model", prompt=[7, 8, 9] * 20, max_tokens=6, temperature=0)
+        answer = client.completions.create(model="miniature", prompt=[7, 8, 9] * 20, max_tokens=6, temperature=0)
         assert answer.choices[0].text == expected(engine, [7, 8, 9] * 20, 6).text
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ import pytest
 from ultralong import miniature
 from ultralong.checkpoints.files import locate
 from ultralong.planner.shapes import model_config
-from ultralong.utils.hub import find_checkpoint, load_tokenizer, local_folder
+from ultralong.utils.hub import find_checkpoint, folder_name, load_tokenizer, local_folder
 
 
 def test_miniature_is_a_name_wherever_a_model_is_named(tmp_path, monkeypatch):
@@ -32,3 +32,22 @@ def test_other_spellings_are_no_names(name, tmp_path, monkeypatch):
     for resolve in (find_checkpoint, locate):
         with pytest.raises(ValueError, match="There is no folder"):
             resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("runs/cpt/model", "cpt/model"),
+        ("model", "here/model"),
+        ("/model", "model"),
+        ("runs/cpt/model-2", "model-2"),
+        ("llama-1m", "llama-1m"),
+        ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"),
+        ("miniature", "miniature"),
+        (miniature.path(), "miniature"),
+    ],
+)
+def test_a_folder_called_model_is_named_with_its_run(tmp_path, monkeypatch, model, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert folder_name(model) == name

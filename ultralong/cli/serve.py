@@ -103,5 +103,4 @@ def serve(wanted: ServeSettings) -> None:
     """
     from ultralong.inference.server.serve import serve as run
 
-    name = wanted.name or ("miniature" if wanted.model == "miniature" else None)  # not that of its folder, model
-    run(replace(wanted, model=find_checkpoint(wanted.model), name=name))
+    run(replace(wanted, model=find_checkpoint(wanted.model)))

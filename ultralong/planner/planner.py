@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from ultralong.planner.advice import gpu_advice, host_advice
 from ultralong.planner.checks import check_numbers
@@ -24,6 +23,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.parallel_config import AUTO
 from ultralong.training.preflight import check_start
 from ultralong.training.throughput import step_flops
+from ultralong.utils.hub import folder_name
 from ultralong.utils.settings import to_mapping
 from ultralong.utils.units import GIB
 
@@ -85,7 +85,7 @@ def plan(
     lines = (*gpu_lines(workload), *host_lines(workload), *steps, *run_totals(workload, seconds, price))
     growth = Growth(workload)
     return Plan(
-        model=Path(named).name,
+        model=folder_name(named),
         parameters=workload.shape.parameters,
         tokens=workload.tokens,
         gpus=gpus,

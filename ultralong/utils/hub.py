@@ -41,6 +41,21 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     return Path(unless_miniature(name)).expanduser()
 
 
+def folder_name(model: str | os.PathLike[str]) -> str:
+    """Name of a model by its folder, with the folder above in front where it is `model`, as that of every run is.
+
+    >>> folder_name("runs/cpt/model"), folder_name("llama-1m"), folder_name("meta-llama/Llama-3.1-8B")
+    ('cpt/model', 'llama-1m', 'Llama-3.1-8B')
+
+    Args:
+        model: Folder, which need not be there, or hub id; of the model that ships its name is `miniature`.
+    """
+    folder = local_folder(model).absolute()
+    if folder == MINIATURE:
+        return "miniature"
+    return "/".join(folder.parts[-2:]).lstrip("/") if folder.name == "model" else folder.name
+
+
 def find_checkpoint(name: str | os.PathLike[str]) -> str:
     """A folder that is there, its `~` expanded, that of `miniature`, or a hub id as it is. Nothing is fetched.
 

@@ -22,7 +22,7 @@ from ultralong.inference.server.worker import Worker
 from ultralong.inference.sharded_engine import with_model
 from ultralong.rope.config import declared_window
 from ultralong.utils.extras import require
-from ultralong.utils.hub import local_folder
+from ultralong.utils.hub import folder_name, local_folder
 
 CHUNK = 16384  # tokens of a prefill pass: what a cancelled request waits for
 SHARE = 0.8  # of the free memory for keys and values; activations of a chunk take some of the rest
@@ -82,7 +82,7 @@ class Serving:
         limit = most_tokens(engine, settings, batch_bytes(batch))
         worker = Worker(engine, limit, settings.queue, Metrics(), batch)
         folder = Path(settings.model)
-        name = settings.name or (folder.resolve().name if folder.exists() else settings.model)
+        name = settings.name or (folder_name(folder.resolve()) if folder.exists() else settings.model)
         app = make_app(
             worker,
             name,

@@ -20,7 +20,8 @@ class ServeSettings:
         model: Folder, hub id or miniature.
         host: Address to listen on. Any but this machine's own needs `key_variable`.
         port: Port to listen on; 0 takes a free one.
-        name: Name of the model in requests and answers; the folder's name by default.
+        name: Name of the model in requests and answers; by default the folder's, with the run's in front where that is
+            `model`: cpt/model for runs/cpt/model.
         key_variable: Environment variable that holds the API key which requests must carry.
         gpus: GPUs that share a prompt; each holds the whole model and its part of the cache.
         kv: Type of keys and values: auto, or fp8, which takes half the memory and rounds them to 8 bits.

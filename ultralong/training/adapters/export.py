@@ -19,6 +19,7 @@ from ultralong.training.config import TrainConfig
 from ultralong.training.model import training_section
 from ultralong.utils.extras import require
 from ultralong.utils.files import atomic_path, write_text
+from ultralong.utils.hub import folder_name
 
 ADAPTER = "adapter"  # the folder in a run's
 PREFIX = "base_model.model."  # of a tensor's name in the file: the model is inside peft's
@@ -66,7 +67,7 @@ def export_adapter(
 def _card(config: TrainConfig, base: str, section: str) -> str:
     front = {**read_licence(locate(config.model)), "base_model": base, "library_name": "peft", "tags": ["lora"]}
     opening = (
-        f"# LoRA adapter of {Path(config.model).name}\n\n"
+        f"# LoRA adapter of {folder_name(config.model)}\n\n"
         "It holds the trained matrices only; with the model that it was trained on, "
         "`ultralong merge ADAPTER --out MERGED` writes a plain checkpoint.\n"
     )
