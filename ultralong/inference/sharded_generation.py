@@ -201,6 +201,7 @@ class ShardedRunner(CachedRunner):
 
     def _empty(self) -> None:
         self.cache.release()
+        self.cache.capacity = self._share(self.capacity or 1)  # what memory ran out for is not asked for again
 
     def _share(self, tokens: int, *, spare: bool = True) -> int:
         """Most tokens of so many that one rank takes: two more for each chunk where the chunk does not divide.
