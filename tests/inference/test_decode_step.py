@@ -1,11 +1,15 @@
 """Decoding steps by fused operations give what the model's own code gives, for every architecture and cache."""
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from ultralong import attention
+from ultralong.inference.decode_step import plain as in_torch
+from ultralong.inference.decode_step import step as fused_step
 from ultralong.inference.decode_step.step import DecodeStep, unsupported_reason
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import run_ranks
@@ -51,6 +55,22 @@ def test_steps_equal_the_models_own(kind, kv):
     assert fused.cache.length == 26
     plain.release()
     torch.testing.assert_close(plain.prefill(ids, [20]), before)  # the model's weights are views now, and the same
+
+
+def test_what_is_joined_leaves_nothing_that_counts_as_taken(monkeypatch):
+    """The server asks the GPU what is free, and torch keeps what it has freed."""
+    model, given_back = make(CONFIGS["llama"]), []
+
+    def give_back():
+        mlp = model.model.layers[-1].mlp
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        given_back.append(gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr())
+
+    monkeypatch.setattr(fused_step, "is_fast", lambda model: True)
+    monkeypatch.setitem(sys.modules, "ultralong.inference.decode_step.kernels", in_torch)
+    monkeypatch.setattr(torch.cuda, "empty_cache", give_back)
+    assert ShardedRunner(model, 40).step is not None
+    assert given_back == [True], "once, when all are joined"
 
 
 @torch.inference_mode()

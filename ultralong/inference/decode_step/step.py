@@ -67,7 +67,9 @@ def fast_step(model: PreTrainedModel, cache: KvCache, group: Group | None, excha
         return None
     from ultralong.inference.decode_step import kernels
 
-    return DecodeStep(model, cache, group, kernels, exchange)
+    step = DecodeStep(model, cache, group, kernels, exchange)
+    torch.cuda.empty_cache()  # of matrices that are joined now, which would not count as free
+    return step
 
 
 class DecodeStep:
