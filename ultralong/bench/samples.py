@@ -77,6 +77,11 @@ def _peak_gib() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
+def _on_one_thread() -> None:
+    """For a process of its own, before its first text: the tokenizers start their threads with that."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+
+
 def measure_samples(
     tokenizer: str, path: Path, tasks: Sequence[str], lengths: Sequence[int], data: str | None
 ) -> list[dict[str, Any]]:
@@ -92,11 +97,10 @@ def measure_samples(
     Returns:
         The rows of `measure_task`, test by test.
     """
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizers' own threads, in the processes that are started
     rows: list[dict[str, Any]] = []
     for task in progress(tasks or list(GENERATED), desc="samples", unit="test"):
         # A process for each test, so that its peak is its own.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        with ProcessPoolExecutor(1, get_context("spawn"), _on_one_thread) as other:
             rows += other.submit(measure_task, task, tokenizer, sorted(lengths), data).result()
         write_rows(path, rows, load_average=_load(), tokenizer=Path(tokenizer).name)
     return rows
