@@ -152,6 +152,15 @@ def test_where_a_text_is_no_json_is_told_also_of_a_long_one(monkeypatch, text):
             given(text)
 
 
+def test_halves_of_characters_that_are_not_spelled_are_read_once(monkeypatch):
+    """Where the cut is behind one, five characters before it were read again."""
+    monkeypatch.setattr(bodies, "PIECE", 16)
+    monkeypatch.setattr(bodies, "LONG", 0)
+    for before in range(16):
+        text = json.dumps("a" * before + "bcdefgh\ud83d\ude00" * 9, ensure_ascii=False)
+        assert bodies._parsed(text.encode("utf-8", "surrogatepass")) == json.loads(text)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le", "utf-8-sig"])
 def test_other_encodings_of_json_are_counted_as_they_are_read(encoding):
     body = json.dumps({"model": "m", "prompt": "\u4e2c\u2c2c a, b"}).encode(encoding)

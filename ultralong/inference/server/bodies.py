@@ -165,7 +165,8 @@ def _text(source: str, start: int, strict: bool = True) -> tuple[str, int]:
             return "".join([*pieces, piece]), place + read - 1
         if end == len(source):
             raise json.JSONDecodeError("Unterminated string starting at", source, start - 1)
-        if "\ud800" <= piece[-1] <= "\udbff":  # spelled, and half of a character whose other half may follow
+        spelled = piece[-1] != source[end - 1]
+        if spelled and "\ud800" <= piece[-1] <= "\udbff":  # half of a character whose other half may follow
             piece, end = piece[:-1], end - ESCAPE
         pieces.append(piece)
         place = end
