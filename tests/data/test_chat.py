@@ -124,6 +124,20 @@ def test_each_answer_is_no_setting_of_rows_that_were_made_without_it(tiny_tokeni
         pack_chat([TALK], tiny_tokenizer, tmp_path, ChatSettings(256, each_answer=True), quiet=True)
 
 
+def test_of_a_conversation_that_is_too_long_the_answers_that_fit_are_kept(tiny_tokenizer, tmp_path):
+    """And one of which no answer is learned is counted, as it is without the setting."""
+    long = [*TALK, {"role": "user", "content": "x" * 10**6}, {"role": "assistant", "content": "No."}]
+    none = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in TALK]
+    for each, documents in ((True, 2), (False, 1)):
+        report, out = ReadReport(), tmp_path / str(each)
+        settings = ChatSettings(256, shuffle=False, each_answer=each)
+        talks = [long, none] if each else [TALK, long, none]
+        rows = pack_chat(talks, tiny_tokenizer, out, settings, report=report, quiet=True)
+        assert rows.manifest["documents"] == documents
+        assert sorted(report.skipped.values()) == [1, 1]
+        assert "longer than 256 tokens by its characters alone" in report.skipped
+
+
 def test_a_subsample_counts_conversations_and_takes_all_answers_of_each(tiny_tokenizer, tmp_path):
     talks = [Conversation(str(number), TALK) for number in range(8)]
     settings = ChatSettings(256, each_answer=True)

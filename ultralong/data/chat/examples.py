@@ -99,12 +99,11 @@ def encode_conversations(
             lengths.setdefault(talk.source, LengthCounts(EDGES)).add(talk.characters / FU_CHARACTERS_PER_TOKEN, 0)
         if chosen is not None and not chosen.wanted(talk.id, talk.category):
             continue
-        if sum(len(text.strip()) for message in talk.messages for text in texts_of(message)) > most:
-            # Ten million characters take minutes to render and to encode, and cannot fit: no token is that long.
-            report.skip(f"longer than {limit} tokens by its characters alone", talk.id)
-            continue
-        parts = each_alone(talk) if each_answer else [talk]
-        made = [one for part in parts if (one := _encode(part, number, tokenizer, limit, report, dtype)) is not None]
+        # One with no answer to learn is tried as it is, which says why it is left out.
+        parts = (each_alone(talk) or [talk]) if each_answer else [talk]
+        made = [
+            one for part in parts if (one := _encode(part, number, tokenizer, limit, most, report, dtype)) is not None
+        ]
         if not made:
             continue
         if chosen is not None:
@@ -164,9 +163,14 @@ def _encode(
     number: int,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
+    most: int,
     report: ReadReport,
     dtype: np.dtype,
 ) -> Example | None:
+    if sum(len(text.strip()) for message in talk.messages for text in texts_of(message)) > most:
+        # Ten million characters take minutes to render and to encode, and cannot fit: no token is that long.
+        report.skip(f"longer than {limit} tokens by its characters alone", talk.id)
+        return None
     try:
         ids, mask = encode_chat(tokenizer, talk.messages)
     except UnusableTemplate:
