@@ -198,8 +198,9 @@ def test_tools_and_pictures_are_refused(running):
 
 
 def test_models_health_and_metrics(running):
-    running.client().completions.create(model="mini", prompt="The tide", max_tokens=2)
-    (model,) = running.client().models.list().data
+    with running.client() as client:
+        client.completions.create(model="mini", prompt="The tide", max_tokens=2)
+        (model,) = client.models.list().data
     assert model.id == "mini"
     assert running.get("/health") == (200, '{"status":"ok"}')
     status, page = running.get("/metrics")
