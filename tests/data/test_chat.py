@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from ultralong.data.chat import rendering
 from ultralong.data.chat.pack import ChatSettings, encode_chat, pack_chat
 from ultralong.data.chat.subsample import Subsample
 from ultralong.data.read.conversations import Conversation
@@ -160,6 +162,50 @@ def test_added_tokens_are_listed_once_and_again_when_there_are_more(tiny_tokeniz
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
     with pytest.raises(ValueError, match="control token"):
         encode_chat(tokenizer, talk)
+
+
+@pytest.mark.parametrize("template", [CHATML, REWRITING, INSTRUCT], ids=["chatml", "rewriting", "instruct"])
+def test_beginnings_are_told_by_their_ends_as_by_encoding_them_whole(tiny_tokenizer, monkeypatch, template):
+    tokenizer, draw = with_template(tiny_tokenizer, template), random.Random(0)
+    pieces = ["the", " key", "\n", "\n\n", " ", "é", "日本", "123", "a\u0301", "|", "\r\n", "."]
+    by_its_end, told = rendering.Whole._by_its_end, []
+
+    def counted(self, text):
+        told.append(by_its_end(self, text))
+        return told[-1]
+
+    def outcome(talk, by):
+        monkeypatch.setattr(rendering.Whole, "_by_its_end", by)
+        try:
+            return encode_chat(tokenizer, talk)
+        except ValueError as error:
+            return str(error)
+
+    found = []
+    for _ in range(60):
+        contents = ["".join(draw.choices(pieces, k=draw.randint(1, 9))) for _ in range(2 * draw.randint(1, 3))]
+        talk = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+        found.append(outcome(talk, counted))
+        assert found[-1] == outcome(talk, lambda self, text: None), talk
+    assert any(isinstance(each, tuple) for each in found)
+    assert any(isinstance(each, str) for each in found), "some are refused: edges merge, or turns are rewritten"
+    assert any(told), "some were told by their ends"
+
+
+def test_a_long_conversation_is_encoded_about_as_often_as_it_has_tokens(tiny_tokenizer, monkeypatch):
+    """Each beginning of it, two a turn, was encoded whole: minutes for a book with a hundred questions."""
+    tokenizer, encode, letters = with_template(tiny_tokenizer, CHATML), type(tiny_tokenizer).__call__, []
+    talk = [{"role": "user", "content": "the key " * 500}, TALK[2]] + TALK[1:3] * 30
+
+    def counted(self, text, *arguments, **options):
+        letters.append(len(text) if isinstance(text, str) else sum(map(len, text)))
+        return encode(self, text, *arguments, **options)
+
+    encode_chat(tokenizer, talk[:2])  # what the template writes behind an answer is known then
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    ids, mask = encode_chat(tokenizer, talk)
+    assert len(learned(tokenizer, ids, mask)) == 31
+    assert sum(letters) < 4 * sum(len(turn["content"]) for turn in talk)
 
 
 def test_an_answer_that_merges_with_the_prompt_is_refused(tiny_tokenizer):

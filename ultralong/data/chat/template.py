@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ultralong.data.chat.rendering import Whole, added_places, control_tokens, render
 from ultralong.data.read.messages import REASONING, Message, check_messages, is_learned
-from ultralong.utils.chat_template import apply_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
         raise UnusableTemplate("the tokenizer has no chat template. Set one, or use a tokenizer that has one.")
     check_messages(messages, control_tokens(tokenizer))
     end = turn_end(tokenizer, template)
-    _check_written(messages, _apply(tokenizer, messages, tokenize=False))
+    _check_written(messages, render(tokenizer, messages, tokenize=False))
     if GENERATION_MARK.search(template):
         return _encode_by_marks(tokenizer, messages, end)
     return _encode_by_prefixes(tokenizer, messages, end)
@@ -94,26 +95,6 @@ def _check_written(messages: list[Message], whole: str) -> None:
             raise ValueError(f"{what} that the chat template leaves out or rewrites")
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Every token that the tokenizer reads as a control token when it meets its text."""
-    return _added(tokenizer, len(tokenizer))[0]
-
-
-@lru_cache(maxsize=16)
-def _added(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Texts of the control tokens; ids of all added tokens but those of white space, as some add line breaks.
-
-    A tokenizer makes its list anew whenever it is asked: of Gemma's 6,400 that takes longer than a conversation.
-
-    Args:
-        tokenizer: Has them.
-        size: Of its vocabulary, which grows when tokens are added.
-    """
-    added = tokenizer.added_tokens_decoder
-    control = tuple(sorted({what.content for what in added.values() if what.special}))
-    return control, frozenset(token for token, what in added.items() if what.content.strip())
-
-
 @lru_cache(maxsize=16)
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
     """What the template writes behind an answer.
@@ -127,10 +108,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
     """
     talk: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     try:
-        text = _apply(tokenizer, talk, tokenize=False)
+        text = render(tokenizer, talk, tokenize=False)
     except ValueError:
         try:
-            text = _apply(tokenizer, [{"role": "system", "content": "Answer."}, *talk], tokenize=False)
+            text = render(tokenizer, [{"role": "system", "content": "Answer."}, *talk], tokenize=False)
         except ValueError as error:
             raise UnusableTemplate(f"{str(error).rstrip('.')}, though it is a question with an answer.") from error
     _, found, behind = text.rpartition(ANSWER)
@@ -142,21 +123,15 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
             "model could not learn to stop. Use a template that ends every answer by a token."
         )
     ids = list(tokenizer(behind, add_special_tokens=False)["input_ids"])
-    places = _controls(tokenizer, ids)
+    places = added_places(tokenizer, ids)
     size = places[-1] + 1 if places else len(ids)
     return TurnEnd(behind, tuple(ids[:size]), len(places), len(ids) - size)
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Places of added tokens that are more than white space."""
-    added = _added(tokenizer, len(tokenizer))[1]
-    return [place for place, token in enumerate(ids) if token in added]
 
 
 def _encode_by_marks(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], end: TurnEnd
 ) -> tuple[list[int], list[int]]:
-    encoded = _apply(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, marks = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if not any(marks):
         raise ValueError("the chat template's generation marks cover none of the assistant's tokens")
@@ -190,7 +165,7 @@ def _closed(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, stop
     last = end.ids[-1]
     # Marked too, perhaps with the line break behind it; or it follows the marks, wholly or from its middle on.
     for place in range(stop - 1, max(start, stop - 1 - end.rest) - 1, -1):
-        if ids[place] == last and not _controls(tokenizer, ids[place + 1 : stop]):
+        if ids[place] == last and not added_places(tokenizer, ids[place + 1 : stop]):
             return stop
     for marked in range(len(end.ids)):
         if tuple(ids[stop - marked : stop + len(end.ids) - marked]) == end.ids:
@@ -211,42 +186,41 @@ def _tail_of(ids: list[int], stop: int, end: TurnEnd) -> int:
 def _encode_by_prefixes(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], end: TurnEnd
 ) -> tuple[list[int], list[int]]:
-    ids = _apply(tokenizer, messages, tokenize=True)
-    mask = [0] * len(ids)
+    whole = Whole(tokenizer, messages)
+    ids, mask = whole.ids, [0] * len(whole.ids)
     for turn, message in enumerate(messages):
         if not is_learned(message):
             continue
         if turn == 0:
             raise ValueError("begins with an answer, before which the chat template has nothing to render")
-        before = _apply(tokenizer, messages[:turn], tokenize=True, add_generation_prompt=True)
-        upto = _apply(tokenizer, messages[: turn + 1], tokenize=True)
-        if ids[: len(before)] != before or ids[: len(upto)] != upto:
+        start = whole.begins_with(messages[:turn], add_generation_prompt=True)
+        stop = whole.begins_with(messages[: turn + 1])
+        if start is None or stop is None:
             raise ValueError(_why_not(tokenizer, messages, turn))
-        stop = len(upto)
         if end.controls:
             # Counted from the end: the answer may hold added tokens of its own.
-            places = _controls(tokenizer, upto)[-end.controls :]
-            wanted = [end.ids[place] for place in _controls(tokenizer, list(end.ids))]
-            if [upto[place] for place in places] != wanted or places[0] < len(before):
+            places = whole.added[: bisect_left(whole.added, stop)][-end.controls :]
+            wanted = [end.ids[place] for place in added_places(tokenizer, list(end.ids))]
+            if [ids[place] for place in places] != wanted or places[0] < start:
                 raise ValueError("the chat template does not end this answer as it ends others")
             # What follows the end-of-turn token (often a line break) opens the next turn and is never generated.
             stop = places[-1] + 1
-        elif not _text(tokenizer, upto[-len(end.ids) - 8 :]).endswith(end.text.strip()):
+        elif not _text(tokenizer, ids[max(0, stop - len(end.ids) - 8) : stop]).endswith(end.text.strip()):
             raise ValueError("the chat template does not end this answer as it ends others")
-        mask[len(before) : stop] = [1] * (stop - len(before))
+        mask[start:stop] = [1] * (stop - start)
     return ids, mask
 
 
 def _why_not(tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: int) -> str:
     """Why a turn's tokens cannot be told apart: is the text already different, or only where tokens are cut?"""
-    whole = _apply(tokenizer, messages, tokenize=False)
-    before = _apply(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
-    upto = _apply(tokenizer, messages[: turn + 1], tokenize=False)
+    whole = render(tokenizer, messages, tokenize=False)
+    before = render(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
+    upto = render(tokenizer, messages[: turn + 1], tokenize=False)
     if whole.startswith(before) and whole.startswith(upto):
         if messages[turn]["content"] != messages[turn]["content"].strip():
             return "an answer's edge merges with the template's text into one token (strip the answer's white space)"
         return "the template's text and the answer merge into one token where they meet, so the prompt is cut otherwise"
-    history = _apply(tokenizer, messages[:turn], tokenize=False)
+    history = render(tokenizer, messages[:turn], tokenize=False)
     if whole.startswith(history) and before.startswith(history):
         same = next((place for place, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
         opened = before[same:].strip()
@@ -259,19 +233,3 @@ def _why_not(tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: 
         "the chat template rewrites earlier turns (packing.each_answer: true makes an example of every answer, with "
         "the turns before it)"
     )
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Any:
-    """Render with the template; what the template itself refuses (roles out of turn, say) is a ValueError too."""
-    from jinja2 import TemplateError
-
-    try:
-        return apply_chat_template(tokenizer, [_for_template(message) for message in messages], **options)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
-
-
-def _for_template(message: Message) -> dict[str, str]:
-    """What a template is given: reasoning under both names that templates know it by."""
-    reasoning = {name: message[REASONING] for name in (REASONING, "thinking") if REASONING in message}
-    return {"role": message["role"], "content": message["content"], **reasoning}

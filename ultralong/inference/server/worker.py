@@ -154,6 +154,8 @@ class Worker:
             text = "The memory did not hold these requests." if memory else "The server failed; see its log."
             group.fail(Refused(503 if memory else 500, text, "out_of_memory" if memory else "server_error"))
             group.release()
+            if memory:
+                self.engine.release()  # the prompt that it keeps may be long
 
     def _serve(self, ticket: Ticket) -> BatchRow | None:
         """Answer a job alone; what there is of it where others come that it can be answered with."""
