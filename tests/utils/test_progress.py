@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -67,19 +68,25 @@ def test_a_process_forked_while_a_thread_draws_draws_too(kind):
         thread.join()
 
 
+@pytest.fixture
+def in_a_log(monkeypatch):
+    """No notebook, though another test of this process may have imported what a notebook's kernel is told by."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+
+
 def drawn(capsys, kind):
     for _ in kind(range(3), desc="Loading weights"):
         pass
     return capsys.readouterr().err
 
 
-def test_a_log_gets_no_bar_of_what_takes_a_moment(capsys, monkeypatch):
+def test_a_log_gets_no_bar_of_what_takes_a_moment(capsys, monkeypatch, in_a_log):
     assert drawn(capsys, progress) == ""
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES_IN_A_LOG", 0.0)
     assert "3/3" in drawn(capsys, progress)
 
 
-def test_bars_of_transformers_are_ours_and_hidden_where_ours_are(capsys, monkeypatch):
+def test_bars_of_transformers_are_ours_and_hidden_where_ours_are(capsys, monkeypatch, in_a_log):
     assert "Loading weights: 100%" in drawn(capsys, logging.tqdm), "by itself it draws in a log too"
     with library_bars():
         assert drawn(capsys, logging.tqdm) == ""

@@ -148,6 +148,7 @@ def apply_chat_template(
         pieces=pieces,
         return_dict=return_dict,
         return_assistant_tokens_mask=return_assistant_tokens_mask,
+        tokenizer_kwargs={"verbose": False},  # a conversation that is longer than the model's window is no fault here
     )
 
 

@@ -73,7 +73,7 @@ class Whole:
         self._text, self._ends = "", list[int]()
         if tokenizer.is_fast:
             text = render(tokenizer, messages, tokenize=False)
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             if encoded["input_ids"] == self.ids:
                 self._text, self._ends = text, [end for _, end in encoded["offset_mapping"]]
         self._control = frozenset(control_tokens(tokenizer))
@@ -100,6 +100,6 @@ class Whole:
         if not behind:
             return None
         cut = self._cuts[behind - 1]
-        rest = self._tokenizer(text[self._ends[cut] :], add_special_tokens=False)["input_ids"]
+        rest = self._tokenizer(text[self._ends[cut] :], add_special_tokens=False, verbose=False)["input_ids"]
         tokens = cut + 1 + len(rest)
         return tokens if self.ids[cut + 1 : tokens] == rest and self._ends[tokens - 1] == len(text) else None
