@@ -103,7 +103,7 @@ def synthetic_qa_conversations(
         raise ValueError(f"max_tokens must be 128 or more to hold a question and a passage, found {max_tokens}.")
     # Characters per token are measured once; lengths are then corrected on each conversation.
     sample = " ".join(text[:2000] for text in texts[:20])
-    ratio = len(sample) / max(1, len(tokenizer(sample, add_special_tokens=False)["input_ids"]))
+    ratio = len(sample) / max(1, len(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]))
     usable = [text for text in texts if len(text) > 2 * ratio * max_tokens]
     if not usable:
         raise ValueError(f"No text is longer than {2 * max_tokens} tokens, so there is nothing to cut passages from.")
