@@ -231,8 +231,8 @@ def test_the_recipe_for_rows_of_73728_asks_as_far_as_the_longest_prompt_of_65536
     assert 0.15 < far < 0.25, "58,000 of 73,728 tokens are 79% of a row"
 
 
-@pytest.mark.parametrize(("size", "tokens"), [("72k", 73_728), ("128k", 131_072)])
-def test_the_recipes_for_long_rows_cut_no_question_off_from_its_fact(size, tokens):
+@pytest.mark.parametrize(("size", "tokens"), [("32k", 32_768), ("72k", 73_728), ("128k", 131_072)])
+def test_the_recipes_for_rows_of_one_length_cut_no_question_off_from_its_fact(size, tokens):
     recipe = load_recipe(f"gutenberg-sotu-retrieval-{size}")
     settings = [source.retrieval for source in recipe.sources if source.retrieval][-1]
     assert recipe.row_settings(tokens).row_end == "drop"
