@@ -14,7 +14,7 @@ from ultralong import api, cli
 from ultralong.launch.runs import find_runs, resume_command, state_of, table
 from ultralong.training import loop
 from ultralong.training.loop import train
-from ultralong.training.run_folder import started_on
+from ultralong.training.run_folder import process_counts
 from ultralong.utils.files import locked, read_json, write_json
 
 
@@ -139,7 +139,7 @@ def test_hosts_are_told_by_torchruns_own_count(monkeypatch, here, hosts):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    assert started_on(8) == {"processes": 8, "hosts": hosts}
+    assert process_counts(8) == {"processes": 8, "hosts": hosts}
 
 
 def test_what_a_run_of_two_processes_records_is_read(tmp_path, monkeypatch, make_tiny_model, tiny_tokenizer):

@@ -37,7 +37,7 @@ from ultralong.checkpoints.saving.shards import ShardWriter
 from ultralong.training.adapters.lora import has_frozen, without_frozen
 from ultralong.training.memory.states_8bit import plain_tensor_states
 from ultralong.training.parallel import Processes
-from ultralong.training.run_folder import RunFolder, started_on
+from ultralong.training.run_folder import RunFolder, process_counts
 from ultralong.utils.files import atomic_path, read_json
 
 ADVICE = "Remove that folder and run again with --resume: the checkpoint before it is used."
@@ -85,7 +85,7 @@ def save(
 
     def publish() -> None:
         if main:
-            state = {"step": step, **started_on(processes.accelerator.num_processes)}
+            state = {"step": step, **process_counts(processes.accelerator.num_processes)}
             record_hashes(partial, state if rows is None else {**state, "rows": [*rows]})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)

@@ -169,7 +169,7 @@ def check_same_rows(path: Path, rows: Sequence[str]) -> None:
         )
 
 
-def started_on(world: int) -> dict[str, int]:
+def process_counts(world: int) -> dict[str, int]:
     """The processes and hosts of the run that this process is in, for the command that resumes it.
 
     Args:
@@ -194,5 +194,5 @@ def stop_recorded(folder: RunFolder, world: int) -> Iterator[None]:
         with suppress(OSError):  # a full disk, say; the error itself is what the caller has to see
             if folder.config.exists() and not (file := folder.path / STOPPED).exists():
                 state = "interrupted" if asked else "failed"
-                write_json(file, {"state": state, "reason": words, **started_on(world)})
+                write_json(file, {"state": state, "reason": words, **process_counts(world)})
         raise
