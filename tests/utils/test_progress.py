@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import IPython
 import pytest
+from ipykernel.zmqshell import ZMQInteractiveShell
+from IPython.core.interactiveshell import InteractiveShell
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -68,25 +71,19 @@ def test_a_process_forked_while_a_thread_draws_draws_too(kind):
         thread.join()
 
 
-@pytest.fixture
-def in_a_log(monkeypatch):
-    """No notebook, though another test of this process may have imported what a notebook's kernel is told by."""
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-
-
 def drawn(capsys, kind):
     for _ in kind(range(3), desc="Loading weights"):
         pass
     return capsys.readouterr().err
 
 
-def test_a_log_gets_no_bar_of_what_takes_a_moment(capsys, monkeypatch, in_a_log):
+def test_a_log_gets_no_bar_of_what_takes_a_moment(capsys, monkeypatch):
     assert drawn(capsys, progress) == ""
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES_IN_A_LOG", 0.0)
     assert "3/3" in drawn(capsys, progress)
 
 
-def test_bars_of_transformers_are_ours_and_hidden_where_ours_are(capsys, monkeypatch, in_a_log):
+def test_bars_of_transformers_are_ours_and_hidden_where_ours_are(capsys, monkeypatch):
     assert "Loading weights: 100%" in drawn(capsys, logging.tqdm), "by itself it draws in a log too"
     with library_bars():
         assert drawn(capsys, logging.tqdm) == ""
@@ -97,3 +94,26 @@ def test_bars_of_transformers_are_ours_and_hidden_where_ours_are(capsys, monkeyp
         with hidden_bars():
             assert drawn(capsys, logging.tqdm) == drawn(capsys, progress) == ""
     assert "Loading weights: 100%" in drawn(capsys, logging.tqdm)
+
+
+def test_a_bar_made_in_a_thread_is_hidden_too():
+    def disabled():
+        with progress() as bar:
+            return bar.disable
+
+    with ThreadPoolExecutor(1) as thread:
+        with hidden_bars(), hidden_bars(False), hidden_bars():
+            assert thread.submit(disabled).result()
+        with hidden_bars():
+            with hidden_bars():
+                pass
+            assert thread.submit(disabled).result()
+        assert not thread.submit(disabled).result()
+
+
+@pytest.mark.parametrize(("shell", "notebook"), [(None, False), (InteractiveShell, False), (ZMQInteractiveShell, True)])
+def test_a_notebook_is_told_by_the_kernel_that_runs_it(monkeypatch, shell, notebook):
+    """Not by ipykernel's modules, which this test has imported, nor by IPython, which has a terminal too."""
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell and object.__new__(shell))
+    with progress() as bar:
+        assert (bar.delay == 0.0) == notebook

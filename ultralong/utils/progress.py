@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from tqdm.std import tqdm as every_tqdm
 
 SECONDS_BETWEEN_LINES_IN_A_LOG = 15.0
 
-_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+_hidden: list[None] = []  # one for each `hidden_bars` that is open, of the whole process: its threads draw bars too
 
 
 def _take_own_lock() -> None:
@@ -63,7 +62,7 @@ def progress(
         quiet: True draws nothing.
         **options: Passed on to tqdm.
     """
-    in_notebook = "ipykernel" in sys.modules
+    in_notebook = _in_notebook()
     interactive = sys.stderr.isatty() or in_notebook
     options.setdefault("leave", interactive and not in_notebook)
     return tqdm(
@@ -71,7 +70,7 @@ def progress(
         total=total,
         desc=desc,
         unit=unit,
-        disable=quiet or _hidden.get(),
+        disable=quiet or bool(_hidden),
         mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
         delay=0.0 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
         dynamic_ncols=interactive,
@@ -79,14 +78,21 @@ def progress(
     )
 
 
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this; that its modules are imported does not say so."""
+    kernel = sys.modules.get("ipykernel.zmqshell")
+    return kernel is not None and isinstance(sys.modules["IPython"].get_ipython(), kernel.ZMQInteractiveShell)
+
+
 @contextmanager
 def hidden_bars(hidden: bool = True) -> Iterator[None]:
-    """No bar at all meanwhile, of what is called from here either; nothing changes where `hidden` is False."""
-    before = _hidden.set(hidden or _hidden.get())
+    """No bar at all meanwhile, in any thread of this process; nothing changes where `hidden` is False."""
+    own = [None] * hidden
+    _hidden.extend(own)
     try:
         yield
     finally:
-        _hidden.reset(before)
+        del _hidden[: len(own)]
 
 
 @contextmanager
