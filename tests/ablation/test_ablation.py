@@ -1,6 +1,7 @@
 """Studies: refused before work starts, differences that are exact, and the same result after a stop."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from tests.support.small_study import ARM, study_file
 from ultralong.ablation import ablate, load_study
 from ultralong.ablation import build as building
 from ultralong.ablation import train_run as training
+from ultralong.ablation.configs import evaluation_keys
 from ultralong.ablation.keys import told
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import render_study, table_lines
@@ -53,11 +55,23 @@ def texts(tmp_path_factory):
         ),
         ({"refuted_if": {"outcome": "needels", "above": 0}}, {}, "'needels', which is not measured"),
         ({"refuted_if": {"outcome": "needles"}}, {}, "either below or above"),
+        (
+            {},
+            {"evaluation": {"tasks": ["perplexity"], "kv_dtype": "fp8"}},
+            "without evaluation.gpus and evaluation.kv_dtype",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(tmp_path, texts, arm, base, message):
     with pytest.raises(ValueError, match=message):
         check(load_study(study_file(tmp_path, texts, arms=({**ARM, **arm},), **base)))
+
+
+def test_an_error_of_an_evaluation_names_the_keys_of_its_study():
+    words = "fifty-fifty of the model--mine: --skip-missing, give another --out, or --batch-tokens."
+    expected = re.escape("the model--mine: evaluation.skip_missing, give another --out, or --batch-tokens.")
+    with pytest.raises(ValueError, match=expected), evaluation_keys():
+        raise ValueError(words)
 
 
 def test_two_arms_that_do_the_same_are_refused(tmp_path, texts):

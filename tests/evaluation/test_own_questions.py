@@ -168,7 +168,7 @@ def test_a_question_too_long_is_named_and_never_cut(file, model, tiny_tokenizer,
     counts, too_long = lay_out(file, tiny_tokenizer, [400], False)
     assert counts == {400: 2}
     length = next(make_samples(str(file), tiny_tokenizer, 1000, 1, chat=False, above=400))["length"]
-    said = rf"question 7: {length} tokens with its answer, but the longest of --lengths is 400"
+    said = rf"question 7: {length} tokens with its answer, more than the longest length, 400"
     assert list(too_long) == ["7"]
     with pytest.raises(ValueError, match=said):
         measured(model, tiny_tokenizer, file, tmp_path / "strict", lengths=(400,))

@@ -16,6 +16,7 @@ from ultralong.data.read.documents import Document
 from ultralong.data.rows.packing import PackSettings, pack
 from ultralong.data.tokens.store import TokenStore
 from ultralong.data.tokens.tokenize import tokenize_corpus
+from ultralong.training import loop
 from ultralong.training.batches import RowOrder
 from ultralong.training.config import ParallelConfig
 from ultralong.training.loop import train
@@ -98,6 +99,14 @@ def test_a_clock_that_is_set_while_a_run_trains(run, monkeypatch, jump):
     assert all(0 < record["seconds"] < 60 and record["tokens_per_second"] > 0 for record in records)
     with locked("clock"), pytest.raises(ValueError, match="Another process is writing"), locked("clock", wait=0.2):
         pass
+
+
+def test_another_run_at_the_lock_is_told_of_by_the_setting(run, monkeypatch):
+    """Training has no --out."""
+    monkeypatch.setattr(loop, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "_check_together", lambda *checked: None)  # which would meet it first
+    with locked("run"), pytest.raises(ValueError, match="writing to run: wait for it, end it, or give another `out`"):
+        train(run, resume=True, quiet=True)
 
 
 @pytest.mark.parametrize("times", [(0, 0), (4e9, 4e9)])

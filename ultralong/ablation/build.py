@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralong.ablation.configs import run_settings, sft_config, training_config
+from ultralong.ablation.configs import evaluation_keys, run_settings, sft_config, training_config
 from ultralong.ablation.design import Design, Sft, Stage
 from ultralong.ablation.keys import conversations_key, conversations_of, recipe_of
 from ultralong.ablation.outcomes import Outcome, read_outcomes
@@ -228,7 +228,8 @@ class Builder:
             wanted = run_settings(design, str(folder), str(self.texts(design)), str(rows))
             with warnings.catch_warnings():  # the model before is asked beyond its window, to show that it fails there
                 warnings.filterwarnings("ignore", message=".*beyond the model's window")
-                run(wanted, out, device=self.device, draw=False, quiet=self.quiet)
+                with evaluation_keys():
+                    run(wanted, out, device=self.device, draw=False, quiet=self.quiet)
             found = read_outcomes(out, window_of(load_config(base_folder(design))))
             seconds = round(time.perf_counter() - started, 1)
             write_json(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,24 @@ def run_settings(design: Design, model: str, haystack: str | None, rows: str | N
     """
     _refuse("evaluation", design.evaluation, OWN_OF_EVALUATION)
     own = {"model": model, "haystack": haystack, "rows": rows, "beyond_window": True}
-    wanted = settings.from_mapping(RunSettings, {**design.evaluation, **own}, "evaluation")
+    with evaluation_keys():
+        wanted = settings.from_mapping(RunSettings, {**design.evaluation, **own}, "evaluation")
     return replace(wanted, tasks=tuple(expand(wanted.tasks)))
+
+
+@contextmanager
+def evaluation_keys() -> Iterator[None]:
+    """Let an error of the evaluation name a study's keys where it names options of `ultralong eval run`."""
+    keys = {field.name: field.name for field in fields(RunSettings)} | {"kv": "kv_dtype"}
+
+    def key(option: re.Match[str]) -> str:
+        name = keys.get(option[1].replace("-", "_"))
+        return option[0] if name is None else f"evaluation.{name}"
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"(?<![\w-])--([a-z][a-z-]*)", key, str(error))) from error
 
 
 def _refuse(where: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:

@@ -178,7 +178,7 @@ def _say_finished(folder: RunFolder, config: TrainConfig) -> None:
 def _held(folder: RunFolder, processes: Processes) -> Iterator[None]:
     """Hold the run's folder on the main process, so that no second run trains in it; a refusal reaches all."""
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(locked(folder.path, wait=LOCK_SECONDS)), processes.accelerator)
+        on_main(lambda: stack.enter_context(locked(folder.path, LOCK_SECONDS, by="`out`")), processes.accelerator)
         yield
 
 

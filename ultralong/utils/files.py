@@ -152,18 +152,19 @@ def _try_to_write(folder: Path) -> OSError | None:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], wait: float = 0.0, by: str = "--out") -> Iterator[None]:
     """Hold a folder for writing as the only process that does; the system releases it even when the process is killed.
 
     Args:
         folder: Made when missing. The lock is its file `.lock`, which stays.
         wait: See `file_lock`.
+        by: What the user names the folder by, for the error.
 
     Raises:
         ValueError: Another process writes there.
     """
     folder = make_folder(folder)
-    busy = f"Another process is writing to {folder}: wait for it, end it, or give another --out."
+    busy = f"Another process is writing to {folder}: wait for it, end it, or give another {by}."
     with file_lock(folder / LOCK, busy, wait=wait), _full_disk_at(folder):
         yield
 

@@ -119,7 +119,7 @@ def lay_out(
             counts[length] += 1
         else:
             too_long[name] = (
-                f"{tokens:,} tokens with its answer, but the longest of --lengths is {max(lengths):,}, and none is cut"
+                f"{tokens:,} tokens with its answer, more than the longest length, {max(lengths):,}, and none is cut"
             )
     return counts, too_long
 

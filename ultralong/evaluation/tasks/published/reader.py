@@ -110,7 +110,7 @@ def from_hub(hub: str, file: str, name: str) -> Path:
         raise ValueError(
             f"{name} is published data that is neither on this machine nor to be fetched from the hub "
             f"({type(error).__name__}). Fetch {file} of the data set {hub} elsewhere, put it into a folder, and name "
-            "that with --questions (or --data)."
+            "that with --data (eval run) or --questions (eval make)."
         ) from error
 
 

@@ -176,7 +176,8 @@ def prepare(kind: str, setting: Setting) -> QuestionBuilder:
             "hotpot": "HotpotQA's hotpot_dev_distractor_v1.json",
         }[kind]
         raise ValueError(
-            f"This test asks published questions: give the file with --questions (or its folder with --data), {where}."
+            "This test asks published questions: give their folder with --data (eval run) or their file with "
+            f"--questions (eval make), {where}."
         )
     fetched = kind == "squad" and setting.questions == Path("package")
     data = _read(squad_file() if fetched else setting.questions, kind)
