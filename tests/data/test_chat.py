@@ -146,6 +146,14 @@ def test_a_subsample_counts_conversations_and_takes_all_answers_of_each(tiny_tok
     rows = pack_chat(talks, tiny_tokenizer, tmp_path, settings, subsample=Subsample(total=3), quiet=True)
     taken = [document for row in rows for document in row.document_ids.tolist() if document >= 0]
     assert sorted(Counter(taken).values()) == [2, 2, 2]
+    (source,) = rows.manifest["sources"].values()
+    found = [source["lengths"][when] for when in ("before", "after")]
+    assert [sum(table["documents"]) for table in found] == [8, 3]
+    before, after = (sum(table["tokens"]) for table in found)
+    assert after * 8 == before * 3, "a conversation counts once, whole, however many examples it becomes"
+    assert source["documents"] == rows.manifest["documents"] == 6
+    answers = [len("".join(turn["content"] for turn in TALK[:turns])) for turns in (3, 5)]
+    assert source["characters"] == 3 * sum(answers)
 
 
 def test_added_tokens_are_listed_once_and_again_when_there_are_more(tiny_tokenizer, monkeypatch):

@@ -33,12 +33,14 @@ class Example:
         number: Its place among the conversations.
         ids: (tokens,).
         mask: (tokens,) bool, what is to be learned.
-        conversation: Where it is from.
+        characters: Of its turns.
+        conversation: Where it is from, with all turns.
     """
 
     number: int
     ids: np.ndarray
     mask: np.ndarray
+    characters: int
     conversation: Conversation
 
 
@@ -49,9 +51,10 @@ class EncodedConversations:
     Attributes:
         examples: In the order of reading.
         sha256: Over all their ids and masks.
-        sources: For every source: examples, tokens, tokens with a loss, characters, tokens by licence, lengths before
-            and after sub-sampling (at 3.68 characters a token, as those left out are not encoded).
-        subsampled: For every category: seen, wanted, taken; None without sub-sampling.
+        sources: For every source: examples (as `documents`), tokens, tokens with a loss, characters, tokens by licence;
+            lengths of conversations as read and as taken (at 3.68 characters a token, as those left out are not
+            encoded), each once however many examples it becomes.
+        subsampled: For every category: conversations seen, wanted, taken; None without sub-sampling.
     """
 
     examples: list[Example]
@@ -91,7 +94,7 @@ def encode_conversations(
     dtype = token_dtype(vocabulary_of(tokenizer))
     check_template(tokenizer)
     most = limit * COMPOSED * max(map(len, tokenizer.get_vocab()))
-    for number, item in enumerate(progress(conversations, desc="chat", unit="example", quiet=quiet)):
+    for number, item in enumerate(progress(conversations, desc="chat", unit="conversation", quiet=quiet)):
         talk = item if isinstance(item, Conversation) else _conversation(item, number, report)
         if talk is None:
             continue
@@ -102,7 +105,9 @@ def encode_conversations(
         # One with no answer to learn is tried as it is, which says why it is left out.
         parts = (each_alone(talk) or [talk]) if each_answer else [talk]
         made = [
-            one for part in parts if (one := _encode(part, number, tokenizer, limit, most, report, dtype)) is not None
+            replace(one, conversation=talk)
+            for part in parts
+            if (one := _encode(part, number, tokenizer, limit, most, report, dtype)) is not None
         ]
         if not made:
             continue
@@ -181,7 +186,7 @@ def _encode(
     if len(ids) > limit:
         report.skip(f"longer than {limit} tokens", f"{talk.id} ({len(ids)} tokens)")
         return None
-    return Example(number, np.array(ids, dtype), np.array(mask, dtype=bool), talk)
+    return Example(number, np.array(ids, dtype), np.array(mask, dtype=bool), talk.characters, talk)
 
 
 def _digest(examples: list[Example]) -> str:
@@ -198,18 +203,20 @@ def _count(examples: list[Example], lengths: dict[str, LengthCounts], report: Re
     names = sorted({*lengths, *(example.conversation.source for example in examples)})
     counted = ("documents", "tokens", "target_tokens", "characters")
     sources: dict[str, dict[str, Any]] = {name: {**dict.fromkeys(counted, 0), "licenses": {}} for name in names}
+    taken: set[int] = set()  # conversations, each of which may be many examples
     for example in examples:
         talk, tokens = example.conversation, int(example.ids.size)
         report.documents += 1
-        report.characters += talk.characters
+        report.characters += example.characters
         row = sources[talk.source]
         row["documents"] += 1
         row["tokens"] += tokens
         row["target_tokens"] += int(example.mask[1:].sum())
-        row["characters"] += talk.characters
+        row["characters"] += example.characters
         row["licenses"][talk.license] = row["licenses"].get(talk.license, 0) + tokens
         counts = lengths.get(talk.source)
-        if counts is not None:
+        if counts is not None and example.number not in taken:
+            taken.add(example.number)
             counts.add(talk.characters / FU_CHARACTERS_PER_TOKEN, 1, read=0)
     for name, counts in lengths.items():
         sources[name]["lengths"] = counts.as_json()
