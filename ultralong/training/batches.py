@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultralong.data.rows.packed_rows import IGNORE, PackedRow, PackedRows
+from ultralong.data.rows.packed_rows import IGNORE, LARGEST_TOKEN, PackedRow, PackedRows
 from ultralong.data.rows.permutation import permuted
 from ultralong.data.rows.row_checks import check_rows, check_skipping
 from ultralong.data.rows.step_packs import step_packs
@@ -136,7 +136,11 @@ class RowOrder:
 
     def content(self) -> list[str]:
         """What tells the rows of each source from any others: a hash of the sizes and hashes of their files."""
-        kept = [[rows.length, rows.mask_documents, rows.manifest["shards"]] for rows in self.folders]
+        kept = []
+        for rows in self.folders:
+            # Their largest token is left out: it follows from the files, and earlier versions did not record it.
+            shards = [{key: shard[key] for key in shard if key != LARGEST_TOKEN} for shard in rows.manifest["shards"]]
+            kept.append([rows.length, rows.mask_documents, shards])
         return [hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest() for each in kept]
 
     def place(self, index: int) -> Place:

@@ -47,6 +47,7 @@ def progress(
     desc: str = "",
     unit: str = "it",
     quiet: bool = False,
+    delay: float = 0.0,
     **options: Any,
 ) -> tqdm:
     """A tqdm bar on standard error.
@@ -60,6 +61,7 @@ def progress(
         desc: What is being done, shown in front.
         unit: What one step is.
         quiet: True draws nothing.
+        delay: Seconds before the bar appears on a terminal or in a notebook.
         **options: Passed on to tqdm.
     """
     in_notebook = _in_notebook()
@@ -72,7 +74,7 @@ def progress(
         unit=unit,
         disable=quiet or bool(_hidden),
         mininterval=0.2 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
-        delay=0.0 if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
+        delay=delay if interactive else SECONDS_BETWEEN_LINES_IN_A_LOG,
         dynamic_ncols=interactive,
         **options,
     )

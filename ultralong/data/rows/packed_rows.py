@@ -27,6 +27,7 @@ FORMAT = "ultralong-rows-1"
 IGNORE = -100  # the label PyTorch's cross entropy leaves out
 PADDING = -1  # the document id of a row's padding
 NPY_HEADER_BYTES = 128
+LARGEST_TOKEN = "largest_token"  # of a shard's record; earlier versions wrote none
 
 
 def _is_shard(record: Any) -> bool:
@@ -199,6 +200,8 @@ class RowWriter:
         targets: True when `append` is given target bits.
     """
 
+    largest: int  # token of the shard
+
     def __init__(
         self,
         folder: ShardFolder,
@@ -242,6 +245,8 @@ class RowWriter:
             self.stream = open(self.folder.partial(self.number, "npy"), "wb")  # noqa: SIM115 - closed by commit or exit
             self.stream.write(bytes(NPY_HEADER_BYTES))
         self.stream.write(ids.data)
+        known = ids[:-1] if ids[-1] == np.iinfo(self.dtype).max else ids
+        self.largest = max(self.largest, int(known.max()))
         self.segments.extend((self.rows, start, document) for start, document in zip(starts, documents, strict=True))
         if self.targets:
             assert targets is not None
@@ -261,13 +266,13 @@ class RowWriter:
             with open(self.folder.partial(self.number, ending), "wb") as stream:
                 np.save(stream, array)
         partials = {ending: self.folder.partial(self.number, ending) for ending in ("npy", *arrays)}
-        record = self.folder.commit(self.number, partials, {"rows": self.rows, **record})
+        record = self.folder.commit(self.number, partials, {"rows": self.rows, LARGEST_TOKEN: self.largest, **record})
         self.number += 1
         self._reset()
         return record
 
     def _reset(self) -> None:
-        self.rows = 0
+        self.rows = self.largest = 0
         self.stream = None
         self.segments: list[tuple[int, int, int]] = []
         self.bits: list[np.ndarray] = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ultralong.data.rows.packed_rows import PackedRows
+from ultralong.data.rows.packed_rows import LARGEST_TOKEN, PackedRows
 from ultralong.data.rows.short_contexts import LongCEConfig
+from ultralong.utils.progress import progress
 
 TOGETHER = "All sources of a run must share row length and document mask"
 
@@ -118,7 +119,8 @@ def anchor_token(folders: Sequence[PackedRows], config: Any) -> int:
 def check_vocabulary(rows: PackedRows, size: int, name: str = "model") -> None:
     """Refuse rows with a token that a model does not have.
 
-    A tokenizer may know more than its model has, as Gemma 3's does a token of images: the rows are then read through.
+    A tokenizer may know more than its model has, as Gemma 3's does a token of images: the manifest then says which is
+    the largest in the rows. Rows of earlier versions, whose manifest does not, are read through.
 
     Args:
         rows: The rows.
@@ -131,7 +133,12 @@ def check_vocabulary(rows: PackedRows, size: int, name: str = "model") -> None:
     vocabulary = rows.manifest["tokenizer"]["vocabulary"]
     if vocabulary <= size:
         return
-    largest = (int(max(row.input_ids.max(), row.labels.max())) for row in map(rows.__getitem__, range(len(rows))))
+    largest: Iterable[int] = [shard.get(LARGEST_TOKEN) for shard in rows.manifest["shards"]]
+    if not all(type(token) is int for token in largest):
+        every = progress(
+            (rows[place] for place in range(len(rows))), total=len(rows), desc="tokens", unit="row", delay=2.0
+        )
+        largest = (int(max(row.input_ids.max(), row.labels.max())) for row in every)
     found = next((token for token in largest if token >= size), None)
     if found is not None:
         raise ValueError(
