@@ -172,9 +172,12 @@ def test_a_model_class_that_renames_a_type_is_refused_before_copying_and_told(tm
         source,
         65_536,
         tmp_path / "out",
-        "'yarn' scaling by config.*longrope.*Choose another method.*search MODEL --to 65536 --methods longrope",
+        "'yarn' scaling by config.*longrope.*Methods that work: ntk. .*search MODEL --to 65536 --methods longrope",
     )
     monkeypatch.undo()
+    assert extend(source, 65_536, tmp_path / "ntk", "ntk", quiet=True).method == "ntk"
+    none = "No other method works with these settings"  # as ntk takes no temperature
+    assert_refused(source, 65_536, tmp_path / "out", none, attention_factor=1.2)
     notes = extend(source, 65_536, explain=True).notes
     assert any(note.startswith("It can't be written: transformers") for note in notes)
     assert not any("written" in note for note in extend(source, 65_536, explain=True, method="ntk").notes)
@@ -537,7 +540,7 @@ def test_a_table_that_transformers_would_read_otherwise_is_never_written(tmp_pat
 
     def multiplied(config, scaling, to):
         entries = meant(config, scaling, to)
-        return entries | {"rope_scaling": entries["rope_scaling"] | {"factor": 2 * scaling.factor}}
+        return entries | {"rope_scaling": (entries["rope_scaling"] or {}) | {"factor": 2 * scaling.factor}}
 
     monkeypatch.setattr(extend_module, "config_entries", multiplied)
     assert_refused(llama, 16_384, tmp_path / "out", "'factor': 16.0.*where .*'factor': 8.0.* was meant")

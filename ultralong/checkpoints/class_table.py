@@ -257,11 +257,11 @@ def check_class_table(config: PreTrainedConfig, scaling: RopeScaling) -> None:
     try:
         found = class_table(config)
     except CONFIG_ERRORS as error:
-        raise ValueError(f"{trouble}: {one_line(error)} Choose another method.") from error
+        raise ValueError(f"{trouble}: {one_line(error)}") from error
     if found is None:
         raise ValueError(f"{trouble}: the class has no rotary position embedding to scale.")
     table, factor = inverse_frequencies(scaling)
     if found[0].shape != table.shape or not torch.allclose(found[0], table, rtol=1e-6, atol=0):
-        raise ValueError(f"{trouble}: the class computes another table than its config says. Choose another method.")
+        raise ValueError(f"{trouble}: the class computes another table than its config says.")
     if abs(found[1] - factor) > 1e-6:
         raise ValueError(f"{trouble}: the class takes {found[1]:g} for the attention factor of {factor:g}.")

@@ -6,7 +6,8 @@ The weights are copied file by file and never loaded, so memory stays flat at an
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, 
 from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries, explanation
 from ultralong.checkpoints.write import check_free, copy_weights, write_checkpoint
 from ultralong.rope import (
+    METHODS,
     RopeScaling,
     from_config,
     inverse_frequencies,
@@ -150,6 +152,7 @@ def extend(
         to, method, factor, attention_factor, original_window, theta, ramp, alpha, beta, short_factors, long_factors
     )
     scaling = choose_scaling(config, wish)
+    refused = _refused(folder, config, wish, scaling)
     facts = {
         "source": str(source),
         "hub_id": None if folder == Path(source).expanduser() else str(source),
@@ -165,9 +168,10 @@ def extend(
             bytes=0,
             left_out=(),
             licence=None,
-            notes=(*caveats(config, scaling, to), *_obstacles(folder, config, scaling, to)),
+            notes=(*caveats(config, scaling, to), *(f"It can't be written: {why}" for why in refused)),
             explanation=explanation(config, wish, scaling, class_norms(config)),
         )
+    require(not refused, "".join(refused))
     return _write(folder, out, config, scaling, to, facts, quiet)
 
 
@@ -210,7 +214,6 @@ def _write(
         copy_weights(folder, quiet),
         card,
         changes=_changes(folder, config, scaling, to),
-        check=lambda temporary: _check_opens(temporary, scaling, to),
         needed=sum((folder / name).stat().st_size for name in [*weights, *companions]),
     )
     return made[0]
@@ -233,34 +236,38 @@ def _raised(settings: dict[str, Any], old: set[int], to: int) -> dict[str, Any]:
     return {"max_length": to} if settings.get("max_length") in old else {}
 
 
-def _obstacles(folder: Path, config: Any, scaling: RopeScaling, to: int) -> tuple[str, ...]:
-    """Why a folder with this scaling would be refused, which an explanation says too."""
-    with TemporaryDirectory() as scratch:
-        entries = read_json_object(folder / "config.json") | _changes(folder, config, scaling, to)["config.json"]
-        write_json(Path(scratch) / "config.json", entries)
-        try:
-            _check_opens(Path(scratch), scaling, to)
-        except ValueError as error:
-            return (f"It can't be written: {error}",)
-    return ()
+def _refused(folder: Path, config: Any, wish: Extension, scaling: RopeScaling) -> tuple[str, ...]:
+    """Why a folder with this scaling is not written, where it is not, and which methods work, found by trying them."""
+    try:
+        _check_opens(folder, config, scaling, wish.to)
+        return ()
+    except ValueError as error:
+        works = []
+        for method in METHODS:
+            with suppress(ValueError):  # of those that lack something, too
+                _check_opens(folder, config, choose_scaling(config, replace(wish, method=method)), wish.to)
+                works.append(method)
+        advice = f"Methods that work: {', '.join(works)}." if works else "No other method works with these settings."
+        own = f" Its own longrope has factors to be found: ultralong search MODEL --to {wish.to} --methods longrope."
+        return (f"{error} {advice}{own * ('longrope' in str(error))}",)
 
 
-def _check_opens(folder: Path, scaling: RopeScaling, to: int) -> None:
+def _check_opens(source: Path, config: Any, scaling: RopeScaling, to: int) -> None:
     """Read the new config as transformers does, and compare the table it leads to with the one that was meant."""
+    entries = read_json_object(source / "config.json") | _changes(source, config, scaling, to)["config.json"]
     trouble = f"transformers {transformers_version} can't give this model type a {scaling.method!r} scaling by config"
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with TemporaryDirectory() as folder:
+            write_json(Path(folder) / "config.json", entries)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         written = from_config(config)
     except CONFIG_ERRORS as error:  # Phi-3, for one, takes every yarn for a longrope
-        said = one_line(error)
-        own = f" Its own longrope has factors to be found: ultralong search MODEL --to {to} --methods longrope."
-        raise ValueError(f"{trouble} ({said[:-1]}). Choose another method.{own * ('longrope' in said)}") from error
+        raise ValueError(f"{trouble} ({one_line(error)[:-1]}).") from error
     for length in (None, to):
         meant, read = inverse_frequencies(scaling, length), inverse_frequencies(written, length)
         if not torch.equal(meant[0], read[0]) or meant[1] != read[1]:
             raise ValueError(
-                f"{trouble}: it reads {rope_parameters(written)} where {rope_parameters(scaling)} was "
-                "meant. Choose another method."
+                f"{trouble}: it reads {rope_parameters(written)} where {rope_parameters(scaling)} was meant."
             )
     check_class_table(config, scaling)
 

@@ -33,7 +33,6 @@ def write_checkpoint(
     card: Callable[[Path], str],
     *,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
-    check: Callable[[Path], None] | None = None,
     needed: int = 0,
     replace: bool = False,
 ) -> Path:
@@ -46,7 +45,6 @@ def write_checkpoint(
         weights: Writes the weights into the folder that it is given: `copy_weights` or `save_weights`.
         card: Text of the model card, once everything else is in the folder that it is given.
         changes: New entries by the name of the JSON file that they belong to; a file that the source lacks is left out.
-        check: Called with the folder before the weights are written; what it raises stops everything.
         needed: Bytes that the disk must have.
         replace: Put the new folder in the place of what is there.
 
@@ -72,8 +70,6 @@ def write_checkpoint(
                 if name == "tokenizer_config.json":
                     entries = tokenizer_for_readers(entries, _text(source / "chat_template.jinja"))
                 _write_entries(folder / name, entries)
-        if check is not None:
-            check(folder)
         weights(folder)
         entries = config_for_readers(read_json_object(folder / "config.json"), weights_dtype(folder))
         _write_entries(folder / "config.json", entries)
