@@ -13,9 +13,11 @@ many prompts of unequal lengths.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -81,7 +83,8 @@ def as_tensor(prompts: Prompts, device: torch.device) -> Tensor:
         return prompts.to(device)
     if len({len(prompt) for prompt in prompts}) != 1:
         raise ValueError("Prompts of different lengths were given: read them one by one, or with a BatchedRunner.")
-    return torch.tensor([list(prompt) for prompt in prompts], device=device)
+    # By way of arrays: torch makes a tensor of a million numbers in 0.15 s, and no other thread runs meanwhile.
+    return torch.stack([torch.from_numpy(np.array(array("q", prompt))) for prompt in prompts]).to(device)
 
 
 class Interrupted(RuntimeError):

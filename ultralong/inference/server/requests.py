@@ -30,7 +30,7 @@ from ultralong.inference.server.fields import (
     number,
 )
 from ultralong.inference.server.tickets import Job, Refused
-from ultralong.utils.chat_template import conversation_ids, render_chat
+from ultralong.utils.chat_template import conversation_ids, render_chat, text_ids
 
 CHARACTERS = 8  # of a token; few texts have more
 CUT = 64  # tokens that a text may have less than its beginning, which is cut anywhere
@@ -250,7 +250,7 @@ class CompletionRequest(_Request):
         ids = self.prompt_
         if isinstance(ids, str):
             check_beginning(tokenizer, ids, most, "prompt")
-            return _ids(tokenizer, ids)
+            return text_ids(tokenizer, ids)
         known = len(tokenizer)
         if wrong := [token for token in ids if not 0 <= token < known]:
             raise Refused(400, f"The model has no token {wrong[0]}; its ids end at {known - 1}.", "bad_token")
@@ -276,12 +276,7 @@ def check_beginning(tokenizer: PreTrainedTokenizerBase, text: str, most: int, pa
     """
     read = CHARACTERS * most
     while read < len(text):
-        if len(_ids(tokenizer, text[:read])) > most + CUT:
+        if len(text_ids(tokenizer, text[:read])) > most + CUT:
             words = f"The text alone has too many tokens: this server takes {most:,}. Shorten it."
             raise Refused(400, words, "context_length_exceeded", parameter)
         read *= 2
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    found: Any = tokenizer(text, verbose=False)["input_ids"]
-    return list(found)
