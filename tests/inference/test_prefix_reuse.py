@@ -59,6 +59,22 @@ def test_only_what_is_the_same_is_kept(make_tiny_model):
     assert ask(prompts(2, 20))[1] == 0, "another number of prompts begins anew"
 
 
+@pytest.mark.parametrize("kind", [LocalRunner, ShardedRunner])
+def test_a_chats_cache_grows_in_steps_up_to_what_was_promised(make_tiny_model, kind):
+    model, ids = make_tiny_model(1).double(), prompts(1, 400)
+    runner, most, made = kind(model, quiet=True), 384, []
+    runner.most = most
+    for turn in range(40, 381, 10):  # 35 turns
+        runner.prefill(ids[:, :turn], [4])
+        assert turn == 40 or runner.reused == turn - 10
+        assert turn + 4 <= runner.store.capacity <= most, "no more memory than it may take"
+        made.append(runner.store.generation)
+    assert len(set(made)) <= 11, "44 tokens by a quarter ten times are more than 384"
+    assert runner.store.capacity == most
+    runner.prefill(prompts(1, 390, 3), [4])
+    assert runner.store.capacity == 394, "what needs more gets it, no token too much"
+
+
 def test_a_stopped_prefill_is_not_taken_for_a_whole_one(make_tiny_model, monkeypatch):
     model, ids = make_tiny_model(2).double(), prompts(1, 60)
     expected = plain_tokens(model, ids, 5, stop=set())

@@ -161,6 +161,15 @@ class RunnerEngine(ABC):
         self._runner.interrupted = asked
 
     @property
+    def most(self) -> int:
+        """Most tokens of any prompt with its answer, up to which a chat's cache grows in steps; 0 where not known."""
+        return self._runner.most
+
+    @most.setter
+    def most(self, tokens: int) -> None:
+        self._runner.most = tokens
+
+    @property
     def store(self) -> KvCache | None:
         """Keys and values of the answer under way, to go on with in a batch; None where it can't take them."""
         return self._runner.store

@@ -63,7 +63,7 @@ class LocalRunner(CachedRunner):
             self._cache = make_cache(self.model, max(capacity, self.capacity or 0))
             return
         cache.store.truncate(keep)
-        cache.store.reserve(max(capacity, self.capacity or 0))
+        cache.store.reserve(self._grown(max(capacity, self.capacity or 0), cache.store.capacity))
         cache.show(keep)
 
     def _forward(self, ids: Tensor) -> Tensor:

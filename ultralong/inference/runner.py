@@ -102,6 +102,7 @@ class CachedRunner(ABC):
 
     Attributes:
         interrupted: Asked between the chunks of a prompt, on the first rank; True leaves it with `Interrupted`.
+        most: Most tokens that a cache on one GPU may be made larger for than a prompt needs; 0 for none.
 
     Raises:
         ValueError: A chunk below one token.
@@ -115,6 +116,7 @@ class CachedRunner(ABC):
         self.model, self.capacity, self.chunk, self.quiet = model.eval(), capacity, chunk, quiet
         self.reused = 0
         self.interrupted: Callable[[], bool] = bool  # False
+        self.most = 0
         self._rope, self._text = RopeTables(model), 0  # tokens of the text whose frequencies the cached keys have
         self._room = 0
         self._ids: Tensor | None = None  # (B, T) what the cache holds, but for
@@ -230,6 +232,13 @@ class CachedRunner(ABC):
     def _reusable(self, ids: Tensor, common: int) -> int:
         """How many of the first `common` tokens can stay in the cache."""
         return common if self._rope.same(self._text, ids.shape[1]) else 0
+
+    def _grown(self, capacity: int, now: int) -> int:
+        """Room to make for `capacity` tokens in a cache for `now`, whose content stays.
+
+        Each growth copies the cache and has the fused step's graph made anew: a chat shall not grow it every turn.
+        """
+        return capacity if capacity <= now else max(capacity, min(now + now // 4, self.most))
 
     @abstractmethod
     def _prepare(self, rows: int, keep: int, capacity: int) -> None:

@@ -133,7 +133,8 @@ class ShardedRunner(CachedRunner):
             self.cache.release()  # the old buffers go before the new ones come
         # Uneven shares of a beginning that is kept take room too.
         follow = self._share(max(capacity, keep) - keep, spare=False)
-        self.cache.reserve(max(capacity, max(self.cache.held()) + follow) if keep else capacity)
+        needed = max(capacity, max(self.cache.held()) + follow) if keep else capacity
+        self.cache.reserve(self._grown(needed, self.cache.capacity) if keep and self.group is None else needed)
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits (B, V) of the last token, right on the rank that has it."""

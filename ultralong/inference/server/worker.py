@@ -46,6 +46,7 @@ class Worker:
         self, engine: RunnerEngine, limit: int, waiting: int, metrics: Metrics, batch: ContinuousBatch | None = None
     ) -> None:
         self.engine, self.limit, self.metrics = engine, limit, metrics
+        engine.most = limit
         self._batch, self._next = batch, deque[Ticket]()  # taken from the queue, and not begun
         self._queue: queue.Queue[Ticket | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name="ultralong-serve", daemon=True)
