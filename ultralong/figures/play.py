@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ultralong.figures.panels import side_by_side
 from ultralong.figures.show import MOST_STILLS, bundle, send
 from ultralong.figures.theme import GREY, graph_objects
+from ultralong.figures.typed_arrays import compact
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -160,7 +161,7 @@ def filmstrip_bundle(
     strip = side_by_side([frames[index] for index in stills], [titles[index] for index in stills])
     _once(strip, len(stills))
     content = bundle(strip, alt)
-    content["application/vnd.plotly.v1+json"] = json.loads(figure.to_json())
+    content["application/vnd.plotly.v1+json"] = compact(json.loads(figure.to_json()))
     return content
 
 
