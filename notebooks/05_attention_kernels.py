@@ -25,7 +25,8 @@
 # * say why exponentials overflow, and what a log-sum-exp does about it;
 # * compute attention block by block, exactly, and join partial results;
 # * write the backward pass from the saved pair;
-# * count the work of a row, packed or whole, and place a kernel on a roofline.
+# * count the work of a row, packed or whole, and place a kernel on a roofline;
+# * choose the kernel and the head chunks of a training run.
 #
 # **Needs:** a softmax, matrix products. **Before this:** [04_data_at_scale](04_data_at_scale.ipynb), or
 # [03_separator_packing](03_separator_packing.ipynb). **After this:**
@@ -52,7 +53,7 @@ from pathlib import Path
 import torch
 
 from ultralong import figures
-from ultralong.attention import available_kernels, make_attention_context
+from ultralong.attention import KERNELS, available_kernels, make_attention_context
 from ultralong.attention.lse_merge import merge_into
 from ultralong.course import check, predict, reveal
 from ultralong.figures.play import play
@@ -233,6 +234,7 @@ pair = [32 * (128 * 2 + 4) * n / 2**30 for n in lengths]
 figure = figures.lines({"all scores": (lengths, matrix), "output and log-sum-exp": (lengths, pair)},
                        "Memory of one layer of 32 heads", x="tokens", y="memory", log_x=True, log_y=True)
 named = {2**-5: "32 MiB", 1: "1 GiB", 2**5: "32 GiB", 2**10: "1 TiB", 2**15: "32 TiB", 2**20: "1 PiB"}
+figure.update_layout(margin_l=88)  # for the labels, which are long
 figure.update_xaxes(tickvals=lengths[::3], ticktext=[figures.tokens_label(n) for n in lengths[::3]], dtick=None)
 figures.show(figure.update_yaxes(tickvals=list(named), ticktext=list(named.values()), dtick=None),
              "On a log-log plot the scores rise twice as steeply as the pair: 64 TiB against 8 GiB at 1M tokens.")
@@ -341,10 +343,11 @@ figure.update_yaxes(type="log", range=[-8, 0], dtick=2, exponentformat="power")
 figures.show(figure, "Two bars on a log scale: about one ten-millionth in float32, some thousandths in bfloat16.")
 
 # %% [markdown]
-# **What you should see.** bfloat16 is about ten thousand times less exact than float32: it has 8 binary digits instead
-# of 24. A longer row does not change that much. Within a kernel the sums are kept in float32, and the weights of a
-# query add up to one however many keys there are. What would grow is the harm of joining parts *in* bfloat16, once for
-# each block. So the library joins in float32 always, and a typical mistake of the first exercise is not to.
+# **What you should see.** bfloat16 is about ten thousand times less exact than float32. It has 8 binary digits instead
+# of 24; by the digits alone it would be 65,536 times, but in float32 the kernel's many sums round too. A longer row
+# does not change that much. Within a kernel the sums are kept in float32, and the weights of a query add up to one
+# however many keys there are. What would grow is the harm of joining parts *in* bfloat16, once for each block. So the
+# library joins in float32 always.
 #
 # ## A roofline, from recorded rates
 #
@@ -390,9 +393,10 @@ print("ok: " + ", ".join(f"{name} reaches {value / peak:.0%} of the product's ra
 # is most of a step, that is half of a training run's cost. So the first question about a slow run is which kernel it
 # uses.
 #
-# Writing an answer is the other case. One new query reads all keys and values of the cache for a single row of scores:
-# about one operation a byte, far down the slope. There a faster kernel helps little, and a smaller cache helps at once.
-# [13_serve_and_cost](13_serve_and_cost.ipynb) uses that: grouped queries and 8-bit caches.
+# Decoding, the writing of an answer token by token, is the other case. One new query reads all keys and values of the
+# cache for a single row of scores: about one operation a byte, far down the slope. There a faster kernel helps
+# little, and a smaller cache helps at once. [13_serve_and_cost](13_serve_and_cost.ipynb) uses that: grouped queries
+# and 8-bit caches.
 
 
 # %%
@@ -407,6 +411,29 @@ check("05.flops", my_flops)
 # the work of one document: ten squares of a tenth each. A planner that counts tokens only is ten times off. Without a
 # mask, as in the recipe, the row costs the full square, whatever it holds.
 #
+# ## Choose for a run
+#
+# A training config has two settings for all this, in its `parallel:` block.
+#
+# * `kernel`. `auto` goes through the list below, the fastest first, and takes the first one that is installed and right
+#   for the call. It passes over a kernel that does not take the type or the head size (cuDNN ends at 128), and prefers
+#   one that computes a packed row in one call. The log says what it took and what it passed over. A name instead of
+#   `auto` stops a run at its start where that kernel is missing. `auto` would only be slow, day after day.
+# * `head_chunks`. The backward pass adds up gradients in float32: twice their size in bfloat16, and there beside them.
+#   Heads don't meet in attention, so the kernel can work through some heads at a time and needs the buffers only for
+#   those. The heads of a chunk are copied first, which costs memory too.
+#
+# On one GPU that is nearly full the second one decides whether a run starts. Set both for a real run. The check asks
+# the planner, which follows a step through the library's own code without computing it.
+
+# %%
+print("auto goes through:", ", ".join(name for name in KERNELS if name != "flash4_fp8"), "(flash4_fp8 is not exact: "
+      "only by name)")
+my_run = None  # {"kernel": ..., "head_chunks": ...}
+
+check("05.run", my_run)
+
+# %% [markdown]
 # ## Hand it on
 #
 # `rates.json` in the folder `OUT` (`made/05` in a course folder) names the machine and the date, so that nobody takes
@@ -435,6 +462,7 @@ print(json.dumps(handed, indent=1))
 # * The pair (output, log-sum-exp) is all that a query needs of the keys it has seen. Pairs join exactly, in float32.
 # * Memory is linear in the length, work is a square. A packed row of short documents is much less work.
 # * The backward pass starts from the pair of the whole row.
+# * The kernel decides a long run's time, and head chunks the memory of its backward pass.
 #
 # **Go on reading:** the library's [merge](../ultralong/attention/lse_merge.py) and
 # [reference kernel](../ultralong/attention/kernels/reference.py);

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 6. How do several GPUs read one row, and who waits?
 #
-# One row of a million tokens does not fit on one GPU, and one GPU would need minutes for each of its layers. So several
-# GPUs (ranks) share the row. Everything but attention is easy: a token needs nothing from other tokens. In attention
-# every token looks at all tokens before it, and those lie on other ranks. Three ways bring them together: swap tokens
-# for heads (*Ulysses*), gather the keys, or pass them round a *ring*. All three give the same numbers as one GPU. They
-# differ in what they send, and in who waits.
+# One row of a million tokens does not fit on one GPU, and one GPU would need nearly a minute for the attention of each
+# layer. So several GPUs (*ranks*) share the row. Everything but attention is easy: a token needs nothing from other
+# tokens. In attention every token looks at all tokens before it, and those lie on other ranks. Three ways bring them
+# together: swap tokens for heads (*Ulysses*), gather the keys, or pass them round a *ring*. All three give the same
+# numbers as one GPU. They differ in what they send, and in who waits.
 #
 # Every picture below is computed by the code that trains: the layouts, the plans and the exchanges are the library's.
 #
@@ -18,11 +18,11 @@
 # | | |
 # |---|---|
 # | time on CPU | 15 s, two cores (measured November 2026) |
-# | reading and doing | 35 and 55 minutes |
+# | reading and doing | 35 and 60 minutes |
 # | memory | 0.8 GB |
 # | downloads, cost | none |
 # | two GPUs add | the attention table of your machine: `DEVICE=cuda`, `GPUS=2` |
-# | a cluster adds | rings across hosts, Ulysses inside them: the last section |
+# | a cluster adds | two levels: Ulysses inside hosts, a ring across them |
 #
 # **You will be able to**
 # * say which rank holds which tokens, and why zigzag is fair where contiguous is not;
@@ -59,6 +59,7 @@ import yaml
 from ultralong import figures
 from ultralong.attention import make_attention_context
 from ultralong.attention.balance import balanced, imbalance, sends_nothing
+from ultralong.attention.choose import RowSpec, choose_scheme
 from ultralong.attention.layout import contiguous, zigzag
 from ultralong.attention.ring import rectangles
 from ultralong.bench.results import rows_of
@@ -80,9 +81,8 @@ print(f"{TOKENS} tokens, {RANKS} ranks, {HEADS} query heads and {KV_HEADS} kv he
 # The simplest layout gives every rank one run of tokens. *Zigzag* cuts the row into twice as many chunks and gives
 # rank $r$ the chunks $r$ and $2P - 1 - r$: one from the front, one from the back.
 #
-# Before you look: all ranks hold as many tokens in both. Causal attention lets a token see those before it.
-#
-# What has to be shared out is not tokens but *pairs*. Token 0 makes one pair of query and key, the last token makes as
+# In both layouts all ranks hold equally many tokens. But a causal token sees only those before it, so what has to be
+# shared out is not tokens but *pairs*. Token 0 makes one pair of query and key, the last token makes as
 # many as the row has. In a row of 64 tokens the first quarter makes 136 of 2,080 pairs, the last quarter 904. A rank of
 # a ring gets the keys of the others one *hop* after the other, and at each hop all ranks wait for the slowest.
 
@@ -163,8 +163,8 @@ figures.show(rank_timeline(work["contiguous"], "Contiguous: who computes when, i
 #
 # How to read the last figure: a row is a rank, a column is a hop, and the number is how many query-key pairs are
 # computed there. A cell of zero is a GPU that is paid for and idle. Sum a row and you have a rank's work; the largest
-# number of each column, added up, is the time of the whole ring. Contiguous, more ranks make it worse: with $P$ ranks
-# about half of the machine waits, as one half of all rectangles is empty. Zigzag stays at zero.
+# number of each column, added up, is the time of the whole ring. With more ranks the contiguous layout gets worse,
+# until half of the machine waits: half of all rectangles are empty. Zigzag stays at zero.
 #
 # The mirrored chunks do it. Rank $r$ has an early chunk, which sees little, and the chunk at the same distance from the
 # end, which sees the rest. The same trick balances any work that grows along a line.
@@ -196,11 +196,11 @@ check("06.rectangles", my_sees)
 # matters: the kv head that a group of query heads shares has to go to the rank that gets the group. Llama-3.1-8B has 32
 # query heads and 8 kv heads. Over up to 8 ranks both split evenly. Over 16 ranks two ranks need the same kv head, so it
 # is sent twice. Over 64 ranks a rank would get half a query head, which does not exist: `ulysses` is refused there, and
-# `auto` takes gathered keys. So 32 GPUs can share a row of this model by Ulysses alone; more need a second level.
+# `auto` takes gathered keys. So up to 32 GPUs can share a row of this model by Ulysses alone.
 
 # %%
 def swap_of(rank, world):
-    """Which (token, head) pairs rank 0 to P-1 hold before and after the exchange."""
+    """For each head and token of this rank after the exchange: the rank that held the token before."""
     share, part = TOKENS // world, HEADS // world
     before = torch.full((HEADS, TOKENS), -1)
     before[:, rank * share:(rank + 1) * share] = rank
@@ -465,20 +465,40 @@ if recorded_rows is not None:
 # What decides then is memory, the number of heads, and the links between hosts. Short rows lose more: at 8,192 tokens a
 # scheme costs milliseconds that nothing hides, as printed above.
 #
-# Three questions choose a scheme. Do the heads split over the ranks? Then Ulysses, the simplest. Do the ranks of a row
-# span hosts? Then two levels: Ulysses inside the host, a ring or gathered keys across. Are the rows masked and full of
-# short documents? Then gathered keys, most of which are never sent. `scheme: auto` asks the same three, and `ultralong
-# plan` shows the answer with its seconds.
+# Three questions choose a scheme. Do the heads split over the ranks? Then Ulysses, the simplest. Are the rows masked
+# and full of short documents? Then gathered keys, most of which are never sent. `scheme: auto` asks these two, and
+# `ultralong plan` shows the seconds. The third one is whether the ranks of a row span hosts.
 #
+# ## Two hosts
+#
+# Inside a host a GPU sends hundreds of gigabytes a second, between hosts some tens. So what counts is not what is sent
+# but what *crosses*.
+#
+# First try not to cross at all. In training the ranks of a row are neighbours. With a `context_parallel_size` that
+# divides a host's GPUs all exchanges of attention stay inside hosts, and other hosts work on other rows.
+#
+# Where a row needs more GPUs than a host has, the library can treat the two kinds of links apart.
+# `make_attention_context` takes a mesh of two levels, (hosts, ranks of a host). Inside a host Ulysses swaps tokens for
+# heads. After that a rank has a few kv heads only, and a ring or gathered keys take just these across. The trainer's
+# `parallel:` block has one level so far; two levels are for loops of your own, and `ultralong bench attention --meshes
+# 2x4` measures them.
+
+# %%
+my_levels = None  # {"mesh": ..., "scheme": ...}
+
+check("06.levels", my_levels)
+
+# %% [markdown]
 # ## Hand it on
 #
 # The block below takes the place of the `parallel:` block in a training config ([presets](../ultralong/presets) have
-# one each, and so has `run.yaml` of notebook 07). `auto` would choose the same; a name makes it fixed. The file is
+# one each, and so has `run.yaml` of notebook 07). It holds what `auto` chooses; a name makes it fixed. The file is
 # `parallel.yaml` in the folder `OUT` (`made/06` in a course folder).
 
 # %%
-heads_split = HEADS % RANKS == 0 and (KV_HEADS % RANKS == 0 or RANKS % KV_HEADS == 0)
-block = {"parallel": {"context_parallel_size": RANKS, "scheme": "ulysses" if heads_split else "gathered"}}
+scheme, why = choose_scheme("auto", RANKS, 1, RowSpec(TOKENS, None, HEADS, KV_HEADS))
+print(f"auto takes {scheme}: {why}\n")
+block = {"parallel": {"context_parallel_size": RANKS, "scheme": scheme}}
 (out / "parallel.yaml").write_text(yaml.safe_dump(block))
 print((out / "parallel.yaml").read_text())
 
@@ -494,7 +514,7 @@ print("ok: the trainer reads it")
 # ## What this does not show
 #
 # * Four ranks on two cores take turns, so times here mean nothing; only counts and errors do.
-# * The recorded rates are of GPUs that share one host. Between hosts the ring and gathered keys were not timed.
+# * The recorded rates are of GPUs that share one host. Between hosts nothing was timed; bytes were counted.
 # * The backward pass sends more: keys travel again, and their gradients in float32.
 # * The bytes of a real model above are arithmetic, not a measurement; the two formulas were checked on the small row.
 #
@@ -509,6 +529,7 @@ print("ok: the trainer reads it")
 # * Zigzag gives every rank an early and a late chunk: equal work at every hop, and no masks between ranks.
 # * Ulysses swaps tokens for heads; gathered keys and the ring bring keys to the queries. All equal one GPU.
 # * Packed rows whose documents don't see each other are dealt out whole, and nothing is sent.
+# * Keep a row inside one host; where it spans hosts, exchange inside them first.
 #
 # **Go on reading:** the library's [ring](../ultralong/attention/ring/ring.py),
 # [Ulysses](../ultralong/attention/ulysses.py) and [layouts](../ultralong/attention/layout.py);

@@ -25,6 +25,7 @@ from ultralong.course.exercises.machinery.nb05_checks import (
     merge_forgets_infinite,
     packed_flops,
 )
+from ultralong.course.exercises.machinery.nb05_run import check_run
 
 EXERCISES = (
     Exercise(
@@ -126,6 +127,33 @@ EXERCISES = (
         hints=(
             "Forward: two products of n x n x D a head, 2 FLOPs each, half of them masked: 2 n^2 H D.",
             "Backward: five products, 2.5 times as much.",
+        ),
+        minutes=6,
+    ),
+    Exercise(
+        name="05.run",
+        title="The kernel and the head chunks of a run",
+        task=(
+            "Llama-3.1-8B, rows of 524,288 tokens, one GPU of 139.8 GiB. Give the dict "
+            '{"kernel": ..., "head_chunks": ...}, two settings of `parallel:`, so that the planned step fits in the '
+            "GPU's memory and takes 480 s or less. A kernel is one of flash4, cudnn and flash, for which rates were "
+            "recorded, or auto; head_chunks is a number of chunks, or None for all heads at once."
+        ),
+        check=check_run,
+        solution={"kernel": "flash4", "head_chunks": 8},
+        mistakes=(
+            Mistake("what auto takes", {"kernel": "auto", "head_chunks": 8}, "look at the roofline"),
+            Mistake("all heads at once", {"kernel": "flash4", "head_chunks": None}, "All heads go at once"),
+            Mistake("two chunks", {"kernel": "flash4", "head_chunks": 2}, "save less than that costs"),
+            Mistake("three chunks", {"kernel": "flash4", "head_chunks": 3}, "must be one of [1, 2, 4, 8]"),
+            Mistake("no rates", {"kernel": "reference", "head_chunks": 8}, "No rates of the attention kernel"),
+            Mistake("another key", {"kernel": "flash4", "chunks": 8}, "Give a dict with the keys"),
+        ),
+        hints=(
+            "The roofline above shows which kernel is fastest at long rows.",
+            "The model has 8 kv heads: 1, 2, 4 or 8 chunks split them. Try some and read what the plan says.",
+            "Each chunk is copied before the kernel gets it. So two chunks take more memory than one, and only more "
+            "than two take less.",
         ),
         minutes=6,
     ),

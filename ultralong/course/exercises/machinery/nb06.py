@@ -17,6 +17,7 @@ from ultralong.course.exercises.machinery.nb05_checks import merge, plain
 from ultralong.course.exercises.machinery.nb06_checks import (
     check_all_to_all,
     check_deal,
+    check_levels,
     check_sees,
     check_zigzag,
     deal,
@@ -247,5 +248,32 @@ EXERCISES = (
         ),
         difficulty="hard",
         minutes=25,
+    ),
+    Exercise(
+        name="06.levels",
+        title="A scheme for two hosts",
+        task=(
+            "Two hosts of two GPUs share a row of 64 tokens, and each GPU has room for 16. The model has 6 query heads "
+            "and 2 kv heads, and the link between the hosts is slow. Give the dict "
+            '{"mesh": ..., "scheme": ...}: the mesh is (ranks,) for one level or (hosts, ranks of a host) for two, the '
+            "scheme is a name of `ultralong.attention.SCHEMES`. No rank may send more than 5,000 bytes to the other "
+            "host in a forward pass. The check runs it on four real processes, where ranks 0 and 1 are the first host."
+        ),
+        check=check_levels,
+        solution={"mesh": (2, 2), "scheme": "hybrid-ring"},
+        mistakes=(
+            Mistake("Ulysses over all", {"mesh": (4,), "scheme": "ulysses"}, "can't split 6 query"),
+            Mistake("one ring", {"mesh": (4,), "scheme": "ring"}, "In one ring rank 3"),
+            Mistake("gathered over all", {"mesh": (4,), "scheme": "gathered"}, "Keys of both kv heads"),
+            Mistake("one host", {"mesh": (2,), "scheme": "ulysses"}, "More ranks have to share"),
+            Mistake("two levels, one scheme", {"mesh": (2, 2), "scheme": "ring"}, "takes one level of ranks"),
+            Mistake("by name only", {"mesh": (4,), "scheme": "hybrid-ring"}, "takes two levels of ranks"),
+        ),
+        hints=(
+            "Over how many ranks do 6 query heads and 2 kv heads split? Not over four.",
+            "Two ranks of one host can swap tokens for heads first. Then a rank has keys of one kv head only.",
+            "A mesh of two levels is (hosts, ranks of a host); its schemes are the two hybrids.",
+        ),
+        minutes=8,
     ),
 )

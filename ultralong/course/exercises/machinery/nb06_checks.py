@@ -5,14 +5,18 @@ Shapes: T tokens of a row, P ranks, H heads, D head size; one row. Tensors are f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from ultralong.attention import make_attention_context
 from ultralong.attention.layout import zigzag as zigzag_layout
 from ultralong.course.checks import NotTried
+from ultralong.course.exchanges import recorded
 from ultralong.utils.local_ranks import RankFailed, run_ranks
 from ultralong.utils.processes import start_method
 
@@ -193,6 +197,75 @@ def check_deal(answer: Any) -> str:
         "document first, always to the rank with the least work so far."
     )
     return f"work {work}: the busiest rank has {worst:.3f} times the mean, and nothing is sent."
+
+
+# ---- 06.levels
+
+HOSTS, EACH = 2, 2  # hosts, and ranks of each
+ROW, ROOM, HEADS, KV_HEADS, SIZE = 64, 16, 6, 2, 16  # tokens, tokens that a rank has room for, heads and their size
+MOST_ACROSS = 5000  # bytes that a rank may send to the other host in a forward pass
+
+
+def levels_cost(mesh: tuple[int, ...], scheme: str) -> tuple[list[int], list[int], float]:
+    """What each of four real ranks sends inside its host and to the other one, in bytes, and the output's error.
+
+    Raises:
+        ValueError: The library refuses the scheme on this mesh.
+    """
+    found = run_ranks(_levels, HOSTS * EACH, mesh, scheme, timeout=60 if start_method() == "fork" else 240)
+    if refused := [each for each in found if isinstance(each, str)]:
+        raise ValueError(refused[0])
+    inside, across, errors = zip(*found, strict=True)
+    return list(inside), list(across), max(errors)
+
+
+def _levels(rank: int, world: int, mesh: tuple[int, ...], scheme: str) -> tuple[int, int, float] | str:
+    group = init_device_mesh("cpu", mesh)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, ROW, HEADS, SIZE, generator=generator)
+    k, v = torch.randn(2, 1, ROW, KV_HEADS, SIZE, generator=generator)
+    try:
+        context = make_attention_context(ROW, group, scheme, heads=HEADS, kv_heads=KV_HEADS)
+    except ValueError as error:
+        return str(error)
+    with recorded() as sent:
+        part = context.attend(*(context.shard(x) for x in (q, k, v)))
+    out = context.unshard(part)
+    alone = make_attention_context(ROW, heads=HEADS, kv_heads=KV_HEADS).attend(q, k, v)
+    across = sum(each.bytes for each in sent if each.target // EACH != rank // EACH)
+    return sum(each.bytes for each in sent) - across, across, float((out - alone).abs().max())
+
+
+def check_levels(answer: Any) -> str:
+    """The library runs the scheme on four real ranks; what crosses between the hosts is counted."""
+    keys = set(answer) if isinstance(answer, dict) else set()
+    assert keys == {"mesh", "scheme"}, f"Give a dict with the keys mesh and scheme; found {sorted(keys) or answer!r}."
+    mesh = tuple(answer["mesh"]) if isinstance(answer["mesh"], tuple | list) else (answer["mesh"],)
+    assert len(mesh) in (1, 2) and all(type(n) is int and n > 0 for n in mesh), (
+        f"mesh is (ranks,) for one level, or (hosts, ranks of a host) for two; found {answer['mesh']!r}."
+    )
+    ranks = math.prod(mesh)
+    assert ranks >= ROW // ROOM, (
+        f"{ranks} ranks for a row leave {ROW // ranks} tokens on each, and there is room for {ROOM}. More ranks have "
+        "to share it."
+    )
+    assert ranks == HOSTS * EACH, f"A mesh of {mesh} has {ranks} ranks; there are {HOSTS * EACH}."
+    try:
+        inside, across, error = levels_cost(mesh, answer["scheme"])
+    except ValueError as refused:
+        raise AssertionError(f"The library refuses it: {refused}.") from refused
+    assert error < 1e-5, f"The output is off by {error:.0e} from one process."
+    busiest = across.index(max(across))
+    sent = f"to the other host ranks send {', '.join(f'{each:,}' for each in across)} bytes"
+    why = (
+        f"In one ring rank {busiest} hands every rank's keys on to the other host, and others hand none."
+        if 0 in across
+        else "Keys of both kv heads go to each rank of the other host that sees them."
+    )
+    assert max(across) <= MOST_ACROSS, (
+        f"{sent}; at most {MOST_ACROSS:,} are wanted. {why} Exchange inside a host first."
+    )
+    return f"{sent}, and inside their host {', '.join(f'{each:,}' for each in inside)}; the output is one process's."
 
 
 def in_ranks(answer: Any, world: int, given: list[Any]) -> list[Any]:
