@@ -32,6 +32,10 @@ def wheel(tmp_path_factory):
         target = copy / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
+    for part in ("", "presets"):  # what a build of an earlier version left in a clone
+        left = copy / "build" / "lib" / "ultralong" / part / "removed_since.py"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
     subprocess.run(
         [*PIP, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(out), str(copy)],
         check=True,
@@ -46,6 +50,7 @@ def test_the_wheel_holds_recipes_presets_and_the_miniature(wheel):
         assert f"ultralong/data_recipes/{file.name}" in names
     for file in tracked("ultralong"):
         assert str(file.relative_to(ROOT)) in names
+    assert not [name for name in names if "removed_since" in name]
     inside = {name.split("/")[0] for name in names}
     assert {name for name in inside if not name.endswith(".dist-info")} == {"ultralong"}, "nothing else is installed"
 
