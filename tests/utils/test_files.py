@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultralong.utils.files import TAIL, append_jsonl, atomic_path, read_json, read_jsonl, sha256, write_json, write_text
+from ultralong.utils.files import (
+    TAIL,
+    append_jsonl,
+    atomic_path,
+    locked,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_text,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -57,6 +67,13 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     """)
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+    (left,) = tmp_path.glob(".*.partial")
+    others = [tmp_path / name for name in (".state.txt.partial", "state.txt.0123456789ab.partial", ".partial")]
+    for other in others:
+        other.write_text("someone else's")
+    with locked(tmp_path):
+        assert not left.exists(), "whoever writes there next removes it"
+        assert all(other.exists() for other in others)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

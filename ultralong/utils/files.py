@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from ultralong.utils.text_formats import json_value
 
 LOCK = ".lock"  # the file by which a folder is held for writing
+STRAY = re.compile(r"\..+\.[0-9a-f]{12}\.partial")  # what a killed `atomic_path` leaves
 TAIL = 1 << 16  # bytes read at a time from the end of a log
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PROBE = 1 << 20  # bytes that a disk takes which is not full
@@ -155,6 +157,8 @@ def _try_to_write(folder: Path) -> OSError | None:
 def locked(folder: str | os.PathLike[str], wait: float = 0.0, by: str = "--out") -> Iterator[None]:
     """Hold a folder for writing as the only process that does; the system releases it even when the process is killed.
 
+    What a killed process had half written there (`atomic_path`) is removed.
+
     Args:
         folder: Made when missing. The lock is its file `.lock`, which stays.
         wait: See `file_lock`.
@@ -166,6 +170,9 @@ def locked(folder: str | os.PathLike[str], wait: float = 0.0, by: str = "--out")
     folder = make_folder(folder)
     busy = f"Another process is writing to {folder}: wait for it, end it, or give another {by}."
     with file_lock(folder / LOCK, busy, wait=wait), _full_disk_at(folder):
+        for entry in folder.iterdir():
+            if STRAY.fullmatch(entry.name) and not entry.is_dir():
+                entry.unlink(missing_ok=True)
         yield
 
 

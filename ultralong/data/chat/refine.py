@@ -24,7 +24,6 @@ from ultralong.data.read.messages import REASONING, Message
 from ultralong.utils.files import (
     append_jsonl,
     atomic_path,
-    drop_partials,
     locked,
     read_json,
     read_jsonl,
@@ -136,7 +135,6 @@ def refine(
     """
     out = Path(out)
     with locked(out):
-        drop_partials(out / "refined.jsonl")
         return _refine(conversations, out, settings, quiet)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ultralong.data.recipe.schema import Recipe
 from ultralong.data.recipe.sources import SourceReader
 from ultralong.data.select.decontaminate import Decontaminate, OverlapLog, read_tests
-from ultralong.utils.files import atomic_path, drop_partials, locked, write_json
+from ultralong.utils.files import atomic_path, locked, write_json
 
 CLEAN, HITS, REPORT = "clean.jsonl", "contaminated.jsonl", "report.json"
 
@@ -41,8 +41,6 @@ def write_clean(
     out = Path(out)
     recipe = replace(recipe, length_rule=None, decontaminate=settings)
     with locked(out):
-        for name in (CLEAN, HITS, REPORT):
-            drop_partials(out / name)
         tests, report = read_tests(settings, cache, quiet), {}
         # The report goes first and comes last: with it, the files beside it are of one run and whole.
         (out / REPORT).unlink(missing_ok=True)
