@@ -24,6 +24,7 @@ from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.runner import Interrupted
 from ultralong.inference.sharded_generation import ShardedRunner
 from ultralong.utils.local_ranks import nccl_options, run_ranks
+from ultralong.utils.processes import leave_stops_to_first
 from ultralong.utils.progress import hidden_bars
 
 WEEK = 7 * 24 * 3600.0  # seconds that other ranks wait for the first one's next question
@@ -144,6 +145,7 @@ def with_model(
     device: str = "auto",
     quiet: bool = False,
     exchange: str = "auto",
+    first_stops: bool = False,
 ) -> Any:
     """Open a model on one or several GPUs and let `work(model, tokenizer, engine)` ask it.
 
@@ -159,6 +161,7 @@ def with_model(
         device: `auto`, `cpu` or `cuda`.
         quiet: True draws no progress bars.
         exchange: How ranks join their attention of a new token, see `ShardedRunner`.
+        first_stops: Several processes are stopped by the first one, as `work` does when it is told to, see `run_ranks`.
 
     Returns:
         What `work` returns; None on torchrun's other processes.
@@ -177,17 +180,17 @@ def with_model(
         )
     arguments = (work, model, kv, chunk, device, quiet, exchange)
     if dist.is_torchelastic_launched():
-        found = _in_torchrun(gpus, arguments, device)
+        found = _in_torchrun(gpus, arguments, device, first_stops)
     elif gpus == 1:
         found = _open_and_work(0, 1, *arguments)
     else:
-        found = run_ranks(_open_and_work, gpus, *arguments, device=device, timeout=WEEK)[0]
+        found = run_ranks(_open_and_work, gpus, *arguments, device=device, timeout=WEEK, first_stops=first_stops)[0]
     if isinstance(found, ValueError | ImportError):
         raise found
     return found
 
 
-def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
+def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str, first_stops: bool) -> Any:
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group(
@@ -195,6 +198,8 @@ def _in_torchrun(gpus: int, arguments: tuple[Any, ...], device: str) -> Any:
         timeout=timedelta(seconds=WEEK),
         pg_options=nccl_options() if device == "cuda" else None,
     )
+    if first_stops:
+        leave_stops_to_first(dist.get_rank())
     try:
         if dist.get_world_size() != gpus:
             return ValueError(

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
@@ -23,7 +23,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ultralong.utils.processes import Killed, end_with_parent, start_method
+from ultralong.utils.processes import (
+    Killed,
+    end_with_parent,
+    leave_stops_to_first,
+    start_method,
+    stops_passed_on,
+)
 
 HEAD = 8  # bytes before an answer that say how many it has
 KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
@@ -66,7 +72,12 @@ def nccl_options() -> Any:
 
 
 def run_ranks(
-    work: Callable[..., Any], world: int, *arguments: Any, device: str = "cpu", timeout: float = 120.0
+    work: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    device: str = "cpu",
+    timeout: float = 120.0,
+    first_stops: bool = False,
 ) -> list[Any]:
     """Run `work(rank, world, *arguments)` in `world` processes that form a torch.distributed group.
 
@@ -76,6 +87,8 @@ def run_ranks(
         *arguments: The same for every rank.
         device: "cpu" (gloo) or "cuda" (NCCL, rank i on GPU i).
         timeout: Seconds for everything, and for any one collective. Nobody hangs longer than a moment more.
+        first_stops: SIGTERM and Ctrl-C are rank 0's, which ends in its own time and has the others end; this process
+            waits for all of them, and then does as the signal asks. False ends all ranks at once.
 
     Returns:
         The results in rank order.
@@ -94,15 +107,17 @@ def run_ranks(
         work, arguments = _ByValue(work, arguments), ()
     processes: list[Any] = []
     answers: list[_Answer] = []
+    came: list[int] = []
     try:
         with held_port() as port:
             for rank in range(world):
                 answers.append(_Answer(context))
-                given = (os.getpid(), work, rank, world, port, device, timeout, answers[rank].writer, arguments)
-                processes.append(context.Process(target=_rank, args=given, daemon=True))
+                where = (os.getpid(), rank, world, port, device, timeout, answers[rank].writer, first_stops)
+                processes.append(context.Process(target=_rank, args=(work, arguments, *where), daemon=True))
                 processes[rank].start()
                 answers[rank].writer.close()  # or the ranks that follow would hold it too
-            found = _collect(processes, answers, timeout)
+            with stops_passed_on(processes[0], came) if first_stops else nullcontext():
+                found = _collect(processes, answers, timeout)
         for process in processes:
             process.join(GRACE)  # they part at a barrier: to the others one that is ended there has died
         return found
@@ -116,6 +131,8 @@ def run_ranks(
                 process.join()
         for answer in answers:
             answer.reader.close()
+        if came:
+            signal.raise_signal(came[-1])
 
 
 class _Answer:
@@ -169,18 +186,23 @@ class _ByValue:
 
 
 def _rank(
-    parent: int,
     work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    parent: int,
     rank: int,
     world: int,
     port: int,
     device: str,
     timeout: float,
     writer: Any,
-    arguments: tuple[Any, ...],
+    first_stops: bool,
 ) -> None:
     """What each process runs."""
     end_with_parent(parent)
+    if first_stops:
+        # A terminal reaches the parent alone then, which passes a Ctrl-C on: the same one twice would mean "at once".
+        os.setpgid(0, 0)
+        leave_stops_to_first(rank)
     torch.set_num_threads(1)
     failed = False
     try:

@@ -211,6 +211,7 @@ class ChildFailed(RuntimeError):
 
 
 STOPS = ("SIGTERM", "SIGUSR1")  # signals that ask a process to stop
+SERVICE_STOPS = (signal.SIGINT, signal.SIGTERM)  # those that ask a server to
 
 
 @contextmanager
@@ -236,3 +237,35 @@ def stop_asked() -> Iterator[list[int]]:
     finally:
         for number in changed:
             signal.signal(number, signal.SIG_DFL)
+
+
+def leave_stops_to_first(rank: int) -> None:
+    """Have the first of several processes hear what asks a server to stop, and the others wait for it to end them."""
+    if rank:
+        for number in SERVICE_STOPS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stops_passed_on(process: Any, came: list[int]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to a process, and go on; outside of the main thread nothing is passed on.
+
+    Args:
+        process: The `multiprocessing.Process`.
+        came: Takes the numbers of the signals, for the caller to do as they ask when the process has ended.
+    """
+
+    def pass_on(number: int, frame: object) -> None:
+        came.append(number)
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+
+    main = threading.current_thread() is threading.main_thread()
+    # One that is ignored, as under nohup, stays so.
+    heard = [number for number in SERVICE_STOPS if main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

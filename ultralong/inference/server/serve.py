@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ultralong.inference.sharded_engine import with_model
 from ultralong.rope.config import declared_window
 from ultralong.utils.extras import require
 from ultralong.utils.hub import folder_name, local_folder
+from ultralong.utils.processes import SERVICE_STOPS
 
 CHUNK = 16384  # tokens of a prefill pass: what a cancelled request waits for
 SHARE = 0.8  # of the free memory for keys and values; activations of a chunk take some of the rest
@@ -54,6 +58,7 @@ def serve(settings: ServeSettings, ready: Callable[[Any], None] | None = None) -
         device=settings.device,
         quiet=True,
         exchange=settings.exchange,
+        first_stops=True,
     )
 
 
@@ -107,10 +112,30 @@ class Serving:
                 )
                 if self._ready is not None:
                     self._ready(server)
-                server.run(sockets=[listener])
+                with outlived_stops(server) if engine.ranks > 1 else nullcontext():
+                    server.run(sockets=[listener])
         finally:
             gc.unfreeze()
             worker.stop()
+
+
+@contextmanager
+def outlived_stops(server: Any) -> Iterator[None]:
+    """End no more than the server by SIGTERM and SIGINT, as other ranks wait for what this one tells them then.
+
+    uvicorn sends itself a signal that has stopped it once more when it has set the handlers back that were there.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in SERVICE_STOPS if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def listening(settings: ServeSettings) -> socket.socket:

@@ -70,6 +70,8 @@ class Worker:
         """Answer nothing more, see `refuse`, and wait for the thread."""
         self.refuse()
         self._thread.join(timeout)
+        if self._thread.is_alive() and self.engine.ranks > 1:
+            os._exit(1)  # all ranks are in a chunk still: none would hear that they are to end
 
     def refuse(self) -> None:
         """Answer nothing more: the job at work is left at its next token or chunk, those that wait are told."""
