@@ -74,7 +74,7 @@ def kill_trials(
         with suppress(subprocess.TimeoutExpired):
             command.wait(60)
         counts["half written"] += (Path(disturbed.out) / "checkpoints" / "unfinished").exists()
-        survivors += not _wait(lambda: not _processes(folder) and not is_locked(disturbed.out), 40)
+        survivors += not wait_for(lambda: not _processes(folder) and not is_locked(disturbed.out), 40)
     command = _start(disturbed, folder)
     counts["starts"] += 1
     code = command.wait(PATIENCE)
@@ -109,7 +109,7 @@ def _wait_for_moment(moment: str, config: TrainConfig, command: subprocess.Popen
         "save": lambda: _changed(unfinished) not in (None, left),
         "end": lambda: (out / "checkpoints" / f"step-{config.steps:07d}").exists(),
     }
-    if not _wait(lambda: command.poll() is not None or reached[moment](), PATIENCE, pause=0.002):
+    if not wait_for(lambda: command.poll() is not None or reached[moment](), PATIENCE, pause=0.002):
         raise TimeoutError(f"nothing happened for {PATIENCE:g} s")
     time.sleep(rng.uniform(0, {"start": 0, "step": 0.05, "save": 0.1, "end": 0.5}[moment]))
     return command.poll() is None
@@ -149,7 +149,8 @@ def _commands() -> Iterator[tuple[int, str]]:
                 yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
 
 
-def _wait(condition: Callable[[], bool], seconds: float, pause: float = 0.05) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.05) -> bool:
+    """Ask until something is so; False where it is not in so many seconds."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -182,6 +183,11 @@ def _differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     return found + [f"only one run has {name}" for name in sorted(files[0] ^ files[1])]
 
 
+def made(fixture: Any) -> Any:
+    """What a fixture of pytest gives, outside of pytest."""
+    return (getattr(fixture, "_fixture_function", None) or fixture.__wrapped__)()
+
+
 def main() -> int:
     """The trials as a command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -195,9 +201,6 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import make_tiny_model, tiny_tokenizer
     from tiny_run import make_run
-
-    def made(fixture: Any) -> Any:
-        return (getattr(fixture, "_fixture_function", None) or fixture.__wrapped__)()
 
     with tempfile.TemporaryDirectory(prefix="kill-trials-") as scratch:
         config = make_run(Path(scratch), made(make_tiny_model)(), made(tiny_tokenizer), steps=options.steps)
