@@ -1,6 +1,8 @@
 """A study that is stopped at moments that last no time: the same command goes on, and leaves nothing behind."""
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +29,7 @@ def stopped_removing(monkeypatch, when, last):
     real = shutil.rmtree
 
     def remove(folder, *arguments, **options):
-        if not when(folder):
+        if not when(Path(folder)):  # of a temporary folder it is a text
             return real(folder, *arguments, **options)
         monkeypatch.setattr(training.shutil, "rmtree", real)
         for file in [file for file in folder.rglob("*") if file.is_file() and file.name != last]:
@@ -35,6 +37,26 @@ def stopped_removing(monkeypatch, when, last):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training.shutil, "rmtree", remove)
+
+
+def test_what_was_killed_while_it_wrote_is_removed(study, tmp_path):
+    """Of all files of the study's own folder, which no single call holds, and of a run's settings beside it."""
+    study = replace(study, base=replace(study.base, processes=1))
+    first = ablate(study, tmp_path / "study", quiet=True)
+    (tmp_path / "study" / "study.yaml").unlink()
+    other = tmp_path / "study" / first["runs"][1]["model"]
+    (run,) = (path for path in (tmp_path / "study" / "runs").glob("trained-*.yaml") if path.stem != other.parent.name)
+    for folder in (run.with_suffix(""), *(tmp_path / "study" / "shared").glob("measured-*")):
+        shutil.rmtree(folder)
+    left = [
+        path.with_name(f".{path.name}.0123456789ab.partial")
+        for path in (*(tmp_path / "study" / name for name in ("study.yaml", "results.json", "report.html")), run)
+    ]
+    for path in left:
+        path.write_text('{"half": ')
+    again = ablate(study, tmp_path / "study", quiet=True)
+    assert again["outcomes"] == first["outcomes"]
+    assert not [path for path in left if path.exists()]
 
 
 def test_states_go_where_a_run_was_stopped_after_its_model(study, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ from ultralong.evaluation.runs.run import run
 from ultralong.rope import window_of
 from ultralong.training.config import TrainConfig
 from ultralong.utils.environment import describe_environment
-from ultralong.utils.files import file_lock, make_folder, read_json, read_jsonl, write_json, write_text
+from ultralong.utils.files import drop_partials, file_lock, make_folder, read_json, read_jsonl, write_json, write_text
 
 LOCKS = "locks"
 PATIENCE = 30 * 24 * 3600.0  # seconds that one call waits for what another builds
@@ -75,6 +75,13 @@ class Builder:
         folder = make_folder(self.out / LOCKS)
         with file_lock(folder / f"{key}.lock", f"Another call is at {key} of the study in {self.out}.", wait=wait):
             yield
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Hold a file of the study's own folder, which every call writes; what a killed one left of it is removed."""
+        with self.alone(name):
+            drop_partials(self.out / name)
+            yield self.out / name
 
     def _once(self, key: str, is_done: Callable[[], bool], make: Callable[[], None]) -> None:
         """Make what is missing, or wait for another call that makes it."""

@@ -13,6 +13,7 @@ from ultralong.evaluation.report.parts import Section, Table
 from ultralong.figures.samples import forest
 from ultralong.utils.files import write_text
 
+PAGE = "report.html"
 STEPS = {"before": "before", "rescaled": "rescaled only", "trained": "trained"}
 EFFECTS = {"by_rescaling": "by rescaling", "by_training": "by training", "to_base": "against the base arm"}
 HEAD = ("arm", *STEPS.values(), *EFFECTS.values())
@@ -26,7 +27,7 @@ def draw_study(result: Mapping[str, Any], folder: Path, *, interactive: bool = T
         folder: The study's folder.
         interactive: True adds plotly's script and each figure's data.
     """
-    page = Path(folder) / "report.html"
+    page = Path(folder) / PAGE
     write_text(page, render_study(result, interactive=interactive))
     return page
 

@@ -12,7 +12,7 @@ from typing import Any
 from ultralong.ablation.build import PATIENCE, Builder
 from ultralong.ablation.design import Design
 from ultralong.ablation.outcomes import Outcome
-from ultralong.ablation.page import draw_study
+from ultralong.ablation.page import PAGE, draw_study
 from ultralong.ablation.resolve import check
 from ultralong.ablation.results import summarise
 from ultralong.ablation.study import BASE_ARM, Study
@@ -62,7 +62,8 @@ def ablate(
     builder = Builder(make_folder(Path(out).expanduser()), base, device, quiet)
     for folder in ("shared", "runs"):
         make_folder(builder.out / folder)
-    settings.save(study, builder.out / "study.yaml", "Repeat or resume with: ultralong ablate study.yaml --out")
+    with builder.writing("study.yaml") as file:
+        settings.save(study, file, "Repeat or resume with: ultralong ablate study.yaml --out")
     state = State(study, builder)
     result = state.write() if state.refresh() else {}
     for patience in (0.0, PATIENCE):  # what no other call is at; then what another is at, or has left undone
@@ -81,7 +82,8 @@ def ablate(
                     state.measure(arm, seed, design)
             result = state.write()
     if draw:
-        draw_study(result, builder.out)
+        with builder.writing(PAGE):
+            draw_study(result, builder.out)
     return result
 
 
@@ -149,5 +151,6 @@ class State:
             "missing": [{"arm": arm, "seed": seed} for arm, seed in asked if (arm, seed) not in done],
             "environment": describe_environment(),
         }
-        write_json(self.builder.out / "results.json", found)
+        with self.builder.writing("results.json") as file:
+            write_json(file, found)
         return found

@@ -12,6 +12,7 @@ from ultralong.training.adapters.merge import merge_adapter
 from ultralong.training.config import TrainConfig
 from ultralong.training.loop import train
 from ultralong.utils import settings
+from ultralong.utils.files import drop_partials
 
 STATES = "checkpoints"
 
@@ -47,6 +48,7 @@ def train_run(config: TrainConfig, processes: int | None, command: str, quiet: b
             train(config, resume=stopped, quiet=quiet, answers=command == "sft")
         else:
             file = out.with_name(f"{out.name}.yaml")
+            drop_partials(file)
             settings.save(config, file)
             launch_local(file, processes, resume=stopped, quiet=quiet, command=command)
     if config.lora.on:
