@@ -145,8 +145,8 @@ print(read_json(extended / "config.json")["rope_parameters"])
 # Two numbers there need a reason. The **factor** is twice the ratio of the windows, because a model is weakest at the
 # very end of its window. (The recipe's factor is 16 times that of Llama 3.1 for a window 8 times as long: twice the
 # ratio too.) **Beta** says how often a pair must turn within the old window to be left alone. The recipe's 4 is made
-# for a window of 8,192 tokens. Within 512 tokens, a pair that turns four times is still slower than a sentence is long,
-# so the miniature takes 16. [02_yarn](02_yarn.ipynb) shows what both do, and you choose your own below.
+# for a window of 8,192 tokens. Within 512 tokens a pair that turns four times needs 128 tokens for one turn, more than
+# a sentence has, so the miniature takes 16. [02_yarn](02_yarn.ipynb) shows what both do, and you choose your own below.
 
 # %%
 stages["rescaled only"] = demo.measure("extended")
@@ -291,7 +291,7 @@ grids = {"before": recorded["needle_before"], "rescaled only": recorded["needle_
          "trained and tuned": recorded["needle_after"]}
 when = f"{recorded['environment']['gpu 0'].split(',')[0]}, recorded {recorded['environment']['date'][:10]}"
 play([figures.needle_heatmap(cells, base_window=window) for cells in grids.values()], list(grids),
-     "Needle grids of SmolLM2-135M-Instruct: full within 8K before; a few cells beyond it when rescaled only; most "
+     "Needle grids of SmolLM2-135M-Instruct: most cells within 8K before; a few beyond it when rescaled only; most "
      "cells to 32K after training.", milliseconds=1200)
 
 # %%
@@ -305,7 +305,9 @@ for name in ("perplexity of the last 2,048 positions", "continued pretraining", 
 said = recorded["facts"]["needles beyond the old window"]
 assert said.startswith(f"{real['before'][0]} of 80 before, {real['rescaled only'][0]} of 80 with"), said
 assert wilson(*real["rescaled only"])[1] < wilson(*real["trained and tuned"])[0], "the intervals should not touch"
+assert (real["rescaled only"][0], real["trained and tuned"][0]) == (6, 60), "other counts than the text below has"
 within = {name: counted(cells, beyond=False) for name, cells in grids.items()}
+assert within["rescaled only"][0] < min(within["before"][0], within["trained and tuned"][0]), "nothing was lost within"
 print("ok beyond the old window: " + ", ".join(f"{right} of {of} {name}" for name, (right, of) in real.items()))
 print("within it: " + ", ".join(f"{right} of {of} {name}" for name, (right, of) in within.items()))
 
