@@ -345,8 +345,7 @@ for arm in ("searched", "rotations-ramp", "anchor", "linear"):
 
 # %% [markdown]
 # And how far does the *same* arm with the *same* seed move when it is run again? 40 of the 45 runs had been run the day
-# before, two at a time on each of two GPUs. The last lines print what later runs of the same model found at 65,536
-# tokens.
+# before, two at a time on each of two GPUs. The last lines are of later runs, at 65,536 tokens.
 
 # %%
 earlier = real["before_this_run"]["by_seed"]
@@ -412,8 +411,7 @@ print(f"ok: {len(clear)} of {len(shown) + 1} arms leave out zero, each interval 
 # positions, which end at zero, as the weakest. More seeds would cure this, and so would fewer arms.
 #
 # The lesson of one seed: up-sampling long documents "costs 10.6 per cent of perplexity, 9.7 to 11.4" with seed 0. With
-# three seeds the interval is -8.5 to +24.5. The same seed run again on another day moves much less than another
-# seed does.
+# three seeds the interval is -8.5 to +24.5. The same seed run again on another day moves much less.
 #
 # **At 65,536 tokens**, on three seeds: factors searched alike and 72 steps find 96, 93 and 92 of 100
 # ([file](results/smollm2_64k_searched_h200.json)); YaRN's arm of that study was not run. More than twice the tokens, in
@@ -538,18 +536,16 @@ print(f"ok: {len(coder['verdicts'])} verdicts follow from their intervals; perpl
 # the one that was only rescaled. Their wrong answers are mostly numbers and words from another place of the prompt, or
 # cut short. Averaged half and half with its start, the model lies between.
 #
-# `chat-retrieval` is hardly changed in perplexity. Read its verdict with its interval: the hypothesis asked for a large
-# gain over the base, so an arm can be refuted and still be no worse than the base. A verdict is about the number that
-# was written down, no more.
+# A verdict is about the number that was written down, no more. The hypothesis of `chat-retrieval` asked for a large
+# gain over the base, so it can be refuted by a model that is no worse than the base.
 #
 # One test shows what a training does to the *form* of an answer. Of the four values of a key the first five models of
 # the last table name only right ones, but in a sentence hardly ever more than two. The rescaled model writes a numbered
 # list in 12 of 16 prompts, the one trained in chat never: no answer it learned from had that form. Its recipe asked for
 # keys of several values, as printed, so it did not learn to stop at two. That the form is the cause is a guess. The arm
-# `chat-retrieval-lists`, half of whose lists are numbered, is there to refute it: once it has run, its verdict stands
-# above.
+# `chat-retrieval-lists` is there to refute it: once it has run, its verdict stands above.
 #
-# Where an arm has one seed, its interval is over samples only, and says nothing of another seed.
+# Where an arm has one seed, its interval says nothing of another seed.
 #
 # So: before you spend GPU-hours, run a study of a few steps and measure what you will use the model for. Each table of
 # `ultralong ablate` has the rescaled, untrained model beside the trained one.
