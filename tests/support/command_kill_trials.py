@@ -269,7 +269,7 @@ def main() -> int:
     rows = []
     for name in options.programs:
         with tempfile.TemporaryDirectory(prefix="kill-trials-") as scratch:
-            prepare(Path(scratch), made(make_tiny_model)(), made(tiny_tokenizer))
+            prepare(Path(scratch), made(make_tiny_model), made(tiny_tokenizer))
             rows.append(command_kill_trials(name, Path(scratch), options.kills, options.seed))
     print(json.dumps(rows, indent=2))
     if options.json is not None:
