@@ -15,8 +15,8 @@ from ultralong.utils.environment import commit
 
 RESULTS = ROOT / "notebooks" / "results"
 # Files of rows that are no measurement of speed or memory.
-OTHER = ("config_sweep", "families_cpu", "faults", "kills_async_saves", "manifests", "many_keys_miniature")
-OTHER += ("passkey_llama_cpp", "plans_longest_rows", "readers", "ruler_against_lm_eval")
+OTHER = ("config_sweep", "families_cpu", "faults", "kills_async_saves", "kills_commands", "manifests")
+OTHER += ("many_keys_miniature", "passkey_llama_cpp", "plans_longest_rows", "readers", "ruler_against_lm_eval")
 
 
 def holds_rows(path) -> bool:
