@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from ultralong.evaluation.measures.needle import answer_by_engine, answer_forward, needle_grid
+from ultralong.evaluation.measures.result import needle_result
+from ultralong.evaluation.report.table import needle_lines
 from ultralong.evaluation.tasks.haystack import NOISE_LINE, Haystack, sentence_lead, split_sentences
 from ultralong.evaluation.tasks.needle import NeedleFormat, make_needle
 from ultralong.evaluation.tasks.prompts import encode, encode_continuation, make_frame
@@ -195,6 +198,33 @@ def test_forward_and_generate_agree_on_every_cell(tiny_tokenizer):
     generate = needle_grid(*arguments, form=COPY, method="generate", quiet=True)
     assert [cell["correct"] for cell in forward] == [cell["correct"] for cell in generate]
     assert 0 < sum(cell["correct"] for cell in forward) < sum(cell["n"] for cell in forward)
+
+
+class Talker:
+    """An engine that says another number before the one it was asked for, but for the first prompt."""
+
+    def __init__(self, needles):
+        self.answers = {tuple(needle.input_ids.tolist()): needle.answer for needle in needles}
+
+    def max_batch(self, tokens):
+        return 1
+
+    def answer(self, prompts, budgets, *, capacity):
+        said = [self.answers[tuple(prompt)] for prompt in prompts]
+        first = next(iter(self.answers.values()))
+        return [SimpleNamespace(text=text if text == first else f"By note 7: {text}.") for text in said]
+
+
+def test_answers_that_hold_the_number_behind_something_else_are_told(tiny_tokenizer):
+    needles = [make_needle(tiny_tokenizer, 500, 0.5, 0, documents(), form=COPY, sample=sample) for sample in range(3)]
+    arguments = (None, tiny_tokenizer, (500,), (0.5,), 3, 0, documents())
+    (cell,) = needle_grid(*arguments, form=COPY, method="generate", engine=Talker(needles), quiet=True)
+    assert (cell["n"], cell["correct"], cell["contained"]) == (3, 1, 3)
+    result = needle_result([cell])
+    assert result.details["contained"] == 3
+    assert "not counted: 2 of 3 " in needle_lines(result, "it")[-1]
+    earlier = {key: value for key, value in cell.items() if key != "contained"}  # a record of an earlier version
+    assert needle_lines(needle_result([earlier]), "it") == needle_lines(result, "it")[:-1]
 
 
 @pytest.mark.parametrize("chunk", [None, 50])

@@ -72,8 +72,9 @@ def needle_grid(
 
     Returns:
         One dictionary a cell, lengths in order and depths within: `length`, `depth`, `n`, `correct`, `low` and `high`
-        (Wilson's interval at 95%), `wrong`, a list of `sample`, `expected` and `got` of some wrong answers, and
-        `missed`, the samples of all.
+        (Wilson's interval at 95%), `wrong`, a list of `sample`, `expected` and `got` of some wrong answers, `missed`,
+        the samples of all, and `contained`, how many answers hold the number. Those that are not `correct` say
+        something else first, as a model that goes on with a colon: forward, each digit follows the right ones.
 
     Raises:
         ValueError: An empty grid, another method, neither model nor engine, or what `make_needle` refuses.
@@ -142,6 +143,7 @@ def _cell(length: int, depth: float, judged: Judged, expected: Sequence[str], ke
         "correct": correct,
         "wrong": wrong[:keep_wrong],
         "missed": [item["sample"] for item in wrong],
+        "contained": correct + sum(str(item["expected"]) in str(item["got"]) for item in wrong),
         "low": low,
         "high": high,
     }

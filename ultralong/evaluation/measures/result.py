@@ -156,6 +156,9 @@ def needle_result(cells: Sequence[Mapping[str, Any]]) -> Result:
     )
     whole = _share(list(kept.values()))
     haystacks = sorted({cell["haystack"] for cell in kept.values() if "haystack" in cell})
+    details: dict[str, Any] = {"haystack": haystacks}
+    if all("contained" in cell for cell in kept.values()):  # earlier versions did not count it
+        details["contained"] = sum(cell["contained"] for cell in kept.values())
     return Result(
         "needle",
         "found",
@@ -167,7 +170,7 @@ def needle_result(cells: Sequence[Mapping[str, Any]]) -> Result:
         whole.high,
         by_length,
         by_depth,
-        details={"haystack": haystacks},
+        details=details,
     )
 
 

@@ -110,13 +110,25 @@ def needle_lines(result: Result, model: str) -> list[str]:
         return [
             f"needles found by {model}, by length, per cent (95% interval)",
             *(f"{part.length or 0:>11,}  {part.value:6.1f}  ({interval_text(part)})" for part in result.by_length),
+            *_contained(result),
         ]
     rows = [
         f"{length:>11,}" + "".join(f"{_found(cells.get((int(length), depth))):>9}" for depth in depths)
         for length in lengths
     ]
     head = "     tokens" + "".join(f"{depth:>9.0%}" for depth in depths)
-    return [f"needles found by {model}, by length and depth", head, *rows]
+    return [f"needles found by {model}, by length and depth", head, *rows, *_contained(result)]
+
+
+def _contained(result: Result) -> list[str]:
+    """A line on answers that hold the number and are not counted."""
+    more = result.details.get("contained", 0) - round(result.value * result.n / 100)
+    if more <= 0:
+        return []
+    return [
+        f"  not counted: {more} of {result.n} that hold the number behind something else, such as a colon; "
+        "RULER's niah_single_2 counts such answers"
+    ]
 
 
 def _found(part: Part | None) -> str:
