@@ -222,7 +222,7 @@ def test_answers_that_hold_the_number_behind_something_else_are_told(tiny_tokeni
     assert (cell["n"], cell["correct"], cell["contained"]) == (3, 1, 3)
     result = needle_result([cell])
     assert result.details["contained"] == 3
-    assert "not counted: 2 of 3 " in needle_lines(result, "it")[-1]
+    assert "Not counted: 2 of 3 answers" in needle_lines(result, "it")[-1]
     earlier = {key: value for key, value in cell.items() if key != "contained"}  # a record of an earlier version
     assert needle_lines(needle_result([earlier]), "it") == needle_lines(result, "it")[:-1]
 

@@ -11,6 +11,7 @@ from ultralong.evaluation.measures.result import Part, Result, grid_cells, inter
 from ultralong.evaluation.report.capabilities import MEAN_HEADS, capability_sections, mean_cells
 from ultralong.evaluation.report.page import Drawer, Drawn, model_label
 from ultralong.evaluation.report.parts import Section, Side, Table
+from ultralong.evaluation.report.table import contained_text
 from ultralong.evaluation.tasks.groups import FAMILIES
 from ultralong.evaluation.tasks.own.own_task import is_own
 from ultralong.evaluation.tasks.samples import GENERATED
@@ -65,7 +66,8 @@ def _needle(sides: Sequence[Side], draw: Drawer) -> list[Section]:
         for part in needle.by_length
     ]
     head = ("prompt and answer (tokens)", "found (per cent)", "95% interval", "needles")
-    return [Section("Needle in a haystack", [drawn], [Table(head, rows, "By length", folded=True)])]
+    texts = [side.lead + text for side, needle in both if (text := contained_text(needle))]
+    return [Section("Needle in a haystack", [drawn], [Table(head, rows, "By length", folded=True)], texts)]
 
 
 def _families(sides: Sequence[Side], draw: Drawer) -> list[Section]:

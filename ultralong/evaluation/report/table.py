@@ -106,29 +106,30 @@ def needle_lines(result: Result, model: str) -> list[str]:
     """A needle map as found of asked by length and depth; a large one by length alone."""
     cells = {(part.length or 0, part.depth or 0.0): part for part in result.by_depth}
     lengths, depths = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    note = [f"  {text}"] if (text := contained_text(result)) else []
     if len(depths) > MOST_CELLS or len(lengths) > MOST_CELLS:
         return [
             f"needles found by {model}, by length, per cent (95% interval)",
             *(f"{part.length or 0:>11,}  {part.value:6.1f}  ({interval_text(part)})" for part in result.by_length),
-            *_contained(result),
+            *note,
         ]
     rows = [
         f"{length:>11,}" + "".join(f"{_found(cells.get((int(length), depth))):>9}" for depth in depths)
         for length in lengths
     ]
     head = "     tokens" + "".join(f"{depth:>9.0%}" for depth in depths)
-    return [f"needles found by {model}, by length and depth", head, *rows, *_contained(result)]
+    return [f"needles found by {model}, by length and depth", head, *rows, *note]
 
 
-def _contained(result: Result) -> list[str]:
-    """A line on answers that hold the number and are not counted."""
+def contained_text(result: Result) -> str:
+    """On a needle map's answers that hold the number and are not counted as found; empty where there are none."""
     more = result.details.get("contained", 0) - round(result.value * result.n / 100)
     if more <= 0:
-        return []
-    return [
-        f"  not counted: {more} of {result.n} that hold the number behind something else, such as a colon; "
-        "RULER's niah_single_2 counts such answers"
-    ]
+        return ""
+    return (
+        f"Not counted: {more} of {result.n} answers that hold the number behind something else, such as a colon; "
+        "RULER's niah_single_2 counts such answers."
+    )
 
 
 def _found(part: Part | None) -> str:
