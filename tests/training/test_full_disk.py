@@ -18,8 +18,9 @@ from torch import equal
 
 from ultralong.cli.errors import mendable
 from ultralong.training.loop import train
+from ultralong.training.watch.full_disk import full_disk_named
 from ultralong.utils import settings
-from ultralong.utils.files import FULL, full_disk_named, locked, write_json, write_text
+from ultralong.utils.files import FULL, locked, write_json, write_text
 
 LIMITED = """
 import resource, sys
@@ -105,7 +106,7 @@ def test_an_error_without_its_reason_is_asked_of_the_disk(tmp_path):
     script = f"""
 import resource
 from safetensors import SafetensorError
-from ultralong.utils.files import full_disk_named
+from ultralong.training.watch.full_disk import full_disk_named
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     with full_disk_named({str(tmp_path)!r}, "do this"):

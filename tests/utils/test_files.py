@@ -1,5 +1,7 @@
 """Files: whole or not there, readable by others as the umask says, and a log that survives its last line."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import resource
@@ -16,6 +18,7 @@ from ultralong.utils.files import (
     TAIL,
     append_jsonl,
     atomic_path,
+    drop_partials,
     locked,
     read_json,
     read_jsonl,
@@ -74,6 +77,63 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     with locked(tmp_path):
         assert not left.exists(), "whoever writes there next removes it"
         assert all(other.exists() for other in others)
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    """It need not hold the folder: `export gguf` writes for minutes, into a run's folder as well."""
+    path = tmp_path / "model.gguf"
+    script = textwrap.dedent(f"""
+        from ultralong.utils.files import atomic_path
+        with atomic_path({str(path)!r}) as temporary:
+            temporary.write_text("all of it")
+            print("written", flush=True)
+            input()
+    """)
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "written\n"
+        with locked(tmp_path):
+            assert len([*tmp_path.glob(".*.partial")]) == 1
+        drop_partials(path)
+        writer.communicate("\n", timeout=60)
+    assert writer.returncode == 0
+    assert path.read_text() == "all of it"
+    assert not [*tmp_path.glob(".*.partial")]
+
+
+def test_a_partial_file_that_is_removed_before_its_writer_locks_it_is_made_again(tmp_path, monkeypatch):
+    real, first = fcntl.flock, []
+
+    def removed_meanwhile(descriptor, operation):
+        if not first:
+            first.extend(tmp_path.glob(".*.partial"))
+            first[0].unlink()
+        return real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with atomic_path(tmp_path / "result.txt") as temporary:
+        assert first
+        assert first[0] != temporary
+        temporary.write_text("all of it")
+    assert (tmp_path / "result.txt").read_text() == "all of it"
+
+
+def test_nothing_is_removed_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    left = tmp_path / ".state.txt.0123456789ab.partial"
+    left.write_text("half")
+    with monkeypatch.context() as patch, atomic_path(tmp_path / "other.txt") as temporary:
+        patch.setattr(fcntl, "flock", no_locks)
+        drop_partials(tmp_path / "state.txt")
+        assert left.exists()
+        temporary.write_text("whole")
+    drop_partials(tmp_path / "missing" / "state.txt")
+    drop_partials(tmp_path / "other.txt")
+    assert left.exists(), "of another file"
+    drop_partials(tmp_path / "state.txt")
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

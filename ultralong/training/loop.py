@@ -29,9 +29,10 @@ from ultralong.training.preflight import check_start
 from ultralong.training.run_folder import RunFolder, stop_recorded
 from ultralong.training.save_pace import SavePace
 from ultralong.training.step import Run, build_run, reserve_host_memory, training_step
+from ultralong.training.watch.full_disk import full_disk_named
 from ultralong.training.watch.loss_spikes import RECENT
 from ultralong.training.watch.trackers import scalars
-from ultralong.utils.files import append_jsonl, full_disk_named, locked, read_json, read_jsonl, write_json
+from ultralong.utils.files import append_jsonl, locked, read_json, read_jsonl, write_json
 from ultralong.utils.processes import stop_asked
 from ultralong.utils.progress import hidden_bars, progress
 

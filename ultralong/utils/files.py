@@ -7,6 +7,7 @@ crash, a full disk or a second reader never sees half of it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,11 +23,10 @@ from filelock import FileLock, Timeout
 
 from ultralong.utils.text_formats import json_value
 
+PARTIAL = r"\.[0-9a-f]{12}\.partial"  # how the name of a file that is being written ends
 LOCK = ".lock"  # the file by which a folder is held for writing
-STRAY = re.compile(r"\..+\.[0-9a-f]{12}\.partial")  # what a killed `atomic_path` leaves
 TAIL = 1 << 16  # bytes read at a time from the end of a log
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-PROBE = 1 << 20  # bytes that a disk takes which is not full
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has in a file's place
 
 
@@ -39,19 +39,64 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     make_folder(target.parent)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
-    # Not a file of `tempfile`, which is private: what a run leaves behind follows the user's umask like any other file.
-    temporary.touch(0o666, exist_ok=False)
-    mode = stat.S_IMODE(temporary.stat().st_mode)
+    with _partial_file(target) as temporary, _full_disk_at(target):
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        os.chmod(temporary, mode)  # a writer may have put another file there
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+
+
+@contextmanager
+def _partial_file(target: Path) -> Iterator[Path]:
+    """Make an empty `.NAME.HEX.partial` and hold it; it is removed at the end, where it is still there.
+
+    The system drops the lock with the process: so what a killed one left can be told from what another process, which
+    need not hold the folder, is writing (`export gguf` into a run's folder, say). A writer that puts another file in
+    its place, as `os.replace` does, gives the lock up.
+    """
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+        # Not a file of `tempfile`, which is private: what a run leaves follows the user's umask like any other file.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _claimed(descriptor)  # a file system without locks has none to tell by, and nothing is removed there
+        if os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # taken for a killed writer's before it was locked
     try:
-        with _full_disk_at(target):
-            yield temporary
-            os.chmod(temporary, mode)  # a writer may have put another file there
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, target)
+        yield path
     finally:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_partials(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder; what is being written stays, and what can't be opened for writing.
+
+    Args:
+        folder: The folder.
+        name: The file whose partial files are meant; None means all.
+    """
+    stray = re.compile(rf"\.{'.+' if name is None else re.escape(name)}{PARTIAL}")
+    for entry in folder.iterdir():
+        if stray.fullmatch(entry.name):
+            with suppress(OSError):  # a link, a folder, a file of someone else, or one that is gone by now
+                descriptor = os.open(entry, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _claimed(descriptor):
+                        entry.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _claimed(descriptor: int) -> bool:
+    """Lock a file for this process and those it forks meanwhile, where nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -81,9 +126,9 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def drop_partials(path: str | os.PathLike[str]) -> None:
-    """Remove what killed writers of `path` left of it; for a file that only one process writes."""
-    for stray in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
-        stray.unlink(missing_ok=True)
+    """Remove what killed writers of `path` left of it; nothing where its folder is missing."""
+    if (folder := Path(path).parent).is_dir():
+        _remove_partials(folder, Path(path).name)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -102,62 +147,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 @contextmanager
-def full_disk_named(folder: str | os.PathLike[str], advice: str) -> Iterator[None]:
-    """Raise what a library makes of a full disk as the OSError that it is.
-
-    Libraries that write by themselves report it as errors of their own kinds, some without the reason.
-
-    Args:
-        folder: Where the block writes.
-        advice: What to do about it, as the end of a sentence.
-
-    Raises:
-        OSError: The disk or a quota is full, or a file may not be larger.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        full = next(filter(None, map(_full_disk, _chain(error))), None) or _try_to_write(Path(folder))
-        if full is None:
-            raise
-        raise OSError(full.errno, f"{full.strerror}; {advice}", str(folder)) from error
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, those it was raised for, and those of torch's other ranks."""
-    todo, seen = [error], set[int]()
-    while todo:
-        if id(found := todo.pop(0)) not in seen:
-            seen.add(id(found))
-            yield found
-            others = [failure[0] for failure in getattr(found, "failures", {}).values()]
-            todo += [other for other in (found.__cause__, found.__context__, *others) if other is not None]
-
-
-def _full_disk(error: BaseException) -> OSError | None:
-    return error if isinstance(error, OSError) and error.errno in FULL else None
-
-
-def _try_to_write(folder: Path) -> OSError | None:
-    """What the system says of a file that is written there."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    probe = place / f".{secrets.token_hex(6)}.partial"
-    try:
-        probe.write_bytes(b"\0" * PROBE)
-        return None
-    except OSError as error:
-        return _full_disk(error)
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-@contextmanager
 def locked(folder: str | os.PathLike[str], wait: float = 0.0, by: str = "--out") -> Iterator[None]:
     """Hold a folder for writing as the only process that does; the system releases it even when the process is killed.
 
-    What a killed process had half written there (`atomic_path`) is removed.
+    What a killed process had half written there (`atomic_path`) is removed; what others are writing stays.
 
     Args:
         folder: Made when missing. The lock is its file `.lock`, which stays.
@@ -170,9 +163,7 @@ def locked(folder: str | os.PathLike[str], wait: float = 0.0, by: str = "--out")
     folder = make_folder(folder)
     busy = f"Another process is writing to {folder}: wait for it, end it, or give another {by}."
     with file_lock(folder / LOCK, busy, wait=wait), _full_disk_at(folder):
-        for entry in folder.iterdir():
-            if STRAY.fullmatch(entry.name) and not entry.is_dir():
-                entry.unlink(missing_ok=True)
+        _remove_partials(folder)
         yield
 
 

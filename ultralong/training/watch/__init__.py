@@ -1,1 +1,1 @@
-"""Watching the ranks of a run: which one is slow, which one hangs, and numbers for trackers."""
+"""Watching the ranks of a run: which is slow, which hangs, numbers for trackers, the full disk behind an error."""
