@@ -43,6 +43,10 @@ def typed(values, name="y"):
         ([n / 7 for n in range(20)], "f4"),
         ([1e-300 * n for n in range(1, 20)], "f8"),
         ([1e300 * n for n in range(1, 20)], "f8"),
+        ([1_000_000 + n / 10 for n in range(20)], "f8"),
+        ([0.7] * 20, "f8"),
+        ([float("inf"), *[1.0] * 19], "f8"),
+        ([0.5] * 20, "f4"),
     ],
 )
 def test_the_smallest_type_that_holds_the_numbers_is_taken(values, dtype):
@@ -51,11 +55,23 @@ def test_the_smallest_type_that_holds_the_numbers_is_taken(values, dtype):
     assert np.allclose(numbers(found).astype(float), np.array(values, dtype=float), rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("offset", [0, -3.0, 1e6, 1.8e9, 1e14])
+def test_no_number_moves_by_a_pixel_wherever_its_axis_begins(offset):
+    values = [*(offset + n / 7 for n in range(20)), None]
+    moved = np.abs(numbers(typed(values))[:-1] - np.array(values[:-1]))
+    assert moved.max() <= 1e-6 * (max(values[:-1]) - min(values[:-1]))
+
+
 def test_whole_numbers_stay_exact_and_rows_keep_their_shape():
     cells = np.random.default_rng(0).integers(0, 3, (8, 32)).tolist()
     found = typed(cells, "z")
     assert found["shape"] == "8, 32"
     assert (numbers(found) == cells).all()
+
+
+def test_whole_numbers_stay_exact_beside_gaps():
+    values = [None, *range(2**24, 2**24 + 20)]
+    assert numbers(typed(values))[1:].tolist() == values[1:]
 
 
 def test_gaps_are_kept():
