@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from ultralong.cli.errors import mendable
-from ultralong.utils.local_ranks import RankFailed, RankKilled, held_port, run_ranks
+from ultralong.utils.local_ranks import GRACE, RankFailed, RankKilled, held_port, run_ranks
 
 LARGE = 1 << 22  # bytes of an answer that a pipe does not hold
 
@@ -46,6 +46,20 @@ def stopped(rank, world):
 def test_a_rank_that_is_stopped_is_ended_and_named_at_the_deadline():
     with pytest.raises(RankFailed, match=r"1 of 2 ranks failed:\n--- rank 1 ---\ndid not finish in time"):
         run_ranks(stopped, 2, timeout=1)
+
+
+def fails_first(rank, world):
+    if rank == 0:
+        raise ValueError("the first has failed")
+    time.sleep(100)
+
+
+def test_ranks_that_leave_signals_to_the_first_are_ended_together():
+    """Each is killed where it has not ended by SIGTERM in a moment: the moment is the same for all."""
+    begun = time.monotonic()
+    with pytest.raises(RankFailed, match="the first has failed"):
+        run_ranks(fails_first, 6, timeout=100, first_stops=True)
+    assert time.monotonic() - begun < 3.5 * GRACE, "one for what others report, one to end"
 
 
 def large(rank, world):

@@ -10,13 +10,14 @@ import threading
 import time
 from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import pytest
 
 from ultralong.cli.errors import mendable
 from ultralong.planner.traces import child
 from ultralong.utils import template_renderer
-from ultralong.utils.processes import WorkerKilled, WorkerPool, answer_of, result_of
+from ultralong.utils.processes import WorkerKilled, WorkerPool, answer_of, result_of, stops_passed_on
 
 
 def killed_within_its_answer(size: int) -> bytes:
@@ -133,3 +134,13 @@ def test_half_an_answer_of_a_renderer_that_was_killed_is_none(monkeypatch):
     )
     monkeypatch.setattr(template_renderer, "subprocess", subprocess)
     assert renderer.ask({"seconds": 1.0}) == {"ended": -signal.SIGKILL}
+
+
+def test_a_signal_for_a_process_that_has_ended_meanwhile_is_no_error():
+    """It may come between the end of the process and this one's knowing of it."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    came = []
+    with stops_passed_on(SimpleNamespace(exitcode=None, pid=ended.pid), came):
+        signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGTERM]

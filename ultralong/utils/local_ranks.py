@@ -122,17 +122,24 @@ def run_ranks(
             process.join(GRACE)  # they part at a barrier: to the others one that is ended there has died
         return found
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-            process.join(GRACE)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        _end(processes)
         for answer in answers:
             answer.reader.close()
         if came:
             signal.raise_signal(came[-1])
+
+
+def _end(processes: list[Any]) -> None:
+    """End those that are there, all within one moment: they may ignore SIGTERM, see `leave_stops_to_first`."""
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    until = time.monotonic() + GRACE
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 class _Answer:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from typing import Any
@@ -258,7 +258,8 @@ def stops_passed_on(process: Any, came: list[int]) -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
         came.append(number)
         if process.exitcode is None:
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # it ended, and this signal came while that was being read
+                os.kill(process.pid, number)
 
     main = threading.current_thread() is threading.main_thread()
     # One that is ignored, as under nohup, stays so.
