@@ -73,6 +73,16 @@ def test_ids_of_a_text_are_the_tokenizers_and_nothing_else_is_made(tiny_tokenize
     )
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_text_is_split_as_its_tokenizer_is_set_to(tiny_tokenizer, split):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.split_special_tokens = split
+    text = "a<|turn|> b<|eos|>"
+    assert text_ids(tokenizer, text) == tokenizer(text)["input_ids"]
+    given = (text_ids(tokenizer, text, split_special_tokens=each) for each in (True, False))
+    assert text_ids(tokenizer, text) == [*given][not split]
+
+
 def test_each_turn_keeps_its_own(tiny_tokenizer):
     ids = prompt(tiny_tokenizer, "one <|turn|>", "two <|eos|>", "three <|end|>")
     text = tiny_tokenizer.decode(ids)

@@ -165,7 +165,7 @@ def text_ids(
     text: str,
     *,
     add_special_tokens: bool = True,
-    split_special_tokens: bool = False,
+    split_special_tokens: bool | None = None,
 ) -> list[int]:
     """Ids of a text of any length, as the tokenizer's call gives them.
 
@@ -176,16 +176,18 @@ def text_ids(
         tokenizer: Any tokenizer; used by nobody else meanwhile.
         text: The text.
         add_special_tokens: As of the call.
-        split_special_tokens: As of the call.
+        split_special_tokens: As of the call; None does as the tokenizer is set to.
     """
     if not getattr(tokenizer, "is_fast", False):
-        options = {"add_special_tokens": add_special_tokens, "split_special_tokens": split_special_tokens}
-        found: Any = tokenizer(text, verbose=False, **options)["input_ids"]
+        options = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
+        found: Any = tokenizer(text, verbose=False, add_special_tokens=add_special_tokens, **options)["input_ids"]
         return list(found)
     core: Any = tokenizer.backend_tokenizer
     core.no_truncation()
     core.no_padding()
-    core.encode_special_tokens = split_special_tokens
+    core.encode_special_tokens = (
+        tokenizer.split_special_tokens if split_special_tokens is None else split_special_tokens
+    )
     ids: list[int] = core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     return ids
 
