@@ -318,7 +318,39 @@ print("ok: last 2,048 positions: " + ", ".join(f"{name} {value:,.1f}" for name, 
 #
 # Another run, of 40 steps and 150 of SFT at a lower rate, measured SFT by itself: 54 needles of 120 beyond the window
 # before it, 57 after. That is no difference. [The results](results/README.md) have both.
+
+# %% [markdown]
+# ### A second model, and misses that are none
 #
+# TinyLlama-1.1B-Chat, 2,048 to 16,384 tokens, 20 steps (1.3 million tokens) at two learning rates. Beyond the old
+# window the result is as clear as above. Inside it the map counts 21 of 24 needles before, and after training at the
+# lower rate 12. Has the model forgotten how to read a page? Read what it said before you believe a score.
+
+# %%
+second = json.loads((results / "tinyllama_16k_h200.json").read_text())["models"]
+names = {"before": "before", "rescaled": "rescaled only", "base, seed 0": "trained, 1e-4",
+         "lr-2e-4, seed 0": "trained, 2e-4"}
+print(f"{'':15}{'inside, of 24':>15}{'by the number':>15}{'beyond, of 72':>15}{'by the number':>15}")
+for key, name in names.items():
+    held = second[key]["answers_that_hold_the_number"]
+    counts = [count for where in ("within_the_old_window", "beyond_the_old_window")
+              for count in (second[key][where]["found"], held[where])]
+    print(f"{name:15}" + "".join(f"{count:>15}" for count in counts))
+short = [(expected, got) for length, _, _, expected, got in second["base, seed 0"]["wrong"] if length <= 2048]
+print("missed inside: " + "; ".join(f"{expected} as {got!r}" for expected, got in short[:3]))
+
+# %% [markdown]
+# The answer has a space before its number, and this model puts a colon there. The count asks for every token, so it
+# says "not found" of a number that is. Both counts are in the file; a report that gives one should say which.
+
+# %% tags=["check"]
+assert all(expected in got for expected, got in short), "a miss inside the old window that is more than its form"
+trained, alone = (wilson(second[key]["answers_that_hold_the_number"]["beyond_the_old_window"], 72)
+                  for key in ("base, seed 0", "rescaled"))
+assert alone[1] < trained[0], "by the number alone, training is not told from rescaling"
+print(f"ok: all {len(short)} misses inside the old window hold the number; by it, training is still told apart")
+
+# %% [markdown]
 # ## The card
 #
 # A checkpoint that is given away says what was done to it, on what, and under which licence. The trainer writes that
