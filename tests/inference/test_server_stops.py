@@ -116,6 +116,13 @@ def told_all(server: Server) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
+def interrupted_all(server: Server) -> None:
+    """As told_all where a service is stopped by SIGINT, and the command is the last to hear."""
+    for pid in sorted(server.family(), key=lambda each: each == server.process.pid):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)
+
+
 def typed(server: Server) -> None:
     """As a terminal sends Ctrl-C to the command's process group."""
     os.killpg(server.process.pid, signal.SIGINT)
@@ -144,10 +151,28 @@ def test_what_has_not_ended_by_the_grace_is_refused(start, gpus, stop, code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpus", "stop"), [("1", told_one), ("2", told_all), ("2", typed)])
-def test_within_the_grace_an_answer_ends_as_ever(start, gpus, stop):
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_a_second_ctrl_c_ends_it_at_once(start, gpus):
     server = start("--gpus", gpus, "--grace", "120")
-    streamed = server.ask(SHORT)
+    streamed = server.ask(LONG)
+    typed(server)
+    time.sleep(0.3)
+    typed(server)
+    begun = time.monotonic()
+    assert b"data: [DONE]" not in rest(streamed)
+    assert server.process.wait(30) == 130, server.process.stdout.read()
+    assert time.monotonic() - begun < 15
+    assert server.is_gone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpus", "stop", "tokens"),
+    [("1", told_one, SHORT), ("2", told_all, SHORT), ("2", typed, SHORT), ("2", interrupted_all, LONG // 2)],
+)
+def test_within_the_grace_an_answer_ends_as_ever(start, gpus, stop, tokens):
+    server = start("--gpus", gpus, "--grace", "120")
+    streamed = server.ask(tokens)
     stop(server)
     begun, end = time.monotonic(), rest(streamed)
     assert b"data: [DONE]" in end

@@ -207,7 +207,7 @@ def _rank(
     """What each process runs."""
     end_with_parent(parent)
     if first_stops:
-        # A terminal reaches the parent alone then, which passes a Ctrl-C on: the same one twice would mean "at once".
+        # A terminal reaches the parent alone then, which passes a Ctrl-C on and knows a second one for what it is.
         os.setpgid(0, 0)
         leave_stops_to_first(rank)
     torch.set_num_threads(1)

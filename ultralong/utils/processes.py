@@ -250,6 +250,8 @@ def leave_stops_to_first(rank: int) -> None:
 def stops_passed_on(process: Any, came: list[int]) -> Iterator[None]:
     """Pass SIGINT and SIGTERM on to a process, and go on; outside of the main thread nothing is passed on.
 
+    A second SIGINT kills it: the process can't tell that from the first one, come to it by two ways.
+
     Args:
         process: The `multiprocessing.Process`.
         came: Takes the numbers of the signals, for the caller to do as they ask when the process has ended.
@@ -258,8 +260,9 @@ def stops_passed_on(process: Any, came: list[int]) -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
         came.append(number)
         if process.exitcode is None:
+            at_once = came.count(signal.SIGINT) > 1
             with suppress(ProcessLookupError):  # it ended, and this signal came while that was being read
-                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGKILL if at_once else number)
 
     main = threading.current_thread() is threading.main_thread()
     # One that is ignored, as under nohup, stays so.

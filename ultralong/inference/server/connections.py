@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -95,6 +97,13 @@ class Server(uvicorn.Server):
         config.timeout_graceful_shutdown = grace + FAREWELL
         super().__init__(config)
         self._worker, self._grace = worker, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop. A second Ctrl-C stops at once, but where several processes answer their command sees to that.
+
+        What is sent to all processes of a service comes here twice: by itself, and from the command.
+        """
+        super().handle_exit(signal.SIGTERM if self._worker.engine.ranks > 1 else sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, wait, refuse, close."""
