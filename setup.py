@@ -17,7 +17,8 @@ class BuildWithRecipes(build_py):
 
     def run(self) -> None:
         """Build as usual, then copy."""
-        if not self.editable_mode and (package := Path(self.build_lib) / "ultralong").exists():
+        package = Path(self.build_lib) / "ultralong"
+        if not self.editable_mode and package.exists() and not package.samefile("ultralong"):
             shutil.rmtree(package)  # of a build before: what the source has no more would be in this wheel too
         super().run()
         if not self.editable_mode:

@@ -80,3 +80,17 @@ def test_an_installed_wheel_runs_the_demo_in_an_empty_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert Path(empty, "demo", "report.html").is_file()
     assert [path.name for path in empty.iterdir()] == ["demo"]
+
+
+def test_a_build_into_the_source_keeps_it(tmp_path):
+    """`--build-lib .` names the package itself as what a build before has left."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    for name in ("ultralong/__init__.py", "data_recipes/one.yaml"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "ultralong"\nversion = "0"\n[tool.setuptools]\npackages = ["ultralong"]\n'
+    )
+    words = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "."]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    assert (tmp_path / "ultralong" / "__init__.py").exists()
