@@ -21,7 +21,7 @@ from ultralong.checkpoints.config import CONFIG_ERRORS, check_companions, load_c
 from ultralong.checkpoints.files import CARD, check_links, companion_files, locate, weight_files
 from ultralong.checkpoints.model_card import cache_bytes_per_token, model_card, read_licence
 from ultralong.checkpoints.rescale import Extension, caveats, choose_scaling, config_entries, explanation
-from ultralong.checkpoints.write import check_free, copy_weights, write_checkpoint
+from ultralong.checkpoints.write import check_free, copy_weights, write_checkpoint, write_entries
 from ultralong.rope import (
     METHODS,
     RopeScaling,
@@ -258,7 +258,7 @@ def _check_opens(source: Path, config: Any, scaling: RopeScaling, to: int) -> No
     trouble = f"transformers {transformers_version} can't give this model type a {scaling.method!r} scaling by config"
     try:
         with TemporaryDirectory() as folder:
-            write_json(Path(folder) / "config.json", entries)
+            write_entries(Path(folder) / "config.json", entries)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         written = from_config(config)
     except CONFIG_ERRORS as error:  # Phi-3, for one, takes every yarn for a longrope

@@ -69,10 +69,10 @@ def write_checkpoint(
                 entries = read_json_object(source / name) | dict((changes or {}).get(name, {}))
                 if name == "tokenizer_config.json":
                     entries = tokenizer_for_readers(entries, _text(source / "chat_template.jinja"))
-                _write_entries(folder / name, entries)
+                write_entries(folder / name, entries)
         weights(folder)
         entries = config_for_readers(read_json_object(folder / "config.json"), weights_dtype(folder))
-        _write_entries(folder / "config.json", entries)
+        write_entries(folder / "config.json", entries)
         write_text(folder / CARD, card(folder))
         if replace:
             _remove(target)
@@ -92,8 +92,11 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
         _remove(target)
 
 
-def _write_entries(file: Path, entries: Mapping[str, Any]) -> None:
-    """Infinity stays as the source spells it, though JSON has none: Mamba's time_step_limit is [0.0, Infinity]."""
+def write_entries(file: Path, entries: Mapping[str, Any]) -> None:
+    """Write a file of a checkpoint's settings.
+
+    Infinity stays as the source spells it, though JSON has none: Mamba's time_step_limit is [0.0, Infinity].
+    """
     write_text(file, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
 
