@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ultralong.evaluation.measures.needle import answer_by_engine, answer_forward, needle_grid
 from ultralong.evaluation.measures.result import needle_result
+from ultralong.evaluation.report.parts import Side
+from ultralong.evaluation.report.sections import _needle
 from ultralong.evaluation.report.table import needle_lines
 from ultralong.evaluation.tasks.haystack import NOISE_LINE, Haystack, sentence_lead, split_sentences
 from ultralong.evaluation.tasks.needle import NeedleFormat, make_needle
@@ -223,6 +225,11 @@ def test_answers_that_hold_the_number_behind_something_else_are_told(tiny_tokeni
     result = needle_result([cell])
     assert result.details["contained"] == 3
     assert "Not counted: 2 of 3 answers" in needle_lines(result, "it")[-1]
+    before = needle_result([cell | {"contained": cell["correct"]}])
+    sides = [Side("before", {"window": 500}, [before]), Side("after", {"window": 500}, [result])]
+    (section,) = _needle(sides, lambda *_, **__: None)
+    (text,) = section.texts
+    assert text.startswith("after: Not counted: 2 of 3 answers")
     earlier = {key: value for key, value in cell.items() if key != "contained"}  # a record of an earlier version
     assert needle_lines(needle_result([earlier]), "it") == needle_lines(result, "it")[:-1]
 
