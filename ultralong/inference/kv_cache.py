@@ -66,11 +66,8 @@ class LayerBuffer:
         # Zeros, since batched decoding multiplies what a row does not hold by a weight of zero: a NaN would stay.
         if kv == "auto":
             return cls(like.new_zeros(shape), None, like.dtype)
-        return cls(
-            torch.zeros(shape, dtype=FP8, device=like.device),
-            torch.zeros((*shape[:3], 1), dtype=torch.bfloat16, device=like.device),
-            like.dtype,
-        )
+        scales = like.new_zeros((*shape[:3], 1), dtype=torch.bfloat16)
+        return cls(like.new_zeros(shape, dtype=FP8), scales, like.dtype)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -162,9 +159,7 @@ class KvCache:
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens; the buffers stay."""
         self._held = self.held(tokens)
-        self._ranges = [
-            [(start, min(stop, tokens)) for start, stop in ranges if start < tokens] for ranges in self._ranges
-        ]
+        self._ranges = [[(start, min(stop, tokens)) for start, stop in of if start < tokens] for of in self._ranges]
         self.length = min(self.length, tokens)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -199,14 +194,20 @@ class KvCache:
         return keys.read(tokens, heads), values.read(tokens, heads)
 
     def reserve(self, capacity: int) -> None:
-        """Make room on this rank for `capacity` tokens, keeping what is held; nothing where there is room already."""
+        """Make room on this rank for `capacity` tokens, keeping what is held; nothing where there is room already.
+
+        Where memory runs out, the capacity is the old one and all that was held can be read; to go on is to try again.
+        """
         if capacity <= self.capacity:
             return
-        held, self.capacity = self.held()[self.rank], capacity
-        self.generation += 1
-        for buffers in self.layers.values():
-            for place, buffer in enumerate(buffers):  # one at a time, so that no more than one is there twice
-                buffers[place] = buffer.resized(capacity, held)
+        self.generation += 1  # before any buffer goes: a graph may not read those that are gone
+        held = self.held()[self.rank]
+        for layer, pair in self.layers.items():
+            # Only one layer is there twice, as a long cache is most of the memory; what has grown before an error stays
+            # and serves too. Keys and values grow together: the fused step reads both by the keys' strides.
+            if pair[0].values.shape[2] < capacity:
+                self.layers[layer] = [buffer.resized(capacity, held) for buffer in pair]
+        self.capacity = capacity
 
     def release(self) -> None:
         """Give the memory back; the cache is empty and can be filled again."""
@@ -222,8 +223,7 @@ class KvCache:
     @property
     def bytes(self) -> int:
         """Memory of all buffers on this rank."""
-        tensors = [x for pair in self.layers.values() for buffer in pair for x in buffer.tensors]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(x.nbytes for pair in self.layers.values() for buffer in pair for x in buffer.tensors)
 
     def _buffers(self, layer: int, k: Tensor, v: Tensor, rows: int) -> list[LayerBuffer]:
         if layer not in self.layers:
@@ -249,10 +249,10 @@ class CacheLayer(DynamicLayer):
         Raises:
             ValueError: They do not fit.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         self.store.write(self.index, start, key_states.transpose(1, 2), value_states.transpose(1, 2))
+        if not self.is_initialized:  # only now: memory may not hold the buffers, and `show` reads what is initialized
+            self.lazy_initialization(key_states, value_states)
         return self.show(start + key_states.shape[2])
 
     def show(self, tokens: int) -> tuple[Tensor, Tensor]:

@@ -133,9 +133,7 @@ class CachedRunner(ABC):
         tokens, follow = ids.shape[1], max(budgets)
         self.check(tokens, follow)
         self.reused = self._reusable(ids, common_prefix(self._held(), ids))
-        self._room = tokens + follow
-        self._prepare(len(ids), self.reused, self._room)
-        return self._read(ids)
+        return self._read(ids, tokens + follow)
 
     def check(self, tokens: int, follow: int) -> None:
         """See that a prompt of `tokens` tokens and `follow` more can be read.
@@ -151,11 +149,14 @@ class CachedRunner(ABC):
                 f"There is room for {room:,} tokens; a prompt of {tokens:,} and {follow:,} new tokens do not fit."
             )
 
-    def _read(self, ids: Tensor) -> Tensor:
-        """Read what is not in the cache. Where a chunk is interrupted, what the cache holds counts up to it."""
+    def _read(self, ids: Tensor, room: int) -> Tensor:
+        """Make room and read what is not in the cache. Where a chunk is interrupted, what it holds counts up to it."""
         ids = ids.clone()  # the caller's may change
         tokens, step = ids.shape[1], self.chunk or ids.shape[1]
-        self._ids, self._decoded, self._text = ids[:, : self.reused], [], tokens
+        # Before there is room: where memory runs out, the cache has forgotten the rest already.
+        self._ids, self._decoded, self._room = ids[:, : self.reused], [], room
+        self._prepare(len(ids), self.reused, room)
+        self._text = tokens
         logits = ids.new_empty(0)
         with progress(
             total=_cost(tokens) - _cost(self.reused),
@@ -183,8 +184,7 @@ class CachedRunner(ABC):
             held = self._held()
             assert held is not None, "prefill comes first"
             self.reused = 0
-            self._prepare(len(held), 0, max(self._room, length))
-            return self._read(torch.cat([held, tokens[:, None]], 1))
+            return self._read(torch.cat([held, tokens[:, None]], 1), max(self._room, length))
         with self._rope.at(length):
             logits = self._forward(tokens[:, None])
         self._decoded.append(tokens)
