@@ -9,6 +9,7 @@ import pytest
 from tests.support.small_study import ARM, study_file
 from ultralong.ablation import ablate, load_study
 from ultralong.ablation import train_run as training
+from ultralong.utils.files import read_json
 
 
 @pytest.fixture
@@ -57,6 +58,42 @@ def test_what_was_killed_while_it_wrote_is_removed(study, tmp_path):
     again = ablate(study, tmp_path / "study", quiet=True)
     assert again["outcomes"] == first["outcomes"]
     assert not [path for path in left if path.exists()]
+
+
+@pytest.mark.parametrize("gone", ["runs/trained-*", "runs/trained-*/log.jsonl", "runs"])
+def test_a_deleted_run_whose_measurements_are_kept_is_not_trained_again(study, tmp_path, gone, capsys):
+    """As someone does who needs the disk: the table is what it was, and what the run took is not known any more."""
+    first = ablate(study, tmp_path / "study", quiet=True)
+    assert "not known" not in (tmp_path / "study" / "report.html").read_text().lower()
+    for path in list((tmp_path / "study").glob(gone)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = ablate(study, tmp_path / "study")
+    assert "arm " not in capsys.readouterr().err, "nothing was left to be done"
+    assert (again["outcomes"], again["verdicts"], again["missing"]) == (first["outcomes"], first["verdicts"], [])
+    assert [(run["tokens"], run["loss"], run["step_seconds"]) for run in again["runs"]] == [(None, None, None)] * 2
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert page.count("<td>not known</td>") == 6
+    assert "whose folder was deleted" in page
+    assert read_json(tmp_path / "study" / "results.json") == again
+
+
+def test_a_deleted_run_that_is_still_needed_is_trained_again(study, tmp_path):
+    first = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    base, arm = (tmp_path / "study" / run["model"] for run in first["runs"])
+    for run in (base, arm):
+        shutil.rmtree(run.parent)
+    measured = [path for path in (tmp_path / "study" / "shared").glob("measured-*") if asks_about(path, arm)]
+    assert len(measured) == 1
+    shutil.rmtree(measured[0])
+    again = ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert (again["outcomes"], again["missing"]) == (first["outcomes"], [])
+    assert [run["tokens"] for run in again["runs"]] == [None, first["runs"][1]["tokens"]]
+    assert (arm.exists(), base.exists()) == (True, False)
+
+
+def asks_about(measured, model):
+    """Whether an evaluation was of that model."""
+    return str(model) in (measured / "run.yaml").read_text()
 
 
 def test_states_go_where_a_run_was_stopped_after_its_model(study, tmp_path, monkeypatch):

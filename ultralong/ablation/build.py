@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,9 +109,7 @@ class Builder:
         """The files that are there when the arm's model of a seed, and what it is compared with, are measured."""
         last = design.stages[-1]
         wanted = [self.base, extension_key(self.base, last, design.scaling), final_key(design, seed, self.base)]
-        records = [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
-        runs = [*self._stages(design, seed), *self._sft(design, seed)]
-        return [*records, *(self.out / "runs" / name / "result.json" for name in runs)]
+        return [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
 
     def _stages(self, design: Design, seed: int) -> list[str]:
         return [link.trained for link in links(design, seed, self.base) if link.trains]
@@ -254,24 +252,26 @@ class Builder:
     def cost(self, design: Design, seed: int) -> dict[str, Any]:
         """What an arm and seed took: tokens and seconds of all its training steps, and of them those of SFT.
 
-        `loss` is that of pretraining, so that arms with and without SFT compare; None where it has no steps.
+        `loss` is that of pretraining, so that arms with and without SFT compare; None where it has no steps. Tokens and
+        seconds are None where they are not known, as the folder of one of the runs was deleted.
         """
         stages = [self._cost(name) for name in self._stages(design, seed)]
         sft = [self._cost(name) for name in self._sft(design, seed)]
         final, every = final_key(design, seed, self.base), [*stages, *sft]
-        where = {"merged": f"runs/{final}", "extended": f"shared/{final}"}.get(
-            final.split("-")[0], f"runs/{final}/model"
-        )
+        where = {"merged": f"runs/{final}", "extended": f"shared/{final}"}
         return {
-            "tokens": sum(part["tokens"] for part in every),
+            "tokens": _total(every, "tokens"),
             "loss": stages[-1]["loss"] if stages else None,
-            "step_seconds": round(sum(part["step_seconds"] for part in every), 1),
-            "model": where,
+            "step_seconds": _total(every, "step_seconds"),
+            "model": where.get(final.split("-")[0], f"runs/{final}/model"),
             **({"sft": sft[0]} if sft else {}),
         }
 
     def _cost(self, run: str) -> dict[str, Any]:
         folder = self.out / "runs" / run
+        if not ((folder / "result.json").exists() and (folder / "log.jsonl").exists()):
+            # Deleted, as models are large. What was measured of them is kept, and is all that the study asks.
+            return {"tokens": None, "loss": None, "step_seconds": None}
         result, log = read_json(folder / "result.json"), read_jsonl(folder / "log.jsonl")
         seconds = sum(record["seconds"] for record in log)
         return {"tokens": result["tokens"], "loss": result["loss"], "step_seconds": round(seconds, 1)}
@@ -292,3 +292,9 @@ class Builder:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+
+def _total(parts: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """A sum of what runs took, to a tenth; None where one of them is not known."""
+    values = [part[name] for part in parts]
+    return None if None in values else round(sum(values), 1)

@@ -16,6 +16,7 @@ from ultralong.utils.files import write_text
 PAGE = "report.html"
 STEPS = {"before": "before", "rescaled": "rescaled only", "trained": "trained"}
 EFFECTS = {"by_rescaling": "by rescaling", "by_training": "by training", "to_base": "against the base arm"}
+UNKNOWN = "not known"
 HEAD = ("arm", *STEPS.values(), *EFFECTS.values())
 
 
@@ -78,6 +79,10 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             "An arm with SFT is measured after it: its trained column and differences are of pretraining and SFT "
             "together, or of SFT alone where pretraining has no steps. Its tokens and time are of both, its loss is of "
             "pretraining; the row below has SFT's own."
+        )
+    if any(run["tokens"] is None for run in result["runs"]):
+        said.append(
+            "Not known: what a run took whose folder was deleted. Its scores are of the measurements, which were kept."
         )
     if seeds == 1:
         said.append("One seed alone: the intervals say nothing of what another seed would have given.")
@@ -154,8 +159,9 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _run(name: str, run: Mapping[str, Any]) -> list[str]:
-    loss = "" if run["loss"] is None else f"{run['loss']:.3f}"
-    return [name, f"{run['tokens']:,}", loss, duration(run["step_seconds"])]
+    known = run["tokens"] is not None
+    loss = ("" if known else UNKNOWN) if run["loss"] is None else f"{run['loss']:.3f}"
+    return [name, f"{run['tokens']:,}" if known else UNKNOWN, loss, duration(run["step_seconds"]) if known else UNKNOWN]
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:

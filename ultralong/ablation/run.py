@@ -48,7 +48,8 @@ def ablate(
 
     Returns:
         The content of `results.json`: as `results.summarise`, with `name`, `question`, `seeds`, `base`, `runs` (what
-        each training took), `missing` (arms and seeds not done yet) and `environment`.
+        each training took, None where its folder was deleted), `missing` (arms and seeds not done yet) and
+        `environment`.
 
     Raises:
         ValueError: The study is wrong; nothing was started then.
