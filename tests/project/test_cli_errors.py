@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from forked import forked_agents, forked_command
 from tiny_run import make_run
 
@@ -128,14 +129,37 @@ def test_a_demo_that_was_stopped_says_how_it_resumes(monkeypatch, capsys, tmp_pa
     assert f"the same command again resumes it in {tmp_path / 'demo'}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), WorkerKilled(), ChildFailed("stopped", 143)])
+def failed_save(cause):
+    """What torch raises where a rank's part of a save failed; it is no Exception."""
+    return dcp.CheckpointException("write", {0: (cause, None)})
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), WorkerKilled(), ChildFailed("stopped", 143), failed_save(KeyboardInterrupt())]
+)
 def test_what_was_stopped_or_killed_says_how_it_resumes_and_an_error_does_not(capsys, error):
     with pytest.raises(type(error)), resumable("runs/eval"):
         raise error
     assert capsys.readouterr().err == "note: the same command again resumes it in runs/eval where it stopped.\n"
-    with pytest.raises(ValueError, match=r"^wrong$"), resumable("runs/eval"):
-        raise ValueError("wrong")
-    assert capsys.readouterr().err == ""
+    for wrong in (ValueError("wrong"), failed_save(ValueError("wrong"))):
+        with pytest.raises(type(wrong), match="wrong"), resumable("runs/eval"):
+            raise wrong
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "told"), [(KeyboardInterrupt(), 130, "stopped."), (RuntimeError("a disk"), 1, "failed:\n")]
+)
+def test_a_save_of_torch_that_fails_or_is_stopped_ends_as_any_other_work(capsys, cause, code, told):
+    def work():
+        raise failed_save(cause)
+
+    with pytest.raises(SystemExit) as left:
+        guarded("ablate", work)
+    said = capsys.readouterr().err
+    assert left.value.code == code
+    assert said.startswith(f"ultralong ablate: {told}")
+    assert ("a disk" in said) == (code == 1)
 
 
 def test_what_transformers_says_of_every_scaling_is_left_out_and_nothing_else(caplog):

@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from ultralong.cli.shared import shown
+from ultralong.cli.shared import interrupted, shown
 from ultralong.utils.processes import ChildFailed, Killed
 
 # What a user changes about files and disks. An OSError without a number is prose, as transformers raises it.
@@ -70,8 +70,10 @@ def guarded(name: str, work: Callable[[], None], whole: bool = False, own: bool 
         if whole:
             traceback.print_exc()
         sys.exit(failed.code)
-    except Exception as error:  # noqa: BLE001 - told in full, and the exit code says it
-        if came or _interrupted(error):
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - told in full, and the exit code says it; torch's CheckpointException
+        if came or interrupted(error):
             if whole:  # it may be an error of its own, as of what a command does when it is stopped
                 traceback.print_exc()
             _stopped(name)
@@ -106,18 +108,6 @@ def _interruptible(came: list[int]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _interrupted(error: BaseException) -> bool:
-    """Whether a library made an error of its own of a Ctrl-C, as transformers does of one while it imports."""
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        if isinstance(found, KeyboardInterrupt):
-            return True
-        seen.add(id(found))
-        found = found.__cause__ or found.__context__
-    return False
 
 
 @contextmanager

@@ -58,10 +58,30 @@ def resumable(out: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, ChildFailed, Killed):
-        if is_main():
+    except BaseException as error:
+        stopped = isinstance(error, SystemExit | ChildFailed | Killed) or interrupted(error)
+        if stopped and is_main():
             print(f"note: the same command again resumes it in {out} where it stopped.", file=sys.stderr)
         raise
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether this is a Ctrl-C, or what a library made of one: transformers while it imports, torch while it saves.
+
+    torch's CheckpointException holds what each rank failed by in `failures`, not as its cause, and is no Exception.
+    """
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        failures = getattr(found, "failures", {}).values()
+        left += [found.__cause__, found.__context__, *(pair[0] for pair in failures if isinstance(pair, tuple))]
+    return False
 
 
 def shown(text: str, pattern: re.Pattern[str] = IN_A_SENTENCE) -> str:
