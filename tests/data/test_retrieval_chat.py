@@ -414,6 +414,18 @@ def test_the_recipe_for_rows_of_73728_has_its_row_and_nothing_else_but_more_ques
     assert of_shorter.retrieval_chat.count + short == steps, "a step for each row"
 
 
+def test_the_recipe_for_rows_of_16384_has_its_row_and_a_step_for_each_row():
+    plain, shorter = (load_recipe(name) for name in ("retrieval-chat-128k", "retrieval-chat-16k"))
+    (long, _), (of_shorter, _) = plain.sources, shorter.sources
+    assert of_shorter.retrieval_chat.tokens == shorter.row_settings(16_384).length == 16_384
+    assert replace(of_shorter, retrieval_chat=long.retrieval_chat) == long
+    arms = {arm.name: arm for arm in load_study("tinyllama-1.1b-16k").arms}
+    sft = arms["chat-answers"].changes["sft"]
+    assert arms["chat-only"].changes["sft"] == sft
+    short = 10  # rows of short conversations, as they were packed with TinyLlama's tokenizer
+    assert of_shorter.retrieval_chat.count + short == sft["training"]["steps"] * 4, "four rows a step"
+
+
 class FewDraws(random.Random):
     """Draws that end, where a loop would not."""
 
