@@ -25,7 +25,7 @@ def test_rows_say_what_was_made(tiny_tokenizer, tmp_path, monkeypatch):
         (sample,) = make_samples("infinitebench_passkey", tiny_tokenizer, row["length"], 1)
         assert row["tokens"] == sample["length"]
         assert 0.97 <= row["filled"] <= 1
-        assert row["cpu_seconds"] > 0
+        assert row["cpu_seconds"] >= 0  # hundredths of a second: a fast machine has none
         assert 0 < row["peak_gib"] < 4
     assert "hotpot" in found["rows"][2]["note"].lower()
     assert found["machine"]["date"]
