@@ -448,7 +448,8 @@ print("ok: the text's figures are the record's")
 # 32,768 tokens already answers, with RoPE rescaled and nothing trained. What do 22 steps of 131,072 tokens add? The
 # study `qwen25-coder-1.5b-128k` asks. `base` and `lr-2e-5` train on raw text at two learning rates, `half-start`
 # averages the base's weights with those that it started from, and `chat-retrieval` learns questions in chat format
-# about texts of the whole window. Not all arms have run yet; the lines below say which have, and with how many seeds.
+# about texts of the whole window, `chat-retrieval-lists` with longer lists among the answers. Not all arms have run
+# yet; the lines below say which have, and with how many seeds.
 
 # %%
 coder = json.loads(Path("results/ablation_qwen25_coder_1_5b_128k.json").read_text())
@@ -542,8 +543,10 @@ print(f"ok: {len(coder['verdicts'])} verdicts follow from their intervals; perpl
 # One test shows what a training does to the *form* of an answer. Of the four values of a key the first five models of
 # the last table name only right ones, but in a sentence hardly ever more than two. The rescaled model writes a numbered
 # list in 12 of 16 prompts, the one trained in chat never: no answer it learned from had that form. Its recipe asked for
-# keys of several values, as printed, so it did not learn to stop at two. That the form is the cause is a guess. The arm
-# `chat-retrieval-lists` is there to refute it: once it has run, its verdict stands above.
+# keys of several values, as printed, so it did not learn to stop at two. Would it name more if its rows showed numbered
+# lists? The arm `chat-retrieval-lists` was written to ask that: half of its lists are numbered, and longer. Its answers
+# are sentences of two all the same, and its verdict above is "refuted". What it answers better are needles among needles
+# (`niah_multikey_2`), which nobody had predicted: a reason for the next hypothesis, not a result.
 #
 # Where an arm has one seed, its interval says nothing of another seed.
 #
