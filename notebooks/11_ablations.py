@@ -540,13 +540,12 @@ print(f"ok: {len(coder['verdicts'])} verdicts follow from their intervals; perpl
 # A verdict is about the number that was written down, no more. The hypothesis of `chat-retrieval` asked for a large
 # gain over the base, so it can be refuted by a model that is no worse than the base.
 #
-# One test shows what a training does to the *form* of an answer. Of the four values of a key the first five models of
-# the last table name only right ones, but in a sentence hardly ever more than two. The rescaled model writes a numbered
-# list in 12 of 16 prompts, the one trained in chat never: no answer it learned from had that form. Its recipe asked for
-# keys of several values, as printed, so it did not learn to stop at two. Would it name more if its rows showed numbered
-# lists? The arm `chat-retrieval-lists` was written to ask that: half of its lists are numbered, and longer. Its answers
-# are sentences of two all the same, and its verdict above is "refuted". What it answers better are needles among needles
-# (`niah_multikey_2`), which nobody had predicted: a reason for the next hypothesis, not a result.
+# One test shows what a training does to the *form* of an answer. Of the four values of a key the models of the last
+# table name only right ones, but in a sentence hardly ever more than two. The rescaled model writes a numbered list in
+# 12 of 16 prompts, the one trained in chat never: no answer it learned from had that form. The arm
+# `chat-retrieval-lists` asks whether the form is the cause: half of its lists are numbered, and longer. Its answers are
+# sentences of two all the same: refuted. It is better at needles among needles (`niah_multikey_2`), which nobody had
+# predicted: a reason for the next hypothesis, not a result.
 #
 # Where an arm has one seed, its interval says nothing of another seed.
 #
