@@ -129,6 +129,11 @@ def test_differences_are_paired_and_exact(tmp_path, texts):
     seeds = {arm: {0: score(of, of), 1: score(0.0, 0.0)} for arm, of in (("base", 100.0), ("low", 0.0))}
     found = summarise(study, score(0.0, 0.0), {}, seeds)
     assert found["outcomes"][0]["arms"][1]["to_base"]["low"] == -100, "a score cannot fall by more"
+    alike = {arm: {0: score(100.0, 100.0), 1: score(100.0, 100.0)} for arm in ("base", "low")}
+    found = summarise(study, score(0.0, 0.0), {}, alike)
+    same = found["outcomes"][0]["arms"][1]["to_base"]
+    assert (same["low"], same["high"]) == pytest.approx((-65.8, 65.8), abs=0.1), "two samples alike show no certainty"
+    assert found["verdicts"][0]["verdict"] == "undecided"
     other = [Outcome("needles", "per cent", ("a", "c"), (0.0, 0.0), headline=True)]
     with pytest.raises(ValueError, match="other samples"):
         summarise(study, score(0.0, 0.0), {"base": other}, {})

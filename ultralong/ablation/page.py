@@ -66,7 +66,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "Every arm answers the same samples, and its training seeds are those of the base arm: differences are taken "
         "sample by sample and seed by seed.",
         "Intervals hold 95% and are a bootstrap that draws training seeds and samples, crossed; what seeds differ by "
-        "is widened for their small number (ultralong.evaluation.measures.intervals.crossed_difference).",
+        "is widened for their small number (ultralong.evaluation.measures.intervals.crossed_difference). "
+        "Where all pairs of a score are alike a bootstrap would claim certainty: the interval is as wide as the number "
+        "of samples lets it be (alike_difference).",
         "Differences of scores are in per cent points; those of perplexity are in per cent of the perplexity, and less "
         "is better. Perplexity is the exponential of the mean loss of rows.",
         "Rescaled only: the model before with its RoPE rescaled to the last window in one step, and no training. Its "

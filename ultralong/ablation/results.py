@@ -10,7 +10,7 @@ import numpy as np
 
 from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.study import BASE_ARM, Study, changes_text
-from ultralong.evaluation.measures.intervals import Difference, crossed_difference
+from ultralong.evaluation.measures.intervals import Difference, alike_difference, crossed_difference
 
 Measured = Mapping[str, Mapping[int, Sequence[Outcome]]]  # by arm and seed
 DRAWS_SEED = 0
@@ -105,14 +105,23 @@ def _difference(rows: Sequence[np.ndarray], unit: str) -> dict[str, Any] | None:
     """A paired difference: per cent points of a score, per cent of a perplexity."""
     if not rows:
         return None
-    found = crossed_difference(np.stack(rows), seed=DRAWS_SEED)
+    each = np.stack(rows)
+    found = crossed_difference(each, seed=DRAWS_SEED)
     if unit == "per cent":  # few seeds widen an interval, beyond what a score can differ by too
-        low, high = (float(np.clip(end, -100, 100)) for end in (found.low, found.high))
+        ends = [found.low, found.high]
+        if found.n > 1 and each.min() == each.max():  # seeds share their samples: more seeds are no more pairs
+            ends = [100 * end for end in alike_difference(found.mean / 100, found.n)]
+        low, high = (float(np.clip(end, -100, 100)) for end in ends)
         values = Difference(found.mean, low, high, found.n)
     else:
         values = Difference(_per_cent(found.mean), _per_cent(found.low), _per_cent(found.high), found.n)
-    ends = {"low": _number(values.low), "high": _number(values.high)}
-    return {"mean": values.mean, **ends, "seeds": len(rows), "n": values.n}
+    return {
+        "mean": values.mean,
+        "low": _number(values.low),
+        "high": _number(values.high),
+        "seeds": len(rows),
+        "n": values.n,
+    }
 
 
 def _per_cent(nats: float) -> float:
