@@ -42,7 +42,6 @@ INTERACTIVE: bool = True  # False adds a still to each figure, for pages without
 
 # %%
 import os
-import tempfile
 from pathlib import Path
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # here and in the training processes
@@ -56,13 +55,12 @@ from ultralong.course import check, predict, reveal
 from ultralong.demo import Demo, load
 from ultralong.evaluation.measures.intervals import wilson
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import read_json, read_jsonl
 
 logging.disable_progress_bar()
-scratch = tempfile.TemporaryDirectory()
-out = Path(OUT or scratch.name) / "demo"
+out = output_folder(OUT) / "demo"
 
 # %% [markdown]
 # ## What this machine can run
@@ -377,8 +375,8 @@ print(f"hidden {answer['expected']}, at {answer['tokens']:,} tokens it answered:
 # ## Hand it on
 #
 # `demo.yaml` holds every setting of this run; `ultralong demo demo.yaml --out DIR` repeats it. The model is in
-# `tuning/model` beside it. Both lie in a temporary folder, unless `OUT` names one. A run with other settings wants
-# another folder.
+# `tuning/model` beside it. Unless `OUT` names a folder, both lie in a temporary one, which is removed when the kernel
+# ends. A run with other settings wants another folder.
 
 # %%
 print("".join((out / "demo.yaml").read_text().splitlines(keepends=True)[:8]))
@@ -434,4 +432,3 @@ print(f"a cell with {SAMPLES} of {SAMPLES}: between {low:.0%} and {high:.0%}")
 store(found_before=lost / of if of else 0.0, found_rescaled=counts["rescaled only"][0] / counts["rescaled only"][1],
       found_after=counts["tuned"][0] / counts["tuned"][1], perplexity_rescaled=last["rescaled only"],
       perplexity_after=last["tuned"], recorded_trained=real["trained and tuned"][0] / real["trained and tuned"][1])
-scratch.cleanup()

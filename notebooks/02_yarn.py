@@ -43,9 +43,7 @@ OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 # %%
 import copy
 import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -58,14 +56,13 @@ from ultralong.checkpoints.extend import extend
 from ultralong.course import check, predict, reveal
 from ultralong.evaluation.measures.perplexity import perplexity_by_position
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.rope import RopeScaling, attention_factor, from_config, inverse_frequencies, rope_parameters
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-02-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 device = ("cuda" if torch.cuda.is_available() else "cpu") if DEVICE == "auto" else DEVICE
 plain = RopeScaling("default", HEAD_DIM, BASE, original_window=WINDOW)
 print(f"torch {torch.__version__.split('+')[0]} on {device}")

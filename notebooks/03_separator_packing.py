@@ -42,7 +42,6 @@ OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 
 # %%
 import json
-import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -62,11 +61,10 @@ from ultralong.data.rows.packing import PackSettings, RowStream, pack, resolve_s
 from ultralong.data.select.length_rule import LengthCounts, LengthRule, sample
 from ultralong.data.tokens.tokenize import tokenize_corpus
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 
 torch.set_num_threads(1)
-work = tempfile.TemporaryDirectory()
-folder = Path(OUT or work.name)
+folder = output_folder(OUT)
 
 # %% [markdown]
 # ## Real texts, long and short
@@ -559,4 +557,3 @@ for number in (0, begin):
 # %%
 store(rows=len(rows), padding_share=wasted, separator_tokens=len(separator), leak_masked=max(change["masked"][8:]),
       pairs_between_strangers=1 - inside)
-work.cleanup()

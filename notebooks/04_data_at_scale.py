@@ -49,7 +49,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,12 +73,11 @@ from ultralong.data.select.overlap import NgramIndex, words_of
 from ultralong.data.tokens.encoding import load_tokenizer
 from ultralong.data.tokens.shards import verify
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 
 # %%
 logging.set_verbosity_error()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-04-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 for name in ("texts", "killed", "whole", "rows", "cluster", "tokenizer"):
     shutil.rmtree(out / name, ignore_errors=True)
 load_tokenizer(TOKENIZER or miniature.path()).save_pretrained(out / "tokenizer")
@@ -680,5 +678,3 @@ print(f"recorded sources that were compared with a test: {kept_out} of {len(reco
 store(long_tokens_share=share["tokens"][-1], documents_taken=len(ids), shards_kept=len(left), shards=len(total),
       same_files=same, found_of_seven=sum(all(row) for row in found.values()), copyleft_share=copyleft,
       hours_a_billion=hours_1g, stages=len(stages))
-if not OUT:
-    shutil.rmtree(out)

@@ -46,7 +46,6 @@ OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 # %%
 import json
 import math
-import tempfile
 import time
 from pathlib import Path
 
@@ -57,11 +56,10 @@ from ultralong.attention import KERNELS, available_kernels, make_attention_conte
 from ultralong.attention.lse_merge import merge_into
 from ultralong.course import check, predict, reveal
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 
 torch.set_num_threads(1)
-out_folder = Path(OUT or tempfile.mkdtemp(prefix="ultralong-05-"))
-out_folder.mkdir(parents=True, exist_ok=True)
+out_folder = output_folder(OUT)
 generator = torch.Generator().manual_seed(SEED)
 print(f"kernels here: {', '.join(available_kernels(DEVICE))}")
 

@@ -49,7 +49,6 @@ OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -67,12 +66,11 @@ from ultralong.course import check, predict, reveal
 from ultralong.course.exchanges import recorded
 from ultralong.figures.parallel import rank_timeline, shares_of_one, token_ownership, traffic, work_of_ranks
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.utils.local_ranks import run_ranks
 
 torch.set_num_threads(1)
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-06-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 print(f"{TOKENS} tokens, {RANKS} ranks, {HEADS} query heads and {KV_HEADS} kv heads")
 
 # %% [markdown]

@@ -46,7 +46,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +60,7 @@ from ultralong.attention import make_attention_context
 from ultralong.course import check, predict, reveal
 from ultralong.figures.memory import stacked_bytes
 from ultralong.figures.play import play
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.planner.autotune import autotune_memory
 from ultralong.planner.live_activations import live_in_backward
 from ultralong.planner.machine import load_machine
@@ -81,8 +80,7 @@ from ultralong.utils.local_ranks import run_ranks
 torch.set_num_threads(1)
 disable_progress_bar()
 GIB = 2**30
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-07-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 changes = {"parallel.context_parallel_size": GPUS, "parallel.fsdp_shard_degree": GPUS, "length": TOKENS}
 config = load_config("llama31-8b-1m-2gpu", changes)
 model, _ = planned_model(config.model, config.base_model)

@@ -46,7 +46,6 @@ import json
 import math
 import random
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,14 +59,13 @@ from ultralong.evaluation.measures.intervals import wilson
 from ultralong.figures.evaluation import needle_heatmap, perplexity_curve
 from ultralong.figures.play import play
 from ultralong.figures.samples import forest
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.utils import settings
 from ultralong.utils.files import read_jsonl
 
 torch.set_num_threads(1)
 disable_progress_bar()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-08-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 results = Path("results")
 demo = json.loads((results / "demo_smollm2.json").read_text())
 print(f"{demo['title']}, {demo['environment']['gpu 0']}, {demo['environment']['date']}")

@@ -43,7 +43,6 @@ OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 import json
 import random
 import shutil
-import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,7 +63,7 @@ from ultralong.evaluation.measures.intervals import wilson
 from ultralong.evaluation.measures.row_loss import loss_change, open_for_loss, row_loss
 from ultralong.figures.play import play
 from ultralong.figures.samples import forest
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.utils import settings
 from ultralong.utils.files import read_jsonl
 
@@ -72,8 +71,7 @@ from ultralong.utils.files import read_jsonl
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-09-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 for name in ("extended", "training", "heldout", "refined", "sft"):
     shutil.rmtree(out / name, ignore_errors=True)
 recorded = json.loads(Path("results/sft_smollm2.json").read_text())

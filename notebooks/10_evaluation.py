@@ -44,7 +44,6 @@ OUT: str = ""  # folder for what the notebook hands on; empty: a temporary one
 # %%
 import json
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -57,12 +56,11 @@ from ultralong.evaluation.measures.score import score_predictions
 from ultralong.evaluation.tasks.samples import GENERATED, find_task, make_samples
 from ultralong.figures.play import play
 from ultralong.figures.samples import forest, sample_map
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.utils.files import write_text
 from ultralong.utils.hub import MINIATURE
 
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-10-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 results = Path("results")
 tokenizer = AutoTokenizer.from_pretrained(str(MINIATURE))
 print(f"{len(GENERATED)} tests are made at any length")

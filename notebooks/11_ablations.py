@@ -47,7 +47,6 @@ import itertools
 import json
 import math
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,14 +65,13 @@ from ultralong.data.recipe.schema import load_recipe
 from ultralong.evaluation.measures.intervals import crossed_difference, paired_difference, wilson
 from ultralong.figures.play import play
 from ultralong.figures.samples import forest
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 
 # %%
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-11-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 shutil.rmtree(out / "study", ignore_errors=True)
 BEYOND = "perplexity beyond the old window"
 miniature, search, real = (json.loads(Path(f"results/{name}.json").read_text())

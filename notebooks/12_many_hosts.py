@@ -48,7 +48,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -64,15 +63,14 @@ from ultralong.launch import SCHEDULERS, launch
 from ultralong.launch import check as preflight
 from ultralong.launch.rehearse import rehearse
 from ultralong.launch.sample import sample_run
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.training.config import ParallelConfig, TrainConfig, preset
 from ultralong.training.parallel import process_problem, sequence_groups
 from ultralong.utils import settings
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-12-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 wanted = settings.load(TrainConfig, preset(PRESET))
 print(f"{PRESET}: {wanted.steps} steps, {wanted.parallel}")
 

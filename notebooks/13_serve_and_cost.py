@@ -55,7 +55,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -79,16 +78,16 @@ from ultralong.inference.batched import cache_bytes
 from ultralong.inference.kv_cache import quantize_fp8
 from ultralong.inference.load import load_model_and_tokenizer
 from ultralong.inference.sharded_generation import ShardedRunner
-from ultralong.notebook_tools import store
+from ultralong.notebook_tools import output_folder, store
 from ultralong.planner import load_machine
 from ultralong.planner.shapes import model_config, shape_of
+from ultralong.utils.processes import end_with_parent
 
 # %%
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-out = Path(OUT or tempfile.mkdtemp(prefix="ultralong-13-"))
-out.mkdir(parents=True, exist_ok=True)
+out = output_folder(OUT)
 for name in ("served", "damaged", "short"):
     shutil.rmtree(out / name, ignore_errors=True)
 GIB = 2**30
@@ -367,7 +366,8 @@ exec "${{PYTHON:-python3}}" -m ultralong serve "$here/served" --name served --po
 script.chmod(0o755)
 facts = {"PYTHON": sys.executable, "PORT": "0", "GPUS": str(GPUS), "DEVICE": DEVICE}
 with (out / "serve.log").open("w") as log:
-    server = subprocess.Popen([script], env=os.environ | facts, stdout=subprocess.PIPE, stderr=log, text=True)
+    server = subprocess.Popen([script], env=os.environ | facts, stdout=subprocess.PIPE, stderr=log, text=True,
+                              preexec_fn=end_with_parent)  # it ends with the kernel, whatever ends that
 atexit.register(server.kill)
 said = next((line for line in server.stdout if "Serving" in line), "")
 assert said, f"the server did not start: {(out / 'serve.log').read_text()[-800:]}"

@@ -34,9 +34,12 @@ def test_parameters_exist(path):
     "path",
     [pytest.param(path, id=path.stem, marks=[pytest.mark.canary] if path.stem in CANARIES else []) for path in SOURCES],
 )
-def test_a_notebook_runs_and_its_checks_hold(path):
+def test_a_notebook_runs_and_its_checks_hold(path, tmp_path, monkeypatch):
+    """And nothing of it stays in the temporary folder, but torch's own cache, which has a fixed name."""
     settings = SETTINGS[path.stem]
     if settings.needs == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU; the committed file shows a recorded run")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = execute(path, chosen_parameters(path, settings), settings.timeout)
     assert violations(notebook, path, settings) == []
+    assert [each.name for each in tmp_path.iterdir() if not each.name.startswith("torchinductor")] == []

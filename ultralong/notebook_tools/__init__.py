@@ -6,6 +6,7 @@ read. `python -m ultralong.notebook_tools run` makes the second from the first, 
 them over and executes nothing.
 """
 
+from ultralong.notebook_tools.output import output_folder
 from ultralong.notebook_tools.values import store, stored
 
-__all__ = ["store", "stored"]
+__all__ = ["output_folder", "store", "stored"]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ultralong.notebook_tools.output import PREFIX
 from ultralong.notebook_tools.settings import Settings
 from ultralong.utils.extras import require
 from ultralong.utils.files import write_text
@@ -32,6 +33,7 @@ LANGUAGE = {
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+(it|ex)?\s?\[\d\d:\d\d")
+TEMPORARY = re.compile(rf"\S*/{PREFIX}\w+")  # another name in each run
 # One thread, so that a small notebook is as fast on a busy machine; the hash seed, so that sets print alike.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -174,6 +176,7 @@ def _fleeting(output: Any) -> bool:
 
 def _relative(output: Any, root: Path) -> Any:
     def shorten(text: str) -> str:
+        text = TEMPORARY.sub("a temporary folder", text)
         return text.replace(f"{root}{os.sep}", "").replace(str(root), ".")
 
     if output.output_type == "stream":
