@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,8 +146,12 @@ def test_hosts_are_told_by_torchruns_own_count(monkeypatch, here, hosts):
 def test_what_a_run_of_two_processes_records_is_read(tmp_path, monkeypatch, make_tiny_model, tiny_tokenizer):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path, make_tiny_model(), tiny_tokenizer, steps=2, save_every=1)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with forked_agents():
         api.train(run, processes=2, quiet=True)
+    assert [*temporary.iterdir()] == [], "torchrun's folder was left"
     recorded = read_json(Path(run.out, "checkpoints", "step-0000002", "state.json"))
     assert (recorded["processes"], recorded["hosts"]) == (2, 1)
     assert resume_command(Path(run.out)).endswith(" --resume --processes 2")

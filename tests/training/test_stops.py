@@ -158,14 +158,21 @@ def test_a_rank_that_waits_in_vain_is_killed_by_its_agent(run):
 
 
 @pytest.mark.soak
-def test_one_rank_that_is_asked_to_stop_stops_all_after_a_checkpoint(run):
+def test_one_rank_that_is_asked_to_stop_stops_all_after_a_checkpoint(run, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
     words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]
-    agent = subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    agent = subprocess.Popen(
+        [sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": f"{temporary}"}
+    )
     wait_for(lambda: Path("run/log.jsonl").exists(), 120)
     ranks = [pid for pid in processes_of(f"{Path.cwd()}/run.yaml") if pid != agent.pid]
     os.kill(max(ranks), signal.SIGTERM)
     assert agent.wait(60) == 128 + signal.SIGTERM
+    assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")], (
+        "its own cache stays"
+    )
     (saved,) = Path("run/checkpoints").iterdir()
     assert int(saved.name.removeprefix("step-")) == read_jsonl("run/log.jsonl")[-1]["step"]
 

@@ -139,11 +139,15 @@ def test_several_processes_say_what_they_did_as_one_does(config, tmp_path, capsy
 
 
 @pytest.mark.soak
-def test_several_processes_that_fail_have_said_why(config, tmp_path):
+def test_several_processes_that_fail_have_said_why(config, tmp_path, monkeypatch):
+    """And their agent's folder for that is gone; torch's own cache has a fixed name and stays."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     train(config, quiet=True)
     settings.save(config, tmp_path / "run.yaml")
     with pytest.raises(RuntimeError, match="exit code 1; its own message is above"):
         api.train(tmp_path / "run.yaml", processes=2, quiet=True)
+    assert [path for path in (tmp_path / "temporary").iterdir() if not path.name.startswith("torchinductor")] == []
 
 
 def test_micro_batches_do_not_change_a_step(config, tmp_path):

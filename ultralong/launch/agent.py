@@ -14,6 +14,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from ultralong.utils.processes import end_with_parent, without_collections
@@ -39,9 +40,12 @@ def main(words: list[str]) -> int:
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # --standalone takes a free port by itself, so that two runs on a machine do not meet.
-    options = parse_args(["--standalone", "--nproc-per-node", processes, *_rank_words(), str(os.getpid()), *command])
+    choices = ["--standalone", "--nproc-per-node", processes]
+    ranks = [*_rank_words(), str(os.getpid()), *command]
     try:
-        run(options)
+        # Ranks of a failed run note here what was said. Without --log-dir torchrun makes such a folder and leaves it.
+        with tempfile.TemporaryDirectory(prefix="ultralong-ranks-") as notes:
+            run(parse_args([*choices, "--log-dir", notes, *ranks]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
