@@ -13,6 +13,7 @@ from command_server import served
 from forked import forked_agents
 from test_env import EXTRAS, ROOT, tracked
 
+from ultralong.bench.tables import PAGES as PAGES_OF_RESULTS
 from ultralong.bench.tables import TABLES, filled
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -145,7 +146,8 @@ def test_extras_that_are_named_exist():
 def test_the_tables_are_what_was_recorded():
     """`ultralong bench tables` would change nothing."""
     results = ROOT / "notebooks" / "results"
-    text = (results / "README.md").read_text(encoding="utf-8")
+    pages = [(results / name).read_text(encoding="utf-8") for name in PAGES_OF_RESULTS]
+    text = "".join(pages)
     for name, (patterns, _) in TABLES.items():
         recorded = any(file for pattern in patterns for file in results.glob(pattern))
         assert not recorded or f"<!-- table {name} -->" in text, name

@@ -1,4 +1,4 @@
-"""Tables of `notebooks/results/README.md`, made from recorded measurements: `ultralong bench tables`.
+"""Tables of the pages in `notebooks/results`, made from recorded measurements: `ultralong bench tables`.
 
 A table stands between two comment lines, `<!-- table NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultralong.bench import model_tables
 from ultralong.bench.checkpoints.tables import configs_table, faults_table, lines_table, readers_table
 from ultralong.bench.results import KERNELS, Row, all_rows, facts_of, markdown, rows_of
 from ultralong.bench.training.longest_rows import longest_table
@@ -25,6 +26,7 @@ from ultralong.bench.training.tables import (
 from ultralong.utils.files import read_json, write_text
 
 ROOT = Path(__file__).parents[2]  # of a clone
+PAGES = ("README.md", "real_models.md")  # of notebooks/results
 # How the names of training's peers begin, and the package that is measured.
 PEER_PACKAGES = {"torch-cp": "accelerate", "trl": "trl", "deepspeed": "deepspeed", "torchtitan": "torchtitan"}
 SCHEMES = ("single", "ulysses", "gathered", "ring")
@@ -224,6 +226,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[dict[str, Any]]], li
     "curves": (("reported_smollm2.json",), curves_table),
     "curves_1_5b": (("reported_qwen25_coder_1_5b.json",), curves_table),
     "faults": (("faults.json",), faults_table),
+    **model_tables.TABLES,
 }
 
 
@@ -249,8 +252,8 @@ def _peer(row: Mapping[str, Any]) -> str:
     return name and f"{name}, {package} {row['versions'].get(package, 'of a version not recorded')}"
 
 
-# Plans are made from other files' measurements, and errors depend on no machine.
-OTHERS = ("plans", "longest", "families", "refused", "curves", "curves_1_5b")
+# Plans are made from other files' measurements, errors depend on no machine, and the page of real models names its own.
+OTHERS = ("plans", "longest", "families", "refused", "curves", "curves_1_5b", *model_tables.TABLES)
 MEASURED = tuple(dict.fromkeys(file for name, (files, _) in TABLES.items() if name not in OTHERS for file in files))
 TABLES["measured"] = (MEASURED, measured_table)
 
@@ -278,8 +281,8 @@ def filled(text: str, results: Path) -> str:
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-def rewrite(files: Sequence[Path]) -> None:
-    """Fill the tables of Markdown files from the recorded measurements of this clone.
+def rewrite(files: Sequence[Path] = ()) -> Sequence[Path]:
+    """Fill the tables of Markdown files, by default of the pages of results, from this clone's records; returns them.
 
     Raises:
         ValueError: This is no clone of the repository, or a table has an unknown name.
@@ -287,5 +290,7 @@ def rewrite(files: Sequence[Path]) -> None:
     results = ROOT / "notebooks" / "results"
     if not results.is_dir():
         raise ValueError(f"There are no recorded measurements at {results}: run this in a clone of the repository.")
+    files = files or [results / page for page in PAGES]
     for file in files:
         write_text(file, filled(file.read_text(encoding="utf-8"), results))
+    return files

@@ -230,18 +230,17 @@ def longest(
     print("\n".join(longest_table([{"rows": rows}])))
 
 
-def tables(files: Positional[tuple[Path, ...]] = (Path("notebooks/results/README.md"),), /) -> None:
+def tables(files: Positional[tuple[Path, ...]] = (), /) -> None:
     """Write the tables in Markdown files again from the recorded measurements, in a clone.
 
     Example: ultralong bench tables notebooks/results/README.md
 
     Args:
-        files: Markdown files with table marks.
+        files: Markdown files with table marks; by default the pages of notebooks/results.
     """
     from ultralong.bench.tables import rewrite
 
-    rewrite(files)
-    print(f"{', '.join(map(str, files))}: written")
+    print(f"{', '.join(map(str, rewrite(files)))}: written")
 
 
 @takes(

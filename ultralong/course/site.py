@@ -24,7 +24,11 @@ from ultralong.data.recipe.schema import RECIPES
 from ultralong.utils.extras import require
 from ultralong.utils.files import atomic_path, write_text
 
-RESULTS = (("results", "What was measured", "README.md"), ("design", "Why it is built so", "design_measurements.md"))
+RESULTS = (
+    ("results", "What was measured", "README.md"),
+    ("models", "Real models", "real_models.md"),
+    ("design", "Why it is built so", "design_measurements.md"),
+)
 RECIPES_PAGE = ("recipes", "Data recipes")
 OTHER_PAGES = {
     "data_recipes/README.md": f"{RECIPES_PAGE[0]}.html",
