@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -58,7 +59,7 @@ def texts(tmp_path_factory):
         (
             {},
             {"evaluation": {"tasks": ["perplexity"], "kv_dtype": "fp8"}},
-            "without evaluation.gpus and evaluation.kv_dtype",
+            "without base.evaluation.gpus and base.evaluation.kv_dtype",
         ),
     ],
 )
@@ -69,9 +70,36 @@ def test_a_wrong_study_is_refused_by_name(tmp_path, texts, arm, base, message):
 
 def test_an_error_of_an_evaluation_names_the_keys_of_its_study():
     words = "fifty-fifty of the model--mine: --skip-missing, give another --out, or --batch-tokens."
-    expected = re.escape("the model--mine: evaluation.skip_missing, give another --out, or --batch-tokens.")
+    expected = re.escape("the model--mine: base.evaluation.skip_missing, give another --out, or --batch-tokens.")
     with pytest.raises(ValueError, match=expected), evaluation_keys():
         raise ValueError(words)
+
+
+def test_a_study_whose_published_questions_are_not_there_is_told_its_own_key(tmp_path, texts):
+    asked = {"tasks": ["ruler_qa_squad"], "lengths": [500], "samples": 1}
+    arm = {**ARM, "refuted_if": {"outcome": "all tests", "above": 0}}
+    study = load_study(study_file(tmp_path, texts, arms=(arm,), evaluation=asked))
+    with pytest.raises(ValueError, match=r"give base\.evaluation\.data, with SQuAD's") as caught:
+        ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert "base.evaluation.skip_missing leaves them out" in str(caught.value)
+    assert not re.search(r"--\w|eval (run|make)", str(caught.value)), "an option of another command"
+
+
+def test_a_note_of_an_evaluation_names_the_keys_of_its_study(tmp_path, texts):
+    """As it comes, not at the end; and the note that a study leaves out stays out."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Is it {x}?", "answer": "yes"}) + "\n" for x in range(3)))
+    asked = {"tasks": [str(file)], "lengths": [600], "samples": 1}
+    arm = {**ARM, "refuted_if": {"outcome": "all tests", "above": 0}}
+    study = load_study(study_file(tmp_path, texts, arms=(arm,), evaluation=asked))
+    before = warnings.showwarning
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ablate(study, tmp_path / "study", draw=False, quiet=True)
+    assert warnings.showwarning is before
+    notes = {str(each.message) for each in told if each.category is UserWarning}
+    assert any(note.endswith("(3 at 600): base.evaluation.samples=3 asks all.") for note in notes), notes
+    assert not [note for note in notes if "--" in note or "beyond the model's window" in note]
 
 
 def test_two_arms_that_do_the_same_are_refused(tmp_path, texts):

@@ -196,5 +196,5 @@ def test_what_cannot_be_is_named(packed, capsys):
         main(["eval", "longppl", str(packed / "model"), "--rows", str(packed / "rows"), "--device", "cpu"])
     assert "has 5,120 tokens (short context and stride)" in capsys.readouterr().err
     study = load_study("miniature", ["base.evaluation.tasks=[longppl]"])
-    with pytest.raises(ValueError, match=r"name evaluation\.evaluator"):
+    with pytest.raises(ValueError, match=r"name base.evaluation\.evaluator"):
         check(study)

@@ -344,7 +344,9 @@ def test_what_cannot_be_made_says_why(make, tokenizer, tmp_path):
         make("needle", samples=0)
     with pytest.raises(ValueError, match="no chat template"):
         make("needle", chat=True)
-    with pytest.raises(ValueError, match=r"with --data \(eval run\) or their file with --questions \(eval make\)"):
+    with pytest.raises(
+        ValueError, match=r"give --data FOLDER \(eval run\) or --questions FILE \(eval make\), with SQuAD"
+    ):
         next(make_samples("ruler_qa_squad", tokenizer, 4096, 1))
     broken = tmp_path / "broken.json"
     broken.write_text('{"data": 3}')

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ultralong.ablation.design import Design, Sft, Stage
 from ultralong.ablation.study import flat
 from ultralong.evaluation.runs.settings import RunSettings
 from ultralong.evaluation.tasks.groups import expand
+from ultralong.evaluation.tasks.task import DATA_OPTIONS
 from ultralong.training.config import DataSource, TrainConfig, preset
 from ultralong.utils import settings
 
 # Keys that the study itself gives.
 OWN_OF_TRAINING = ("model", "out", "data", "seed", "length", "base_model")
+EVALUATION = "base.evaluation"  # the same in all arms: what makes the samples the same
 OWN_OF_EVALUATION = ("model", "haystack", "rows")
 SFT_DEFAULTS = {"optimizer": {"lr": 5e-6}}  # the paper's rate for SFT; a training config's own is that of pretraining
 
@@ -93,26 +96,44 @@ def run_settings(design: Design, model: str, haystack: str | None, rows: str | N
     Raises:
         ValueError: A key of `evaluation` is unknown, of the wrong type, or the study's own.
     """
-    _refuse("evaluation", design.evaluation, OWN_OF_EVALUATION)
+    _refuse(EVALUATION, design.evaluation, OWN_OF_EVALUATION)
     own = {"model": model, "haystack": haystack, "rows": rows, "beyond_window": True}
     with evaluation_keys():
-        wanted = settings.from_mapping(RunSettings, {**design.evaluation, **own}, "evaluation")
+        wanted = settings.from_mapping(RunSettings, {**design.evaluation, **own}, EVALUATION)
     return replace(wanted, tasks=tuple(expand(wanted.tasks)))
 
 
 @contextmanager
 def evaluation_keys() -> Iterator[None]:
-    """Let an error of the evaluation name a study's keys where it names options of `ultralong eval run`."""
+    """Let errors and warnings of the evaluation name a study's keys where they name options of other commands."""
     keys = {field.name: field.name for field in fields(RunSettings)} | {"kv": "kv_dtype"}
 
     def key(option: re.Match[str]) -> str:
         name = keys.get(option[1].replace("-", "_"))
-        return option[0] if name is None else f"evaluation.{name}"
+        return option[0] if name is None else f"{EVALUATION}.{name}{'=' if option[2] else ''}"
 
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(re.sub(r"(?<![\w-])--([a-z][a-z-]*)", key, str(error))) from error
+    def said(text: str) -> str:
+        return re.sub(r"(?<![\w-])--([a-z][a-z-]*)( (?=\d))?", key, text.replace(DATA_OPTIONS, f"{EVALUATION}.data"))
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning  # at once, not at the end: an evaluation takes hours
+
+        def show_said(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            text = said(str(message))
+            show(message if text == str(message) else category(text), category, filename, lineno, file, line)
+
+        warnings.showwarning = show_said
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(said(str(error))) from error
 
 
 def _refuse(where: str, given: Mapping[str, Any], own: tuple[str, ...]) -> None:

@@ -60,7 +60,7 @@ def read_outcomes(folder: Path, window: int) -> list[Outcome]:
     nats = [*_perplexity(folder / "perplexity.json", window), *_longppl(folder / "longppl.json")]
     found = [*joined, *nats, *tests.values(), *needles.values()]
     if not found:
-        raise ValueError(f"{folder} holds no answers, needles or perplexity: name such tests in evaluation.tasks.")
+        raise ValueError(f"{folder} holds no answers, needles or perplexity: name such tests in base.evaluation.tasks.")
     return found
 
 

@@ -214,8 +214,8 @@ def _check_outcomes(study: Study) -> None:
     tests = wanted.tasks
     if "longppl" in tests and wanted.evaluator is None:
         raise ValueError(
-            "evaluation.tasks has longppl: name evaluation.evaluator, the one model that chooses the key tokens of all "
-            "arms (one that reads this far)."
+            "base.evaluation.tasks has longppl: name base.evaluation.evaluator, the one model that chooses the key "
+            "tokens of all arms (one that reads this far)."
         )
     answered = [name for name in tests if name not in SPECIAL]
     joined = [

