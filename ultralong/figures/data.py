@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -95,7 +95,7 @@ def token_table(lines: Mapping[str, Sequence[str]], owners: Mapping[str, Sequenc
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     figure.update_xaxes(showgrid=False, tickvals=list(range(0, len(shade[0]), 5)))
-    return _room_for_names(figure, lines)
+    return figure
 
 
 def attention_mask(boundaries: Sequence[int], masked: bool, title: str = "") -> Figure:
@@ -199,9 +199,4 @@ def shares(bars: Mapping[str, Mapping[str, float]], title: str = "", x: str = "t
     figure.update_layout(barmode="stack")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(tickformat=",")
-    return _room_for_names(figure, bars)
-
-
-def _room_for_names(figure: Figure, names: Iterable[str]) -> Figure:
-    """A left margin as wide as the longest name; the still picture does not make room by itself."""
-    return figure.update_layout(margin={"l": 24 + 7 * max(map(len, names))})
+    return figure

@@ -1,4 +1,7 @@
-"""Put figures that each have one pair of axes next to each other in one figure."""
+"""Panels: figures that each have one pair of axes next to each other in one, and room for the names at their left.
+
+Plotly makes that room by itself (`automargin`), for a still picture it is made here.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,18 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ultralong.figures.theme import style
+from ultralong.figures.theme import shortened, style
 from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as StaticFigure
     from plotly.graph_objects import Figure
+
+EDGE = 4  # pixels left free beside the longest name
+MOST_LEFT = 0.5  # of the width: names that need more are shortened, as the panels would have no room
+TRIES = 5  # the letters that are left out may be narrower than the others
+Box = tuple[float, float, float, float]
 
 AXIS_SETTINGS = (
     "type",
@@ -113,3 +123,51 @@ def _moved(item: Any, number: str) -> Any:
         reference = moved[f"{letter}ref"] or letter
         moved[f"{letter}ref"] = f"{letter}{number}" if reference == letter else f"{letter}{number} domain"
     return moved
+
+
+def make_room(canvas: StaticFigure, panels: Sequence[Axes], box: Box) -> Box:
+    """Move the panels to the right until the longest name at the left is whole, or shortened to what there may be.
+
+    Args:
+        canvas: The picture; its panels have their axes, and nothing yet that stands beside them at the left.
+        panels: The panels.
+        box: The area of plotly's "paper" in figure fractions: left, bottom, width, height.
+
+    Returns:
+        The area that is left.
+    """
+    missing = _missing(canvas, panels)
+    move = min(missing, max(0.0, MOST_LEFT - box[0]) * canvas.bbox.width) / canvas.bbox.width
+    if move > 0:
+        right, scale = box[0] + box[2], 1 - move / box[2]
+        for panel in panels:
+            x0, y0, width, height = panel.get_position().bounds
+            panel.set_position((right - (right - x0) * scale, y0, width * scale, height))
+        box = box[0] + move, box[1], box[2] * scale, box[3]
+    for panel in panels:
+        for _ in range(TRIES):
+            if (cut := _missing(canvas, [panel])) > 1:  # one pixel is what measuring may be off by
+                _shorten(canvas, panel, cut)
+    return box
+
+
+def _missing(canvas: StaticFigure, panels: Sequence[Axes]) -> float:
+    """Pixels that the longest name lacks at the left; negative where there is more room."""
+    renderer = canvas.canvas.get_renderer()  # type: ignore[attr-defined]  # Agg's canvas has one
+    found = [panel.yaxis.get_tightbbox(renderer) for panel in panels]
+    return EDGE - min((box.x0 for box in found if box is not None), default=float(EDGE))
+
+
+def _shorten(canvas: StaticFigure, panel: Axes, cut: float) -> None:
+    """Take so many pixels off the longest names of a panel that begins at the left edge; numbers stay."""
+    if not isinstance(panel.yaxis.get_major_locator(), require("matplotlib.ticker", extra="notebooks").FixedLocator):
+        return
+    renderer = canvas.canvas.get_renderer()  # type: ignore[attr-defined]
+    labels = panel.get_yticklabels()
+    widths = [label.get_window_extent(renderer).width for label in labels]
+    room = max(widths, default=0.0) - cut
+    names = [
+        shortened(label.get_text(), int(len(label.get_text()) * room / width)) if width > room else label.get_text()
+        for label, width in zip(labels, widths, strict=True)
+    ]
+    panel.set_yticks(panel.get_yticks(), names)

@@ -40,9 +40,7 @@ def token_ownership(layouts: Mapping[str, Sequence[int]], title: str = "", *, ra
             ygap=6 if few else 2,
         )
     )
-    figure.update_yaxes(autorange="reversed")
-    figure.update_layout(margin={"l": 30 + 8 * max(map(len, names))})
-    return figure
+    return figure.update_yaxes(autorange="reversed")
 
 
 def _named_runs(row: Sequence[int]) -> list[str]:

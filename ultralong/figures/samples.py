@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ultralong.figures.theme import GREY, PALETTE, graph_objects, new_figure, plain_text
+from ultralong.figures.theme import GREY, PALETTE, graph_objects, new_figure, plain_text, shortened
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 # The text, what the answer rests on, and where one has to begin to answer.
 SHADES = ((0.0, "#DDE3E9"), (0.5, "#D55E00"), (1.0, "#0072B2"))
+MOST_OF_NAME = 48  # characters at the left of a figure: half the width of one in a notebook
 COLUMNS, MOST_CELLS = 32, 512  # of a page; a cell stands for as many tokens as it takes
 
 
@@ -71,7 +72,7 @@ def forest(
         span: Ends of the horizontal axis, which gets a little room beyond them; None fits the intervals.
     """
     figure = new_figure(title, x, "", height=110 + 26 * len(rows))
-    names = [plain_text(name) for name in rows]
+    names = [plain_text(shortened(name, MOST_OF_NAME)) for name in rows]
     ends = [end for _, low, high in rows.values() for end in (low, high, None)]
     places = [place for index in range(len(names)) for place in (index, index, None)]
     scatter = graph_objects().Scatter
@@ -87,7 +88,7 @@ def forest(
             mode="markers",
             marker={"color": PALETTE[0], "size": 9},
             name="estimate",
-            text=[f"{low:.3g} to {high:.3g}" for _, low, high in rows.values()],
+            text=[f"{plain_text(name)}: {low:.3g} to {high:.3g}" for name, (_, low, high) in rows.items()],
             hovertemplate="%{x:.3g} (%{text})<extra></extra>",
         )
     )
@@ -100,5 +101,4 @@ def forest(
             type="line", x0=zero, x1=zero, y0=0, y1=1, xref="x", yref="y domain",
             line={"color": GREY, "width": 2, "dash": "dash"},
         )  # fmt: skip
-    figure.update_layout(margin={"l": 40 + 7 * max(map(len, names))}, showlegend=False)
-    return figure
+    return figure.update_layout(showlegend=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ultralong.figures.marks import Panel, draw_trace, number_format, rgba
+from ultralong.figures.panels import MOST_LEFT, make_room
 from ultralong.utils.extras import require
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def draw(figure: Figure, *, width: int | None = None, height: int | None = None)
     for (x, y), panel in axes.items():
         _style_axis(panel, "x", layout[_long_name(x)])
         _style_axis(panel, "y", layout[_long_name(y)])
+    box = make_room(canvas, list(axes.values()), box)
     for shape in layout.shapes:
         _draw_shape(axes, shape)
     for annotation in layout.annotations:
@@ -97,7 +99,8 @@ def legend_rows(figure: Figure, width: float) -> int:
 def _plot_box(figure: Figure, size: tuple[float, float]) -> tuple[float, float, float, float]:
     """The area of plotly's "paper" in figure fractions: left, bottom, width, height."""
     margin, (width, height) = figure.layout.margin, size
-    left, right = margin.l if margin.l is not None else 80, margin.r if margin.r is not None else 40
+    left = min(margin.l if margin.l is not None else 80, MOST_LEFT * width)
+    right = margin.r if margin.r is not None else 40
     top, bottom = margin.t if margin.t is not None else 60, margin.b if margin.b is not None else 60
     if any(trace.type == "heatmap" and trace.showscale is not False for trace in figure.data):
         right += COLOUR_BAR_PIXELS
@@ -139,7 +142,8 @@ def _style_axis(panel: Axes, direction: Literal["x", "y"], axis: Any) -> None:
     elif axis.autorange == "reversed" and not handle.get_inverted():
         handle.set_inverted(True)
     if axis.tickvals is not None:
-        handle.set_ticks(list(axis.tickvals), None if axis.ticktext is None else [str(t) for t in axis.ticktext])
+        names = None if axis.ticktext is None else [_plain(str(text)) for text in axis.ticktext]
+        handle.set_ticks(list(axis.tickvals), names)
         handle.set_minor_locator(require("matplotlib.ticker", extra="notebooks").NullLocator())
     if axis.tickformat and axis.ticktext is None:
         handle.set_major_formatter(number_format(axis.tickformat))

@@ -102,6 +102,14 @@ def plain_text(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def shortened(text: str, most: int) -> str:
+    """A name of at most so many characters, without its middle: names often end in what tells them apart."""
+    if len(text) <= most:
+        return text
+    end = max(0, most - 1) // 3
+    return f"{text[: max(0, most - 1 - end)]}\u2026{text[len(text) - end :]}"
+
+
 def tokens_label(tokens: float) -> str:
     """A short name for a number of tokens, in binary thousands as lengths are given: 512, 8K, 1.5K, 1M.
 
