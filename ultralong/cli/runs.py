@@ -184,8 +184,8 @@ def search(
 
 
 def _tell(result: dict[str, Any], out: Path) -> None:
-    from ultralong.evaluation.report.run_page import draw_run
     from ultralong.evaluation.report.table import table_lines
+    from ultralong.evaluation.runs.results import draw_results
 
-    print("\n".join(table_lines(result)), flush=True)
-    print(f"{draw_run(result, out)}")
+    print("\n".join(table_lines(result)), flush=True)  # before the page, which takes seconds
+    print(f"{draw_results(out)}")

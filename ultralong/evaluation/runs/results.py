@@ -27,10 +27,11 @@ from ultralong.evaluation.report.run_page import draw_run
 from ultralong.evaluation.runs.answer_files import answer_files, task_results
 from ultralong.evaluation.runs.compare import compare_answers
 from ultralong.evaluation.tasks.groups import FAMILIES
-from ultralong.utils.files import read_json, read_json_object, read_jsonl, write_json
+from ultralong.utils.files import file_lock, read_json, read_json_object, read_jsonl, write_json
 from ultralong.utils.text_formats import read_yaml
 
 SETTINGS_FILE = "run.yaml"
+PATIENCE = 600.0  # seconds to wait for another process that makes the report, which takes some
 MOST_FAILURES = 3  # of one test
 LONGEST_QUOTE = 160
 WRONG = 0.5  # below this score an answer is quoted as a failure
@@ -50,7 +51,9 @@ def write_results(
         folder: Folder of the run.
         before: Folder of a run of the earlier model, to compare with.
         interactive: True puts plotly's script into the page, so that figures can be explored offline.
-        draw: False writes the numbers alone; `draw_run` makes the page of them.
+        draw: False writes the numbers alone; `draw_results` makes the page of them.
+
+    A run may be under way in the folder: its answers so far are counted, and its own report comes later and has all.
 
     Returns:
         What `report.json` holds: `summarise`'s dictionary, and with `before` the same of that folder and `compared`.
@@ -59,18 +62,45 @@ def write_results(
         ValueError: A folder that holds no run.
     """
     folder = Path(folder)
-    result = summarise(folder)
-    if before is not None:
-        result["before"] = summarise(before)
-        try:
-            result["compared"] = compare_answers(before, folder)
-        except ValueError as error:
-            result["compared"], result["not_compared"] = [], str(error)
-    write_json(folder / "results.json", result["results"])
-    write_json(folder / "report.json", result)
-    if draw:
-        draw_run(result, folder, interactive=interactive)
+    with _reporting(folder):
+        result = summarise(folder)
+        if before is not None:
+            result["before"] = summarise(before)
+            try:
+                result["compared"] = compare_answers(before, folder)
+            except ValueError as error:
+                result["compared"], result["not_compared"] = [], str(error)
+        write_json(folder / "results.json", result["results"])
+        write_json(folder / "report.json", result)
+        if draw:
+            draw_run(result, folder, interactive=interactive)
     return result
+
+
+def draw_results(folder: str | os.PathLike[str], *, interactive: bool = True) -> Path:
+    """Write the page of the numbers that `write_results` left last in a folder, by this process or another.
+
+    Raises:
+        ValueError: A folder that holds no run.
+    """
+    folder = Path(folder)
+    with _reporting(folder):
+        return draw_run(read_json_object(folder / "report.json"), folder, interactive=interactive)
+
+
+@contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    """Hold what is made from a run's answers, from reading them to the last file: who comes later has read later.
+
+    Not the folder's own lock, which a run holds for hours: its report so far can be asked for meanwhile.
+
+    Raises:
+        ValueError: The folder holds no run, or its report has been held for too long.
+    """
+    _check_run(folder)
+    busy = f"Another process has been writing the report of {folder} for {PATIENCE:g} s: end it, or try again."
+    with file_lock(folder / ".report.lock", busy, remove=True, wait=PATIENCE):
+        yield
 
 
 def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,8 +117,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: The folder holds no run.
     """
     folder = Path(folder)
-    if not (folder / SETTINGS_FILE).exists():
-        raise ValueError(f"{folder} holds no run: give the --out of `ultralong eval run`.")
+    _check_run(folder)
     records = dict(_answers(folder))
     environment = read_json_object(folder / "environment.json") if (folder / "environment.json").exists() else {}
     scores = task_results(records)
@@ -117,6 +146,12 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ],
         "sources": _sources(records),
     }
+
+
+def _check_run(folder: Path) -> None:
+    """Refuse a folder that holds no run."""
+    if not (folder / SETTINGS_FILE).exists():
+        raise ValueError(f"{folder} holds no run: give the --out of `ultralong eval run`.")
 
 
 def _settings(path: Path) -> dict[str, Any]:
