@@ -173,6 +173,14 @@ def test_what_cannot_be_averaged_is_refused_by_name(models, tmp_path, make_tiny_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_note_in_a_config_is_no_other_model(models, tmp_path):
+    """As the name of the model that a GGUF file was made from."""
+    shutil.copytree(models / "c", tmp_path / "other")
+    changed_config(tmp_path / "other", _model_name_or_path="Mine 135M", _name_or_path="mine")
+    merge([models / "c", tmp_path / "other"], tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("count", "weights", "message"),
     [

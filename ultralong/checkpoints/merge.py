@@ -26,9 +26,10 @@ from ultralong.utils.progress import progress
 
 REPORT = "merge.json"
 PIECE = 1 << 22  # numbers that are averaged at a time, so that float32 takes little memory
-# Entries of a config that change no output of the forward pass. The window and RoPE are compared apart.
+# Entries of a config that change no output of the forward pass; those that start with _ are notes of who wrote it, such
+# as a model's name. The window and RoPE are compared apart.
 NO_MATTER = {
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
+    "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "max_position_embeddings", "original_max_position_embeddings", "pad_token_id", "pretraining_tp", "rope_parameters",
     "rope_scaling", "rope_theta", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
@@ -168,7 +169,7 @@ def _compare(first: Source, other: Source) -> list[str]:
         )
     ours, others = config.to_dict(), theirs.to_dict()
     for key in sorted((ours.keys() | others.keys()) - NO_MATTER):
-        if ours.get(key) != others.get(key):
+        if not key.startswith("_") and ours.get(key) != others.get(key):
             raise ValueError(
                 f"{other.title} has {key} = {others.get(key)!r} in its config, {first.title} {ours.get(key)!r}: they "
                 "compute differently, and an average of their weights means nothing."
