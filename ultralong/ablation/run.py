@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ from ultralong.ablation.outcomes import Outcome
 from ultralong.ablation.page import PAGE, draw_study
 from ultralong.ablation.resolve import check
 from ultralong.ablation.results import summarise
-from ultralong.ablation.study import BASE_ARM, Study
+from ultralong.ablation.study import BASE_ARM, Study, flat
+from ultralong.ablation.texts import TEXTS, keep_texts
 from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import make_folder, write_json
 from ultralong.utils.progress import hidden_bars
+from ultralong.utils.text_formats import read_yaml
 
 
 def ablate(
@@ -63,10 +66,16 @@ def ablate(
     builder = Builder(make_folder(Path(out).expanduser()), base, device, quiet)
     for folder in ("shared", "runs"):
         make_folder(builder.out / folder)
+    with builder.writing(TEXTS) as file:
+        keep_texts(study, file)
     with builder.writing("study.yaml") as file:
+        for line in changed_since(file, study):
+            _say(f"note: {line}", quiet)
         settings.save(study, file, "Repeat or resume with: ultralong ablate study.yaml --out")
     state = State(study, builder)
     result = state.write() if state.refresh() else {}
+    if state.runs:
+        _say(f"{len(state.runs)} of {len(state.records)} runs (arm and seed) are measured already", quiet)
     for patience in (0.0, PATIENCE):  # what no other call is at; then what another is at, or has left undone
         for arm, seed, design in _order(wanted, study.seeds):
             if state.has(arm, seed):
@@ -79,13 +88,32 @@ def ablate(
                     continue
                 state.refresh()
                 if not state.has(arm, seed):
-                    _say(f"arm {arm}, seed {seed}", quiet)
+                    _say(f"arm {arm}, seed {seed}: run {len(state.runs) + 1} of {len(state.records)}", quiet)
                     state.measure(arm, seed, design)
             result = state.write()
     if draw:
         with builder.writing(PAGE):
             draw_study(result, builder.out)
     return result
+
+
+def changed_since(file: Path, study: Study) -> list[str]:
+    """What a study changes of the one that its folder was last used with, and what that means: a sentence each."""
+    if not file.exists():
+        return []
+    old = read_yaml(file.read_text(encoding="utf-8"), settings=True)
+    before, now = flat(old.get("base", {})), flat(settings.to_mapping(study.base))
+    said = [
+        f"base.{name} was {json.dumps(before[name])} when this folder was last used, and is {json.dumps(value)} now."
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+    if said:
+        said.append(
+            "What that decides is made anew in all arms, and what it does not is kept. The results of before are no "
+            "longer in results.json: the file of before brings them back without training."
+        )
+    return said
 
 
 def _order(designs: Mapping[str, Design], seeds: Sequence[int]) -> Iterator[tuple[str, int, Design]]:

@@ -38,8 +38,22 @@ def load_config(config: TrainConfig | StrPath, changes: Changes = ()) -> TrainCo
 
     wanted = as_overrides(changes)
     if not isinstance(config, TrainConfig):
-        return settings.load(TrainConfig, preset(config), wanted)
+        file = preset(config)
+        try:
+            return settings.load(TrainConfig, file, wanted)
+        except settings.UnknownKey as error:
+            raise ValueError(f"{error}{_other_kind(file)}") from error
     return settings.from_mapping(TrainConfig, settings.override(settings.to_mapping(config), wanted, TrainConfig))
+
+
+def _other_kind(file: Path) -> str:
+    """What a file is that is no training config, and which command takes it."""
+    from ultralong.utils.text_formats import read_yaml
+
+    found = read_yaml(file.read_text(encoding="utf-8"), settings=True)
+    if "arms" in found:
+        return f" It is a study: ultralong ablate {file} --dry-run plans the runs of all its arms."
+    return f" It is a data recipe: ultralong pack {file} makes rows of it." if "sources" in found else ""
 
 
 def plan(
@@ -220,7 +234,7 @@ def ablate(
 
     Args:
         study: Name of a study that ships, or a YAML file.
-        out: Folder of the study; needed unless it is only priced.
+        out: Folder of the study; needed unless it is only priced. With `dry_run` what is done there costs nothing.
         changes: Changes of the study, with dots for groups, such as base.training.steps=10.
         arms: Arms to run now, beside the base; by default all.
         dry_run: Only say what the training will take, by ultralong plan.
@@ -241,7 +255,7 @@ def ablate(
 
     wanted = ablation.load_study(study, as_overrides(changes))
     if dry_run:
-        return ablation.price(wanted, machine=machine, gpus=gpus, cost=price)
+        return ablation.price(wanted, machine=machine, gpus=gpus, cost=price, out=out)
     if out is None:
         raise ValueError("out is needed, the folder that the study is kept in (or dry_run, to price it).")
     return ablation.ablate(wanted, out, only=arms, device=device, quiet=quiet)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ultralong.data.read.archives import matches
@@ -109,3 +110,12 @@ def _entries(folder: Path, root: Path, report: ReadReport) -> list[os.DirEntry[s
             raise ValueError(f"{root} cannot be listed ({error.strerror}). Correct the path or its rights.") from error
         report.skip("folder that cannot be listed", f"{folder.relative_to(root)} ({error.strerror})")
         return []
+
+
+def files_digest(files: Iterable[tuple[str, Path]]) -> str:
+    """A hash of files as `list_files` gives them, by their names, sizes and times: their content is not read."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        stat = path.stat()
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -16,7 +15,7 @@ from ultralong.data.read.conversations import LISTS, Conversation, to_messages
 from ultralong.data.read.datasets import dataset_rows
 from ultralong.data.read.documents import Document, ReadReport
 from ultralong.data.read.fetch import describe, unpack
-from ultralong.data.read.listing import readable
+from ultralong.data.read.listing import files_digest, readable
 from ultralong.data.read.messages import Message, check_messages, from_first_question
 from ultralong.data.read.readers import RecordReader, list_files
 from ultralong.data.recipe.rate import MEASURED_TEXTS, conversation_tokens, measured
@@ -91,12 +90,9 @@ class SourceReader:
 
     def provenance(self) -> dict[str, Any]:
         """What decides which documents come besides the recipe: hashes of packages, sizes and times of local files."""
-        digest = hashlib.sha256()
-        for name, path in self.files if self.source.path is not None else ():
-            stat = path.stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        files = files_digest(self.files if self.source.path is not None else ())
         tests = {} if self.filter is None else {"tests": self.filter.grams.sha256}
-        return {"packages": [entry["sha256"] for entry in self.fetched], "files": digest.hexdigest(), **tests}
+        return {"packages": [entry["sha256"] for entry in self.fetched], "files": files, **tests}
 
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Document]:
         """Read, clean, cut and sample, in a fixed order.
