@@ -253,17 +253,18 @@ class Builder:
         """What an arm and seed took: tokens and seconds of all its training steps, and of them those of SFT.
 
         `loss` is that of pretraining, so that arms with and without SFT compare; None where it has no steps. Tokens and
-        seconds are None where they are not known, as the folder of one of the runs was deleted.
+        seconds are None where the folder of one of the runs was deleted; `configs` are the files of their settings.
         """
-        stages = [self._cost(name) for name in self._stages(design, seed)]
-        sft = [self._cost(name) for name in self._sft(design, seed)]
-        final, every = final_key(design, seed, self.base), [*stages, *sft]
-        where = {"merged": f"runs/{final}", "extended": f"shared/{final}"}
+        names = self._stages(design, seed), self._sft(design, seed)
+        stages, sft = ([self._cost(name) for name in of] for of in names)
+        final = final_key(design, seed, self.base)
+        where, every = {"merged": f"runs/{final}", "extended": f"shared/{final}"}, [*stages, *sft]
         return {
             "tokens": _total(every, "tokens"),
             "loss": stages[-1]["loss"] if stages else None,
             "step_seconds": _total(every, "step_seconds"),
             "model": where.get(final.split("-")[0], f"runs/{final}/model"),
+            "configs": [f"runs/{name}/config.yaml" for of in names for name in of],
             **({"sft": sft[0]} if sft else {}),
         }
 

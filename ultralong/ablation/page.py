@@ -17,6 +17,12 @@ PAGE = "report.html"
 STEPS = {"before": "before", "rescaled": "rescaled only", "trained": "trained"}
 EFFECTS = {"by_rescaling": "by rescaling", "by_training": "by training", "to_base": "against the base arm"}
 UNKNOWN = "not known"
+TAKE_OVER = (
+    "The settings of each training, RoPE's rescaled checkpoint (model) and rows (data) among them, are a config that "
+    "ultralong plan, train and launch take as it is: ultralong launch FOLDER/runs/.../config.yaml --nodes 2 "
+    "--gpus-per-node 8 --out job --set out=runs/long steps=1000 global_batch_size=16 data='[{rows: ROWS}]'. Paths in it "
+    "are meant from the folder that the study was run in. The scaling of the base, and an arm's changes of it, are in study.yaml."
+)
 HEAD = ("arm", *STEPS.values(), *EFFECTS.values())
 
 
@@ -46,6 +52,9 @@ def render_study(result: Mapping[str, Any], *, interactive: bool) -> str:
         tables = [_table(outcome, folded=True) for outcome in rest]
         sections.append(Section("Each test at each length", tables=tables))
     sections.append(Section("What the training took", tables=[_runs(result["runs"])]))
+    if any(run.get("configs") for run in result["runs"]):
+        tables = [_configs(result["runs"])]
+        sections.append(Section("To take an arm over to a larger run", tables=tables, texts=[TAKE_OVER]))
     values = {
         "title": f"Ablation study: {result['name']}",
         "question": result["question"],
@@ -69,6 +78,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         "is widened for their small number (ultralong.evaluation.measures.intervals.crossed_difference). "
         "Where all pairs of a score are alike a bootstrap would claim certainty: the interval is as wide as the number "
         "of samples lets it be (alike_difference).",
+        "n is the number of samples, such as needles or rows, the same ones for every seed. Few make "
+        "an interval too narrow where seeds agree: of 3 rows it held the true mean in 74% to 81% of 400 simulated "
+        "studies, of 6 in 88% to 92%, of 20 in 92% to 96%.",
         "Differences of scores are in per cent points; those of perplexity are in per cent of the perplexity, and less "
         "is better. Perplexity is the exponential of the mean loss of rows.",
         "Rescaled only: the model before with its RoPE rescaled to the last window in one step, and no training. Its "
@@ -127,7 +139,7 @@ def _section(outcome: Mapping[str, Any], draw: Drawer) -> Section:
             span = (min(ends) - margin, max(ends) + margin)
             make = partial(forest, rows, x=f"{unit}, 95% interval", zero=0.0, span=span)
             figures.append(draw(f"{outcome['name']}: {title}, paired differences.", make, names=(title,)))
-    title = f"{outcome['name']} ({outcome['unit']})" if score else outcome["name"]
+    title = f"{outcome['name']} ({'per cent, ' if score else ''}n = {outcome['n']})"
     return Section(title, figures=figures, tables=[_table(outcome)])
 
 
@@ -158,6 +170,15 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> Table:
         if "sft" in run:
             rows.append(_run(f"{name}: SFT alone", run["sft"]))
     return Table(("run", "tokens", "loss of the last tenth", "time of its steps"), rows)
+
+
+def _configs(runs: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [f"{run['arm']}, seed {run['seed']}", ", ".join(run.get("configs", ())), run["model"]]
+        for run in runs
+        if run.get("configs")
+    ]
+    return Table(("run", "settings", "trained model"), rows, numbers=False)
 
 
 def _run(name: str, run: Mapping[str, Any]) -> list[str]:

@@ -174,7 +174,10 @@ def find_study(name: str | os.PathLike[str]) -> Path:
     known = sorted(file.stem for file in STUDIES.glob("*.yaml"))
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{str(name)!r} is neither a study's file nor one that ships. {hint}Studies: {', '.join(known)}.")
+    raise ValueError(
+        f"{str(name)!r} is neither a study's file nor one that ships. {hint}Studies: "
+        f"{', '.join(known)}. Their files, to copy for one of your own, are in {STUDIES}."
+    )
 
 
 def load_study(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:

@@ -112,11 +112,12 @@ def ablate(work: partial[dict[str, Any]], *, json: Json = None) -> None:
     """Compare ways to extend a model: arms that differ from one base, on the same samples.
 
     STUDY is one YAML file: the base, the arms with the keys that they change, the training seeds, and for each arm
-    a hypothesis with the number that refutes it. An arm rescales, continues pretraining, and with the group sft
-    ends with SFT on conversations; training.steps: 0 leaves pretraining out. What arms share is built once. Stop it
-    at any time; the same command resumes where it stopped. Several calls may work in one folder at once, such as
-    one on each GPU (CUDA_VISIBLE_DEVICES): each takes what no other works on. The folder gets results.json and a
-    page with forest plots.
+    a hypothesis with the number that refutes it. Write your own from one that ships or from the example in
+    ultralong/ablation/README.md; --dry-run says what is wrong in it. An arm rescales, continues pretraining, and
+    with the group sft ends with SFT on conversations; training.steps: 0 leaves pretraining out. What arms share is
+    built once. Stop it at any time; the same command resumes where it stopped, and one with more arms or seeds adds
+    them. Several calls may work in one folder at once, such as one on each GPU (CUDA_VISIBLE_DEVICES): each takes
+    what no other works on. The folder gets results.json and a page with forest plots.
 
     Examples:
       ultralong ablate miniature --out study
