@@ -111,11 +111,9 @@ class Builder:
         wanted = [self.base, extension_key(self.base, last, design.scaling), final_key(design, seed, self.base)]
         return [self.out / "shared" / measured_key(design, model, self.base) / "outcomes.json" for model in wanted]
 
-    def _stages(self, design: Design, seed: int) -> list[str]:
-        return [link.trained for link in links(design, seed, self.base) if link.trains]
-
-    def _sft(self, design: Design, seed: int) -> list[str]:
-        return [] if design.sft is None else [tuned_key(design, design.sft, seed, self.base)]
+    def _runs(self, design: Design, seed: int) -> tuple[list[str], list[str]]:
+        stages = [link.trained for link in links(design, seed, self.base) if link.trains]
+        return stages, [] if design.sft is None else [tuned_key(design, design.sft, seed, self.base)]
 
     def model(self, design: Design, seed: int) -> Path:
         """Folder of the arm's model of a seed, averaged with its start where the arm asks for it."""
@@ -253,10 +251,11 @@ class Builder:
         """What an arm and seed took: tokens and seconds of all its training steps, and of them those of SFT.
 
         `loss` is that of pretraining, so that arms with and without SFT compare; None where it has no steps. Tokens and
-        seconds are None where the folder of one of the runs was deleted; `configs` are the files of their settings.
+        seconds are None where the folder of one of the runs was deleted; `configs` are files of their settings.
         """
-        names = self._stages(design, seed), self._sft(design, seed)
+        names = self._runs(design, seed)
         stages, sft = ([self._cost(name) for name in of] for of in names)
+        configs = [f"runs/{name}/config.yaml" for of in names for name in of]
         final = final_key(design, seed, self.base)
         where, every = {"merged": f"runs/{final}", "extended": f"shared/{final}"}, [*stages, *sft]
         return {
@@ -264,7 +263,7 @@ class Builder:
             "loss": stages[-1]["loss"] if stages else None,
             "step_seconds": _total(every, "step_seconds"),
             "model": where.get(final.split("-")[0], f"runs/{final}/model"),
-            "configs": [f"runs/{name}/config.yaml" for of in names for name in of],
+            "configs": [path for path in configs if (self.out / path).exists()],
             **({"sft": sft[0]} if sft else {}),
         }
 

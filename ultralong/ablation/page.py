@@ -20,8 +20,9 @@ UNKNOWN = "not known"
 TAKE_OVER = (
     "The settings of each training, RoPE's rescaled checkpoint (model) and rows (data) among them, are a config that "
     "ultralong plan, train and launch take as it is: ultralong launch FOLDER/runs/.../config.yaml --nodes 2 "
-    "--gpus-per-node 8 --out job --set out=runs/long steps=1000 global_batch_size=16 data='[{rows: ROWS}]'. Paths in it "
-    "are meant from the folder that the study was run in. The scaling of the base, and an arm's changes of it, are in study.yaml."
+    "--gpus-per-node 8 --out job --set out=runs/long steps=1000 global_batch_size=16 data='[{rows: ROWS}]'. Paths in "
+    "it are meant from the folder that the study was run in. The scaling of the base, and an arm's changes of it, are "
+    "in study.yaml."
 )
 HEAD = ("arm", *STEPS.values(), *EFFECTS.values())
 
