@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support.tiny_run import make_run
 from ultralong.cli import main
 from ultralong.rope import from_config, inverse_frequencies
-from ultralong.search.run import options_of, search, table_lines, write
+from ultralong.search.run import alike, options_of, search, table_lines, write
 from ultralong.search.score import Scorer, scaled
 from ultralong.search.settings import SearchSettings
 from ultralong.search.space import Genome, children, cross, first_generation, grid, mutate, scaling_of
@@ -144,7 +144,7 @@ def test_the_grid_holds_every_method_and_setting_once(made, wanted):
 
 def test_a_stopped_search_does_the_rest_of_the_same(wanted, whole, tmp_path, monkeypatch):
     result, out = whole
-    score, calls = Scorer.score, []
+    score, calls = Scorer.parts, []
 
     def stop_later(self, *arguments):
         calls.append(1)
@@ -152,7 +152,7 @@ def test_a_stopped_search_does_the_rest_of_the_same(wanted, whole, tmp_path, mon
             raise KeyboardInterrupt
         return score(self, *arguments)
 
-    monkeypatch.setattr(Scorer, "score", stop_later)
+    monkeypatch.setattr(Scorer, "parts", stop_later)
     with pytest.raises(KeyboardInterrupt):
         search(wanted, tmp_path / "cut", device="cpu", quiet=True)
     assert len(read_jsonl(tmp_path / "cut" / "trials.jsonl")) == 14
@@ -185,6 +185,19 @@ def test_the_command_scores_longppl_trains_the_best_and_writes_one(made, wanted,
     assert found["best"] == best["options"]
     assert json.loads((tmp_path / "best" / "extend.json").read_text())["method"] == best["options"]["method"]
     assert "unscaled" in table_lines(found)[1]
+
+
+def test_how_many_trials_cannot_be_told_from_the_best_is_said(whole):
+    result, _ = whole
+    for trial in result["trials"]:
+        assert trial["scores"]["needles"] == pytest.approx(np.mean(trial["each"]["needles"]), rel=0.02)
+    few = [{"each": {"needles": values}} for values in ([1, 2, 3, 4], [1.5, 2.5, 3.5, 4.5], [0, 4, 2, 9], [1, 2, 3, 4])]
+    assert alike(few, "needles") == {"trials": 2, "samples": 4}
+    assert alike([{"each": {"needles": [1]}}] * 3, "needles") == {"trials": 2, "samples": 1}, "one tells nothing apart"
+    assert alike([*few, {"scores": {}}], "needles") is None, "of a search by an earlier version"
+    others = len(result["trials"]) - 1
+    said = f"{result['alike']['trials']} of the other {others} cannot be told from the first by 2 samples"
+    assert said in "\n".join(table_lines(result))
 
 
 def test_key_tokens_of_rows_can_give_the_order(made, wanted, tmp_path, make_tiny_model, tiny_tokenizer):

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultralong.checkpoints.extend import extend
+from ultralong.evaluation.measures.intervals import paired_difference
 from ultralong.inference.load import load_model, load_model_and_tokenizer
 from ultralong.rope import RopeScaling
 from ultralong.search.score import Scorer
@@ -31,6 +32,7 @@ from ultralong.utils import settings
 from ultralong.utils.environment import describe_environment
 from ultralong.utils.files import append_jsonl, locked, make_folder, read_json, read_jsonl, write_json
 from ultralong.utils.progress import progress
+from ultralong.utils.units import many
 
 OPTIONS = ("method", "factor", "attention_factor", "theta", "ramp", "alpha", "beta", "short_factors", "long_factors")
 
@@ -54,8 +56,9 @@ def search(
 
     Returns:
         The content of `results.json`: `trials`, best first, each with `method`, `options` (what `extend` takes),
-        `scores` (nats), `seconds` and `generation` (None for the grid); `unscaled` scores; `finalists`, each with
-        `options`, `scores` before and `trained`; `best`, the options of the best; `settings` and `environment`.
+        `scores` (nats), `each` (nats of every needle or text), `seconds` and `generation` (None for the grid); `alike`,
+        as that function counts them; `unscaled` scores; `finalists`, each with `options`, `scores` before and
+        `trained`; `best`, the options of the best; `settings` and `environment`.
 
     Raises:
         ValueError: The folder holds another search, or what `Scorer`, `grid` or the training refuse.
@@ -76,6 +79,7 @@ def search(
         finalists = [] if wanted.train is None else _finalists(ranked, wanted, folder, scorer, device)
         order = sorted(finalists, key=lambda found: found["trained"][wanted.objective]) or ranked
         result = {
+            "alike": alike(ranked, wanted.objective),
             "settings": settings.to_mapping(wanted),
             "unscaled": trials.unscaled(),
             "trials": ranked,
@@ -111,12 +115,13 @@ class Trials:
             if key in self.found:
                 continue
             started = time.perf_counter()
-            scores = self.scorer.score(scaling)
+            parts = self.scorer.parts(scaling)
             self.found[key] = {
                 "key": key,
                 "method": scaling.method,
                 "options": options_of(scaling),
-                "scores": scores,
+                "scores": {name: self.scorer.mean(of) for name, of in parts.items()},
+                "each": {name: [nats / max(tokens, 1) for nats, tokens in of] for name, of in parts.items()},
                 "seconds": round(time.perf_counter() - started, 3),
                 "generation": generation,
             }
@@ -132,6 +137,19 @@ class Trials:
     def ranked(self, objective: str) -> list[dict[str, Any]]:
         """The trials of this search, best first."""
         return sorted((self.found[key] for key in self.asked), key=lambda trial: rank(trial["scores"], objective))
+
+
+def alike(ranked: Sequence[Mapping[str, Any]], objective: str) -> dict[str, int] | None:
+    """How many trials the best cannot be told from: the paired difference's 95% interval reaches zero.
+
+    Returns:
+        `trials`, without the best itself, and `samples`; None where a trial was scored before samples were kept.
+    """
+    if not all("each" in trial for trial in ranked):
+        return None
+    first = ranked[0]["each"][objective]
+    low = [paired_difference(first, trial["each"][objective], seed=0).low for trial in ranked[1:]]
+    return {"trials": sum(not end > 0 for end in low), "samples": len(first)}
 
 
 def rank(scores: Mapping[str, float], objective: str) -> float:
@@ -230,6 +248,13 @@ def table_lines(result: Mapping[str, Any], most: int = 12) -> list[str]:
     lines = [f"{'mean loss, nats':26}{head}   of {len(result['trials'])} trials, best first"]
     lines.append(f"{'unscaled':26}" + _scores(result["unscaled"], names))
     lines += [f"{_label(trial['options']):26}" + _scores(trial["scores"], names) for trial in result["trials"][:most]]
+    if result["alike"] is not None:
+        found, others = result["alike"], len(result["trials"]) - 1
+        samples = many(found["samples"], "sample")
+        lines.append(
+            f"{found['trials']} of the other {others} cannot be told from the first by {samples}: the interval of the "
+            "paired difference reaches zero. More --samples tell more, and --train what training leaves."
+        )
     if result["finalists"]:
         steps = result["settings"]["steps"]
         lines.append(f"after {steps} steps of training")

@@ -111,15 +111,21 @@ class Scorer:
             scaling: What to read with; None is the model's own.
             model: Another model, such as one that was trained; None is the search's.
         """
+        return {name: self.mean(parts) for name, parts in self.parts(scaling, model).items()}
+
+    def parts(
+        self, scaling: RopeScaling | None, model: PreTrainedModel | None = None
+    ) -> dict[str, list[tuple[float, int]]]:
+        """Nats and tokens of every needle and text. See `score`."""
         reader = self.model if model is None else model
-        found = {"needles": self._mean([self._needle(reader, scaling, needle) for needle in self.needles])}
+        found = {"needles": [self._needle(reader, scaling, needle) for needle in self.needles]}
         if self.texts:
             parts = []
             for text, key in zip(self.texts, self.keys, strict=True):
                 with _maybe(reader, scaling, len(text.labels)):
                     (losses,) = read_long(reader, [text], chunk=self._chunk(len(text.labels)), quiet=True)
                 parts.append((float(losses[key].sum()), int(key.sum())))
-            found["longppl"] = self._mean(parts)
+            found["longppl"] = parts
         return found
 
     def _needle(self, model: PreTrainedModel, scaling: RopeScaling | None, needle: NeedleSample) -> tuple[float, int]:
@@ -138,7 +144,8 @@ class Scorer:
         return ONE_PASS // 2 if tokens > ONE_PASS else None
 
     @staticmethod
-    def _mean(parts: list[tuple[float, int]]) -> float:
+    def mean(parts: list[tuple[float, int]]) -> float:
+        """Nats a token over all of them."""
         nats, tokens = (math.fsum(column) for column in zip(*parts, strict=True))
         return nats / tokens
 
