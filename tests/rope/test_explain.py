@@ -153,3 +153,11 @@ def test_the_command_explains_without_writing_or_weights(tmp_path, capsys, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "only-a-config"]
     with pytest.raises(ValueError, match="give the folder to write"):
         extend("only-a-config", TO)
+
+
+def test_the_command_says_where_beta_changes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model("qwen3", num_key_value_heads=1).save_pretrained("only-a-config")
+    for method, said in (("ntk", True), ("yarn", False), ("llama3", False)):
+        main(["extend", "only-a-config", "--to", "4x", "--explain", "--method", method, "--beta", "8"])
+        assert ("--beta changes nothing" in capsys.readouterr().out) == said

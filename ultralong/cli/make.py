@@ -40,6 +40,8 @@ def extend(work: partial[ExtendReport], *, json: Json = None) -> None:
     """
     report, out = work(), work.keywords["out"]
     leave(json, report.to_dict())
+    if work.keywords["beta"] is not None and report.method not in ("yarn", "llama3"):
+        print(f"note: --beta changes nothing: {report.method} has no ramp, only yarn and llama3 have one.")
     if report.explanation is not None:
         print("\n".join([*report.explanation["lines"], *(f"note: {note}" for note in report.notes)]))
         return
