@@ -101,6 +101,10 @@ def test_what_was_found_is_shown(checkpoint, monkeypatch, capsys):
     ]
     both[1] = perplexity_result(bins[:1], "document")
     assert len(table_lines(summary | {"results": [result.to_dict() for result in both]})) == 4
+    of_one_test = {"effective": {"length": 1024, "bar": 85.6, "tasks": 1}, "results": []}
+    assert table_lines(summary | of_one_test) == [
+        "effective length (longest with a mean of 85.6 or more up to it, 1 of RULER's 13 tests): 1,024"
+    ]
 
 
 def test_perplexity_reads_packed_rows(checkpoint, tmp_path, tiny_tokenizer):

@@ -7,6 +7,7 @@ import threading
 import pytest
 from induction import InductionModel
 
+from ultralong.cli import main
 from ultralong.evaluation.measures.result import Part, Result, read_measurements
 from ultralong.evaluation.measures.score import effective_length, mean_by_length
 from ultralong.evaluation.runs.answer_files import score_file
@@ -115,7 +116,7 @@ def test_means_and_effective_length():
     assert effective_length(means, bar=95.0) is None
 
 
-def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
+def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path, capsys):
     for name, window in (("short", 700), ("long", None)):
         answer_tasks(
             InductionModel(len(tiny_tokenizer), window=window),
@@ -153,6 +154,14 @@ def test_two_models_are_compared_sample_by_sample(tiny_tokenizer, tmp_path):
         compare_answers(tmp_path / "long", tmp_path / "other")
     with pytest.raises(ValueError, match="no answers to the same test"):
         compare_answers(tmp_path / "long", tmp_path)
+    for name in ("short", "long"):
+        (tmp_path / name / "perplexity.json").touch()
+    (tmp_path / "long" / "needle.jsonl").touch()
+    capsys.readouterr()
+    main(["eval", "compare", str(tmp_path / "short"), str(tmp_path / "long")])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "note: not compared here: perplexity. Each report has its own; ultralong ablate pairs them."
+    ]
 
 
 def answer_line(outputs, prediction, **more):

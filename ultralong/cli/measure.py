@@ -11,6 +11,8 @@ from tyro.conf import Positional
 from ultralong.cli.options import Group, takes
 from ultralong.cli.shared import Json, leave, resumable
 
+UNPAIRED = {"the needle map": "needle.jsonl", "perplexity": "perplexity.json", "LongPPL": "longppl.json"}
+
 
 @takes(work=Group("ultralong.api.measure:needle", positional=("model",)))
 def needle(work: partial[dict[str, Any]], *, json: Json = None) -> None:
@@ -171,6 +173,7 @@ def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json 
     from ultralong.evaluation.runs.compare import compare_answers
 
     rows = compare_answers(first, second)
+    both = [name for name, file in UNPAIRED.items() if (first / file).exists() and (second / file).exists()]
     leave(json, rows)
     for row in rows:
         length = "" if row["length"] is None else f"{row['length']:,}"
@@ -179,3 +182,5 @@ def compare(first: Positional[Path], second: Positional[Path], /, *, json: Json 
             f"{row['task']:24} {length:>9}  {row['first']:6.1f} -> {row['second']:6.1f}  "
             f"{row['difference']:+.1f}  [{change}]  n {row['n']}"
         )
+    if both:
+        print(f"note: not compared here: {' and '.join(both)}. Each report has its own; ultralong ablate pairs them.")

@@ -47,9 +47,10 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     lines += capability_lines(summary["capabilities"], summary["areas"])
     if summary["effective"] is not None:
-        reached, bar = summary["effective"]["length"], summary["effective"]["bar"]
+        reached, bar, tests = (summary["effective"][name] for name in ("length", "bar", "tasks"))
         lines.append(
-            f"effective length (longest with a RULER score of {bar} or more): {f'{reached:,}' if reached else 'none'}"
+            f"effective length (longest with a mean of {bar} or more up to it, {tests} of RULER's 13 tests): "
+            f"{f'{reached:,}' if reached else 'none'}"
         )
     return lines
 

@@ -150,7 +150,8 @@ def make_needle(
     if room < 0:
         raise ValueError(
             f"A needle prompt of {length} tokens is too short: with this tokenizer the words alone take "
-            f"{length - room}. Ask for at least that, or shorten the wording."
+            f"{length - room}. Ask for at least that (a needle map has as many lengths as --grid says, or those of "
+            "--needle-lengths), or shorten the wording."
         )
     start = int(haystack.starts[draw.randrange(len(haystack.starts))])
     cut = haystack.nearest_cut(start, round(depth * room), room)
