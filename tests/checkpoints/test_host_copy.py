@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ultralong.checkpoints.saving import host_copy
 from ultralong.checkpoints.saving.host_copy import HostCopies
+from ultralong.training.memory.offload import HostBufferPool
 from ultralong.utils.local_ranks import run_ranks
 
 
@@ -162,6 +163,31 @@ def test_memory_is_locked_once_and_given_back(monkeypatch):
         assert any(begin <= start and start + x.nbytes <= begin + size for begin, size in cuda.locked.items())
     copies.close()
     assert cuda.locked == {}
+
+
+def test_what_is_left_after_an_error_can_be_given_back(monkeypatch):
+    monkeypatch.setattr(host_copy, "BLOCK", 2048)
+    cuda, copies = Cuda(monkeypatch), HostCopies()
+    copies.copy(a_state())
+    kept = cuda.locked.pop(list(cuda.locked)[1])  # CUDA refuses the second of three
+    with pytest.raises(RuntimeError, match="could not give back a locked block"):
+        copies.close()
+    cuda.locked[copies._memory._locked[-1]] = kept
+    copies.close()
+    assert cuda.locked == {}
+
+
+def test_pinned_buffers_left_after_an_error_can_be_given_back(monkeypatch):
+    cuda, pool = Cuda(monkeypatch), HostBufferPool()
+    for size in (3, 4, 5):
+        pool.reserve((1, size, 2), torch.float32, torch.device("cuda"))
+    second = list(cuda.locked)[1]
+    kept = cuda.locked.pop(second)
+    with pytest.raises(RuntimeError, match="could not give back a pinned buffer"):
+        pool.release()
+    cuda.locked[second] = kept
+    pool.release()
+    assert (cuda.locked, pool.bytes) == ({}, 0)
 
 
 def test_memory_that_cannot_be_locked_is_told_and_the_rest_given_back(monkeypatch):

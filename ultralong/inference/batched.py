@@ -93,8 +93,11 @@ class BatchedAttention:
         positions = self.lengths[: len(going)].clone()
         mask = torch.arange(read, device=device)[None] <= positions[:, None]  # (B, T)
         self._pass = OneEach(torch.arange(len(going), device=device), positions, mask)
-        self.lengths[: len(going)] += going
         return positions[:, None]
+
+    def end_token(self, going: Tensor) -> None:
+        """Finish that pass: rows that go on hold one token more, which a pass that failed does not count."""
+        self.lengths[: len(going)] += going
 
     def attend(
         self,
@@ -173,8 +176,7 @@ class BatchedRunner:
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
         self._context: BatchedAttention | None = None
-        self._longest = 0
-        self._rope, self._shortest = RopeTables(model), 0
+        self._rope, self._shortest, self._longest = RopeTables(model), 0, 0
         self._alone: list[LocalRunner] = []  # of each prompt, where they do not share RoPE's frequencies
 
     @torch.no_grad()
@@ -205,9 +207,11 @@ class BatchedRunner:
             return self._decode_alone(tokens, going)
         assert self._context is not None, "prefill comes first"
         moving = torch.ones_like(tokens, dtype=torch.bool) if going is None else torch.tensor(going).to(tokens.device)
+        positions = self._context.begin_token(moving, self._longest + 1)
+        logits = self._logits(self._context, tokens[:, None], positions, 1)[:, -1]
+        self._context.end_token(moving)
         self._longest += 1
-        positions = self._context.begin_token(moving, self._longest)
-        return self._logits(self._context, tokens[:, None], positions, 1)[:, -1]
+        return logits
 
     def _decode_alone(self, tokens: Tensor, going: Sequence[bool] | None) -> Tensor:
         moving = [True] * len(self._alone) if going is None else going

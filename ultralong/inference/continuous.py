@@ -95,10 +95,11 @@ class ContinuousBatch:
         ids = torch.zeros(count, 1, dtype=torch.long)
         for row, token in tokens.items():
             going[row], ids[row] = True, token
-            self._held[row] += 1
-        device = self.model.device
-        positions = self._context.begin_token(going.to(device), max(self._held[:count]))
-        logits = self._logits(self._context, ids.to(device), positions, 1)[:, -1]
+        going, held = going.to(self.model.device), [n + (row in tokens) for row, n in enumerate(self._held[:count])]
+        positions = self._context.begin_token(going, max(held))
+        logits = self._logits(self._context, ids.to(self.model.device), positions, 1)[:, -1]
+        self._context.end_token(going)
+        self._held[:count] = held
         return {row: logits[row] for row in tokens}
 
     def end(self, row: int) -> None:

@@ -68,7 +68,12 @@ class LocalRunner(CachedRunner):
 
     def _forward(self, ids: Tensor) -> Tensor:
         assert self._cache is not None
-        logits = model_logits(self.model, ids, self._cache, 1)[:, -1]
+        try:
+            logits = model_logits(self.model, ids, self._cache, 1)[:, -1]
+        except BaseException:
+            if isinstance(self._cache, ModelCache):  # some layers have the new tokens, and are read from their end
+                self._cache.show(self._cache.store.length)
+            raise
         if isinstance(self._cache, ModelCache):
             self._cache.store.append(ids.shape[1])
         return logits

@@ -115,10 +115,10 @@ class _Memory:
 
     def free(self) -> None:
         """Unlock and free it."""
-        for address in self._locked:
-            if failed := int(torch.cuda.cudart().cudaHostUnregister(address)):
+        while self._locked:
+            if failed := int(torch.cuda.cudart().cudaHostUnregister(self._locked[-1])):
                 raise RuntimeError(f"CUDA could not give back a locked block of host memory (error {failed})")
-        self._locked.clear()
+            self._locked.pop()  # each by itself: after an error those that are gone are not given back again
         self.places.clear()
 
     def _make(self, block: Mapping[int, int]) -> None:

@@ -141,10 +141,10 @@ class DecodeStep:
         if self._graph is not None:
             self._graph.replay()
             return self._logits.clone()
-        first = self._generation != self.cache.generation
-        self._generation = self.cache.generation
-        if first or not ids.is_cuda:  # kernels are compiled, and collectives set up, outside of a graph
-            return self._forward()
+        if self._generation != self.cache.generation or not ids.is_cuda:
+            logits = self._forward()  # kernels are compiled, and collectives set up, outside of a graph
+            self._generation = self.cache.generation  # only now: the next step would be captured, whatever failed here
+            return logits
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._forward()

@@ -73,10 +73,10 @@ class HostBufferPool:
         Raises:
             RuntimeError: CUDA refuses one.
         """
-        for address in self._registered:
-            if failed := int(torch.cuda.cudart().cudaHostUnregister(address)):
+        while self._registered:
+            if failed := int(torch.cuda.cudart().cudaHostUnregister(self._registered[-1])):
                 raise RuntimeError(f"CUDA could not give back a pinned buffer of host memory (error {failed})")
-        self._registered.clear()
+            self._registered.pop()  # each by itself: after an error those that are gone are not given back again
         self._free.clear()
         self.bytes = 0
 
