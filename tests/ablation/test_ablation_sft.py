@@ -214,6 +214,15 @@ def test_a_model_without_a_chat_template_is_refused_before_work_starts(made):
         check(study)
 
 
+def test_a_join_that_the_tokenizer_lacks_is_refused_before_work_starts(made):
+    study = study_of(made, an_arm("joined", **{"rows.packing.join": "bos_eos"}))
+    check(study)
+    config = made / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "bos_token": None}))
+    with pytest.raises(ValueError, match=r"^arm joined: .*join is bos_eos, but"):
+        check(study)
+
+
 def test_arms_that_do_the_same_without_pretraining_are_refused(made):
     """Its rate is of no step there."""
     one = an_arm("one", **{"training.steps": 0}, sft=sft_of(made))

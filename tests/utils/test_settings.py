@@ -49,6 +49,7 @@ def test_what_is_saved_reads_back_equal(tmp_path):
         ("count: 1", "name must be given"),
         ("name: x\ncount: many", "count must be of type int, found 'many'"),
         ("name: x\ncount: true", "count must be of type int, found True"),
+        ("name: x\nitems: 2", r"items must be a list, such as \[2\], found 2"),
         ("name: x\ninner: {kind: c}", "inner: kind must be one of 'a', 'b', found 'c'"),
         ("name: x\nitems: [{rate: fast}]", r"items\[0\]: rate must be of type float"),
         (f"name: x\ncount: {10**30}", "count must be a number of 64 bits"),

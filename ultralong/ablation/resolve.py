@@ -19,6 +19,7 @@ from ultralong.checkpoints.files import locate
 from ultralong.checkpoints.rescale import Extension, choose_scaling
 from ultralong.data.chat.template import encode_chat
 from ultralong.data.recipe.schema import Recipe
+from ultralong.data.rows.separators import PackSettings, resolve_separators
 from ultralong.data.tokens.encoding import load_tokenizer
 from ultralong.evaluation.tasks.groups import SPECIAL
 from ultralong.training.config import TrainConfig
@@ -155,6 +156,12 @@ def _check_training(design: Design, seed: int) -> None:
     texts = _recipe(design.rows, "documents", "rows.recipe")
     _recipe(design.heldout, "documents", "heldout.recipe").row_settings(design.window)
     trained = [stage for stage in design.stages if has_steps(design, stage)]
+    settings = texts.row_settings(design.stages[0].length)
+    if trained and isinstance(settings, PackSettings):
+        try:  # an arm may be packed after hours of others' training
+            resolve_separators(settings, load_tokenizer(base_folder(design)))
+        except ValueError as error:
+            raise ValueError(f"rows.packing: {error}") from error
     for stage in trained:
         config = training_config(design, stage, seed, NOWHERE, NOWHERE, NOWHERE)
         _check_rows(config, getattr(texts.row_settings(stage.length), "mask_documents", False), "training")

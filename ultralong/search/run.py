@@ -251,10 +251,13 @@ def table_lines(result: Mapping[str, Any], most: int = 12) -> list[str]:
     if result["alike"] is not None:
         found, others = result["alike"], len(result["trials"]) - 1
         samples = many(found["samples"], "sample")
-        lines.append(
-            f"{found['trials']} of the other {others} cannot be told from the first by {samples}: the interval of the "
-            "paired difference reaches zero. More --samples tell more, and --train what training leaves."
-        )
+        if found["trials"]:
+            lines.append(
+                f"{found['trials']} of the other {others} cannot be told from the first by {samples}: the interval of "
+                "the paired difference reaches zero. More --samples tell more, and --train what training leaves."
+            )
+        else:
+            lines.append(f"The first is told from each of the other {others} by {samples}, untrained.")
     if result["finalists"]:
         steps = result["settings"]["steps"]
         lines.append(f"after {steps} steps of training")

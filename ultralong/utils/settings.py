@@ -244,7 +244,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_list(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} must be a list, found {_shown(value)}.")
+        such = "" if isinstance(value, Mapping) or value is None else f", such as [{value}]"
+        raise ValueError(f"{where} must be a list{such}, found {_shown(value)}.")
     kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
     if len(kinds) != len(value):
         raise ValueError(f"{where} must have {len(kinds)} values, found {_shown(value)}.")
