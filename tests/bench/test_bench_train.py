@@ -1,6 +1,7 @@
 """`ultralong bench train`: a measured row beside its plan, what its kernels took, and the README's table of rows."""
 
 import json
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
@@ -298,3 +299,11 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     assert failure(messages) == "ImportError: Install it with: pip install 'ultralong[optim]'"
     assert failure("torch.OutOfMemoryError: CUDA out of memory") == "torch.OutOfMemoryError: CUDA out of memory"
     assert failure("Killed") == ""
+
+
+def test_processes_leave_no_folder(tmp_path, monkeypatch):
+    """torchrun makes one for errors; torch's own cache has a fixed name and stays."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert ranks.start_ranks(1, "platform") == {}
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")] == []

@@ -177,10 +177,12 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_a_checkpoint(run, tmp_pa
     assert int(saved.name.removeprefix("step-")) == read_jsonl("run/log.jsonl")[-1]["step"]
 
 
-def test_a_rank_ends_when_its_agent_is_killed(run):
+def test_a_rank_ends_when_its_agent_is_killed(run, tmp_path):
     settings.save(replace(run, steps=100_000, save_every=0), "run.yaml")
     words = ["-m", "ultralong.launch.agent", str(os.getpid()), "2", "train", f"{Path.cwd()}/run.yaml", "--quiet"]
-    agent = subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    agent = subprocess.Popen(
+        [sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": f"{tmp_path}"}
+    )
     wait_for(lambda: Path("run/log.jsonl").exists(), 120)
     agent.kill()
     agent.wait()

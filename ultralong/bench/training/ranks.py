@@ -26,10 +26,13 @@ def start_ranks(gpus: int, module: str, *words: str, limit: float | None = None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": threads}
-    with tempfile.TemporaryFile("w+", errors="replace") as written:  # a pipe would wait for the last one that holds it
-        running = subprocess.Popen(
-            [*command, "-m", module, *words], env=environment, stdout=subprocess.DEVNULL, stderr=written
-        )
+    # Without --log-dir torchrun makes a folder and leaves it. A pipe would wait for the last process that holds it.
+    with (
+        tempfile.TemporaryDirectory(prefix="ultralong-ranks-", ignore_cleanup_errors=True) as notes,
+        tempfile.TemporaryFile("w+", errors="replace") as written,
+    ):
+        command += ["--log-dir", notes, "-m", module, *words]
+        running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=written)
         try:
             code = running.wait(limit)
         except subprocess.TimeoutExpired:
