@@ -73,7 +73,7 @@ print(f"torch {torch.__version__.split('+')[0]} on {device}")
 # At `FACTOR` times the window, slow pairs must be at most `FACTOR` times slower than before. What about the others?
 #
 # * **Position interpolation** ([PI](https://arxiv.org/abs/2306.15595)): slow all pairs by the factor. No new angles,
-#   but two neighbours now differ by a hundredth of the angle that the weights expect.
+#   but two neighbours now differ by 1/128 of the angle that the weights expect.
 # * **NTK-aware** scaling ([first described here](https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5/)): change the
 #   base, so that the frequency of the slowest pair is divided by the factor and that of the fastest stays. Every pair
 #   in between slows a little, most of them not enough.

@@ -145,8 +145,8 @@ for name in layouts:
     title = f"{name.capitalize()}: work of each rank, hop by hop"
     play([work_of_ranks([row[hop] for row in work[name]], title, most=most) for hop in range(RANKS)],
          [f"hop {hop}" for hop in range(RANKS)],
-         f"{name}: bars of work by rank, hop by hop. " + ("Rank 0 works at the first hop only, then one rank fewer "
-         "waits at each." if name == "contiguous" else "All bars are equal at every hop."))
+         f"{name}: bars of work by rank, hop by hop. " + ("Rank 0 works at the first hop only; at each further "
+         "hop one more rank waits." if name == "contiguous" else "All bars are equal at every hop."))
 reveal("06.idle", "rank 0", "Its tokens see nothing of the other ranks.")
 
 # %%
@@ -155,14 +155,14 @@ figures.show(rank_timeline(work["contiguous"], "Contiguous: who computes when, i
 
 # %% [markdown]
 # **What you should see.** In the contiguous layout rank 0 computes at hop 0 and then waits; the last rank never does.
-# All ranks finish when the slowest does, so two fifths of the machine's time is lost. In zigzag all bars are equal. Its
-# rectangles are also *full*: two pieces of different ranks are either wholly before or wholly after each other, so a
-# hop needs no mask.
+# All ranks finish when the slowest does, so two fifths of the machine's time is lost. In zigzag the bars of a hop are
+# equal. Its rectangles are also *full*: two pieces of different ranks are either wholly before or wholly after each
+# other, so a hop needs no mask.
 #
 # How to read the last figure: a row is a rank, a column is a hop, and the number is how many query-key pairs are
-# computed there. A cell of zero is a GPU that is paid for and idle. Sum a row and you have a rank's work; the largest
-# number of each column, added up, is the time of the whole ring. With more ranks the contiguous layout gets worse,
-# until half of the machine waits: half of all rectangles are empty. Zigzag stays at zero.
+# computed there. A cell with "waits" is a GPU that is paid for and idle. Sum a row and you have a rank's work; the
+# largest number of each column, added up, is the time of the whole ring. With more ranks the contiguous layout gets
+# worse, until half of the machine waits: half of all rectangles are empty. Zigzag stays at zero.
 #
 # The mirrored chunks do it. Rank $r$ has an early chunk, which sees little, and the chunk at the same distance from the
 # end, which sees the rest. The same trick balances any work that grows along a line.
@@ -293,9 +293,9 @@ reveal("06.bytes", "less", f"{ratio}It holds half of the tokens, and sends a lit
 
 # %% [markdown]
 # **What you should see.** Ulysses spreads evenly. Gathered keys are sent only to ranks whose queries see them. The ring
-# sends to one neighbour, which suits slow links between hosts. Llama-3.1-8B has 32 query heads and 8 kv heads, so keys
-# and values are a quarter of the queries: gathering or passing *them* is less than swapping everything, as long as
-# there are few ranks. Over many ranks Ulysses sends less and less, the other two don't.
+# sends to one neighbour, which suits slow links between hosts. Ulysses sends least here, where kv heads are half of the
+# query heads. In Llama-3.1-8B they are a quarter, 8 of 32. There gathering or passing keys and values is less than
+# swapping everything, as long as there are few ranks. Over many ranks Ulysses sends less and less, the other two don't.
 #
 # The formulas behind it, for one rank and one forward pass, with $n$ tokens, $P$ ranks, $H$ query heads and $K$ kv
 # heads of size $D$. Ulysses: $(P-1)/P^2 \cdot n D\,(2H + 2K)$ numbers, as queries, keys, values and the output travel
@@ -427,7 +427,7 @@ check("06.deal", my_deal)
 #
 # | | Ulysses | gathered keys | ring |
 # |---|---|---|---|
-# | sends per rank | q, k, v and output, divided by the ranks | keys that others see | keys, to the next rank |
+# | sends per rank | q, k, v and output, divided by the ranks | k and v that others see | k and v, to the next rank |
 # | limit | heads must split over the ranks | buffer of keys | latency of each hop |
 # | suits | one host with fast links | few kv heads, packed rows | across hosts |
 # | two levels | inside the host | across hosts | across hosts |
