@@ -127,3 +127,11 @@ def test_files_of_the_wrong_shape_are_one_line(folder, file, text, capsys):
     if code:
         assert code == 1
         assert file in told.err
+
+
+def test_a_report_of_a_run_without_answers_is_an_error(folder, capsys):
+    (folder / "infinitebench_passkey-1024.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        main(["eval", "report", str(folder)])
+    assert "holds no answers yet: repeat its `ultralong eval run`" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()

@@ -103,6 +103,8 @@ def report(folder: Positional[Path], /, *, before: Path | None = None, json: Jso
     from ultralong.evaluation.runs.results import write_results
 
     result = write_results(folder, before, draw=False)
+    if not result["results"] and not result["skipped"]:
+        raise ValueError(f"{folder} holds no answers yet: repeat its `ultralong eval run`, which goes on from there.")
     leave(json, result)
     _tell(result, folder)
 

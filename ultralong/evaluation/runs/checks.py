@@ -130,7 +130,7 @@ def plan_pairs(
         else:
             skipped[name] = reasons[chosen[-1]]
     if skipped and not wanted.skip_missing:
-        told = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        told = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in list(skipped.items())[:3])
         more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         raise ValueError(f"Some tests cannot be made: {told}{more}. --skip-missing leaves them out and runs the rest.")
     return sorted(pairs, key=lambda pair: pair[1]), questions, skipped
