@@ -374,7 +374,8 @@ print("ok: the card says steps, tokens, learning rate and rows")
 # ## The whole run
 #
 # With `RUN=True` the demo does everything above on this machine: documents, rows, rescaling, pretraining, SFT, needle
-# maps and perplexity. What it made lies in `demo` of the folder `OUT`, with a page that shows it, `report.html`.
+# maps and perplexity. What it made lies in `demo` of the folder `OUT`, with a page that shows it, `report.html`. Set
+# `OUT` with it: a temporary folder goes with the kernel.
 #
 # With `RUN` or without, `run.yaml` in `OUT` (`made/08` in a course folder) is handed on: the config that was planned
 # first, with a learning rate of 1e-4. The model and the rows that it names are yours to make before:

@@ -542,8 +542,8 @@ print(f"ok: {len(coder['verdicts'])} verdicts follow from their intervals; perpl
 # table name only right ones, but in a sentence hardly ever more than two. The rescaled model writes a numbered list in
 # 12 of 16 prompts, the one trained in chat never: no answer it learned from had that form. The arm
 # `chat-retrieval-lists` asks whether the form is the cause: half of its lists are numbered, and longer. Its answers are
-# sentences of two all the same: refuted. It is better at needles among needles (`niah_multikey_2`), which nobody had
-# predicted: a reason for the next hypothesis, not a result.
+# sentences of two all the same: refuted. It is better at needles among needles, which nobody had predicted: a next
+# hypothesis, not a result.
 #
 # Where an arm has one seed, its interval says nothing of another seed.
 #
@@ -782,8 +782,8 @@ check("11.seeds", my_seeds)
 # ## What a miniature can't tell
 #
 # In the recorded study every arm but NTK's found all needles beyond the old window. The paired difference is 0, and so
-# are both ends of its interval. Is that certainty? (Since then `ultralong ablate` gives pairs that are all alike the
-# interval of `alike_difference`: for 18 pairs, 18 points to either side.)
+# are both ends of its interval. Is that certainty? (`ultralong ablate` now gives such pairs `alike_difference`'s
+# interval: for 18 pairs, 18 points to either side.)
 
 # %%
 needles = recorded["needles beyond the old window"]

@@ -129,6 +129,12 @@ def test_every_link_of_the_site_opens_at_its_place(built):
             assert not anchor or target not in pages or anchor in pages[target].ids, f"{path.name} links to {link}"
 
 
+def test_a_heading_has_the_place_that_github_gives_it(built):
+    places = Page((built / "models.html").read_text()).ids
+    assert {"goals", "smollm2-135m-8192-to-65536-tokens", "tinyllama-11b-2048-to-16384-tokens"} <= places
+    assert "models.html#the-choices-of-the-recipe" in Page((built / "results.html").read_text()).links
+
+
 def test_every_readme_of_a_room_has_a_page(built):
     """And the page is in the menu of all others; a link from one to another's file opens that one's page."""
     sources = {source: name for name, _, source in reference.TOPICS}

@@ -31,6 +31,7 @@ TOPICS = (
     ("lora", "LoRA", "training/adapters/README.md"),
     ("watching", "Watching the ranks of a run", "training/watch/README.md"),
     ("tests", "Tests and capabilities", "evaluation/README.md"),
+    ("studies", "A study of your own", "ablation/README.md"),
     ("trainers", "Hugging Face trainers", "training/huggingface/README.md"),
     ("formats", "File formats", "data/README.md"),
     ("server", "The server and its clients", "inference/README.md"),

@@ -179,6 +179,7 @@ def _markdown(text: str) -> str:
     text = "".join(part if index % 2 else MATH.sub(_formula, part) for index, part in enumerate(parts))
     render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "footnotes", "task_lists"])
     page = str(render(text))
+    page = re.sub(r"<(h[2-6])>(.*?)</\1>", _heading, page, flags=re.DOTALL)
     page = re.sub(r'href="([0-9]{2}_\w+)\.ipynb"', r'href="\1.html"', page)
     page = re.sub(r'href="([a-z0-9_]+\.json)"', r'href="results/\1"', page)
     for name, _, file in RESULTS:
@@ -187,6 +188,13 @@ def _markdown(text: str) -> str:
     # Names of files as links may break behind `_`: a table of them is else wider than a screen.
     page = re.sub(r">[\w.-]*_[\w.-]*</a>", lambda found: found[0].replace("_", "_<wbr>"), page)
     return re.sub(r"<table>.*?</table>", _table, page, flags=re.DOTALL)
+
+
+def _heading(match: re.Match[str]) -> str:
+    """A heading with the id that GitHub gives it, so that a link to a section opens there on both."""
+    words = html.unescape(re.sub(r"<[^>]+>", "", match[2])).lower()
+    place = re.sub(r"[^\w -]", "", words).replace(" ", "-")
+    return f'<{match[1]} id="{place}">{match[2]}</{match[1]}>'
 
 
 def _table(match: re.Match[str]) -> str:
