@@ -19,7 +19,7 @@
 # | reading and doing | 20 and 20 minutes |
 # | memory | 1.5 GB |
 # | downloads, cost | 13 MB of texts from the Python package index; none |
-# | a GPU adds | `MODEL = "smollm2"`: the same with SmolLM2-135M-Instruct, 8,192 to 32,768 tokens; set `OUT` to keep it |
+# | a GPU adds | `MODEL = "smollm2"`: the same with SmolLM2-135M-Instruct, 8,192 to 32,768 tokens; set `OUT` too |
 # | two GPUs, a cluster add | nothing here: see [06_sequence_parallel](06_sequence_parallel.ipynb) |
 #
 # **You will be able to**
