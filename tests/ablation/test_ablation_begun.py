@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.small_study import ARM, study_file
 from ultralong.ablation import ablate, load_study, price
-from ultralong.ablation.page import render_study
+from ultralong.ablation.page import _missing, render_study
 from ultralong.ablation.price import price_lines
 from ultralong.ablation.study import STUDIES, find_study
 from ultralong.api.runs import load_config
@@ -88,3 +88,8 @@ def test_the_example_for_a_study_of_your_own_is_one(tmp_path, monkeypatch):
         (tmp_path / folder / "one.txt").write_text("It was a dark and stormy night. " * 100)
     monkeypatch.chdir(tmp_path)
     assert {run["arm"] for run in price(load_study("study.yaml"), gpus=1)["runs"]} == {"base", "ntk", "no-separator"}
+
+
+def test_what_has_not_run_is_told_arm_by_arm():
+    runs = [{"arm": arm, "seed": seed} for seed in (0, 1) for arm in ("low", "high") if (arm, seed) != ("high", 1)]
+    assert _missing(runs) == ["low (seeds 0, 1)", "high (seed 0)"]

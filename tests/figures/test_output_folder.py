@@ -12,6 +12,7 @@ import jupyter_client
 import papermill
 import pytest
 
+from tests.support.leftovers import LONGEST, left_in
 from ultralong.notebook_tools import output_folder
 from ultralong.notebook_tools.output import PREFIX
 from ultralong.notebook_tools.run import execute, parameter_names
@@ -31,7 +32,6 @@ INTERACTIVE: bool = True  # read by the rules
 {MAKES}
 # %%
 """
-LONGEST = 60  # seconds for a kernel's answer on a busy machine, and for a removal without the kernel
 
 
 @pytest.fixture
@@ -41,11 +41,6 @@ def temporary(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     return folder
-
-
-def left_in(folder: Path) -> list[str]:
-    """What is left in a temporary folder that is not torch's own cache, which has a fixed name."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("torchinductor"))
 
 
 def gone(folder: Path) -> bool:

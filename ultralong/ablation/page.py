@@ -59,7 +59,7 @@ def render_study(result: Mapping[str, Any], *, interactive: bool) -> str:
     values = {
         "title": f"Ablation study: {result['name']}",
         "question": result["question"],
-        "missing": [f"{item['arm']} with seed {item['seed']}" for item in result["missing"]],
+        "missing": _missing(result["missing"]),
         "no_figures": draw.missing,
         "sections": sections,
         "notes": notes(result),
@@ -153,6 +153,14 @@ def cells(arm: Mapping[str, Any]) -> list[str]:
     """An arm's row of a table, but for its name."""
     levels = ["" if arm[name] is None else f"{arm[name]:.2f}" for name in STEPS]
     return [*levels, *("" if arm["arm"] == BASE_ARM and e == "to_base" else effect_text(arm[e]) for e in EFFECTS)]
+
+
+def _missing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Arms that have not run on every seed, each with the seeds that it lacks."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(run["arm"], []).append(str(run["seed"]))
+    return [f"{arm} (seed{'' if len(of) == 1 else 's'} {', '.join(of)})" for arm, of in seeds.items()]
 
 
 def effect_text(effect: Mapping[str, Any] | None) -> str:
