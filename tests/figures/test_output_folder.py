@@ -12,7 +12,7 @@ import jupyter_client
 import papermill
 import pytest
 
-from tests.support.leftovers import LONGEST, left_in
+from tests.support.leftovers import LONGEST, left_at_last, left_in
 from ultralong.notebook_tools import output_folder
 from ultralong.notebook_tools.output import PREFIX
 from ultralong.notebook_tools.run import execute, parameter_names
@@ -75,7 +75,7 @@ def test_a_run_under_papermill_leaves_nothing(temporary, tmp_path):
     path.write_text(SOURCE + 'assert (folder / "deep" / "weights.bin").exists()\n')
     assert parameter_names(path) == ["OUT", "INTERACTIVE"]
     notebook = execute(path, {}, timeout=LONGEST, keep=tmp_path / "as_it_ran.ipynb")
-    assert left_in(temporary) == []
+    assert left_at_last(temporary) == []
     said = notebook.cells[1].outputs[0].text
     assert said == (
         "Files go to a temporary folder, which is removed when the kernel ends; name a folder in OUT to keep them.\n"
@@ -88,7 +88,7 @@ def test_a_cell_that_raises_leaves_nothing(temporary, tmp_path):
     path.write_text(SOURCE + 'raise ValueError("lost")\n')
     with pytest.raises(papermill.PapermillExecutionError, match="lost"):
         execute(path, {}, timeout=LONGEST)
-    assert left_in(temporary) == []
+    assert left_at_last(temporary) == []
 
 
 def test_a_kernel_that_is_shut_down_takes_its_folder_along(kernel, temporary):
@@ -96,7 +96,7 @@ def test_a_kernel_that_is_shut_down_takes_its_folder_along(kernel, temporary):
     assert (made / "deep" / "weights.bin").exists()
     client.stop_channels()
     manager.shutdown_kernel()
-    assert left_in(temporary) == []
+    assert left_at_last(temporary) == []
 
 
 def test_a_cell_that_is_run_again_replaces_its_folder(kernel, temporary):
@@ -111,15 +111,16 @@ def test_a_cell_that_is_run_again_replaces_its_folder(kernel, temporary):
 def test_an_interrupted_cell_keeps_the_folder_until_the_end(kernel, temporary):
     """Jupyter's interrupt goes to the kernel's whole group of processes."""
     manager, client, _ = kernel
-    client.execute("import time; time.sleep(600)", stop_on_error=False)
-    while client.get_iopub_msg(timeout=LONGEST)["msg_type"] != "execute_input":
+    client.execute("import time; print('asleep'); time.sleep(600)", stop_on_error=False)
+    # What the cell itself says: an interrupt before it has begun is the kernel's, and the cell never ends.
+    while client.get_iopub_msg(timeout=LONGEST)["msg_type"] != "stream":
         pass
     manager.interrupt_kernel()
     assert client.get_shell_msg(timeout=LONGEST)["content"]["ename"] == "KeyboardInterrupt"
     run(client, 'assert (folder / "deep" / "weights.bin").exists()')
     client.stop_channels()
     manager.shutdown_kernel()
-    assert left_in(temporary) == []
+    assert left_at_last(temporary) == []
 
 
 def test_a_killed_kernel_takes_its_folder_along_once_its_forks_have_ended(kernel):
@@ -150,4 +151,4 @@ def test_a_named_folder_is_kept_and_said(tmp_path, temporary, capsys):
     assert capsys.readouterr().out == f"Files go to {place}.\n"
     with pytest.raises(ValueError, match="a is a file, and a folder is needed there"):
         output_folder(str(place / "a"))
-    assert left_in(temporary) == []
+    assert left_at_last(temporary) == []
